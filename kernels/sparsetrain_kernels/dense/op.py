@@ -1,0 +1,101 @@
+"""The public operation: checks its arguments and chooses the implementation."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.dense import reference
+from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
+
+
+@overload
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_start: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention over all earlier keys, or over a sliding window of them. No ``N x M`` tensor is built.
+
+    Args:
+        query: ``[B, Hq, N, D]``.
+        key, value: ``[B, Hkv, M, D]`` with ``M >= N``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
+        window: tokens a query sees, its own included; None means all earlier ones.
+        cu_seqlens, q_start, scale, softcap, sink_logits, return_lse, backend: as in ``block_pattern_attention``.
+
+    Returns:
+        ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and its value.
+    """
+    inputs = check_inputs(
+        query,
+        key,
+        value,
+        cu_seqlens=cu_seqlens,
+        q_start=q_start,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    _check_window(window)
+    choose_backend(backend, query)
+    if not return_lse and reference.fused_applies(inputs, window):
+        return reference.fused_attention(inputs)
+    out, lse = reference.attention(inputs, window)
+    return (out, lse) if return_lse else out
+
+
+def causal_attention_dense(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor]:
+    """The oracle of :func:`causal_attention`: builds the whole ``N x M`` mask, in plain autograd.
+
+    Returns:
+        ``out [B, Hq, N, D]`` and ``lse [B, Hq, N]``.
+    """
+    _check_window(window)
+    return reference.dense_attention(check_inputs(query, key, value, **options), window)
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1 token (the query's own), or None for no window")

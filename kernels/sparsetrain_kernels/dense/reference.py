@@ -1,0 +1,119 @@
+"""Causal attention in plain PyTorch: torch's fused attention where it is the same operation, else gathered tiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetrain_kernels.gather import gather_attention
+from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.masked import masked_attention
+
+
+@dataclass(frozen=True)
+class _CausalTiles:
+    """All key tiles up to the diagonal, or those a sliding window of ``window`` tokens can reach."""
+
+    window: int | None
+    block: int = 128
+    per_head: bool = False
+
+    def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
+        first = 0 if self.window is None else max(0, (query_block * self.block - self.window + 1) // self.block)
+        return tuple(range(first, query_block + 1))
+
+
+def attention(inputs: AttentionInputs, window: int | None) -> tuple[Tensor, Tensor]:
+    """Query tiles by the key tiles up to the diagonal; a window clips the left side."""
+    return gather_attention(inputs, _CausalTiles(window), window)
+
+
+def fused_applies(inputs: AttentionInputs, window: int | None) -> bool:
+    """Whether torch's fused attention computes exactly this: no extras, and each document square or a single row."""
+    plain = window is None and inputs.softcap is None and inputs.sink_logits is None
+    return plain and all(document.position == 0 or document.rows == 1 for document in inputs.documents)
+
+
+def fused_attention(inputs: AttentionInputs) -> Tensor:
+    """One call a document, or one for all of them where torch has it."""
+    if len(inputs.documents) > 1 and _varlen_applies(inputs.query):
+        return _varlen_attention(inputs)
+    outs = []
+    for row, rows, position, key in inputs.documents:
+        keys = slice(key, key + position + rows)
+        outs.append(
+            F.scaled_dot_product_attention(
+                inputs.query[:, :, row : row + rows],
+                inputs.key[:, :, keys],
+                inputs.value[:, :, keys],
+                is_causal=rows > 1,
+                scale=inputs.scale,
+                enable_gqa=True,
+            )
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _varlen_applies(query: Tensor) -> bool:
+    """Whether torch's attention for packed documents takes these tensors: FlashAttention on CUDA, half precision."""
+    takes = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    return query.is_cuda and takes and {"scale", "window_size", "enable_gqa"} <= _varlen_parameters()
+
+
+@lru_cache(maxsize=1)
+def _varlen_parameters() -> set[str]:
+    """What this torch's ``varlen_attn`` understands; it came in 2.10 and learnt grouped heads later."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return set()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return set(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_attention(inputs: AttentionInputs) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (inputs.query, inputs.key, inputs.value))
+    lengths = [document.rows for document in inputs.documents]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
+    longest = max(lengths)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=inputs.scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    return out.transpose(0, 1)[None]
+
+
+def dense_attention(inputs: AttentionInputs, window: int | None) -> tuple[Tensor, Tensor]:
+    """Builds the whole mask: the definition of the operation."""
+    rows, keys = inputs.query.shape[2], inputs.key.shape[2]
+    visible = torch.zeros(rows, keys, dtype=torch.bool)
+    for row, count, position, key in inputs.documents:
+        document = torch.ones(count, position + count, dtype=torch.bool).tril(position)
+        if window is not None:
+            document = document.triu(position - window + 1)
+        visible[row : row + count, key : key + position + count] = document
+    return masked_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        visible.to(inputs.query.device),
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        sink_logits=inputs.sink_logits,
+    )

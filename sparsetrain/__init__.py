@@ -1,0 +1,20 @@
+"""Finetune Hugging Face language models with sparse attention for long contexts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsetrain.modeling import load, save, sparsify
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "save", "sparsify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when a model is touched."""
+    if name in ("load", "save", "sparsify"):
+        from sparsetrain import modeling
+
+        return getattr(modeling, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

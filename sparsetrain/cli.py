@@ -1,0 +1,328 @@
+"""The ``sparsetrain`` command. Each subcommand imports what it needs: help is instant, and recipes need no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsetrain import __version__
+from sparsetrain.errors import ModelError, RecipeError, SparsetrainError
+
+if TYPE_CHECKING:
+    from sparsetrain.recipe import LoadedRecipe
+
+app = typer.Typer(
+    name="sparsetrain",
+    help="Finetune Hugging Face language models with sparse attention for long contexts.",
+    epilog="Start with: sparsetrain run quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+recipes = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(recipes, name="recipe")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings laid over the recipe, such as train.lr=2e-5.", show_default=False
+    ),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    A :class:`SparsetrainError` becomes its message on stderr; ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="sparsetrain")
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SparsetrainError as error:
+        if os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+            raise
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"error{rank}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparsetrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint of the run folder.")
+    ] = False,
+    output: Annotated[
+        str | None, typer.Option(help="Run folder; the same as the override output=FOLDER.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a recipe in this process.
+
+    \b
+    Examples:
+      sparsetrain run quickstart
+      sparsetrain run quickstart attention.method=sliding attention.block=32 --output runs/sliding
+      sparsetrain run my.yaml train.lr=2e-5 eval.passkey.lengths=[4096,8192]
+      sparsetrain run my.yaml --resume
+
+    \b
+    Several GPUs, one process each, through DeepSpeed's launcher:
+      deepspeed launch/train.py my.yaml train.lr=2e-5
+    """
+    from sparsetrain.recipe import load_recipe
+
+    loaded = load_recipe(recipe, [*(overrides or []), *([f"output={json.dumps(output)}"] if output else [])])
+    if os.environ.get("RANK", "0") == "0":
+        _print_notes(loaded)
+    from sparsetrain.training.run import run as train
+
+    train(loaded.recipe, resume=resume)
+
+
+@app.command(name="eval")
+def evaluate_folder(
+    folder: Annotated[Path, typer.Argument(help="A trained model: the final/ of a run folder.", show_default=False)],
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file.", show_default=False)
+    ] = None,
+) -> None:
+    """Evaluate a trained folder by the eval section of a recipe.
+
+    The folder says which attention method it was trained with; the recipe says what is measured.
+
+    \b
+    Examples:
+      sparsetrain eval runs/quickstart/final quickstart
+      sparsetrain eval runs/quickstart/final quickstart eval.passkey.lengths=[4096] --output result.json
+    """
+    from sparsetrain.recipe import load_recipe
+
+    for override in overrides or []:
+        if not override.startswith(("eval.", "eval=", "train.seed=")):
+            raise RecipeError(f"{override} has no effect here: the folder says what is evaluated, the recipe only how")
+    loaded = load_recipe(recipe, overrides or [])
+    section = loaded.recipe.eval
+    if section.perplexity is None and section.passkey is None:
+        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity or eval.passkey")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no model (no config.json); give the final/ folder of a run")
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+
+    from sparsetrain.evaluation import evaluate
+    from sparsetrain.evaluation.report import print_results
+    from sparsetrain.modeling import load
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load(folder)
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+        result = evaluate(
+            model,
+            tokenizer,
+            section,
+            device=device,
+            seed=loaded.recipe.train.seed,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print_results({str(folder): result})
+    if output is not None:
+        output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="Also check this machine for the needs of a recipe.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, stale locks, GPU and kernels, ports, disk, W&B login.
+
+    Exits with code 2 if anything would stop a run.
+
+    \b
+    Examples:
+      sparsetrain doctor
+      sparsetrain doctor qwen3-8b-power-128k
+    """
+    from sparsetrain.doctor import diagnose
+    from sparsetrain.recipe import load_recipe
+
+    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
+    raise typer.Exit(diagnose(None if loaded is None else loaded.recipe))
+
+
+@recipes.command(name="list")
+def list_recipes() -> None:
+    """List the recipes that come with sparsetrain.
+
+    \b
+    Start from one of them:
+      sparsetrain recipe copy quickstart my.yaml
+    """
+    from sparsetrain.recipe.describe import summary
+    from sparsetrain.recipe.shipped import shipped_recipes
+
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, file in shipped.items():
+        print(f"{name:{width}}  {summary(file)}".rstrip())
+
+
+@recipes.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Put its description above every field.")] = False,
+) -> None:
+    """Print a recipe as a run would see it: bases merged, overrides applied, defaults filled in.
+
+    \b
+    Examples:
+      sparsetrain recipe show quickstart
+      sparsetrain recipe show quickstart train.lr=2e-5 --explain
+    """
+    from sparsetrain.recipe import dump_recipe, load_recipe
+    from sparsetrain.recipe.describe import explained
+
+    loaded = load_recipe(recipe, overrides or [])
+    _print_notes(loaded)
+    print(explained(loaded.recipe) if explain else dump_recipe(loaded.recipe), end="")
+
+
+@recipes.command()
+def copy(
+    recipe: RecipeArgument,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="File or folder to copy to; by default here.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe, comments included, to start your own. Never overwrites.
+
+    \b
+    Examples:
+      sparsetrain recipe copy quickstart
+      sparsetrain recipe copy qwen3-8b-power-128k my.yaml
+    """
+    from sparsetrain.recipe.shipped import find_recipe
+
+    source = find_recipe(recipe)
+    target = Path() if target is None else target
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise RecipeError(f"{target} exists already; give another name: sparsetrain recipe copy {recipe} NAME.yaml")
+    if not target.parent.is_dir():
+        raise RecipeError(f"there is no folder {target.parent} to copy to")
+    shutil.copyfile(source, target)
+    print(f"copied to {target}; train it with: sparsetrain run {target}")
+
+
+@recipes.command()
+def validate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and overrides for all of them.", show_default=False
+        ),
+    ],
+    ranks: Annotated[int, typer.Option(min=1, help="GPUs to resolve the batch for.")] = 1,
+) -> None:
+    """Check recipes without loading a model, and print what follows from them.
+
+    \b
+    Examples:
+      sparsetrain recipe validate my.yaml
+      sparsetrain recipe validate recipes/*.yaml --ranks 8
+      sparsetrain recipe validate my.yaml train.lr=2e-5
+    """
+    from sparsetrain.recipe import load_recipe
+    from sparsetrain.recipe.describe import attention_facts, batch_facts
+
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
+    names = [argument for argument in arguments if argument not in overrides]
+    if not names:
+        raise RecipeError("name at least one recipe to validate")
+    failures = 0
+    for name in names:
+        try:
+            loaded = load_recipe(name, overrides)
+            facts = f"{batch_facts(loaded.recipe, ranks)}; {attention_facts(loaded.recipe)}"
+            _check_deepspeed(loaded, ranks)
+        except SparsetrainError as error:
+            failures += 1
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"{name}: valid: {facts}")
+            _print_notes(loaded)
+    if failures:
+        raise typer.Exit(RecipeError.exit_code)
+
+
+@recipes.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for completion in editors.
+
+    \b
+    Save it, and put this first line into a recipe (VS Code, Neovim and JetBrains read it):
+      sparsetrain recipe schema > recipe.schema.json
+      # yaml-language-server: $schema=recipe.schema.json
+    """
+    from sparsetrain.recipe.describe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:
+    """Refuse a DeepSpeed JSON that contradicts the recipe."""
+    from sparsetrain.recipe.batch import plan_batch
+    from sparsetrain.training.deepspeed_config import deepspeed_config
+
+    deepspeed_config(loaded.recipe, plan_batch(loaded.recipe, ranks, rows_per_epoch=1))
+
+
+def _print_notes(loaded: LoadedRecipe) -> None:
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

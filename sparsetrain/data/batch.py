@@ -1,0 +1,78 @@
+"""Rows and batches: packed documents as one flat row that carries its boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE = -100
+"""Label of a token that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: up to ``sequence.length`` tokens of one or more documents."""
+
+    input_ids: np.ndarray
+    """int64 ``[n]``."""
+    labels: np.ndarray
+    """int64 ``[n]``, aligned with ``input_ids`` (not shifted); ``-100`` carries no loss. The first token of every
+    document is ``-100``: nothing before it may predict it."""
+    lengths: list[int]
+    """Tokens of each document; they sum to ``n``."""
+    origin: list[str]
+    """Name of each document: ``source:row``, with ``@token`` where a long document goes on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward pass, flattened to ``[1, T]``: no padding, boundaries in ``cu_seqlens``."""
+
+    input_ids: torch.Tensor
+    """int64 ``[1, T]``."""
+    labels: torch.Tensor
+    """int64 ``[1, T]``, aligned with ``input_ids``; ``-100`` carries no loss."""
+    position_ids: torch.Tensor
+    """int64 ``[1, T]``; restarts at 0 with every document."""
+    cu_seqlens: torch.Tensor
+    """int32 ``[documents + 1]``: where each document starts, and ``T``."""
+    num_target_tokens: int
+    """Tokens that carry loss. Shifting the labels loses none, since no document starts with one."""
+    origin: list[str]
+    """Name of each document."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "labels", "position_ids", "cu_seqlens")
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank feeds forward and backward in one optimizer step."""
+
+    micro_batches: list[Batch]
+    """One for each accumulation step."""
+    state: dict[str, Any]
+    """State of the row stream after this step, the same on every rank and JSON-able."""
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Lay rows end to end in one flat row. Every document of every row keeps its own boundaries and positions."""
+    lengths = [length for row in rows for length in row.lengths]
+    labels = np.concatenate([row.labels for row in rows])
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows]))[None],
+        labels=torch.from_numpy(labels)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        num_target_tokens=int((labels != IGNORE).sum()),
+        origin=[name for row in rows for name in row.origin],
+    )

@@ -1,0 +1,60 @@
+"""From the recipe's ``data`` and ``sequence`` sections to the stream of training rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from sparsetrain.data.mapped import MappedSource
+from sparsetrain.data.stream import DocumentSource, RowStream
+from sparsetrain.data.streamed import StreamedSource
+from sparsetrain.data.synthetic import SyntheticSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import DataSection, DataSource, SequenceSection
+
+logger = logging.getLogger(__name__)
+
+
+def build_rows(
+    data: DataSection, sequence: SequenceSection, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> RowStream:
+    """Open every source of the mixture (tokenising the mapped ones, or taking them from the cache) and pack them.
+
+    Raises:
+        DataError: a source is missing, empty, malformed where the recipe says stop, or lacks a column.
+    """
+    return RowStream(
+        [_source(source, data, sequence, tokenizer, seed, index) for index, source in enumerate(data.sources)],
+        [source.weight for source in data.sources],
+        row_length=sequence.length,
+        packing=sequence.packing,
+        long_documents=data.long_documents,
+        shuffle=any(source.shuffle and source.synthetic is None for source in data.sources),
+        seed=seed,
+    )
+
+
+def _source(
+    source: DataSource,
+    data: DataSection,
+    sequence: SequenceSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    index: int,
+) -> DocumentSource:
+    if source.synthetic is not None:
+        return SyntheticSource(source, tokenizer, sequence.length, seed, index)
+    if source.streaming:
+        return StreamedSource(source, data, tokenizer)
+    mapped = MappedSource(source, data, tokenizer, seed, index)
+    long = int((mapped.lengths > sequence.length).sum())
+    if long and data.long_documents != "split":
+        done = "left out" if data.long_documents == "drop" else "cut to their first row"
+        logger.warning(
+            "data source %r: %d of %d documents are longer than sequence.length=%d and are %s (data.long_documents=%s)",
+            mapped.label, long, mapped.size, sequence.length, done, data.long_documents,
+        )  # fmt: skip
+    return mapped

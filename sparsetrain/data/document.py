@@ -1,0 +1,110 @@
+"""A tokenised document and the pieces of it that go into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from sparsetrain.data.batch import IGNORE
+
+LongDocuments = Literal["split", "truncate", "drop"]
+
+MIN_TOKENS = 2
+"""A shorter piece has no token that could be predicted."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a document and which of them are learned."""
+
+    input_ids: np.ndarray
+    """Integers ``[n]``."""
+    targets: list[tuple[int, int]]
+    """Half-open spans of tokens that carry loss, ascending."""
+
+
+class Document:
+    """One document. Its length is known; its tokens are read when they are first needed.
+
+    Args:
+        origin: its name, ``source:row``.
+        length: number of tokens.
+        read: gives the tokens.
+    """
+
+    def __init__(self, origin: str, length: int, read: Callable[[], Tokens]) -> None:
+        self.origin = origin
+        self.length = length
+        self._read = read
+
+    @classmethod
+    def of(cls, origin: str, tokens: Tokens) -> Document:
+        """A document that has been read already."""
+        return cls(origin, len(tokens.input_ids), lambda: tokens)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The tokens, read once."""
+        return self._read()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``stop`` of a document."""
+
+    document: Document
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.start
+
+    @property
+    def origin(self) -> str:
+        """Name of the document, with the first token where this is not its beginning."""
+        return f"{self.document.origin}@{self.start}" if self.start else self.document.origin
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any token but the first, which nothing predicts, carries loss."""
+        return any(max(first, self.start + 1) < min(last, self.stop) for first, last in self.document.tokens.targets)
+
+    def input_ids(self) -> np.ndarray:
+        """int64 ``[length]``."""
+        return self.document.tokens.input_ids[self.start : self.stop].astype(np.int64)
+
+    def labels(self) -> np.ndarray:
+        """int64 ``[length]``; ``-100`` at the first token and wherever no loss is taken."""
+        input_ids = self.input_ids()
+        labels = np.full_like(input_ids, IGNORE)
+        for first, last in self.document.tokens.targets:
+            span = slice(max(first - self.start, 1), max(last - self.start, 1))
+            labels[span] = input_ids[span]
+        return labels
+
+
+def cut(document: Document, row_length: int, long_documents: LongDocuments) -> list[Piece]:
+    """The pieces of a document that go into rows of ``row_length`` tokens.
+
+    A document that fits into a row is never cut: a question must not lose its context. A longer one is cut into full
+    rows and a remainder (``split``), to its first row (``truncate``), or left out (``drop``). Pieces without a target,
+    such as a part of a long prompt, are left out: they would cost compute and change no weight.
+    """
+    if document.length <= row_length:
+        return [Piece(document, 0, document.length)]
+    if long_documents == "drop":
+        return []
+    if long_documents == "truncate":
+        edges = [0, row_length]
+    else:
+        edges = [*range(0, document.length, row_length), document.length]
+        if edges[-1] - edges[-2] < MIN_TOKENS:
+            edges[-2] -= 1
+    pieces = [Piece(document, start, stop) for start, stop in pairwise(edges)]
+    return [piece for piece in pieces if piece.has_target]

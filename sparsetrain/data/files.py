@@ -1,0 +1,184 @@
+"""Local files: which ones a path names, and their rows one at a time."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+
+from sparsetrain.errors import DataError
+
+Kind = Literal["lines", "documents", "parquet", "arrow"]
+
+KINDS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "documents",
+    ".md": "documents",
+    ".rst": "documents",
+    ".py": "documents",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+STDLIB_HELD_OUT = 20
+"""Every 20th file of the standard library is the validation split."""
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means local files rather than a Hub dataset: it exists, or could not be a Hub id."""
+    return (
+        os.path.exists(os.path.expanduser(path))
+        or glob.has_magic(path)
+        or path.startswith(("/", ".", "~"))
+        or _suffix(path) in KINDS
+        or path.count("/") > 1
+    )
+
+
+def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
+    """The files that a file name, glob or folder names, sorted, and what they are.
+
+    Raises:
+        DataError: there are none, they are of an unknown kind, or of several.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        candidates = sorted(str(file) for file in Path(expanded).rglob("*") if _visible(file.relative_to(expanded)))
+        files = [file for file in candidates if _suffix(file) in KINDS and os.path.isfile(file)]
+        nothing = f"the folder {path} holds no {', '.join(KINDS)} file"
+    elif glob.has_magic(expanded) and not os.path.exists(expanded):
+        files = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
+        nothing = f"no file matches {path}"
+    else:
+        files = [expanded] if os.path.exists(expanded) else []
+        nothing = f"{path} does not exist (looked in {os.getcwd()})"
+    if not files:
+        raise DataError(f"data source {label!r}: {nothing}")
+    kinds: dict[Kind, str] = {}
+    for file in files:
+        if _suffix(file) not in KINDS:
+            raise DataError(f"data source {label!r}: {file} is of no known kind; known are {', '.join(KINDS)}")
+        kinds.setdefault(KINDS[_suffix(file)], file)
+    if len(kinds) > 1:
+        raise DataError(
+            f"data source {label!r}: {path} mixes kinds of files ({', '.join(kinds.values())}); "
+            "name one kind with a glob, such as folder/**/*.jsonl"
+        )
+    return next(iter(kinds)), files
+
+
+def stdlib_files(label: str, split: str) -> list[str]:
+    """The running interpreter's own library, without tests, installed packages and files that are not UTF-8.
+
+    Raises:
+        DataError: ``split`` is neither ``train`` nor ``validation``.
+    """
+    if split not in ("train", "validation"):
+        raise DataError(f"data source {label!r}: python-stdlib has the splits train and validation, not {split!r}")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        file
+        for file in root.rglob("*.py")
+        if not STDLIB_SKIPPED.intersection(file.relative_to(root).parts)
+        # Written when the interpreter was built, and full of that machine's paths.
+        and not file.name.startswith("_sysconfigdata")
+        and _is_utf8(file)
+    )
+    return [str(file) for i, file in enumerate(files) if (i % STDLIB_HELD_OUT == 0) == (split == "validation")]
+
+
+def stamped(files: list[str]) -> list[tuple[str, int, int]]:
+    """Files with their size and time of change, so that a changed file is never taken from the cache."""
+    return [(file, (status := os.stat(file)).st_size, status.st_mtime_ns) for file in map(os.path.abspath, files)]
+
+
+def read_documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """One row a file: ``{place, text}``.
+
+    Raises:
+        DataError: a file is not UTF-8.
+    """
+    for file, _, _ in files:
+        try:
+            with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as stream:
+                text = stream.read()
+        except UnicodeDecodeError as problem:
+            raise DataError(f"{file} is not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+        yield {"place": file, "text": text}
+
+
+def read_lines(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """One row for each JSON value, unparsed: ``{place, text}``, place being ``file:line`` or ``file[index]``."""
+    for file, _, _ in files:
+        # A byte that is not UTF-8 becomes \xNN, which JSON refuses: the line counts as malformed, the others are read.
+        with fsspec.open(
+            file, "rt", encoding="utf-8-sig", errors="backslashreplace", compression="infer", newline="\n"
+        ) as stream:
+            first = stream.readline()
+            if _suffix(file) == ".json" and first.lstrip().startswith("["):
+                yield from _read_array(file, first + stream.read())
+                continue
+            for number, line in enumerate(_chain(first, stream), start=1):
+                if line.strip():
+                    yield {"place": f"{file}:{number}", "text": line.rstrip("\r\n")}
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """The object on one line.
+
+    Raises:
+        ValueError: the line is not JSON, or not an object.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"not valid JSON: {problem.msg} at column {problem.colno}") from problem
+    except RecursionError as problem:
+        raise ValueError("nested too deeply") from problem
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, not an object")
+    return row
+
+
+def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
+    try:
+        items = json.loads(content)
+    except json.JSONDecodeError as problem:
+        raise DataError(
+            f"{file}:{problem.lineno} is not valid JSON: {problem.msg} at column {problem.colno}"
+        ) from problem
+    for index, item in enumerate(items):
+        yield {"place": f"{file}[{index}]", "text": json.dumps(item)}
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _suffix(path: str) -> str:
+    """The suffix that tells the format, under that of a compression."""
+    stem, suffix = os.path.splitext(path)
+    return os.path.splitext(stem)[1].lower() if suffix.lower() in COMPRESSIONS else suffix.lower()
+
+
+def _visible(relative: Path) -> bool:
+    return not any(part.startswith(".") for part in relative.parts)
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

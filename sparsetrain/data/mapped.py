@@ -1,0 +1,162 @@
+"""Sources that are tokenised once, cached, and drawn from in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from filelock import FileLock
+
+from sparsetrain.data.document import MIN_TOKENS, Document, Tokens
+from sparsetrain.data.encoding import tokenizer_fingerprint
+from sparsetrain.data.randomness import generator
+from sparsetrain.data.render import RENDER_VERSION, MalformedRow
+from sparsetrain.data.sources import Reader, open_source
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import DataSection, DataSource
+
+logger = logging.getLogger(__name__)
+
+MALFORMED = -1
+"""Length recorded for a row that cannot be read."""
+NAMED_ROWS = 3
+"""Malformed rows named in messages; the others are counted."""
+ROWS_AT_ONCE = 64
+"""Rows tokenised before they are written; book-length rows must fit in memory that many times."""
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "targets": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int64"),
+        "error": datasets.Value("string"),
+    }
+)
+
+
+def tokenize_rows(
+    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: PreTrainedTokenizerBase, reader: Reader
+) -> dict[str, list[Any]]:
+    """Tokenise a batch of raw rows; a row that cannot be read gets an ``error`` and no tokens."""
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for position, index in enumerate(indices):
+        raw = {name: values[position] for name, values in batch.items()}
+        try:
+            input_ids, targets = reader.tokens(raw, tokenizer)
+            length, error = len(input_ids), None
+        except MalformedRow as problem:
+            input_ids, targets = np.empty(0, np.int32), []
+            length, error = MALFORMED, f"{reader.place(raw, index)}: {problem}"
+        columns["input_ids"].append(input_ids)
+        columns["targets"].append([edge for span in targets for edge in span])
+        columns["length"].append(length)
+        columns["error"].append(error)
+    return columns
+
+
+class MappedSource:
+    """The documents of a source that is tokenised once, each epoch in a new seeded order.
+
+    Args:
+        source, data: the source and the section it stands in.
+        seed, index: what the order depends on, ``index`` being the source's place in the mixture.
+
+    Raises:
+        DataError: the source is missing or empty, or has malformed rows where the recipe says stop.
+    """
+
+    def __init__(
+        self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, index: int
+    ) -> None:
+        self.label = source.label
+        self._rows = tokenized(source, tokenizer, data.num_workers).with_format("numpy")
+        lengths = self._rows["length"][:]
+        malformed = np.flatnonzero(lengths == MALFORMED)
+        self.malformed = len(malformed)
+        if self.malformed:
+            self._report(malformed, len(lengths), stop=data.on_malformed == "stop")
+        self._usable = np.flatnonzero(lengths >= MIN_TOKENS)
+        self.lengths: np.ndarray = lengths[self._usable]
+        """Tokens of each document."""
+        if not self.size:
+            raise DataError(f"data source {self.label!r} is empty: none of its {len(lengths)} rows gives a document")
+        if empty := len(lengths) - self.malformed - self.size:
+            logger.info("data source %r: %d empty rows are left out", self.label, empty)
+        self._shuffle = source.shuffle
+        self._seed = (seed, "order", index)
+        self._order = (-1, self._usable)
+        self._drawn = 0
+
+    @property
+    def size(self) -> int:
+        """Documents in an epoch."""
+        return len(self._usable)
+
+    def next_document(self) -> Document:
+        """The next document of this epoch, or the first of the next one."""
+        epoch, place = divmod(self._drawn, self.size)
+        if self._shuffle and self._order[0] != epoch:
+            self._order = (epoch, generator(*self._seed, epoch).permutation(self.size))
+        document = int(self._order[1][place]) if self._shuffle else place
+        row = int(self._usable[document])
+        self._drawn += 1
+        return Document(f"{self.label}:{row}", int(self.lengths[document]), lambda: self._read(row))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many documents were drawn, in all epochs."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the documents drawn."""
+        self._drawn = state["drawn"]
+
+    def _read(self, row: int) -> Tokens:
+        columns = self._rows[row]
+        return Tokens(
+            columns["input_ids"], [(int(start), int(stop)) for start, stop in columns["targets"].reshape(-1, 2)]
+        )
+
+    def _report(self, malformed: np.ndarray, rows: int, *, stop: bool) -> None:
+        named = "; ".join(str(self._rows[int(row)]["error"]) for row in malformed[:NAMED_ROWS])
+        message = (
+            f"data source {self.label!r}: {len(malformed)} of {rows} rows cannot be read: {named}"
+            f"{'; ...' if len(malformed) > NAMED_ROWS else ''}"
+        )
+        if stop:
+            raise DataError(f"{message}. Mend them, or set data.on_malformed=skip to train on the others")
+        logger.warning("%s", message)
+
+
+def tokenized(source: DataSource, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> datasets.Dataset:
+    """The rows of a source, tokenised or taken from the cache.
+
+    The cache is keyed by the rows, the tokenizer's content, the form and the version of our rendering.
+    """
+    opened = open_source(source, tokenizer, streaming=False)
+    rows = opened.open()
+    identity = (rows._fingerprint, tokenizer_fingerprint(tokenizer), opened.reader, RENDER_VERSION)
+    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    processes = min(num_workers, len(rows))
+    # One rank of a machine tokenises; the others wait and read what it wrote.
+    with FileLock(Path(datasets.config.HF_DATASETS_CACHE) / f"sparsetrain-{fingerprint}.lock"):
+        return rows.map(
+            tokenize_rows,
+            batched=True,
+            with_indices=True,
+            batch_size=ROWS_AT_ONCE,
+            writer_batch_size=ROWS_AT_ONCE,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            fn_kwargs={"tokenizer": tokenizer, "reader": opened.reader},
+            num_proc=processes if processes > 1 else None,
+            new_fingerprint=fingerprint,
+            desc=f"tokenising {source.label}",
+        )

@@ -1,0 +1,180 @@
+"""Opening a data source with Hugging Face ``datasets``, and finding out how its rows become tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+
+from sparsetrain.data.files import find_files, is_local, parse_line, read_documents, read_lines, stamped, stdlib_files
+from sparsetrain.data.render import MalformedRow, RowForm, render, resolve_form
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.data.document import Tokens
+    from sparsetrain.recipe.schema import DataSource
+
+datasets.utils.logging.set_verbosity_error()
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
+
+Layout = Literal["lines", "documents", "table"]
+"""What a raw row is: an unparsed line of JSON, a whole file, or the columns of a table."""
+
+ROWS_TRIED = 1000
+"""Lines looked at to find the first that parses, whose keys are taken for the columns."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a raw row is read and named. Small and picklable: it travels to the tokenising processes."""
+
+    layout: Layout
+    form: RowForm
+
+    def place(self, raw: Mapping[str, Any], index: int) -> str:
+        """Where a row stands: its file and line, or its number."""
+        return f"row {index}" if self.layout == "table" else raw["place"]
+
+    def tokens(self, raw: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
+        """The tokens of a raw row.
+
+        Raises:
+            MalformedRow: it cannot be read.
+        """
+        return render(_fields(raw, self.layout), self.form, tokenizer)
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source whose rows can be read."""
+
+    open: Callable[[], datasets.Dataset | datasets.IterableDataset]
+    """Gives the rows from the beginning."""
+    reader: Reader
+
+
+def open_source(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, streaming: bool) -> OpenSource:
+    """Open a source of rows: local files, the standard library, or a Hub dataset.
+
+    Args:
+        streaming: give a ``datasets.IterableDataset`` that reads rows as they are asked for; else a ``Dataset``.
+
+    Raises:
+        DataError: it is missing, unreadable, empty, or has no column that its form needs.
+    """
+    layout, opened = _local(source, streaming) if _is_on_disk(source) else _hub(source, streaming)
+    rows = opened()
+    form = resolve_form(source, _columns(source, rows, layout), tokenizer)
+    return OpenSource(opened, Reader(layout, form))
+
+
+def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """The raw rows, with a failure of the library told as ours."""
+    try:
+        yield from rows
+    except Exception as problem:
+        raise _unreadable(source, problem) from problem
+
+
+def _is_on_disk(source: DataSource) -> bool:
+    assert source.path is not None
+    return source.path == "python-stdlib" or is_local(source.path)
+
+
+def _local(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+    assert source.path is not None
+    hub_only = [name for name in ("subset", "revision") if getattr(source, name) is not None]
+    if source.path == "python-stdlib":
+        kind, files = "documents", stdlib_files(source.label, source.split)
+    else:
+        if source.split != "train":
+            hub_only.append("split")
+        kind, files = find_files(source.label, source.path)
+    if hub_only:
+        raise DataError(
+            f"data source {source.label!r}: {hub_only[0]} belongs to Hub datasets; {source.path} is local, so let path "
+            "name the files wanted"
+        )
+    if kind in ("parquet", "arrow"):
+        return "table", lambda: _loaded(source, kind, data_files={"train": files}, split="train", streaming=streaming)
+    layout: Layout = "lines" if kind == "lines" else "documents"
+    return layout, lambda: _generated(source, layout, stamped(files), streaming)
+
+
+def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+    return "table", lambda: _loaded(
+        source, source.path, name=source.subset, split=source.split, revision=source.revision, streaming=streaming
+    )
+
+
+def _loaded(source: DataSource, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as problem:
+        raise _unreadable(source, problem) from problem
+
+
+def _generated(source: DataSource, layout: Layout, files: list[tuple[str, int, int]], streaming: bool) -> Any:
+    generate = read_lines if layout == "lines" else read_documents
+    features = datasets.Features({"place": datasets.Value("string"), "text": datasets.Value("large_string")})
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    try:
+        if next(generate(files), None) is None:
+            raise _empty(source)
+        return kind.from_generator(generate, features=features, gen_kwargs={"files": files})
+    except Exception as problem:
+        raise _unreadable(source, problem) from problem
+
+
+def _empty(source: DataSource) -> DataError:
+    return DataError(f"data source {source.label!r} is empty: {source.path} has no rows")
+
+
+def _unreadable(source: DataSource, problem: BaseException) -> DataError:
+    """The library's failure with its root cause, and what to do about it."""
+    if isinstance(problem, DataError):
+        return problem
+    cause = problem
+    while cause.__cause__ is not None and not isinstance(cause, DataError):
+        cause = cause.__cause__
+    reason = f"{type(cause).__name__}: {cause}" if not isinstance(cause, DataError) else str(cause)
+    if _is_on_disk(source):
+        return DataError(f"data source {source.label!r} cannot be read: {reason}")
+    return DataError(
+        f"data source {source.label!r}: {source.path!r} is no local file or folder, and as a Hub dataset (subset "
+        f"{source.subset}, split {source.split}) it cannot be opened: {reason}. Check the id, subset and split; log in "
+        "with `hf auth login` if it is gated; without a network, download it where there is one and let path name "
+        "its files"
+    )
+
+
+def _columns(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset, layout: Layout) -> list[str]:
+    if layout == "table" and rows.column_names is not None and isinstance(rows, datasets.Dataset) and len(rows):
+        return list(rows.column_names)
+    problem = ""
+    for raw in islice(rows_of(source, rows), ROWS_TRIED):
+        try:
+            return list(_fields(raw, layout))
+        except MalformedRow as malformed:
+            problem = problem or f": {raw['place']}: {malformed}"
+    if problem:
+        raise DataError(f"data source {source.label!r} holds no row that can be read{problem}")
+    raise _empty(source)
+
+
+def _fields(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+    if layout == "table":
+        return raw
+    if layout == "documents":
+        return {"text": raw["text"]}
+    try:
+        return parse_line(raw["text"])
+    except ValueError as problem:
+        raise MalformedRow(str(problem)) from problem

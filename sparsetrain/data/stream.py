@@ -1,0 +1,237 @@
+"""The endless stream of training rows: draw documents from the mixture, pack them, and know exactly where it stands."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparsetrain.data.batch import Row
+from sparsetrain.data.document import MIN_TOKENS, Document, LongDocuments, Piece, cut
+from sparsetrain.data.randomness import generator, uniform
+from sparsetrain.errors import DataError
+
+WINDOW_ROWS = 32
+"""Rows' worth of documents packed together. More fill rows better; fewer are quicker to draw again on resume."""
+BARREN_DOCUMENTS = 10_000
+"""Documents in a row that may give no row before the stream gives up."""
+
+
+class DocumentSource(Protocol):
+    """A source of the mixture: an endless, resumable sequence of documents."""
+
+    label: str
+
+    @property
+    def size(self) -> int | None:
+        """Documents in an epoch: 0 for a synthetic source, which has none; None for a stream, which does not know."""
+
+    @property
+    def malformed(self) -> int:
+        """Rows that could not be read, so far."""
+
+    def next_document(self) -> Document:
+        """The next document."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its position, JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a position."""
+
+
+class RowStream:
+    """An endless iterator over training rows, the same for every rank.
+
+    The source of document ``i`` is a function of ``seed`` and ``i``. Documents are drawn and packed a window at a time:
+    a window ends when its documents make ``WINDOW_ROWS`` full rows, and at the end of an epoch (when the mapped sources
+    together have given as many documents as they hold), so that an epoch is a whole number of rows. Within a window
+    each piece goes into the row it fits best, and the rows are shuffled if any source is.
+
+    A state is the position at the start of a window and the row within it; resuming packs that window again.
+
+    Args:
+        sources: the mixture.
+        weights: probability of each source, up to a factor.
+        row_length: tokens in a full row.
+        packing: fill rows with several documents; else one piece of a document a row.
+        long_documents: what becomes of documents longer than a row.
+        shuffle: shuffle the rows of a window.
+        seed: seed of everything random.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DocumentSource],
+        weights: Sequence[float],
+        *,
+        row_length: int,
+        packing: bool,
+        long_documents: LongDocuments,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
+        self._sources = sources
+        self._shares = [total / sum(weights) for total in accumulate(weights)]
+        self._row_length = row_length
+        self._packing = packing
+        self._long_documents = long_documents
+        self._shuffle = shuffle
+        self._seed = seed
+        self._epoch = sum(source.size or 0 for source in sources)
+        self._documents = 0
+        self._mapped_documents = 0
+        self._window: list[list[Piece]] = []
+        self._row = 0
+        self._window_start = self._position()
+        self._beginning = self.state_dict()
+
+    def __iter__(self) -> RowStream:
+        return self
+
+    def __next__(self) -> Row:
+        """The next row.
+
+        Raises:
+            DataError: a row of a streaming source cannot be read, or no document gives a row any more.
+        """
+        pieces = self._advance()
+        return Row(
+            input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
+            labels=np.concatenate([piece.labels() for piece in pieces]),
+            lengths=[piece.length for piece in pieces],
+            origin=[piece.origin for piece in pieces],
+        )
+
+    def skip(self) -> None:
+        """Pass over the next row; mapped sources do not even read it."""
+        self._advance()
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        """Malformed rows skipped so far, by source."""
+        counts: Counter[str] = Counter()
+        for source in self._sources:
+            counts[source.label] += source.malformed
+        return dict(counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position before the next row, JSON-able and independent of the number of ranks."""
+        return {"mixture": self._mixture(), "row": self._row, **self._window_start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a position.
+
+        Raises:
+            DataError: it was saved by another mixture, row length or seed, where it would mean other rows.
+        """
+        mine, theirs = self._mixture(), state["mixture"]
+        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            raise DataError(
+                f"the data position to resume from was saved with {changed[0]} {theirs.get(changed[0])}, and the "
+                f"recipe now gives {mine[changed[0]]}; resume with the recipe and the data of that run"
+            )
+        self._documents = state["documents"]
+        self._mapped_documents = state["mapped_documents"]
+        for source, position in zip(self._sources, state["sources"]):
+            source.load_state_dict(position)
+        self._window_start = self._position()
+        self._window, self._row = [], state["row"]
+        if self._row:
+            self._window = self._pack()
+
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch, counted by packing it. The order of later epochs may make a row more or less.
+
+        Raises:
+            DataError: a source streams, or all are synthetic: there is no end to count to.
+        """
+        if not self._epoch or any(source.size is None for source in self._sources):
+            raise DataError(
+                "epochs can only be counted over mapped sources; with a streaming source, or synthetic ones alone, "
+                "set train.steps or train.tokens instead of train.epochs"
+            )
+        here = self.state_dict()
+        self.load_state_dict(self._beginning)
+        rows = len(self._pack())
+        while self._mapped_documents < self._epoch:
+            rows += len(self._pack())
+        self.load_state_dict(here)
+        return rows
+
+    def _advance(self) -> list[Piece]:
+        if self._row == len(self._window):
+            self._window_start = self._position()
+            self._window, self._row = self._pack(), 0
+        self._row += 1
+        return self._window[self._row - 1]
+
+    def _pack(self) -> list[list[Piece]]:
+        """Draw the documents of the next window and lay their pieces into rows."""
+        start = self._documents
+        rows: list[list[Piece]] = []
+        rooms: list[tuple[int, int]] = []  # (free tokens, row), ascending
+        tokens = barren = 0
+        while True:
+            document, epoch_ends = self._draw()
+            pieces = cut(document, self._row_length, self._long_documents)
+            barren = 0 if pieces else barren + 1
+            if barren == BARREN_DOCUMENTS:
+                raise DataError(
+                    f"the last {barren:,} documents gave no row: with data.long_documents={self._long_documents}, none "
+                    f"has anything to learn within sequence.length={self._row_length} tokens"
+                )
+            for piece in pieces:
+                self._place(piece, rows, rooms)
+                tokens += piece.length
+            if rows and (epoch_ends or tokens >= WINDOW_ROWS * self._row_length):
+                break
+        if self._shuffle:
+            rows = [rows[i] for i in generator(self._seed, "rows", start).permutation(len(rows))]
+        return rows
+
+    def _place(self, piece: Piece, rows: list[list[Piece]], rooms: list[tuple[int, int]]) -> None:
+        """Put a piece where it leaves the least room, or into a new row."""
+        best = bisect_left(rooms, (piece.length, -1))
+        if best < len(rooms):
+            room, row = rooms.pop(best)
+            rows[row].append(piece)
+        else:
+            room, row = self._row_length, len(rows)
+            rows.append([piece])
+        if self._packing and room - piece.length >= MIN_TOKENS:
+            insort(rooms, (room - piece.length, row))
+
+    def _draw(self) -> tuple[Document, bool]:
+        """The next document of the mixture, and whether an epoch ends with it."""
+        choice = 0
+        if len(self._sources) > 1:
+            drawn = uniform(self._seed, "mixture", self._documents)
+            choice = min(bisect_right(self._shares, drawn), len(self._sources) - 1)
+        source = self._sources[choice]
+        self._documents += 1
+        self._mapped_documents += bool(source.size)
+        return source.next_document(), bool(source.size) and self._mapped_documents % self._epoch == 0
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "documents": self._documents,
+            "mapped_documents": self._mapped_documents,
+            "sources": [source.state_dict() for source in self._sources],
+        }
+
+    def _mixture(self) -> dict[str, Any]:
+        """What decides which rows a position stands for, under the names a reader of the recipe knows."""
+        return {
+            "train.seed": self._seed,
+            "sequence.length": self._row_length,
+            "sequence.packing": self._packing,
+            "data.long_documents": self._long_documents,
+            "documents in each source": [source.size for source in self._sources],
+            "cumulative weights": self._shares,
+        }

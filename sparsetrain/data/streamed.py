@@ -1,0 +1,117 @@
+"""Sources that are read and tokenised while training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from sparsetrain.data.document import MIN_TOKENS, Document
+from sparsetrain.data.render import MalformedRow
+from sparsetrain.data.sources import open_source, rows_of
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import DataSection, DataSource
+
+logger = logging.getLogger(__name__)
+
+NAMED_ROWS = 3
+"""Malformed rows named in the log; the others are counted."""
+
+
+class StreamedSource:
+    """The documents of a streaming source in the order of its rows, from the beginning again at each end.
+
+    The state holds that of the ``datasets`` stream, which finds its place again without reading what came before
+    where the format allows.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty.
+    """
+
+    size = None
+
+    def __init__(self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.label = source.label
+        self.malformed = 0
+        """Malformed rows met in the first pass."""
+        self._source = source
+        self._stop = data.on_malformed == "stop"
+        self._tokenizer = tokenizer
+        self._opened = open_source(source, tokenizer, streaming=True)
+        self._dataset: Any = None
+        self._resumed: dict[str, Any] | None = None
+        """State of the dataset as loaded; the dataset itself only knows it once a row is read."""
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._passes = 0
+        """Passes completed."""
+        self._row = 0
+        """Rows of this pass read so far."""
+        self._documents = 0
+        """Documents that they gave."""
+        self._rewind()
+
+    def next_document(self) -> Document:
+        """The next document.
+
+        Raises:
+            DataError: a row is malformed and the recipe says stop, reading failed, or a whole pass gave no document.
+        """
+        while True:
+            raw = next(self._rows, None)
+            self._resumed = None
+            if raw is None:
+                if not self._documents:
+                    raise DataError(
+                        f"data source {self.label!r} is empty: none of its {self._row} rows gives a document"
+                    )
+                self._passes += 1
+                self._rewind()
+                continue
+            row, self._row = self._row, self._row + 1
+            try:
+                tokens = self._opened.reader.tokens(raw, self._tokenizer)
+            except MalformedRow as problem:
+                self._report(f"data source {self.label!r}: {self._opened.reader.place(raw, row)}: {problem}")
+                continue
+            if len(tokens.input_ids) >= MIN_TOKENS:
+                self._documents += 1
+                return Document.of(f"{self.label}:{row}", tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {
+            "passes": self._passes,
+            "row": self._row,
+            "documents": self._documents,
+            "malformed": self.malformed,
+            "dataset": self._resumed or (self._dataset.state_dict() if self._row else None),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the stream stood."""
+        self._rewind()
+        self._passes, self._row = state["passes"], state["row"]
+        self._documents, self.malformed = state["documents"], state["malformed"]
+        self._resumed = state["dataset"]
+        if self._resumed is not None:
+            self._dataset.load_state_dict(deepcopy(self._resumed))
+
+    def _rewind(self) -> None:
+        # A new dataset each pass: one that resumed in the middle would start its next pass there again.
+        self._dataset = self._opened.open()
+        self._rows = rows_of(self._source, self._dataset)
+        self._row = self._documents = 0
+
+    def _report(self, message: str) -> None:
+        if self._stop:
+            raise DataError(f"{message}. Mend the row, or set data.on_malformed=skip to train on the others")
+        if self._passes:
+            return
+        self.malformed += 1
+        if self.malformed <= NAMED_ROWS:
+            logger.warning("%s (skipped%s)", message, "; more are only counted" if self.malformed == NAMED_ROWS else "")

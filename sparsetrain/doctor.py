@@ -1,0 +1,325 @@
+"""``sparsetrain doctor``: what would stop or spoil a run on this machine, found before it starts, with the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsetrain.recipe.local_model import model_folder
+from sparsetrain.recipe.schema import Recipe
+
+TESTED: dict[str, tuple[str, str]] = {
+    "torch": ("2.6", "2.13"),
+    "triton": ("3.2", "3.9"),
+    "transformers": ("5.12.1", "5.23"),
+    "deepspeed": ("0.18.2", "0.19"),
+    "peft": ("0.18", "0.21"),
+    "datasets": ("4.0", "5.2"),
+    "wandb": ("0.19", "0.31"),
+}
+"""Oldest version that works and newest one tried, by package."""
+
+PYTHON = ("3.10", "3.13")
+BUILD_SECONDS = 15 * 60
+"""An extension builds in minutes; a lock older than this has been left behind."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    status: Literal["ok", "warn", "fail"]
+    check: str
+    found: str
+    fix: str = ""
+
+
+def diagnose(recipe: Recipe | None = None) -> int:
+    """Run every check, print the findings, and return the exit code: 2 if one of them would stop a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    findings = list(run_checks(recipe))
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "check", "found"):
+        table.add_column(column, overflow="fold")
+    for each in findings:
+        table.add_row(f"[{colours[each.status]}]{each.status}[/]", each.check, each.found)
+    console = Console(highlight=False)
+    console.print(table)
+    for each in findings:
+        if each.fix:
+            # Not in the table, where it would be broken into lines and could not be copied.
+            console.print(f"\n{each.status} {each.check}: {each.fix}", soft_wrap=True, markup=False)
+    return 2 if any(each.status == "fail" for each in findings) else 0
+
+
+def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
+    """Every check in turn. One that breaks is itself a finding."""
+    checks: list[tuple[str, Callable[[], Finding | Iterable[Finding]]]] = [
+        ("versions", check_versions),
+        ("kernels package", check_kernels_package),
+        ("extension locks", check_extension_locks),
+        ("port", check_port),
+        ("device", check_device),
+        ("attention", check_attention),
+        ("compiler", lambda: check_compiler(recipe)),
+        ("W&B", lambda: check_wandb(recipe)),
+    ]
+    if recipe is not None:
+        checks.append(("disk", lambda: check_disk(recipe)))
+    for name, check in checks:
+        try:
+            result = check()
+            yield from [result] if isinstance(result, Finding) else list(result)
+        except Exception as error:
+            yield Finding("fail", name, f"the check itself failed: {type(error).__name__}: {error}")
+
+
+def check_versions() -> Iterator[Finding]:
+    """Python and the packages a run stands on, against the range they were tried in."""
+    yield check_version("python", platform.python_version(), *PYTHON)
+    for package, (oldest, newest) in TESTED.items():
+        if package == "triton" and platform.system() != "Linux":
+            continue
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield Finding("fail", package, "not installed", f"pip install '{package}>={oldest}'")
+        else:
+            yield check_version(package, found, oldest, newest)
+
+
+def check_version(package: str, found: str, oldest: str, newest: str) -> Finding:
+    """One version against its tested range; patch releases of the newest count as tried."""
+    from packaging.version import Version
+
+    tried = Version(newest).release
+    if Version(found) < Version(oldest):
+        fix = f"pip install --upgrade '{package}>={oldest}'" if package in TESTED else f"use Python {oldest} or newer"
+        return Finding("fail", package, f"{found} is older than {oldest}", fix)
+    if Version(found).release[: len(tried)] > tried:
+        fix = "it may well work; if something breaks, constraints.txt has the versions that were tried"
+        return Finding("warn", package, f"{found} is newer than {newest}, the newest tried", fix)
+    return Finding("ok", package, found)
+
+
+def check_kernels_package() -> Finding:
+    """Hugging Face's ``kernels``, which transformers imports if anything of that name can be imported."""
+    name = "kernels package"
+    spec = importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is None:
+        return Finding("ok", name, "not installed, and nothing in its place")
+    try:
+        distribution = metadata.distribution("kernels")
+        genuine = Path(str(distribution.locate_file("kernels/__init__.py"))).resolve() == Path(spec.origin).resolve()
+    except metadata.PackageNotFoundError:
+        genuine = False
+    if genuine:
+        return Finding("ok", name, f"Hugging Face's, {distribution.version}")
+    folder = Path(spec.origin).parent
+    return Finding(
+        "fail",
+        name,
+        f"`import kernels` gives {folder}, which is not Hugging Face's package; transformers cannot load any model",
+        f"rename {folder}, or take {folder.parent} off PYTHONPATH",
+    )
+
+
+def check_extension_locks() -> Finding | list[Finding]:
+    """Locks that an interrupted build of a torch extension left: every later run waits for them without a word."""
+    name = "extension locks"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    found = []
+    for lock in sorted(root.glob("**/lock")):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes * 60 > BUILD_SECONDS:
+            text = (
+                f"{lock} is {minutes:.0f} minutes old: an interrupted build left it, and runs would wait for it forever"
+            )
+            found.append(Finding("fail", name, text, f"rm '{lock}'"))
+        else:
+            text = f"{lock} is {minutes:.0f} minutes old: a build is running, or was interrupted"
+            found.append(Finding("warn", name, text, f"if nothing is being built: rm '{lock}'"))
+    return found or Finding("ok", name, f"none in {root}")
+
+
+def check_port() -> Finding:
+    """The port on which ranks meet: ``MASTER_PORT``, or the deepspeed launcher's default."""
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    with socket.socket() as probe:
+        # As torch's own store does; otherwise a port that closed a moment ago counts as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            fix = f"deepspeed --master_port {port + 1} launch/train.py ...; another run may hold it"
+            return Finding("warn", "port", f"{port} is taken: {error.strerror}", fix)
+    return Finding("ok", "port", f"{port} is free")
+
+
+def check_device() -> Finding:
+    """The GPU, and whether this build of torch has code for it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            fix = "install a CUDA build of torch that suits the driver: https://pytorch.org/get-started/locally"
+            return Finding(
+                "warn", "device", f"this machine has a GPU, but torch {torch.__version__} cannot use it", fix
+            )
+        return Finding("ok", "device", f"CPU, {os.cpu_count()} cores: enough for the quickstart")
+    major, minor = torch.cuda.get_device_capability()
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    found = f"{len(names)} x {names[0]}, sm_{major}{minor}, {memory:.0f} GiB"
+    if major < 8:
+        fix = "set model.dtype: float16 or float32; bfloat16 needs sm_80 (A100) or newer"
+        return Finding("warn", "device", found, fix)
+    built = [int(arch.split("_")[1].rstrip("af")) // 10 for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    if built and major not in built:
+        fix = "install a build of torch that has this architecture: https://pytorch.org/get-started/locally"
+        return Finding("fail", "device", f"{found}; torch {torch.__version__} has no code for it", fix)
+    return Finding("ok", "device", found)
+
+
+def check_attention() -> Finding:
+    """Sparse attention, forward and backward, against dense attention with the same mask in fp64."""
+    import torch
+    from sparsetrain_kernels import block_pattern_attention, block_pattern_attention_dense
+
+    from sparsetrain.patterns import PowerPattern
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 200, 32), (1, 2, 200, 32), (1, 2, 200, 32)]
+    inputs = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    pattern = PowerPattern(block=16, window=2, sinks=1)
+    output = block_pattern_attention(inputs[0], inputs[1], inputs[2], pattern)
+    oracle, _ = block_pattern_attention_dense(exact[0], exact[1], exact[2], pattern)
+    upstream = torch.randn(output.shape, generator=generator).to(device)
+    got = [output, *torch.autograd.grad(output, inputs, upstream)]
+    want = [oracle, *torch.autograd.grad(oracle, exact, upstream.double())]
+    error = max(float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(got, want))
+    found = f"relative error {error:.1e} against dense attention, forward and backward, on {device}"
+    # fp32 rounds at 6e-8 and TF32, which a GPU may be set to, at 5e-4.
+    if error < 2e-3:
+        return Finding("ok", "attention", found)
+    return Finding("fail", "attention", found, "do not train on this machine; report the versions listed here")
+
+
+def check_compiler(recipe: Recipe | None = None) -> Finding:
+    """Compilers. Only DeepSpeed's optimizer for offloaded state needs one."""
+    compilers = [tool for tool in ("c++", "g++", "clang++", "nvcc") if shutil.which(tool)]
+    found = f"found {', '.join(compilers)}" if compilers else "none"
+    offloaded = recipe is not None and recipe.deepspeed.offload_optimizer == "cpu"
+    if offloaded and not {"c++", "g++", "clang++"} & set(compilers):
+        fix = "install a C++ compiler (apt install g++), or set deepspeed.offload_optimizer: none"
+        return Finding("fail", "compiler", f"{found}, and deepspeed.offload_optimizer: cpu compiles its optimizer", fix)
+    return Finding("ok", "compiler", f"{found}; needed only by deepspeed.offload_optimizer: cpu")
+
+
+def check_wandb(recipe: Recipe | None = None) -> Finding:
+    """Whether W&B will find a login, without asking the network."""
+    mode = "auto" if recipe is None else recipe.wandb.mode
+    if mode in ("offline", "disabled"):
+        return Finding("ok", "W&B", f"{mode} in the recipe; no login needed")
+    from sparsetrain.training.tracking import find_wandb_login
+
+    login = find_wandb_login()
+    if login is not None:
+        return Finding("ok", "W&B", f"login found in {login}")
+    if mode == "online":
+        return Finding("fail", "W&B", "wandb.mode: online, and no login was found", "wandb login, or wandb.mode=auto")
+    return Finding("ok", "W&B", "no login found: runs are recorded offline (`wandb login` puts them online)")
+
+
+def check_disk(recipe: Recipe) -> Finding:
+    """Room for the checkpoints of a recipe: weights, fp32 masters and two moments, one more copy than is kept."""
+    folder = Path(recipe.output or "runs").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    size = count_parameters(recipe)
+    if size is None:
+        found = f"{_gib(free)} free; {recipe.model.path} is not on this machine yet, so its size is unknown"
+        return Finding("warn", "disk", found, "a checkpoint takes 14 bytes a parameter in bfloat16: 105 GiB for 8B")
+    parameters, source = size
+    weight = 4 if recipe.model.dtype == "float32" else 2
+    # A new checkpoint is complete before the oldest is removed; final/ holds the weights alone.
+    copies = recipe.checkpoint.keep_last + 1
+    needed = parameters * ((weight + 12) * copies + weight * recipe.checkpoint.export)
+    found = (
+        f"{_gib(needed)} for {copies} checkpoints of {parameters / 1e9:.3g}B parameters ({source}); {_gib(free)} free"
+    )
+    if needed > free:
+        fix = f"free {_gib(needed - free)} on {folder}, set output= to a larger disk, or lower checkpoint.keep_last"
+        return Finding("fail", "disk", found, fix)
+    if needed > 0.8 * free:
+        return Finding("warn", "disk", found, "little is left over; other writers on this disk may stop the run")
+    return Finding("ok", "disk", found)
+
+
+def count_parameters(recipe: Recipe) -> tuple[int, str] | None:
+    """Parameters of a recipe's model without loading it, and how that is known; None where it is not."""
+    section = recipe.model
+    if section.architecture is not None:
+        return _count_built(section.architecture), "by its architecture"
+    path = str(section.path)
+    folder = model_folder(section)
+    if folder is not None and (shards := list(folder.glob("model*.safetensors"))):
+        return sum(map(_count_stored, shards)), "counted in its files"
+    config = _cached_config(path, section.revision) if folder is None else folder / "config.json"
+    if config is not None and config.is_file():
+        return _count_built(json.loads(config.read_text(encoding="utf-8"))), "by its config"
+    named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![a-zA-Z0-9])", path.rsplit("/", 1)[-1])
+    if named:
+        return int(float(named[1]) * (1e9 if named[2] in "Bb" else 1e6)), "by its name"
+    return None
+
+
+def _cached_config(path: str, revision: str | None) -> Path | None:
+    """The config of a Hub model in the local cache. Its weights there may be incomplete, so they are not counted."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
+    return Path(config) if isinstance(config, str) else None
+
+
+def _count_stored(file: Path) -> int:
+    """Parameters of a safetensors file by its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _count_built(config: dict[str, Any]) -> int:
+    """Parameters of a transformers config, built without storage."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -1,0 +1,277 @@
+"""The panels of the pictures: each function draws into the axes or the figure it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparsetrain.evaluation.result import EvalResult, PasskeyResult
+from sparsetrain.patterns import FullPattern, Pattern
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+
+    from sparsetrain.methods.base import MethodConfig
+
+# Okabe and Ito's colours, told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+SERIES = (("#7F7F7F", "s"), (ORANGE, "^"), (BLUE, "o"), (GREEN, "D"), (PURPLE, "v"), (RED, "P"))
+# Of the usual needle-in-a-haystack maps; light enough to read a number on.
+MISSED_TO_FOUND = ("#F0496E", "#EBB839", "#0CD79F")
+INK, FAINT, PAPER = "#333333", "#8A8A8A", "#ECECEC"
+MAX_CELLS = 256
+"""Blocks drawn along a side of the mask; longer sequences are pooled."""
+MAX_RESULTS = 4
+"""Evaluations shown side by side."""
+
+T = TypeVar("T")
+
+
+def draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    """Loss and learning rate over steps, with the perplexity of the evaluations between them."""
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    rates = [(line["step"], line["lr"]) for line in lines if line.get("lr") is not None]
+    _title(axes, "Training loss")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    if not losses:
+        _say_instead(axes, "no steps recorded")
+        return
+    axes.spines[["top", "right"]].set_visible(False)
+    steps, values = zip(*losses, strict=True)
+    axes.plot(steps, values, color=SKY, alpha=0.6, linewidth=1, label="loss of a step")
+    axes.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="smoothed")
+    _mark_evaluations(axes, lines)
+    axes.grid(True, color=PAPER)
+    if rates:
+        other = axes.twinx()
+        other.plot(*zip(*rates, strict=True), color=FAINT, linestyle="--", linewidth=1.2, label="learning rate")
+        other.set_ylabel("learning rate", color=FAINT)
+        other.tick_params(colors=FAINT)
+        other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        other.set_ylim(bottom=0)
+        other.spines[["top", "left"]].set_visible(False)
+        other.spines["right"].set_color(FAINT)
+        axes.plot([], [], color=FAINT, linestyle="--", linewidth=1.2, label="learning rate")
+    axes.legend(loc="best", edgecolor="none")
+
+
+def _mark_evaluations(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    """Perplexity at the greatest length, on the loss axis as its logarithm and in words as itself."""
+    lengths = {int(name.rsplit("/", 1)[1]) for line in lines for name in line if name.startswith("eval/perplexity/")}
+    if not lengths:
+        return
+    name = f"eval/perplexity/{max(lengths)}"
+    marks = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    steps, values = zip(*marks, strict=True)
+    label = f"ln perplexity at {max(lengths):,} tokens"
+    axes.plot(steps, [math.log(v) for v in values], "D", color=RED, markeredgecolor="white", label=label, clip_on=False)
+    for index in {0, len(marks) - 1}:
+        place = (steps[index], math.log(values[index]))
+        text = axes.annotate(f"{values[index]:.3g}", place, (0, 8), textcoords="offset points", ha="center", color=RED)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+
+
+def draw_perplexity(axes: Axes, results: Mapping[str, EvalResult], trained_length: int | None) -> None:
+    """Perplexity against length, a line for each result."""
+    from matplotlib.ticker import LogLocator
+
+    _title(axes, "Perplexity by context length")
+    points_of = {label: sorted(result.perplexity.items()) for label, result in results.items() if result.perplexity}
+    measured = few(points_of)
+    if not measured:
+        _say_instead(axes, "perplexity was not measured")
+        return
+    for (label, points), (color, marker) in zip(measured.items(), cycle(SERIES)):
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=2, label=label)
+        end = f"{points[-1][1]:.3g}"
+        axes.annotate(end, points[-1], (7, 0), textcoords="offset points", va="center", color=color)
+    values = [value for points in measured.values() for _, value in points]
+    if max(values) > 4 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    lengths = sorted({length for points in measured.values() for length, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
+    axes.minorticks_off()
+    if trained_length is not None:
+        axes.axvline(trained_length, color=FAINT, linestyle=":", label="trained length")
+    axes.margins(x=0.1)
+    axes.set(xlabel="context length (tokens)", ylabel="perplexity")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color=PAPER)
+    axes.legend(loc="best", edgecolor="none")
+
+
+def draw_heatmaps(figure: Any, results: Mapping[str, EvalResult]) -> None:
+    """Passkey accuracy by length and depth, a map for each result that measured it."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    measured = few(with_passkey(results))
+    if not measured:
+        _say_instead(figure.subplots(), "passkey retrieval was not measured")
+        return
+    colors = LinearSegmentedColormap.from_list("found", MISSED_TO_FOUND)
+    all_axes = figure.subplots(1, len(measured), squeeze=False)[0]
+    for axes, (label, passkey) in zip(all_axes, measured.items(), strict=True):
+        grid = np.array(passkey.accuracy()).T
+        image = axes.pcolormesh(grid, cmap=colors, vmin=0, vmax=1, edgecolor="white", linewidth=2)
+        low, high = passkey.interval()
+        _title(axes, f"{label}\n{passkey.mean():.0%} found  [{low:.0%}, {high:.0%}]")
+        axes.set_xticks(np.arange(len(passkey.lengths)) + 0.5, [_tokens(length) for length in passkey.lengths])
+        axes.set_yticks(np.arange(len(passkey.depths)) + 0.5, [f"{depth:.0%}" for depth in passkey.depths])
+        axes.set_xlabel("prompt length (tokens)")
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        if grid.size <= 120:
+            for (row, column), share in np.ndenumerate(grid):
+                axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", color=INK)
+    all_axes[0].set_ylabel("depth of the key")
+    figure.colorbar(image, ax=all_axes, fraction=0.02, pad=0.01, format="{x:.0%}", ticks=[0, 0.5, 1])
+    passkey = next(iter(measured.values()))
+    figure.supxlabel(
+        f"passkeys found; prompts in a cell: {passkey.trials}, in a map: {passkey.prompts()}; [95 % interval]; "
+        f"by chance 1 in {10**passkey.digits:,}",
+        fontsize=9,
+        color=FAINT,
+    )
+
+
+def draw_attention(figure: Any, attention: MethodConfig, length: int, num_layers: int, num_kv_heads: int = 1) -> None:
+    """Which blocks see each other, and which reach the last block after each layer.
+
+    Raises:
+        ModelError: ``dense_layers`` names a layer that the model does not have.
+    """
+    pattern = attention.pattern(num_kv_heads)
+    if attention.method == "full":
+        pattern = FullPattern(block=max(1, length // 64))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
+    if pattern is None:
+        _say_instead(left, f"{attention.method} learns what to read: there is no fixed pattern to draw")
+        right.set_axis_off()
+        return
+    _draw_mask(left, attention, pattern, length)
+    _draw_reach(right, pattern, length, num_layers, attention.resolve_dense_layers(num_layers))
+
+
+def _draw_mask(axes: Axes, attention: MethodConfig, pattern: Pattern, length: int) -> None:
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    num_blocks = -(-length // pattern.block)
+    mask = pattern.mask(num_blocks)
+    query, key = np.arange(num_blocks)[:, None], np.arange(num_blocks)[None, :]
+    # In ascending order of what pooling must not lose.
+    kinds = np.where(mask, 2, np.where(key <= query, 1, 0))
+    legend = {GREEN: "visible"}
+    if hasattr(pattern, "sinks") and hasattr(pattern, "window"):
+        kinds[mask & (query - key < pattern.window)] = 3
+        kinds[mask & (key < pattern.sinks)] = 4
+        legend = {BLUE: "window", ORANGE: "sinks"}
+        if (kinds == 2).any():
+            legend = {BLUE: "window", GREEN: "far blocks", ORANGE: "sinks"}
+    axes.imshow(
+        _pooled(kinds, MAX_CELLS, MAX_CELLS),
+        cmap=ListedColormap([PAPER, "white", GREEN, BLUE, ORANGE]),
+        vmin=0,
+        vmax=4,
+        extent=(0, num_blocks, num_blocks, 0),
+        interpolation="nearest",
+    )
+    _token_ticks(axes.xaxis, num_blocks, pattern.block)
+    _token_ticks(axes.yaxis, num_blocks, pattern.block)
+    axes.set(xlabel="key (first KV head; the others differ)" if pattern.per_head else "key", ylabel="query")
+    _title(axes, f"{attention.method}: {pattern.density(length):.1%} of full attention at {_tokens(length)} tokens")
+    handles = [Patch(color=color, label=label) for color, label in legend.items()]
+    if (kinds == 1).any():
+        handles.append(Patch(facecolor="white", edgecolor=FAINT, label=f"skipped (blocks of {pattern.block})"))
+    axes.legend(handles=handles, loc="upper right", frameon=False)
+
+
+def _draw_reach(axes: Axes, pattern: Pattern, length: int, num_layers: int, dense_layers: set[int]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    num_blocks = -(-length // pattern.block)
+    reach = pattern.reach(num_blocks, num_layers, dense_layers)
+    shares = reach.mean(axis=1)
+    axes.imshow(
+        _pooled(reach.astype(int), num_layers, MAX_CELLS),
+        cmap=ListedColormap([PAPER, BLUE]),
+        vmin=0,
+        vmax=1,
+        extent=(0, num_blocks, num_layers, 0),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    for layer in range(1, num_layers):
+        axes.axhline(layer, color="white", linewidth=1)
+    every = -(-num_layers // 24)
+    shown = range(0, num_layers, every)
+    middles = [layer + 0.5 for layer in shown]
+    axes.set_yticks(middles, [f"{layer + 1} dense" if layer in dense_layers else f"{layer + 1}" for layer in shown])
+    _token_ticks(axes.xaxis, num_blocks, pattern.block)
+    axes.set(xlabel="position in the input", ylabel="after layer")
+    covered = next((layer + 1 for layer, share in enumerate(shares) if share == 1), None)
+    outcome = f"all of it after layer {covered}" if covered else f"{shares[-1]:.0%} of it after all {num_layers} layers"
+    _title(axes, f"What has reached the last block: {outcome}")
+    coverage = axes.secondary_yaxis("right")
+    coverage.set_yticks(middles, [f"{shares[layer]:.0%}" for layer in shown])
+    for side in (axes, coverage):
+        side.spines[:].set_visible(False)
+        side.tick_params(axis="y", length=0)
+
+
+def _pooled(cells: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
+    """The greatest value of each tile, so that thin diagonals survive a picture with fewer pixels than blocks."""
+    import numpy as np
+
+    rows, columns = cells.shape
+    tall, wide = -(-rows // max_rows), -(-columns // max_columns)
+    padded = np.pad(cells, ((0, -rows % tall), (0, -columns % wide)))
+    return padded.reshape(padded.shape[0] // tall, tall, padded.shape[1] // wide, wide).max(axis=(1, 3))
+
+
+def _token_ticks(axis: Any, num_blocks: int, block: int) -> None:
+    ticks = [num_blocks * quarter / 4 for quarter in range(5)]
+    axis.set_ticks(ticks, [_tokens(round(tick * block)) for tick in ticks])
+
+
+def _tokens(length: int) -> str:
+    """8192 as 8K, 1536 as 1.5K, 1000 as it is."""
+    return f"{length / 1024:g}K" if length >= 1024 and length % 128 == 0 else f"{length:,}"
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontweight="bold", color=INK)
+
+
+def _say_instead(axes: Axes, text: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=FAINT)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over a twentieth of the run, centred so that it does not lag."""
+    half = len(values) // 40
+    spans = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(span) / len(span) for span in spans]
+
+
+def few(results: dict[str, T]) -> dict[str, T]:
+    """The first and the last results, where there are too many to see side by side."""
+    if len(results) <= MAX_RESULTS:
+        return results
+    labels = list(results)
+    return {label: results[label] for label in labels[: MAX_RESULTS // 2] + labels[-MAX_RESULTS // 2 :]}
+
+
+def with_passkey(results: Mapping[str, EvalResult]) -> dict[str, PasskeyResult]:
+    """The results that measured passkey retrieval."""
+    return {label: result.passkey for label, result in results.items() if result.passkey is not None}

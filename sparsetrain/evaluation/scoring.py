@@ -1,0 +1,85 @@
+"""Next-token predictions on packed rows, and how rows are dealt to ranks that must run in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from sparsetrain.data import Batch
+from sparsetrain.data.batch import IGNORE
+from sparsetrain.training.loss import has_plain_head
+
+CHUNK = 2048
+"""Positions whose logits exist at the same time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an evaluation runs."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    on_forward: Callable[[], None] = lambda: None
+    """Called after each forward pass."""
+
+
+def predictions(
+    model: PreTrainedModel, batch: Batch, device: torch.device, num_chunks: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What the model predicts for every labelled token of a packed row, a chunk of them at a time.
+
+    The logits of the whole row never exist, unless the model changes them after its output projection (soft-capping,
+    say) and so must compute them itself.
+
+    Args:
+        model: gone through :func:`sparsetrain.sparsify` (method ``full`` for dense attention), which teaches it
+            ``cu_seqlens``; a plain transformers model does not know that argument.
+        num_chunks: equal on all ranks. Under ZeRO-3 each use of the output projection gathers it, which all ranks must
+            do together. A chunk may be empty.
+
+    Yields:
+        fp32 logits ``[c, vocabulary]``, the labels ``[c]`` they should predict, and the document ``[c]`` of each.
+    """
+    batch = batch.to(device)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "use_cache": False,
+    }
+    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    labels = batch.labels[0, positions + 1]
+    documents = torch.searchsorted(batch.cu_seqlens, positions.int(), right=True) - 1
+    if has_plain_head(model):
+        head = model.get_output_embeddings()
+        hidden = model.get_decoder()(**inputs).last_hidden_state[0, positions]
+        logits = (head(part) for part in hidden.tensor_split(num_chunks))
+    else:
+        logits = iter(model(**inputs).logits[0, positions].tensor_split(num_chunks))
+    for part, label, document in zip(
+        logits, labels.tensor_split(num_chunks), documents.tensor_split(num_chunks), strict=True
+    ):
+        yield part.float(), label, document
+
+
+def deal(items: Sequence[T], place: Place) -> list[tuple[T, int]]:
+    """The items of one rank, each with weight 1, filled up with weight 0 so that all ranks get equally many."""
+    rounds = -(-len(items) // place.world)
+    mine = range(place.rank, rounds * place.world, place.world)
+    return [(items[index], 1) if index < len(items) else (items[0], 0) for index in mine]
+
+
+def sum_over_ranks(counts: torch.Tensor, place: Place) -> torch.Tensor:
+    """``counts`` summed over the default process group."""
+    if place.world == 1:
+        return counts
+    counts = counts.to(place.device)
+    torch.distributed.all_reduce(counts)
+    return counts.cpu()

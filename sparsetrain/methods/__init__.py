@@ -1,0 +1,1 @@
+"""Attention methods: one file each, with the recipe section that configures it and the object that attends."""

@@ -1,0 +1,113 @@
+"""What every attention method shares: its recipe section, and the object a layer calls instead of dense attention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from sparsetrain.errors import ModelError
+from sparsetrain.section import Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sparsetrain.patterns import Pattern
+
+
+class DenseLayerRule(Section):
+    """``count`` dense layers in every ``every`` layers; the paper's RULER models use 2 in every 7 (2503.03588, 4.4)."""
+
+    count: PositiveInt
+    """Dense layers in each group."""
+    every: PositiveInt
+    """Layers in a group."""
+    first: Annotated[int, Field(ge=0)] = 0
+    """Position of the first dense layer within its group; the dense layers of a group are neighbours."""
+
+    def layers(self, num_layers: int) -> set[int]:
+        """The dense layers of a model with ``num_layers`` layers."""
+        return {i for i in range(num_layers) if self.first <= i % self.every < self.first + self.count}
+
+
+class MethodConfig(Section, ABC):
+    """The ``attention`` section of a recipe: which method, its parameters, and which layers stay dense."""
+
+    method: str
+    dense_layers: list[int] | DenseLayerRule = []
+    """Layers that stay as the model made them, which is full attention in most: a list of layer indices (negative ones
+    count from the last layer) or a rule such as ``{count: 2, every: 7}``."""
+    replace_sliding_layers: bool = False
+    """In hybrid models (Gemma-3, gpt-oss), also replace the layers that already use a sliding window. By default they
+    keep it and only the global layers take the method."""
+
+    def resolve_dense_layers(self, num_layers: int) -> set[int]:
+        """The dense layers as indices.
+
+        Raises:
+            ModelError: a listed layer does not exist.
+        """
+        if isinstance(self.dense_layers, DenseLayerRule):
+            return self.dense_layers.layers(num_layers)
+        for layer in self.dense_layers:
+            if not -num_layers <= layer < num_layers:
+                raise ModelError(
+                    f"attention.dense_layers names layer {layer}, but the model has {num_layers} layers "
+                    f"(0 to {num_layers - 1})"
+                )
+        return {layer % num_layers for layer in self.dense_layers}
+
+    @abstractmethod
+    def pattern(self, num_kv_heads: int = 1) -> Pattern | None:
+        """The static block pattern of this method, or None where it has none (full attention, learned selections).
+
+        ``num_kv_heads`` matters only to patterns that differ by head (LongNet with head shifts).
+        """
+
+    @abstractmethod
+    def build(self, num_kv_heads: int = 1) -> Method:
+        """The object that attends for the layers using this method; ``num_kv_heads`` as in :meth:`pattern`."""
+
+
+class Method(ABC):
+    """How one method attends. Built once a model from its config and shared by all the layers that use it."""
+
+    extra_inputs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes."""
+
+    def attach(self, layer: nn.Module, layer_index: int) -> None:  # noqa: B027 (most methods need nothing)
+        """Add what the method needs (submodules, forward pre-hooks) to one attention layer."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None,
+        q_start: int | None,
+        scale: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+        **extra: Any,
+    ) -> torch.Tensor:
+        """Causal attention of one layer.
+
+        Args:
+            layer: the attention module that calls.
+            query: ``[B, Hq, N, D]``, rotary position already applied.
+            key, value: ``[B, Hkv, M, D]``, ``M >= N`` (a KV cache holds ``M - N`` earlier keys).
+            cu_seqlens: int32 ``[documents + 1]`` for packed rows (``B == 1``, ``M == N``), else None.
+            q_start: position of the first query among the keys; None means ``M - N``.
+            scale: factor on the logits before the softmax.
+            softcap: ``softcap * tanh(logits / softcap)`` where given (Gemma-2).
+            sink_logits: ``[Hq]`` learned logits that only enter the softmax denominator (gpt-oss).
+            extra: the :attr:`extra_inputs` of this method.
+
+        Returns:
+            ``[B, Hq, N, D]`` in the query's dtype.
+        """

@@ -1,0 +1,33 @@
+"""PowerAttention (2503.03588): a window, the sinks, and the blocks at distances 1, 2, 4, 8, ..."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from sparsetrain.methods.static import StaticConfig
+
+if TYPE_CHECKING:
+    from sparsetrain.patterns import PowerPattern
+
+
+class PowerConfig(StaticConfig):
+    """Each block reads its window, the sinks, and the blocks at power-of-two distances (Algorithm 1).
+
+    The blocks read grow by one with every doubling of the length, and after ``log2`` as many layers as there are blocks
+    every token has reached the last one.
+    """
+
+    method: Literal["power"] = "power"
+    """PowerAttention."""
+    window: PositiveInt = 5
+    """Blocks in the local window, the query's own included."""
+    sinks: NonNegativeInt = 1
+    """Blocks at the start of each document that every query reads."""
+
+    def pattern(self, num_kv_heads: int = 1) -> PowerPattern:
+        """The paper's mask as block lists."""
+        from sparsetrain.patterns import PowerPattern
+
+        return PowerPattern(block=self.block, window=self.window, sinks=self.sinks)

@@ -1,0 +1,29 @@
+"""Sliding window with sinks, the StreamingLLM baseline of 2503.03588 (4.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from sparsetrain.methods.static import StaticConfig
+
+if TYPE_CHECKING:
+    from sparsetrain.patterns import SlidingPattern
+
+
+class SlidingConfig(StaticConfig):
+    """Each block reads its window and the sinks; information travels ``window - 1`` blocks a layer."""
+
+    method: Literal["sliding"] = "sliding"
+    """Sliding window with sinks."""
+    window: PositiveInt = 9
+    """Blocks in the local window, the query's own included."""
+    sinks: NonNegativeInt = 1
+    """Blocks at the start of each document that every query reads."""
+
+    def pattern(self, num_kv_heads: int = 1) -> SlidingPattern:
+        """The window and the sinks as block lists."""
+        from sparsetrain.patterns import SlidingPattern
+
+        return SlidingPattern(block=self.block, window=self.window, sinks=self.sinks)

@@ -1,0 +1,8 @@
+"""Put an attention method into a Hugging Face decoder, save the model with it, and load it again."""
+
+from __future__ import annotations
+
+from sparsetrain.modeling.layers import sparse_layers, sparsify
+from sparsetrain.modeling.storage import load, load_model, save
+
+__all__ = ["load", "load_model", "save", "sparse_layers", "sparsify"]

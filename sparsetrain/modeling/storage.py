@@ -1,0 +1,255 @@
+"""Sparsified models on disk: save, load, and build the model a recipe names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sparsetrain import __version__
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import parse_attention
+from sparsetrain.modeling.layers import RECORD_FORMAT, sparsify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import ModelSection
+
+RECORD_FILE = "sparsetrain.json"
+OWN_MODELS = "sparsetrain:"
+"""Prefix of the checkpoints that ship with the package."""
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a transformers folder: weights, config with the method, tokenizer if given, and ``sparsetrain.json``.
+
+    Args:
+        state_dict: the weights by name, where the model itself holds only shards of them (ZeRO-3).
+
+    Raises:
+        ModelError: the model was never sparsified.
+    """
+    record = getattr(model.config, "sparsetrain", None)
+    if record is None:
+        raise ModelError("this model has no attention method to save; call sparsetrain.sparsify(model, ...) first")
+    path = Path(path)
+    model.save_pretrained(path, state_dict=None if state_dict is None else dict(state_dict))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    about = {**record, "base": model.config._name_or_path, "versions": versions}
+    (path / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model that was saved with its attention method, and put the method back in.
+
+    Args:
+        path: a local folder or a Hub id.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
+
+    Raises:
+        ModelError: the folder cannot be read, records no method, or was written by a newer sparsetrain.
+    """
+    if "attn_implementation" in kwargs:
+        raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(path), **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read a model from {path}: {_first_line(error)}") from error
+    attention = _recorded_attention(config.get("sparsetrain"), path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
+    return sparsify(model, attention)
+
+
+def load_model(
+    section: ModelSection, attention: Mapping[str, Any] | MethodConfig, *, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer a recipe names, with its attention method put in.
+
+    A method that the checkpoint records gives way to ``attention``.
+
+    Args:
+        section: the recipe's ``model`` section.
+        attention: the recipe's ``attention`` section.
+        seed: seed of the random weights (``model.architecture``).
+
+    Raises:
+        ModelError: the model or tokenizer cannot be loaded, they do not fit each other, or the model cannot take the
+            method.
+    """
+    path = None if section.path is None else _resolve(section.path, "model.path")
+    config = _pretrained_config(path, section) if path else _new_config(section.architecture or {})
+    _override(config, section.config_overrides)
+    tokenizer = _load_tokenizer(path, section)
+    _check_vocabulary(tokenizer, config)
+    dtype = getattr(torch, section.dtype)
+    if path:
+        model = _load_weights(path, section, config, dtype)
+    else:
+        _take_special_tokens(config, tokenizer, section.architecture or {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sparsify(model, attention), tokenizer
+
+
+def _recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
+    if record is None:
+        raise ModelError(
+            f"{path} records no attention method; load it with transformers and call sparsetrain.sparsify(model, ...)"
+        )
+    if record.get("format", 0) > RECORD_FORMAT:
+        raise ModelError(
+            f"{path} was written by sparsetrain {record.get('version')} (format {record['format']}); this version "
+            f"({__version__}) reads format {RECORD_FORMAT}: upgrade sparsetrain"
+        )
+    try:
+        return parse_attention(record.get("attention", {}))
+    except ModelError as error:
+        raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None
+
+
+def _resolve(name: str, field: str) -> str:
+    """A local folder as a path, a Hub id as it is."""
+    if name.startswith(OWN_MODELS):
+        folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
+        if not folder.is_dir():
+            shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+            raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"{field}={name!r}: there is no such folder")
+    return name
+
+
+def _pretrained_config(path: str, section: ModelSection) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable("model.path", section.path, error) from error
+
+
+def _new_config(architecture: dict[str, Any]) -> Any:
+    fields = dict(architecture)
+    model_type = fields.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model.architecture.model_type={model_type!r} is unknown{_nearest(model_type, CONFIG_MAPPING)}"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    _check_fields(config_class(), fields, "model.architecture")
+    try:
+        return config_class(**fields)
+    except Exception as error:  # each config class validates in its own way, with its own exceptions
+        raise ModelError(f"model.architecture: {_first_line(error)}") from error
+
+
+def _override(config: Any, overrides: dict[str, Any]) -> None:
+    """Set fields of the config, or of its text part in a multimodal model."""
+    text_config = config.get_text_config(decoder=True)
+    targets = {name: config if hasattr(config, name) else text_config for name in overrides}
+    for name, value in overrides.items():
+        _check_fields(targets[name], {name: value}, "model.config_overrides")
+        try:
+            setattr(targets[name], name, value)
+        except Exception as error:  # transformers' strict configs raise their own exceptions
+            raise ModelError(f"model.config_overrides.{name}={value!r}: {_first_line(error)}") from error
+
+
+def _check_fields(config: Any, fields: dict[str, Any], section: str) -> None:
+    for name in fields:
+        if not hasattr(config, name):
+            known = [*config.to_dict(), *config.attribute_map]
+            raise ModelError(f"{section}.{name}: {type(config).__name__} has no such field{_nearest(name, known)}")
+
+
+def _load_tokenizer(path: str | None, section: ModelSection) -> PreTrainedTokenizerBase:
+    own = section.tokenizer is None
+    source = path if own else _resolve(str(section.tokenizer), "model.tokenizer")
+    field = "model.path (tokenizer)" if own else "model.tokenizer"
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=section.revision if own else None, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unloadable(field, source, error) from error
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    needed, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config(decoder=True).vocab_size
+    if needed > rows:
+        raise ModelError(
+            f"the tokenizer has {needed} token ids but the model's embedding only {rows} rows; use the model's own "
+            "tokenizer (model.tokenizer), or for random weights set vocab_size in model.architecture"
+        )
+
+
+def _take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, architecture: dict[str, Any]) -> None:
+    """A config class's default special tokens belong to another tokenizer."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name not in architecture:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            revision=section.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _unloadable("model.path", section.path, error) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model.path={section.path!r} lacks {len(missing)} weights that {type(model).__name__} needs: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    return model
+
+
+def _unloadable(field: str, name: str | None, error: Exception) -> ModelError:
+    return ModelError(
+        f"{field}={name!r} cannot be loaded: {_first_line(error)} If it is a Hub id, check its spelling, that this "
+        f"machine reaches the Hub (or download it before: hf download {name}), and that you are logged in if it is "
+        "gated (hf auth login); if it is a folder, that it holds config.json, safetensors and a tokenizer."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _nearest(name: str, known: Any) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

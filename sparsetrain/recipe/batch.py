@@ -1,0 +1,133 @@
+"""Batch arithmetic: micro batch x accumulation x ranks = global batch, and the number of steps that follows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the rows of one optimizer step are shared out."""
+
+    micro_batch: int
+    """Rows in one forward pass of one rank."""
+    accumulation: int
+    """Forward passes of one rank in one step."""
+    ranks: int
+    """Processes that train side by side."""
+    sequence_length: int
+    """Tokens in a row."""
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Rows in one step over all ranks."""
+        return self.micro_batch * self.accumulation * self.ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one step over all ranks, counting every row as full."""
+        return self.global_batch_sequences * self.sequence_length
+
+    def describe(self) -> str:
+        """``2 rows x 4 accumulation x 2 ranks = 16 rows = 32,768 tokens a step``."""
+        return (
+            f"{_count(self.micro_batch, 'row')} x {self.accumulation} accumulation x {_count(self.ranks, 'rank')} = "
+            f"{_count(self.global_batch_sequences, 'row')} = {self.tokens_per_step:,} tokens a step"
+        )
+
+
+@dataclass(frozen=True)
+class BatchPlan(BatchShape):
+    """The batch of every step, and how many steps there are."""
+
+    steps: int
+    """Optimizer steps of the run."""
+    warmup_steps: int
+    """Steps over which the learning rate rises."""
+
+    def describe(self) -> str:
+        """The arithmetic in one line: ``... = 32,768 tokens a step; 30 steps = 983,040 tokens``."""
+        return f"{super().describe()}; {_count(self.steps, 'step')} = {self.steps * self.tokens_per_step:,} tokens"
+
+
+def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
+    """The accumulation that makes the global batch of the recipe on ``ranks`` ranks.
+
+    Without a global batch in the recipe there is no accumulation, and the batch grows with the ranks.
+
+    Raises:
+        RecipeError: the global batch does not divide; names the nearest values that do.
+    """
+    train, length = recipe.train, recipe.sequence.length
+    rows = train.global_batch_sequences
+    if train.global_batch_tokens is not None:
+        rows = train.global_batch_tokens // length
+    rows = train.micro_batch * ranks if rows is None else rows
+    once = train.micro_batch * ranks
+    if rows % once:
+        raise RecipeError(_indivisible(recipe, ranks, rows))
+    return BatchShape(train.micro_batch, rows // once, ranks, length)
+
+
+def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) -> BatchPlan:
+    """Resolve the batch, the steps and the warmup of a run on ``ranks`` ranks.
+
+    Args:
+        recipe: the recipe.
+        ranks: processes of the run.
+        rows_per_epoch: rows in one pass over the data; needed by ``train.epochs`` alone.
+
+    Raises:
+        RecipeError: the global batch does not divide, the warmup is longer than the run, or ``train.epochs`` is given
+            without ``rows_per_epoch``.
+    """
+    shape = batch_shape(recipe, ranks)
+    train = recipe.train
+    if train.steps is not None:
+        steps = train.steps
+    elif train.tokens is not None:
+        steps = math.ceil(train.tokens / shape.tokens_per_step)
+    elif train.epochs is not None and rows_per_epoch is not None:
+        steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
+    else:
+        raise RecipeError("train.epochs needs a source whose rows can be counted; give train.steps or train.tokens")
+    return BatchPlan(
+        shape.micro_batch, shape.accumulation, ranks, shape.sequence_length, steps, _warmup_steps(train.warmup, steps)
+    )
+
+
+def _warmup_steps(warmup: float, steps: int) -> int:
+    if warmup > steps:
+        raise RecipeError(
+            f"train.warmup={warmup:g} steps is longer than the run, which has {steps} steps; make it a share"
+        )
+    if warmup >= 1 or warmup == 0:
+        return int(warmup)
+    return max(1, round(warmup * steps))
+
+
+def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
+    train, length = recipe.train, recipe.sequence.length
+    once = train.micro_batch * ranks
+    field, unit = (
+        ("global_batch_sequences", 1) if train.global_batch_tokens is None else ("global_batch_tokens", length)
+    )
+    nearest = [multiple * once * unit for multiple in (rows // once, rows // once + 1) if multiple]
+    fixes = [f"train.{field}={' or '.join(str(value) for value in nearest)}"]
+    micro_batches = [size for size in range(1, rows // ranks + 1) if rows % (size * ranks) == 0]
+    if micro_batches:
+        best = min(micro_batches, key=lambda size: (abs(size - train.micro_batch), size))
+        fixes.append(f"train.micro_batch={best}")
+    return (
+        f"the global batch of {_count(rows, 'row')} (train.{field}={rows * unit}) is not a multiple of "
+        f"train.micro_batch={train.micro_batch} x {_count(ranks, 'rank')} = {_count(once, 'row')}; "
+        f"{' works, and so does '.join(fixes)}{' works' if len(fixes) == 1 else ''}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

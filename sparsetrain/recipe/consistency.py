@@ -1,0 +1,110 @@
+"""Mistakes no single section can see: values of two sections that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sparsetrain.errors import ModelError
+from sparsetrain.recipe.local_model import num_layers
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.yaml_source import KeyPath
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """The contradictions of a recipe: the field to blame and a sentence naming both sides."""
+    yield from _lengths(recipe)
+    yield from _batch(recipe)
+    yield from _layers(recipe)
+    evaluation = recipe.eval
+    if evaluation.every is not None and evaluation.perplexity is None and evaluation.passkey is None:
+        yield (
+            ("eval", "every"),
+            f"every {evaluation.every} steps nothing would be measured: give eval.perplexity or eval.passkey",
+        )
+    perplexity = evaluation.perplexity
+    if perplexity is not None and max(perplexity.lengths) > perplexity.tokens:
+        yield (
+            ("eval", "perplexity", "tokens"),
+            f"{perplexity.tokens} tokens hold no window of eval.perplexity.lengths={max(perplexity.lengths)}",
+        )
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """Settings that are valid but do nothing in this run, one sentence each."""
+    steps, notes = recipe.train.steps, []
+    if steps is not None:
+        for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
+            if every is not None and every > steps:
+                notes.append(f"{name}={every} has no effect in a run of {steps} steps")
+    pattern, length = recipe.attention.pattern(), recipe.sequence.length
+    if pattern is not None and not pattern.per_head:
+        last = (length - 1) // pattern.block
+        if len(pattern.key_blocks(last)) == last + 1:
+            notes.append(
+                f"sequence.length={length} is {last + 1} blocks of {pattern.block}, which the pattern covers: "
+                "every row is trained densely"
+            )
+    return notes
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    length, block = recipe.sequence.length, getattr(recipe.attention, "block", None)
+    if block is not None and block > length:
+        yield (
+            ("attention", "block"),
+            f"a block of {block} tokens is longer than sequence.length={length}; lower the one or raise the other",
+        )
+    for index, source in enumerate(recipe.data.sources):
+        too_long = [tokens for tokens in source.lengths if tokens > length]
+        if too_long:
+            yield (
+                ("data", "sources", index, "lengths"),
+                f"synthetic documents of {max(too_long)} tokens do not fit sequence.length={length}",
+            )
+
+
+def _batch(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    train, length = recipe.train, recipe.sequence.length
+    tokens, rows = train.global_batch_tokens, train.global_batch_sequences
+    if tokens is not None and tokens % length:
+        nearest = [multiple * length for multiple in (tokens // length, tokens // length + 1) if multiple]
+        yield (
+            ("train", "global_batch_tokens"),
+            f"{tokens} is not a whole number of rows of sequence.length={length}; "
+            f"{' or '.join(str(value) for value in nearest)} is",
+        )
+    elif tokens is not None:
+        rows = tokens // length
+    if rows is not None and rows % train.micro_batch:
+        yield (
+            ("train", "micro_batch"),
+            f"the global batch of {rows} rows is not a multiple of train.micro_batch={train.micro_batch}, on any ranks",
+        )
+    if train.steps is not None and train.warmup > train.steps:
+        yield (
+            ("train", "warmup"),
+            f"{train.warmup:g} steps of warmup in a run of train.steps={train.steps}; lower it or give a share below 1",
+        )
+    for index, source in enumerate(recipe.data.sources):
+        if train.epochs is not None and (source.streaming or source.synthetic):
+            kind = "is streamed" if source.streaming else "is generated without end"
+            yield (
+                ("train", "epochs"),
+                f"data.sources.{index} ({source.label}) {kind}, so epochs have no length; give train.steps or tokens",
+            )
+
+
+def _layers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    layers = num_layers(recipe.model)
+    if layers is None:
+        return
+    try:
+        dense = recipe.attention.resolve_dense_layers(layers)
+    except ModelError as error:
+        yield ("attention", "dense_layers"), str(error).removeprefix("attention.dense_layers ")
+        return
+    if len(dense) == layers and recipe.attention.method != "full":
+        yield (
+            ("attention", "dense_layers"),
+            f"all {layers} layers stay dense, so attention.method={recipe.attention.method} has no effect",
+        )

@@ -1,0 +1,43 @@
+"""What is known about a recipe's model from this machine's files alone, without loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.recipe.schema import ModelSection
+
+OWN_MODELS = "sparsetrain:"
+
+
+def model_folder(section: ModelSection) -> Path | None:
+    """The local folder of a model, None for a Hub id and for random weights."""
+    if section.path is None:
+        return None
+    if section.path.startswith(OWN_MODELS):
+        folder = Path(__file__).parents[1] / "assets" / section.path.removeprefix(OWN_MODELS)
+    else:
+        folder = Path(section.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def model_config(section: ModelSection) -> dict[str, Any]:
+    """The transformers config of a model, empty where it is not on this machine."""
+    if section.architecture is not None:
+        return section.architecture
+    folder = model_folder(section)
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # loading the model reports what is wrong with it
+    return config if isinstance(config, dict) else {}
+
+
+def num_layers(section: ModelSection) -> int | None:
+    """Decoder layers of a model, None where its config is not on this machine."""
+    config = model_config(section) | section.config_overrides
+    layers = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
+    return layers if isinstance(layers, int) else None

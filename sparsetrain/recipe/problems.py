@@ -1,0 +1,181 @@
+"""From pydantic's errors to sentences: which field, what was given, what is expected, which name was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of settings",
+    "model_attributes_type": "a mapping of settings",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "literal_error": "{expected}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+
+
+def explain(errors: list[Any], source: Source) -> list[Problem]:
+    """One problem a mistaken field, in the order of the file."""
+    found: dict[KeyPath, list[Any]] = {}
+    for error in errors:
+        found.setdefault(located(error, source.data), []).append(error)
+    # A union reports every alternative. The one that went deeper is the one that was meant.
+    paths = [path for path in found if not any(_inside(other, path) and _is_type(found[path]) for other in found)]
+    return [_problem(path, found[path], source) for path in paths]
+
+
+def _problem(path: KeyPath, errors: list[Any], source: Source) -> Problem:
+    text = _describe(path, errors, source.data)
+    place = source.place(path)
+    if errors[0]["type"] == "value_error":
+        # A section's validator blames no field by path, but names it. What the command line changed is the likeliest.
+        named = [(*path, word) for word in re.findall(r"\w+", text) if (*path, word) in source.places]
+        places = [source.place(each) for each in named] or [place]
+        place = next((each for each in places if each.startswith(OVERRIDE)), places[0])
+    return Problem(place, path, text)
+
+
+def located(error: Any, data: Any) -> KeyPath:
+    """The path of an error in the recipe. Pydantic also names the alternatives of unions, which no file holds."""
+    path: list[str | int] = []
+    location = error["loc"]
+    for position, part in enumerate(location):
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
+        if inside:
+            data = data[part]
+        elif not (error["type"] == "missing" and position == len(location) - 1):
+            continue
+        path.append(part)
+    if error["type"] == "union_tag_invalid":
+        path.append("method")
+    return tuple(path)
+
+
+def _inside(path: KeyPath, section: KeyPath) -> bool:
+    return len(path) > len(section) and path[: len(section)] == section
+
+
+def _is_type(errors: list[Any]) -> bool:
+    return all(error["type"].endswith("_type") for error in errors)
+
+
+def _describe(path: KeyPath, errors: list[Any], data: Any) -> str:
+    error = errors[0]
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(path, data)
+    if kind == "missing":
+        return "is required"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "union_tag_not_found":
+        return f"needs {context['discriminator']}"
+    if kind == "union_tag_invalid":
+        choices = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        return f"there is no {context['tag']!r}{_choose(str(context['tag']), choices)}"
+    for part in path:
+        data = data[part]
+    expected = " or ".join(dict.fromkeys(_expectation(each) for each in errors))
+    return f"expected {expected}, got {_show(data)}{_guess(error, data)}"
+
+
+def _expectation(error: Any) -> str:
+    template = _EXPECTED.get(error["type"])
+    return template.format(**error.get("ctx", {})) if template else str(error["msg"])
+
+
+def _guess(error: Any, value: Any) -> str:
+    if error["type"] == "string_type" and isinstance(value, bool | int | float):
+        return "; put it in quotes"
+    if error["type"] in ("int_type", "float_type", "bool_type") and isinstance(value, str):
+        return "; without quotes, if it has them" if value.strip()[:1].isdigit() or value in ("true", "false") else ""
+    if error["type"] == "literal_error" and isinstance(value, str):
+        choices = [choice for choice in error["ctx"]["expected"].split("'") if choice.isidentifier()]
+        nearest = difflib.get_close_matches(value, choices, n=1)
+        return f"; did you mean {nearest[0]}?" if nearest else ""
+    return ""
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return repr(value)
+
+
+def _unknown_key(path: KeyPath, data: Any) -> str:
+    key = str(path[-1])
+    section = section_at(path[:-1], data)
+    known = list(section.model_fields) if section else []
+    nearest = difflib.get_close_matches(key, known, n=1)
+    if nearest:
+        return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"
+    elsewhere = [other for other in field_paths(Recipe) if other[-1] == key and len(other) <= 2]
+    if elsewhere:
+        return f"unknown key here; did you mean {' or '.join(dotted(other) for other in elsewhere)}?"
+    return f"unknown key; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
+
+
+def _choose(given: str, choices: list[str]) -> str:
+    nearest = difflib.get_close_matches(given, choices, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; choose from {', '.join(choices)}"
+
+
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections a field's type may hold: ``list[DataSource] | None`` holds ``DataSource``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
+
+
+def section_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
+    """The section class that describes the mapping at ``path`` of a recipe, None inside free-form mappings."""
+    section: type[BaseModel] | None = Recipe
+    for part in path:
+        data = data[part]
+        if isinstance(part, int) or section is None:
+            continue
+        field = section.model_fields.get(part)
+        choices = list(sections_in(field.annotation)) if field else []
+        if len(choices) > 1 and isinstance(data, dict):
+            choices = [choice for choice in choices if data.get("method") in _method_names(choice)]
+        section = choices[0] if choices else None
+    return section
+
+
+def _method_names(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["method"].annotation) if "method" in section.model_fields else ()
+
+
+def field_paths(section: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every field below a section as a path of keys."""
+    for name, field in section.model_fields.items():
+        yield (*above, name)
+        for inner in sections_in(field.annotation):
+            yield from field_paths(inner, (*above, name))

@@ -1,0 +1,344 @@
+"""The recipe: one pydantic model per YAML section. The docstring under a field is its documentation everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from sparsetrain.methods.registry import AttentionConfig
+from sparsetrain.section import Section
+
+SCHEMA_VERSION = 1
+"""Raised whenever an existing recipe would change its meaning; a recipe from a newer version is refused."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ModelSection(Section):
+    """Which model is trained. Give ``path`` (pretrained) or ``architecture`` (random weights), not both."""
+
+    path: str | None = None
+    """Hub id (``Qwen/Qwen3-8B``), local folder, or ``sparsetrain:tiny`` for the checkpoint that ships with us."""
+    architecture: dict[str, Any] | None = None
+    """A transformers config as a mapping (``{model_type: llama, hidden_size: 256, ...}``): random weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not beside the model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the weights in forward and backward; the optimizer always keeps fp32 masters."""
+    config_overrides: dict[str, Any] = {}
+    """Fields of the transformers config to change at load, such as ``{max_position_embeddings: 131072}``."""
+    trust_remote_code: bool = False
+    """Allow a Hub model to run its own Python code on this machine."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if self.path is None and self.architecture is None:
+            raise ValueError("give model.path (pretrained) or model.architecture (random weights)")
+        if self.path is not None and self.architecture is not None:
+            raise ValueError(
+                f"model.path={self.path} (pretrained) and model.architecture (random weights) are both given; "
+                "set one of them to null"
+            )
+        if self.architecture is not None and self.tokenizer is None:
+            raise ValueError(
+                "model.architecture starts from random weights, so model.tokenizer must say which tokenizer"
+            )
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("model.architecture needs model_type, such as llama or qwen3")
+        return self
+
+
+# The columns of a source, and the form that reads each.
+_COLUMNS = {
+    "text_field": "text",
+    "prompt_field": "prompt_completion",
+    "completion_field": "prompt_completion",
+    "messages_field": "chat",
+}
+
+
+class DataSource(Section):
+    """One source of documents. Give ``path`` (files, a folder, a Hub id, ``python-stdlib``) or ``synthetic``."""
+
+    name: str | None = None
+    """Name in logs and errors; by default the path or the synthetic task."""
+    path: str | None = None
+    """Local file, glob or folder (jsonl, json, parquet, arrow; txt, md, rst, py: one document a file), a Hub dataset
+    id, or ``python-stdlib``."""
+    synthetic: Literal["passkey", "multikey"] | None = None
+    """A generated retrieval task: one hidden key, or several of which one is asked for."""
+    form: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
+    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), or chat messages (loss on
+    the assistant's turns, by the tokenizer's chat template). ``auto`` decides by the columns of the first row."""
+    text_field: str = "text"
+    """Column that holds the text (form ``text``)."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt (form ``prompt_completion``)."""
+    completion_field: str = "completion"
+    """Column that holds the completion (form ``prompt_completion``)."""
+    messages_field: str = "messages"
+    """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: str = "train"
+    """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
+    weight: PositiveFloat = 1.0
+    """Share of this source among the documents drawn, relative to the other sources."""
+    streaming: bool = False
+    """Read rows as they are needed instead of tokenising the whole source first (and caching it)."""
+    shuffle: bool = True
+    """Draw documents in a seeded random order, a new one each epoch. A streaming source is read in order, and only
+    the rows packed together (about 32) are shuffled."""
+    lengths: list[PositiveInt] = []
+    """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
+    keys: PositiveInt = 4
+    """Synthetic ``multikey``: how many keys a document hides."""
+    digits: Annotated[int, Field(ge=1, le=12)] = 5
+    """Synthetic tasks: digits of a key."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSource:
+        if (self.path is None) == (self.synthetic is None):
+            given = "both" if self.path is not None else "neither"
+            raise ValueError(f"a source has either a path or a synthetic task; {given} is given")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> DataSource:
+        """Refuse a setting that this kind of source would not read."""
+        kinds = {
+            "sources with a path": (
+                self.synthetic is None,
+                ("form", *_COLUMNS, "subset", "revision", "split", "streaming", "shuffle"),
+            ),
+            "synthetic sources": (self.synthetic is not None, ("lengths", "digits")),
+            "synthetic: multikey": (self.synthetic == "multikey", ("keys",)),
+        } | {
+            f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
+            for form in ("text", "prompt_completion", "chat")
+        }
+        for kind, (holds, names) in kinds.items():
+            for name in names:
+                if not holds and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={getattr(self, name)} has no effect here: it belongs to {kind}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name used in logs and errors."""
+        return self.name or self.path or str(self.synthetic)
+
+
+class DataSection(Section):
+    """What is trained on: one source, or a weighted mixture."""
+
+    sources: Annotated[list[DataSource], Field(min_length=1)]
+    """The mixture. Each document is drawn from one source with probability proportional to its ``weight``."""
+    on_malformed: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read: stop and name it, or skip it and count it (the first few are named in the log)."""
+    long_documents: Literal["split", "truncate", "drop"] = "split"
+    """Documents longer than ``sequence.length``: continue in other rows, keep the beginning, or leave out. A document
+    that fits into a row is never cut."""
+    num_workers: PositiveInt = 1
+    """Processes that tokenise mapped sources."""
+
+
+class SequenceSection(Section):
+    """The shape of a training row."""
+
+    length: PositiveInt
+    """Tokens in a row; the context length trained at."""
+    packing: bool = True
+    """Fill each row with several documents. They never see each other: positions restart and attention stops at the
+    boundary. Without packing a row holds one document and may be shorter than ``length``."""
+
+
+class OptimizerSection(Section):
+    """AdamW. Norms, biases and embeddings get no weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer. torch's own on CPU (nothing to compile), fused on CUDA, DeepSpeedCPUAdam when offloaded."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Term added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+
+class TrainSection(Section):
+    """How long, how fast, and how much at once. Give one of ``steps``, ``epochs`` and ``tokens``."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data (mapped sources only)."""
+    tokens: PositiveInt | None = None
+    """Tokens to train on, counted as ``sequence.length`` times rows; rounded up to whole steps."""
+    micro_batch: PositiveInt = 1
+    """Rows in one forward pass of one rank."""
+    global_batch_sequences: PositiveInt | None = None
+    """Rows in one optimizer step over all ranks. Gradient accumulation follows from it."""
+    global_batch_tokens: PositiveInt | None = None
+    """The same in tokens; must be a whole number of rows."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """Optimizer and its constants."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warmup."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate as a share of ``lr`` (linear and cosine)."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Warmup: a number of steps if 1 or more, a share of all steps if below 1."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the global gradient norm; null switches clipping off."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward: less memory, about a third more time."""
+    loss_chunk: PositiveInt | None = 4096
+    """Compute the loss this many tokens at a time, so that logits of the whole row never exist; null = all at once."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A non-finite loss or gradient: stop the run or skip the step. The batch is named in ``nonfinite.jsonl``."""
+    log_every: PositiveInt = 1
+    """Steps between log lines."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TrainSection:
+        given = [f"train.{name}" for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; keep one and set the others to null")
+        if not given:
+            raise ValueError("the length of the run is missing: give one of train.steps, train.epochs and train.tokens")
+        if self.global_batch_sequences is not None and self.global_batch_tokens is not None:
+            raise ValueError(
+                "train.global_batch_sequences and train.global_batch_tokens are given; keep one and set the other null"
+            )
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(
+                f"train.warmup={self.warmup}: 1 or more counts steps and must be whole; below 1 is a share"
+            )
+        return self
+
+
+class DeepSpeedSection(Section):
+    """The DeepSpeed engine. Its JSON is generated from the recipe and saved in the run folder."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: what is sharded over ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Keep parameters in host memory (stage 3 only)."""
+    config: dict[str, Any] | str | None = None
+    """A whole DeepSpeed JSON, inline or as a path, laid under the generated one. A value that contradicts the recipe
+    is an error, and so is ``auto``."""
+
+    @model_validator(mode="after")
+    def _offload_stage(self) -> DeepSpeedSection:
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(f"deepspeed.offload_parameters needs deepspeed.stage: 3, not {self.stage}")
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError("deepspeed.offload_optimizer needs deepspeed.stage 1, 2 or 3, not 0")
+        return self
+
+
+class CheckpointSection(Section):
+    """What is kept, and when. A checkpoint is complete or absent: it is written aside and renamed."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; null keeps only the one at the end and on interruption."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints to keep."""
+    export: bool = True
+    """Write ``final/``, a transformers folder (safetensors, tokenizer, ``sparsetrain.json``), at the end."""
+
+
+class PerplexitySection(Section):
+    """Token perplexity by context length: ``exp`` of the mean NLL over non-overlapping windows of each length."""
+
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Context lengths in tokens."""
+    source: DataSource
+    """Held-out documents, read in order and joined."""
+    tokens: PositiveInt = 65536
+    """Tokens to score at each length."""
+
+
+class PasskeySection(Section):
+    """Passkey accuracy by length and depth: is every digit of the hidden key the model's first choice?"""
+
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Prompt lengths in tokens."""
+    depths: PositiveInt = 5
+    """Depths tried, evenly spread from the beginning (0 %) to the end (100 %)."""
+    trials: PositiveInt = 5
+    """Prompts for each length and depth."""
+    digits: Annotated[int, Field(ge=1, le=12)] = 5
+    """Digits of the key; chance is 10 to the minus this."""
+
+
+class EvalSection(Section):
+    """What is measured before, during and after training."""
+
+    every: PositiveInt | None = None
+    """Steps between evaluations during training; null = none."""
+    at_start: bool = True
+    """Evaluate before the first step: dense as the model came, and with the method put in."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+    perplexity: PerplexitySection | None = None
+    """Perplexity by length."""
+    passkey: PasskeySection | None = None
+    """Passkey accuracy by length and depth."""
+
+
+class WandbSection(Section):
+    """Weights & Biases. The same metrics always go to ``metrics.jsonl``."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """``auto`` is online with a login and offline without one."""
+    project: str = "sparsetrain"
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; by default the login's."""
+    name: str | None = None
+    """Display name; by default the recipe's name."""
+    tags: list[str] = []
+    """Tags of the run."""
+
+
+class Recipe(Section):
+    """A run: everything that decides what is trained, and nothing else."""
+
+    version: PositiveInt = SCHEMA_VERSION
+    """Version of this schema the recipe was written for."""
+    name: str | None = None
+    """Name of the run; by default the recipe's file name."""
+    output: str | None = None
+    """Run folder; by default ``runs/<name>``."""
+    model: ModelSection
+    """The model that is trained."""
+    attention: AttentionConfig
+    """The attention method and its parameters; ``method`` decides which parameters there are."""
+    data: DataSection
+    """The documents."""
+    sequence: SequenceSection
+    """The rows made of them."""
+    train: TrainSection
+    """The optimization."""
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    """The engine that distributes it."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What is kept."""
+    eval: EvalSection = EvalSection()
+    """What is measured."""
+    wandb: WandbSection = WandbSection()
+    """Where it is shown."""

@@ -1,0 +1,40 @@
+"""The recipes that come with the package, and how a recipe is found by path or name."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources, util
+from pathlib import Path
+
+from sparsetrain.errors import RecipeError
+
+
+def recipes_folder() -> Path:
+    """The folder of the shipped recipes: the package ``sparsetrain.recipes``, or ``recipes/`` of the source tree."""
+    if util.find_spec("sparsetrain.recipes") is not None:
+        return Path(str(resources.files("sparsetrain.recipes")))
+    return Path(__file__).parents[2] / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        RecipeError: there is none; names the nearest.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = shipped_recipes()
+    if file.name == str(path) and file.name in shipped:
+        return shipped[file.name]
+    if file.is_dir():
+        raise RecipeError(f"{path} is a folder; a recipe is a YAML file")
+    nearest = difflib.get_close_matches(file.name.removesuffix(".yaml"), shipped, n=1)
+    guess = f", did you mean the shipped recipe {nearest[0]}?" if nearest else ";"
+    raise RecipeError(f"there is no recipe {path}{guess} `sparsetrain recipe list` shows what is shipped")

@@ -1,0 +1,140 @@
+"""The DeepSpeed JSON, generated from the recipe; a JSON of the user's own is laid under it and checked against it.
+
+DeepSpeed accepts a misspelt top-level key without a word and understands ``auto`` only inside Hugging Face's Trainer, so
+both are refused here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.batch import BatchPlan
+from sparsetrain.recipe.schema import Recipe
+
+# Sections of the DeepSpeed JSON that would decide what the recipe decides, and where the recipe says it.
+OWNED_BY_RECIPE = {
+    "optimizer": "train.optimizer and train.lr",
+    "scheduler": "train.schedule",
+    "activation_checkpointing": "train.activation_checkpointing (Hugging Face models never call DeepSpeed's)",
+    "sparse_attention": "attention (DeepSpeed's own sparse attention needs triton 1.0)",
+    "wandb": "wandb",
+}
+PASSED_THROUGH = {
+    "aio",
+    "amp",
+    "autotuning",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "use_node_local_storage",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+
+
+def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run.
+
+    Raises:
+        RecipeError: the user's JSON is unreadable, has a key DeepSpeed does not know, says ``auto``, or contradicts
+            the recipe.
+    """
+    generated = _generated(recipe, plan)
+    given = _read(recipe.deepspeed.config)
+    _check_keys(given)
+    return _lay_under(given, generated, "")
+
+
+def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": recipe.deepspeed.stage}
+    if recipe.deepspeed.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": recipe.deepspeed.offload_optimizer, "pin_memory": True}
+    if recipe.deepspeed.offload_parameters != "none":
+        zero["offload_param"] = {"device": recipe.deepspeed.offload_parameters, "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": plan.global_batch_sequences,
+        "gradient_clipping": recipe.train.max_grad_norm or 0.0,
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.model.dtype == "float16"},
+        "zero_optimization": zero,
+        # The optimizer is ours: DeepSpeed would compile one of its own.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _read(config: dict[str, Any] | str | None) -> dict[str, Any]:
+    if not isinstance(config, str):
+        return config or {}
+    try:
+        value = json.loads(Path(config).read_text())
+    except OSError as error:
+        raise RecipeError(f"deepspeed.config: cannot read {config}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"deepspeed.config: {config} line {error.lineno} is not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"deepspeed.config: {config} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _check_keys(given: dict[str, Any]) -> None:
+    for key in given:
+        if key in OWNED_BY_RECIPE:
+            raise RecipeError(f"deepspeed.config has {key}, which the recipe decides: use {OWNED_BY_RECIPE[key]}")
+        if key not in PASSED_THROUGH:
+            nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise RecipeError(f"deepspeed.config has {key}, which DeepSpeed does not know{hint}")
+
+
+def _lay_under(given: dict[str, Any], generated: dict[str, Any], path: str) -> dict[str, Any]:
+    """``given`` completed by ``generated``; a leaf that both set must be equal."""
+    merged = dict(given)
+    for key, value in given.items():
+        if value == "auto":
+            raise RecipeError(
+                f"deepspeed.config: {path}{key} is 'auto', which only Hugging Face's Trainer understands; leave it out "
+                "and the recipe fills it in"
+            )
+        if isinstance(value, dict):
+            inner = generated.get(key)
+            merged[key] = _lay_under(value, inner if isinstance(inner, dict) else {}, f"{path}{key}.")
+    for key, value in generated.items():
+        if key not in given:
+            merged[key] = value
+        elif not isinstance(value, dict) and given[key] != value:
+            raise RecipeError(
+                f"deepspeed.config contradicts the recipe: {path}{key} is {given[key]!r} there, but the recipe "
+                f"makes it {value!r}; remove it from the JSON or change the recipe"
+            )
+        elif isinstance(value, dict) and not isinstance(given[key], dict):
+            raise RecipeError(f"deepspeed.config: {path}{key} must be an object, not {given[key]!r}")
+    return merged

@@ -1,0 +1,129 @@
+"""The DeepSpeed engine: process group, optimizer, ``deepspeed.initialize``. What differs by device is here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sparsetrain.errors import RecipeError, SparsetrainError
+from sparsetrain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks: it alone logs, writes and draws."""
+        return self.rank == 0
+
+
+def init_world() -> World:
+    """Join the process group of the launcher, or start one of a single process.
+
+    gloo on CPU, NCCL on CUDA. DeepSpeed's shared-memory op for CPU is switched off: it compiles for minutes, and
+    an interrupted compile leaves a lock that hangs every later run.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed = _import_deepspeed()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world: World) -> Any:
+    """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer."""
+    deepspeed = _import_deepspeed()
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise RecipeError("the recipe leaves no parameter to train")
+    engine, *_ = deepspeed.initialize(
+        model=module, config=config, optimizer=build_optimizer(module, recipe, world.device)
+    )
+    return engine
+
+
+def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices are decayed; norms, biases and embeddings are not."""
+    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    decayed: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if matrix else rest).append(parameter)
+    settings = recipe.train.optimizer
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    constants: dict[str, Any] = {"lr": recipe.train.lr, "betas": settings.betas, "eps": settings.eps}
+    if recipe.deepspeed.offload_optimizer == "cpu":
+        if device.type != "cuda":
+            raise RecipeError(
+                "deepspeed.offload_optimizer: cpu moves optimizer state off a GPU, and this machine has none; "
+                "set it to none"
+            )
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **constants)
+    if recipe.deepspeed.stage == 0:
+        return FiniteAdamW(groups, fused=device.type == "cuda", **constants)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **constants)
+
+
+class FiniteAdamW(torch.optim.AdamW):
+    """AdamW that leaves everything as it was when a gradient is not finite.
+
+    ZeRO's optimizers do so themselves. Without ZeRO nobody does, and every rank holds the same reduced gradients here,
+    so all ranks decide alike.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return None if self.overflow else super().step(closure)
+
+
+def _import_deepspeed() -> Any:
+    # DeepSpeed logs a page at import and a line per setting; warnings still come through.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise SparsetrainError(f"DeepSpeed cannot be imported ({error}); `pip install deepspeed`") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,85 @@
+"""The run folder: whose run it holds, and the record of what produced it.
+
+``recipe.yaml`` (resolved), ``deepspeed.json``, ``environment.json``, ``metrics.jsonl``, ``evaluation.json``,
+``report.md``, the pictures, ``checkpoints/`` and ``final/``.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.errors import CheckpointError
+from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
+
+# What a resumed run may change: nothing that decides which weights come out.
+FREE_TO_CHANGE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
+
+
+def prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the run folder, or check that it holds the run to be resumed.
+
+    Raises:
+        CheckpointError: it holds another run, or cannot be written.
+    """
+    record = folder / "recipe.yaml"
+    if record.exists():
+        if not resume:
+            raise CheckpointError(
+                f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."
+            )
+        _check_same_run(record, recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(dump_recipe(recipe))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    except OSError as error:
+        raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that matter, and the git revision of the working directory."""
+    packages: dict[str, str | None] = {}
+    for name in ("sparsetrain", *PACKAGES):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {"python": platform.python_version(), "packages": packages, "git_revision": _git_revision()}
+
+
+def _check_same_run(record: Path, recipe: Recipe) -> None:
+    before = _flat(load_recipe(record).recipe.model_dump(mode="json"))
+    after = _flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"--resume continues the run in {record.parent}, but the recipe has changed:\n  "
+            + "\n  ".join(changed)
+            + "\nundo the change, or start a new run with output=..."
+        )
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {key: leaf for name, value in tree.items() for key, leaf in _flat(value, f"{path}{name}.").items()}
+    if isinstance(tree, list) and tree:
+        return {key: leaf for i, value in enumerate(tree) for key, leaf in _flat(value, f"{path}{i}.").items()}
+    return {path.rstrip("."): tree}
+
+
+def _git_revision() -> str | None:
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,201 @@
+"""The training loop: one optimizer step after another on a DeepSpeed engine, read top to bottom in :meth:`Loop.run`.
+
+The loss is the mean over every target token of the global batch: each micro batch contributes its summed NLL, divided
+by the number of targets that all its ranks and accumulation steps hold together. How the batch is cut into micro
+batches and ranks therefore changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparsetrain.data import Batch, Step, StepLoader
+from sparsetrain.errors import TrainingError
+from sparsetrain.recipe.batch import BatchPlan
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.checkpoint import TrainState
+from sparsetrain.training.engine import World
+from sparsetrain.training.schedule import learning_rate
+from sparsetrain.training.selfcheck import GradientWatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured."""
+
+    loss: float
+    """Mean NLL of a target token, in nats, over the global batch."""
+    lr: float
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    tokens: int
+    """Tokens of the global batch."""
+    applied: bool
+    """False when a gradient was not finite and the weights stayed as they were."""
+    seconds: float
+
+
+@dataclass
+class Loop:
+    """Everything a run needs to take steps. The callbacks are given by :mod:`sparsetrain.training.run`."""
+
+    engine: Any
+    recipe: Recipe
+    plan: BatchPlan
+    loader: StepLoader
+    world: World
+    state: TrainState
+    folder: Path
+    say: Callable[[str], None]
+    on_step: Callable[[int, StepResult], None]
+    evaluate: Callable[[], None]
+    save: Callable[[], None]
+    stop_requested: bool = field(default=False, init=False)
+
+    def run(self) -> bool:
+        """Train to the end of the plan.
+
+        Returns:
+            True at the end, False if a signal stopped the run early (after saving a checkpoint).
+
+        Raises:
+            TrainingError: a loss or gradient was not finite and the recipe says stop; or, at the first step, a
+                trainable parameter got no gradient.
+        """
+        watch = GradientWatch(self.engine.module) if self.state.step == 0 else None
+        with _StopSignals(self):
+            while self.state.step < self.plan.steps:
+                batch = next(self.loader)
+                result, stop = self._step(batch, watch)
+                watch = None
+                if not (result.applied and math.isfinite(result.loss)):
+                    self._nonfinite(batch, result)
+                self.state.step += 1
+                self.state.tokens += result.tokens
+                self.state.data = batch.state
+                self.on_step(self.state.step, result)
+                finished = self.state.step == self.plan.steps
+                if not finished and not stop and _due(self.recipe.eval.every, self.state.step):
+                    self.evaluate()
+                if finished or stop or _due(self.recipe.checkpoint.every, self.state.step):
+                    self.save()
+                if stop and not finished:
+                    return False
+        return True
+
+    def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, bool]:
+        """One optimizer step. The second value says whether any rank was asked to stop."""
+        began = time.perf_counter()
+        lr = learning_rate(self.recipe.train, self.state.step, self.plan.steps, self.plan.warmup_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+        # [targets, tokens, stop] summed over ranks; stays on the device until the step is done.
+        counts = torch.tensor(
+            [
+                sum(micro.num_target_tokens for micro in batch.micro_batches),
+                sum(micro.input_ids.numel() for micro in batch.micro_batches),
+                self.stop_requested,
+            ],
+            dtype=torch.float64,
+            device=self.world.device,
+        )
+        dist.all_reduce(counts)
+        scale = 1.0 / counts[0].clamp(min=1.0)
+
+        nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for index, micro in enumerate(batch.micro_batches):
+            loss = self.engine(**self._inputs(micro))
+            # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
+            self.engine.backward(loss * (scale * self.world.size).float(), scale_wrt_gas=False)
+            nll += loss.detach()
+            if watch is not None and index + 1 == len(batch.micro_batches):
+                self.say(f"self-check: {watch.check()}")
+            self.engine.step()
+
+        dist.all_reduce(nll)
+        loss_value, tokens, stop = torch.stack([nll * scale, counts[1], counts[2]]).tolist()
+        result = StepResult(
+            loss=loss_value,
+            lr=lr,
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            tokens=int(tokens),
+            applied=bool(self.engine.was_step_applied()),
+            seconds=time.perf_counter() - began,
+        )
+        return result, stop > 0
+
+    def _inputs(self, micro: Batch) -> dict[str, Any]:
+        """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
+        positions = (micro.labels[0, 1:] != -100).nonzero()[:, 0]
+        chunk = self.recipe.train.loss_chunk or self.recipe.sequence.length * self.plan.micro_batch
+        tensors = {
+            "input_ids": micro.input_ids,
+            "position_ids": micro.position_ids,
+            "cu_seqlens": micro.cu_seqlens,
+            "positions": positions,
+            "targets": micro.labels[0, positions + 1],
+        }
+        inputs: dict[str, Any] = {name: t.to(self.world.device, non_blocking=True) for name, t in tensors.items()}
+        # From the recipe, not from this batch: all ranks must make the same number of chunks.
+        inputs["num_chunks"] = math.ceil(self.recipe.sequence.length * self.plan.micro_batch / chunk)
+        return inputs
+
+    def _nonfinite(self, batch: Step, result: StepResult) -> None:
+        """Name the batch in ``nonfinite.jsonl``, then stop or go on as the recipe says.
+
+        Under fp16 a step that the loss scaler skipped is routine while the loss itself is finite.
+        """
+        if self.recipe.model.dtype == "float16" and math.isfinite(result.loss):
+            return
+        origins: list[Any] = [None] * self.world.size
+        dist.all_gather_object(origins, [micro.origin for micro in batch.micro_batches])
+        record = {"step": self.state.step + 1, "loss": str(result.loss), "documents_by_rank": origins}
+        path = self.folder / "nonfinite.jsonl"
+        if self.world.main:
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.recipe.train.on_nonfinite == "stop":
+            raise TrainingError(
+                f"step {self.state.step + 1}: loss {result.loss} with a gradient norm of {result.grad_norm}; the "
+                f"weights are as they were before it, and the documents of the batch are named in {path}. Lower "
+                f"train.lr ({self.recipe.train.lr}), look at those documents, or set train.on_nonfinite: skip"
+            )
+
+
+class _StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to stop after this step; the second one acts as usual."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.former[number] = signal.signal(number, self._request)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.loop.stop_requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

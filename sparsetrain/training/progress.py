@@ -1,0 +1,115 @@
+"""Progress of a run: a bar on a terminal, a line an update elsewhere, nothing on the other ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+WINDOW = 20
+"""Updates over which tokens per second and the time left are averaged."""
+
+
+class Progress:
+    """Shows step, loss, learning rate, gradient norm, tokens per second and the time left.
+
+    Use as a context manager. On a terminal this is one bar that stays below whatever :meth:`log` prints; otherwise a
+    plain line per :meth:`update`: ``step 12/100  loss 3.214  lr 2.0e-04  grad 0.71  12,345 tok/s  left 0:42``.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        start_step: steps already done, when resuming.
+        tokens_per_step: tokens of one optimizer step over all ranks.
+        rank: only rank 0 shows anything.
+        file: where to write; standard error by default, so that standard output stays free for results.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int, tokens_per_step: int, *, rank: int = 0, file: TextIO | None = None
+    ) -> None:
+        self.total_steps = total_steps
+        self.tokens_per_step = tokens_per_step
+        self._step = start_step
+        self._clock = time.monotonic()
+        self._intervals: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
+        self._console = None if rank else Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
+        self._bar: RichProgress | None = None
+        if self._console is not None and self._console.is_terminal:
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+            )
+            self._bar = RichProgress(*columns, console=self._console, expand=True)
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
+
+    def __enter__(self) -> Progress:
+        self.restart_clock()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(
+        self, step: int, loss: float, lr: float, grad_norm: float | None = None, *, tokens: int | None = None
+    ) -> None:
+        """Show that ``step`` is done.
+
+        Args:
+            tokens: tokens since the last update, where the steps did not have ``tokens_per_step`` each.
+        """
+        steps = step - self._step
+        now = time.monotonic()
+        self._intervals.append((steps, steps * self.tokens_per_step if tokens is None else tokens, now - self._clock))
+        self._step, self._clock = step, now
+        if self._console is None:
+            return
+        parts = [f"loss {loss:.3f}", f"lr {lr:.1e}"]
+        if grad_norm is not None:
+            parts.append(f"grad {grad_norm:.2f}")
+        parts.append(f"{self.tokens_per_second:,.0f} tok/s")
+        parts.append(f"left {_clock_time(self.seconds_left)}")
+        status = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            self._console.print(f"step {step}/{self.total_steps}  {status}", markup=False)
+
+    def restart_clock(self) -> None:
+        """Call after an evaluation or a checkpoint: the time since the last update was not spent training."""
+        self._clock = time.monotonic()
+
+    def log(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._console is not None:
+            self._console.print(text, markup=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second over all ranks, averaged over the last updates; 0 before the first."""
+        seconds = sum(interval[2] for interval in self._intervals)
+        return sum(interval[1] for interval in self._intervals) / seconds if seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds of training left at the present speed, evaluations and checkpoints not counted."""
+        steps = sum(interval[0] for interval in self._intervals)
+        seconds = sum(interval[2] for interval in self._intervals)
+        return (self.total_steps - self._step) * seconds / steps if steps else 0.0
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,359 @@
+"""One run from recipe to trained model: load, check, evaluate, train, evaluate, export. Called by every rank."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsetrain.data import RowStream, StepLoader, build_rows, collate
+from sparsetrain.errors import SparsetrainError
+from sparsetrain.evaluation import EvalResult, evaluate
+from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passkey_heatmaps, report_picture
+from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
+from sparsetrain.methods.full import FullConfig
+from sparsetrain.methods.static import StaticMethod
+from sparsetrain.modeling import load_model, sparse_layers, sparsify
+from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
+from sparsetrain.training import checkpoint, folder, selfcheck
+from sparsetrain.training.checkpoint import TrainState
+from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.engine import World, init_world, initialize
+from sparsetrain.training.export import export
+from sparsetrain.training.flops import model_flops_per_token, peak_flops
+from sparsetrain.training.loop import Loop, StepResult
+from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.progress import Progress
+from sparsetrain.training.tracking import Tracker
+
+T = TypeVar("T")
+
+
+def run(recipe: Recipe, *, resume: bool = False) -> bool:
+    """Train what the recipe says.
+
+    Args:
+        resume: continue from the newest complete checkpoint in the run folder, or start if there is none.
+
+    Returns:
+        True when training reached its end, False when a signal stopped it after a checkpoint.
+
+    Raises:
+        SparsetrainError: whatever stands in the way, explained, on every rank.
+    """
+    world = init_world()
+    output = Path(recipe.output or f"runs/{recipe.name}")
+    _on_main(world, lambda: folder.prepare(output, recipe, resume))
+    # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
+    deepspeed_config(recipe, _provisional_plan(recipe, world.size))
+    torch.manual_seed(recipe.train.seed)
+    model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
+    model.to(world.device)  # type: ignore[arg-type]
+    rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
+    plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
+    return _Run(recipe, output, world, model, tokenizer, rows, plan).execute(resume)
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    output: Path
+    world: World
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: RowStream
+    plan: BatchPlan
+
+    def execute(self, resume: bool) -> bool:
+        recipe, world = self.recipe, self.world
+        self.progress = Progress(self.plan.steps, 0, self.plan.tokens_per_step, rank=world.rank)
+        self.say = self.progress.log
+        self.results: dict[str, EvalResult] = {}
+        self.say(f"batch: {self.plan.describe()}")
+        self.costs = _Costs.of(self.model, recipe, world)
+        self.say(self.costs.describe())
+
+        start = self._find_checkpoint(resume)
+        if start is None and recipe.eval.at_start:
+            self._evaluate_at_start()
+        elif start is not None and (self.output / RESULTS_FILE).exists():
+            self.results = read_results(self.output)
+
+        if recipe.train.activation_checkpointing:
+            _enable_activation_checkpointing(self.model)
+        config = deepspeed_config(recipe, self.plan)
+        if world.main:
+            (self.output / "deepspeed.json").write_text(json.dumps(config, indent=1))
+        self.model.train()
+        self.engine = initialize(CausalLMLoss(self.model, recipe.train.loss_chunk), recipe, config, world)
+        self.state = TrainState(ranks=world.size)
+        if start is None:
+            self._self_check()
+        else:
+            self.state = checkpoint.load(self.engine, start, world)
+            self.rows.load_state_dict(self.state.data)
+            self.say(f"resumed {start} at step {self.state.step}")
+
+        self.tracker = Tracker(
+            recipe, self.output, rank=world.rank, resume_id=self.state.wandb_run_id, say=self.progress.log
+        )
+        self.tracker.rewind(self.state.step)
+        self.state.wandb_run_id = self.tracker.run_id
+        try:
+            finished = self._train()
+            if finished:
+                self._finish()
+        except BaseException:
+            self.tracker.finish(exit_code=1)
+            raise
+        self.tracker.finish()
+        return finished
+
+    def _find_checkpoint(self, resume: bool) -> Path | None:
+        if not resume:
+            return None
+        newest, skipped = _on_main(self.world, lambda: checkpoint.newest_complete(self._checkpoints))
+        for line in skipped:
+            self.say(line)
+        if newest is None:
+            self.say(f"nothing to resume in {self.output}; starting from step 0")
+        return newest
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _evaluate_at_start(self) -> None:
+        """The model dense, as it came, and then with the method put in but not yet trained."""
+        if self.recipe.attention.method != "full":
+            sparsify(self.model, FullConfig())
+            self._evaluate("full attention, before")
+            sparsify(self.model, self.recipe.attention)
+        self._evaluate(f"{self.recipe.attention.method}, before")
+
+    def _evaluate(self, label: str) -> EvalResult | None:
+        """Measure the eval section and keep the result under ``label``."""
+        section = self.recipe.eval
+        if section.perplexity is None and section.passkey is None:
+            return None
+        self.say(f"evaluating: {label}")
+        result = evaluate(
+            self.model,
+            self.tokenizer,
+            section,
+            device=self.world.device,
+            seed=self.recipe.train.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+        self.results[label] = result
+        if self.world.main:
+            write_report(self.results, self.output, title=f"Evaluation of {self.recipe.name}")
+        return result
+
+    def _self_check(self) -> None:
+        """The contract: prove on the first batch that the run does what its recipe says."""
+        state = self.rows.state_dict()
+        batch = collate([next(self.rows)])
+        self.rows.load_state_dict(state)
+        for line in (
+            selfcheck.check_document_isolation(self.model, batch, self.world),
+            selfcheck.check_against_oracle(self.model, batch, self.world),
+            selfcheck.check_round_trip(self.model, self.output, self._export, self.world),
+        ):
+            self.say(f"self-check: {line}")
+
+    def _export(self, target: Path) -> dict[str, torch.Tensor]:
+        return export(self.model, self.tokenizer, target, self.world)
+
+    def _train(self) -> bool:
+        loader = StepLoader(self.rows, self.plan, self.world.rank)
+        loop = Loop(
+            engine=self.engine,
+            recipe=self.recipe,
+            plan=self.plan,
+            loader=loader,
+            world=self.world,
+            state=self.state,
+            folder=self.output,
+            say=self.say,
+            on_step=self._on_step,
+            evaluate=self._evaluate_during,
+            save=self._save,
+        )
+        self.tracker.log(self.costs.density_by_layer(), self.state.step)
+        self.progress = Progress(self.plan.steps, self.state.step, self.plan.tokens_per_step, rank=self.world.rank)
+        self.say = loop.say = self.progress.log
+        try:
+            with self.progress:
+                finished = loop.run()
+        finally:
+            loader.close()
+        if not finished:
+            self.say(f"stopped at step {self.state.step} of {self.plan.steps}; continue with --resume")
+        return finished
+
+    def _on_step(self, step: int, result: StepResult) -> None:
+        if step % self.recipe.train.log_every and step != self.plan.steps:
+            return
+        self.progress.update(step, result.loss, result.lr, result.grad_norm)
+        speed = result.tokens / result.seconds
+        metrics = {
+            "loss": result.loss,
+            "perplexity": math.exp(min(result.loss, 100.0)),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_second": speed,
+            "step_seconds": result.seconds,
+            "peak_memory_gb": _peak_memory(self.world.device) / 1e9,
+            "skipped": float(not result.applied),
+        }
+        utilisation = self.costs.utilisation(speed)
+        if utilisation is not None:
+            metrics["mfu"] = utilisation
+        self.tracker.log(metrics, step)
+
+    def _evaluate_during(self) -> None:
+        result = self._evaluate(f"{self.recipe.attention.method}, step {self.state.step}")
+        if result is not None:
+            self.tracker.log(result.metrics(), self.state.step)
+        self.progress.restart_clock()
+
+    def _save(self) -> None:
+        documents = {"recipe.yaml": dump_recipe(self.recipe), "environment.json": json.dumps(folder.environment())}
+        path = checkpoint.save(
+            self.engine, self._checkpoints, self.state, documents, self.recipe.checkpoint.keep_last, self.world
+        )
+        self.say(f"checkpoint: {path}")
+        self.progress.restart_clock()
+
+    def _finish(self) -> None:
+        """Export, evaluate what was trained, draw, and say what came out of it."""
+        if self.recipe.checkpoint.export:
+            self._export(self.output / "final")
+        if self.recipe.eval.at_end:
+            result = self._evaluate(f"{self.recipe.attention.method}, after")
+            if result is not None:
+                self.tracker.log(result.metrics(), self.state.step)
+                self.tracker.summary(result.metrics())
+        if self.world.main:
+            self._draw()
+            print_results(self.results)
+            self.say(f"run folder: {self.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
+            if self.recipe.checkpoint.export:
+                final = self.output / "final"
+                self.say(f"trained model: {final}; load it with sparsetrain.load({str(final)!r})")
+        dist.barrier()
+
+    def _draw(self) -> None:
+        text_config = self.model.config.get_text_config()
+        shape = {"length": self.recipe.sequence.length, "num_layers": text_config.num_hidden_layers}
+        metrics = self.output / "metrics.jsonl"
+        title = f"{self.recipe.name}: {self.recipe.attention.method} at {self.recipe.sequence.length:,} tokens"
+        pictures = [
+            loss_curve(metrics, self.output / "loss.png"),
+            attention_picture(self.recipe.attention, self.output / "attention.png", **shape),
+            report_picture(
+                self.output / "report.png",
+                title=title,
+                metrics=metrics,
+                results=self.results,
+                attention=self.recipe.attention,
+                **shape,
+            ),
+        ]
+        if any(result.passkey for result in self.results.values()):
+            pictures.append(passkey_heatmaps(self.results, self.output / "passkey.png"))
+        for picture in pictures:
+            self.tracker.image(picture.stem, picture, self.state.step)
+        write_report(self.results, self.output, title=title, pictures=[self.output / "report.png"])
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What the model costs: parameters, the density of each layer, and FLOPs of a token."""
+
+    parameters: int
+    densities: list[float]
+    flops_per_token: float
+    peak_flops: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, recipe: Recipe, world: World) -> _Costs:
+        text_config = model.config.get_text_config()
+        length = recipe.sequence.length
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        lookup = 0 if text_config.tie_word_embeddings else text_config.vocab_size * text_config.hidden_size
+        densities = [
+            method.density(length) if isinstance(method, StaticMethod) else 1.0 for _, _, method in sparse_layers(model)
+        ]
+        heads = text_config.num_attention_heads
+        flops = model_flops_per_token(
+            parameters - lookup,
+            len(densities),
+            heads,
+            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+            sum(densities) / len(densities) * (length + 1) / 2,
+        )
+        peak = None
+        if world.device.type == "cuda":
+            per_device = peak_flops(torch.cuda.get_device_name(world.device), recipe.model.dtype)
+            peak = per_device * world.size if per_device else None
+        return cls(parameters, densities, flops, peak)
+
+    def describe(self) -> str:
+        mean = sum(self.densities) / len(self.densities)
+        sparse = sum(density < 1.0 for density in self.densities)
+        return (
+            f"model: {self.parameters / 1e6:,.1f}M parameters, {sparse} of {len(self.densities)} layers sparse, "
+            f"{mean:.1%} of the causal pairs attended"
+        )
+
+    def density_by_layer(self) -> dict[str, float]:
+        return {f"attention/density/layer_{index:02d}": density for index, density in enumerate(self.densities)}
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Model FLOP utilisation, where the peak of the device is known."""
+        return tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+
+def _provisional_plan(recipe: Recipe, ranks: int) -> BatchPlan:
+    """The plan without the steps, which ``train.epochs`` knows only after the data is read."""
+    shape = batch_shape(recipe, ranks)
+    return BatchPlan(shape.micro_batch, shape.accumulation, ranks, shape.sequence_length, steps=1, warmup_steps=0)
+
+
+def _on_main(world: World, act: Callable[[], T]) -> T:
+    """Run ``act`` on rank 0 and give every rank its result, or its error."""
+    outcome: list[Any] = [None, None]
+    if world.main:
+        try:
+            outcome[0] = act()
+        except SparsetrainError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    # transformers renamed the method and will remove the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak bytes of this process: on the device, or resident in host memory where there is none."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,170 @@
+"""What a run proves about itself before it trusts its recipe: the checks of the contract, one line each.
+
+A failure raises TrainingError with the reason, on all ranks alike.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsetrain.data import Batch
+from sparsetrain.errors import TrainingError
+from sparsetrain.methods.static import StaticMethod
+from sparsetrain.modeling import sparse_layers
+from sparsetrain.training.engine import World
+
+Weights = dict[str, torch.Tensor]
+
+
+def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World) -> str:
+    """Changing the first document of a packed row must leave the hidden states of the others as they are.
+
+    A row that holds one document is cut into two for the check.
+    """
+    tokens = batch.input_ids.to(world.device)
+    boundaries = batch.cu_seqlens
+    if len(boundaries) == 2:
+        length = tokens.shape[1]
+        boundaries = torch.tensor([0, length // 2, length], dtype=torch.int32)
+    first = int(boundaries[1])
+    changed = tokens.clone()
+    changed[:, :first] = (changed[:, :first] + 1) % model.config.get_text_config().vocab_size
+    before, after = (_hidden(model, ids, boundaries, world)[first:] for ids in (tokens, changed))
+    difference = (before - after).abs().max().item() if before.numel() else 0.0
+    _agree(
+        difference <= 1e-3 * before.abs().max().item(),
+        f"documents leak: changing the first document of the row moved the others' hidden states by {difference:.3g}",
+        world,
+    )
+    return f"documents are isolated: {len(boundaries) - 1} in the row, largest change of the others {difference:.1e}"
+
+
+def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, tokens: int = 2048) -> str:
+    """The output of the first sparse layer equals the dense-mask oracle on the first tokens of the first batch."""
+    from sparsetrain_kernels import block_pattern_attention_dense
+
+    methods = ((index, method) for index, _, method in sparse_layers(model) if isinstance(method, StaticMethod))
+    index, method = next(methods, (None, None))
+    if method is None:
+        return "sparse layer against its oracle: nothing to compare, every layer attends in full"
+    with _recorded(method) as calls:
+        _hidden(model, batch.input_ids.to(world.device), batch.cu_seqlens, world)
+    query, key, value, output, call = calls[0]
+    stop = min(tokens, int(batch.cu_seqlens[1]))
+    expected, _ = block_pattern_attention_dense(
+        query[:, :, :stop].double(),
+        key[:, :, :stop].double(),
+        value[:, :, :stop].double(),
+        method.pattern,
+        scale=call["scale"],
+        softcap=call["softcap"],
+        sink_logits=call["sink_logits"],
+    )
+    error = ((output[:, :, :stop].double() - expected).norm() / expected.norm()).item()
+    limit = 1e-5 if output.dtype == torch.float32 else 2e-2
+    reason = f"layer {index} differs from its oracle by {error:.3g} (relative RMS, limit {limit:g})"
+    _agree(error <= limit, reason, world)
+    return f"layer {index} equals its oracle on {stop:,} tokens: relative RMS error {error:.1e}"
+
+
+def check_round_trip(model: PreTrainedModel, folder: Path, export: Callable[[Path], Weights], world: World) -> str:
+    """What training changes survives being saved: every trainable tensor is written, read back and compared.
+
+    Args:
+        export: writes the model into a folder and returns the weights it wrote, by name (rank 0 only).
+    """
+    target = folder / "selfcheck.tmp"
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    weights = export(target)
+    fault = ""
+    if world.main:
+        saved = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        shutil.rmtree(target)
+        for name in trainable:
+            if name not in saved:
+                fault = f"trainable tensor {name} is not in the saved model"
+            elif not torch.equal(saved[name], weights[name]):
+                fault = f"trainable tensor {name} comes back different from what was saved"
+    _agree(not fault, fault, world)
+    return f"saved and reloaded bit for bit: {len(trainable)} trainable tensors"
+
+
+class GradientWatch:
+    """Notes which trainable parameters receive a gradient during the first step's backward passes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.missing = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.total = len(self.missing)
+        self.hooks = [
+            parameter.register_hook(lambda gradient, name=name: self.missing.discard(name))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def check(self) -> str:
+        """Raise TrainingError unless every trainable parameter got one."""
+        for hook in self.hooks:
+            hook.remove()
+        if self.missing:
+            names = ", ".join(sorted(self.missing)[:5])
+            raise TrainingError(
+                f"self-check failed: {len(self.missing)} of {self.total} trainable parameters got no gradient "
+                f"({names}); freeze them or find out why the loss does not depend on them"
+            )
+        return f"a gradient reached all {self.total} trainable parameters"
+
+
+def _hidden(model: PreTrainedModel, tokens: torch.Tensor, boundaries: torch.Tensor, world: World) -> torch.Tensor:
+    """Last hidden states ``[T, hidden]`` of a packed row (logits of a long row would not fit)."""
+    lengths = boundaries.diff().tolist()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    decoder = model.get_decoder() or model.base_model
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = decoder(
+                input_ids=tokens,
+                position_ids=positions.to(world.device),
+                cu_seqlens=boundaries.to(world.device),
+                use_cache=False,
+            )
+    finally:
+        model.train(training)
+    return output.last_hidden_state[0]
+
+
+@contextmanager
+def _recorded(method: Any) -> Iterator[list[Any]]:
+    """Record the calls of ``method.attend``: query, key, value, output and the keyword arguments."""
+    calls: list[Any] = []
+    original = method.attend
+
+    def attend(layer: nn.Module, query: Any, key: Any, value: Any, **call: Any) -> Any:
+        output = original(layer, query, key, value, **call)
+        calls.append((query, key, value, output, call))
+        return output
+
+    method.attend = attend
+    try:
+        yield calls
+    finally:
+        del method.attend
+
+
+def _agree(passed: bool, reason: str, world: World) -> None:
+    """Raise on every rank if the check failed on any."""
+    failed = torch.tensor(float(not passed), device=world.device)
+    dist.all_reduce(failed)
+    if failed.item():
+        raise TrainingError(f"self-check failed: {reason or 'on another rank, see its message'}")

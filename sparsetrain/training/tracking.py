@@ -1,0 +1,215 @@
+"""Where metrics go: always to ``metrics.jsonl``, and to Weights & Biases as the recipe says. Neither may stop a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from sparsetrain.recipe.schema import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+INIT_TIMEOUT = 30.0
+"""Seconds to wait for the W&B server before recording offline."""
+FINISH_TIMEOUT = 60.0
+"""Seconds to wait for the last upload when a run ends."""
+
+
+class Tracker:
+    """Writes metrics, images and the summary of one run; does nothing on ranks other than 0.
+
+    Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B gets the same;
+    if it cannot be imported, reached or logged in to, a line says so, the run is recorded offline where that is
+    possible, and training goes on. Every W&B file is below the run folder.
+
+    Args:
+        recipe: the resolved recipe; it becomes the W&B config.
+        run_dir: the run folder, created if need be.
+        rank: rank of this process.
+        resume_id: W&B id of the run to continue, from its checkpoint.
+        say: prints a line for the user; standard error by default.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: str | Path,
+        *,
+        rank: int,
+        resume_id: str | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.run_id = resume_id
+        """W&B id of this run, for the checkpoint; None where W&B is disabled or failed, and on other ranks."""
+        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        if rank != 0:
+            return
+        self._path = Path(run_dir) / METRICS_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+        if recipe.wandb.mode != "disabled":
+            self._start_wandb(recipe, Path(run_dir))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record numbers (Python, numpy or one-element tensors) at ``step``. A non-finite one is written as null."""
+        if self._file is None:
+            return
+        values = {name: _number(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        self._try("log", lambda: self._wandb.log({"step": step, **values}))
+
+    def image(self, name: str, path: str | Path, step: int) -> None:
+        """Show a PNG in W&B."""
+
+        def send() -> None:
+            import wandb
+
+            self._wandb.log({"step": step, name: wandb.Image(str(path))})
+
+        self._try("show an image", send)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final values of the run in W&B (they head its table)."""
+        self._try("set the summary", lambda: self._wandb.summary.update(dict(values)))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, and one torn by a crash: a resumed run writes those steps again.
+
+        W&B keeps what it was sent; its charts are drawn over ``step``, which may repeat.
+        """
+        if self._file is None:
+            return
+        self._file.close()
+        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, waiting at most a minute for the last upload. Safe to call twice."""
+        self._try("finish", lambda: self._wandb.finish(exit_code=exit_code))
+        self._wandb = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _start_wandb(self, recipe: Recipe, run_dir: Path) -> None:
+        # W&B's own error telemetry would hold the process for ten seconds at exit where the network is closed.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            mode = _wandb().setup().settings.mode if recipe.wandb.mode == "auto" else recipe.wandb.mode
+            if mode == "disabled":
+                return
+            online = mode not in ("offline", "dryrun")
+            if online and find_wandb_login() is None:
+                self._say("W&B: no login found (`wandb login` or WANDB_API_KEY), so this run is recorded offline")
+                online = False
+            if online:
+                try:
+                    self._init_wandb("online", recipe, run_dir)
+                    self._say(f"W&B: {self._wandb.url}")
+                    return
+                except Exception as error:
+                    self._say(f"warning: W&B cannot be used online ({_brief(error)}), so this run is recorded offline")
+                    _wandb().teardown()
+            self._init_wandb("offline", recipe, run_dir)
+            self._say(f"W&B: offline; upload later with `wandb sync {self._wandb.settings.sync_dir}`")
+        except Exception as error:
+            self._say(f"warning: W&B cannot be used ({_brief(error)}); metrics go to {self._path} alone")
+
+    def _init_wandb(self, mode: str, recipe: Recipe, run_dir: Path) -> None:
+        wandb = _wandb()
+        settings = {
+            "init_timeout": INIT_TIMEOUT,
+            "finish_timeout": FINISH_TIMEOUT,
+            "console": "off",
+            "silent": True,
+            "disable_code": True,
+        }
+        known = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
+        run = wandb.init(
+            mode=mode,
+            project=recipe.wandb.project,
+            entity=recipe.wandb.entity,
+            name=recipe.wandb.name or recipe.name,
+            tags=recipe.wandb.tags,
+            config=recipe.model_dump(mode="json"),
+            dir=str(run_dir),
+            id=self.run_id,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(**known),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        self._wandb = run
+        self.run_id = run.id
+
+    def _try(self, what: str, act: Callable[[], Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._wandb = None
+            self._say(f"warning: W&B could not {what} ({_brief(error)}); metrics go to {self._path} alone from here on")
+
+
+def find_wandb_login() -> str | None:
+    """Where a W&B login was found (an environment variable, the netrc file, W&B's settings), or None.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if os.environ.get(variable):
+            return variable
+    settings = _wandb().setup().settings
+    if settings.api_key:
+        return "the W&B settings"
+    hosts = {urlsplit(settings.base_url).netloc}
+    if settings.base_url == type(settings).model_fields["base_url"].default:
+        hosts.add("api.wandb.ai")  # the public service has had several names; its logins are under this one
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for place in places:
+        try:
+            logins = netrc.netrc(Path(place).expanduser()).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if any(host in logins and logins[host][2] for host in hosts):
+            return place
+    return None
+
+
+def _wandb() -> Any:
+    import wandb
+
+    return wandb
+
+
+def _number(value: Any) -> float | int:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite for a torn one, so that it lies after every step."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

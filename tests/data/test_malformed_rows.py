@@ -1,0 +1,87 @@
+"""Rows that cannot be read are named and counted; the recipe says whether to stop."""
+
+from __future__ import annotations
+
+import logging
+
+import datasets
+import pytest
+
+from sparsetrain.errors import DataError
+
+BAD = [
+    '{"text": "cut off',
+    '["a", "list"]',
+    '{"txt": "another column"}',
+    '{"text": null}',
+    '{"text": 5}',
+    '{"text": "half of a pair: \\ud800"}',
+    b'{"text": "caf\xe9 in latin-1"}',
+]
+REASONS = [
+    "not valid JSON",
+    "a JSON list, not an object",
+    "it has no 'text', only 'txt'",
+    "'text' is null, not a string",
+    "'text' is of type int, not a string",
+    "'text' is no valid Unicode: surrogates not allowed at character 16",
+    "not valid JSON",
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Good rows on odd lines, bad ones on even lines."""
+    good = [f'{{"text": "row {i}"}}'.encode() for i in range(len(BAD))]
+    lines = [line for i, bad in enumerate(BAD) for line in (good[i], bad if isinstance(bad, bytes) else bad.encode())]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    return str(tmp_path / "rows.jsonl")
+
+
+def test_stop_names_the_file_and_line_of_the_first(path, stream):
+    with pytest.raises(DataError, match=rf"7 of 14 rows cannot be read: {path}:2: {REASONS[0]}.*:4: .*:6: .*; \.\.\."):
+        stream({"path": path})
+
+
+def test_stop_names_the_line_when_a_stream_comes_to_it(path, stream):
+    rows = stream({"path": path, "streaming": True})
+    with pytest.raises(DataError, match=rf"{path}:2: not valid JSON.*on_malformed=skip"):
+        next(rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+def test_skip_counts_them_and_trains_on_the_others(path, streaming, stream, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "sparsetrain"):
+        rows = stream(
+            {"path": path, "shuffle": False, "streaming": streaming, "name": "mine"}, on_malformed="skip", packing=False
+        )
+        read = [tokenizer.decode(next(rows).input_ids[:-1]) for _ in BAD]
+    assert read == [f"row {i}" for i in range(len(BAD))]
+    assert rows.malformed == {"mine": len(BAD)}
+    for line, reason in zip((2, 4, 6), REASONS):
+        assert f"{path}:{line}: {reason}" in caplog.text
+
+
+def test_each_reason_is_told(path, stream):
+    rows = stream({"path": path}, on_malformed="skip")
+    errors = [error for error in rows._sources[0]._rows["error"] if error]
+    assert [reason in error for reason, error in zip(REASONS, errors)] == [True] * len(BAD)
+
+
+def test_rows_of_a_table_are_named_by_number(tmp_path, stream):
+    datasets.Dataset.from_dict({"text": ["fine", None, "fine"]}).to_parquet(tmp_path / "a.parquet")
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="row 1: 'text' is null"):
+            next(stream({"path": str(tmp_path / "a.parquet"), "streaming": streaming, "shuffle": False}))
+
+
+def test_a_source_without_one_good_row_is_refused(write_jsonl, stream):
+    path = write_jsonl(["{", "["])
+    with pytest.raises(DataError, match=r"holds no row that can be read.*data\.jsonl:1"):
+        stream({"path": path}, on_malformed="skip")
+
+
+def test_empty_texts_are_left_out_and_are_no_mistake(write_jsonl, stream, tokenizer):
+    rows = stream({"path": write_jsonl([{"text": text} for text in ("a word", "", "  \n")])})
+    assert [tokenizer.decode(next(rows).input_ids[:-1]) for _ in range(2)] == ["a word"] * 2
+    assert rows.malformed == {rows._sources[0].label: 0}

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from sparsetrain.evaluation import EvalResult, PasskeyResult
+from sparsetrain.evaluation.panels import _pooled, _smooth, _tokens, few
+from sparsetrain.evaluation.pictures import (
+    attention_picture,
+    loss_curve,
+    passkey_heatmaps,
+    perplexity_by_length,
+    report_picture,
+)
+from sparsetrain.methods.registry import parse_attention
+
+PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
+RESULTS = {
+    "before": EvalResult(perplexity={512: 12.3, 1024: 80.0}, perplexity_tokens=65536, passkey=PASSKEY),
+    "after": EvalResult(perplexity={512: 7.5, 1024: 7.1}, perplexity_tokens=65536, passkey=PASSKEY),
+}
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 4 / step, "lr": 1e-3 / step} for step in range(1, 9)]
+    lines += [{"step": 4, "eval/perplexity/512": 7.5}, {"step": 9, "loss": None}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def colours(path) -> set[tuple[int, ...]]:
+    """The colours of a picture, as 0..255."""
+    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    values, counts = np.unique(pixels, axis=0, return_counts=True)
+    return {tuple(value) for value, count in zip(values.tolist(), counts) if count > 50}
+
+
+BLUE, ORANGE, GREEN, RED = (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0)
+
+
+def test_every_series_is_drawn(metrics, tmp_path):
+    assert {BLUE, RED} <= colours(loss_curve(metrics, tmp_path / "loss.png"))
+    assert ORANGE in colours(perplexity_by_length(RESULTS, tmp_path / "perplexity.png", trained_length=1024))
+
+
+def test_a_run_without_steps_still_has_a_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    assert loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_cells_are_coloured_by_accuracy(tmp_path):
+    missed, found = (240, 73, 110), (12, 215, 159)
+    seen = colours(passkey_heatmaps(RESULTS, tmp_path / "passkey.png"))
+    assert {missed, found} <= seen
+
+
+@pytest.mark.parametrize(
+    ("attention", "drawn"),
+    [
+        ({"method": "power", "block": 32}, {BLUE, ORANGE, GREEN}),
+        ({"method": "sliding", "block": 32, "window": 4, "sinks": 1}, {BLUE, ORANGE}),
+        ({"method": "full"}, {BLUE, GREEN}),
+        ({"method": "longnet", "block": 32, "head_shift": True}, {BLUE, GREEN}),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_kinds_of_blocks_have_their_colours(tmp_path, attention, drawn):
+    config = parse_attention(attention)
+    path = attention_picture(config, tmp_path / "attention.png", length=2000, num_layers=4, num_kv_heads=2)
+    assert colours(path) & {BLUE, ORANGE, GREEN} == drawn
+
+
+def test_the_report_holds_every_panel(metrics, tmp_path):
+    power = parse_attention({"method": "power", "block": 32, "dense_layers": [0]})
+    sizes = []
+    for results in (RESULTS, {"after": EvalResult()}):
+        path = report_picture(
+            tmp_path / "report.png",
+            title="quickstart",
+            metrics=metrics,
+            results=results,
+            attention=power,
+            length=2048,
+            num_layers=4,
+        )
+        sizes.append(imread(path).shape)
+        assert {BLUE, ORANGE, GREEN, RED} <= colours(path)
+    assert sizes[0][0] > sizes[1][0], "without passkey results there is one panel less"
+
+
+def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path):
+    many = {f"step {step}": RESULTS["after"] for step in range(9)}
+    assert list(few(many)) == ["step 0", "step 1", "step 7", "step 8"]
+    four = {label: many[label] for label in list(many)[:4]}
+    wide, same = (imread(passkey_heatmaps(results, tmp_path / "passkey.png")).shape for results in (many, four))
+    assert wide == same
+
+
+def test_pooling_keeps_thin_diagonals():
+    pooled = _pooled(np.eye(1000, dtype=int), 256, 256)
+    assert pooled.shape == (250, 250)
+    assert (np.diag(pooled) == 1).all()
+    assert pooled.sum() == 250
+    assert (_pooled(np.eye(10, dtype=int), 256, 256) == np.eye(10)).all()
+
+
+def test_smoothing_does_not_lag():
+    ramp = [float(value) for value in range(200)]
+    assert _smooth(ramp)[10:-10] == ramp[10:-10]
+
+
+def test_lengths_are_short():
+    assert [_tokens(length) for length in (512, 1000, 1024, 1536, 131072)] == ["512", "1,000", "1K", "1.5K", "128K"]

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console
+
+from sparsetrain.evaluation import EvalResult, PasskeyResult
+from sparsetrain.evaluation.report import print_results, read_results, write_report
+
+PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
+RESULTS = {
+    "before": EvalResult(perplexity={512: 12.3456, 1024: 45678.9}, perplexity_tokens=65536, passkey=PASSKEY),
+    "after": EvalResult(perplexity={512: 7.5, 2048: math.inf}, perplexity_tokens=65536),
+}
+
+
+def test_the_run_folder_gets_the_numbers_and_a_page(tmp_path):
+    picture = tmp_path / "pictures" / "report.png"
+    report = write_report(RESULTS, tmp_path, title="quickstart", pictures=[picture])
+    assert read_results(tmp_path) == RESULTS
+    lines = report.read_text().splitlines()
+    assert lines[0] == "# quickstart"
+    assert "|  | 512 | 1,024 | 2,048 |" in lines
+    assert "| before | 12.35 | 45,679 | - |" in lines
+    assert "| after | 7.500 | - | inf |" in lines
+    assert "|  | 512 | 1,024 | all | 95 % interval |" in lines
+    assert "| before | 88% | 12% | 50% | 28% to 72% |" in lines
+    assert "| 100% | 75% | 0% |" in lines
+    assert "![report](pictures/report.png)" in lines
+
+
+def test_tables_are_printed():
+    console = Console(file=io.StringIO(), width=120)
+    print_results(RESULTS, console)
+    printed = console.file.getvalue()
+    assert "Perplexity by context length" in printed
+    assert "45,679" in printed
+    assert "28% to 72%" in printed
+    assert printed.count("before") == 3
+    assert printed.count("after") == 1
+
+
+def test_nothing_measured_prints_nothing():
+    console = Console(file=io.StringIO())
+    print_results({"before": EvalResult()}, console)
+    assert console.file.getvalue() == ""

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from sparsetrain.evaluation import EvalResult, PasskeyResult, wilson_interval
+
+PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
+
+
+def test_json_gives_back_the_result():
+    result = EvalResult(perplexity={512: 7.25, 1024: math.inf}, perplexity_tokens=4096, passkey=PASSKEY)
+    assert EvalResult.model_validate_json(result.model_dump_json()) == result
+    assert EvalResult.model_validate_json(EvalResult().model_dump_json()) == EvalResult()
+
+
+def test_json_of_another_shape_is_refused():
+    with pytest.raises(ValidationError):
+        EvalResult.model_validate_json('{"ppl": {}}')
+
+
+def test_shares_by_cell_length_and_prompt():
+    assert PASSKEY.accuracy() == [[1.0, 0.75], [0.25, 0.0]]
+    assert PASSKEY.by_length() == {512: 0.875, 1024: 0.125}
+    assert PASSKEY.mean() == 0.5
+    assert PASSKEY.interval() == wilson_interval(8, 16)
+
+
+def test_metrics_are_flat():
+    assert EvalResult(perplexity={512: 7.25}, passkey=PASSKEY).metrics() == {
+        "eval/perplexity/512": 7.25,
+        "eval/passkey": 0.5,
+        "eval/passkey/512": 0.875,
+        "eval/passkey/1024": 0.125,
+    }
+
+
+@pytest.mark.parametrize(
+    ("correct", "trials", "low", "high"),
+    [(20, 20, 0.84, 1.0), (0, 20, 0.0, 0.16), (45, 50, 0.79, 0.96), (450, 500, 0.87, 0.92)],
+)
+def test_wilson_interval(correct, trials, low, high):
+    assert wilson_interval(correct, trials) == pytest.approx((low, high), abs=0.006)

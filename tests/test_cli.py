@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsetrain import __version__
+from sparsetrain.cli import main
+from sparsetrain.recipe import load_recipe, shipped_recipes
+
+RECIPE = """\
+# A recipe of the tests.
+model: {path: some/model}
+attention: {method: power, block: 16, window: 3}
+data: {sources: [{path: corpus.jsonl}]}
+sequence: {length: 128}
+train: {steps: 30, lr: 2e-5, global_batch_sequences: 4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RECIPE)
+    return "run.yaml"
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_version(call):
+    assert call("--version") == (0, f"sparsetrain {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "doctor", "recipe show", "recipe copy", "recipe validate"])
+def test_help_shows_examples(call, command):
+    code, out, _ = call(*command.split(), "--help")
+    assert code == 0
+    assert f"sparsetrain {command}" in out
+
+
+def test_list_names_every_shipped_recipe(call):
+    code, out, _ = call("recipe", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(shipped_recipes())
+
+
+def test_show_prints_a_recipe_that_loads(call, recipe):
+    for extra in ([], ["--explain"]):
+        code, out, err = call("recipe", "show", recipe, "train.lr=1e-4", *extra)
+        assert (code, err) == (0, "")
+        Path("shown.yaml").write_text(out)
+        assert load_recipe("shown.yaml").recipe == load_recipe(recipe, ["train.lr=1e-4"]).recipe
+
+
+def test_copy_keeps_comments_and_never_overwrites(call, recipe):
+    assert call("recipe", "copy", "qwen3-0.6b-power-32k", "mine.yaml")[0] == 0
+    assert Path("mine.yaml").read_text() == shipped_recipes()["qwen3-0.6b-power-32k"].read_text()
+    assert load_recipe("mine.yaml").recipe.model.path == "Qwen/Qwen3-0.6B-Base"
+    Path("mine.yaml").write_text("mine\n")
+    code, _, err = call("recipe", "copy", "qwen3-0.6b-power-32k", "mine.yaml")
+    assert code == 2
+    assert "mine.yaml exists already" in err
+    assert Path("mine.yaml").read_text() == "mine\n"
+    assert call("recipe", "copy", "qwen3-0.6b-power-32k", "no/such/folder.yaml")[0] == 2
+
+
+def test_validate_prints_one_line_a_recipe(call, recipe):
+    code, out, err = call("recipe", "validate", recipe, "qwen3-0.6b-power-32k", "--ranks", "2")
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first.startswith("run.yaml: valid: 1 row x 2 accumulation x 2 ranks = 4 rows = 512 tokens a step; 30 steps")
+    assert "power attention, 78.3% of causal pairs" in first
+    assert second.startswith("qwen3-0.6b-power-32k: valid: 1 row x 16 accumulation x 2 ranks")
+
+
+def test_validate_reports_every_broken_recipe_and_goes_on(call, recipe):
+    Path("bad.yaml").write_text(RECIPE.replace("lr:", "lrr:"))
+    code, out, err = call("recipe", "validate", "bad.yaml", recipe, "gone.yaml")
+    assert code == 2
+    assert out.startswith("run.yaml: valid")
+    assert "bad.yaml:6: train.lrr: unknown key; did you mean train.lr?" in err
+    assert "there is no recipe gone.yaml" in err
+
+
+def test_validate_applies_overrides_to_every_recipe_and_prints_notes(call, recipe):
+    code, out, err = call("recipe", "validate", recipe, "attention.method=full")
+    assert code == 0
+    assert "; full attention" in out
+    assert "note: attention.method=full replaces the file's power: block=16, window=3 dropped" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["deepspeed.config={zero_optimization: {stage: 3}}"], "zero_optimization.stage is 3 there"),
+        (["deepspeed.config={gradient_cliping: 1.0}"], "did you mean gradient_clipping?"),
+        (["deepspeed.config=gone.json"], "cannot read gone.json"),
+        (["--ranks", "3"], "is not a multiple of"),
+    ],
+)
+def test_validate_refuses_what_a_run_would_refuse(call, recipe, overrides, expected):
+    code, _, err = call("recipe", "validate", recipe, *overrides)
+    assert code == 2
+    assert expected in err
+
+
+def test_schema_is_json(call):
+    code, out, _ = call("recipe", "schema")
+    assert code == 0
+    assert "base" in json.loads(out)["properties"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "gone.yaml"],
+        ["run", "run.yaml", "train.lrr=3"],
+        ["run", "run.yaml", "train.lr"],
+        ["recipe", "show", "bad.yaml"],
+        ["recipe", "validate", "train.lr=3"],
+        ["doctor", "gone.yaml"],
+        ["eval", "nowhere", "run.yaml"],
+        ["eval", "nowhere", "run.yaml", "eval.passkey.lengths=[128]"],
+        ["eval", "nowhere", "run.yaml", "attention.method=full"],
+    ],
+)
+def test_mistakes_exit_with_2_and_one_message(call, recipe, arguments):
+    Path("bad.yaml").write_text("model: [\n")
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_a_real_process_exits_with_2_and_no_traceback_unless_asked(recipe):
+    command = [sys.executable, "-m", "sparsetrain.cli", "recipe", "show", "run.yaml", "train.lrr=3"]
+    quiet = subprocess.run(command, capture_output=True, text=True)
+    assert quiet.returncode == 2
+    assert quiet.stderr.startswith("error: run.yaml has 1 problem:")
+    assert "Traceback" not in quiet.stderr
+
+
+def test_traceback_on_request(call, recipe, monkeypatch):
+    from sparsetrain.errors import RecipeError
+
+    monkeypatch.setenv("SPARSETRAIN_TRACEBACK", "1")
+    with pytest.raises(RecipeError):
+        main(["recipe", "show", "run.yaml", "train.lrr=3"])
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["run"], ["recipe", "validate"], ["run", "x", "--nonsense"]])
+def test_usage_errors_exit_with_2(call, arguments):
+    assert call(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["recipe", "list"],
+        ["recipe", "validate", "qwen3-8b-power-128k"],
+        ["recipe", "show", "run.yaml"],
+        ["recipe", "schema"],
+    ],
+)
+def test_quick_commands_import_nothing_heavy(recipe, arguments):
+    script = (
+        "import sys; from sparsetrain.cli import main; code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'peft', 'numpy', 'matplotlib', 'wandb'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
+def test_eval_measures_a_saved_folder(call, recipe, test_data):
+    from sparsetrain.modeling import load_model, save
+
+    loaded = load_recipe(recipe, [f"model={{path: {test_data}/models/stories260K_hf, dtype: float32}}"]).recipe
+    model, tokenizer = load_model(loaded.model, loaded.attention, seed=0)
+    save(model, "final", tokenizer)
+    measure = "eval.passkey={lengths: [256], depths: 2, trials: 1}"
+    code, out, err = call("eval", "final", recipe, measure, "--output", "result.json")
+    assert code == 0, err
+    assert "256" in out
+    result = json.loads(Path("result.json").read_text())
+    assert result["passkey"]["lengths"] == [256]
+    assert len(result["passkey"]["correct"][0]) == 2

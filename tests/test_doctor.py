@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsetrain import doctor
+from sparsetrain.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# Embedding and output, then per layer q and o, k and v, the MLP and two norms; and the last norm.
+PARAMETERS = 2 * 100 * 16 + 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 2 * 16) + 16
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def load(*overrides: str):
+        return load_recipe("qwen3-0.6b-power-32k", [f"output={tmp_path}/runs/x", *overrides]).recipe
+
+    return load
+
+
+def test_the_tested_range_is_the_one_that_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    floors = dict(
+        re.findall(r"^([\w-]+) >= ([\d.]+)", setup["options"]["install_requires"].strip(), flags=re.MULTILINE)
+    )
+    assert setup["options"]["python_requires"] == f">={doctor.PYTHON[0]}"
+    for package, (oldest, newest) in doctor.TESTED.items():
+        assert floors[package] == oldest
+        assert tuple(map(int, oldest.split("."))) <= tuple(map(int, newest.split(".")))
+
+
+def test_the_newest_version_tried_is_the_pinned_one():
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    for package, (_, newest) in doctor.TESTED.items():
+        assert f"{pins[package]}.".startswith(f"{newest}.")
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [("2.5.1", "fail"), ("2.6.0", "ok"), ("2.13.0+cpu", "ok"), ("2.13.4", "ok"), ("2.14.0", "warn"), ("3.0", "warn")],
+)
+def test_versions_are_held_against_the_range(found, status):
+    finding = doctor.check_version("torch", found, "2.6", "2.13")
+    assert finding.status == status
+    assert bool(finding.fix) == (status != "ok")
+
+
+def test_versions_of_this_environment_are_found():
+    findings = {finding.check: finding for finding in doctor.check_versions()}
+    assert findings["python"].status == "ok"
+    assert findings["torch"].status in ("ok", "warn")
+    assert {"transformers", "deepspeed", "datasets"} <= set(findings)
+
+
+def test_a_missing_package_is_found(monkeypatch):
+    monkeypatch.setitem(doctor.TESTED, "no-such-package", ("1.0", "2.0"))
+    (finding,) = [finding for finding in doctor.check_versions() if finding.check == "no-such-package"]
+    assert finding.status == "fail"
+    assert finding.fix == "pip install 'no-such-package>=1.0'"
+
+
+def test_old_locks_fail_and_young_ones_warn(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert doctor.check_extension_locks().status == "ok"
+    old, young = tmp_path / "py311_cpu" / "a" / "lock", tmp_path / "py311_cpu" / "b" / "lock"
+    for lock in (old, young):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (time.time() - 3600,) * 2)
+    first, second = doctor.check_extension_locks()
+    assert (first.status, first.fix) == ("fail", f"rm '{old}'")
+    assert (second.status, str(young) in second.found) == ("warn", True)
+
+
+def test_a_shadowed_kernels_package_is_found(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "op.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert doctor.check_kernels_package().status == "ok", "a folder without __init__.py is no package"
+    (tmp_path / "kernels" / "__init__.py").touch()
+    finding = doctor.check_kernels_package()
+    assert finding.status == "fail"
+    assert str(tmp_path / "kernels") in finding.found
+
+
+def test_the_genuine_kernels_package_is_accepted(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    info = tmp_path / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert doctor.check_kernels_package() == doctor.Finding("ok", "kernels package", "Hugging Face's, 0.18.2")
+
+
+def test_a_busy_port_is_found(monkeypatch):
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        finding = doctor.check_port()
+        assert finding.status == "warn"
+        assert str(port) in finding.found
+        assert f"--master_port {port + 1}" in finding.fix
+    assert doctor.check_port().status == "ok"
+
+
+def test_sparse_attention_agrees_with_dense_on_this_machine():
+    finding = doctor.check_attention()
+    assert finding.status == "ok", finding.found
+    assert float(re.search(r"error (\S+)", finding.found)[1]) < 2e-3
+
+
+def test_wrong_attention_is_found(monkeypatch):
+    import sparsetrain_kernels
+
+    correct = sparsetrain_kernels.block_pattern_attention
+    monkeypatch.setattr(sparsetrain_kernels, "block_pattern_attention", lambda *a: correct(*a) * 1.01)
+    assert doctor.check_attention().status == "fail"
+
+
+def test_offload_needs_a_compiler(monkeypatch, tmp_path, recipe):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.check_compiler(recipe()).status == "ok"
+    assert doctor.check_compiler(recipe("deepspeed.offload_optimizer=cpu")).status == "fail"
+
+
+def test_wandb_login_matters_only_online(monkeypatch, tmp_path, recipe):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert doctor.check_wandb(recipe("wandb.mode=offline")).found.startswith("offline in the recipe")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert doctor.check_wandb(recipe("wandb.mode=online")).found == "login found in WANDB_API_KEY"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keep", "export", "bytes_a_parameter"),
+    [("bfloat16", 2, "true", 14 * 3 + 2), ("float32", 1, "false", 16 * 2)],
+)
+def test_disk_room_is_what_the_checkpoints_take(monkeypatch, recipe, dtype, keep, export, bytes_a_parameter):
+    settings = recipe(f"model.dtype={dtype}", f"checkpoint.keep_last={keep}", f"checkpoint.export={export}")
+    needed = 600_000_000 * bytes_a_parameter
+    usage = shutil.disk_usage("/")
+    for free, status in ((needed - 1, "fail"), (needed + 1, "warn"), (2 * needed, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        finding = doctor.check_disk(settings)
+        assert finding.status == status
+        assert "0.6B parameters (by its name)" in finding.found
+
+
+def test_parameters_are_counted_in_the_files_of_a_local_model(tmp_path, recipe):
+    header = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}}
+    text = json.dumps(header).encode()
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+        (tmp_path / name).write_bytes(struct.pack("<Q", len(text)) + text + bytes(48))
+    assert doctor.count_parameters(recipe(f"model.path={tmp_path}")) == (24, "counted in its files")
+
+
+def test_parameters_are_counted_by_config_and_architecture(tmp_path, recipe):
+    (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURE))
+    assert doctor.count_parameters(recipe(f"model.path={tmp_path}", "attention.dense_layers=[]")) == (
+        PARAMETERS,
+        "by its config",
+    )
+    model = json.dumps({"architecture": ARCHITECTURE, "tokenizer": "t"})
+    assert doctor.count_parameters(recipe(f"model={model}", "attention.dense_layers=[]")) == (
+        PARAMETERS,
+        "by its architecture",
+    )
+
+
+@pytest.mark.parametrize(("path", "count"), [("a/Llama-3.1-8B", 8e9), ("a/SmolLM-135M-x", 135e6), ("a/gpt-oss", None)])
+def test_parameters_are_read_from_the_name_at_last(recipe, path, count):
+    found = doctor.count_parameters(recipe(f"model.path={path}"))
+    assert found == (None if count is None else (int(count), "by its name"))
+
+
+def test_a_broken_check_is_a_finding(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "no number")
+    findings = {finding.check: finding for finding in doctor.run_checks()}
+    assert findings["port"].status == "fail"
+    assert "ValueError" in findings["port"].found
+
+
+def test_diagnose_prints_fixes_and_fails_if_one_check_does(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / ("long" * 30) / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert doctor.diagnose() == 2
+    assert f"fail extension locks: rm '{lock}'\n" in capsys.readouterr().out

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+
+import pytest
+
+from sparsetrain.training.progress import Progress, _clock_time
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    out = io.StringIO()
+    with Progress(100, 11, 4096, file=out) as progress:
+        progress.update(12, loss=3.2141, lr=2e-4, grad_norm=0.714)
+        progress.log("evaluating [at step 12]")
+        progress.update(13, loss=3.1, lr=2e-4)
+    lines = out.getvalue().splitlines()
+    assert re.fullmatch(
+        r"step 12/100  loss 3\.214  lr 2\.0e-04  grad 0\.71  [\d,]+ tok/s  left \d+:\d\d(:\d\d)?", lines[0]
+    )
+    assert lines[1] == "evaluating [at step 12]"
+    assert re.fullmatch(r"step 13/100  loss 3\.100  lr 2\.0e-04  [\d,]+ tok/s  left .*", lines[2])
+
+
+def test_long_lines_are_not_broken():
+    out = io.StringIO()
+    with Progress(10, 0, 1, file=out) as progress:
+        progress.log("x" * 500)
+    assert out.getvalue() == "x" * 500 + "\n"
+
+
+def read_all(descriptor: int) -> str:
+    """What was written to a terminal that is closed by now."""
+    shown = b""
+    while True:
+        try:
+            part = os.read(descriptor, 1 << 16)
+        except OSError:  # how Linux says that nobody writes any more
+            part = b""
+        if not part:
+            os.close(descriptor)
+            return shown.decode()
+        shown += part
+
+
+def test_a_bar_on_a_terminal_with_text_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal, Progress(10, 2, 1024, file=terminal) as progress:
+        progress.update(3, loss=1.5, lr=1e-3, grad_norm=0.5)
+        progress.log("saved step-000003")
+    shown = read_all(reader)
+    assert "saved step-000003" in shown
+    assert shown.rindex("step 3/10") > shown.index("saved step-000003"), "the bar is drawn again below the text"
+    assert "loss 1.500  lr 1.0e-03  grad 0.50" in shown
+    assert "━" in shown
+
+
+def test_other_ranks_are_silent():
+    out = io.StringIO()
+    with Progress(10, 0, 1024, rank=1, file=out) as progress:
+        progress.update(1, loss=1.5, lr=1e-3)
+        progress.log("text")
+        assert progress.tokens_per_second > 0
+    assert out.getvalue() == ""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("sparsetrain.training.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_speed_and_time_left_leave_out_evaluations(clock):
+    progress = Progress(20, 10, 1000, file=io.StringIO())
+    assert progress.tokens_per_second == 0
+    with progress:
+        for step in (11, 12):
+            clock[0] += 2.0
+            progress.update(step, loss=1.0, lr=1e-3)
+        clock[0] += 600.0
+        progress.restart_clock()
+        clock[0] += 2.0
+        progress.update(13, loss=1.0, lr=1e-3)
+    assert progress.tokens_per_second == 500
+    assert progress.seconds_left == 14
+
+
+def test_steps_between_updates_and_uneven_steps_are_counted(clock):
+    with Progress(100, 0, 1000, file=io.StringIO()) as progress:
+        clock[0] += 5.0
+        progress.update(5, loss=1.0, lr=1e-3)
+        assert progress.tokens_per_second == 1000
+        clock[0] += 5.0
+        progress.update(10, loss=1.0, lr=1e-3, tokens=2000)
+        assert progress.tokens_per_second == 700
+        assert progress.seconds_left == 90
+
+
+def test_times_are_written_as_on_a_clock():
+    assert [_clock_time(seconds) for seconds in (0, 42.4, 61, 3599.6, 36610)] == [
+        "0:00",
+        "0:42",
+        "1:01",
+        "1:00:00",
+        "10:10:10",
+    ]
