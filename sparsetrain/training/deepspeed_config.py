@@ -1,7 +1,7 @@
 """The DeepSpeed JSON, generated from the recipe; a JSON of the user's own is laid under it and checked against it.
 
-DeepSpeed accepts a misspelt top-level key without a word and understands ``auto`` only inside Hugging Face's Trainer, so
-both are refused here, before anything is loaded.
+DeepSpeed accepts a misspelt top-level key without a word and understands ``auto`` only inside Hugging Face's Trainer,
+so both are refused here, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
 
 
 def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": recipe.deepspeed.stage}
-    if recipe.deepspeed.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": recipe.deepspeed.offload_optimizer, "pin_memory": True}
-    if recipe.deepspeed.offload_parameters != "none":
-        zero["offload_param"] = {"device": recipe.deepspeed.offload_parameters, "pin_memory": True}
+    section = recipe.deepspeed
+    zero = {
+        "stage": section.stage,
+        "offload_optimizer": {"device": section.offload_optimizer},
+        "offload_param": {"device": section.offload_parameters},
+    }
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,

@@ -64,12 +64,12 @@ def fused_attention(inputs: AttentionInputs) -> Tensor:
 def _varlen_applies(query: Tensor) -> bool:
     """Whether torch's attention for packed documents takes these tensors: FlashAttention on CUDA, half precision."""
     takes = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
-    return query.is_cuda and takes and {"scale", "window_size", "enable_gqa"} <= _varlen_parameters()
+    return query.is_cuda and takes and {"scale", "window_size"} <= _varlen_parameters()
 
 
 @lru_cache(maxsize=1)
 def _varlen_parameters() -> set[str]:
-    """What this torch's ``varlen_attn`` understands; it came in 2.10 and learnt grouped heads later."""
+    """What this torch's ``varlen_attn`` understands; it came in 2.10."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return set()
     from torch.nn.attention.varlen import varlen_attn
@@ -84,6 +84,8 @@ def _varlen_attention(inputs: AttentionInputs) -> Tensor:
     lengths = [document.rows for document in inputs.documents]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     longest = max(lengths)
+    # The kernel always shared KV heads within a group; since 2.12 it wants to be asked for it.
+    grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
     out = varlen_attn(
         query,
         key,
@@ -94,7 +96,7 @@ def _varlen_attention(inputs: AttentionInputs) -> Tensor:
         longest,
         scale=inputs.scale,
         window_size=(-1, 0),
-        enable_gqa=True,
+        **grouped,
     )
     return out.transpose(0, 1)[None]
 
