@@ -48,13 +48,13 @@ def _source(
     if source.synthetic is not None:
         return SyntheticSource(source, tokenizer, sequence.length, seed, index)
     if source.streaming:
-        return StreamedSource(source, data, tokenizer)
-    mapped = MappedSource(source, data, tokenizer, seed, index)
+        return StreamedSource(source, data, tokenizer, sequence.length)
+    mapped = MappedSource(source, data, tokenizer, sequence.length, seed, index)
     long = int((mapped.lengths > sequence.length).sum())
     if long and data.long_documents != "split":
         done = "left out" if data.long_documents == "drop" else "cut to their first row"
         logger.warning(
             "data source %r: %d of %d documents are longer than sequence.length=%d and are %s (data.long_documents=%s)",
-            mapped.label, long, mapped.size, sequence.length, done, data.long_documents,
+            mapped.label, long, len(mapped.lengths), sequence.length, done, data.long_documents,
         )  # fmt: skip
     return mapped

@@ -71,6 +71,11 @@ class Piece:
         return f"{self.document.origin}@{self.start}" if self.start else self.document.origin
 
     @property
+    def whole(self) -> bool:
+        """Whether this is all of the document."""
+        return self.length == self.document.length
+
+    @property
     def has_target(self) -> bool:
         """Whether any token but the first, which nothing predicts, carries loss."""
         return any(max(first, self.start + 1) < min(last, self.stop) for first, last in self.document.tokens.targets)
@@ -89,22 +94,25 @@ class Piece:
         return labels
 
 
+def count_pieces(lengths: np.ndarray, row_length: int, long_documents: LongDocuments) -> np.ndarray:
+    """How many pieces :func:`cut` makes of documents of these lengths; integers ``[n]`` both."""
+    long = {"split": -(-lengths // row_length), "truncate": np.ones_like(lengths), "drop": np.zeros_like(lengths)}
+    return np.where(lengths <= row_length, 1, long[long_documents])
+
+
 def cut(document: Document, row_length: int, long_documents: LongDocuments) -> list[Piece]:
     """The pieces of a document that go into rows of ``row_length`` tokens.
 
     A document that fits into a row is never cut: a question must not lose its context. A longer one is cut into full
-    rows and a remainder (``split``), to its first row (``truncate``), or left out (``drop``). Pieces without a target,
-    such as a part of a long prompt, are left out: they would cost compute and change no weight.
+    rows and a remainder (``split``), to its first row (``truncate``), or left out (``drop``).
     """
     if document.length <= row_length:
         return [Piece(document, 0, document.length)]
     if long_documents == "drop":
         return []
     if long_documents == "truncate":
-        edges = [0, row_length]
-    else:
-        edges = [*range(0, document.length, row_length), document.length]
-        if edges[-1] - edges[-2] < MIN_TOKENS:
-            edges[-2] -= 1
-    pieces = [Piece(document, start, stop) for start, stop in pairwise(edges)]
-    return [piece for piece in pieces if piece.has_target]
+        return [Piece(document, 0, row_length)]
+    edges = [*range(0, document.length, row_length), document.length]
+    if edges[-1] - edges[-2] < MIN_TOKENS:
+        edges[-2] -= 1
+    return [Piece(document, start, stop) for start, stop in pairwise(edges)]

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from filelock import FileLock
 
-from sparsetrain.data.document import MIN_TOKENS, Document, Tokens
+from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.randomness import generator
 from sparsetrain.data.render import RENDER_VERSION, MalformedRow
@@ -65,8 +65,12 @@ def tokenize_rows(
 class MappedSource:
     """The documents of a source that is tokenised once, each epoch in a new seeded order.
 
+    A document longer than a row is drawn piece by piece, in no particular order: otherwise one long book would fill
+    batch after batch.
+
     Args:
         source, data: the source and the section it stands in.
+        row_length: tokens in a full row.
         seed, index: what the order depends on, ``index`` being the source's place in the mixture.
 
     Raises:
@@ -74,7 +78,13 @@ class MappedSource:
     """
 
     def __init__(
-        self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int, index: int
+        self,
+        source: DataSource,
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        row_length: int,
+        seed: int,
+        index: int,
     ) -> None:
         self.label = source.label
         self._rows = tokenized(source, tokenizer, data.num_workers).with_format("numpy")
@@ -86,9 +96,16 @@ class MappedSource:
         self._usable = np.flatnonzero(lengths >= MIN_TOKENS)
         self.lengths: np.ndarray = lengths[self._usable]
         """Tokens of each document."""
-        if not self.size:
+        if not len(self._usable):
             raise DataError(f"data source {self.label!r} is empty: none of its {len(lengths)} rows gives a document")
-        if empty := len(lengths) - self.malformed - self.size:
+        self._cut = (row_length, data.long_documents)
+        self._pieces_up_to = np.cumsum(count_pieces(self.lengths, *self._cut))
+        if not self.size:
+            raise DataError(
+                f"data source {self.label!r}: data.long_documents=drop leaves nothing of it, since all of its documents "
+                f"are longer than sequence.length={row_length}"
+            )
+        if empty := len(lengths) - self.malformed - len(self._usable):
             logger.info("data source %r: %d empty rows are left out", self.label, empty)
         self._shuffle = source.shuffle
         self._seed = (seed, "order", index)
@@ -97,25 +114,27 @@ class MappedSource:
 
     @property
     def size(self) -> int:
-        """Documents in an epoch."""
-        return len(self._usable)
+        """Pieces in an epoch: documents, or the parts of longer ones."""
+        return int(self._pieces_up_to[-1])
 
-    def next_document(self) -> Document:
-        """The next document of this epoch, or the first of the next one."""
+    def draw(self) -> list[Piece]:
+        """The next piece of this epoch, or the first of the next one."""
         epoch, place = divmod(self._drawn, self.size)
         if self._shuffle and self._order[0] != epoch:
             self._order = (epoch, generator(*self._seed, epoch).permutation(self.size))
-        document = int(self._order[1][place]) if self._shuffle else place
-        row = int(self._usable[document])
+        number = int(self._order[1][place]) if self._shuffle else place
         self._drawn += 1
-        return Document(f"{self.label}:{row}", int(self.lengths[document]), lambda: self._read(row))
+        index = int(np.searchsorted(self._pieces_up_to, number, side="right"))
+        row = int(self._usable[index])
+        pieces = cut(Document(f"{self.label}:{row}", int(self.lengths[index]), lambda: self._read(row)), *self._cut)
+        return [pieces[number - int(self._pieces_up_to[index])]]
 
     def state_dict(self) -> dict[str, Any]:
-        """How many documents were drawn, in all epochs."""
+        """How many pieces were drawn, in all epochs."""
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the documents drawn."""
+        """Go on behind the pieces drawn."""
         self._drawn = state["drawn"]
 
     def _read(self, row: int) -> Tokens:

@@ -1,4 +1,4 @@
-"""The endless stream of training rows: draw documents from the mixture, pack them, and know exactly where it stands."""
+"""The endless stream of training rows: draw pieces from the mixture, pack them, and know exactly where it stands."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsetrain.data.batch import Row
-from sparsetrain.data.document import MIN_TOKENS, Document, LongDocuments, Piece, cut
+from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece
 from sparsetrain.data.randomness import generator, uniform
 from sparsetrain.errors import DataError
 
 WINDOW_ROWS = 32
 """Rows' worth of documents packed together. More fill rows better; fewer are quicker to draw again on resume."""
-BARREN_DOCUMENTS = 10_000
-"""Documents in a row that may give no row before the stream gives up."""
+BARREN_DRAWS = 10_000
+"""Draws in a row that may give no row before the stream gives up."""
 
 
 class DocumentSource(Protocol):
-    """A source of the mixture: an endless, resumable sequence of documents."""
+    """A source of the mixture: an endless, resumable sequence of documents, cut into pieces that fit a row."""
 
     label: str
 
     @property
     def size(self) -> int | None:
-        """Documents in an epoch: 0 for a synthetic source, which has none; None for a stream, which does not know."""
+        """Draws in an epoch: 0 for a synthetic source, which has none; None for a stream, which does not know."""
 
     @property
     def malformed(self) -> int:
         """Rows that could not be read, so far."""
 
-    def next_document(self) -> Document:
-        """The next document."""
+    def draw(self) -> list[Piece]:
+        """The next piece; of a stream, all pieces of the next document."""
 
     def state_dict(self) -> dict[str, Any]:
         """Its position, JSON-able."""
@@ -47,10 +47,11 @@ class DocumentSource(Protocol):
 class RowStream:
     """An endless iterator over training rows, the same for every rank.
 
-    The source of document ``i`` is a function of ``seed`` and ``i``. Documents are drawn and packed a window at a time:
-    a window ends when its documents make ``WINDOW_ROWS`` full rows, and at the end of an epoch (when the mapped sources
-    together have given as many documents as they hold), so that an epoch is a whole number of rows. Within a window
-    each piece goes into the row it fits best, and the rows are shuffled if any source is.
+    The source of draw ``i`` is a function of ``seed`` and ``i``. Pieces are drawn and packed a window at a time: a
+    window ends when its pieces make ``WINDOW_ROWS`` full rows, and at the end of an epoch (when the mapped sources
+    together have given as many pieces as they hold), so that an epoch is a whole number of rows. Within a window each
+    piece goes into the row it fits best, and the rows are shuffled if any source is. Pieces without a target, such as a
+    part of a long prompt, are left out: they would cost compute and change no weight.
 
     A state is the position at the start of a window and the row within it; resuming packs that window again.
 
@@ -83,8 +84,8 @@ class RowStream:
         self._shuffle = shuffle
         self._seed = seed
         self._epoch = sum(source.size or 0 for source in sources)
-        self._documents = 0
-        self._mapped_documents = 0
+        self._draws = 0
+        self._mapped_draws = 0
         self._window: list[list[Piece]] = []
         self._row = 0
         self._window_start = self._position()
@@ -136,8 +137,8 @@ class RowStream:
                 f"the data position to resume from was saved with {changed[0]} {theirs.get(changed[0])}, and the "
                 f"recipe now gives {mine[changed[0]]}; resume with the recipe and the data of that run"
             )
-        self._documents = state["documents"]
-        self._mapped_documents = state["mapped_documents"]
+        self._draws = state["draws"]
+        self._mapped_draws = state["mapped_draws"]
         for source, position in zip(self._sources, state["sources"]):
             source.load_state_dict(position)
         self._window_start = self._position()
@@ -159,7 +160,7 @@ class RowStream:
         here = self.state_dict()
         self.load_state_dict(self._beginning)
         rows = len(self._pack())
-        while self._mapped_documents < self._epoch:
+        while self._mapped_draws < self._epoch:
             rows += len(self._pack())
         self.load_state_dict(here)
         return rows
@@ -173,17 +174,17 @@ class RowStream:
 
     def _pack(self) -> list[list[Piece]]:
         """Draw the documents of the next window and lay their pieces into rows."""
-        start = self._documents
+        start = self._draws
         rows: list[list[Piece]] = []
         rooms: list[tuple[int, int]] = []  # (free tokens, row), ascending
         tokens = barren = 0
         while True:
-            document, epoch_ends = self._draw()
-            pieces = cut(document, self._row_length, self._long_documents)
+            drawn, epoch_ends = self._draw()
+            pieces = [piece for piece in drawn if piece.whole or piece.has_target]
             barren = 0 if pieces else barren + 1
-            if barren == BARREN_DOCUMENTS:
+            if barren == BARREN_DRAWS:
                 raise DataError(
-                    f"the last {barren:,} documents gave no row: with data.long_documents={self._long_documents}, none "
+                    f"the last {barren:,} draws gave no row: with data.long_documents={self._long_documents}, none "
                     f"has anything to learn within sequence.length={self._row_length} tokens"
                 )
             for piece in pieces:
@@ -207,21 +208,21 @@ class RowStream:
         if self._packing and room - piece.length >= MIN_TOKENS:
             insort(rooms, (room - piece.length, row))
 
-    def _draw(self) -> tuple[Document, bool]:
-        """The next document of the mixture, and whether an epoch ends with it."""
+    def _draw(self) -> tuple[list[Piece], bool]:
+        """What the mixture draws next, and whether an epoch ends with it."""
         choice = 0
         if len(self._sources) > 1:
-            drawn = uniform(self._seed, "mixture", self._documents)
+            drawn = uniform(self._seed, "mixture", self._draws)
             choice = min(bisect_right(self._shares, drawn), len(self._sources) - 1)
         source = self._sources[choice]
-        self._documents += 1
-        self._mapped_documents += bool(source.size)
-        return source.next_document(), bool(source.size) and self._mapped_documents % self._epoch == 0
+        self._draws += 1
+        self._mapped_draws += bool(source.size)
+        return source.draw(), bool(source.size) and self._mapped_draws % self._epoch == 0
 
     def _position(self) -> dict[str, Any]:
         return {
-            "documents": self._documents,
-            "mapped_documents": self._mapped_documents,
+            "draws": self._draws,
+            "mapped_draws": self._mapped_draws,
             "sources": [source.state_dict() for source in self._sources],
         }
 
@@ -232,6 +233,6 @@ class RowStream:
             "sequence.length": self._row_length,
             "sequence.packing": self._packing,
             "data.long_documents": self._long_documents,
-            "documents in each source": [source.size for source in self._sources],
+            "pieces in each source": [source.size for source in self._sources],
             "cumulative weights": self._shares,
         }

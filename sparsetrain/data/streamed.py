@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.data.document import MIN_TOKENS, Document
+from sparsetrain.data.document import MIN_TOKENS, Document, Piece, cut
 from sparsetrain.data.render import MalformedRow
 from sparsetrain.data.sources import open_source, rows_of
 from sparsetrain.errors import DataError
@@ -35,13 +35,16 @@ class StreamedSource:
 
     size = None
 
-    def __init__(self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, row_length: int
+    ) -> None:
         self.label = source.label
         self.malformed = 0
         """Malformed rows met in the first pass."""
         self._source = source
         self._stop = data.on_malformed == "stop"
         self._tokenizer = tokenizer
+        self._cut = (row_length, data.long_documents)
         self._opened = open_source(source, tokenizer, streaming=True)
         self._dataset: Any = None
         self._resumed: dict[str, Any] | None = None
@@ -55,8 +58,8 @@ class StreamedSource:
         """Documents that they gave."""
         self._rewind()
 
-    def next_document(self) -> Document:
-        """The next document.
+    def draw(self) -> list[Piece]:
+        """The pieces of the next document.
 
         Raises:
             DataError: a row is malformed and the recipe says stop, reading failed, or a whole pass gave no document.
@@ -80,7 +83,7 @@ class StreamedSource:
                 continue
             if len(tokens.input_ids) >= MIN_TOKENS:
                 self._documents += 1
-                return Document.of(f"{self.label}:{row}", tokens)
+                return cut(Document.of(f"{self.label}:{row}", tokens), *self._cut)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sparsetrain.data.document import Document, Tokens
+from sparsetrain.data.document import Document, Piece, Tokens
 from sparsetrain.data.encoding import encode, encode_after, opening, shared_prefix
 from sparsetrain.data.randomness import generator
 from sparsetrain.errors import DataError
@@ -252,14 +252,14 @@ class SyntheticSource:
         self._drawn = 0
         self._task.prompt(self._lengths[0], 0.5, generator(seed))
 
-    def next_document(self) -> Document:
-        """The next document."""
+    def draw(self) -> list[Piece]:
+        """The next document, whole."""
         rng = generator(*self._seed, self._drawn)
         prompt = self._task.prompt(int(rng.choice(self._lengths)), rng.random(), rng)
         tokens = Tokens(prompt.input_ids, [(prompt.answer_start, len(prompt.input_ids))])
         document = Document.of(f"{self.label}:{self._drawn}", tokens)
         self._drawn += 1
-        return document
+        return [Piece(document, 0, document.length)]
 
     def state_dict(self) -> dict[str, int]:
         """How many documents were drawn."""

@@ -89,7 +89,8 @@ class DataSource(Section):
     split: str = "train"
     """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
     weight: PositiveFloat = 1.0
-    """Share of this source among the documents drawn, relative to the other sources."""
+    """Share of this source among what is drawn, relative to the other sources. A draw is a document, or one
+    ``sequence.length`` of a longer one; of a streaming source, a document whole."""
     streaming: bool = False
     """Read rows as they are needed instead of tokenising the whole source first (and caching it)."""
     shuffle: bool = True
@@ -139,7 +140,7 @@ class DataSection(Section):
     """What is trained on: one source, or a weighted mixture."""
 
     sources: Annotated[list[DataSource], Field(min_length=1)]
-    """The mixture. Each document is drawn from one source with probability proportional to its ``weight``."""
+    """The mixture. Each draw takes from one source, with probability proportional to its ``weight``."""
     on_malformed: Literal["stop", "skip"] = "stop"
     """A row that cannot be read: stop and name it, or skip it and count it (the first few are named in the log)."""
     long_documents: Literal["split", "truncate", "drop"] = "split"

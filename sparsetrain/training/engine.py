@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -96,17 +97,22 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it was when a gradient is not finite.
+    """AdamW that leaves everything as it was when the gradient is not finite.
 
-    ZeRO's optimizers do so themselves. Without ZeRO nobody does, and every rank holds the same reduced gradients here,
-    so all ranks decide alike.
+    ZeRO's optimizers do so themselves, and keep the gradient's norm. Without ZeRO nobody does either in fp32. Every
+    rank holds the same reduced gradients here, so all ranks decide alike. DeepSpeed reads both attributes off it.
     """
 
     overflow = False
+    _global_grad_norm: float | None = None
+
+    def measure(self) -> None:
+        """Note the norm of the whole gradient, before DeepSpeed clips it and forgets it."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
 
     def step(self, closure: Any = None) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
         return None if self.overflow else super().step(closure)
 
 

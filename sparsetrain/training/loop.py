@@ -25,7 +25,7 @@ from sparsetrain.errors import TrainingError
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoint import TrainState
-from sparsetrain.training.engine import World
+from sparsetrain.training.engine import FiniteAdamW, World
 from sparsetrain.training.schedule import learning_rate
 from sparsetrain.training.selfcheck import GradientWatch
 
@@ -120,8 +120,11 @@ class Loop:
             # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
             self.engine.backward(loss * (scale * self.world.size).float(), scale_wrt_gas=False)
             nll += loss.detach()
-            if watch is not None and index + 1 == len(batch.micro_batches):
-                self.say(f"self-check: {watch.check()}")
+            if index + 1 == len(batch.micro_batches):
+                if watch is not None:
+                    self.say(f"self-check: {watch.check()}")
+                if isinstance(self.engine.optimizer, FiniteAdamW):
+                    self.engine.optimizer.measure()
             self.engine.step()
 
         dist.all_reduce(nll)

@@ -131,5 +131,5 @@ def test_a_state_of_other_data_is_refused(mixtures, stream, write_jsonl):
     sources, length = mixtures["mapped"]
     state = stream(*sources, length=length).state_dict()
     fewer = {"path": write_jsonl([{"text": "words"}] * 3, "fewer.jsonl")}
-    with pytest.raises(DataError, match=r"documents in each source \[25\], and the recipe now gives \[3\]"):
+    with pytest.raises(DataError, match=r"pieces in each source \[82\], and the recipe now gives \[3\]"):
         stream(fewer, length=length).load_state_dict(state)
