@@ -25,10 +25,18 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	rm -rf runs/quickstart
 	$(BIN)/sparsetrain run quickstart
+	@echo
+	@echo "Next:"
+	@echo "  open runs/quickstart/report.png and runs/quickstart/report.md"
+	@echo "  make quickstart-sliding                                  the same keys without the far ones"
+	@echo "  $(BIN)/sparsetrain recipe list                           recipes for real models"
+	@echo "  $(BIN)/sparsetrain recipe copy qwen3-0.6b-power-32k      start your own from one"
+	@echo "  $(BIN)/sparsetrain doctor my.yaml                        check this machine for it"
+	@echo "  $(BIN)/deepspeed --num_gpus 8 launch/train.py my.yaml    train it"
 
 quickstart-sliding: $(STAMP)
 	rm -rf runs/quickstart-sliding
-	$(BIN)/sparsetrain run quickstart attention.method=sliding attention.block=32 attention.window=9 --output runs/quickstart-sliding
+	$(BIN)/sparsetrain run quickstart attention.method=sliding --output runs/quickstart-sliding
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,11 +9,6 @@ The arguments are those of ``sparsetrain run``; the launcher adds ``--local_rank
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-if not __package__:
-    # The launcher puts this folder first on the path. Its neighbours must not be importable by accident.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from sparsetrain.cli import main
 

@@ -252,7 +252,10 @@ def copy(
         raise RecipeError(f"{target} exists already; give another name: sparsetrain recipe copy {recipe} NAME.yaml")
     if not target.parent.is_dir():
         raise RecipeError(f"there is no folder {target.parent} to copy to")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise RecipeError(f"cannot write {target}: {error.strerror}") from error
     print(f"copied to {target}; train it with: sparsetrain run {target}")
 
 

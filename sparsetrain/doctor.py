@@ -32,7 +32,7 @@ TESTED: dict[str, tuple[str, str]] = {
 }
 """Oldest version that works and newest one tried, by package."""
 
-PYTHON = ("3.10", "3.13")
+PYTHON = ("3.11", "3.13")
 BUILD_SECONDS = 15 * 60
 """An extension builds in minutes; a lock older than this has been left behind."""
 

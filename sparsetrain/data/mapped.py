@@ -102,8 +102,8 @@ class MappedSource:
         self._pieces_up_to = np.cumsum(count_pieces(self.lengths, *self._cut))
         if not self.size:
             raise DataError(
-                f"data source {self.label!r}: data.long_documents=drop leaves nothing of it, since all of its documents "
-                f"are longer than sequence.length={row_length}"
+                f"data source {self.label!r}: data.long_documents=drop leaves nothing of it, since all of its "
+                f"documents are longer than sequence.length={row_length}"
             )
         if empty := len(lengths) - self.malformed - len(self._usable):
             logger.info("data source %r: %d empty rows are left out", self.label, empty)

@@ -13,7 +13,22 @@ if TYPE_CHECKING:
 
     from sparsetrain.recipe.schema import EvalSection
 
-__all__ = ["EvalResult", "PasskeyResult", "evaluate", "wilson_interval"]
+__all__ = ["EvalResult", "PasskeyResult", "check_inputs", "evaluate", "wilson_interval"]
+
+
+def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+    """Make the inputs of :func:`evaluate` and drop them: a mistake ends a run before its training, not after.
+
+    Raises:
+        RecipeError, DataError: as :func:`evaluate` would.
+    """
+    from sparsetrain.evaluation.passkey import Passkey
+    from sparsetrain.evaluation.perplexity import Perplexity
+
+    if section.perplexity:
+        Perplexity(section.perplexity, tokenizer)
+    if section.passkey:
+        Passkey(section.passkey, tokenizer, seed)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from sparsetrain.errors import ModelError
 from sparsetrain.section import Section
@@ -26,6 +26,15 @@ class DenseLayerRule(Section):
     """Layers in a group."""
     first: Annotated[int, Field(ge=0)] = 0
     """Position of the first dense layer within its group; the dense layers of a group are neighbours."""
+
+    @model_validator(mode="after")
+    def _within_the_group(self) -> DenseLayerRule:
+        if self.first + self.count > self.every:
+            raise ValueError(
+                f"first={self.first} and count={self.count} reach beyond the group of every={self.every} layers; "
+                "lower them or raise every"
+            )
+        return self
 
     def layers(self, num_layers: int) -> set[int]:
         """The dense layers of a model with ``num_layers`` layers."""

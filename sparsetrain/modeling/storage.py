@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -76,7 +77,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     attention = _recorded_attention(config.get("sparsetrain"), path)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     return sparsify(model, attention)
 
@@ -225,7 +226,7 @@ def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dt
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unloadable("model.path", section.path, error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -238,16 +239,21 @@ def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dt
 
 
 def _unloadable(field: str, name: str | None, error: Exception) -> ModelError:
-    return ModelError(
-        f"{field}={name!r} cannot be loaded: {_first_line(error)} If it is a Hub id, check its spelling, that this "
-        f"machine reaches the Hub (or download it before: hf download {name}), and that you are logged in if it is "
-        "gated (hf auth login); if it is a folder, that it holds config.json, safetensors and a tokenizer."
-    )
+    if Path(str(name)).is_dir():
+        needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
+        fix = f"The folder must hold {needed}, complete and readable."
+    else:
+        fix = (
+            f"If it is a Hub id, check its spelling, that this machine reaches the Hub (or download it before: "
+            f"hf download {name}), and that you are logged in if it is gated (hf auth login)."
+        )
+    return ModelError(f"{field}={name!r} cannot be loaded: {_first_line(error)} {fix}")
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # transformers puts the reason on the line after "Validation error for field 'hidden_size':".
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _nearest(name: str, known: Any) -> str:

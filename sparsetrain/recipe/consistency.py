@@ -36,6 +36,10 @@ def without_effect(recipe: Recipe) -> list[str]:
         for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
             if every is not None and every > steps:
                 notes.append(f"{name}={every} has no effect in a run of {steps} steps")
+    evaluation = recipe.eval
+    measured = [name for name in ("perplexity", "passkey") if getattr(evaluation, name) is not None]
+    if measured and not (evaluation.at_start or evaluation.at_end or evaluation.every):
+        notes.append(f"eval.{' and eval.'.join(measured)}: never measured, as eval.at_start, at_end and every are off")
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block
@@ -97,6 +101,10 @@ def _batch(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 def _layers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     layers = num_layers(recipe.model)
     if layers is None:
+        return
+    if layers < 1:
+        section = "config_overrides" if "num_hidden_layers" in recipe.model.config_overrides else "architecture"
+        yield ("model", section, "num_hidden_layers"), f"a model has at least one layer, not {layers}"
         return
     try:
         dense = recipe.attention.resolve_dense_layers(layers)

@@ -45,7 +45,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         path: a YAML file, or the name of a shipped recipe such as ``quickstart``.
         overrides: ``key=value`` settings laid over the file: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``,
             ``eval.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's. ``attention.method``
-            replaces the whole section by the new method's defaults, except what every method has (``dense_layers``).
+            replaces the section by the new method's defaults, except what both methods have (``dense_layers``, and
+            ``block`` between block patterns).
 
     Raises:
         RecipeError: with every mistake of the recipe, one line each, naming the file and line or the override.

@@ -39,5 +39,7 @@ def model_config(section: ModelSection) -> dict[str, Any]:
 def num_layers(section: ModelSection) -> int | None:
     """Decoder layers of a model, None where its config is not on this machine."""
     config = model_config(section) | section.config_overrides
-    layers = config.get("num_hidden_layers", config.get("text_config", {}).get("num_hidden_layers"))
+    text_config = config.get("text_config")
+    inner = text_config if isinstance(text_config, dict) else {}
+    layers = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
     return layers if isinstance(layers, int) else None

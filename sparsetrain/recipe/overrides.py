@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import METHODS
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Source, dotted, parse_yaml
 
 
@@ -40,12 +41,19 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> list[str]:
 
 
 def _change_method(source: Source, method: Any) -> list[str]:
-    """Empty the attention section of all that belongs to its old method, and say so."""
+    """Keep of the attention section what its old method and the new one have in common, and say so.
+
+    That is what their nearest common ancestor defines: ``dense_layers`` always, ``block`` between block patterns. A
+    field of the same name elsewhere, such as ``window``, may mean another budget.
+    """
     section = source.data.get("attention")
     if not isinstance(section, dict) or section.get("method") == method:
         return []
-    kept = {key: value for key, value in section.items() if key in MethodConfig.model_fields and key != "method"}
-    dropped = [f"{key}={value}" for key, value in section.items() if key not in MethodConfig.model_fields]
+    ancestors = METHODS.get(str(section.get("method")), MethodConfig).__mro__
+    new = METHODS.get(str(method), MethodConfig)
+    common = next(a for a in ancestors if issubclass(a, MethodConfig) and issubclass(new, a)).model_fields
+    kept = {key: value for key, value in section.items() if key in common and key != "method"}
+    dropped = [f"{key}={value}" for key, value in section.items() if key not in common]
     source.settle(("attention",))
     source.data["attention"] = kept
     return [

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from sparsetrain.methods.registry import METHODS
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
 
@@ -132,6 +133,9 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     key = str(path[-1])
     section = section_at(path[:-1], data)
     known = list(section.model_fields) if section else []
+    owners = [name for name, config in METHODS.items() if key in config.model_fields] if path[0] == "attention" else []
+    if owners and len(path) == 2:
+        return f"unknown key: method {data['attention']['method']} has no {key}, but {' and '.join(owners)} have"
     nearest = difflib.get_close_matches(key, known, n=1)
     if nearest:
         return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"

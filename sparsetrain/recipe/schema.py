@@ -47,7 +47,7 @@ class ModelSection(Section):
             raise ValueError(
                 "model.architecture starts from random weights, so model.tokenizer must say which tokenizer"
             )
-        if self.architecture is not None and "model_type" not in self.architecture:
+        if self.architecture is not None and not isinstance(self.architecture.get("model_type"), str):
             raise ValueError("model.architecture needs model_type, such as llama or qwen3")
         return self
 

@@ -118,6 +118,8 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         hint = "" if number_lines else "; quote values that hold YAML signs, such as 'key=\"*.jsonl\"'"
         raise RecipeError(f"{where}: not valid YAML: {reason}{hint}") from None
+    except RecursionError:
+        raise RecipeError(f"{place}: lists and mappings are nested too deeply for a recipe") from None
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -156,8 +158,6 @@ class _Reader:
             self.merged.add(id(node))
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(f"{self.at(key_node)}: a key must be plain text, not a list or mapping")
             key = key_node.value
             self.source.places[(*path, key)] = self.at(key_node)
             data[key] = self.value(value_node, (*path, key), parents)
@@ -166,10 +166,12 @@ class _Reader:
     def refuse_duplicates(self, node: yaml.MappingNode, path: KeyPath) -> None:
         first: dict[str, yaml.Node] = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{self.at(key_node)}: a key must be plain text, not a list or mapping")
             if key_node.value in first:
                 text = f"given twice in one section, first on line {first[key_node.value].start_mark.line + 1}"
                 self.source.problems.append(Problem(self.at(key_node), (*path, key_node.value), text))
-            elif isinstance(key_node, yaml.ScalarNode):
+            else:
                 first[key_node.value] = key_node
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:

@@ -71,6 +71,18 @@ def load(engine: Any, checkpoint: Path, world: World) -> TrainState:
     Raises:
         CheckpointError: it was written by another number of ranks, or cannot be read.
     """
+    try:
+        return _load(engine, checkpoint, world)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and pickle report damage by whatever exception the bytes happen to cause
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({type(error).__name__}: {error}); if it is damaged, delete it, and --resume "
+            "takes the one before it"
+        ) from error
+
+
+def _load(engine: Any, checkpoint: Path, world: World) -> TrainState:
     state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
     if state.ranks != world.size:
         raise CheckpointError(

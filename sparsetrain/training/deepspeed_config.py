@@ -68,7 +68,13 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     generated = _generated(recipe, plan)
     given = _read(recipe.deepspeed.config)
     _check_keys(given)
-    return _lay_under(given, generated, "")
+    config = _lay_under(given, generated, "")
+    zero = config["zero_optimization"]
+    # Stated until here so that a JSON cannot offload what the recipe does not.
+    for name in ("offload_optimizer", "offload_param"):
+        if zero[name]["device"] == "none":
+            del zero[name]
+    return config
 
 
 def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:

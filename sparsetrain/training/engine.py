@@ -6,11 +6,13 @@ import logging
 import math
 import os
 import socket
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from sparsetrain.errors import RecipeError, SparsetrainError
@@ -54,15 +56,34 @@ def init_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Let DeepSpeed read its JSON before anything heavy is loaded; it alone knows what its sections may hold.
+
+    Raises:
+        RecipeError: DeepSpeed refuses it.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(deepcopy(config))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise RecipeError(f"deepspeed.config is refused by DeepSpeed ({error.title}): {faults}") from error
+    except Exception as error:  # assertions, ValueError and DeepSpeed's own
+        raise RecipeError(f"deepspeed.config is refused by DeepSpeed: {error}") from error
+
+
 def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world: World) -> Any:
     """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer."""
     deepspeed = _import_deepspeed()
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise RecipeError("the recipe leaves no parameter to train")
-    engine, *_ = deepspeed.initialize(
-        model=module, config=config, optimizer=build_optimizer(module, recipe, world.device)
-    )
+    optimizer = build_optimizer(module, recipe, world.device)
+    engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
+    if isinstance(optimizer, FiniteAdamW):
+        optimizer.overflow = False
     return engine
 
 
@@ -103,7 +124,9 @@ class FiniteAdamW(torch.optim.AdamW):
     rank holds the same reduced gradients here, so all ranks decide alike. DeepSpeed reads both attributes off it.
     """
 
-    overflow = False
+    # True until the engine is built: for 16-bit weights DeepSpeed steps once on zeros to allocate the state, which
+    # would decay the weights and count in Adam's bias correction.
+    overflow = True
     _global_grad_norm: float | None = None
 
     def measure(self) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling import save
 from sparsetrain.training.engine import World
 
@@ -35,9 +37,16 @@ def full_weights(model: PreTrainedModel, world: World) -> dict[str, torch.Tensor
 def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
 ) -> dict[str, torch.Tensor]:
-    """Write the model, its tokenizer and its attention record into ``folder``; return the weights written (rank 0)."""
+    """Write the model, its tokenizer and its attention record into ``folder``; return the weights written (rank 0).
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
     weights = full_weights(model, world)
     if world.main:
-        save(model, folder, tokenizer, state_dict=weights)
+        try:
+            save(model, folder, tokenizer, state_dict=weights)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the model to {folder}: {error}; free some space there") from error
     torch.distributed.barrier()
     return weights

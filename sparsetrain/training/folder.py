@@ -15,6 +15,7 @@ from typing import Any
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
+from sparsetrain.training.tracking import METRICS_FILE
 
 # What a resumed run may change: nothing that decides which weights come out.
 FREE_TO_CHANGE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every")
@@ -28,7 +29,8 @@ def prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
         CheckpointError: it holds another run, or cannot be written.
     """
     record = folder / "recipe.yaml"
-    if record.exists():
+    # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
+    if record.exists() and (folder / METRICS_FILE).exists():
         if not resume:
             raise CheckpointError(
                 f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."

@@ -178,7 +178,10 @@ class Loop:
 
 
 class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop after this step; the second one acts as usual."""
+    """Turns SIGINT and SIGTERM into a request to stop after this step. A second SIGINT interrupts at once.
+
+    SIGTERM may come more than once: DeepSpeed's launcher answers a Ctrl-C, which every rank gets too, with SIGTERM.
+    """
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -189,15 +192,13 @@ class _StopSignals:
             self.former[number] = signal.signal(number, self._request)
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.loop.stop_requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, self.former[number])
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -9,7 +9,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 # Config fields by which a model changes its logits after the output projection. Such a model computes them itself.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier_scale",
+)
 
 
 class CausalLMLoss(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -94,6 +96,26 @@ class Progress:
         """Print a line, above the bar where there is one."""
         if self._console is not None:
             self._console.print(text, markup=False)
+
+    @contextmanager
+    def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Show work that is counted as ``done`` of ``total``: a bar of its own on a terminal, else a line at the start.
+
+        Gives the function to call with both numbers.
+        """
+        if (
+            self._console is None
+            or not self._console.is_terminal
+            or (self._bar is not None and self._bar.live.is_started)
+        ):
+            self.log(label)
+            yield lambda done, total: None
+            return
+        columns = (TextColumn(label), BarColumn(bar_width=None), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+        with RichProgress(*columns, console=self._console, expand=True, transient=True) as bar:
+            task = bar.add_task(label)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        self.log(label)
 
     @property
     def tokens_per_second(self) -> float:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data import RowStream, StepLoader, build_rows, collate
 from sparsetrain.errors import SparsetrainError
-from sparsetrain.evaluation import EvalResult, evaluate
+from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
 from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passkey_heatmaps, report_picture
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
@@ -26,7 +27,7 @@ from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan
 from sparsetrain.training import checkpoint, folder, selfcheck
 from sparsetrain.training.checkpoint import TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import World, init_world, initialize
+from sparsetrain.training.engine import World, check_config, init_world, initialize
 from sparsetrain.training.export import export
 from sparsetrain.training.flops import model_flops_per_token, peak_flops
 from sparsetrain.training.loop import Loop, StepResult
@@ -50,10 +51,12 @@ def run(recipe: Recipe, *, resume: bool = False) -> bool:
         SparsetrainError: whatever stands in the way, explained, on every rank.
     """
     world = init_world()
+    # transformers draws a bar for every folder it reads or writes; this run has its own.
+    transformers.utils.logging.disable_progress_bar()
     output = Path(recipe.output or f"runs/{recipe.name}")
     _on_main(world, lambda: folder.prepare(output, recipe, resume))
     # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
-    deepspeed_config(recipe, _provisional_plan(recipe, world.size))
+    check_config(deepspeed_config(recipe, _provisional_plan(recipe, world.size)))
     torch.manual_seed(recipe.train.seed)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     model.to(world.device)  # type: ignore[arg-type]
@@ -84,7 +87,9 @@ class _Run:
         start = self._find_checkpoint(resume)
         if start is None and recipe.eval.at_start:
             self._evaluate_at_start()
-        elif start is not None and (self.output / RESULTS_FILE).exists():
+        elif recipe.eval.at_end or recipe.eval.every is not None:
+            check_inputs(recipe.eval, self.tokenizer, recipe.train.seed)
+        if start is not None and (self.output / RESULTS_FILE).exists():
             self.results = read_results(self.output)
 
         if recipe.train.activation_checkpointing:
@@ -105,7 +110,8 @@ class _Run:
         self.tracker = Tracker(
             recipe, self.output, rank=world.rank, resume_id=self.state.wandb_run_id, say=self.progress.log
         )
-        self.tracker.rewind(self.state.step)
+        # Not even step 0 is kept of a run that died before its first checkpoint.
+        self.tracker.rewind(-1 if start is None else self.state.step)
         self.state.wandb_run_id = self.tracker.run_id
         try:
             finished = self._train()
@@ -144,16 +150,17 @@ class _Run:
         section = self.recipe.eval
         if section.perplexity is None and section.passkey is None:
             return None
-        self.say(f"evaluating: {label}")
-        result = evaluate(
-            self.model,
-            self.tokenizer,
-            section,
-            device=self.world.device,
-            seed=self.recipe.train.seed,
-            rank=self.world.rank,
-            world=self.world.size,
-        )
+        with self.progress.counting(f"evaluating: {label}") as on_progress:
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                section,
+                device=self.world.device,
+                seed=self.recipe.train.seed,
+                rank=self.world.rank,
+                world=self.world.size,
+                on_progress=on_progress,
+            )
         self.results[label] = result
         if self.world.main:
             write_report(self.results, self.output, title=f"Evaluation of {self.recipe.name}")
@@ -189,7 +196,8 @@ class _Run:
             evaluate=self._evaluate_during,
             save=self._save,
         )
-        self.tracker.log(self.costs.density_by_layer(), self.state.step)
+        if self.state.step == 0:
+            self.tracker.log(self.costs.density_by_layer(), 0)
         self.progress = Progress(self.plan.steps, self.state.step, self.plan.tokens_per_step, rank=self.world.rank)
         self.say = loop.say = self.progress.log
         try:
@@ -256,7 +264,11 @@ class _Run:
 
     def _draw(self) -> None:
         text_config = self.model.config.get_text_config()
-        shape = {"length": self.recipe.sequence.length, "num_layers": text_config.num_hidden_layers}
+        shape = {
+            "length": self.recipe.sequence.length,
+            "num_layers": text_config.num_hidden_layers,
+            "num_kv_heads": getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads,
+        }
         metrics = self.output / "metrics.jsonl"
         title = f"{self.recipe.name}: {self.recipe.attention.method} at {self.recipe.sequence.length:,} tokens"
         pictures = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -65,8 +66,11 @@ class Tracker:
             return
         values = {name: _number(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._say(f"warning: {self._path} cannot be written ({error.strerror})")
         self._try("log", lambda: self._wandb.log({"step": step, **values}))
 
     def image(self, name: str, path: str | Path, step: int) -> None:
@@ -102,7 +106,8 @@ class Tracker:
         self._try("finish", lambda: self._wandb.finish(exit_code=exit_code))
         self._wandb = None
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written was told when it was logged
+                self._file.close()
             self._file = None
 
     def _start_wandb(self, recipe: Recipe, run_dir: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from sparsetrain_kernels import causal_attention, causal_attention_dense
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -13,9 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("lengths", [[257], [1, 130, 64, 512]], ids=["one", "packed"])
 @pytest.mark.parametrize("heads", [(6, 3, 32), (8, 2, 128)], ids=["d32", "d128"])
-def test_fused_attention_equals_the_oracle(
-    lengths: list[int], heads: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+def test_fused_attention_equals_the_oracle(lengths: list[int], heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     query_heads, kv_heads, head_dim = heads
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = sum(lengths)

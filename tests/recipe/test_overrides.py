@@ -67,15 +67,21 @@ def test_a_contradiction_with_the_file_is_placed_on_the_command_line(refuse, min
     assert f"command line override {override}: eval.perplexity.source: is required" in refuse(minimal, override)
 
 
-def test_changing_the_method_replaces_the_section_and_says_so(load, minimal):
+def test_changing_the_method_keeps_what_both_methods_have_and_says_so(load, minimal):
     text = minimal.replace("window: 3", "window: 3, dense_layers: [0]")
     loaded = load(text, "attention.sinks=2", "attention.method=sliding", "sequence.length=512")
     attention = loaded.recipe.attention
-    assert (attention.method, attention.block, attention.window, attention.sinks) == ("sliding", 256, 9, 2)
+    assert (attention.method, attention.block, attention.window, attention.sinks) == ("sliding", 16, 9, 2)
     assert attention.dense_layers == [0]
     (note,) = [note for note in loaded.notes if "attention.method" in note]
-    assert "block=16, window=3 dropped" in note
-    assert "dense_layers kept" in note
+    assert "window=3 dropped" in note
+    assert "block, dense_layers kept" in note
+
+
+def test_full_attention_keeps_no_block(load, minimal):
+    loaded = load(minimal.replace("window: 3", "window: 3, dense_layers: [0]"), "attention.method=full")
+    assert loaded.recipe.attention.dense_layers == [0]
+    assert any("block=16, window=3 dropped, dense_layers kept" in note for note in loaded.notes)
 
 
 def test_naming_the_method_it_already_has_changes_nothing(load, minimal):

@@ -82,7 +82,7 @@ class Ranks:
         self.log_file = log
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         self.processes: list[subprocess.Popen] = []
-        port = free_port()
+        port = self.free_port()
         with log.open("a") as file:
             for rank in range(ranks or 1):
                 if ranks is not None and ranks > 1:
@@ -91,6 +91,13 @@ class Ranks:
                 self.processes.append(
                     subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 )
+
+    @staticmethod
+    def free_port() -> int:
+        """A port nobody listens on."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
 
     @property
     def log(self) -> str:
@@ -109,11 +116,11 @@ class Ranks:
         assert found == wanted, self.log
         return self.log
 
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Look every few milliseconds until something is so."""
+    def wait_until(self, happened: Callable[[], bool], alive: bool = True) -> None:
+        """Look every few milliseconds until something is so; while the processes live, unless ``alive`` is False."""
         deadline = time.monotonic() + TIMEOUT
         while not happened():
-            assert any(process.poll() is None for process in self.processes), self.log
+            assert not alive or any(process.poll() is None for process in self.processes), self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.002)
 
@@ -128,13 +135,6 @@ class Ranks:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -155,7 +155,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_corpus(file: Path) -> None:
     """Documents of very different lengths, some longer than a row."""
     rng = random.Random(0)
-    words = "the pass key is green sky blue sun 1 2 3 info text quiz again".split()
+    words = ["the", "pass", "key", "is", "green", "sky", "blue", "sun", "1", "2", "3", "info", "text", "quiz", "again"]
     texts = [" ".join(rng.choices(words, k=rng.choice([3, 10, 40, 160]))) for _ in range(60)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -241,6 +241,12 @@ def tiny_recipe(tiny: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
+def ranks_of() -> type[Ranks]:
+    """``ranks_of(command, log, ranks)``: a command started as so many ranks."""
+    return Ranks
+
+
+@pytest.fixture(scope="session")
 def start(tiny: Path) -> Callable[..., Ranks]:
     """``start(folder, "key=value", "--resume", ranks=2)``: train the tiny recipe in processes of its own."""
 
@@ -272,6 +278,12 @@ def stages(tiny: Path, shared: Callable[..., Path]) -> Callable[[int], dict[int,
     return runs
 
 
+@pytest.fixture(scope="session")
+def run_folder() -> type[RunFolder]:
+    """``run_folder(path)``: reads what a run leaves in its folder."""
+    return RunFolder
+
+
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """``refused(*arguments, code=2)``: run the command, require the exit code, and return its one message."""
@@ -281,8 +293,9 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         assert main(arguments) == code
         said = capfd.readouterr().err
         assert "Traceback" not in said
-        (error,) = [part for part in said.split("\nerror: ") if part.startswith("error: ")] or said.split("error: ")[1:]
-        return error.strip()
+        error = said.partition("error: ")[2].strip()
+        assert error, said
+        return error
 
     return message
 

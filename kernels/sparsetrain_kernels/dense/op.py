@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.dense import reference

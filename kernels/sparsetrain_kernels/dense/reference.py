@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,19 +86,11 @@ def _varlen_attention(inputs: AttentionInputs) -> Tensor:
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     longest = max(lengths)
     # The kernel always shared KV heads within a group; since 2.12 it wants to be asked for it.
-    grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=inputs.scale,
-        window_size=(-1, 0),
-        **grouped,
-    )
+    options: dict[str, Any] = {"scale": inputs.scale, "window_size": (-1, 0)}
+    if "enable_gqa" in _varlen_parameters():
+        options["enable_gqa"] = True
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    assert isinstance(out, Tensor)  # the log-sum-exp comes along only where it is asked for
     return out.transpose(0, 1)[None]
 
 

@@ -1,0 +1,224 @@
+"""A mistake in what a run is given ends it with exit code 2 and one readable message."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sparsetrain.cli import main
+from sparsetrain.training.tracking import Tracker
+
+
+@pytest.fixture
+def finished(tmp_path, stages):
+    """A copy of a finished run."""
+    folder = tmp_path / "finished"
+    shutil.copytree(stages(1)[2].path, folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny):
+    """A pretrained folder of the tiny model, made by transformers."""
+    folder = tmp_path / "pretrained"
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=384, num_key_value_heads=2, **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny.parent / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+def from_folder(folder):
+    """Overrides that train a pretrained folder in place of the random architecture."""
+    return [f"model.path={folder}", "model.architecture=null", "model.tokenizer=null"]
+
+
+def test_a_pretrained_folder_trains(tmp_path, tiny, checkpoint, run_folder):
+    """The folder that the next tests break is a good one."""
+    run = run_folder(tmp_path / "run")
+    assert main(["run", str(tiny), *from_folder(checkpoint), "train.steps=2", "--output", str(run.path)]) == 0
+    assert len(run.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.architecture.vocab_size=300"], "token ids but the model's embedding only 300 rows"),
+        (["attention.dense_layers=[2]"], "names layer 2, but the model has 2 layers (0 to 1)"),
+        (["attention.block=512"], "a block of 512 tokens is longer than sequence.length=256"),
+        (["data.sources.0.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.sources.0.text_field=body"], "its columns 'text' fit no known form"),
+        (["train.lr=-1"], "train.lr"),
+        (["train.learningrate=1"], "train.learningrate"),
+        (["sequence.length=0"], "sequence.length"),
+        (["deepspeed.config={train_batch_size: 32}"], "train_batch_size is 32 there, but the recipe makes it 4"),
+        (["deepspeed.config={zero_optimisation: {stage: 2}}"], "did you mean zero_optimization?"),
+        (["deepspeed.config=nowhere.json"], "cannot read nowhere.json"),
+        (["deepspeed.offload_optimizer=cpu"], "this machine has none"),
+        (["model.path=/nowhere/model", "model.architecture=null"], "/nowhere/model"),
+        (["model.tokenizer=/nowhere/tokenizer"], "/nowhere/tokenizer"),
+        (["train.micro_batch=3"], "is not a multiple of train.micro_batch=3"),
+        (["version=99"], "schema version 99"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run(tmp_path, tiny, refused, monkeypatch, overrides, said):
+    monkeypatch.chdir(tmp_path)
+    if torch.cuda.is_available() and "offload" in overrides[0]:
+        pytest.skip("offload is allowed with a GPU")
+    assert said in refused("run", str(tiny), *overrides, "--output", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", '{"text": ""}\n'])
+def test_an_empty_dataset(tmp_path, tiny, refused, text):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(text)
+    error = refused("run", str(tiny), f"data.sources.0.path={empty}", "--output", str(tmp_path / "run"))
+    assert str(empty) in error
+
+
+def test_a_data_file_that_is_no_json(tmp_path, tiny, refused):
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(b'{"text": "one"}\n{"text": "tw\n\xff\xfe\n')
+    error = refused(
+        "run", str(tiny), f"data.sources.0.path={torn}", "data.on_malformed=stop", "--output", str(tmp_path / "run")
+    )
+    assert str(torn) in error
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing tensor", "wrong shape", "no config"])
+def test_a_model_folder_that_cannot_be_read(tmp_path, tiny, refused, checkpoint, damage):
+    weights = checkpoint / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "garbage":
+        weights.write_bytes(b"\x00" * 4096)
+    elif damage == "no config":
+        (checkpoint / "config.json").write_text("{")
+    else:
+        from safetensors.torch import load_file
+
+        tensors = load_file(weights)
+        last = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(tensors if damage == "missing tensor" else {**tensors, "model.layers.1.mlp.up_proj.weight": last[:3]},
+                  weights, {"format": "pt"})  # fmt: skip
+    error = refused("run", str(tiny), *from_folder(checkpoint), "--output", str(tmp_path / "run"))
+    assert str(checkpoint) in error
+
+
+def test_a_checkpoint_whose_bytes_were_changed(finished, tiny, refused):
+    shard = next((finished / "checkpoints/step-000006/engine").glob("*model_states.pt"))
+    shard.write_bytes(b"\x00" * shard.stat().st_size)
+    error = refused("run", str(tiny), "--output", str(finished), "--resume")
+    assert "step-000006" in error
+    assert "delete it" in error
+
+
+def test_a_folder_that_holds_another_run(finished, tiny, refused):
+    before = (finished / "recipe.yaml").read_text()
+    error = refused("run", str(tiny), "train.lr=1", "--output", str(finished))
+    assert f"{finished} already holds a run; continue it with --resume" in error
+    assert (finished / "recipe.yaml").read_text() == before
+
+
+def test_a_folder_whose_run_never_began_is_free(tmp_path, tiny, refused, run_folder):
+    """The mistake is corrected, and the same command works."""
+    run = run_folder(tmp_path / "run")
+    refused("run", str(tiny), "model.architecture.vocab_size=300", "--output", str(run.path))
+    assert main(["run", str(tiny), "train.steps=2", "--output", str(run.path)]) == 0
+    assert len(run.steps) == 2
+
+
+def test_a_resume_with_another_recipe(finished, tiny, refused):
+    before = (finished / "recipe.yaml").read_text()
+    error = refused("run", str(tiny), "train.lr=1", "attention.window=3", "--output", str(finished), "--resume")
+    assert "train.lr: 0.01 -> 1.0" in error
+    assert "attention.window: 2 -> 3" in error
+    assert (finished / "recipe.yaml").read_text() == before
+
+
+def test_a_resume_may_change_what_decides_no_weight(finished, tiny):
+    overrides = ["train.log_every=2", "checkpoint.keep_last=5", "eval.at_end=true", "name=other"]
+    assert main(["run", str(tiny), *overrides, "--output", str(finished), "--resume"]) == 0
+
+
+def test_a_resume_with_another_number_of_ranks(tmp_path, tiny, stages, refused):
+    folder = tmp_path / "run"
+    shutil.copytree(stages(2)[2].path, folder)
+    error = refused("run", str(tiny), "--output", str(folder), "--resume")
+    assert "was written by 2 ranks and this run has 1; resume with 2" in error
+
+
+def test_a_folder_below_a_file(tmp_path, tiny, refused):
+    (tmp_path / "file").touch()
+    error = refused("run", str(tiny), "--output", str(tmp_path / "file/run"))
+    assert f"cannot write the run folder {tmp_path}/file/run: Not a directory" in error
+
+
+def test_a_folder_that_is_read_only(tmp_path, tiny, refused):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    assert "Permission denied" in refused("run", str(tiny), "--output", str(folder / "run"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk(kib)``: a folder with so little room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kib: int) -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="needs mount")
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(tmp_path, tiny, refused, run_folder, small_disk, stages):
+    one = sum(f.stat().st_size for f in (stages(1)[2].path / "checkpoints/step-000006").rglob("*")) // 1024
+    run = run_folder(small_disk(int(one * 1.7)) / "run")
+    error = refused("run", str(tiny), "checkpoint.every=2", "--output", str(run.path))
+    assert f"cannot write checkpoint {run.path}/checkpoints/step-000004" in error
+    assert "continue with --resume" in error
+    assert run.checkpoints == ["step-000002"]
+
+    shutil.copytree(run.path, tmp_path / "run")
+    assert main(["run", str(tiny), "checkpoint.every=2", "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert run_folder(tmp_path / "run").values("loss") == stages(1)[2].values("loss")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="needs mount")
+@pytest.mark.parametrize("kib", [0, 24, 100])
+def test_a_disk_that_is_full_from_the_start(tiny, refused, small_disk, kib):
+    """Full at the record, at the first export, and at the first checkpoint."""
+    folder = small_disk(64 if kib == 0 else kib)
+    if kib == 0:
+        (folder / "fill").write_bytes(b"\x00" * 60 * 1024)
+    error = refused("run", str(tiny), "--output", str(folder / "run"))
+    assert "cannot write" in error
+
+
+def test_metrics_that_cannot_be_written_stop_nothing(tmp_path, tiny_recipe):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    said: list[str] = []
+    tracker = Tracker(tiny_recipe(), tmp_path, rank=0, say=said.append)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish()
+    assert said == [f"warning: {tmp_path}/metrics.jsonl cannot be written (No space left on device)"]

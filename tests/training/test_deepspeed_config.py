@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe import plan_batch
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.deepspeed_config import OWNED_BY_RECIPE, deepspeed_config
+
+
+@pytest.fixture
+def config():
+    """``config(deepspeed, ranks=2, **train)``: the JSON of a recipe with micro batch 2 and global batch 8."""
+
+    def build(deepspeed=None, ranks=2, dtype="bfloat16", **train):
+        recipe = Recipe.model_validate(
+            {
+                "model": {"path": "some/model", "dtype": dtype},
+                "attention": {"method": "power", "block": 16},
+                "data": {"sources": [{"synthetic": "passkey"}]},
+                "sequence": {"length": 256},
+                "train": {"steps": 5, "lr": 1e-3, "micro_batch": 2, "global_batch_sequences": 8, **train},
+                "deepspeed": deepspeed or {},
+            }
+        )
+        return deepspeed_config(recipe, plan_batch(recipe, ranks))
+
+    return build
+
+
+@pytest.fixture
+def refusal(config):
+    """The message with which a DeepSpeed JSON is refused."""
+
+    def message(given, **section):
+        with pytest.raises(RecipeError) as refused:
+            config({"config": given, **section})
+        return str(refused.value)
+
+    return message
+
+
+def test_the_batch_follows_from_the_recipe(config):
+    found = config()
+    assert found["train_micro_batch_size_per_gpu"] == 2
+    assert found["gradient_accumulation_steps"] == 2
+    assert found["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
+)
+def test_the_precision_follows_from_the_dtype(config, dtype, bf16, fp16):
+    found = config(dtype=dtype)
+    assert found["bf16"]["enabled"] is bf16
+    assert found["fp16"]["enabled"] is fp16
+
+
+def test_stage_offload_and_clipping_follow_from_the_recipe(config):
+    found = config({"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, max_grad_norm=0.25)
+    assert found["zero_optimization"]["stage"] == 3
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert found["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert found["gradient_clipping"] == 0.25
+    assert config(max_grad_norm=None)["gradient_clipping"] == 0.0
+
+
+def test_a_json_of_the_users_own_is_completed(config, tmp_path):
+    given = {"wall_clock_breakdown": True, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(given))
+    inline, read = config({"config": given}), config({"config": str(file)})
+    assert inline == read
+    assert inline["wall_clock_breakdown"] is True
+    assert inline["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert "offload_param" not in inline["zero_optimization"]
+    assert {**config(), "wall_clock_breakdown": True}.keys() == inline.keys()
+    assert given == {"wall_clock_breakdown": True, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "there", "here"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size", "16", "8"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps", "1", "2"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", "4", "2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping", "0.5", "1.0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled", "False", "True"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "True", "False"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "3", "2"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device",
+            "'cpu'",
+            "'none'",
+        ),
+    ],
+)
+def test_a_contradiction_names_both_sides(refusal, given, place, there, here):
+    assert f"{place} is {there} there, but the recipe makes it {here}" in refusal(given)
+
+
+@pytest.mark.parametrize("given", [{"train_batch_size": "auto"}, {"zero_optimization": {"reduce_bucket_size": "auto"}}])
+def test_auto_is_refused_wherever_it_stands(refusal, given):
+    assert "'auto', which only Hugging Face's Trainer understands" in refusal(given)
+
+
+@pytest.mark.parametrize("key", OWNED_BY_RECIPE)
+def test_what_the_recipe_decides_is_refused(refusal, key):
+    assert f"has {key}, which the recipe decides: use {OWNED_BY_RECIPE[key]}" in refusal({key: {}})
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(refusal):
+    assert "did you mean zero_optimization?" in refusal({"zero_optimisation": {}})
+    message = refusal({"xyzzy": 1})
+    assert "xyzzy, which DeepSpeed does not know" in message
+    assert "did you mean" not in message
+
+
+def test_a_section_must_be_an_object(refusal):
+    assert "zero_optimization must be an object, not 2" in refusal({"zero_optimization": 2})
+    assert "zero_optimization.offload_param must be an object" in refusal(
+        {"zero_optimization": {"offload_param": "cpu"}}
+    )
+
+
+def test_a_file_that_is_no_json_is_named_with_its_line(refusal, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{\n  "bf16": {"enabled": true},\n}')
+    assert f"{file} line 3 is not JSON" in refusal(str(file))
+    file.write_text("[]")
+    assert "must hold a JSON object, not list" in refusal(str(file))
+    assert f"cannot read {tmp_path}/none.json" in refusal(str(tmp_path / "none.json"))
+
+
+def test_it_is_made_without_torch():
+    code = "import sys, sparsetrain.training.deepspeed_config; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"

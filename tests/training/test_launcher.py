@@ -1,0 +1,52 @@
+"""The run through DeepSpeed's own launcher, two processes on gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def launch(tiny, ranks_of):
+    """``launch(folder, *arguments)``: ``deepspeed --num_gpus 2 launch/train.py`` on the tiny recipe."""
+
+    def run(output, *arguments):
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+        launcher += ["--master_port", str(ranks_of.free_port()), str(REPOSITORY / "launch/train.py")]
+        return ranks_of([*launcher, str(tiny), *arguments, "--output", str(output)], output.with_suffix(".log"), None)
+
+    return run
+
+
+def test_ctrl_c_under_the_launcher_saves_and_resume_ends_as_if_uninterrupted(
+    tmp_path, monkeypatch, launch, stages, run_folder
+):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = run_folder(tmp_path / "run")
+    ranks = launch(run.path, "deepspeed.stage=1")
+    ranks.wait_until(lambda: len(run.steps) >= 2)
+    # A terminal sends it to the launcher and to both ranks; the launcher then sends SIGTERM to the ranks.
+    os.killpg(ranks.processes[0].pid, signal.SIGINT)
+    ranks.processes[0].wait(60)
+    ranks.wait_until(lambda: "continue with --resume" in ranks.log, alive=False)
+    (checkpoint,) = run.checkpoints
+    assert 2 <= run.state(checkpoint)["step"] < 6
+
+    launch(run.path, "deepspeed.stage=1", "--resume").wait()
+    uninterrupted = stages(2)[1]
+    assert run.values("loss") == uninterrupted.values("loss")
+    assert all(torch.equal(run.weights[name], tensor) for name, tensor in uninterrupted.weights.items())
+
+
+def test_a_mistake_ends_the_launch_with_its_message(tmp_path, monkeypatch, launch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    said = launch(tmp_path / "run", "train.global_batch_sequences=3").wait(2)
+    assert "is not a multiple of train.micro_batch=1 x 2 ranks" in said
+    assert "Traceback" not in said

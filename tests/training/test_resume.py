@@ -1,0 +1,139 @@
+"""A run that was interrupted and resumed ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from sparsetrain.cli import main
+
+
+@pytest.fixture
+def same_end():
+    """``same_end(run, uninterrupted)``: equal losses, norms and weights, and every step recorded once."""
+
+    def compare(run, uninterrupted):
+        assert run.values("step") == [1, 2, 3, 4, 5, 6]
+        recorded = [(line["step"], tuple(line)) for line in run.lines]
+        assert len(set(recorded)) == len(recorded)
+        assert [step for step, _ in recorded] == sorted(step for step, _ in recorded)
+        for name in ("loss", "grad_norm", "lr", "tokens"):
+            assert run.values(name) == uninterrupted.values(name), name
+        weights = run.weights
+        assert all(torch.equal(weights[name], tensor) for name, tensor in uninterrupted.weights.items())
+
+    return compare
+
+
+def test_killed_at_a_random_moment(tmp_path, tiny, start, stages, run_folder, same_end, capfd):
+    moment = random.SystemRandom().uniform(2.0, 5.9)
+    print(f"killed {moment % 1:.2f} of a step after step {int(moment)}")
+    run = run_folder(tmp_path / "run")
+    arguments = ["checkpoint.every=2", "checkpoint.keep_last=1", "wandb.mode=offline"]
+    ranks = start(run.path, *arguments)
+    ranks.wait_until(lambda: len(run.steps) >= int(moment))
+    time.sleep(moment % 1 * run.steps[-1]["step_seconds"])
+    ranks.signal(signal.SIGKILL)
+    ranks.wait(-signal.SIGKILL)
+
+    newest = [name for name in run.checkpoints if name.endswith(("2", "4", "6"))]
+    first_id = run.state(newest[-1])["wandb_run_id"] if newest else None
+    assert main(["run", str(tiny), *arguments, "--output", str(run.path), "--resume"]) == 0
+    said = capfd.readouterr()
+    assert ("resumed" in said.out + said.err) == bool(newest)
+    same_end(run, stages(1)[2])
+    assert run.checkpoints == ["step-000006"]
+    last_id = run.state("step-000006")["wandb_run_id"]
+    assert last_id
+    assert first_id in (last_id, None)
+    assert list((run.path / "wandb").glob(f"offline-run-*-{last_id}"))
+
+
+def test_a_torn_checkpoint_is_passed_over_by_all_ranks(tmp_path, start, stages, run_folder, same_end):
+    run = run_folder(tmp_path / "run")
+    arguments = ["deepspeed.stage=3", "checkpoint.every=1", "checkpoint.keep_last=3"]
+    ranks = start(run.path, *arguments, ranks=2)
+    ranks.wait_until(lambda: "step-000004" in run.checkpoints)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait(-signal.SIGKILL)
+
+    # As a crash in the middle of a save, and a disk that lost the end of a file, would leave the folder.
+    checkpoints = run.path / "checkpoints"
+    for name in run.checkpoints:
+        if name > "step-000004":
+            (checkpoints / name).rename(tmp_path / name)
+    shard = next((checkpoints / "step-000004").rglob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (checkpoints / "step-000003" / "manifest.json").unlink()
+    (checkpoints / "step-000005.tmp/engine").mkdir(parents=True)
+    (checkpoints / "step-000005.tmp/engine/half").write_bytes(b"half")
+
+    said = start(run.path, *arguments, "--resume", ranks=2).wait()
+    assert f"skipping step-000004: engine/{shard.name} has" in said
+    assert "skipping step-000003: no readable manifest" in said
+    assert "at step 2" in said
+    same_end(run, stages(2)[3])
+    assert run.checkpoints == ["step-000004", "step-000005", "step-000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, start, stages, run_folder, same_end, number):
+    run = run_folder(tmp_path / "run")
+    ranks = start(run.path)
+    ranks.wait_until(lambda: len(run.steps) >= 2)
+    ranks.signal(number)
+    if number == signal.SIGTERM:
+        # A scheduler tells the process, and so does the launcher that was told as well.
+        ranks.signal(number)
+    said = ranks.wait(0)
+    (checkpoint,) = run.checkpoints
+    step = run.state(checkpoint)["step"]
+    assert 2 <= step < 6
+    assert f"stopped at step {step} of 6; continue with --resume" in said
+    assert "Traceback" not in said
+    assert not (run.path / "final").exists()
+    assert main(["run", str(tiny), "--output", str(run.path), "--resume"]) == 0
+    same_end(run, stages(1)[2])
+
+
+def test_killed_before_the_first_checkpoint_it_starts_again(tmp_path, tiny, start, stages, run_folder, same_end, capfd):
+    run = run_folder(tmp_path / "run")
+    ranks = start(run.path)
+    ranks.wait_until(lambda: len(run.steps) >= 1)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait(-signal.SIGKILL)
+    assert main(["run", str(tiny), "--output", str(run.path), "--resume"]) == 0
+    assert f"nothing to resume in {run.path}" in "".join(capfd.readouterr())
+    same_end(run, stages(1)[2])
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny, stages, run_folder, same_end):
+    run = run_folder(tmp_path / "run")
+    shutil.copytree(stages(1)[2].path, run.path)
+    assert main(["run", str(tiny), "--output", str(run.path), "--resume"]) == 0
+    assert run.lines == stages(1)[2].lines
+    same_end(run, stages(1)[2])
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
+)
+def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, run_folder, stage, dtype):
+    """Dropout draws from the random state that the checkpoint keeps; bf16 weights have fp32 masters there."""
+    whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
+    overrides = ["model.architecture.model_type=phi3", "model.architecture.resid_pdrop=0.2", f"model.dtype={dtype}"]
+    overrides += [f"deepspeed.stage={stage}", "train.steps=4", "checkpoint.every=2"]
+    assert main(["run", str(tiny), *overrides, "--output", str(whole.path)]) == 0
+    shutil.copytree(whole.path, resumed.path)
+    shutil.rmtree(resumed.path / "checkpoints/step-000004")
+    shutil.rmtree(resumed.path / "final")
+    assert main(["run", str(tiny), *overrides, "--output", str(resumed.path), "--resume"]) == 0
+    assert resumed.values("loss") == whole.values("loss")
+    assert resumed.values("grad_norm") == whole.values("grad_norm")
+    assert len(set(resumed.values("loss"))) == 4
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
