@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SparsetrainError as error:
         if os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error{rank}: {error}", file=sys.stderr)
         return error.exit_code
 
@@ -137,6 +137,8 @@ def evaluate_folder(
         raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity or eval.passkey")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no model (no config.json); give the final/ folder of a run")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -149,7 +151,10 @@ def evaluate_folder(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder} holds no tokenizer that can be loaded; copy the one it was trained with") from error
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
         result = evaluate(

@@ -78,6 +78,18 @@ def test_copy_keeps_comments_and_never_overwrites(call, recipe):
     assert call("recipe", "copy", "qwen3-0.6b-power-32k", "no/such/folder.yaml")[0] == 2
 
 
+def test_copy_to_where_nothing_can_be_written(call, recipe):
+    code, _, err = call("recipe", "copy", "quickstart", "n" * 300)
+    assert code == 2
+    assert err.startswith("error: ")
+
+
+def test_an_error_under_half_a_launcher_environment_is_still_a_message(call, recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert call("run", "nowhere.yaml")[0] == 2
+
+
 def test_validate_prints_one_line_a_recipe(call, recipe):
     code, out, err = call("recipe", "validate", recipe, "qwen3-0.6b-power-32k", "--ranks", "2")
     assert (code, err) == (0, "")

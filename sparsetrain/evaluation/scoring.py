@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.data import Batch
 from sparsetrain.data.batch import IGNORE
-from sparsetrain.training.loss import has_plain_head
+from sparsetrain.modeling import has_plain_head
 
 CHUNK = 2048
 """Positions whose logits exist at the same time."""

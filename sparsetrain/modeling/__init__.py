@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from sparsetrain.modeling.head import has_plain_head
 from sparsetrain.modeling.layers import sparse_layers, sparsify
 from sparsetrain.modeling.storage import load, load_model, save
 
-__all__ = ["load", "load_model", "save", "sparse_layers", "sparsify"]
+__all__ = ["has_plain_head", "load", "load_model", "save", "sparse_layers", "sparsify"]

@@ -62,7 +62,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model that was saved with its attention method, and put the method back in.
 
     Args:
-        path: a local folder or a Hub id.
+        path: a local folder, a Hub id, or ``sparsetrain:tiny``.
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Raises:
@@ -70,13 +70,14 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if "attn_implementation" in kwargs:
         raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
+    path = _resolve(str(path), "path")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(str(path), **kwargs)
+        config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read a model from {path}: {_first_line(error)}") from error
     attention = _recorded_attention(config.get("sparsetrain"), path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     return sparsify(model, attention)

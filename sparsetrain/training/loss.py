@@ -8,16 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# Config fields by which a model changes its logits after the output projection. Such a model computes them itself.
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "lm_head_multiplier",
-    "logit_scale",
-    "logits_scaling",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "output_multiplier_scale",
-)
+from sparsetrain.modeling import has_plain_head
 
 
 class CausalLMLoss(nn.Module):
@@ -76,10 +67,3 @@ class CausalLMLoss(nn.Module):
 
     def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction="sum")
-
-
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are the output projection of the decoder's hidden states and nothing else."""
-    text_config = model.config.get_text_config()
-    changed = any(getattr(text_config, name, None) not in (None, 1, 1.0) for name in LOGIT_TRANSFORMS)
-    return model.get_decoder() is not None and model.get_output_embeddings() is not None and not changed

@@ -52,11 +52,21 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         (["model.path=null"], "give model.path (pretrained) or model.architecture"),
         (["model={architecture: {model_type: llama}}"], "model.tokenizer must say which tokenizer"),
         (["model={architecture: {hidden_size: 4}, tokenizer: t}"], "model.architecture needs model_type"),
+        (["model={architecture: {model_type: 3}, tokenizer: t}"], "model.architecture needs model_type"),
         (
             [f"model={ARCHITECTURE}", "attention.dense_layers=[0, 4]"],
             "names layer 4, but the model has 4 layers (0 to 3)",
         ),
         ([f"model={ARCHITECTURE}", "attention.dense_layers=[-5]"], "names layer -5"),
+        (
+            [f"model={ARCHITECTURE}", "model.architecture.num_hidden_layers=0"],
+            "model.architecture.num_hidden_layers: a model has at least one layer, not 0",
+        ),
+        (
+            [f"model={ARCHITECTURE}", "model.config_overrides={num_hidden_layers: -1}"],
+            "model.config_overrides.num_hidden_layers: a model has at least one layer, not -1",
+        ),
+        (["attention.dense_layers={count: 2, every: 7, first: 6}"], "reach beyond the group of every=7 layers"),
         ([f"model={ARCHITECTURE}", "attention.dense_layers=[0,1,2,3]"], "attention.method=power has no effect"),
         (["deepspeed.offload_parameters=cpu"], "deepspeed.offload_parameters needs deepspeed.stage: 3, not 2"),
         (["deepspeed.stage=0", "deepspeed.offload_optimizer=cpu"], "deepspeed.offload_optimizer needs deepspeed.stage"),

@@ -126,6 +126,29 @@ def test_an_alias_inside_itself_is_refused(refuse, minimal):
     assert "an alias that contains itself" in refuse(minimal.replace("{path: some/model}", "&m {config_overrides: *m}"))
 
 
+def test_a_key_that_is_a_list_is_refused(refuse, minimal):
+    assert "run.yaml:10: a key must be plain text" in refuse(minimal + "? [a, b]\n: 1\n")
+
+
+def test_endless_nesting_is_refused(refuse):
+    assert "nested too deeply" in refuse("[" * 5000 + "]" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "owners"),
+    [("power", "stride", "stride have"), ("full", "window", "power and sliding and stride and dilated have")],
+)
+def test_a_setting_of_another_method_is_told_from_a_misspelt_one(refuse, minimal, method, key, owners):
+    message = refuse(minimal, f"attention.method={method}", f"attention.{key}=3")
+    assert f"attention.{key}: unknown key: method {method} has no {key}, but {owners}" in message
+
+
+@pytest.mark.parametrize("text_config", ["null", "3"])
+def test_a_config_whose_text_part_is_no_mapping_is_left_to_the_model(load, minimal, text_config):
+    model = f"{{architecture: {{model_type: llama, text_config: {text_config}}}, tokenizer: t}}"
+    assert load(minimal, f"model={model}").recipe.model.architecture is not None
+
+
 @pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "!custom {path: x}"])
 def test_yaml_tags_are_refused(refuse, minimal, text):
     assert "run.yaml:1" in refuse(minimal.replace("{path: some/model}", text))

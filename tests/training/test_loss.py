@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsetrain.modeling import sparsify
-from sparsetrain.training.loss import LOGIT_TRANSFORMS, CausalLMLoss, has_plain_head
+from sparsetrain.modeling.head import LOGIT_TRANSFORMS, has_plain_head
+from sparsetrain.training.loss import CausalLMLoss
 
 SHAPE = {
     "vocab_size": 96,
