@@ -78,10 +78,11 @@ def test_copy_keeps_comments_and_never_overwrites(call, recipe):
     assert call("recipe", "copy", "qwen3-0.6b-power-32k", "no/such/folder.yaml")[0] == 2
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where even root cannot write")
 def test_copy_to_where_nothing_can_be_written(call, recipe):
-    code, _, err = call("recipe", "copy", "quickstart", "n" * 300)
+    code, _, err = call("recipe", "copy", "quickstart", "/proc/my.yaml")
     assert code == 2
-    assert err.startswith("error: ")
+    assert err.startswith("error: cannot write /proc/my.yaml")
 
 
 def test_an_error_under_half_a_launcher_environment_is_still_a_message(call, recipe, monkeypatch):
@@ -213,3 +214,11 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
     result = json.loads(Path("result.json").read_text())
     assert result["passkey"]["lengths"] == [256]
     assert len(result["passkey"]["correct"][0]) == 2
+
+    code, _, err = call("eval", "final", recipe, measure, "--output", "nowhere/result.json")
+    assert (code, err.startswith("error: --output nowhere/result.json: there is no such folder")) == (2, True)
+    for file in Path("final").glob("*token*"):
+        file.unlink()
+    code, _, err = call("eval", "final", recipe, measure)
+    assert code == 2
+    assert "error: final holds no tokenizer that can be loaded" in err

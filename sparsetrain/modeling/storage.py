@@ -115,6 +115,21 @@ def load_model(
     return sparsify(model, attention), tokenizer
 
 
+def check_positions(model: PreTrainedModel, length: int) -> None:
+    """Refuse rows longer than the model's config says it can read: rotary positions would go on, but what is exported
+    would not say so, and learned positions would run out.
+
+    Raises:
+        ModelError: names both numbers and the setting.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ModelError(
+            f"sequence.length={length} is beyond the model's max_position_embeddings={limit}; to train it for longer "
+            f"contexts say so: model.config_overrides={{max_position_embeddings: {length}}}"
+        )
+
+
 def _recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
     if record is None:
         raise ModelError(

@@ -42,7 +42,9 @@ def explain(errors: list[Any], source: Source) -> list[Problem]:
         found.setdefault(located(error, source.data), []).append(error)
     # A union reports every alternative. The one that went deeper is the one that was meant.
     paths = [path for path in found if not any(_inside(other, path) and _is_type(found[path]) for other in found)]
-    return [_problem(path, found[path], source) for path in paths]
+    # Neither are the other kinds a value could have had, once it is of one kind and that section refuses it.
+    refused = {path: [error for error in found[path] if error["type"] == "value_error"] for path in paths}
+    return [_problem(path, refused[path] or found[path], source) for path in paths]
 
 
 def _problem(path: KeyPath, errors: list[Any], source: Source) -> Problem:

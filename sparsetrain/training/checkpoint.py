@@ -157,8 +157,10 @@ def _seal(partial: Path, target: Path, state: TrainState, documents: dict[str, s
 
 
 def _prune(folder: Path, keep_last: int) -> None:
-    complete = [path for path in sorted(_checkpoints(folder)) if _fault(path) is None]
-    for path in complete[:-keep_last]:
+    """Delete what lies before the checkpoints to keep, and what interrupted saves and deletions left behind."""
+    kept = [path for path in sorted(_checkpoints(folder)) if _fault(path) is None][-keep_last:]
+    old = [path for path in _checkpoints(folder) if path < kept[0]]
+    for path in (*old, *folder.glob("step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -53,6 +53,10 @@ def init_world() -> World:
     deepspeed = _import_deepspeed()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -22,7 +22,7 @@ from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passk
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.methods.static import StaticMethod
-from sparsetrain.modeling import load_model, sparse_layers, sparsify
+from sparsetrain.modeling import check_positions, load_model, sparse_layers, sparsify
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoint, folder, selfcheck
 from sparsetrain.training.checkpoint import TrainState
@@ -59,6 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> bool:
     check_config(deepspeed_config(recipe, _provisional_plan(recipe, world.size)))
     torch.manual_seed(recipe.train.seed)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
+    check_positions(model, recipe.sequence.length)
     model.to(world.device)  # type: ignore[arg-type]
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)

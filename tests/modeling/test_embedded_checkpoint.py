@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsetrain
+from sparsetrain.errors import ModelError
 from sparsetrain.evaluation import evaluate
+from sparsetrain.modeling import check_positions
 from sparsetrain.recipe.schema import EvalSection
 
 FOLDER = Path(str(resources.files("sparsetrain"))) / "assets/tiny"
@@ -38,3 +40,9 @@ def test_it_finds_passkeys_at_its_own_length_and_not_beyond(model):
     found = evaluate(model, tokenizer, section, device="cpu").passkey.by_length()
     assert found[512] >= 5 / 6
     assert found[1024] <= 1 / 6
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused_with_the_setting(model):
+    check_positions(model, 512)
+    with pytest.raises(ModelError, match=r"sequence\.length=513 .* max_position_embeddings=512.*config_overrides="):
+        check_positions(model, 513)

@@ -31,13 +31,13 @@ def test_ctrl_c_under_the_launcher_saves_and_resume_ends_as_if_uninterrupted(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = run_folder(tmp_path / "run")
     ranks = launch(run.path, "deepspeed.stage=1")
-    ranks.wait_until(lambda: len(run.steps) >= 2)
+    ranks.wait_until(lambda: len(run.steps) >= 1)
     # A terminal sends it to the launcher and to both ranks; the launcher then sends SIGTERM to the ranks.
     os.killpg(ranks.processes[0].pid, signal.SIGINT)
     ranks.processes[0].wait(60)
     ranks.wait_until(lambda: "continue with --resume" in ranks.log, alive=False)
     (checkpoint,) = run.checkpoints
-    assert 2 <= run.state(checkpoint)["step"] < 6
+    assert 1 <= run.state(checkpoint)["step"] < 6
 
     launch(run.path, "deepspeed.stage=1", "--resume").wait()
     uninterrupted = stages(2)[1]
