@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install quickstart quickstart-sliding test lint format clean
 
 help:
-	@echo "make quickstart          finetune the embedded model with PowerAttention on this machine, about 5 minutes"
+	@echo "make quickstart          finetune the embedded model with PowerAttention on this machine, a few minutes"
 	@echo "make quickstart-sliding  the same with a sliding window of the same key budget"
 	@echo "make test                lint, types, tests"
 	@echo "make format              format the code"

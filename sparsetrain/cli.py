@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -30,6 +31,9 @@ app = typer.Typer(
 recipes = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(recipes, name="recipe")
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the machine, not the program, is to blame for."""
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
 ]
@@ -44,19 +48,21 @@ Overrides = Annotated[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    A :class:`SparsetrainError` becomes its message on stderr; ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
+    A :class:`SparsetrainError`, or a disk that is full or not writable, becomes a message on stderr;
+    ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="sparsetrain")
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except SparsetrainError as error:
-        if os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+    except (SparsetrainError, OSError) as error:
+        told = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
+        if not told or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
         rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error{rank}: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", SparsetrainError.exit_code)
 
 
 def _version(wanted: bool) -> None:

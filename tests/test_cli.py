@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +224,22 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
     code, _, err = call("eval", "final", recipe, measure)
     assert code == 2
     assert "error: final holds no tokenizer that can be loaded" in err
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
+def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault), "runs/x/report.md")
+
+    monkeypatch.setattr("sparsetrain.cli.app", full)
+    assert main(["recipe", "list"]) == 2
+    assert capsys.readouterr().err == f"error: [Errno {fault}] {os.strerror(fault)}: 'runs/x/report.md'\n"
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EBADF, "bad file descriptor")
+
+    monkeypatch.setattr("sparsetrain.cli.app", broken)
+    with pytest.raises(OSError, match="bad file descriptor"):
+        main(["recipe", "list"])
