@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Unpack
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -12,6 +12,7 @@ from sparsetrain.section import Section
 
 if TYPE_CHECKING:
     import torch
+    from sparsetrain_kernels.inputs import AttentionOptions
     from torch import nn
 
     from sparsetrain.patterns import Pattern
@@ -96,13 +97,7 @@ class Method(ABC):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor | None,
-        q_start: int | None,
-        scale: float,
-        softcap: float | None,
-        sink_logits: torch.Tensor | None,
-        **extra: Any,
+        **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
         """Causal attention of one layer.
 
@@ -110,12 +105,11 @@ class Method(ABC):
             layer: the attention module that calls.
             query: ``[B, Hq, N, D]``, rotary position already applied.
             key, value: ``[B, Hkv, M, D]``, ``M >= N`` (a KV cache holds ``M - N`` earlier keys).
-            cu_seqlens: int32 ``[documents + 1]`` for packed rows (``B == 1``, ``M == N``), else None.
-            q_start: position of the first query among the keys; None means ``M - N``.
-            scale: factor on the logits before the softmax.
-            softcap: ``softcap * tanh(logits / softcap)`` where given (Gemma-2).
-            sink_logits: ``[Hq]`` learned logits that only enter the softmax denominator (gpt-oss).
-            extra: the :attr:`extra_inputs` of this method.
+            options: always all of them. ``cu_seqlens``: int32 ``[documents + 1]`` for packed rows (``B == 1``,
+                ``M == N``), else None. ``q_start``: position of the first query among the keys; None means ``M - N``.
+                ``scale``: factor on the logits. ``softcap``: ``softcap * tanh(logits / softcap)`` or None (Gemma-2).
+                ``sink_logits``: ``[Hq]`` learned logits in the softmax denominator, or None (gpt-oss). A method with
+                :attr:`extra_inputs` takes those by name beside them.
 
         Returns:
             ``[B, Hq, N, D]`` in the query's dtype.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from sparsetrain.methods.base import Method, MethodConfig
 
 if TYPE_CHECKING:
     import torch
+    from sparsetrain_kernels.inputs import AttentionOptions
     from torch import nn
 
 
@@ -35,24 +36,9 @@ class FullMethod(Method):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor | None,
-        q_start: int | None,
-        scale: float,
-        softcap: float | None,
-        sink_logits: torch.Tensor | None,
-        **extra: Any,
+        **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
         """See :meth:`Method.attend`."""
         from sparsetrain_kernels.dense import causal_attention
 
-        return causal_attention(
-            query,
-            key,
-            value,
-            cu_seqlens=cu_seqlens,
-            q_start=q_start,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sink_logits,
-        )
+        return causal_attention(query, key, value, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from pydantic import PositiveInt
 
@@ -11,6 +11,7 @@ from sparsetrain.methods.base import Method, MethodConfig
 
 if TYPE_CHECKING:
     import torch
+    from sparsetrain_kernels.inputs import AttentionOptions
     from torch import nn
 
     from sparsetrain.patterns import Pattern
@@ -47,25 +48,9 @@ class StaticMethod(Method):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor | None,
-        q_start: int | None,
-        scale: float,
-        softcap: float | None,
-        sink_logits: torch.Tensor | None,
-        **extra: Any,
+        **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
         """See :meth:`Method.attend`."""
         from sparsetrain_kernels.block_pattern import block_pattern_attention
 
-        return block_pattern_attention(
-            query,
-            key,
-            value,
-            self.pattern,
-            cu_seqlens=cu_seqlens,
-            q_start=q_start,
-            scale=scale,
-            softcap=softcap,
-            sink_logits=sink_logits,
-        )
+        return block_pattern_attention(query, key, value, self.pattern, **options)
