@@ -109,3 +109,22 @@ def test_times_are_written_as_on_a_clock():
         "1:00:00",
         "10:10:10",
     ]
+
+
+def test_counted_work_is_a_bar_of_its_own_on_a_terminal_and_a_line_elsewhere(monkeypatch):
+    out = io.StringIO()
+    with Progress(10, 0, 1, file=out).counting("evaluating: power") as on_progress:
+        on_progress(1, 4)
+    assert out.getvalue() == "evaluating: power\n"
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    master, terminal = pty.openpty()
+    with open(terminal, "w", encoding="utf-8") as file:
+        with Progress(10, 0, 1, file=file).counting("evaluating: power") as on_progress:
+            on_progress(3, 4)
+        file.flush()
+    shown = read_all(master)
+    assert "3/4" in shown
+    # The bar is gone at the end; the line stays.
+    assert shown.rstrip().endswith("evaluating: power")
