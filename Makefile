@@ -17,6 +17,8 @@ install: $(STAMP)
 
 # CUDA, compilers and op builds are not needed: DS_BUILD_OPS=0 leaves DeepSpeed's C++ and CUDA extensions out.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "sparsetrain needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[dev]

@@ -77,6 +77,19 @@ def test_truncate_keeps_the_beginning_and_drop_leaves_long_documents_out(corpus,
     assert f"{len(long)} of 120 documents are longer than sequence.length=64 and are left out" in caplog.text
 
 
+def test_a_long_document_is_spread_over_the_epoch(write_jsonl, stream):
+    book = {"text": "x" * (50 * LENGTH)}
+    path = write_jsonl([book, *[{"text": "y" * (LENGTH - 1)}] * 150])
+    rows = stream({"path": path}, length=LENGTH)
+    names = [next(rows).origin[0] for _ in range(rows.rows_per_epoch())]
+    places = [place for place, name in enumerate(names) if name.startswith(f"{path}:0")]
+    assert len(places) == 51  # 50 rows and the end-of-text token
+    first, last = places[len(places) // 4], places[-len(places) // 4]
+    assert first < len(names) // 2 < last
+    in_order = stream({"path": path, "shuffle": False}, length=LENGTH)
+    assert [next(in_order).origin[0] for _ in range(3)] == [f"{path}:0", f"{path}:0@{LENGTH}", f"{path}:0@{2 * LENGTH}"]
+
+
 def test_dropping_everything_is_an_error(write_jsonl, stream):
     with pytest.raises(
         DataError, match=r"data\.long_documents=drop leaves nothing of it.* longer than sequence\.length=64"
