@@ -90,6 +90,10 @@ class Method(ABC):
     def attach(self, layer: nn.Module, layer_index: int) -> None:  # noqa: B027 (most methods need nothing)
         """Add what the method needs (submodules, forward pre-hooks) to one attention layer."""
 
+    def density(self, length: int) -> float:
+        """Share of the causal pairs of ``length`` tokens that are attended."""
+        return 1.0
+
     @abstractmethod
     def attend(
         self,

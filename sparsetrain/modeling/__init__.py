@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from sparsetrain.modeling.head import has_plain_head
-from sparsetrain.modeling.layers import sparse_layers, sparsify
+from sparsetrain.modeling.layers import attention_density, sparse_layers, sparsify
 from sparsetrain.modeling.storage import check_positions, load, load_model, save
 
-__all__ = ["check_positions", "has_plain_head", "load", "load_model", "save", "sparse_layers", "sparsify"]
+__all__ = [
+    "attention_density",
+    "check_positions",
+    "has_plain_head",
+    "load",
+    "load_model",
+    "save",
+    "sparse_layers",
+    "sparsify",
+]

@@ -75,6 +75,20 @@ def sparse_layers(model: nn.Module) -> list[tuple[int, nn.Module, Method | None]
     return sorted(((plan.index, module, plan.method) for plan, module in planned), key=lambda layer: layer[0])
 
 
+def attention_density(model: nn.Module, length: int) -> list[float]:
+    """Share of the causal pairs of ``length`` tokens that each attention layer of a sparsified model attends to."""
+    return [_density(getattr(module, PLAN_ATTRIBUTE), length) for _, module, _ in sparse_layers(model)]
+
+
+def _density(plan: LayerPlan, length: int) -> float:
+    if plan.method is not None:
+        return plan.method.density(length)
+    if plan.window is None or plan.window >= length:
+        return 1.0
+    pairs = plan.window * length - plan.window * (plan.window - 1) // 2
+    return pairs / (length * (length + 1) // 2)
+
+
 def _attention_modules(model: nn.Module) -> list[Any]:
     """The decoder's attention modules by layer, or the reason why there are none to replace."""
     name = type(model).__name__

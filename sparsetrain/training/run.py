@@ -21,8 +21,7 @@ from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
 from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passkey_heatmaps, report_picture
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.methods.static import StaticMethod
-from sparsetrain.modeling import check_positions, load_model, sparse_layers, sparsify
+from sparsetrain.modeling import attention_density, check_positions, load_model, sparsify
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoint, folder, selfcheck
 from sparsetrain.training.checkpoint import TrainState
@@ -306,9 +305,7 @@ class _Costs:
         length = recipe.sequence.length
         parameters = sum(parameter.numel() for parameter in model.parameters())
         lookup = 0 if text_config.tie_word_embeddings else text_config.vocab_size * text_config.hidden_size
-        densities = [
-            method.density(length) if isinstance(method, StaticMethod) else 1.0 for _, _, method in sparse_layers(model)
-        ]
+        densities = attention_density(model, length)
         heads = text_config.num_attention_heads
         flops = model_flops_per_token(
             parameters - lookup,
