@@ -127,7 +127,8 @@ class MappedSource:
         index = int(np.searchsorted(self._pieces_up_to, number, side="right"))
         row = int(self._usable[index])
         pieces = cut(Document(f"{self.label}:{row}", int(self.lengths[index]), lambda: self._read(row)), *self._cut)
-        return [pieces[number - int(self._pieces_up_to[index])]]
+        first = int(self._pieces_up_to[index]) - len(pieces)
+        return [pieces[number - first]]
 
     def state_dict(self) -> dict[str, Any]:
         """How many pieces were drawn, in all epochs."""

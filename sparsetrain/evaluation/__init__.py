@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsetrain.evaluation.passkey import Passkey
+    from sparsetrain.evaluation.perplexity import Perplexity
     from sparsetrain.recipe.schema import EvalSection
 
 __all__ = ["EvalResult", "PasskeyResult", "check_inputs", "evaluate", "wilson_interval"]
@@ -22,13 +24,7 @@ def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed:
     Raises:
         RecipeError, DataError: as :func:`evaluate` would.
     """
-    from sparsetrain.evaluation.passkey import Passkey
-    from sparsetrain.evaluation.perplexity import Perplexity
-
-    if section.perplexity:
-        Perplexity(section.perplexity, tokenizer)
-    if section.passkey:
-        Passkey(section.passkey, tokenizer, seed)
+    _tasks(section, tokenizer, seed)
 
 
 def evaluate(
@@ -59,12 +55,9 @@ def evaluate(
     """
     import torch
 
-    from sparsetrain.evaluation.passkey import Passkey
-    from sparsetrain.evaluation.perplexity import Perplexity
     from sparsetrain.evaluation.scoring import Place
 
-    perplexity = Perplexity(section.perplexity, tokenizer) if section.perplexity else None
-    passkey = Passkey(section.passkey, tokenizer, seed) if section.passkey else None
+    perplexity, passkey = _tasks(section, tokenizer, seed)
     total = sum(task.num_forwards(world) for task in (perplexity, passkey) if task is not None)
     done = 0
 
@@ -88,3 +81,16 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _tasks(
+    section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Perplexity | None, Passkey | None]:
+    """What the section asks for, with all inputs made."""
+    from sparsetrain.evaluation.passkey import Passkey
+    from sparsetrain.evaluation.perplexity import Perplexity
+
+    return (
+        Perplexity(section.perplexity, tokenizer) if section.perplexity else None,
+        Passkey(section.passkey, tokenizer, seed) if section.passkey else None,
+    )
