@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(recipes, name="recipe")
+benchmarks = typer.Typer(
+    help="Time the kernels beside the best implementations of others.", no_args_is_help=True, rich_markup_mode="rich"
+)
+app.add_typer(benchmarks, name="bench")
 
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What the machine, not the program, is to blame for."""
@@ -323,6 +327,192 @@ def schema() -> None:
     from sparsetrain.recipe.describe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+@benchmarks.command()
+def power(
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens, commas between; by default 8192,32768,131072, and 1024,4096 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
+        ),
+    ] = None,
+    block: Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")] = 256,
+    window: Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")] = 5,
+    sinks: Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    packed: Annotated[
+        bool, typer.Option(help="Documents of log-normal lengths of mean 4096, packed into one sequence.")
+    ] = False,
+    opponents: Annotated[
+        str,
+        typer.Option(
+            help="ours, ours-triton, flex, flex-flash, cudnn, fa2, fa4; packed: ours, ours-triton, flex, flex-flash,"
+            " varlen; without a GPU: ours, sdpa. Commas between, or all."
+        ),
+    ] = "all",
+    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
+    check: Annotated[bool, typer.Option(help="First compare outputs and gradients; what fails is not ranked.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
+    ] = None,
+) -> None:
+    """Time PowerAttention's kernels beside FlexAttention with the same mask, and beside dense attention.
+
+    What is not installed, or runs out of memory, is reported with the reason and stops nothing else.
+
+    Without a GPU it times the plain PyTorch path on short lengths.
+
+    \b
+    Examples:
+      sparsetrain bench power
+      sparsetrain bench power --output bench
+      sparsetrain bench power --packed --lengths 65536
+      sparsetrain bench power --lengths 1048576 --heads 4 --kv-heads 1 --opponents ours,flex,cudnn
+      sparsetrain bench power --opponents ours,flex --lengths 8192 --no-check --budget 500
+    """
+    from sparsetrain.bench.command import run_power
+
+    run_power(
+        output=output,
+        lengths=lengths,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        block=block,
+        window=window,
+        sinks=sinks,
+        batch=batch,
+        packed=packed,
+        opponents=opponents,
+        budget_ms=budget,
+        check=check,
+    )
+
+
+@benchmarks.command()
+def step(
+    shape: Annotated[
+        str | None,
+        typer.Option(help="llama-3.2-1b or tiny; by default the first on a GPU, else the second.", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens, commas between; by default 32768,131072, and 1024 without a GPU.", show_default=False
+        ),
+    ] = None,
+    attentions: Annotated[str, typer.Option(help="Of sdpa, power and sliding, commas between.")] = "sdpa,power",
+    output: Annotated[Path | None, typer.Option(help="Folder for the CSV and the JSON.", show_default=False)] = None,
+) -> None:
+    """Time a training step of a model of a real shape, and its peak memory, with dense and with sparse attention.
+
+    Random weights, one sequence, every layer checkpointed, loss in chunks; without the optimizer.
+
+    \b
+    Examples:
+      sparsetrain bench step
+      sparsetrain bench step --lengths 65536 --attentions sdpa,power,sliding --output bench
+    """
+    from sparsetrain.bench.step import run_step
+
+    run_step(shape=shape, lengths=lengths, attentions=attentions, output=output)
+
+
+@benchmarks.command()
+def decode(
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the caches, commas between; by default 8192,32768,131072, and 1024,4096 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences; by default 8, and 2 without a GPU.", show_default=False)
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
+        ),
+    ] = None,
+    block: Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")] = 256,
+    window: Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")] = 5,
+    sinks: Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")] = 1,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Caches read in turn, so that none is still in L2; by default 4, and 1 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    opponents: Annotated[
+        str,
+        typer.Option(
+            help="ours, flash, cudnn, efficient, math, varlen; without a GPU: ours, sdpa. Commas between, or all."
+        ),
+    ] = "all",
+    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
+    check: Annotated[bool, typer.Option(help="First compare outputs; what fails is not ranked.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
+    ] = None,
+) -> None:
+    """Time a decoding step of PowerAttention beside attention over the whole cache.
+
+    One new token a sequence, as a CUDA graph. Beside each time stands the floor: the bytes that the method must read
+    at the bandwidth of a copy.
+
+    Without a GPU it times the plain PyTorch path on short caches.
+
+    \b
+    Examples:
+      sparsetrain bench decode
+      sparsetrain bench decode --output bench
+      sparsetrain bench decode --lengths 1048576 --batch 1 --layers 1 --opponents ours,flash
+    """
+    from sparsetrain.bench.decode_command import run_decode
+
+    run_decode(
+        output=output,
+        lengths=lengths,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        block=block,
+        window=window,
+        sinks=sinks,
+        layers=layers,
+        opponents=opponents,
+        budget_ms=budget,
+        check=check,
+    )
 
 
 def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:

@@ -29,3 +29,7 @@ class TrainingError(SparsetrainError):
     """The run cannot go on: a non-finite loss, a failed self-check, a lost rank."""
 
     exit_code = 3
+
+
+class BenchError(SparsetrainError):
+    """A benchmark was asked for something that it cannot measure."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ class Pattern(ABC):
     def heads(self) -> range:
         """The KV heads whose lists differ."""
         return range(1)
+
+    @property
+    def num_sinks(self) -> int:
+        """The first blocks of the sequence, which every query block reads."""
+        return 0
+
+    @property
+    def period(self) -> int:
+        """But for the sinks, query blocks ``t`` and ``t + period`` read the same distances; 1 where all do."""
+        return 1
 
     @abstractmethod
     def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
@@ -131,29 +142,26 @@ class Pattern(ABC):
 class _OffsetPattern(Pattern):
     """A pattern made of block distances, the same for every query block, and of the first ``sinks`` blocks."""
 
-    def _offsets(self, limit: int) -> tuple[int, ...]:
-        """The block distances below ``limit``, ascending from 0, the own block."""
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
+        """The block distances of KV head ``head`` below ``limit``, ascending from 0, the own block."""
         raise NotImplementedError
 
-    def _num_sinks(self) -> int:
-        return 0
-
     def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
-        sinks = self._num_sinks()
-        offsets = self._offsets(max(query_block - sinks + 1, 0))
+        sinks = self.num_sinks
+        offsets = self._offsets(max(query_block - sinks + 1, 0), head)
         return (*range(min(sinks, query_block + 1)), *(query_block - offset for offset in reversed(offsets)))
 
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
-        if key_block < self._num_sinks():
+        if key_block < self.num_sinks:
             return tuple(range(key_block, num_blocks))
-        return tuple(key_block + offset for offset in self._offsets(num_blocks - key_block))
+        return tuple(key_block + offset for offset in self._offsets(num_blocks - key_block, head))
 
 
 @dataclass(frozen=True)
 class FullPattern(_OffsetPattern):
     """Every earlier block: dense causal attention."""
 
-    def _offsets(self, limit: int) -> tuple[int, ...]:
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
         return tuple(range(limit))
 
 
@@ -171,10 +179,11 @@ class SlidingPattern(_OffsetPattern):
         _check("window", self.window, 1)
         _check("sinks", self.sinks, 0)
 
-    def _num_sinks(self) -> int:
+    @property
+    def num_sinks(self) -> int:
         return self.sinks
 
-    def _offsets(self, limit: int) -> tuple[int, ...]:
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
         return (*range(min(self.window, limit)), *self._far(limit))
 
     def _far(self, limit: int) -> Iterable[int]:
@@ -227,7 +236,7 @@ class DilatedPattern(_OffsetPattern):
         _check("window", self.window, 1)
         _check("dilation", self.dilation, 1)
 
-    def _offsets(self, limit: int) -> tuple[int, ...]:
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
         return tuple(range(0, min(self.window * self.dilation, limit), self.dilation))
 
 
@@ -248,10 +257,11 @@ class DistancePattern(_OffsetPattern):
         if self.distances[:1] != (0,) or list(self.distances) != sorted(set(self.distances)):
             raise ValueError(f"distances={self.distances!r} must ascend without repeats from 0, the own block")
 
-    def _num_sinks(self) -> int:
+    @property
+    def num_sinks(self) -> int:
         return self.sinks
 
-    def _offsets(self, limit: int) -> tuple[int, ...]:
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
         return tuple(distance for distance in self.distances if distance < limit)
 
 
@@ -288,6 +298,10 @@ class LongNetPattern(Pattern):
     @property
     def heads(self) -> range:
         return range(self.num_heads if self.head_shift else 1)
+
+    @property
+    def period(self) -> int:
+        return lcm(*(number for level in self.segments for number in level))
 
     def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
         keys: set[int] = set()

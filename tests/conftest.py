@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+# Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # One thread a worker: the suite runs in several processes, and results must not depend on how work is split.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

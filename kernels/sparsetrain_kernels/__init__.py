@@ -1,12 +1,14 @@
 """Differentiable attention operations: tensors in, tensors out. They know no model, no recipe, no Hugging Face."""
 
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
+from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 
 __all__ = [
     "BlockPattern",
     "block_pattern_attention",
     "block_pattern_attention_dense",
+    "block_pattern_decode",
     "causal_attention",
     "causal_attention_dense",
 ]

@@ -2,22 +2,73 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+
 import torch
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "gluon", "triton", "reference")
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run on the CPU, one operation at a time: for tests."""
+TESTED_GLUON = ((3, 6), (3, 9))
+"""Oldest and newest Triton whose Gluon, still experimental there, the Hopper kernels were compiled with."""
 
 
-def choose_backend(backend: str, tensor: torch.Tensor) -> str:
-    """The implementation for ``backend`` on the device of ``tensor``: today always ``"reference"`` (plain PyTorch).
+def choose_backend(backend: str, tensor: torch.Tensor, refusals: Mapping[str, str | None]) -> str:
+    """``"gluon"`` (Triton's language for Hopper), ``"triton"`` (plain) or ``"reference"`` (plain PyTorch).
+
+    ``auto`` takes the first of these that can run the call; on a CPU, always the last.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        tensor: any input of the operation.
+        refusals: for ``gluon`` and ``triton``, why the operation has no kernel for these arguments, or None.
 
     Raises:
-        ValueError: the backend does not exist, or not for this device.
+        ValueError: the backend does not exist, or cannot run this.
     """
-    if backend == "triton":
-        raise ValueError(
-            f"backend='triton' was asked for (tensors on {tensor.device}), but this version has no Triton kernels; "
-            "use backend='auto' or 'reference'"
-        )
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
+    if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
+        return "reference"
+    for candidate in ("gluon", "triton") if backend == "auto" else (backend,):
+        refusal = refusals[candidate] or _unavailable(candidate, tensor)
+        if refusal is None:
+            return candidate
+    if backend != "auto":
+        raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto' or 'reference'")
     return "reference"
+
+
+def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if not tensor.is_cuda:
+        if backend == "triton" and INTERPRETING:
+            return None
+        reason = "Gluon has no interpreter" if backend == "gluon" else "TRITON_INTERPRET=1 is not set"
+        return f"the tensors are on {tensor.device}, and {reason}"
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if backend == "triton" and torch.version.hip is None and capability < (8, 0):
+        return f"{torch.cuda.get_device_name(tensor.device)} is older than Ampere"
+    if backend == "gluon":
+        if torch.version.hip is not None or capability != (9, 0):
+            return f"its kernels are for Hopper, not {torch.cuda.get_device_name(tensor.device)}"
+        if not TESTED_GLUON[0] <= TRITON_VERSION <= TESTED_GLUON[1]:
+            tested = " to ".join(".".join(map(str, version)) for version in TESTED_GLUON)
+            return f"its kernels were tested with Triton {tested}, not {'.'.join(map(str, TRITON_VERSION))}"
+    return None
+
+
+def _triton_version() -> tuple[int, int]:
+    if not TRITON_INSTALLED:
+        return (0, 0)
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
+
+
+TRITON_VERSION = _triton_version()

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain_kernels.block_pattern.pattern import BlockPattern
 from sparsetrain_kernels.inputs import AttentionInputs, Document
 
 CHUNK_ELEMENTS = 2**21
@@ -25,9 +24,24 @@ CHUNK_ELEMENTS = 2**21
 longer context adds chunks, not memory."""
 
 
-def gather_attention(
-    inputs: AttentionInputs, pattern: BlockPattern, window: int | None = None
-) -> tuple[Tensor, Tensor]:
+class TileLists(Protocol):
+    """The key blocks of each query block. Hashable: index tensors are cached."""
+
+    @property
+    def block(self) -> int:
+        """Tokens in a block."""
+
+    @property
+    def per_head(self) -> bool:
+        """Whether the KV heads have different lists."""
+
+    def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
+        """Key blocks of ``query_block`` for KV head ``head``: ascending, unique, none later, itself included."""
+
+    def __hash__(self) -> int: ...
+
+
+def gather_attention(inputs: AttentionInputs, pattern: TileLists, window: int | None = None) -> tuple[Tensor, Tensor]:
     """Attention of each query over the keys of its listed blocks that are not later, in its own document.
 
     Args:
@@ -39,11 +53,7 @@ def gather_attention(
         ``out [B, Hq, N, D]`` in the query's dtype and ``lse [B, Hq, N]`` (fp32, or fp64 for fp64 inputs), the log of
         the softmax denominator, sink included. Both are differentiable.
     """
-    heads = inputs.key.shape[1] if pattern.per_head else 1
-    plan = _plan(pattern, inputs.documents, heads, window)
-    return _GatherAttention.apply(
-        inputs.query, inputs.key, inputs.value, inputs.sink_logits, plan, inputs.scale, inputs.softcap
-    )
+    return _GatherAttention.apply(*inputs, pattern, window)
 
 
 class _Plan(NamedTuple):
@@ -65,7 +75,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _plan(pattern: BlockPattern, documents: tuple[Document, ...], heads: int, window: int | None) -> _Plan:
+def _plan(pattern: TileLists, documents: tuple[Document, ...], heads: int, window: int | None) -> _Plan:
     block = pattern.block
     first_row, own_key = [], []
     lists: list[list[list[int]]] = [[] for _ in range(heads)]
@@ -101,71 +111,107 @@ class _Chunk(NamedTuple):
 
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sink_logits: Tensor | None,
-        plan: _Plan,
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(plan, query, key)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        lse = torch.empty(query.shape[:3], dtype=tiles.dtype, device=query.device)
-        sink = None if sink_logits is None else tiles.sink_rows(sink_logits)
-        with torch.autocast(query.device.type, enabled=False):
-            for chunk in tiles.chunks():
-                keys = tiles.read_keys(key, chunk)
-                logits = _logits(tiles.read_rows(query, chunk) * scale, keys, softcap)
-                tiles.grid(logits, chunk).masked_fill_(chunk.hidden, float("-inf"))
-                peak = logits.amax(-1, keepdim=True)
-                if sink is not None:
-                    peak = peak.maximum(tiles.read_rows(sink, chunk))
-                weights = logits.sub_(peak).exp_()
-                total = weights.sum(-1, keepdim=True)
-                if sink is not None:
-                    total += torch.exp(tiles.read_rows(sink, chunk) - peak)
-                # Padding rows are NaN here (every key hidden); they are not written.
-                tiles.write_rows(out, chunk, torch.bmm(weights, tiles.read_keys(value, chunk)) / total)
-                tiles.write_rows(lse, chunk, peak + total.log())
-        return out, lse
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, pattern, window = args
+        return gather_forward(AttentionInputs(*inputs), pattern, window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, sink_logits, ctx.plan, ctx.scale, ctx.softcap = inputs
-        ctx.save_for_backward(query, key, value, sink_logits, *output)
+        query, key, value, cu_seqlens, *ctx.numbers, sink_logits, ctx.pattern, ctx.window = inputs
+        ctx.save_for_backward(query, key, value, cu_seqlens, sink_logits, *output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sink_logits, out, lse = ctx.saved_tensors
-        tiles = _Tiles(ctx.plan, query, key)
-        # The softmax's backward: grad_logits = weights * (grad_weights - delta).
-        delta = (grad_out.to(tiles.dtype) * out.to(tiles.dtype)).sum(-1) - grad_lse
-        grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        grad_key = torch.zeros(key.shape, dtype=tiles.dtype, device=key.device)
-        grad_value = torch.zeros_like(grad_key)
-        with torch.autocast(query.device.type, enabled=False):
-            for chunk in tiles.chunks():
-                queries = tiles.read_rows(query, chunk) * ctx.scale
-                keys = tiles.read_keys(key, chunk)
-                grads = tiles.read_rows(grad_out, chunk)
-                logits = _logits(queries, keys, ctx.softcap)
-                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
-                weights = logits.sub_(tiles.read_rows(lse, chunk)).exp_()
-                tiles.grid(weights, chunk).masked_fill_(chunk.hidden, 0)
-                tiles.add_keys(grad_value, chunk, torch.bmm(weights.mT, grads))
-                grad_logits = torch.bmm(grads, tiles.read_keys(value, chunk).mT)
-                grad_logits.sub_(tiles.read_rows(delta, chunk)).mul_(weights)
-                if slope is not None:
-                    grad_logits.mul_(slope)
-                tiles.write_rows(grad_query, chunk, torch.bmm(grad_logits, keys) * ctx.scale)
-                tiles.add_keys(grad_key, chunk, torch.bmm(grad_logits.mT, queries))
-        grad_sink = None
-        if sink_logits is not None:
-            grad_sink = -(torch.exp(sink_logits.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sink_logits.dtype)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sink, None, None, None
+        *tensors, sink_logits, out, lse = ctx.saved_tensors
+        inputs = AttentionInputs._make((*tensors, *ctx.numbers, sink_logits))
+        *grads, delta = gather_backward(inputs, ctx.pattern, grad_out, grad_lse, out, lse, ctx.window)
+        return *grads, None, None, None, None, sink_gradient(sink_logits, lse, delta), None, None
+
+
+def gather_forward(inputs: AttentionInputs, pattern: TileLists, window: int | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`gather_attention` without its gradient."""
+    query, key, value = inputs[:3]
+    tiles = _Tiles(_plan_of(inputs, pattern, window), query, key)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=tiles.dtype, device=query.device)
+    sink = None if inputs.sink_logits is None else tiles.sink_rows(inputs.sink_logits)
+    with torch.autocast(query.device.type, enabled=False):
+        for chunk in tiles.chunks():
+            keys = tiles.read_keys(key, chunk)
+            logits = _logits(tiles.read_rows(query, chunk) * inputs.scale, keys, inputs.softcap)
+            tiles.grid(logits, chunk).masked_fill_(chunk.hidden, float("-inf"))
+            peak = logits.amax(-1, keepdim=True)
+            if sink is not None:
+                peak = peak.maximum(tiles.read_rows(sink, chunk))
+            weights = logits.sub_(peak).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if sink is not None:
+                total += torch.exp(tiles.read_rows(sink, chunk) - peak)
+            # Padding rows are NaN here (every key hidden); they are not written.
+            tiles.write_rows(out, chunk, torch.bmm(weights, tiles.read_keys(value, chunk)) / total)
+            tiles.write_rows(lse, chunk, peak + total.log())
+    return _laid_out_like(query, out), lse
+
+
+def gather_backward(
+    inputs: AttentionInputs,
+    pattern: TileLists,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, laid out like them, and ``delta [B, Hq, N]``: the sum of each row's
+    ``grad_out * out``, less the gradient of its log-sum-exp."""
+    query, key, value = inputs[:3]
+    tiles = _Tiles(_plan_of(inputs, pattern, window), query, key)
+    # The softmax's backward: grad_logits = weights * (grad_weights - delta).
+    delta = (grad_out.to(tiles.dtype) * out.to(tiles.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta -= grad_lse
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key = torch.zeros(key.shape, dtype=tiles.dtype, device=key.device)
+    grad_value = torch.zeros_like(grad_key)
+    with torch.autocast(query.device.type, enabled=False):
+        for chunk in tiles.chunks():
+            queries = tiles.read_rows(query, chunk) * inputs.scale
+            keys = tiles.read_keys(key, chunk)
+            grads = tiles.read_rows(grad_out, chunk)
+            logits = _logits(queries, keys, inputs.softcap)
+            slope = None if inputs.softcap is None else 1 - (logits / inputs.softcap).square()
+            weights = logits.sub_(tiles.read_rows(lse, chunk)).exp_()
+            tiles.grid(weights, chunk).masked_fill_(chunk.hidden, 0)
+            tiles.add_keys(grad_value, chunk, torch.bmm(weights.mT, grads))
+            grad_logits = torch.bmm(grads, tiles.read_keys(value, chunk).mT)
+            grad_logits.sub_(tiles.read_rows(delta, chunk)).mul_(weights)
+            if slope is not None:
+                grad_logits.mul_(slope)
+            tiles.write_rows(grad_query, chunk, torch.bmm(grad_logits, keys) * inputs.scale)
+            tiles.add_keys(grad_key, chunk, torch.bmm(grad_logits.mT, queries))
+    return (
+        _laid_out_like(query, grad_query),
+        _laid_out_like(key, grad_key),
+        _laid_out_like(value, grad_value),
+        delta,
+    )
+
+
+def _laid_out_like(tensor: Tensor, contents: Tensor) -> Tensor:
+    return torch.empty_like(tensor).copy_(contents)
+
+
+def sink_gradient(sink_logits: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """The gradient of learned sink logits ``[Hq]``, from ``lse`` and ``delta [B, Hq, N]``."""
+    if sink_logits is None:
+        return None
+    return -(torch.exp(sink_logits.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sink_logits.dtype)
+
+
+def _plan_of(inputs: AttentionInputs, pattern: TileLists, window: int | None) -> _Plan:
+    heads = inputs.key.shape[1] if pattern.per_head else 1
+    return _plan(pattern, inputs.documents(), heads, window)
 
 
 def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:

@@ -32,16 +32,36 @@ class AttentionOptions(TypedDict, total=False):
     sink_logits: Tensor | None
 
 
+def consecutive_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where the elements of a row do not follow one another, as kernels want them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 class AttentionInputs(NamedTuple):
-    """Checked arguments of one attention call."""
+    """Checked arguments of one attention call. The values of ``cu_seqlens`` are not among what is checked: they may
+    lie on a device."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    documents: tuple[Document, ...]
+    cu_seqlens: Tensor | None
+    q_start: int
     scale: float
     softcap: float | None
     sink_logits: Tensor | None
+
+    def documents(self) -> tuple[Document, ...]:
+        """The sequences in the tensors. Reads ``cu_seqlens`` on the host.
+
+        Raises:
+            ValueError: ``cu_seqlens`` does not rise from 0 to the number of tokens.
+        """
+        if self.cu_seqlens is None:
+            return (Document(0, self.query.shape[2], self.q_start, 0),)
+        bounds, rows = self.cu_seqlens.tolist(), self.query.shape[2]
+        if bounds[:1] != [0] or bounds[-1] != rows or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the number of tokens, {rows}")
+        return tuple(Document(a, b - a, 0, a) for a, b in pairwise(bounds) if b > a)
 
 
 def check_inputs(
@@ -75,19 +95,20 @@ def check_inputs(
             raise ValueError(
                 f"q_start={q_start} does not fit: {rows} query rows and {keys} keys allow 0 to {keys - rows}"
             )
-        documents: tuple[Document, ...] = (Document(0, rows, q_start, 0),)
     else:
-        documents = _packed_documents(cu_seqlens, batch, rows, keys, q_start)
+        _check_packed(query, cu_seqlens, batch, keys, q_start)
+        q_start = 0
 
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be positive, or None for head_dim ** -0.5")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive, or None for no soft cap")
     if sink_logits is not None and sink_logits.shape != (query_heads,):
         raise ValueError(
             f"sink_logits has shape {tuple(sink_logits.shape)}, expected one logit a query head: ({query_heads},)"
         )
-    return AttentionInputs(
-        query, key, value, documents, head_dim**-0.5 if scale is None else float(scale), softcap, sink_logits
-    )
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return AttentionInputs(query, key, value, cu_seqlens, q_start, scale, softcap, sink_logits)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -110,19 +131,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query has {query.shape[2]} rows; expected at least 1 and at most the {key.shape[2]} keys")
 
 
-def _packed_documents(
-    cu_seqlens: Tensor, batch: int, rows: int, keys: int, q_start: int | None
-) -> tuple[Document, ...]:
+def _check_packed(query: Tensor, cu_seqlens: Tensor, batch: int, keys: int, q_start: int | None) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise TypeError(
             f"cu_seqlens is {cu_seqlens.dtype} with {cu_seqlens.dim()} dimensions, expected int32 [documents + 1]"
         )
+    rows = query.shape[2]
     if batch != 1 or rows != keys or q_start:
         raise ValueError(
             f"cu_seqlens needs batch 1, as many keys as query rows and no q_start; "
             f"got batch {batch}, {rows} query rows, {keys} keys, q_start={q_start}"
         )
-    bounds = cu_seqlens.tolist()
-    if bounds[:1] != [0] or bounds[-1] != rows or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the number of tokens, {rows}")
-    return tuple(Document(a, b - a, 0, a) for a, b in pairwise(bounds) if b > a)
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens={cu_seqlens.tolist()} holds no document, expected at least its two bounds")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sparsetrain_kernels.dense import causal_attention
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
@@ -290,11 +291,26 @@ def _documents(kwargs: dict[str, Any], query: torch.Tensor, training: bool) -> l
     if position_ids is None or position_ids.ndim != 2:
         given = "no position_ids" if position_ids is None else f"position_ids of shape {list(position_ids.shape)}"
         raise ModelError(f"this model hands its attention {given}, which tells no documents apart; pass it cu_seqlens")
-    restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
-    if not bool(restarts.any()):
-        return None
-    ends = torch.ones_like(restarts[:, :1])
-    return [torch.cat([end, row, end]).nonzero().flatten().int() for row, end in zip(restarts, ends, strict=True)]
+    return _bounds(position_ids, batch)
+
+
+_KNOWN_BOUNDS = WeakIdKeyDictionary()
+"""What :func:`_bounds` found in the positions of the passes in flight."""
+
+
+def _bounds(position_ids: torch.Tensor, batch: int) -> list[torch.Tensor] | None:
+    """``cu_seqlens`` of each row. Every layer of a pass asks with the same tensor, and each answer stops the device."""
+    state = None if position_ids.is_inference() else (position_ids._version, batch)
+    known, found = _KNOWN_BOUNDS.get(position_ids, (None, None))
+    if state is None or state != known:
+        restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+        found = None
+        if bool(restarts.any()):
+            ends = torch.ones_like(restarts[:, :1])
+            rows = zip(restarts, ends, strict=True)
+            found = [torch.cat([end, row, end]).nonzero().flatten().int() for row, end in rows]
+        _KNOWN_BOUNDS[position_ids] = state, found
+    return found
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)

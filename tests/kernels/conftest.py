@@ -3,76 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from attention_oracle import Attention, assert_matches_oracle, make_inputs, outputs_and_gradients
+from sparsetrain_kernels import block_pattern_attention
+from sparsetrain_kernels.backend import INTERPRETING
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-Attention = Callable[..., tuple[Tensor, Tensor]]
-NAMES = ("out", "lse", "grad query", "grad key", "grad value", "grad sink_logits")
-FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-
-
-def make_inputs(
-    query_heads: int,
-    kv_heads: int,
-    rows: int,
-    keys: int | None = None,
-    *,
-    batch: int = 1,
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query, key and value, laid out as models have them: tokens before heads in memory."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(heads: int, tokens: int) -> Tensor:
-        tensor = torch.randn(batch, tokens, heads, head_dim, generator=generator, dtype=torch.float64)
-        return tensor.to(dtype).transpose(1, 2).requires_grad_()
-
-    keys = keys or rows
-    return random(query_heads, rows), random(kv_heads, keys), random(kv_heads, keys)
-
-
-def outputs_and_gradients(attention: Attention, tensors: tuple[Tensor, ...], **options: object) -> list[Tensor]:
-    """``out``, ``lse`` and the gradients of query, key, value[, sink_logits] under fixed random cotangents."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    if len(leaves) == 4:
-        options["sink_logits"] = leaves[3]
-    out, lse = attention(*leaves[:3], **options)
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (out, lse)]
-    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, cotangents)]
-
-
-def worst_error(actual: Tensor, exact: Tensor, rows: int = 16) -> float:
-    """The largest relative RMS error of any ``rows`` consecutive rows of any head, and of the whole."""
-    assert actual.shape == exact.shape
-    actual = actual.double()
-    assert actual.isfinite().all()
-    if exact.dim() < 3:
-        parts = [(actual, exact)]
-    else:
-        parts = list(zip(actual.split(rows, dim=2), exact.split(rows, dim=2), strict=True))
-    whole = exact.square().mean().sqrt()
-    # A block of tiny gradients (the last keys of a sequence) is measured against a tenth of the whole's size.
-    errors = [(a - e).square().mean().sqrt() / e.square().mean().sqrt().maximum(0.1 * whole) for a, e in parts]
-    return float(max(errors))
-
-
-def assert_matches_oracle(
-    attention: Attention, oracle: Attention, tensors: tuple[Tensor, ...], **options: object
-) -> None:
-    """Within twice the error that the oracle itself makes in the tensors' dtype, both measured against fp64."""
-    exact = outputs_and_gradients(oracle, tuple(tensor.double() for tensor in tensors), **options)
-    eager = outputs_and_gradients(oracle, tensors, **options)
-    actual = outputs_and_gradients(attention, tensors, **options)
-    for name, ours, yardstick, truth in zip(NAMES, actual, eager, exact):
-        limit = max(2 * worst_error(yardstick, truth), FLOOR[tensors[0].dtype])
-        assert worst_error(ours, truth) <= limit, f"{name}: {worst_error(ours, truth):.2e} > {limit:.2e}"
 
 
 @pytest.fixture(name="make_inputs")
@@ -88,6 +29,44 @@ def _outputs_and_gradients() -> Callable[..., list[Tensor]]:
 @pytest.fixture(name="assert_matches_oracle")
 def _assert_matches_oracle() -> Callable[..., None]:
     return assert_matches_oracle
+
+
+class Sparse:
+    """Makes the operation for a pattern, by one backend, returning the log-sum-exp too."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(self, pattern: object) -> Attention:
+        return partial(block_pattern_attention, pattern=pattern, return_lse=True, backend=self.backend)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def sparse(request: pytest.FixtureRequest) -> Sparse:
+    """Block-pattern attention by each backend; what the Triton kernels do not write stays NaN or nonsense."""
+    if request.param == "triton":
+        if not INTERPRETING:
+            pytest.skip("runs in Triton's interpreter, on machines without a GPU")
+        request.getfixturevalue("poisoned_allocations")
+    return Sparse(request.param)
+
+
+@pytest.fixture
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory of the Triton launches holds NaN, and integers that no index may be."""
+    from sparsetrain_kernels.block_pattern.triton import launch, work
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocated(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return allocated
+
+    fake = SimpleNamespace(**{name: getattr(torch, name) for name in ("float32", "int32", "tensor", "cuda", "device")})
+    fake.empty, fake.empty_like = poisoned(torch.empty), poisoned(torch.empty_like)
+    for module in (launch, work):
+        monkeypatch.setattr(module, "torch", fake)
 
 
 class _Largest(TorchDispatchMode):

@@ -56,8 +56,8 @@ def test_shapes(attention, query, key, value, named: str) -> None:
         ({"cu_seqlens": packed(0, 7, 5, 10)}, r"cu_seqlens=\[0, 7, 5, 10\]"),
         ({"cu_seqlens": packed()}, r"cu_seqlens=\[\]"),
         ({"cu_seqlens": packed(0, 10), "q_start": 3}, "q_start=3"),
-        ({"backend": "triton"}, "no Triton kernels; use backend='auto' or 'reference'"),
-        ({"backend": "cuda"}, "backend='cuda' does not exist; choose one of auto, reference"),
+        ({"backend": "gluon"}, "backend='gluon' cannot run this: .*; use backend='auto' or 'reference'"),
+        ({"backend": "cuda"}, "backend='cuda' does not exist; choose one of auto, gluon, triton, reference"),
     ],
     ids=str,
 )

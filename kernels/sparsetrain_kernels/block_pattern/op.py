@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.block_pattern import reference
-from sparsetrain_kernels.block_pattern.pattern import BlockPattern
-from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
+from sparsetrain_kernels.block_pattern.library import BlockPatternAttention
+from sparsetrain_kernels.block_pattern.pattern import BlockLists, BlockPattern, block_lists
+from sparsetrain_kernels.inputs import AttentionInputs, AttentionOptions, check_inputs, consecutive_rows
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_HEAD_DIM = 256
+GLUON_DTYPES = (torch.float16, torch.bfloat16)
+GLUON_HEAD_DIMS = (64, 128)
+GLUON_TILE = 128
 
 
 @overload
@@ -63,14 +71,17 @@ def block_pattern_attention(
         key, value: ``[B, Hkv, M, D]`` with ``M >= N``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
         pattern: the lists; hashable. With ``pattern.per_head`` each KV head has its own.
         cu_seqlens: int32 ``[documents + 1]``, the bounds of packed documents, which do not see each other; block
-            positions count from each document's start. Needs ``B == 1`` and ``M == N``.
+            positions count from each document's start. Needs ``B == 1`` and ``M == N``. Must rise from 0 to ``N``;
+            Triton does not read it on the host to check.
         q_start: position of the first query among the keys; None means ``M - N``. Keys after the last query are never
             read.
         scale: factor on the logits; None means ``D ** -0.5``.
         softcap: ``softcap * tanh(logits / softcap)`` where given.
         sink_logits: ``[Hq]``, one more logit a row that takes part in the softmax denominator only. Differentiable.
         return_lse: also return the log of the softmax denominator (the sink included). Differentiable.
-        backend: ``auto`` or ``reference``.
+        backend: ``gluon`` (Hopper: fp16 and bf16, head dim 64 or 128, blocks of a multiple of 128, no extras),
+            ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch), or ``auto``: on CUDA
+            the first of them that can run the call, else the last.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -88,9 +99,37 @@ def block_pattern_attention(
         softcap=softcap,
         sink_logits=sink_logits,
     )
-    choose_backend(backend, query)
-    out, lse = reference.attention(inputs, pattern)
+    lists = block_lists(pattern, -(-key.shape[2] // pattern.block), key.shape[1])
+    refusals = {"triton": _triton_refusal(inputs), "gluon": _gluon_refusal(inputs, lists)}
+    chosen = choose_backend(backend, inputs.query, refusals)
+    query, key, value = (consecutive_rows(tensor) for tensor in inputs[:3])
+    out, lse = BlockPatternAttention.apply(query, key, value, *inputs[3:], *lists, chosen)
     return (out, lse) if return_lse else out
+
+
+def _triton_refusal(inputs: AttentionInputs) -> str | None:
+    """Why the plain Triton kernels cannot run this, if so."""
+    if inputs.query.dtype not in TRITON_DTYPES:
+        return f"its kernels take fp32, fp16 and bf16, not {inputs.query.dtype}"
+    if inputs.query.shape[3] > TRITON_HEAD_DIM:
+        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {inputs.query.shape[3]}"
+    return None
+
+
+def _gluon_refusal(inputs: AttentionInputs, lists: BlockLists) -> str | None:
+    """Why the Hopper kernels cannot run this, if so."""
+    if inputs.query.dtype not in GLUON_DTYPES:
+        return f"its kernels take fp16 and bf16, not {inputs.query.dtype}"
+    if inputs.query.shape[3] not in GLUON_HEAD_DIMS:
+        return f"its kernels take a head_dim of 64 or 128, not {inputs.query.shape[3]}"
+    if lists.block % GLUON_TILE != 0:
+        return f"its tiles of {GLUON_TILE} tokens do not divide the pattern's block of {lists.block}"
+    if inputs.softcap is not None or inputs.sink_logits is not None:
+        return "its kernels know no softcap and no sink_logits"
+    rows, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if rows != keys:
+        return f"its kernels take as many keys as query rows, not {rows} rows and {keys} keys"
+    return None
 
 
 def block_pattern_attention_dense(

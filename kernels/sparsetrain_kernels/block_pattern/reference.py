@@ -1,4 +1,4 @@
-"""Block-pattern attention in plain PyTorch: under the full mask, and over gathered blocks."""
+"""Block-pattern attention under the full mask, the definition of the operation."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern.pattern import BlockPattern
-from sparsetrain_kernels.gather import gather_attention
 from sparsetrain_kernels.inputs import AttentionInputs, Document
 from sparsetrain_kernels.masked import masked_attention
-
-
-def attention(inputs: AttentionInputs, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-    """Gathers the listed blocks only: memory and time grow with them."""
-    return gather_attention(inputs, pattern)
 
 
 def dense_attention(inputs: AttentionInputs, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
     """Builds the whole mask: the definition of the operation."""
     kv_heads, keys = inputs.key.shape[1:3]
-    visible = visible_keys(pattern, inputs.documents, inputs.query.shape[2], keys, kv_heads).to(inputs.query.device)
+    visible = visible_keys(pattern, inputs.documents(), inputs.query.shape[2], keys, kv_heads).to(inputs.query.device)
     return masked_attention(
         inputs.query,
         inputs.key,

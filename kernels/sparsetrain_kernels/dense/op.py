@@ -76,9 +76,11 @@ def causal_attention(
         sink_logits=sink_logits,
     )
     _check_window(window)
-    choose_backend(backend, query)
-    if not return_lse and reference.fused_applies(inputs, window):
-        return reference.fused_attention(inputs)
+    none = "dense attention has no kernels of its own"
+    choose_backend(backend, inputs.query, {"gluon": none, "triton": none})
+    documents = inputs.documents()
+    if not return_lse and reference.fused_applies(inputs, documents, window):
+        return reference.fused_attention(inputs, documents)
     out, lse = reference.attention(inputs, window)
     return (out, lse) if return_lse else out
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain_kernels.gather import gather_attention
-from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.inputs import AttentionInputs, Document
 from sparsetrain_kernels.masked import masked_attention
 
 
@@ -36,18 +36,18 @@ def attention(inputs: AttentionInputs, window: int | None) -> tuple[Tensor, Tens
     return gather_attention(inputs, _CausalTiles(window), window)
 
 
-def fused_applies(inputs: AttentionInputs, window: int | None) -> bool:
+def fused_applies(inputs: AttentionInputs, documents: tuple[Document, ...], window: int | None) -> bool:
     """Whether torch's fused attention computes exactly this: no extras, and each document square or a single row."""
     plain = window is None and inputs.softcap is None and inputs.sink_logits is None
-    return plain and all(document.position == 0 or document.rows == 1 for document in inputs.documents)
+    return plain and all(document.position == 0 or document.rows == 1 for document in documents)
 
 
-def fused_attention(inputs: AttentionInputs) -> Tensor:
+def fused_attention(inputs: AttentionInputs, documents: tuple[Document, ...]) -> Tensor:
     """One call a document, or one for all of them where torch has it."""
-    if len(inputs.documents) > 1 and _varlen_applies(inputs.query):
-        return _varlen_attention(inputs)
+    if len(documents) > 1 and _varlen_applies(inputs.query):
+        return _varlen_attention(inputs, documents)
     outs = []
-    for row, rows, position, key in inputs.documents:
+    for row, rows, position, key in documents:
         keys = slice(key, key + position + rows)
         outs.append(
             F.scaled_dot_product_attention(
@@ -78,11 +78,11 @@ def _varlen_parameters() -> set[str]:
     return set(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen_attention(inputs: AttentionInputs) -> Tensor:
+def _varlen_attention(inputs: AttentionInputs, documents: tuple[Document, ...]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (inputs.query, inputs.key, inputs.value))
-    lengths = [document.rows for document in inputs.documents]
+    lengths = [document.rows for document in documents]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     longest = max(lengths)
     # The kernel always shared KV heads within a group; since 2.12 it wants to be asked for it.
@@ -98,7 +98,7 @@ def dense_attention(inputs: AttentionInputs, window: int | None) -> tuple[Tensor
     """Builds the whole mask: the definition of the operation."""
     rows, keys = inputs.query.shape[2], inputs.key.shape[2]
     visible = torch.zeros(rows, keys, dtype=torch.bool)
-    for row, count, position, key in inputs.documents:
+    for row, count, position, key in inputs.documents():
         document = torch.ones(count, position + count, dtype=torch.bool).tril(position)
         if window is not None:
             document = document.triu(position - window + 1)

@@ -1,0 +1,1 @@
+"""Decoding in Triton: ``launch.py`` calls the kernels of ``kernels.py``."""

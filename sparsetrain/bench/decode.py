@@ -1,0 +1,186 @@
+"""What ``sparsetrain bench decode`` measures: the options of the command, and one decoding step at one length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetrain.bench.decode_opponents import OPPONENTS, DecodeOpponent
+from sparsetrain.bench.power import DTYPES
+from sparsetrain.errors import BenchError
+from sparsetrain.patterns import PowerPattern
+
+
+class Layer(NamedTuple):
+    """What one layer attends to: ``query [batch, heads, 1, head_dim]`` and caches ``[batch, kv_heads, length,
+    head_dim]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """A step of every sequence behind caches that hold ``length`` tokens, the new one included."""
+
+    pattern: PowerPattern
+    length: int
+    """Tokens."""
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    layers: int
+    """Caches that are read in turn, as the layers of a model are, so that none is still in the L2 cache."""
+
+    def tensors(self, seed: int = 0) -> list[Layer]:
+        """Normal random tensors of each layer, the same for every implementation."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(heads: int, tokens: int) -> Tensor:
+            shape = (self.batch, heads, tokens, self.head_dim)
+            return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
+
+        kv_heads, length = self.kv_heads, self.length
+        return [
+            Layer(normal(self.heads, 1), normal(kv_heads, length), normal(kv_heads, length)) for _ in range(self.layers)
+        ]
+
+    def lengths(self) -> Tensor:
+        """The length of every sequence, int32 ``[batch]``."""
+        return torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
+
+    def bytes_read(self, sparse: bool) -> int:
+        """Bytes of keys and values that one layer's step has to read."""
+        keys = self.length
+        if sparse:
+            own = (self.length - 1) // self.pattern.block
+            listed = len(self.pattern.key_blocks(own)) - 1
+            keys = listed * self.pattern.block + self.length - own * self.pattern.block
+        return 2 * keys * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """One benchmark. :func:`resolve` makes it from the command line."""
+
+    device: torch.device
+    lengths: tuple[int, ...]
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    pattern: PowerPattern
+    layers: int
+    opponents: tuple[DecodeOpponent, ...]
+    budget_ms: float
+    """Time to repeat each measurement for, in ms."""
+    check: bool
+
+    def problem(self, length: int) -> DecodeProblem:
+        """The problem at ``length`` tokens."""
+        return DecodeProblem(
+            pattern=self.pattern,
+            length=length,
+            batch=self.batch,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            layers=self.layers,
+        )
+
+    def facts(self) -> dict[str, object]:
+        """The options as they are recorded with the results."""
+        return {
+            "device": self.device.type,
+            "lengths": list(self.lengths),
+            "batch": self.batch,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "block": self.pattern.block,
+            "window": self.pattern.window,
+            "sinks": self.pattern.sinks,
+            "layers": self.layers,
+            "opponents": [each.name for each in self.opponents],
+            "budget_ms": self.budget_ms,
+            "check": self.check,
+        }
+
+
+def resolve(
+    *,
+    lengths: str | None = None,
+    batch: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int = 128,
+    dtype: str | None = None,
+    block: int = 256,
+    window: int = 5,
+    sinks: int = 1,
+    layers: int | None = None,
+    opponents: str = "all",
+    budget_ms: float = 150.0,
+    check: bool = True,
+    device: str | None = None,
+) -> DecodeBench:
+    """Check the options and fill in what suits the machine: long caches in bfloat16 on CUDA, short ones on a CPU.
+
+    Raises:
+        BenchError: an option has a value that cannot be measured.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device == "cuda"
+    heads = heads or (32 if cuda else 4)
+    kv_heads = kv_heads or min(8 if cuda else 2, heads)
+    dtype = dtype or ("bfloat16" if cuda else "float32")
+    if heads % kv_heads:
+        raise BenchError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; every KV head serves as many heads")
+    if dtype not in DTYPES:
+        raise BenchError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    return DecodeBench(
+        device=torch.device(device),
+        lengths=_parse_lengths(lengths or ("8192,32768,131072" if cuda else "1024,4096")),
+        batch=batch or (8 if cuda else 2),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        pattern=PowerPattern(block, window, sinks),
+        layers=layers or (4 if cuda else 1),
+        opponents=_parse_opponents(opponents, device),
+        budget_ms=budget_ms,
+        check=check,
+    )
+
+
+def _parse_lengths(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise BenchError(f"--lengths {text} must be whole numbers of tokens with commas between, such as 8192,32768")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _parse_opponents(text: str, device: str) -> tuple[DecodeOpponent, ...]:
+    fitting = {each.name: each for each in OPPONENTS if device in each.devices}
+    if text == "all":
+        return tuple(fitting.values())
+    known = {each.name for each in OPPONENTS}
+    names = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise BenchError(f"--opponents {name!r} is not known; choose from {', '.join(fitting)}, or all")
+        if name not in fitting:
+            raise BenchError(f"--opponents {name} cannot be measured on {device}; choose from {', '.join(fitting)}")
+    return tuple(fitting[name] for name in names)

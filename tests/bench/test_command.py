@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsetrain.bench.power import resolve
+from sparsetrain.cli import main
+from sparsetrain.errors import BenchError
+
+SMALL = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--budget", "1")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_help_shows_examples(capsys):
+    assert main(["bench", "power", "--help"]) == 0
+    assert "sparsetrain bench power --output bench" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
+    assert main(["bench", "power", *SMALL, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "these are CPU timings" in shown.out
+    assert "Not measured here: ours-triton, flex, flex-flash, cudnn, fa2, fa4, varlen, GPU memory." in shown.out
+    assert "SDPA of torch, dense" in shown.out
+    assert "forward + backward" in shown.err
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["power.csv", "power.json", "power.png"]
+    assert json.loads((tmp_path / "out/power.json").read_text())["options"]["device"] == "cpu"
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
+        (["--lengths", "1024,0"], "--lengths 1024,0 must be whole numbers"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
+        (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
+        (["--packed", "--batch", "2"], "--batch 2 does not go with --packed"),
+        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sdpa, or all"),
+        (
+            ["--opponents", "flex"],
+            "--opponents flex cannot be measured on cpu without --packed; choose from ours, sdpa",
+        ),
+    ],
+)
+def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys):
+    assert main(["bench", "power", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_runs(tmp_path, capsys):
+    Path(tmp_path / "taken").write_text("")
+    assert main(["bench", "power", *SMALL, "--output", str(tmp_path / "taken")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_defaults_suit_the_machine():
+    gpu, cpu = resolve(device="cuda"), resolve(device="cpu")
+    assert (gpu.lengths, gpu.heads, gpu.kv_heads, gpu.dtype) == ((8192, 32768, 131072), 32, 8, torch.bfloat16)
+    assert (cpu.lengths, cpu.heads, cpu.kv_heads, cpu.dtype) == ((1024, 4096), 4, 2, torch.float32)
+    dense = ["cudnn", "fa2", "fa4"]
+    assert [each.name for each in gpu.opponents] == ["ours", "ours-triton", "flex", "flex-flash", *dense]
+    packed = resolve(device="cuda", packed=True)
+    assert [each.name for each in packed.opponents] == ["ours", "ours-triton", "flex", "flex-flash", "varlen"]
+    with pytest.raises(BenchError, match="cudnn cannot be measured on cuda with --packed"):
+        resolve(device="cuda", packed=True, opponents="ours,cudnn")
+    assert resolve(device="cuda", heads=4, kv_heads=1, lengths="1048576").problem(1048576).flops(True) > 0
+
+
+@pytest.mark.parametrize("window", [1, 5, 6])
+def test_the_checked_length_has_a_far_block_and_little_else(window):
+    bench = resolve(device="cpu", window=window, packed=True)
+    case = bench.check_problem()
+    first = case.documents[0] // case.pattern.block
+    farthest = {first - key for key in case.pattern.key_blocks(first) if key >= case.pattern.sinks}
+    assert max(farthest) >= window
+    assert case.length <= 8192
+    assert sum(case.documents) == case.length

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import csv
+import json
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparsetrain.bench import decode_command, decode_table
+from sparsetrain.bench.attention_opponents import Prepared
+from sparsetrain.bench.decode import DecodeBench, DecodeProblem, Layer, resolve
+from sparsetrain.bench.decode_opponents import OPPONENTS, PACKED, DecodeOpponent
+from sparsetrain.bench.decode_report import STYLES, DecodeReport, draw, print_report, write_report
+from sparsetrain.bench.decode_table import DecodeRow, compare, measure
+from sparsetrain.bench.timing import Unavailable
+from sparsetrain.cli import main
+from sparsetrain.errors import BenchError
+
+SMALL: dict[str, Any] = {"lengths": "96,160", "heads": 4, "kv_heads": 2, "head_dim": 8, "block": 16, "budget_ms": 1.0}
+ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--budget", "1")
+
+
+@pytest.fixture(autouse=True)
+def _small_copy(monkeypatch):
+    monkeypatch.setattr(decode_table, "COPY_BYTES", {"cpu": 2**16})
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def fails(problem: DecodeProblem, layer: Layer) -> Prepared:
+    raise Unavailable("not installed: pip install it")
+
+
+def measured(*more: DecodeOpponent, **options: Any) -> DecodeReport:
+    bench = resolve(device="cpu", **{**SMALL, **options})
+    bench = DecodeBench(**{**vars(bench), "opponents": (*bench.opponents, *more)})
+    report = DecodeReport("sparsetrain bench decode", bench.facts(), copy_gbps=2.0)
+    for rows in measure(bench, report.copy_gbps, lambda line: None):
+        report.rows += rows
+    return report
+
+
+@pytest.fixture
+def report() -> DecodeReport:
+    wrong = DecodeOpponent("wrong", "wrong", False, lambda *_: Prepared(lambda q, k, v: q * k.mean() * v.mean()))
+    return measured(DecodeOpponent("absent", "absent", False, fails), wrong)
+
+
+def test_every_implementation_that_runs_agrees_and_is_timed(report):
+    for length in (96, 160):
+        rows = {row.name: row for row in report.rows if row.length == length}
+        assert list(rows) == ["ours", "sdpa", "absent", "wrong"]
+        for name in ("ours", "sdpa"):
+            assert (rows[name].check, rows[name].reason) == ("passed", "")
+            assert rows[name].ms > 0
+            assert rows[name].gbps == pytest.approx(rows[name].bytes_read / rows[name].ms / 1e6)
+            assert rows[name].floor_ratio == pytest.approx(rows[name].gbps ** -1 * 2.0)
+        assert rows["sdpa"].speedup == 1
+        assert rows["absent"].reason == "not installed: pip install it"
+        assert (rows["wrong"].check, rows["wrong"].speedup) == ("failed", None)
+
+
+def test_layers_share_the_time():
+    assert resolve(device="cpu", **SMALL).problem(96).layers == 1
+    report = measured(layers=3, lengths="96", check=False)
+    assert [row.check for row in report.rows] == ["", ""]
+    assert all(row.ms > 0 for row in report.rows)
+
+
+def test_bytes_are_those_of_the_listed_keys():
+    problem = resolve(device="cpu", dtype="bfloat16", batch=8, heads=32, kv_heads=8).problem(131072)
+    assert problem.bytes_read(False) == 2 * 131072 * 8 * 8 * 128 * 2
+    blocks = len(problem.pattern.key_blocks(511))
+    assert problem.bytes_read(True) == 2 * blocks * 256 * 8 * 8 * 128 * 2
+    # The own block is read up to the new token.
+    assert resolve(device="cpu", batch=1, kv_heads=1).problem(257).bytes_read(True) == 2 * 257 * 128 * 4
+
+
+def test_speed_is_over_the_best_full_cache():
+    rows = [
+        DecodeRow(1024, "ours", "ours", True, 10**6, ms=1),
+        DecodeRow(1024, "flash", "flash", False, 10**7, ms=6),
+        DecodeRow(1024, "math", "math", False, 10**7, ms=9),
+        DecodeRow(1024, "bad", "bad", False, 10**7, ms=0.1, check="failed"),
+        DecodeRow(1024, "none", "none", False, 10**7),
+    ]
+    for row in rows:
+        row.complete(copy_gbps=2.0)
+    compare(rows)
+    assert [row.speedup for row in rows] == [6, 1, pytest.approx(2 / 3), None, None]
+    assert (rows[0].gbps, rows[0].floor_ms, rows[0].floor_ratio) == (1, 0.5, 2)
+    compare(rows[:1])
+    assert rows[0].speedup is None
+
+
+def test_the_packed_layout_is_undone():
+    tensor = torch.randn(3, 4, 1, 8)
+    assert torch.equal(PACKED.restore(PACKED.arrange(tensor)), tensor)
+
+
+def test_backends_that_share_no_heads_get_groups_as_rows(monkeypatch):
+    problem = resolve(device="cpu", **SMALL).problem(96)
+    (layer,) = problem.tensors()
+    math = next(each for each in OPPONENTS if each.name == "math")
+    want = math.prepare(problem, layer)
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def refusing(*args, enable_gqa=False, **options):
+        if enable_gqa:
+            raise RuntimeError("No available kernel")
+        return original(*args, **options)
+
+    expected = want.attend(*layer)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refusing)
+    got = math.prepare(problem, layer)
+    assert "as query rows" in got.note
+    torch.testing.assert_close(got.attend(*layer), expected)
+
+
+def test_files_hold_everything_and_the_table_says_why_a_row_is_empty(report, tmp_path):
+    report.rows[0].error = float("nan")
+    table, record = write_report(report, tmp_path / "new/folder")
+    with table.open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [(int(line["length"]), line["name"]) for line in lines] == [(row.length, row.name) for row in report.rows]
+    read = json.loads(record.read_text())
+    assert read["options"]["lengths"] == [96, 160]
+    assert read["copy_gbps"] == 2.0
+    assert read["rows"][0]["error"] == "nan"
+    assert draw(report, tmp_path / "decode.png").stat().st_size > 10_000
+    console = Console(record=True, width=80, force_terminal=False)
+    print_report(report, console)
+    text = console.export_text()
+    assert "160 tokens" in text
+    assert "absent: not installed: pip install it" in text
+
+
+def test_every_implementation_has_a_picture_style():
+    assert {each.name for each in OPPONENTS} == set(STYLES)
+
+
+def test_help_shows_examples(capsys):
+    assert main(["bench", "decode", "--help"]) == 0
+    assert "sparsetrain bench decode --output bench" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
+    assert main(["bench", "decode", *ARGUMENTS, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "these are CPU timings" in shown.out
+    assert "Not measured here: flash, cudnn, efficient, math, varlen, CUDA graphs." in shown.out
+    assert "SDPA of torch, full cache" in shown.out
+    assert "copy within the memory" in shown.err
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["decode.csv", "decode.json", "decode.png"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
+        (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
+        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sdpa, or all"),
+        (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sdpa"),
+    ],
+)
+def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys):
+    assert main(["bench", "decode", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(BenchError, match="is a file; name a folder"):
+        decode_command.run_decode(output=tmp_path / "taken", **SMALL)
+
+
+def test_defaults_suit_the_machine():
+    gpu, cpu = resolve(device="cuda"), resolve(device="cpu")
+    assert (gpu.lengths, gpu.batch, gpu.heads, gpu.kv_heads) == ((8192, 32768, 131072), 8, 32, 8)
+    assert (gpu.dtype, gpu.layers) == (torch.bfloat16, 4)
+    assert (cpu.lengths, cpu.batch, cpu.heads, cpu.layers) == ((1024, 4096), 2, 4, 1)
+    assert [each.name for each in gpu.opponents] == ["ours", "flash", "cudnn", "efficient", "math", "varlen"]

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sparsetrain_kernels import block_pattern_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+
+from sparsetrain.bench import flex
+from sparsetrain.bench.attention_opponents import OPPONENTS, Unavailable
+from sparsetrain.bench.flex import document_block_mask, document_mask, listed_block_mask, tile_lists
+from sparsetrain.bench.problem import Problem
+from sparsetrain.patterns import PowerPattern, StridePattern
+
+CPU = torch.device("cpu")
+
+
+def problem(length: int, documents: tuple[int, ...] | None = None, block: int = 128) -> Problem:
+    pattern = PowerPattern(block, window=2, sinks=1)
+    return Problem(pattern, length, 4, 2, 16, torch.float32, CPU, documents=documents)
+
+
+@pytest.mark.parametrize("pattern", [PowerPattern(256), PowerPattern(128, 2, 0), StridePattern(384, 1, 1, 3)])
+@pytest.mark.parametrize("length", [1, 128, 1000, 4096])
+def test_tile_lists_are_the_mask_of_the_pattern(pattern, length):
+    lists = tile_lists(pattern, length)
+    tiles, ratio = -(-length // 128), pattern.block // 128
+    listed = np.zeros((tiles, tiles), dtype=bool)
+    for row in range(tiles):
+        full = lists.full[0, 0, row, : lists.full_counts[0, 0, row]].tolist()
+        assert full == sorted(set(full))
+        listed[row, full] = True
+        assert not listed[row, row]
+        assert lists.partial[0, 0, row, : lists.partial_counts[0, 0, row]].tolist() == [row]
+        listed[row, row] = True
+    blocks = pattern.mask(-(-tiles // ratio))
+    want = np.tril(blocks.repeat(ratio, 0).repeat(ratio, 1)[:tiles, :tiles])
+    assert (listed == want).all()
+
+
+def test_blocks_that_are_not_made_of_tiles_are_refused_with_the_reason():
+    with pytest.raises(Unavailable, match="128 tokens; a block of 192"):
+        tile_lists(PowerPattern(192), 1024)
+
+
+@pytest.mark.parametrize("length", [1280, 1400])
+def test_block_mask_has_the_forward_lists_and_their_transpose(length):
+    mask = listed_block_mask(problem(length, block=256))
+    want = torch.from_numpy(PowerPattern(256, 2, 1).mask(-(-length // 256)).repeat(2, 0).repeat(2, 1)).tril()
+    tiles = -(-length // 128)
+    assert (mask.to_dense()[0, 0].bool() == want[:tiles, :tiles]).all()
+    assert mask.seq_lengths == (length, length)
+    transposed = torch.zeros(tiles, tiles, dtype=torch.bool)
+    for counts, indices in ((mask.q_num_blocks, mask.q_indices), (mask.full_q_num_blocks, mask.full_q_indices)):
+        for key_tile in range(tiles):
+            transposed[indices[0, 0, key_tile, : counts[0, 0, key_tile]].long(), key_tile] = True
+    assert (transposed == want[:tiles, :tiles]).all()
+
+
+@pytest.mark.parametrize("documents", [(1000,), (37, 1, 500, 462), (640, 360)])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 1), (5, 2)])
+def test_document_predicate_is_the_pattern_within_each_document(documents, window, sinks):
+    pattern = PowerPattern(32, window, sinks)
+    got = create_mask(document_mask(pattern, documents, CPU), None, None, 1000, 1000, "cpu")[0, 0]
+    want = torch.block_diag(*(torch.from_numpy(pattern.token_mask(n, n)) for n in documents)).bool()
+    assert (got == want).all()
+
+
+def test_document_block_mask_covers_what_is_visible():
+    mask = document_block_mask(problem(1000, (700, 300), block=32), create_block_mask)
+    visible = torch.block_diag(*(torch.from_numpy(PowerPattern(32, 2, 1).token_mask(n, n)) for n in (700, 300)))
+    padded = torch.nn.functional.pad(visible, (0, 24, 0, 24)).unflatten(0, (8, 128)).unflatten(2, (8, 128))
+    assert (mask.to_dense()[0, 0].bool() == padded.bool().any(dim=(1, 3))).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("documents", [None, (700, 1, 579)])
+def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch):
+    def uncompiled(function: Any, **options: Any) -> Any:
+        return function
+
+    def listed(function: Any, problem: Problem) -> BlockMask:
+        """A block mask whose predicate also asks its lists: uncompiled, FlexAttention reads the predicate alone."""
+        mask = function(problem)
+        tiles, predicate = mask.to_dense()[0, 0].bool(), mask.mask_mod
+        mask.mask_mod = lambda b, h, query, key: predicate(b, h, query, key) & tiles[query // 128, key // 128]
+        return mask
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(flex, "listed_block_mask", partial(listed, flex.listed_block_mask))
+    case = problem(1280, documents)
+    tensors = case.tensors()
+    opponent = next(each for each in OPPONENTS if each.name == "flex")
+    prepared = opponent.prepare(case, tensors)
+    assert prepared.mask_ms is not None
+    got = prepared.attend(*tensors[:3])
+    want = block_pattern_attention(*tensors[:3], case.pattern, cu_seqlens=case.cu_seqlens(), backend="reference")
+    torch.testing.assert_close(got, want)
