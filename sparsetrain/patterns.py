@@ -240,6 +240,13 @@ class DilatedPattern(_OffsetPattern):
         return tuple(range(0, min(self.window * self.dilation, limit), self.dilation))
 
 
+def _check_distances(distances: tuple[int, ...]) -> None:
+    for distance in distances:
+        _check("distances", distance, 0)
+    if distances[:1] != (0,) or list(distances) != sorted(set(distances)):
+        raise ValueError(f"distances={distances!r} must ascend without repeats from 0, the own block")
+
+
 @dataclass(frozen=True)
 class DistancePattern(_OffsetPattern):
     """The blocks at the given distances, and the first ``sinks`` blocks of the sequence."""
@@ -252,10 +259,7 @@ class DistancePattern(_OffsetPattern):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("sinks", self.sinks, 0)
-        for distance in self.distances:
-            _check("distances", distance, 0)
-        if self.distances[:1] != (0,) or list(self.distances) != sorted(set(self.distances)):
-            raise ValueError(f"distances={self.distances!r} must ascend without repeats from 0, the own block")
+        _check_distances(self.distances)
 
     @property
     def num_sinks(self) -> int:
@@ -263,6 +267,39 @@ class DistancePattern(_OffsetPattern):
 
     def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
         return tuple(distance for distance in self.distances if distance < limit)
+
+
+@dataclass(frozen=True)
+class HeadDistancePattern(_OffsetPattern):
+    """The blocks at distances of each KV head's own, and the first ``sinks`` blocks of the sequence."""
+
+    distances: tuple[tuple[int, ...], ...]
+    """For each KV head, its block distances, ascending; the first is 0, the own block."""
+    sinks: int
+    """First blocks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("sinks", self.sinks, 0)
+        if not self.distances:
+            raise ValueError("distances=() must hold the distances of at least one KV head")
+        for distances in self.distances:
+            _check_distances(distances)
+
+    @property
+    def per_head(self) -> bool:
+        return True
+
+    @property
+    def heads(self) -> range:
+        return range(len(self.distances))
+
+    @property
+    def num_sinks(self) -> int:
+        return self.sinks
+
+    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
+        return tuple(distance for distance in self.distances[head] if distance < limit)
 
 
 @dataclass(frozen=True)

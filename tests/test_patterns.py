@@ -14,6 +14,7 @@ from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
     FullPattern,
+    HeadDistancePattern,
     LongNetPattern,
     Pattern,
     PowerPattern,
@@ -31,6 +32,7 @@ PATTERNS = [
     LongNetPattern(4),
     LongNetPattern(4, ((4, 1), (8, 2), (32, 4)), head_shift=True, num_heads=5),
     DistancePattern(4, (0, 3, 7), 2),
+    HeadDistancePattern(4, ((0, 1, 6), (0, 3, 7)), 2),
 ]
 CASES = pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 
@@ -57,6 +59,8 @@ def defined(pattern: Pattern, query: np.ndarray, key: np.ndarray, head: int) -> 
                 reads |= same_segment & (query % rate == shift) & (key % rate == shift)
         case DistancePattern(distances=distances, sinks=sinks):
             reads = (key < sinks) | np.isin(delta, distances)
+        case HeadDistancePattern(distances=distances, sinks=sinks):
+            reads = (key < sinks) | np.isin(delta, distances[head])
         case _:
             raise AssertionError(pattern)
     return reads & (delta >= 0)
@@ -202,6 +206,8 @@ def test_patterns_are_hashable_and_differ_by_kind() -> None:
         (lambda: DistancePattern(4, (1, 2), 0), "distances="),
         (lambda: DistancePattern(4, (0, 2, 2), 0), "distances="),
         (lambda: DistancePattern(4, (0, -2), 0), "distances=-2"),
+        (lambda: HeadDistancePattern(4, (), 0), "distances="),
+        (lambda: HeadDistancePattern(4, ((0, 1), (1, 2)), 0), "distances="),
         (lambda: LongNetPattern(4, ((8, 2),)), "segments="),
         (lambda: LongNetPattern(4, ((0, 1),)), "length=0"),
         (lambda: LongNetPattern(4, num_heads=0), "num_heads=0"),

@@ -23,6 +23,7 @@ from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
     FullPattern,
+    HeadDistancePattern,
     LongNetPattern,
     PowerPattern,
     SlidingPattern,
@@ -40,6 +41,7 @@ PATTERNS = [
     LongNetPattern(16, ((2, 1), (4, 2), (8, 4))),
     LongNetPattern(16, ((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=2),
     DistancePattern(16, (0, 3), 2),
+    HeadDistancePattern(16, ((0, 1, 4), (0, 3)), 1),
 ]
 PACKED = torch.tensor([0, 1, 12, 28, 28, 100, 177], dtype=torch.int32)
 
@@ -97,7 +99,7 @@ def test_equals_the_oracle_with_soft_cap_scale_and_sink_logits(
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 20_000])
-@pytest.mark.parametrize("pattern", [POWER, PATTERNS[-2]], ids=repr)
+@pytest.mark.parametrize("pattern", [POWER, PATTERNS[-3]], ids=repr)
 def test_the_cut_into_chunks_changes_nothing(
     sparse, pattern, chunk_elements: int, monkeypatch, make_inputs, assert_matches_oracle
 ) -> None:
@@ -122,6 +124,7 @@ class OneBlockShifted:
     original: PowerPattern
     block: int = 16
     per_head: bool = False
+    heads: range = range(1)
     num_sinks: int = 1
     period: int = 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -32,6 +33,10 @@ class BlockPattern(Protocol):
         """Whether the KV heads have different lists."""
 
     @property
+    def heads(self) -> Sized:
+        """The KV heads whose lists differ: as many as there are with ``per_head``."""
+
+    @property
     def num_sinks(self) -> int:
         """The first blocks of a document, which every query block reads."""
 
@@ -47,7 +52,7 @@ class BlockPattern(Protocol):
 
 class BlockLists(NamedTuple):
     """A pattern as numbers. Query block ``t`` reads the sinks, the ``window`` nearest blocks, and the blocks at the far
-    distances of its phase ``t % period``; sinks are never listed twice. Itself a :class:`BlockPattern`."""
+    distances of its phase ``t % period``; sinks are never listed twice."""
 
     block: int
     window: int
@@ -91,14 +96,25 @@ class BlockLists(NamedTuple):
 
 
 def block_lists(pattern: BlockPattern, num_blocks: int, kv_heads: int) -> BlockLists:
-    """The lists of ``pattern`` for sequences of up to ``num_blocks`` blocks."""
+    """The lists of ``pattern`` for sequences of up to ``num_blocks`` blocks.
+
+    Raises:
+        ValueError: the pattern is made for another number of KV heads.
+    """
+    if pattern.per_head and len(pattern.heads) != kv_heads:
+        raise ValueError(f"the pattern has lists for {len(pattern.heads)} KV heads, but key has {kv_heads}")
     capacity = MIN_CAPACITY
     while capacity < num_blocks:
         capacity *= 2
-    return _block_lists(pattern, capacity, kv_heads if pattern.per_head else 1)
+    return _constant_lists(pattern, capacity, kv_heads if pattern.per_head else 1)
 
 
 @torch._dynamo.assume_constant_result
+def _constant_lists(pattern: BlockPattern, capacity: int, heads: int) -> BlockLists:
+    """Dynamo calls this instead of tracing it; it would look through the ``lru_cache``."""
+    return _block_lists(pattern, capacity, heads)
+
+
 @lru_cache(maxsize=64)
 def _block_lists(pattern: BlockPattern, capacity: int, heads: int) -> BlockLists:
     sinks, period = pattern.num_sinks, pattern.period
