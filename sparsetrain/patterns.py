@@ -23,6 +23,13 @@ def _check(name: str, value: int, at_least: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {at_least}")
 
 
+def _check_distances(distances: tuple[int, ...]) -> None:
+    for distance in distances:
+        _check("distances", distance, 0)
+    if distances[:1] != (0,) or list(distances) != sorted(set(distances)):
+        raise ValueError(f"distances={distances!r} must ascend without repeats from 0, the own block")
+
+
 @dataclass(frozen=True)
 class Pattern(ABC):
     """Which key blocks each query block reads.

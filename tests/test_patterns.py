@@ -61,6 +61,8 @@ def defined(pattern: Pattern, query: np.ndarray, key: np.ndarray, head: int) -> 
             reads = (key < sinks) | np.isin(delta, distances)
         case HeadDistancePattern(distances=distances, sinks=sinks):
             reads = (key < sinks) | np.isin(delta, distances[head])
+        case HeadDistancePattern(distances=distances, sinks=sinks):
+            reads = (key < sinks) | np.isin(delta, distances[head])
         case _:
             raise AssertionError(pattern)
     return reads & (delta >= 0)
@@ -179,6 +181,14 @@ def test_head_shifts_give_longnet_a_wider_field() -> None:
     assert shifted.key_blocks(100, 0) == plain.key_blocks(100)
 
 
+def test_a_pattern_of_distances_a_head_is_that_of_each_head() -> None:
+    pattern = HeadDistancePattern(4, ((0, 1), (0, 2, 9)), 1)
+    assert pattern.per_head
+    for head in pattern.heads:
+        alone = DistancePattern(4, pattern.distances[head], 1)
+        assert (pattern.mask(20, head) == alone.mask(20)).all()
+
+
 def test_a_million_tokens_take_no_time() -> None:
     start = time.perf_counter()
     pattern = PowerPattern()
@@ -208,6 +218,9 @@ def test_patterns_are_hashable_and_differ_by_kind() -> None:
         (lambda: DistancePattern(4, (0, -2), 0), "distances=-2"),
         (lambda: HeadDistancePattern(4, (), 0), "distances="),
         (lambda: HeadDistancePattern(4, ((0, 1), (1, 2)), 0), "distances="),
+        (lambda: HeadDistancePattern(4, ((0, 1), ()), 0), "distances="),
+        (lambda: HeadDistancePattern(4, ((0, 1), (0, 3, 2)), 0), "distances="),
+        (lambda: HeadDistancePattern(4, ((0,),), -1), "sinks=-1"),
         (lambda: LongNetPattern(4, ((8, 2),)), "segments="),
         (lambda: LongNetPattern(4, ((0, 1),)), "length=0"),
         (lambda: LongNetPattern(4, num_heads=0), "num_heads=0"),

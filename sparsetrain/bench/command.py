@@ -11,9 +11,9 @@ import torch
 
 from sparsetrain.bench.attention_opponents import OPPONENTS
 from sparsetrain.bench.attention_table import fill
+from sparsetrain.bench.options import check_output
 from sparsetrain.bench.power import resolve
 from sparsetrain.bench.report import Report, print_report, write_report
-from sparsetrain.errors import BenchError
 
 
 def run_power(*, output: Path | None = None, **options: Any) -> Report:
@@ -23,8 +23,7 @@ def run_power(*, output: Path | None = None, **options: Any) -> Report:
         BenchError: an option cannot be measured or written to.
     """
     bench = resolve(**options)
-    if output is not None and output.exists() and not output.is_dir():
-        raise BenchError(f"--output {output} is a file; name a folder")
+    check_output(output)
     if bench.device.type == "cpu":
         names = ", ".join(each.name for each in OPPONENTS if "cpu" not in each.devices)
         print(

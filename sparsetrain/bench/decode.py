@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.bench.decode_opponents import OPPONENTS, DecodeOpponent
-from sparsetrain.bench.power import DTYPES
+from sparsetrain.bench.options import resolve_shape
 from sparsetrain.errors import BenchError
 from sparsetrain.patterns import PowerPattern
 
@@ -140,36 +140,21 @@ def resolve(
     Raises:
         BenchError: an option has a value that cannot be measured.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device == "cuda"
-    heads = heads or (32 if cuda else 4)
-    kv_heads = kv_heads or min(8 if cuda else 2, heads)
-    dtype = dtype or ("bfloat16" if cuda else "float32")
-    if heads % kv_heads:
-        raise BenchError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; every KV head serves as many heads")
-    if dtype not in DTYPES:
-        raise BenchError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    shape = resolve_shape(device, lengths, heads, kv_heads, dtype)
     return DecodeBench(
-        device=torch.device(device),
-        lengths=_parse_lengths(lengths or ("8192,32768,131072" if cuda else "1024,4096")),
-        batch=batch or (8 if cuda else 2),
-        heads=heads,
-        kv_heads=kv_heads,
+        device=shape.device,
+        lengths=shape.lengths,
+        batch=batch or (8 if shape.device.type == "cuda" else 2),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
         head_dim=head_dim,
-        dtype=DTYPES[dtype],
+        dtype=shape.dtype,
         pattern=PowerPattern(block, window, sinks),
-        layers=layers or (4 if cuda else 1),
-        opponents=_parse_opponents(opponents, device),
+        layers=layers or (4 if shape.device.type == "cuda" else 1),
+        opponents=_parse_opponents(opponents, shape.device.type),
         budget_ms=budget_ms,
         check=check,
     )
-
-
-def _parse_lengths(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise BenchError(f"--lengths {text} must be whole numbers of tokens with commas between, such as 8192,32768")
-    return tuple(dict.fromkeys(map(int, words)))
 
 
 def _parse_opponents(text: str, device: str) -> tuple[DecodeOpponent, ...]:

@@ -13,8 +13,8 @@ from sparsetrain.bench.decode import resolve
 from sparsetrain.bench.decode_opponents import OPPONENTS
 from sparsetrain.bench.decode_report import DecodeReport, draw, print_report, write_report
 from sparsetrain.bench.decode_table import copy_gbps, measure
+from sparsetrain.bench.options import check_output
 from sparsetrain.bench.timing import explain
-from sparsetrain.errors import BenchError
 
 
 @torch.no_grad()
@@ -25,8 +25,7 @@ def run_decode(*, output: Path | None = None, **options: Any) -> DecodeReport:
         BenchError: an option cannot be measured or written to.
     """
     bench = resolve(**options)
-    if output is not None and output.exists() and not output.is_dir():
-        raise BenchError(f"--output {output} is a file; name a folder")
+    check_output(output)
     if bench.device.type == "cpu":
         names = ", ".join(each.name for each in OPPONENTS if "cpu" not in each.devices)
         print(

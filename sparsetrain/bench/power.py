@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from sparsetrain.bench.attention_opponents import OPPONENTS, Opponent, opponents_for
+from sparsetrain.bench.options import resolve_shape
 from sparsetrain.bench.problem import Problem, document_lengths
 from sparsetrain.errors import BenchError
 from sparsetrain.patterns import PowerPattern
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_CHECKED = 8192
 """Tokens of the comparison with the oracle, which builds the whole mask."""
 
@@ -100,38 +100,23 @@ def resolve(
     Raises:
         BenchError: an option has a value that cannot be measured.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device == "cuda"
-    heads = heads or (32 if cuda else 4)
-    kv_heads = kv_heads or min(8 if cuda else 2, heads)
-    dtype = dtype or ("bfloat16" if cuda else "float32")
-    if heads % kv_heads:
-        raise BenchError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; every KV head serves as many heads")
-    if dtype not in DTYPES:
-        raise BenchError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    shape = resolve_shape(device, lengths, heads, kv_heads, dtype)
     if packed and batch != 1:
         raise BenchError(f"--batch {batch} does not go with --packed, which packs one sequence; use --batch 1")
     return PowerBench(
-        device=torch.device(device),
-        lengths=_parse_lengths(lengths or ("8192,32768,131072" if cuda else "1024,4096")),
-        heads=heads,
-        kv_heads=kv_heads,
+        device=shape.device,
+        lengths=shape.lengths,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
         head_dim=head_dim,
-        dtype=DTYPES[dtype],
+        dtype=shape.dtype,
         pattern=PowerPattern(block, window, sinks),
         batch=batch,
         packed=packed,
-        opponents=_parse_opponents(opponents, device, packed),
+        opponents=_parse_opponents(opponents, shape.device.type, packed),
         budget_ms=budget_ms,
         check=check,
     )
-
-
-def _parse_lengths(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise BenchError(f"--lengths {text} must be whole numbers of tokens with commas between, such as 8192,32768")
-    return tuple(dict.fromkeys(map(int, words)))
 
 
 def _parse_opponents(text: str, device: str, packed: bool) -> tuple[Opponent, ...]:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sparsetrain.bench.options import check_output, parse_lengths
 from sparsetrain.bench.report import machine
 from sparsetrain.bench.timing import explain, once_ms, peak, release
 from sparsetrain.errors import BenchError
@@ -84,14 +85,8 @@ def run_step(*, shape: str | None, lengths: str | None, attentions: str, output:
     names = attentions.split(",")
     if unknown := [name for name in names if name not in ATTENTIONS]:
         raise BenchError(f"--attentions {unknown[0]}: there is no such attention; choose from {', '.join(ATTENTIONS)}")
-    try:
-        sizes = [
-            int(length) for length in (lengths or ("32768,131072" if device.type == "cuda" else "1024")).split(",")
-        ]
-    except ValueError:
-        raise BenchError(f"--lengths {lengths}: give whole numbers of tokens, commas between") from None
-    if output is not None and output.exists() and not output.is_dir():
-        raise BenchError(f"--output {output} is a file; name a folder")
+    sizes = parse_lengths(lengths or ("32768,131072" if device.type == "cuda" else "1024"))
+    check_output(output)
     if device.type == "cpu":
         print("No GPU: these are CPU timings of a tiny model, and no memory is counted.")
     rows = []
@@ -104,7 +99,9 @@ def run_step(*, shape: str | None, lengths: str | None, attentions: str, output:
     return rows
 
 
-def _measure(shape: dict[str, Any], lengths: list[int], names: list[str], device: torch.device) -> Iterator[StepRow]:
+def _measure(
+    shape: dict[str, Any], lengths: tuple[int, ...], names: list[str], device: torch.device
+) -> Iterator[StepRow]:
     for length in lengths:
         for name in names:
             row = StepRow(length, name)

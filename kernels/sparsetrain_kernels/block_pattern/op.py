@@ -103,7 +103,11 @@ def block_pattern_attention(
     refusals = {"triton": _triton_refusal(inputs), "gluon": _gluon_refusal(inputs, lists)}
     chosen = choose_backend(backend, inputs.query, refusals)
     query, key, value = (consecutive_rows(tensor) for tensor in inputs[:3])
-    out, lse = BlockPatternAttention.apply(query, key, value, *inputs[3:], *lists, chosen)
+    trained = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
+    run = BlockPatternAttention.apply if needs_grad else torch.ops.sparsetrain.block_pattern_fwd
+    out, lse = run(query, key, value, *inputs[3:], *lists, chosen)
     return (out, lse) if return_lse else out
 
 

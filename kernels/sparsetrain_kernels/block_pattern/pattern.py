@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +17,8 @@ MIN_CAPACITY = 2**10
 
 
 class BlockPattern(Protocol):
-    """Which blocks of keys each block of queries reads. Hashable: its lists are cached.
+    """Which blocks of keys each block of queries reads. Hashable: its lists are cached. Under ``torch.compile``, a
+    dataclass of numbers and tuples of them.
 
     But for the sinks, the list of a query block is a set of distances that depends on nothing, or on the query block
     modulo ``period`` (and ends at the first block).
@@ -33,8 +33,8 @@ class BlockPattern(Protocol):
         """Whether the KV heads have different lists."""
 
     @property
-    def heads(self) -> Sized:
-        """The KV heads whose lists differ: as many as there are with ``per_head``."""
+    def heads(self) -> range:
+        """The KV heads that have lists. Read only where their lists differ."""
 
     @property
     def num_sinks(self) -> int:
@@ -99,20 +99,25 @@ def block_lists(pattern: BlockPattern, num_blocks: int, kv_heads: int) -> BlockL
     """The lists of ``pattern`` for sequences of up to ``num_blocks`` blocks.
 
     Raises:
-        ValueError: the pattern is made for another number of KV heads.
+        ValueError: the pattern has lists of its own for each of another number of KV heads.
     """
-    if pattern.per_head and len(pattern.heads) != kv_heads:
-        raise ValueError(f"the pattern has lists for {len(pattern.heads)} KV heads, but key has {kv_heads}")
+    heads = len(pattern.heads) if pattern.per_head else 1
+    if pattern.per_head and kv_heads != heads:
+        raise ValueError(f"pattern has lists for {heads} KV heads, but key has {kv_heads}: {pattern!r}")
     capacity = MIN_CAPACITY
     while capacity < num_blocks:
         capacity *= 2
-    return _constant_lists(pattern, capacity, kv_heads if pattern.per_head else 1)
-
-
-@torch._dynamo.assume_constant_result
-def _constant_lists(pattern: BlockPattern, capacity: int, heads: int) -> BlockLists:
-    """Dynamo calls this instead of tracing it; it would look through the ``lru_cache``."""
+    if torch.compiler.is_dynamo_compiling():
+        parameters = tuple(getattr(pattern, name) for name in pattern.__match_args__)
+        return _lists_of_dataclass(type(pattern), parameters, capacity, heads)
     return _block_lists(pattern, capacity, heads)
+
+
+@torch.compiler.assume_constant_result
+def _lists_of_dataclass(kind: Any, parameters: tuple[Any, ...], capacity: int, heads: int) -> BlockLists:
+    """What Dynamo calls while it traces. It passes plain numbers, with guards on them: of a pattern that a traced
+    function makes it would hand over an empty shell, and of any other it would guard the identity."""
+    return _block_lists(kind(*parameters), capacity, heads)
 
 
 @lru_cache(maxsize=64)
