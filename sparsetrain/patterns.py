@@ -247,13 +247,6 @@ class DilatedPattern(_OffsetPattern):
         return tuple(range(0, min(self.window * self.dilation, limit), self.dilation))
 
 
-def _check_distances(distances: tuple[int, ...]) -> None:
-    for distance in distances:
-        _check("distances", distance, 0)
-    if distances[:1] != (0,) or list(distances) != sorted(set(distances)):
-        raise ValueError(f"distances={distances!r} must ascend without repeats from 0, the own block")
-
-
 @dataclass(frozen=True)
 class DistancePattern(_OffsetPattern):
     """The blocks at the given distances, and the first ``sinks`` blocks of the sequence."""

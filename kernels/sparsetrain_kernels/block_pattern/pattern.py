@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -107,17 +107,13 @@ def block_lists(pattern: BlockPattern, num_blocks: int, kv_heads: int) -> BlockL
     capacity = MIN_CAPACITY
     while capacity < num_blocks:
         capacity *= 2
-    if torch.compiler.is_dynamo_compiling():
-        parameters = tuple(getattr(pattern, name) for name in pattern.__match_args__)
-        return _lists_of_dataclass(type(pattern), parameters, capacity, heads)
-    return _block_lists(pattern, capacity, heads)
+    return _constant_lists(pattern, capacity, heads)
 
 
 @torch.compiler.assume_constant_result
-def _lists_of_dataclass(kind: Any, parameters: tuple[Any, ...], capacity: int, heads: int) -> BlockLists:
-    """What Dynamo calls while it traces. It passes plain numbers, with guards on them: of a pattern that a traced
-    function makes it would hand over an empty shell, and of any other it would guard the identity."""
-    return _block_lists(kind(*parameters), capacity, heads)
+def _constant_lists(pattern: BlockPattern, capacity: int, heads: int) -> BlockLists:
+    """Dynamo calls this instead of tracing it, with a guard on the pattern; it would look through the ``lru_cache``."""
+    return _block_lists(pattern, capacity, heads)
 
 
 @lru_cache(maxsize=64)
