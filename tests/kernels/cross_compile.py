@@ -1,0 +1,136 @@
+"""Compiles kernels for Hopper on a machine without a GPU and prints what each takes of it, as one line of JSON each.
+
+Runs in a process of its own, without Triton's interpreter: ``python cross_compile.py plain|hopper [dtype]``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
+from sparsetrain_kernels.block_pattern.hopper import grad_key_value, grad_query
+from sparsetrain_kernels.block_pattern.triton import backward, forward
+from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+TARGET = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INTEGERS = {"far_ptr", "items_ptr"}
+SINGLES = {"lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr"}
+
+
+def report(name: str, kernel: Any) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    facts = {
+        "kernel": name,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+    }
+    print(json.dumps(facts), flush=True)
+
+
+def source(kind: Any, kernel: Any, dtype: str, constants: dict[str, Any], types: dict[str, str]) -> Any:
+    """The kernel with the types and alignments that launches with ordinary tensors give its arguments."""
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*i32" if name in INTEGERS else "*fp32" if name in SINGLES else f"*{dtype}"
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap", "to_log2") else "i32"
+        if name.endswith("_ptr") or "stride_" in name or name == "padded_rows":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return kind(kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compile_plain(dtype: str) -> None:
+    """Every entry of the table for a dtype, with pattern blocks that its tiles divide."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    for head_dim in (64, 128, 256):
+        configs = choose_configs(torch_dtype, head_dim, 256)
+        shared = {"D": head_dim, "D_PAD": head_dim, "BLOCK": 256, "FAR": 16, "SOFTCAP": False, "PRECISION": "ieee"}
+        kernels = (
+            ("fwd", forward.block_pattern_fwd_kernel, {"HEADS": 32, "GROUP": 4, "SINK_LOGITS": False}),
+            ("dq", backward.block_pattern_bwd_dq_kernel, {"HEADS": 32, "GROUP": 4, "PAD_BLOCK": 256}),
+            (
+                "dkv",
+                backward.block_pattern_bwd_dkv_kernel,
+                {"KV_HEADS": 8, "GROUP": 4, "PAD_BLOCK": 256, "PACKED": False},
+            ),
+        )
+        for name, kernel, own in kernels:
+            config = getattr(configs, name)
+            constants = {**shared, **own, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            compiled = triton.compile(source(ASTSource, kernel, dtype, constants, {}), target=TARGET, options=options)
+            report(f"{name} {dtype} {head_dim}", compiled)
+
+
+def tiles(dtype: str, rows: int, head_dim: int) -> str:
+    block = [1, 1, rows, head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == "bf16" else gl.float16)
+    return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout!r}>"
+
+
+def compile_hopper(dtype: str) -> None:
+    """The Gluon kernels for both head dims."""
+    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    for head_dim in (64, 128):
+        kernels: tuple[tuple[str, Any, dict[str, Any], dict[str, int], dict[str, Any]], ...] = (
+            (
+                "fwd",
+                hopper_forward.block_pattern_fwd_kernel,
+                {"GROUP": 4, "STAGES": 2},
+                {"q": 64, "k": 128, "v": 128},
+                {"maxnreg": 168},
+            ),
+            (
+                "dq",
+                grad_query.block_pattern_bwd_dq_kernel,
+                {"BLOCK_N": 64, "STAGES": 4},
+                {"q": 64, "k": 64, "v": 64, "do": 64},
+                {},
+            ),
+            (
+                "dkv",
+                grad_key_value.block_pattern_bwd_dkv_kernel,
+                {"BLOCK_M": 64, "STAGES": 4},
+                {"q": 64, "k": 64, "v": 64, "do": 64},
+                {},
+            ),
+        )
+        for name, kernel, own, boxes, options in kernels:
+            types = {f"{tensor}_desc": tiles(dtype, rows, head_dim) for tensor, rows in boxes.items()}
+            types |= dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[64],{line!r}>")
+            constants = {**own, "TPB": 2, "FAR": 16}
+            compiled = triton.compile(
+                source(GluonASTSource, kernel, dtype, constants, types),
+                target=TARGET,
+                options={"num_warps": 4, "enable_fp_fusion": True, **options},
+            )
+            report(f"{name} {dtype} {head_dim}", compiled)
+
+
+if __name__ == "__main__":
+    {"plain": compile_plain, "hopper": compile_hopper}[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,57 @@
+"""Every kernel compiles for Hopper without a GPU, keeps to registers and shared memory, and uses the tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = 227 * 1024
+"""Bytes of shared memory that a block may have on Hopper."""
+
+# Bytes of local memory a thread, with the ptxas of Triton 3.9. What is listed lies mostly outside the loops, or is what
+# was fastest on the card all the same: a wide tile that spills a little beat a narrow one that does not. Head dim 256
+# needs more than there are registers.
+STACK = {
+    "plain bf16": {
+        "dq bf16 64": 48,
+        "dkv bf16 64": 16,
+        "fwd bf16 128": 56,
+        "dq bf16 128": 8,
+        "dkv bf16 128": 240,
+        "dq bf16 256": 144,
+        "dkv bf16 256": 1272,
+    },
+    "hopper bf16": {"dq bf16 128": 32, "dkv bf16 128": 152},
+}
+MARGIN = 16
+"""Other versions of ptxas differ by a register or a few."""
+
+
+def compiled(*arguments: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("cross_compile.py")
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("family", ["plain bf16", "hopper bf16"])
+def test_half_precision_kernels_fit_and_use_the_tensor_cores(family: str) -> None:
+    kernels = compiled(*family.split())
+    assert len(kernels) == (9 if family.startswith("plain") else 6)
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["wgmma"] > 0, kernel
+        assert kernel["stack"] <= STACK[family].get(kernel["kernel"], 0) + MARGIN, kernel
+
+
+def test_single_precision_kernels_fit() -> None:
+    # Exact fp32 products run on the ordinary cores and spill whatever the tile; only the shared memory is in question.
+    kernels = compiled("plain", "fp32")
+    assert len(kernels) == 9
+    assert all(kernel["shared"] <= SHARED for kernel in kernels)
