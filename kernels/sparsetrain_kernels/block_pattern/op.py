@@ -102,6 +102,8 @@ def block_pattern_attention(
     lists = block_lists(pattern, -(-key.shape[2] // pattern.block), key.shape[1])
     refusals = {"triton": _triton_refusal(inputs), "gluon": _gluon_refusal(inputs, lists)}
     chosen = choose_backend(backend, inputs.query, refusals)
+    if chosen != "reference" and inputs.cu_seqlens is not None:
+        inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(query.device))
     query, key, value = (consecutive_rows(tensor) for tensor in inputs[:3])
     trained = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
