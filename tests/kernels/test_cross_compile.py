@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,9 +14,9 @@ import pytest
 SHARED = 227 * 1024
 """Bytes of shared memory that a block may have on Hopper."""
 
-# Bytes of local memory a thread, with the ptxas of Triton 3.9. What is listed lies mostly outside the loops, or is what
-# was fastest on the card all the same: a wide tile that spills a little beat a narrow one that does not. Head dim 256
-# needs more than there are registers.
+# Bytes of local memory a thread, with the ptxas of Triton 3.9; others differ. What is listed lies mostly outside the
+# loops, or is what was fastest on the card all the same: a wide tile that spills a little beat a narrow one that does
+# not. Head dim 256 needs more than there are registers.
 STACK = {
     "plain bf16": {
         "dq bf16 64": 48,
@@ -28,8 +29,6 @@ STACK = {
     },
     "hopper bf16": {"dq bf16 128": 32, "dkv bf16 128": 152},
 }
-MARGIN = 16
-"""Other versions of ptxas differ by a register or a few."""
 
 
 def compiled(*arguments: str) -> list[dict]:
@@ -47,7 +46,8 @@ def test_half_precision_kernels_fit_and_use_the_tensor_cores(family: str) -> Non
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["wgmma"] > 0, kernel
-        assert kernel["stack"] <= STACK[family].get(kernel["kernel"], 0) + MARGIN, kernel
+        if importlib.metadata.version("triton").startswith("3.9."):
+            assert kernel["stack"] <= STACK[family].get(kernel["kernel"], 0), kernel
 
 
 def test_single_precision_kernels_fit() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -107,13 +107,25 @@ def block_lists(pattern: BlockPattern, num_blocks: int, kv_heads: int) -> BlockL
     capacity = MIN_CAPACITY
     while capacity < num_blocks:
         capacity *= 2
-    return _constant_lists(pattern, capacity, heads)
+    if torch.compiler.is_dynamo_compiling():
+        kind: Any = type(pattern)
+        parameters = tuple(_settled(getattr(pattern, name)) for name in kind.__match_args__)
+        return _lists_of_dataclass(kind, parameters, capacity, heads)
+    return _block_lists(pattern, capacity, heads)
+
+
+def _settled(value: Any) -> Any:
+    """The value, where Dynamo may have made its numbers symbolic: it settles what becomes a ``range``."""
+    if isinstance(value, tuple):
+        return tuple(_settled(part) for part in value)
+    return range(value).stop if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @torch.compiler.assume_constant_result
-def _constant_lists(pattern: BlockPattern, capacity: int, heads: int) -> BlockLists:
-    """Dynamo calls this instead of tracing it, with a guard on the pattern; it would look through the ``lru_cache``."""
-    return _block_lists(pattern, capacity, heads)
+def _lists_of_dataclass(kind: Any, parameters: tuple[Any, ...], capacity: int, heads: int) -> BlockLists:
+    """What Dynamo calls while it traces, with plain numbers: of a pattern that a traced function makes it would hand
+    over a shell without its fields, and of any other it would guard the identity."""
+    return _block_lists(kind(*parameters), capacity, heads)
 
 
 @lru_cache(maxsize=64)
