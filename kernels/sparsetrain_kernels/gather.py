@@ -29,7 +29,7 @@ class TileLists(Protocol):
 
     @property
     def block(self) -> int:
-        """Tokens in a block."""
+        """Tokens in a block. Block ``t`` of a document holds its positions ``t * block`` to ``(t + 1) * block - 1``."""
 
     @property
     def per_head(self) -> bool:
@@ -199,7 +199,10 @@ def gather_backward(
 
 
 def _laid_out_like(tensor: Tensor, contents: Tensor) -> Tensor:
-    return torch.empty_like(tensor).copy_(contents)
+    """The contents in the dtype and memory layout of a copy of ``tensor``; themselves, where they have them."""
+    like = torch.empty_like(tensor)
+    fits = contents.dtype == like.dtype and contents.stride() == like.stride()
+    return contents if fits else like.copy_(contents)
 
 
 def sink_gradient(sink_logits: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:

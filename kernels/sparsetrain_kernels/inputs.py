@@ -99,16 +99,25 @@ def check_inputs(
         _check_packed(query, cu_seqlens, batch, keys, q_start)
         q_start = 0
 
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} must be positive, or None for head_dim ** -0.5")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no soft cap")
+    check_factors(scale, softcap)
     if sink_logits is not None and sink_logits.shape != (query_heads,):
         raise ValueError(
             f"sink_logits has shape {tuple(sink_logits.shape)}, expected one logit a query head: ({query_heads},)"
         )
     scale = head_dim**-0.5 if scale is None else float(scale)
     return AttentionInputs(query, key, value, cu_seqlens, q_start, scale, softcap, sink_logits)
+
+
+def check_factors(scale: float | None, softcap: float | None) -> None:
+    """What multiplies and what bounds the logits.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be positive, or None for head_dim ** -0.5")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no soft cap")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +15,6 @@ from rich.text import Text
 from sparsetrain.bench.decode_table import DecodeRow
 from sparsetrain.bench.report import WIDTH, colored, empty_table, machine, number
 from sparsetrain.evaluation.panels import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 STYLES = {
     "ours": (BLUE, "o"),
@@ -82,7 +78,7 @@ def draw(report: DecodeReport, out: Path) -> Path:
     """Time of a step, and bytes read in it, against length, as a PNG file. Full-cache implementations are dashed."""
     from matplotlib.figure import Figure
 
-    from sparsetrain.bench.picture import finish
+    from sparsetrain.bench.picture import draw_line, finish
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(_title(report), fontsize=12, color=INK)
@@ -91,7 +87,7 @@ def draw(report: DecodeReport, out: Path) -> Path:
     rate.set(title="Rate of the bytes that the method must read", ylabel="GB/s")
     for axes, column in ((time, "ms"), (rate, "gbps")):
         for name in dict.fromkeys(row.name for row in report.rows):
-            _line(axes, [row for row in report.rows if row.name == name], column)
+            draw_line(axes, [row for row in report.rows if row.name == name], column, STYLES)
         finish(axes, sorted({row.length for row in report.rows}))
     if report.copy_gbps:
         rate.axhline(report.copy_gbps, color=FAINT, linestyle=":")
@@ -101,16 +97,6 @@ def draw(report: DecodeReport, out: Path) -> Path:
         time.legend(loc="best", edgecolor="none")
     figure.savefig(out, dpi=130, facecolor="white")
     return out
-
-
-def _line(axes: Axes, rows: list[DecodeRow], column: str) -> None:
-    """One implementation. What was not measured, or failed its check, is left out."""
-    points = [(row.length, getattr(row, column)) for row in rows if row.check != "failed"]
-    points = [(length, value) for length, value in points if value is not None]
-    if points:
-        color, marker = STYLES.get(rows[0].name, (INK, "x"))
-        style = "-" if rows[0].sparse else "--"
-        axes.plot(*zip(*points), color=color, marker=marker, linestyle=style, label=rows[0].title)
 
 
 def _title(report: DecodeReport) -> str:

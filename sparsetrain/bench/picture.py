@@ -9,7 +9,11 @@ from sparsetrain.bench.report import Report, Row
 from sparsetrain.evaluation.panels import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, PURPLE, RED, SKY
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.axes import Axes
+
+    from sparsetrain.bench.decode_table import DecodeRow
 
 STYLES = {
     "ours": (BLUE, "o"),
@@ -36,7 +40,7 @@ def draw(report: Report, out: Path) -> Path:
     backward.set(title="Rate of the backward pass", ylabel="TFLOP/s on visible pairs")
     for axes, column in ((time, "both_ms"), (forward, "forward_tflops"), (backward, "backward_tflops")):
         for name in dict.fromkeys(row.name for row in report.rows):
-            _line(axes, [row for row in report.rows if row.name == name], column)
+            draw_line(axes, [row for row in report.rows if row.name == name], column, STYLES)
         if axes is not time and report.ceiling_tflops:
             axes.axhline(report.ceiling_tflops, color=FAINT, linestyle=":")
             axes.annotate(
@@ -50,17 +54,18 @@ def draw(report: Report, out: Path) -> Path:
     return out
 
 
-def _line(axes: Axes, rows: list[Row], column: str) -> None:
+def draw_line(axes: Axes, rows: Sequence[Row | DecodeRow], column: str, styles: Mapping[str, tuple[str, str]]) -> None:
     """One implementation. What was not measured, or failed its check, is left out."""
     points = [(row.length, getattr(row, column)) for row in rows if row.check != "failed"]
     points = [(length, value) for length, value in points if value is not None]
     if points:
-        color, marker = STYLES.get(rows[0].name, (INK, "x"))
+        color, marker = styles.get(rows[0].name, (INK, "x"))
         style = "-" if rows[0].sparse else "--"
         axes.plot(*zip(*points), color=color, marker=marker, linestyle=style, label=rows[0].title)
 
 
 def finish(axes: Axes, lengths: list[int]) -> None:
+    """The axis of lengths, and the grid."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens")

@@ -100,7 +100,7 @@ def block_pattern_attention(
         sink_logits=sink_logits,
     )
     lists = block_lists(pattern, -(-key.shape[2] // pattern.block), key.shape[1])
-    refusals = {"triton": _triton_refusal(inputs), "gluon": _gluon_refusal(inputs, lists)}
+    refusals = {"triton": triton_refusal(inputs.query), "gluon": _gluon_refusal(inputs, lists)}
     chosen = choose_backend(backend, inputs.query, refusals)
     if chosen != "reference" and inputs.cu_seqlens is not None:
         inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(query.device))
@@ -113,12 +113,12 @@ def block_pattern_attention(
     return (out, lse) if return_lse else out
 
 
-def _triton_refusal(inputs: AttentionInputs) -> str | None:
-    """Why the plain Triton kernels cannot run this, if so."""
-    if inputs.query.dtype not in TRITON_DTYPES:
-        return f"its kernels take fp32, fp16 and bf16, not {inputs.query.dtype}"
-    if inputs.query.shape[3] > TRITON_HEAD_DIM:
-        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {inputs.query.shape[3]}"
+def triton_refusal(query: Tensor) -> str | None:
+    """Why plain Triton kernels cannot run this, if so."""
+    if query.dtype not in TRITON_DTYPES:
+        return f"its kernels take fp32, fp16 and bf16, not {query.dtype}"
+    if query.shape[3] > TRITON_HEAD_DIM:
+        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {query.shape[3]}"
     return None
 
 

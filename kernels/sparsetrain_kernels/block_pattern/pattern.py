@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sparsetrain_kernels.gather import TileLists
 from sparsetrain_kernels.inputs import Document
 
 UNBOUNDED = 2**30
@@ -16,21 +17,13 @@ MIN_CAPACITY = 2**10
 """Distances below this many blocks are listed whatever the length, so that lists rarely depend on it."""
 
 
-class BlockPattern(Protocol):
+class BlockPattern(TileLists, Protocol):
     """Which blocks of keys each block of queries reads. Hashable: its lists are cached. Under ``torch.compile``, a
     dataclass of numbers and tuples of them.
 
     But for the sinks, the list of a query block is a set of distances that depends on nothing, or on the query block
     modulo ``period`` (and ends at the first block).
     """
-
-    @property
-    def block(self) -> int:
-        """Tokens in a block. Block ``t`` of a document holds its positions ``t * block`` to ``(t + 1) * block - 1``."""
-
-    @property
-    def per_head(self) -> bool:
-        """Whether the KV heads have different lists."""
 
     @property
     def heads(self) -> range:
@@ -43,11 +36,6 @@ class BlockPattern(Protocol):
     @property
     def period(self) -> int:
         """Query blocks ``t`` and ``t + period`` have the same distances; 1 where all have."""
-
-    def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
-        """Key blocks of ``query_block`` for KV head ``head``: ascending, unique, none later, itself included."""
-
-    def __hash__(self) -> int: ...
 
 
 class BlockLists(NamedTuple):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.inputs import check_factors
+
 MAX_ROWS = 16
 """Query rows of a sequence: a token, or the few that speculative decoding proposes."""
 
@@ -68,10 +70,7 @@ def check_decode_inputs(
     max_length = capacity if max_length is None else max_length
     if not 1 <= max_length <= capacity:
         raise ValueError(f"max_length={max_length} must be 1 to the {capacity} keys a sequence has room for")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} must be positive, or None for head_dim ** -0.5")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no soft cap")
+    check_factors(scale, softcap)
     if sink_logits is not None and (sink_logits.shape != (heads,) or sink_logits.device != query.device):
         raise ValueError(
             f"sink_logits has shape {tuple(sink_logits.shape)} on {sink_logits.device}, expected one logit a query "

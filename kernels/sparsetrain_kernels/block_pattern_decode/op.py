@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend
-from sparsetrain_kernels.block_pattern.op import TRITON_DTYPES, TRITON_HEAD_DIM
+from sparsetrain_kernels.block_pattern.op import triton_refusal
 from sparsetrain_kernels.block_pattern.pattern import BlockPattern, block_lists
 from sparsetrain_kernels.block_pattern_decode import library  # noqa: F401  (defines the operation)
 from sparsetrain_kernels.block_pattern_decode.inputs import check_decode_inputs
@@ -112,17 +112,8 @@ def block_pattern_decode(
         sink_logits=sink_logits,
     )
     lists = block_lists(pattern, -(-inputs.max_length // pattern.block), key_cache.shape[1])
-    refusals = {"triton": _triton_refusal(query), "gluon": "decoding has plain Triton kernels only"}
+    refusals = {"triton": triton_refusal(query), "gluon": "decoding has plain Triton kernels only"}
     chosen = choose_backend(backend, query, refusals)
     numbers = lists[: lists._fields.index("far_back")]
     out, lse = torch.ops.sparsetrain.block_pattern_decode(*inputs, *numbers, chosen)
     return (out, lse) if return_lse else out
-
-
-def _triton_refusal(query: Tensor) -> str | None:
-    """Why the Triton kernels cannot run this, if so."""
-    if query.dtype not in TRITON_DTYPES:
-        return f"its kernels take fp32, fp16 and bf16, not {query.dtype}"
-    if query.shape[3] > TRITON_HEAD_DIM:
-        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {query.shape[3]}"
-    return None
