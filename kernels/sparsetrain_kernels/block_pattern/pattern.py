@@ -98,7 +98,7 @@ def block_lists(pattern: BlockPattern, num_blocks: int, kv_heads: int) -> BlockL
     if torch.compiler.is_dynamo_compiling():
         kind: Any = type(pattern)
         parameters = tuple(_settled(getattr(pattern, name)) for name in kind.__match_args__)
-        return _lists_of_dataclass(kind, parameters, capacity, heads)
+        return BlockLists._make(_lists_of_dataclass(kind, parameters, capacity, heads))
     return _block_lists(pattern, capacity, heads)
 
 
@@ -110,10 +110,11 @@ def _settled(value: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _lists_of_dataclass(kind: Any, parameters: tuple[Any, ...], capacity: int, heads: int) -> BlockLists:
+def _lists_of_dataclass(kind: Any, parameters: tuple[Any, ...], capacity: int, heads: int) -> tuple[Any, ...]:
     """What Dynamo calls while it traces, with plain numbers: of a pattern that a traced function makes it would hand
-    over a shell without its fields, and of any other it would guard the identity."""
-    return _block_lists(kind(*parameters), capacity, heads)
+    over a shell without its fields, and of any other it would guard the identity. Plain too is what it returns: torch
+    2.11 cannot unpack a named tuple that came out of a call like this one."""
+    return tuple(_block_lists(kind(*parameters), capacity, heads))
 
 
 @lru_cache(maxsize=64)
