@@ -3,12 +3,21 @@
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
 from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
+from sparsetrain_kernels.selected_attention import selected_attention, selected_attention_dense, sparsek_attention
+from sparsetrain_kernels.sparsek import CausalSelection, causal_sparsek, sparsek, sparsek_threshold
 
 __all__ = [
     "BlockPattern",
+    "CausalSelection",
     "block_pattern_attention",
     "block_pattern_attention_dense",
     "block_pattern_decode",
     "causal_attention",
     "causal_attention_dense",
+    "causal_sparsek",
+    "selected_attention",
+    "selected_attention_dense",
+    "sparsek",
+    "sparsek_attention",
+    "sparsek_threshold",
 ]

@@ -1,6 +1,6 @@
 """Compiles kernels for Hopper on a machine without a GPU and prints what each takes of it, as one line of JSON each.
 
-Runs in a process of its own, without Triton's interpreter: ``python cross_compile.py plain|hopper [dtype]``.
+Runs in a process of its own, without Triton's interpreter: ``python cross_compile.py FAMILY DTYPE``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
 from sparsetrain_kernels.block_pattern.hopper import grad_key_value, grad_query
 from sparsetrain_kernels.block_pattern.triton import backward, forward
 from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
+from sparsetrain_kernels.selected_attention.triton import backward as selected_backward
+from sparsetrain_kernels.selected_attention.triton import forward as selected_forward
+from sparsetrain_kernels.selected_attention.triton.configs import choose_configs as choose_selected_configs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
@@ -26,8 +29,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INTEGERS = {"far_ptr", "items_ptr"}
-SINGLES = {"lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr"}
+INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "place_ptr"}
+SINGLES = {
+    *("lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr", "padded_threshold_ptr"),
+    *("scores_ptr", "threshold_ptr", "partial_scores_ptr", "grad_scores_ptr", "grad_threshold_ptr"),
+}
 
 
 def report(name: str, kernel: Any) -> None:
@@ -55,11 +61,14 @@ def source(kind: Any, kernel: Any, dtype: str, constants: dict[str, Any], types:
             signature[name] = "constexpr"
         elif name in types:
             signature[name] = types[name]
+        elif name.startswith("doc_"):
+            # Without packed documents.
+            signature[name], constants = "constexpr", {**constants, name: None}
         elif name.endswith("_ptr"):
             signature[name] = "*i32" if name in INTEGERS else "*fp32" if name in SINGLES else f"*{dtype}"
         else:
             signature[name] = "fp32" if name in ("scale", "softcap", "to_log2") else "i32"
-        if name.endswith("_ptr") or "stride_" in name or name == "padded_rows":
+        if name.endswith("_ptr") or "stride_" in name or name in ("padded_rows", "padded_tokens"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return kind(kernel, signature, constexprs=constants, attrs=attributes)
 
@@ -78,6 +87,31 @@ def compile_plain(dtype: str) -> None:
                 backward.block_pattern_bwd_dkv_kernel,
                 {"KV_HEADS": 8, "GROUP": 4, "PAD_BLOCK": 256, "PACKED": False},
             ),
+        )
+        for name, kernel, own in kernels:
+            config = getattr(configs, name)
+            constants = {**shared, **own, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            compiled = triton.compile(source(ASTSource, kernel, dtype, constants, {}), target=TARGET, options=options)
+            report(f"{name} {dtype} {head_dim}", compiled)
+
+
+def compile_selected(dtype: str) -> None:
+    """Attention over a selection: every entry of its table for a dtype."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    over_rows = {"HEADS": 32, "LIST_ROWS": 128, "GATE": "value", "PACKED": False}
+    for head_dim in (64, 128, 256):
+        configs = choose_selected_configs(torch_dtype, head_dim)
+        shared = {"D": head_dim, "D_PAD": head_dim, "GROUP": 4, "SELECTIONS": 8, "PRECISION": "ieee"}
+        kernels = (
+            ("fwd", selected_forward.selected_fwd_kernel, over_rows),
+            ("dq", selected_backward.selected_bwd_dq_kernel, over_rows),
+            (
+                "stretch",
+                selected_backward.selected_bwd_stretch_kernel,
+                {"KV_HEADS": 8, "STRETCH": 2048, "GATE": "value"},
+            ),
+            ("dkv", selected_backward.selected_bwd_dkv_kernel, {"KV_HEADS": 8, "STRETCH": 2048, "PACKED": False}),
         )
         for name, kernel, own in kernels:
             config = getattr(configs, name)
@@ -133,4 +167,4 @@ def compile_hopper(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    {"plain": compile_plain, "hopper": compile_hopper}[sys.argv[1]](sys.argv[2])
+    {"plain": compile_plain, "selected": compile_selected, "hopper": compile_hopper}[sys.argv[1]](sys.argv[2])

@@ -27,6 +27,15 @@ STACK = {
         "dq bf16 256": 144,
         "dkv bf16 256": 1272,
     },
+    "selected bf16": {
+        "stretch bf16 64": 72,
+        "dq bf16 128": 24,
+        "stretch bf16 128": 48,
+        "dkv bf16 128": 544,
+        "dq bf16 256": 24,
+        "stretch bf16 256": 464,
+        "dkv bf16 256": 480,
+    },
     "hopper bf16": {"dq bf16 128": 32, "dkv bf16 128": 152},
 }
 
@@ -39,10 +48,13 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("family", ["plain bf16", "hopper bf16"])
+KERNELS = {"plain bf16": 9, "selected bf16": 12, "hopper bf16": 6}
+
+
+@pytest.mark.parametrize("family", KERNELS)
 def test_half_precision_kernels_fit_and_use_the_tensor_cores(family: str) -> None:
     kernels = compiled(*family.split())
-    assert len(kernels) == (9 if family.startswith("plain") else 6)
+    assert len(kernels) == KERNELS[family]
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["wgmma"] > 0, kernel

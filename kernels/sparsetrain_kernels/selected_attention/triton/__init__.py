@@ -1,0 +1,1 @@
+"""Triton kernels of attention over a selection: lists of keys by tile of rows, forward, backward."""

@@ -1,0 +1,315 @@
+"""Launches the Triton kernels. Everything follows from shapes; nothing here reads a tensor on the host."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.block_pattern.triton.work import on_device, pad_head_dim
+from sparsetrain_kernels.selected_attention.inputs import SelectedInputs
+from sparsetrain_kernels.selected_attention.triton import backward, forward
+from sparsetrain_kernels.selected_attention.triton.configs import choose_configs
+from sparsetrain_kernels.selected_attention.triton.lists import STRETCH, TILE, KeyLists, stretch_lists, tile_lists
+
+PARTIAL_BYTES = 2**28
+"""Memory for the partial sums of the selected keys: as many KV heads go together as fit, at least one."""
+
+
+class _Bounds(NamedTuple):
+    """Of each row's document, the first row and the one past the last, int32 ``[N]``; None where there is only one."""
+
+    start: Tensor | None
+    end: Tensor | None
+
+
+def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
+    """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
+    query, key, value = inputs[:3]
+    batch, heads, tokens, _ = query.shape
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).fwd
+    with on_device(query):
+        bounds = _bounds(inputs)
+        lists = tile_lists(inputs, stretch_lists(inputs, bounds.start))
+        tiles = triton.cdiv(tokens, config.block_m)
+        forward.selected_fwd_kernel[(tiles * heads * batch,)](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            _scores(inputs, bounds),
+            inputs.threshold,
+            inputs.exit,
+            bounds.start,
+            lists.keys,
+            lists.counts,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *out.stride()[:3],
+            tokens,
+            inputs.window,
+            tiles,
+            lists.keys.shape[3],
+            inputs.scale,
+            HEADS=heads,
+            **_shape(inputs),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            LIST_ROWS=TILE,
+            GATE=inputs.gate,
+            PACKED=bounds.start is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, laid out like them, and of scores and threshold, fp32 ``[B, Hs, N]``."""
+    query, key, value = inputs[:3]
+    batch, heads, tokens, _ = query.shape
+    kv_heads, selections = key.shape[1], inputs.scores.shape[1]
+    configs = choose_configs(query.dtype, pad_head_dim(query.shape[3]))
+    grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
+    grad_scores = torch.empty((batch, kv_heads, tokens), dtype=torch.float32, device=query.device)
+    grad_threshold = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
+    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3]]
+    with on_device(query):
+        bounds = _bounds(inputs)
+        scores = _scores(inputs, bounds)
+        stretches = stretch_lists(inputs, bounds.start)
+        lists = tile_lists(inputs, stretches)
+        padded = _row_stats(inputs, grad_out, out, lse)
+        padded_tokens = padded[0].shape[2]
+        config = configs.dq
+        tiles = triton.cdiv(tokens, config.block_m)
+        backward.selected_bwd_dq_kernel[(tiles * heads * batch,)](
+            query,
+            key,
+            value,
+            grad_out,
+            *padded,
+            grad_query,
+            grad_threshold,
+            scores,
+            inputs.exit,
+            bounds.start,
+            lists.keys,
+            lists.counts,
+            *strides,
+            *grad_query.stride()[:3],
+            tokens,
+            padded_tokens,
+            inputs.window,
+            tiles,
+            lists.keys.shape[3],
+            inputs.scale,
+            HEADS=heads,
+            **_shape(inputs),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            LIST_ROWS=TILE,
+            GATE=inputs.gate,
+            PACKED=bounds.start is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+        place, places = _places(inputs, stretches)
+        part_heads = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
+        for first_head in range(0, kv_heads, part_heads):
+            partial = _launch_stretches(
+                inputs, grad_out, scores, padded, stretches, place, places, strides, first_head, part_heads
+            )
+            config = configs.dkv
+            key_tiles = triton.cdiv(tokens, config.block_n)
+            backward.selected_bwd_dkv_kernel[(key_tiles * min(part_heads, kv_heads - first_head) * batch,)](
+                query,
+                key,
+                value,
+                grad_out,
+                *padded[:2],
+                grad_key,
+                grad_value,
+                grad_scores,
+                *partial,
+                inputs.exit,
+                bounds.end,
+                place,
+                *strides,
+                *grad_key.stride()[:3],
+                *grad_value.stride()[:3],
+                tokens,
+                padded_tokens,
+                inputs.window,
+                key_tiles,
+                first_head,
+                min(part_heads, kv_heads - first_head),
+                places,
+                inputs.scale,
+                KV_HEADS=kv_heads,
+                **_shape(inputs),
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                STRETCH=STRETCH,
+                PACKED=bounds.end is not None,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                enable_fp_fusion=True,
+            )
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        _sum_heads(grad_scores, selections),
+        _sum_heads(grad_threshold, selections),
+    )
+
+
+def _launch_stretches(
+    inputs: SelectedInputs,
+    grad_out: Tensor,
+    scores: Tensor,
+    padded: tuple[Tensor, Tensor, Tensor],
+    stretches: KeyLists,
+    place: Tensor,
+    places: int,
+    strides: list[int],
+    first_head: int,
+    part_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """The partial sums of ``part_heads`` KV heads from ``first_head`` on, of keys and values, and of scores."""
+    query, key, value = inputs[:3]
+    batch, kv_heads = key.shape[:2]
+    part_heads = min(part_heads, kv_heads - first_head)
+    d_pad = pad_head_dim(query.shape[3])
+    config = choose_configs(query.dtype, d_pad).stretch
+    partial = torch.empty((batch, part_heads, places, 2, d_pad), dtype=torch.float32, device=query.device)
+    partial_scores = torch.empty((batch, part_heads, places), dtype=torch.float32, device=query.device)
+    count, capacity = stretches.keys.shape[2:]
+    key_tiles = triton.cdiv(capacity, config.block_n)
+    backward.selected_bwd_stretch_kernel[(key_tiles * count * part_heads * batch,)](
+        query,
+        key,
+        value,
+        grad_out,
+        *padded,
+        partial,
+        partial_scores,
+        scores,
+        inputs.exit,
+        stretches.keys,
+        stretches.counts,
+        place,
+        *strides,
+        query.shape[2],
+        padded[0].shape[2],
+        inputs.window,
+        count,
+        capacity,
+        first_head,
+        part_heads,
+        places,
+        inputs.scale,
+        KV_HEADS=kv_heads,
+        **_shape(inputs),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STRETCH=STRETCH,
+        GATE=inputs.gate,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return partial, partial_scores
+
+
+def _shape(inputs: SelectedInputs) -> dict[str, Any]:
+    head_dim, kv_heads = inputs.query.shape[3], inputs.key.shape[1]
+    return {
+        "GROUP": inputs.query.shape[1] // kv_heads,
+        "SELECTIONS": inputs.scores.shape[1],
+        "D": head_dim,
+        "D_PAD": pad_head_dim(head_dim),
+        "PRECISION": "ieee",
+    }
+
+
+def _bounds(inputs: SelectedInputs) -> _Bounds:
+    cu_seqlens = inputs.cu_seqlens
+    if cu_seqlens is None:
+        return _Bounds(None, None)
+    row = torch.arange(inputs.query.shape[2], dtype=torch.int32, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, row, right=True)
+    return _Bounds(cu_seqlens[document - 1], cu_seqlens[document])
+
+
+def _scores(inputs: SelectedInputs, bounds: _Bounds) -> Tensor:
+    """The scores; those of the first tokens infinite, so that their gates are 1."""
+    if not inputs.sinks:
+        return inputs.scores
+    position = torch.arange(inputs.scores.shape[2], dtype=torch.int32, device=inputs.scores.device)
+    if bounds.start is not None:
+        position = position - bounds.start
+    return inputs.scores.masked_fill(position < inputs.sinks, float("inf"))
+
+
+def _row_stats(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles."""
+    batch, heads, tokens, head_dim = out.shape
+    selections = inputs.threshold.shape[1]
+    tiles = triton.cdiv(tokens, TILE)
+    padded_lse, padded_delta = torch.empty(
+        (2, batch, heads, tiles * TILE), dtype=torch.float32, device=out.device
+    ).unbind()
+    padded_threshold = torch.empty((batch, selections, tiles * TILE), dtype=torch.float32, device=out.device)
+    backward.selected_bwd_stats_kernel[(tiles * heads * batch,)](
+        out,
+        grad_out,
+        lse,
+        inputs.threshold,
+        padded_lse,
+        padded_delta,
+        padded_threshold,
+        *out.stride()[:3],
+        *grad_out.stride()[:3],
+        tokens,
+        tiles * TILE,
+        tiles,
+        HEADS=heads,
+        SELECTIONS=selections,
+        D=head_dim,
+        D_PAD=pad_head_dim(head_dim),
+        BLOCK_M=TILE,
+        num_warps=8,
+    )
+    return padded_lse, padded_delta, padded_threshold
+
+
+def _places(inputs: SelectedInputs, stretches: KeyLists) -> tuple[Tensor, int]:
+    """Where the partial sums of each key begin, int32 ``[B, Hs, N]``, and how many sums there can be."""
+    tokens, count = inputs.exit.shape[2], stretches.keys.shape[2]
+    enter = torch.arange(inputs.window, inputs.window + tokens, dtype=torch.int32, device=inputs.exit.device)
+    last = torch.div(inputs.exit - 1, STRETCH, rounding_mode="floor")
+    number = torch.where(inputs.exit > enter, last - enter // STRETCH + 1, 0)
+    place = torch.cumsum(number, 2, dtype=torch.int32) - number.to(torch.int32)
+    # At the first row of a stretch, that many are selected at most; every key enters once.
+    return place, count * min(inputs.sinks + inputs.topk, tokens) + tokens
+
+
+def _part_heads(batch: int, kv_heads: int, places: int, d_pad: int) -> int:
+    head_bytes = batch * places * (2 * d_pad + 1) * 4
+    return max(1, min(kv_heads, PARTIAL_BYTES // head_bytes))
+
+
+def _sum_heads(grad: Tensor, selections: int) -> Tensor:
+    """The gradient of what heads share, summed over them in their order."""
+    batch, heads, tokens = grad.shape
+    return grad if heads == selections else grad.view(batch, selections, heads // selections, tokens).sum(2)

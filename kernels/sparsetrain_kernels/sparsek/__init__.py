@@ -1,0 +1,8 @@
+"""SPARSEK, the differentiable top-k of SparseK attention (2406.16747): of a vector, and of every causal prefix."""
+
+from sparsetrain_kernels.sparsek.causal import causal_sparsek
+from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
+from sparsetrain_kernels.sparsek.op import sparsek, sparsek_threshold
+from sparsetrain_kernels.sparsek.statistics import topk_statistics
+
+__all__ = ["CausalSelection", "causal_sparsek", "sparsek", "sparsek_threshold", "topk_statistics"]

@@ -1,0 +1,85 @@
+"""Launches the search for crossings. Everything follows from shapes; nothing is read on the host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.block_pattern.triton.work import on_device
+from sparsetrain_kernels.sparsek.triton import crossing
+
+SHORT = 2**14
+"""Rows up to which a small grid is faster: fewer steps one after the other, at more corners."""
+NEVER, BEYOND_ROWS = crossing.NEVER.value, crossing.BEYOND_ROWS.value
+WARPS = 8
+
+
+def first_rows(arrival: Tensor, point: Tensor, entry: Tensor, unit: int, limit: int, *, soft: bool) -> Tensor:
+    """The first row at which each point is passed: ``f > limit``, as :mod:`.crossing` defines ``f``.
+
+    Args:
+        arrival: int64 ``[heads, rows]``: the place of the key that arrives at a row, or ``NEVER``.
+        point: int64 ``[heads, points]``, ascending.
+        entry: int32 ``[heads, points]``: the row at which the key of a point arrives, or ``BEYOND_ROWS``.
+        unit: what a key adds at most.
+        limit: at least 0.
+        soft: whether the points are the kinks of gates, or the places of the keys themselves (with ``unit`` 1).
+
+    Returns:
+        int32 ``[heads, points]``, ascending; ``rows`` where a point is never passed.
+    """
+    heads, rows = arrival.shape
+    points = point.shape[1]
+    step = 32 if rows <= SHORT else 64
+    chunk = step * step
+    row_chunks, point_chunks = triton.cdiv(rows, chunk), triton.cdiv(points, chunk)
+    diagonals = row_chunks + point_chunks
+    device = arrival.device
+    value = torch.empty((heads, row_chunks, point_chunks), dtype=torch.int64, device=device)
+    slope, ties = torch.empty((2, heads, row_chunks, point_chunks), dtype=torch.int32, device=device).unbind()
+    cell = torch.empty((heads, diagonals), dtype=torch.int32, device=device)
+    fine_value = torch.empty((heads, diagonals, step, step), dtype=torch.int64, device=device)
+    fine_slope, fine_ties = torch.empty((2, heads, diagonals, step, step), dtype=torch.int32, device=device).unbind()
+    first_row = torch.full((heads, points), rows, dtype=torch.int32, device=device)
+    sizes = (rows, points, row_chunks, point_chunks, unit)
+    grids = {"CHUNK": chunk, "STEP": step}
+    with on_device(arrival):
+        crossing.crossing_corners_kernel[(triton.cdiv(point_chunks, step) * row_chunks * heads,)](
+            arrival, point, value, slope, ties, *sizes, **grids, num_warps=WARPS
+        )
+        value, slope, ties = value.cumsum(1), *(x.cumsum(1, dtype=torch.int32) for x in (slope, ties))
+        crossing.crossing_cells_kernel[(diagonals * heads,)](
+            arrival,
+            point,
+            entry,
+            value,
+            slope,
+            ties,
+            cell,
+            fine_value,
+            fine_slope,
+            fine_ties,
+            *sizes,
+            limit,
+            ROW_CHUNKS=triton.next_power_of_2(row_chunks),
+            SOFT=soft,
+            **grids,
+            num_warps=WARPS,
+        )
+        crossing.crossing_rows_kernel[(2 * step * diagonals * heads,)](
+            arrival,
+            point,
+            entry,
+            cell,
+            fine_value,
+            fine_slope,
+            fine_ties,
+            first_row,
+            *sizes,
+            limit,
+            SOFT=soft,
+            **grids,
+            num_warps=WARPS,
+        )
+    return first_row

@@ -1,0 +1,116 @@
+"""The causal selection by Triton kernels: the same integers and thresholds as plain PyTorch, in few launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.block_pattern.triton.work import on_device
+from sparsetrain_kernels.sparsek.causal_line import ONE, document_bounds
+from sparsetrain_kernels.sparsek.triton import selection
+from sparsetrain_kernels.sparsek.triton.search import NEVER, first_rows
+
+BLOCK = 256
+"""Tokens of a program that goes over the line once."""
+
+
+def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """The fields of :class:`~sparsetrain_kernels.sparsek.causal_selection.CausalSelection`."""
+    tokens, line, device = scores.shape[2], scores.numel(), scores.device
+    topk, window, sinks = (min(number, tokens) for number in (topk, window, sinks))
+    heads = line // tokens
+    with on_device(scores):
+        ordered, order, doc_start, doc_end = _sort(scores.reshape(heads, tokens), cu_seqlens)
+        packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
+        grid = (triton.cdiv(line, BLOCK),)
+        axis = torch.empty(line, dtype=torch.int64, device=device)
+        selection.selection_gaps_kernel[grid](ordered, doc_start, axis, line, tokens, **packed)
+        axis = axis.cumsum(0)
+
+        arrival, rank_arrival = torch.full((2, heads, tokens), NEVER, dtype=torch.int64, device=device).unbind()
+        rank = torch.empty((heads, tokens), dtype=torch.int64, device=device)
+        point = torch.empty((heads, 2 * tokens), dtype=torch.int64, device=device)
+        point_entry, point_key = torch.empty((2, heads, 2 * tokens), dtype=torch.int32, device=device).unbind()
+        rank_entry = torch.empty((heads, tokens), dtype=torch.int32, device=device)
+        place_of_points = torch.empty((2, line), dtype=torch.int32, device=device)
+        selection.selection_points_kernel[grid](
+            axis,
+            order,
+            doc_start,
+            doc_end,
+            arrival,
+            rank_arrival,
+            rank,
+            rank_entry,
+            point,
+            point_entry,
+            point_key,
+            place_of_points,
+            line,
+            tokens,
+            window,
+            sinks,
+            tokens.bit_length(),
+            **packed,
+        )
+        first_row = first_rows(arrival, point, point_entry, 2 * ONE, topk * 2 * ONE, soft=True)
+        better_row = first_rows(rank_arrival, rank, rank_entry, 1, topk - 1, soft=False)
+
+        exit, interior_start, interior_end, interior_size, saturated_size = torch.empty(
+            (5, *scores.shape), dtype=torch.int32, device=device
+        ).unbind()
+        counts, mass = torch.zeros((2, line + 1), dtype=torch.int64, device=device).unbind()
+        selection.selection_intervals_kernel[grid](
+            axis,
+            order,
+            doc_start,
+            doc_end,
+            first_row,
+            better_row,
+            place_of_points,
+            exit,
+            interior_start,
+            interior_end,
+            counts,
+            mass,
+            line,
+            tokens,
+            window,
+            sinks,
+            **packed,
+        )
+        threshold = torch.empty(scores.shape, dtype=scores.dtype, device=device)
+        selection.selection_thresholds_kernel[grid](
+            ordered,
+            axis,
+            doc_start,
+            first_row,
+            point_key,
+            counts.cumsum(0),
+            mass.cumsum(0),
+            threshold,
+            interior_size,
+            saturated_size,
+            line,
+            tokens,
+            window,
+            sinks,
+            topk,
+            (2 * tokens).bit_length(),
+            **packed,
+        )
+    return threshold, exit, interior_start, interior_end, interior_size, saturated_size
+
+
+def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Scores ascending within each document, of equal ones the older first; the tokens they are of; the documents."""
+    ordered, order = scores.sort(dim=-1, stable=True)
+    if cu_seqlens is None:
+        return ordered, order, None, None
+    start, end = document_bounds(scores.shape[1], cu_seqlens, scores.device)
+    # Also stable: within a document, the order by score stays.
+    by_document = start[order].argsort(dim=-1, stable=True)
+    return ordered.gather(-1, by_document), order.gather(-1, by_document), start, end
