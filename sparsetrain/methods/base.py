@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Unpack
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -45,6 +45,10 @@ class DenseLayerRule(Section):
 class MethodConfig(Section, ABC):
     """The ``attention`` section of a recipe: which method, its parameters, and which layers stay dense."""
 
+    new_modules: ClassVar[tuple[str, ...]] = ()
+    """Attribute names of the submodules :meth:`Method.attach` adds to an attention layer, which a run can train alone
+    or at a learning rate of their own, and which an adapter carries with it."""
+
     method: str
     dense_layers: list[int] | DenseLayerRule = []
     """Layers that stay as the model made them, which is full attention in most: a list of layer indices (negative ones
@@ -81,14 +85,83 @@ class MethodConfig(Section, ABC):
         """The object that attends for the layers using this method; ``num_kv_heads`` as in :meth:`pattern`."""
 
 
+class DecodeState(ABC):
+    """What one layer keeps of the past in generation, for a method that needs no cache of all keys and values."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first tokens."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Every row of the batch has read a token."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch (int64), in this order; a row may come more than once."""
+
+
 class Method(ABC):
     """How one method attends. Built once a model from its config and shared by all the layers that use it."""
 
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes."""
+    """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes: tensors
+    ``[B, heads, N]``, one value a token of the call."""
+
+    observing: bool = False
+    """While True, a method with telemetry keeps statistics of every call of :meth:`attend` for
+    :meth:`observations`."""
 
     def attach(self, layer: nn.Module, layer_index: int) -> None:  # noqa: B027 (most methods need nothing)
-        """Add what the method needs (submodules, forward pre-hooks) to one attention layer."""
+        """Add what the method needs (submodules, forward pre-hooks) to one attention layer.
+
+        A layer that already carries it, from an earlier call, keeps its weights.
+        """
+
+    def detach(self, layer: nn.Module) -> None:  # noqa: B027 (what was never attached need not go)
+        """Take away what :meth:`attach` added, before the layer takes another method.
+
+        The weights are set aside with the layer, so that attaching the method again brings them back: evaluating a
+        model dense in the middle of a run must not cost it what it has learned.
+        """
+
+    def new_state(self) -> DecodeState | None:
+        """The memory of one layer for generation, or None for a method that reads a cache of all keys and values."""
+        return None
+
+    def attend_with_state(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        state: Any,
+        starts: list[int] | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """:meth:`attend` for methods with a :meth:`new_state`: what is not in the arguments is in ``state``, and the
+        new tokens join it.
+
+        Args:
+            key, value: ``[B, Hkv, N, D]``, of the N new tokens only.
+            state: what :meth:`new_state` made for this layer.
+            starts: of each row, how many of the new tokens are padding on its left; None where none are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no state")
+
+    def begin_step(self, step: int, steps: int) -> None:  # noqa: B027 (most methods have no schedule)
+        """Told before every optimizer step: the 0-based ``step`` of a run of ``steps``."""
+
+    def observations(self) -> dict[str, float]:
+        """What was kept while :attr:`observing`, by names such as ``sparsek/kept_mass/layer_03``; then forgets it."""
+        return {}
 
     def density(self, length: int) -> float:
         """Share of the causal pairs of ``length`` tokens that are attended."""

@@ -15,10 +15,11 @@ from sparsetrain.methods.full import FullConfig
 from sparsetrain.methods.longnet import LongNetConfig
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.sliding import SlidingConfig
+from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.methods.stride import StrideConfig
 
 AttentionConfig = Annotated[
-    FullConfig | PowerConfig | SlidingConfig | StrideConfig | DilatedConfig | LongNetConfig,
+    FullConfig | PowerConfig | SlidingConfig | StrideConfig | DilatedConfig | LongNetConfig | SparseKConfig,
     Field(discriminator="method"),
 ]
 """The ``attention`` section of a recipe: the field ``method`` decides which of the configs it is."""
@@ -30,6 +31,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "stride": StrideConfig,
     "dilated": DilatedConfig,
     "longnet": LongNetConfig,
+    "sparsek": SparseKConfig,
 }
 """The config of each method by name."""
 
@@ -57,6 +59,8 @@ def _explain(problem: Any, config: type[MethodConfig]) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown(field, config.model_fields)
+    if not field:
+        return str(problem["ctx"]["error"])
     return f"{field}={problem['input']!r}: {problem['msg']}"
 
 

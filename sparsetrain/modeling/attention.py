@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.base import Method
+from sparsetrain.methods.base import DecodeState, Method
 
 ATTENTION_NAME = "sparsetrain"
 """The name in transformers' registries. Names with ``flash``, ``sdpa``, ``flex`` or ``/`` would be routed elsewhere."""
@@ -67,6 +67,7 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
+    sparsetrain_state: DecodeState | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' ``AttentionInterface`` calls it.
@@ -81,6 +82,8 @@ def attention_forward(
         sliding_window: the window of this layer in tokens, in models that have one.
         softcap: soft cap of the logits (Gemma-2).
         s_aux: ``[Hq]`` learned sink logits (gpt-oss).
+        sparsetrain_state: what the layer remembers in place of a cache, from :mod:`sparsetrain.modeling.cache`;
+            then ``M == N``.
         kwargs: ``cu_seqlens`` (int32 ``[documents + 1]``; transformers' ``cu_seq_lens_q`` means the same) or else
             ``position_ids`` tell the documents of a packed row apart: a new one starts where the position is not the
             previous one plus one.
@@ -127,14 +130,17 @@ def attention_forward(
     if plan.method is None:
         attend = partial(causal_attention, window=plan.window, **settings)
     else:
-        attend = partial(plan.method.attend, module, **settings, **extra)
+        attend = partial(plan.method.attend, module, **settings)
         if plan.window is not None:
             _check_cache_is_whole(plan, query, key, attention_mask, kwargs.get("position_ids"))
 
-    if attention_mask is not None:
-        out = _attend_padded(attend, query, key, value, attention_mask, kwargs, training=module.training)
+    if sparsetrain_state is not None and plan.method is not None:
+        attend = partial(plan.method.attend_with_state, module, state=sparsetrain_state, **settings, **extra)
+        out = _attend_remembering(attend, sparsetrain_state, query, key, value, attention_mask, kwargs, module.training)
+    elif attention_mask is not None:
+        out = _attend_padded(attend, query, key, value, extra, attention_mask, kwargs, training=module.training)
     else:
-        out = _attend_packed(attend, plan, query, key, value, kwargs, training=module.training)
+        out = _attend_packed(attend, plan, query, key, value, extra, kwargs, training=module.training)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -192,6 +198,7 @@ def _attend_padded(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    extra: dict[str, torch.Tensor],
     mask: torch.Tensor,
     kwargs: dict[str, Any],
     *,
@@ -201,6 +208,31 @@ def _attend_padded(
 
     Padding on the right needs nothing, as no earlier token sees it. Outputs at left padding are zero.
     """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    first, _ = _real_tokens(mask, num_queries, num_keys, kwargs, training=training)
+    rows_by_start: dict[int, list[int]] = {}
+    for row, start in enumerate(first):
+        rows_by_start.setdefault(start, []).append(row)
+    out = torch.zeros_like(query)
+    for start, rows in rows_by_start.items():
+        skipped = max(0, start - (num_keys - num_queries))
+        if skipped < num_queries:
+            # Extra inputs are of the tokens of this call, as queries are.
+            out[rows, :, skipped:] = attend(
+                query[rows, :, skipped:],
+                key[rows, :, start:],
+                value[rows, :, start:],
+                cu_seqlens=None,
+                q_start=None,
+                **{name: tensor[rows, :, skipped:] for name, tensor in extra.items()},
+            )
+    return out
+
+
+def _real_tokens(
+    mask: torch.Tensor, num_queries: int, num_keys: int, kwargs: dict[str, Any], *, training: bool
+) -> tuple[list[int], list[int]]:
+    """Index of the first and the last real token of each row among its keys, once it is sure that all between are."""
     if training:
         raise ModelError(
             "the batch is padded; pack documents into one row (position_ids that restart, or cu_seqlens) instead"
@@ -211,7 +243,6 @@ def _attend_padded(
         )
     if _explicit_documents(kwargs) is not None:
         raise ModelError("cu_seqlens is for packed rows without padding; drop the attention mask")
-    num_queries, num_keys = query.shape[2], key.shape[2]
     if mask.shape[1] < num_keys:
         raise ModelError(f"the attention mask covers {mask.shape[1]} tokens, but there are {num_keys} keys")
     mask = mask[:, -num_keys:].int()
@@ -225,18 +256,39 @@ def _attend_padded(
         both_real = mask[:, 1:].logical_and(mask[:, :-1])[:, 1 - num_queries :]
         if num_queries > 1 and bool(((position_ids.diff(dim=-1) != 1) & both_real).any()):
             raise ModelError("a padded row holds several documents (its positions restart); pack without padding")
+    # A row that is nothing but padding so far starts after it.
+    first = torch.where(real > 0, first, num_keys)
+    return first.tolist(), torch.where(real > 0, last, num_keys - 1).tolist()
 
-    rows_by_start: dict[int, list[int]] = {}
-    for row, start in enumerate(first.tolist()):
-        rows_by_start.setdefault(start, []).append(row)
-    out = torch.zeros_like(query)
-    for start, rows in rows_by_start.items():
-        skipped = max(0, start - (num_keys - num_queries))
-        if skipped < num_queries:
-            out[rows, :, skipped:] = attend(
-                query[rows, :, skipped:], key[rows, :, start:], value[rows, :, start:], cu_seqlens=None, q_start=None
+
+def _attend_remembering(
+    attend: Attend,
+    state: DecodeState,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    training: bool,
+) -> torch.Tensor:
+    """Attention of a layer that remembers the past by itself: the keys are those of this call only."""
+    tokens = query.shape[2]
+    starts = None
+    # In generation, a row that has begun has no more padding: nothing has to be read from the device.
+    if mask is not None and not (tokens == 1 and state.started):
+        width = mask.shape[-1]
+        first, last = _real_tokens(mask, tokens, width, kwargs, training=training)
+        starts = [max(0, start - (width - tokens)) for start in first]
+        if min(last) < width - 1:
+            raise ModelError(
+                "the batch is padded on the right, and what follows would see the padding; pad on the left"
             )
-    return out
+    elif mask is None and tokens > 1:
+        explicit = _explicit_documents(kwargs)
+        documents = [explicit] if explicit is not None else _documents(kwargs, query, training)
+        if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
+            raise ModelError("packed documents cannot share a key/value cache; pass use_cache=False")
+    return attend(query, key, value, starts=starts)
 
 
 def _attend_packed(
@@ -245,6 +297,7 @@ def _attend_packed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    extra: dict[str, torch.Tensor],
     kwargs: dict[str, Any],
     *,
     training: bool,
@@ -256,7 +309,7 @@ def _attend_packed(
         raise ModelError(f"cu_seqlens describes one packed row, but the batch has {batch}; join the rows into one")
     documents = [explicit] if explicit is not None else _documents(kwargs, query, training)
     if documents is None:
-        return attend(query, key, value, cu_seqlens=None, q_start=None)
+        return attend(query, key, value, cu_seqlens=None, q_start=None, **extra)
 
     several = any(cu_seqlens.numel() > 2 for cu_seqlens in documents)
     if num_keys > num_queries or (several and kwargs.get("use_cache")):
@@ -266,10 +319,11 @@ def _attend_packed(
             "this model also mixes tokens outside attention (state-space, convolution or linear attention layers), so "
             "packed documents would leak into each other; set sequence.packing: false and train.micro_batch: 1"
         )
-    rows = [
-        attend(query[i : i + 1], key[i : i + 1], value[i : i + 1], cu_seqlens=cu_seqlens, q_start=None)
-        for i, cu_seqlens in enumerate(documents)
-    ]
+    rows = []
+    for i, cu_seqlens in enumerate(documents):
+        q, k, v = (tensor[i : i + 1] for tensor in (query, key, value))
+        own = {name: tensor[i : i + 1] for name, tensor in extra.items()}
+        rows.append(attend(q, k, v, cu_seqlens=cu_seqlens, q_start=None, **own))
     return torch.cat(rows)
 
 

@@ -14,6 +14,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, LayerPlan
+from sparsetrain.modeling.cache import forget_state, keep_state
 
 RECORD_FORMAT = 1
 """Raised when an older sparsetrain would misread the record in a model's config."""
@@ -55,15 +56,25 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
         raise ModelError(f"{type(model).__name__} holds no transformers model that owns its attention layers")
     owner.set_attn_implementation(ATTENTION_NAME)
     for module, plan in zip(modules, plans, strict=True):
-        setattr(module, PLAN_ATTRIBUTE, plan)
-        if plan.method is not None:
-            plan.method.attach(module, plan.index)
+        put_method(module, plan)
     model.config.sparsetrain = {  # type: ignore[union-attr]
         "format": RECORD_FORMAT,
         "version": __version__,
         "attention": config.model_dump(mode="json"),
     }
     return model
+
+
+def put_method(module: nn.Module, plan: LayerPlan) -> None:
+    """Put a layer's plan in the place of the one it had."""
+    old: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
+    if old is not None and old.method is not None:
+        forget_state(module)
+        old.method.detach(module)
+    setattr(module, PLAN_ATTRIBUTE, plan)
+    if plan.method is not None:
+        plan.method.attach(module, plan.index)
+        keep_state(module, plan.method)
 
 
 def sparse_layers(model: nn.Module) -> list[tuple[int, nn.Module, Method | None]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sparsetrain import __version__
 from sparsetrain.errors import ModelError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import ModelSection
 
 RECORD_FILE = "sparsetrain.json"
+HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
+"""Arguments of ``from_pretrained`` that say where a checkpoint lies."""
+
 OWN_MODELS = "sparsetrain:"
 """Prefix of the checkpoints that ship with the package."""
 
@@ -66,7 +70,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Raises:
-        ModelError: the folder cannot be read, records no method, or was written by a newer sparsetrain.
+        ModelError: the folder cannot be read, records no method, lacks the weights of what the method adds to the
+            model, or was written by a newer sparsetrain.
     """
     if "attn_implementation" in kwargs:
         raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
@@ -80,7 +85,14 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
-    return sparsify(model, attention)
+    sparsify(model, attention)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+    if not _restore_new_modules(model, attention, path, hub):
+        raise ModelError(
+            f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
+            "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
+        )
+    return model
 
 
 def load_model(
@@ -88,7 +100,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer a recipe names, with its attention method put in.
 
-    A method that the checkpoint records gives way to ``attention``.
+    A method that the checkpoint records gives way to ``attention``. Where both are the same one, the modules it has
+    added keep the checkpoint's weights.
 
     Args:
         section: the recipe's ``model`` section.
@@ -112,7 +125,11 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return sparsify(model, attention), tokenizer
+    attention, recorded = parse_attention(attention), getattr(config, "sparsetrain", None)
+    sparsify(model, attention)
+    if path and recorded and recorded.get("attention", {}).get("method") == attention.method:
+        _restore_new_modules(model, attention, path, {"revision": section.revision})
+    return model, tokenizer
 
 
 def check_positions(model: PreTrainedModel, length: int) -> None:
@@ -128,6 +145,51 @@ def check_positions(model: PreTrainedModel, length: int) -> None:
             f"sequence.length={length} is beyond the model's max_position_embeddings={limit}; to train it for longer "
             f"contexts say so: model.config_overrides={{max_position_embeddings: {length}}}"
         )
+
+
+def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: str, hub: dict[str, Any]) -> bool:
+    """Give the modules that the method has added their weights from a checkpoint: transformers drops them in loading.
+
+    Returns:
+        False if the checkpoint holds none of them.
+
+    Raises:
+        ModelError: it holds only some, or some of another shape.
+    """
+    added = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in attention.new_modules}
+    wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
+    saved = _read_tensors(path, wanted.keys(), hub)
+    if not saved:
+        return not wanted
+    for name, tensor in wanted.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            found = f"a tensor of shape {tuple(saved[name].shape)}" if name in saved else "nothing"
+            raise ModelError(
+                f"{path} holds {found} for {name}, where attention.method={attention.method} needs one of shape "
+                f"{tuple(tensor.shape)}; give the attention section that the checkpoint was trained with"
+            )
+    for name, module in added.items():
+        module.load_state_dict({key: saved[f"{name}.{key}"] for key in module.state_dict()})
+    return True
+
+
+def _read_tensors(path: str, names: Iterable[str], hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of the tensors that a checkpoint holds, local or on the Hub, in one safetensors file or in several."""
+
+    def locate(file: str) -> str | None:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
+
+    index, wanted = locate(SAFE_WEIGHTS_INDEX_NAME), set(names)
+    if index is None:
+        files = {SAFE_WEIGHTS_NAME} if wanted else set()
+    else:
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        files = {shards[name] for name in wanted & shards.keys()}
+    found: dict[str, torch.Tensor] = {}
+    for file in filter(None, map(locate, files)):
+        with safe_open(file, framework="pt") as weights:
+            found |= {name: weights.get_tensor(name) for name in wanted & set(weights.keys())}
+    return found
 
 
 def _recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:

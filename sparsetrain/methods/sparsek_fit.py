@@ -1,0 +1,89 @@
+"""Fit a scorer to the attention that keys really receive: ridge regression in closed form, without a gradient step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain.methods.sparsek_scorer import find_places
+
+MIN_ROWS = 32
+"""Keys that fewer queries see from behind their window tell too little."""
+
+TILE_LOGITS = 1 << 26
+"""Logits that are formed at a time."""
+
+
+class ScorerFit:
+    """The normal equations of one layer, summed over batches.
+
+    A key's target is the logarithm of the attention it receives from beyond its window, relative to uniform attention:
+    the mean over those queries of its weight times the number of keys the query sees, averaged over the query heads
+    that share a selection. That is the score it would have to have to be kept as long as it is read.
+
+    Args:
+        heads: scores a token.
+        window, sinks: as in :class:`~sparsetrain.methods.sparsek.SparseKConfig`.
+    """
+
+    def __init__(self, heads: int, window: int, sinks: int) -> None:
+        self.heads, self.window, self.sinks = heads, window, sinks
+        self.count = 0
+        self._sums: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def add(self, hidden: Tensor, query: Tensor, key: Tensor, scale: float, cu_seqlens: Tensor | None) -> None:
+        """Take in one call of the layer.
+
+        Args:
+            hidden: the layer's input ``[B, N, width]``.
+            query: ``[B, Hq, N, D]``.
+            key: ``[B, H, N, D]``.
+            scale: factor on the logits.
+            cu_seqlens: int32 ``[documents + 1]`` for packed rows.
+        """
+        mass, rows = received_attention(query, key, self.heads, self.window, scale, cu_seqlens)
+        position = find_places(query.shape[2], cu_seqlens, query.device).position
+        told = (rows >= MIN_ROWS) & (position >= self.sinks)
+        x = hidden[:, told].flatten(0, 1).double()
+        y = mass[:, :, told].clamp(min=1e-6).log().double().transpose(1, 2).flatten(0, 1)
+        new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+        self._sums = new if self._sums is None else tuple(a + b for a, b in zip(self._sums, new))  # type: ignore[assignment]
+        self.count += x.shape[0]
+
+    def weight(self, ridge: float) -> Tensor:
+        """The fitted weights, fp64 ``[heads, width]``; ``ridge`` is relative to the mean variance of an input."""
+        assert self._sums is not None, "at least one batch is added first"
+        sum_x, sum_y, xx, xy = (total / self.count for total in self._sums)
+        covariance = xx - sum_x[:, None] * sum_x
+        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+        return torch.linalg.solve(covariance, xy - sum_x[:, None] * sum_y).T
+
+
+def received_attention(
+    query: Tensor, key: Tensor, heads: int, window: int, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What each key receives of the attention from beyond its window, relative to uniform attention.
+
+    In tiles of queries: memory is linear in N.
+
+    Returns:
+        Mean over those queries ``[B, heads, N]``, fp32 (1 for uniform attention), and their number ``[N]``.
+    """
+    batch, query_heads, length, _ = query.shape
+    position, first = find_places(length, cu_seqlens, query.device)
+    row = torch.arange(length, device=query.device)
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    received = torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
+    rows = torch.zeros(length, dtype=torch.int64, device=query.device)
+    tile = max(1, TILE_LOGITS // (batch * query_heads * length))
+    for start in range(0, length, tile):
+        own = slice(start, start + tile)
+        seen = (row <= row[own, None]) & (row >= first[own, None])
+        far = seen & (row <= row[own, None] - window)
+        logits = grouped[:, :, :, own].float() @ key[:, :, None].float().transpose(-1, -2) * scale
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        relative = weights * (position[own, None] + 1) * far
+        received += relative.sum(dim=-2).flatten(1, 2).unflatten(1, (heads, -1)).mean(dim=2)
+        rows += far.sum(dim=0)
+    return received / rows.clamp(min=1), rows

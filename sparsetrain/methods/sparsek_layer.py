@@ -1,0 +1,106 @@
+"""How the scorer becomes a part of an attention layer, and leaves it again."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.sparsek_scorer import SparseKScorer
+
+if TYPE_CHECKING:
+    from sparsetrain.methods.sparsek import SparseKConfig
+
+SCORER = "sparsek_scorer"
+"""Name of the scorer among the layer's submodules."""
+
+ASIDE = "sparsek_scorer_aside"
+"""Where a scorer waits while its layer attends by another method: an attribute, so that nothing trains or saves it."""
+
+HOOK = "sparsek_hook"
+
+
+def attach_scorer(layer: Any, layer_index: int, config: SparseKConfig, heads: int) -> None:
+    """Give an attention layer a scorer, or the one back that was set aside, and score its input before each call.
+
+    A scorer that does not fit ``config`` (other heads, normalisation or training) gives way to a new one.
+
+    Raises:
+        ModelError: the layer's attention has a part SparseK does not compute, or its weights are not on a device.
+    """
+    _check(layer, layer_index)
+    if config.scorer == "random":
+        return
+    scorer = layer.__dict__.pop(ASIDE, None)
+    if scorer is None or not _fits(scorer, config, heads):
+        scorer = _new_scorer(layer.config.hidden_size, config, heads)
+    weight = _model_weight(layer, layer_index)
+    layer.add_module(SCORER, scorer.to(device=weight.device, dtype=weight.dtype))
+    names = list(inspect.signature(layer.forward).parameters)
+    setattr(layer, HOOK, layer.register_forward_pre_hook(partial(_score_input, names), with_kwargs=True))
+
+
+def detach_scorer(layer: Any) -> None:
+    """Remove the hook and set the scorer aside."""
+    hook = layer.__dict__.pop(HOOK, None)
+    if hook is not None:
+        hook.remove()
+        layer.__dict__[ASIDE] = layer._modules.pop(SCORER)
+
+
+def _score_input(
+    names: list[str], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook: the scores of the layer's input travel through its keyword arguments to its attention."""
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    scorer: SparseKScorer = layer.get_submodule(SCORER)
+    if not scorer.ready:
+        raise ModelError(
+            "attention.init=attention: the scorers are fitted to the model's attention on text; call "
+            "sparsetrain.modeling.calibrate_scorers(model, batches) first, or set init: normal"
+        )
+    scores, gain = scorer(arguments["hidden_states"])
+    extra = {"sparsek_scores": scores} if gain is None else {"sparsek_scores": scores, "sparsek_gain": gain}
+    return args, {**kwargs, **extra}
+
+
+def _check(layer: Any, layer_index: int) -> None:
+    name, parameters = type(layer).__name__, inspect.signature(layer.forward).parameters
+    for attribute, meaning in (("attn_logit_softcapping", "soft-capped logits"), ("sinks", "learned sink logits")):
+        if getattr(layer, attribute, None) is not None:
+            raise ModelError(f"layer {layer_index} ({name}) has {meaning}, which SparseK attention does not compute")
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "hidden_states" not in parameters or not takes_more:
+        raise ModelError(
+            f"layer {layer_index} ({name}) does not hand further arguments on to its attention, so SparseK's scores "
+            "cannot reach it"
+        )
+
+
+def _model_weight(layer: Any, layer_index: int) -> torch.Tensor:
+    """A weight that tells device and dtype of the layer (quantised ones are not in its dtype)."""
+    weights = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
+    if any(weight.is_meta for weight in layer.parameters()):
+        raise ModelError(
+            f"the weights of layer {layer_index} are offloaded; load the model onto devices only (device_map) before "
+            "it takes SparseK"
+        )
+    return weights[0] if weights else torch.empty(0, dtype=torch.bfloat16, device=next(layer.parameters()).device)
+
+
+def _fits(scorer: SparseKScorer, config: SparseKConfig, heads: int) -> bool:
+    wanted = (heads, config.normalize, config.scorer == "learned")
+    return (scorer.heads, scorer.normalize, scorer.trainable) == wanted
+
+
+def _new_scorer(width: int, config: SparseKConfig, heads: int) -> SparseKScorer:
+    scorer = SparseKScorer(width, heads, normalize=config.normalize, trainable=config.scorer == "learned")
+    scorer.ready = config.init != "attention"
+    if config.init in (None, "normal"):
+        # Inputs are normalised to a mean square of 1, so that scores have a variance of 1.
+        nn.init.normal_(scorer.weight, std=width**-0.5)
+    return scorer

@@ -1,0 +1,205 @@
+"""The scores by which tokens compete: a linear network, timestep normalisation, and a slope (2406.16747, 3).
+
+The network is a submodule of the attention layer and runs once a call, before the layer: what it returns is linear in
+the input and knows no documents. Normalisation and slope count tokens from the start of their document, so they follow
+where the documents are known, in the layer's attention.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-5
+"""Added to the variance, as in Megalodon (2404.08801, 3.2): the first token of a document has none."""
+
+CHUNK = 8192
+"""Tokens that are lifted to fp32 at a time."""
+
+
+class SparseKScorer(nn.Module):
+    """One linear score a token and head, without activation or bias, and the gain of the normalisation.
+
+    There is no learned offset: adding a constant to all scores of a head moves its threshold by as much and changes
+    neither selection nor gates, so it would never get a gradient.
+
+    Args:
+        width: width of the layer's input.
+        heads: scores a token: the KV heads, or 1 where they share a selection.
+        normalize: scores are normalised, so their size is a parameter of its own: the gain, which acts as an inverse
+            temperature of the soft selection.
+        trainable: False makes the weights buffers: saved with the model, but nothing an optimizer could find.
+    """
+
+    def __init__(self, width: int, heads: int, *, normalize: bool, trainable: bool) -> None:
+        super().__init__()
+        self.heads, self.normalize, self.trainable = heads, normalize, trainable
+        self.ready = True
+        """False while the weights still wait to be fitted (``init: attention``)."""
+        self.weight: Tensor
+        self.gain: Tensor
+        self._register("weight", torch.zeros(heads, width))
+        if normalize:
+            self._register("gain", torch.ones(heads))
+
+    def _register(self, name: str, tensor: Tensor) -> None:
+        if self.trainable:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.ready = self.ready or f"{prefix}weight" in state_dict
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores before normalisation, and the gain at every token.
+
+        Computed in fp32 from whatever dtype the weights and inputs have, under autocast too (fp64 for fp64 inputs):
+        in bf16, tens of thousands of scores would share a few hundred values and ties would decide. An engine that
+        casts the model to bf16 stores these weights in bf16 as well; its optimizer keeps the fp32 master.
+
+        Args:
+            hidden_states: the layer's input ``[B, N, width]``.
+
+        Returns:
+            Scores ``[B, heads, N]``, and the gain expanded to the same shape (no memory of its own) or None without
+            normalisation.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = _WideLinear.apply(hidden_states, self.weight).transpose(1, 2)
+            if not self.normalize:
+                return scores, None
+            return scores, self.gain.to(scores.dtype)[:, None].expand_as(scores)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x @ weight.T`` in fp32 that keeps for backward only ``x`` as it came, which the layer's projections keep too.
+
+    A plain ``linear(x.float(), ...)`` would keep an fp32 copy of the input of every layer.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        w = weight.to(dtype).t()
+        pieces = [piece.to(dtype) @ w for piece in x.split(CHUNK, dim=1)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
+        if not need_weight:
+            return grad_x, None
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for g, piece in zip(grad.split(CHUNK, dim=1), x.split(CHUNK, dim=1), strict=True):
+            grad_weight += torch.einsum("bnh,bnw->hw", g, piece.to(g.dtype))
+        return grad_x, grad_weight.to(weight.dtype)
+
+
+class Moments(NamedTuple):
+    """What normalisation remembers of the tokens before: their sum and sum of squares, fp64 ``[B, heads]``."""
+
+    total: Tensor
+    squares: Tensor
+
+
+class Places(NamedTuple):
+    """Where the tokens of one call stand in their documents: int64 ``[N]`` or ``[B, N]``."""
+
+    position: Tensor
+    """Position within the document."""
+    first: Tensor
+    """Index along N of the document's first token; below 0 where the document began in an earlier call."""
+
+
+def find_places(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Places:
+    """The places of ``length`` tokens of one document, or of the packed documents ``cu_seqlens``. Never syncs."""
+    row = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return Places(row, torch.zeros_like(row))
+    bounds = cu_seqlens.to(device=device, dtype=torch.int64)
+    first = bounds[torch.searchsorted(bounds, row, right=True) - 1]
+    return Places(row - first, first)
+
+
+def timestep_norm(scores: Tensor, places: Places, moments: Moments | None = None) -> tuple[Tensor, Moments]:
+    """Normalise each score by mean and variance of the scores of its document up to and including its own.
+
+    Scores of the past never change when a token is added, so a token keeps the score it entered with. Sums run in
+    fp64: at a million tokens a sum in fp32 has drifted by more than the scores' differences.
+
+    Args:
+        scores: ``[B, heads, N]``.
+        places: places of the N tokens.
+        moments: of the same documents' tokens in earlier calls.
+
+    Returns:
+        fp64 ``[B, heads, N]``, and the moments after the last token.
+    """
+    wide = scores.double()
+    total = _sum_so_far(wide, places, moments and moments.total)
+    squares = _sum_so_far(wide * wide, places, moments and moments.squares)
+    count = _per_head(places.position + 1)
+    mean = total / count
+    variance = (squares / count - mean * mean).clamp(min=0.0)
+    return (wide - mean) * (variance + EPSILON).rsqrt(), Moments(total[..., -1].detach(), squares[..., -1].detach())
+
+
+def _sum_so_far(values: Tensor, places: Places, before: Tensor | None) -> Tensor:
+    """Running sums ``[B, heads, N]`` that start anew with each document, or go on from ``before``."""
+    running = values.cumsum(dim=-1)
+    if before is not None:
+        return running + before[..., None]
+    ahead = torch.nn.functional.pad(running, (1, 0))
+    return running - ahead.gather(-1, _per_head(places.first).expand_as(values))
+
+
+def _per_head(places: Tensor) -> Tensor:
+    """``[N]`` or ``[B, N]`` as it broadcasts over ``[B, heads, N]``."""
+    return places if places.dim() == 1 else places[:, None]
+
+
+def place_scores(
+    linear: Tensor, gain: Tensor | None, places: Places, slope: float, moments: Moments | None = None
+) -> tuple[Tensor, Moments | None]:
+    """The scores that compete: normalised if there is a gain, plus ``slope`` times the position.
+
+    The slope joins after the normalisation. Before it, the slope's own spread would grow with the text until the
+    normalised scores said where a token stands and nothing else.
+
+    Returns:
+        Scores ``[B, heads, N]`` in the dtype of ``linear`` (fp32 or fp64), and the moments after the last token.
+    """
+    scores: Tensor = linear.double()
+    after = None
+    if gain is not None:
+        scores, after = timestep_norm(linear, places, moments)
+        scores = scores * gain
+    return (scores + slope * _per_head(places.position)).to(linear.dtype), after
+
+
+def hashed_scores(heads: int, layer_index: int, places: Places, *, like: Tensor) -> Tensor:
+    """Scores of ``scorer: random``: standard normal numbers that depend on layer, head and position alone.
+
+    Returns:
+        ``[B, heads, N]`` for a batch of queries ``like`` ``[B, Hq, N, D]``, fp32 or fp64.
+    """
+    head = torch.arange(heads, device=like.device)[:, None] + heads * layer_index
+    bits = _per_head(places.position) * 0x9E3779B1 + head * 0x85EBCA77
+    for multiplier in (0x7FEB352D, 0x846CA68B):  # a 32-bit integer hash ("lowbias32")
+        bits = bits & 0xFFFFFFFF
+        bits = (bits ^ (bits >> 16)) * multiplier
+    uniform = ((bits & 0xFFFFFFFF) >> 8).double().add(0.5) / 2**24
+    scores = math.sqrt(2.0) * torch.erfinv(2.0 * uniform - 1.0)
+    return scores.to(torch.promote_types(like.dtype, torch.float32)).expand(like.shape[0], -1, -1)
