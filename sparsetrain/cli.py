@@ -143,8 +143,8 @@ def evaluate_folder(
             raise RecipeError(f"{override} has no effect here: the folder says what is evaluated, the recipe only how")
     loaded = load_recipe(recipe, overrides or [])
     section = loaded.recipe.eval
-    if section.perplexity is None and section.passkey is None:
-        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity or eval.passkey")
+    if section.empty:
+        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity, eval.passkey or eval.recall")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no model (no config.json); give the final/ folder of a run")
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
@@ -178,6 +178,29 @@ def evaluate_folder(
     print_results({str(folder): result})
     if output is not None:
         output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def export(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold LoRA adapters into the base: an ordinary model comes out.")
+    ] = False,
+) -> None:
+    """Write what a run trained as a folder to give away, with a model card: recipe, versions and evaluation.
+
+    \b
+    Examples:
+      sparsetrain export runs/qwen3-8b-sparsek-lora-64k my-adapters
+      sparsetrain export runs/qwen3-8b-sparsek-lora-64k my-model --merge
+    """
+    from sparsetrain.training.publish import publish
+
+    card = publish(run_folder, out, merge=merge)
+    print(f"{out}: read {card}, then load it with sparsetrain.load({str(out)!r})")
 
 
 @app.command()
@@ -406,6 +429,109 @@ def power(
 
 
 @benchmarks.command()
+def sparsek(
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens, commas between; by default 8192,32768,131072,524288, and 1024,4096 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
+        ),
+    ] = None,
+    topk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Selected keys a row; by default 1024, with --crossover 512, and 128 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Last tokens, the query's own included; by default as topk.", show_default=False),
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens, which every query reads.")] = 4,
+    gate: Annotated[str, typer.Option(help="value (the paper's), log or straight.")] = "value",
+    scores: Annotated[
+        str,
+        typer.Option(
+            help="normal: 0.7 times standard normal, alike for all tokens, so that selected keys lie anywhere, the"
+            " worst case; drift: newer tokens have larger ones."
+        ),
+    ] = "normal",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    crossover: Annotated[
+        bool,
+        typer.Option(
+            "--crossover",
+            help="From which length on SparseK is faster than FA2: other defaults, topk and window of 512 and lengths"
+            " of 1024 to 16384.",
+        ),
+    ] = False,
+    opponents: Annotated[
+        str | None,
+        typer.Option(
+            help="ours, cudnn, fa2, fa4; without a GPU: ours, sdpa. Commas between, or all, which is the default;"
+            " with --crossover it is ours,fa2.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
+    check: Annotated[bool, typer.Option(help="First compare outputs and gradients; what fails is not ranked.")] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
+    ] = None,
+) -> None:
+    """Time SparseK in training, selection and attention with all gradients, beside dense attention.
+
+    A dense call of more than about two seconds is measured once. What is not installed, or runs out of memory, is
+    reported with the reason and stops nothing else.
+
+    Without a GPU it times the plain PyTorch path on short lengths.
+
+    \b
+    Examples:
+      sparsetrain bench sparsek
+      sparsetrain bench sparsek --output bench
+      sparsetrain bench sparsek --crossover
+      sparsetrain bench sparsek --scores drift --gate log --lengths 131072
+      sparsetrain bench sparsek --lengths 1048576 --heads 8 --kv-heads 2 --opponents ours,cudnn
+    """
+    from sparsetrain.bench.command import run_sparsek
+
+    run_sparsek(
+        output=output,
+        lengths=lengths,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        topk=topk,
+        window=window,
+        sinks=sinks,
+        gate=gate,
+        scores=scores,
+        batch=batch,
+        crossover=crossover,
+        opponents=opponents,
+        budget_ms=budget,
+        check=check,
+    )
+
+
+@benchmarks.command()
 def step(
     shape: Annotated[
         str | None,
@@ -462,6 +588,14 @@ def decode(
     block: Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")] = 256,
     window: Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")] = 5,
     sinks: Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")] = 1,
+    topk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keys that SparseK selects, and of its window; by default 1024, and 128 without a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         int | None,
         typer.Option(
@@ -473,7 +607,8 @@ def decode(
     opponents: Annotated[
         str,
         typer.Option(
-            help="ours, flash, cudnn, efficient, math, varlen; without a GPU: ours, sdpa. Commas between, or all."
+            help="ours, sparsek, flash, cudnn, efficient, math, varlen; without a GPU: ours, sparsek, sdpa. Commas"
+            " between, or all."
         ),
     ] = "all",
     budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
@@ -482,7 +617,7 @@ def decode(
         Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
     ] = None,
 ) -> None:
-    """Time a decoding step of PowerAttention beside attention over the whole cache.
+    """Time a decoding step of PowerAttention and of SparseK beside attention over the whole cache.
 
     One new token a sequence, as a CUDA graph. Beside each time stands the floor: the bytes that the method must read
     at the bandwidth of a copy.
@@ -508,6 +643,7 @@ def decode(
         block=block,
         window=window,
         sinks=sinks,
+        topk=topk,
         layers=layers,
         opponents=opponents,
         budget_ms=budget,

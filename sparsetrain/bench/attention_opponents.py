@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,12 @@ from sparsetrain_kernels import block_pattern_attention, causal_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsetrain.bench.problem import Problem, Tensors
+from sparsetrain.bench.problem import CausalProblem, Problem, Tensors
 from sparsetrain.bench.timing import Unavailable, once_ms, peak
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+P = TypeVar("P", bound=CausalProblem)
+AnyP = TypeVar("AnyP", bound=CausalProblem, contravariant=True)
+Attention = Callable[..., Tensor]
 
 
 class Layout(NamedTuple):
@@ -37,7 +39,7 @@ class Prepared:
     """An implementation that is ready for one problem."""
 
     attend: Attention
-    """From query, key and value to the output, all in ``layout``."""
+    """From query, key and value, all in ``layout``, to the output; from the scores too where there is ``select``."""
     layout: Layout = HEADS_FIRST
     repeat: int = 1
     """How often each KV head is repeated beforehand, for an implementation that does not share them."""
@@ -45,33 +47,37 @@ class Prepared:
     """Time to build the mask once everything is compiled."""
     mask_bytes: int | None = None
     """Memory allocated at the peak of building it."""
+    select: Callable[[Tensor], Tensor] | None = None
+    """The part of ``attend`` that selects keys, from scores to something with a gradient that has their shape."""
     note: str = ""
 
     def leaves(self, tensors: Tensors) -> tuple[list[Tensor], Tensor]:
-        """Query, key and value in the layout, requiring gradients, and the gradient that arrives at the output."""
-        query, key, value, upstream = tensors
+        """The arguments of ``attend``, requiring gradients, and the gradient that arrives at the output."""
+        query, key, value, upstream, scores = tensors
         if self.repeat > 1:
             key, value = (tensor.repeat_interleave(self.repeat, 1) for tensor in (key, value))
         inputs = [self.layout.arrange(tensor).detach().requires_grad_() for tensor in (query, key, value)]
+        if self.select is not None and scores is not None:
+            inputs.append(scores.detach().requires_grad_())
         return inputs, self.layout.arrange(upstream)
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Opponent(Generic[AnyP]):
     """One implementation, ours among them."""
 
     name: str
     title: str
     sparse: bool
-    """Whether it computes the pattern; otherwise everything before a token."""
-    prepare: Callable[[Problem, Tensors], Prepared]
+    """Whether it computes the pattern or the selection; otherwise everything before a token."""
+    prepare: Callable[[AnyP, Tensors], Prepared]
     """Raises whatever goes wrong; :class:`Unavailable` with the reason where the machine lacks something."""
     devices: tuple[str, ...] = ("cuda",)
     packed: tuple[bool, ...] = (False, True)
     """Whether it takes single sequences, packed documents, or both."""
 
 
-def opponents_for(device: str, packed: bool) -> dict[str, Opponent]:
+def opponents_for(device: str, packed: bool) -> dict[str, Opponent[Problem]]:
     """The implementations that fit, by name."""
     return {each.name: each for each in OPPONENTS if device in each.devices and packed in each.packed}
 
@@ -128,7 +134,7 @@ def _flex_attention(problem: Problem, kernel_options: dict[str, Any] | None) -> 
     return Prepared(attend, mask_ms=mask_ms, mask_bytes=mask_bytes, note=note)
 
 
-def _cudnn(problem: Problem, tensors: Tensors) -> Prepared:
+def _cudnn(problem: CausalProblem, tensors: Tensors) -> Prepared:
     attend = _scaled_dot_product(SDPBackend.CUDNN_ATTENTION)
     try:
         attend(tensors.query, tensors.key, tensors.value)
@@ -143,11 +149,11 @@ def _cudnn(problem: Problem, tensors: Tensors) -> Prepared:
     return Prepared(attend)
 
 
-def _flash_attention_2(problem: Problem, tensors: Tensors) -> Prepared:
+def _flash_attention_2(problem: CausalProblem, tensors: Tensors) -> Prepared:
     return Prepared(_scaled_dot_product(SDPBackend.FLASH_ATTENTION))
 
 
-def _sdpa(problem: Problem, tensors: Tensors) -> Prepared:
+def _sdpa(problem: CausalProblem, tensors: Tensors) -> Prepared:
     """Whatever torch's attention does here; one call a packed document."""
     cu_seqlens = problem.cu_seqlens()
 
@@ -165,7 +171,7 @@ def _scaled_dot_product(backend: SDPBackend) -> Attention:
     return attend
 
 
-def _flash_attention_4(problem: Problem, tensors: Tensors) -> Prepared:
+def _flash_attention_4(problem: CausalProblem, tensors: Tensors) -> Prepared:
     flash_attn_func = _flash_attn_cute().flash_attn_func
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -175,7 +181,7 @@ def _flash_attention_4(problem: Problem, tensors: Tensors) -> Prepared:
     return Prepared(attend, TOKENS_FIRST)
 
 
-def _varlen(problem: Problem, tensors: Tensors) -> Prepared:
+def _varlen(problem: CausalProblem, tensors: Tensors) -> Prepared:
     try:
         from torch.nn.attention import varlen
     except ImportError as error:
@@ -206,14 +212,17 @@ def _flash_attn_cute() -> Any:
     return importlib.import_module("flash_attn.cute")
 
 
-OPPONENTS = (
-    Opponent("ours", "sparsetrain", True, _ours, devices=("cuda", "cpu")),
-    Opponent("ours-triton", "sparsetrain, plain Triton", True, _ours_triton),
-    Opponent("flex", "Flex, Triton", True, _flex),
-    Opponent("flex-flash", "Flex, FLASH (FA4)", True, _flex_flash),
+DENSE: tuple[Opponent[CausalProblem], ...] = (
     Opponent("cudnn", "cuDNN, dense", False, _cudnn, packed=(False,)),
     Opponent("fa2", "FA2 of torch, dense", False, _flash_attention_2, packed=(False,)),
     Opponent("fa4", "FA4, dense", False, _flash_attention_4, packed=(False,)),
     Opponent("varlen", "FA2 varlen, dense", False, _varlen, packed=(True,)),
     Opponent("sdpa", "SDPA of torch, dense", False, _sdpa, devices=("cpu",)),
+)
+OPPONENTS: tuple[Opponent[Problem], ...] = (
+    Opponent("ours", "sparsetrain", True, _ours, devices=("cuda", "cpu")),
+    Opponent("ours-triton", "sparsetrain, plain Triton", True, _ours_triton),
+    Opponent("flex", "Flex, Triton", True, _flex),
+    Opponent("flex-flash", "Flex, FLASH (FA4)", True, _flex_flash),
+    *DENSE,
 )

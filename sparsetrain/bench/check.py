@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from sparsetrain_kernels import block_pattern_attention_dense, causal_attention_dense
+from sparsetrain_kernels import causal_attention_dense
 from torch import Tensor
 
 from sparsetrain.bench.attention_opponents import Prepared
-from sparsetrain.bench.problem import Problem, Tensors
+from sparsetrain.bench.problem import CausalProblem, Tensors
 
 ROWS = 128
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -24,6 +24,8 @@ class Answer(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+    scores: Tensor | None = None
+    """``[batch, kv_heads, tokens]``, of an implementation that selects by them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Check:
     against: str
     tolerance: float
     errors: tuple[float, ...] = ()
-    """Relative RMS errors of the output and of the gradients of query, key and value, each in its worst 128 rows."""
+    """Relative RMS errors of the output and of the gradients of query, key and value, each in its worst 128 rows, and
+    of the gradient of the scores where there are some."""
     reason: str = ""
     """Why there are no errors."""
 
@@ -58,31 +61,36 @@ def answer(prepared: Prepared, tensors: Tensors) -> Answer:
     inputs, upstream = prepared.leaves(tensors)
     out = prepared.attend(*inputs)
     gradients = torch.autograd.grad(out, inputs, upstream)
-    out, query, key, value = (prepared.layout.restore(tensor) for tensor in (out.detach(), *gradients))
+    out, query, key, value = (prepared.layout.restore(tensor) for tensor in (out.detach(), *gradients[:3]))
     if prepared.repeat > 1:
         key, value = (tensor.unflatten(1, (-1, prepared.repeat)).sum(2) for tensor in (key, value))
-    return Answer(out, query, key, value)
+    return Answer(out, query, key, value, *gradients[3:])
 
 
-def oracle(problem: Problem, tensors: Tensors, sparse: bool) -> Answer:
+def oracle(problem: CausalProblem, tensors: Tensors, sparse: bool) -> Answer:
     """The definition in fp32, under the whole mask: for short lengths only."""
-    query, key, value = (tensor.detach().float().requires_grad_() for tensor in tensors[:3])
+    scores = [tensors.scores] if sparse and tensors.scores is not None else []
+    inputs = [tensor.detach().float().requires_grad_() for tensor in (*tensors[:3], *scores)]
     if sparse:
-        out, _ = block_pattern_attention_dense(query, key, value, problem.pattern, cu_seqlens=problem.cu_seqlens())
+        out = problem.definition(*inputs)
     else:
-        out, _ = causal_attention_dense(query, key, value, cu_seqlens=problem.cu_seqlens())
-    return Answer(out.detach(), *torch.autograd.grad(out, (query, key, value), tensors.upstream.float()))
+        out, _ = causal_attention_dense(*inputs, cu_seqlens=problem.cu_seqlens())
+    return Answer(out.detach(), *torch.autograd.grad(out, inputs, tensors.upstream.float()))
 
 
 def relative_errors(got: Answer, want: Answer) -> tuple[float, ...]:
-    """The relative error of each tensor."""
-    return tuple(relative_error(*pair) for pair in zip(got, want, strict=True))
+    """The relative error of each tensor. That of the scores is of all rows together: keys that few queries can select
+    have gradients of nearly nothing."""
+    errors = tuple(relative_error(*pair) for pair in zip(got[:4], want[:4], strict=True))
+    if got.scores is None or want.scores is None:
+        return errors
+    return *errors, relative_error(got.scores, want.scores, rows=want.scores.shape[2])
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor, rows: int = ROWS) -> float:
     """RMS error over RMS of ``want``, all heads together, in the worst 128 rows: no wrong tile is averaged away."""
     errors = []
-    for a, b in zip(got.split(ROWS, dim=2), want.split(ROWS, dim=2), strict=True):
+    for a, b in zip(got.split(rows, dim=2), want.split(rows, dim=2), strict=True):
         b = b.float()
         errors.append((a.float() - b).norm() / b.norm().clamp_min(torch.finfo(torch.float32).tiny))
     return float(torch.stack(errors).max())

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sparsetrain.bench.decode_opponents import OPPONENTS, DecodeOpponent
 from sparsetrain.bench.options import resolve_shape
+from sparsetrain.bench.sparsek_problem import DEVIATION
 from sparsetrain.errors import BenchError
+from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.patterns import PowerPattern
 
 
@@ -28,6 +30,8 @@ class DecodeProblem:
     """A step of every sequence behind caches that hold ``length`` tokens, the new one included."""
 
     pattern: PowerPattern
+    topk: int
+    """Tokens that SparseK selects, and of its window."""
     length: int
     """Tokens."""
     batch: int
@@ -52,14 +56,27 @@ class DecodeProblem:
             Layer(normal(self.heads, 1), normal(kv_heads, length), normal(kv_heads, length)) for _ in range(self.layers)
         ]
 
+    @property
+    def sparsek(self) -> SparseKConfig:
+        """The method that selects keys, with its defaults but for ``topk``."""
+        return SparseKConfig(topk=self.topk, window=self.topk)
+
     def lengths(self) -> Tensor:
         """The length of every sequence, int32 ``[batch]``."""
         return torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
 
-    def bytes_read(self, sparse: bool) -> int:
-        """Bytes of keys and values that one layer's step has to read."""
+    def scores(self, seed: int = 0) -> Tensor:
+        """What SparseK selects keys by, fp32 ``[batch, kv_heads, length]``: those of ``bench sparsek``."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = (self.batch, self.kv_heads, self.length)
+        return DEVIATION * torch.randn(shape, device=self.device, generator=generator)
+
+    def bytes_read(self, reads: str) -> int:
+        """Bytes of keys and values that one layer's step has to read: of ``all``, of ``blocks`` or of ``selected``."""
         keys = self.length
-        if sparse:
+        if reads == "selected":
+            keys = min(keys, self.sparsek.sinks + self.sparsek.topk + self.sparsek.window)
+        elif reads == "blocks":
             own = (self.length - 1) // self.pattern.block
             listed = len(self.pattern.key_blocks(own)) - 1
             keys = listed * self.pattern.block + self.length - own * self.pattern.block
@@ -78,6 +95,7 @@ class DecodeBench:
     head_dim: int
     dtype: torch.dtype
     pattern: PowerPattern
+    topk: int
     layers: int
     opponents: tuple[DecodeOpponent, ...]
     budget_ms: float
@@ -88,6 +106,7 @@ class DecodeBench:
         """The problem at ``length`` tokens."""
         return DecodeProblem(
             pattern=self.pattern,
+            topk=self.topk,
             length=length,
             batch=self.batch,
             heads=self.heads,
@@ -111,6 +130,7 @@ class DecodeBench:
             "block": self.pattern.block,
             "window": self.pattern.window,
             "sinks": self.pattern.sinks,
+            "topk": self.topk,
             "layers": self.layers,
             "opponents": [each.name for each in self.opponents],
             "budget_ms": self.budget_ms,
@@ -129,6 +149,7 @@ def resolve(
     block: int = 256,
     window: int = 5,
     sinks: int = 1,
+    topk: int | None = None,
     layers: int | None = None,
     opponents: str = "all",
     budget_ms: float = 150.0,
@@ -150,6 +171,7 @@ def resolve(
         head_dim=head_dim,
         dtype=shape.dtype,
         pattern=PowerPattern(block, window, sinks),
+        topk=topk or (1024 if shape.device.type == "cuda" else 128),
         layers=layers or (4 if shape.device.type == "cuda" else 1),
         opponents=_parse_opponents(opponents, shape.device.type),
         budget_ms=budget_ms,

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsetrain.bench.attention_opponents import Layout, Prepared
 from sparsetrain.bench.timing import Unavailable
+from sparsetrain.methods.sparsek_state import Sequence
 
 if TYPE_CHECKING:
     from sparsetrain.bench.decode import DecodeProblem, Layer
@@ -32,11 +33,16 @@ class DecodeOpponent:
 
     name: str
     title: str
-    sparse: bool
-    """Whether it reads the listed blocks; otherwise the whole cache."""
+    reads: str
+    """``all`` of the cache, the ``blocks`` that the pattern lists, or the keys that SparseK has ``selected``."""
     prepare: Callable[[DecodeProblem, Layer], Prepared]
     """Raises whatever goes wrong; :class:`Unavailable` with the reason where the machine lacks something."""
     devices: tuple[str, ...] = ("cuda",)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it leaves keys out."""
+        return self.reads != "all"
 
 
 def _ours(problem: DecodeProblem, layer: Layer) -> Prepared:
@@ -44,6 +50,22 @@ def _ours(problem: DecodeProblem, layer: Layer) -> Prepared:
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return block_pattern_decode(query, key, value, pattern, lengths=lengths)
+
+    return Prepared(attend)
+
+
+def _sparsek(problem: DecodeProblem, layer: Layer) -> Prepared:
+    """A layer's state in generation, which has read all tokens but the last: it takes that in, and attends."""
+    scores, last = problem.scores(), problem.length - 1
+    state = problem.sparsek.build(problem.kv_heads).new_state()
+    positions = torch.arange(last, device=problem.device).expand_as(scores[:, :, :last])
+    past = Sequence(layer.key[:, :, :last], layer.value[:, :, :last], scores[:, :, :last], positions)
+    state.start(layer.key)
+    state.fill(slice(None), past, last, None)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        state.step(key[:, :, last:], value[:, :, last:], scores[:, :, last:], None)
+        return state.attend(query, gate=problem.sparsek.gate, scale=None)
 
     return Prepared(attend)
 
@@ -102,11 +124,12 @@ def _varlen(problem: DecodeProblem, layer: Layer) -> Prepared:
 
 
 OPPONENTS = (
-    DecodeOpponent("ours", "sparsetrain", True, _ours, devices=("cuda", "cpu")),
-    DecodeOpponent("flash", "SDPA flash, full cache", False, _sdpa(SDPBackend.FLASH_ATTENTION)),
-    DecodeOpponent("cudnn", "SDPA cuDNN, full cache", False, _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    DecodeOpponent("efficient", "SDPA efficient, full cache", False, _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
-    DecodeOpponent("math", "SDPA math, full cache", False, _sdpa(SDPBackend.MATH)),
-    DecodeOpponent("varlen", "FA2 varlen, full cache", False, _varlen),
-    DecodeOpponent("sdpa", "SDPA of torch, full cache", False, _sdpa_chosen, devices=("cpu",)),
+    DecodeOpponent("ours", "sparsetrain", "blocks", _ours, devices=("cuda", "cpu")),
+    DecodeOpponent("sparsek", "sparsetrain, SparseK", "selected", _sparsek, devices=("cuda", "cpu")),
+    DecodeOpponent("flash", "SDPA flash, full cache", "all", _sdpa(SDPBackend.FLASH_ATTENTION)),
+    DecodeOpponent("cudnn", "SDPA cuDNN, full cache", "all", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+    DecodeOpponent("efficient", "SDPA efficient, full cache", "all", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+    DecodeOpponent("math", "SDPA math, full cache", "all", _sdpa(SDPBackend.MATH)),
+    DecodeOpponent("varlen", "FA2 varlen, full cache", "all", _varlen),
+    DecodeOpponent("sdpa", "SDPA of torch, full cache", "all", _sdpa_chosen, devices=("cpu",)),
 )

@@ -18,6 +18,7 @@ from sparsetrain.evaluation.panels import BLUE, FAINT, GREEN, INK, ORANGE, PURPL
 
 STYLES = {
     "ours": (BLUE, "o"),
+    "sparsek": (BLUE, "s"),
     "flash": (SKY, "D"),
     "cudnn": (GREEN, "s"),
     "efficient": (ORANGE, "^"),
@@ -103,8 +104,9 @@ def _title(report: DecodeReport) -> str:
     facts, machine = report.options, report.machine
     where = machine.get("gpu") or f"CPU, {machine['cpu_threads']} threads"
     heads = f"{facts['heads']} heads on {facts['kv_heads']} KV heads of {facts['head_dim']}, {facts['dtype']}"
-    pattern = f"block {facts['block']}, window {facts['window']}"
-    return f"Decoding with PowerAttention, {pattern}: batch {facts['batch']}, {heads}; {where}"
+    power = f"PowerAttention, block {facts['block']}, window {facts['window']}"
+    methods = f"{power}, and SparseK, topk and window {facts['topk']}"
+    return f"Decoding with {methods}:\nbatch {facts['batch']}, {heads}; {where}"
 
 
 def _length_table(rows: list[DecodeRow]) -> Table:

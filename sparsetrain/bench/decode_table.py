@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
+from sparsetrain_kernels import block_pattern_decode, sparsek_threshold
 from torch import Tensor
 
 from sparsetrain.bench.check import TOLERANCE, relative_error
 from sparsetrain.bench.decode import DecodeBench, DecodeProblem, Layer
 from sparsetrain.bench.decode_opponents import DecodeOpponent
 from sparsetrain.bench.timing import explain, median_ms, release
+from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.patterns import FullPattern
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -92,32 +93,62 @@ def measure_length(bench: DecodeBench, length: int, log: Log) -> list[DecodeRow]
     """All implementations at one length, timed in shuffled order and returned in that of ``bench``."""
     problem = bench.problem(length)
     rows = {
-        each.name: DecodeRow(length, each.name, each.title, each.sparse, problem.bytes_read(each.sparse))
+        each.name: DecodeRow(length, each.name, each.title, each.sparse, problem.bytes_read(each.reads))
         for each in bench.opponents
     }
     order = list(bench.opponents)
     random.Random(length).shuffle(order)
-    wanted: dict[bool, Tensor] = {}
+    wanted: dict[str, Tensor] = {}
     try:
         layers = problem.tensors()
         if bench.check:
-            wanted = {sparse: reference(problem, layers[0], sparse) for sparse in {each.sparse for each in order}}
+            wanted = {reads: reference(problem, layers[0], reads) for reads in {each.reads for each in order}}
     except Exception as error:
         for row in rows.values():
             row.reason = explain(error)
         return list(rows.values())
     for opponent in order:
         row = rows[opponent.name]
-        _measure(opponent, bench, problem, layers, wanted.get(opponent.sparse), row)
+        _measure(opponent, bench, problem, layers, wanted.get(opponent.reads), row)
         release()
         log(f"{length:>9,}  {opponent.name:10}  {row.summary}")
     return list(rows.values())
 
 
-def reference(problem: DecodeProblem, layer: Layer, sparse: bool) -> Tensor:
+def reference(problem: DecodeProblem, layer: Layer, reads: str) -> Tensor:
     """The definition, computed in fp32 a sequence at a time."""
-    pattern = problem.pattern if sparse else FullPattern(problem.pattern.block)
+    if reads == "selected":
+        rows = [selected_reference(problem.sparsek, *row) for row in zip(*layer, problem.scores(), strict=True)]
+        return torch.stack(rows)
+    pattern = problem.pattern if reads == "blocks" else FullPattern(problem.pattern.block)
     return block_pattern_decode(*layer, pattern, lengths=problem.lengths(), backend="reference")
+
+
+def selected_reference(config: SparseKConfig, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+    """SparseK attention of the last token of one sequence, whose keys are all still there (2406.16747, 3).
+
+    The threshold is that of the scores that generation remembers.
+
+    Args:
+        query: ``[Hq, 1, D]``.
+        key, value: ``[H, N, D]``.
+        scores: ``[H, N]``.
+
+    Returns:
+        fp32 ``[Hq, 1, D]``.
+    """
+    leaves_window = max(key.shape[1] - config.window, config.sinks)
+    candidates = scores[:, config.sinks : leaves_window]
+    remembered = candidates.topk(min(candidates.shape[1], config.score_buffer or 4 * config.topk)).values
+    gates, seen = torch.ones_like(scores), torch.ones_like(scores, dtype=torch.bool)
+    if candidates.shape[1] > config.topk:
+        threshold = sparsek_threshold(remembered.double(), config.topk)[:, None]
+        gates[:, config.sinks : leaves_window] = (candidates - threshold).clamp(0, 1)
+        seen[:, config.sinks : leaves_window] = candidates >= remembered[:, config.topk - 1 : config.topk]
+    grouped = query.float().view(key.shape[0], -1, key.shape[2])
+    logits = grouped @ key.float().mT * key.shape[2] ** -0.5
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1) * gates[:, None]
+    return (weights @ value.float()).view(query.shape)
 
 
 def _measure(
@@ -130,17 +161,17 @@ def _measure(
 ) -> None:
     """Fill the row of one implementation. What was measured before a failure is kept."""
     try:
-        prepared = opponent.prepare(problem, layers[0])
-        row.note = prepared.note
+        prepared = [opponent.prepare(problem, layer) for layer in layers]
+        first, row.note = prepared[0], prepared[0].note
         # Layouts that are the caches' own share their memory.
-        arranged = [[prepared.layout.arrange(tensor) for tensor in layer] for layer in layers]
+        arranged = [[first.layout.arrange(tensor) for tensor in layer] for layer in layers]
         if wanted is not None:
-            row.error = relative_error(prepared.layout.restore(prepared.attend(*arranged[0])), wanted)
+            row.error = relative_error(first.layout.restore(first.attend(*arranged[0])), wanted)
             row.check = "passed" if row.error <= TOLERANCE[bench.dtype] else "failed"
 
         def step() -> None:
-            for tensors in arranged:
-                prepared.attend(*tensors)
+            for layer, tensors in zip(prepared, arranged, strict=True):
+                layer.attend(*tensors)
 
         run = captured(step) if bench.device.type == "cuda" else step
         row.ms = median_ms(run, device=bench.device, budget_ms=bench.budget_ms) / len(layers)

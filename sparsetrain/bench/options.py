@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from sparsetrain.errors import BenchError
 
+LENGTHS = {"cuda": "8192,32768,131072", "cpu": "1024,4096"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -23,9 +25,14 @@ class Shape(NamedTuple):
 
 
 def resolve_shape(
-    device: str | None, lengths: str | None, heads: int | None, kv_heads: int | None, dtype: str | None
+    device: str | None,
+    lengths: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+    dtype: str | None,
+    defaults: Mapping[str, str] = LENGTHS,
 ) -> Shape:
-    """Check the shape and fill in what was not given.
+    """Check the shape and fill in what was not given; the lengths are those of the device in ``defaults``.
 
     Raises:
         BenchError: an option has a value that cannot be measured.
@@ -39,7 +46,7 @@ def resolve_shape(
         raise BenchError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; every KV head serves as many heads")
     if dtype not in DTYPES:
         raise BenchError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
-    sizes = parse_lengths(lengths or ("8192,32768,131072" if cuda else "1024,4096"))
+    sizes = parse_lengths(lengths or defaults[device])
     return Shape(torch.device(device), sizes, heads, kv_heads, DTYPES[dtype])
 
 

@@ -77,5 +77,4 @@ def _title(report: Report) -> str:
     facts, machine = report.options, report.machine
     where = machine.get("gpu") or f"CPU, {machine['cpu_threads']} threads"
     heads = f"{facts['heads']} heads on {facts['kv_heads']} KV heads of {facts['head_dim']}, {facts['dtype']}"
-    packed = ", packed documents" if facts["packed"] else ""
-    return f"PowerAttention, block {facts['block']}, window {facts['window']}{packed}: {heads}; {where}"
+    return f"{facts['subject']}: {heads}; {where}"

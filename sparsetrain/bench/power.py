@@ -4,35 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from sparsetrain.bench.attention_bench import MAX_CHECKED, AttentionBench, choose_opponents
 from sparsetrain.bench.attention_opponents import OPPONENTS, Opponent, opponents_for
 from sparsetrain.bench.options import resolve_shape
 from sparsetrain.bench.problem import Problem, document_lengths
 from sparsetrain.errors import BenchError
 from sparsetrain.patterns import PowerPattern
 
-MAX_CHECKED = 8192
-"""Tokens of the comparison with the oracle, which builds the whole mask."""
-
 
 @dataclass(frozen=True)
-class PowerBench:
+class PowerBench(AttentionBench[Problem]):
     """One benchmark. :func:`resolve` makes it from the command line."""
 
-    device: torch.device
-    lengths: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
     pattern: PowerPattern
-    batch: int
     packed: bool
-    opponents: tuple[Opponent, ...]
-    budget_ms: float
-    """Time to repeat each measurement for, in ms."""
-    check: bool
+
+    @property
+    def ours(self) -> Opponent[Problem]:
+        """The default backend."""
+        return OPPONENTS[0]
+
+    @property
+    def subject(self) -> str:
+        """The pattern in words."""
+        packed = ", packed documents" if self.packed else ""
+        return f"PowerAttention, block {self.pattern.block}, window {self.pattern.window}{packed}"
 
     def problem(self, length: int) -> Problem:
         """The problem at ``length`` tokens."""
@@ -47,21 +43,11 @@ class PowerBench:
 
     def facts(self) -> dict[str, object]:
         """The options as they are recorded with the results."""
-        return {
-            "device": self.device.type,
-            "lengths": list(self.lengths),
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
+        return super().facts() | {
             "block": self.pattern.block,
             "window": self.pattern.window,
             "sinks": self.pattern.sinks,
-            "batch": self.batch,
             "packed": self.packed,
-            "opponents": [each.name for each in self.opponents],
-            "budget_ms": self.budget_ms,
-            "check": self.check,
         }
 
     def _problem(self, length: int, documents: tuple[int, ...] | None) -> Problem:
@@ -103,32 +89,15 @@ def resolve(
     shape = resolve_shape(device, lengths, heads, kv_heads, dtype)
     if packed and batch != 1:
         raise BenchError(f"--batch {batch} does not go with --packed, which packs one sequence; use --batch 1")
+    fitting, known = opponents_for(shape.device.type, packed), {each.name for each in OPPONENTS}
+    here = f"on {shape.device.type} {'with' if packed else 'without'} --packed"
     return PowerBench(
-        device=shape.device,
-        lengths=shape.lengths,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
+        **shape._asdict(),
         head_dim=head_dim,
-        dtype=shape.dtype,
         pattern=PowerPattern(block, window, sinks),
         batch=batch,
         packed=packed,
-        opponents=_parse_opponents(opponents, shape.device.type, packed),
+        opponents=choose_opponents(opponents, fitting, known, here),
         budget_ms=budget_ms,
         check=check,
     )
-
-
-def _parse_opponents(text: str, device: str, packed: bool) -> tuple[Opponent, ...]:
-    fitting = opponents_for(device, packed)
-    if text == "all":
-        return tuple(fitting.values())
-    known = {each.name for each in OPPONENTS}
-    names = list(dict.fromkeys(word.strip() for word in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise BenchError(f"--opponents {name!r} is not known; choose from {', '.join(fitting)}, or all")
-        if name not in fitting:
-            here = f"on {device} {'with' if packed else 'without'} --packed"
-            raise BenchError(f"--opponents {name} cannot be measured {here}; choose from {', '.join(fitting)}, or all")
-    return tuple(fitting[name] for name in names)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from sparsetrain_kernels import block_pattern_attention_dense
 from torch import Tensor
 
 from sparsetrain.patterns import PowerPattern
@@ -24,13 +26,14 @@ class Tensors(NamedTuple):
     key: Tensor
     value: Tensor
     upstream: Tensor
+    scores: Tensor | None = None
+    """What keys are selected by, fp32 ``[batch, kv_heads, tokens]``; None where nothing is selected."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Attention under a block pattern at one length, and the same without the pattern for dense implementations."""
+class CausalProblem(ABC):
+    """Causal attention at one length: what dense implementations know of a problem."""
 
-    pattern: PowerPattern
     length: int
     """Tokens."""
     heads: int
@@ -62,10 +65,37 @@ class Problem:
     def flops(self, sparse: bool) -> float:
         """Floating-point operations of a forward pass: two matrix products over the visible pairs of tokens."""
         pairs = sum(
-            visible_pairs(self.pattern, length) if sparse else length * length / 2
-            for length in self.documents or (self.length,)
+            self.sparse_pairs(length) if sparse else length * length / 2 for length in self.documents or (self.length,)
         )
         return 4 * self.head_dim * pairs * self.heads * self.batch
+
+    @abstractmethod
+    def sparse_pairs(self, length: int) -> float:
+        """(query, key) pairs that a sparse implementation computes in a document of ``length`` tokens."""
+
+    @abstractmethod
+    def definition(self, *inputs: Tensor) -> Tensor:
+        """What a sparse implementation has to return, under the whole mask: for short lengths only.
+
+        Args:
+            inputs: query, key, value, and the scores where the problem has some.
+        """
+
+
+@dataclass(frozen=True)
+class Problem(CausalProblem):
+    """Attention under a block pattern."""
+
+    pattern: PowerPattern = field(kw_only=True)
+
+    def sparse_pairs(self, length: int) -> float:
+        """The pairs of the pattern."""
+        return visible_pairs(self.pattern, length)
+
+    def definition(self, *inputs: Tensor) -> Tensor:
+        """Attention under the mask of the pattern."""
+        query, key, value = inputs
+        return block_pattern_attention_dense(query, key, value, self.pattern, cu_seqlens=self.cu_seqlens())[0]
 
 
 def visible_pairs(pattern: PowerPattern, length: int) -> float:

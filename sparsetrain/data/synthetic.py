@@ -1,5 +1,8 @@
 """Passkey and multi-key retrieval: keys hidden in noise, one asked for at the end, at any length and depth.
 
+With distractors, the keys that may be asked for are marked where they are written, among others that look alike: what a
+constant budget must keep is then recognisable when it is read.
+
 The passkey text is the one of Landmark Attention (2305.16300), as LongLoRA and most work since use it: an
 introduction, noise, the line with the key, noise, the question. A document is assembled from lines and words that were
 tokenised once, so that its cost hardly depends on its length.
@@ -20,6 +23,7 @@ import numpy as np
 from sparsetrain.data.document import Document, Piece, Tokens
 from sparsetrain.data.encoding import encode, encode_after, opening, shared_prefix
 from sparsetrain.data.randomness import generator
+from sparsetrain.data.recall import Recall
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +51,8 @@ class Wording:
     introduction: str
     needle: str
     question: str
+    distractor: str = ""
+    """A fact that looks like the needle and is never asked for."""
 
 
 WORDINGS: dict[Task, Wording] = {
@@ -63,6 +69,15 @@ WORDINGS: dict[Task, Wording] = {
         "What is the pass key of the {name}? The pass key of the {name} is",
     ),
 }
+
+MARKED = Wording(
+    "There are pass keys hidden inside a lot of irrelevant text. Memorize the important ones and no others. "
+    "I will quiz you about one of them.",
+    "Important! The pass key of the {name} is {key}.",
+    WORDINGS["multikey"].question,
+    "The pass key of the {name} is {key}.",
+)
+"""The multi-key task among distractors."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +140,25 @@ class Retrieval:
     Args:
         task: ``passkey`` (one key) or ``multikey`` (``keys`` named ones).
         digits: digits of a key, each drawn uniformly.
-        keys: keys in a document, at most 288.
+        keys: keys in a document, at most 288 with the distractors.
+        distractors: keys of the multi-key task that are never asked for. With any, the others are marked.
 
     Raises:
         DataError: more keys than names.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: Task, digits: int, keys: int = 1) -> None:
-        if keys > len(NAMES):
-            raise DataError(f"keys={keys}: the multikey task has names for {len(NAMES)} keys at most")
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, task: Task, digits: int, keys: int = 1, distractors: int = 0
+    ) -> None:
+        if keys + distractors > len(NAMES):
+            raise DataError(
+                f"keys={keys} and distractors={distractors}: the multikey task has names for {len(NAMES)} keys at most"
+            )
         self._tokenizer = tokenizer
-        self._wording = WORDINGS[task]
+        self._wording = MARKED if distractors else WORDINGS[task]
         self._digits = digits
         self._keys = keys
+        self._distractors = distractors
         self._noise = Noise(tokenizer)
         self._introduction = opening(tokenizer) + encode(tokenizer, f"{self._wording.introduction}\n")
 
@@ -153,10 +174,12 @@ class Retrieval:
         Raises:
             DataError: ``length`` has no room for the task itself.
         """
-        names = [NAMES[i] for i in rng.choice(len(NAMES), size=self._keys, replace=False)]
+        hidden = self._keys + self._distractors
+        names = [NAMES[i] for i in rng.choice(len(NAMES), size=hidden, replace=False)]
         keys = ["".join(map(str, rng.integers(0, 10, size=self._digits))) for _ in names]
-        depths = np.array([depth, *rng.random(self._keys - 1)])
-        needles = [self._needle(name, key) for name, key in zip(names, keys)]
+        depths = np.array([depth, *rng.random(hidden - 1)])
+        wordings = [self._wording.needle] * self._keys + [self._wording.distractor] * self._distractors
+        needles = [self._needle(*needle) for needle in zip(wordings, names, keys, strict=True)]
         question, answer_start = self._question(names[0], keys[0])
 
         room = length - len(self._introduction) - sum(map(len, needles)) - len(question)
@@ -176,8 +199,13 @@ class Retrieval:
         input_ids = np.concatenate(parts).astype(np.int64)
         return RetrievalPrompt(input_ids, len(input_ids) - len(question) + answer_start, keys[0])
 
-    def _needle(self, name: str, key: str) -> np.ndarray:
-        return np.array(encode_after(self._tokenizer, "\n", self._wording.needle.format(name=name, key=key) + "\n"))
+    def document(self, length: int, rng: np.random.Generator) -> Tokens:
+        """One document with the key at any depth, and the answer as its target."""
+        prompt = self.prompt(length, rng.random(), rng)
+        return Tokens(prompt.input_ids, [(prompt.answer_start, len(prompt.input_ids))])
+
+    def _needle(self, wording: str, name: str, key: str) -> np.ndarray:
+        return np.array(encode_after(self._tokenizer, "\n", wording.format(name=name, key=key) + "\n"))
 
     def _question(self, name: str, key: str) -> tuple[np.ndarray, int]:
         """The last line with its answer, and where in it the answer starts."""
@@ -204,9 +232,11 @@ class Retrieval:
 
 
 @lru_cache(maxsize=16)
-def retrieval(tokenizer: PreTrainedTokenizerBase, task: Task, digits: int, keys: int = 1) -> Retrieval:
+def retrieval(
+    tokenizer: PreTrainedTokenizerBase, task: Task, digits: int, keys: int = 1, distractors: int = 0
+) -> Retrieval:
     """The builder of a task, kept so that the noise is tokenised once."""
-    return Retrieval(tokenizer, task, digits, keys)
+    return Retrieval(tokenizer, task, digits, keys, distractors)
 
 
 def passkey_prompt(
@@ -217,16 +247,35 @@ def passkey_prompt(
 
 
 def multikey_prompt(
-    tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: np.random.Generator, digits: int, keys: int
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depth: float,
+    rng: np.random.Generator,
+    digits: int,
+    keys: int,
+    distractors: int = 0,
 ) -> RetrievalPrompt:
-    """The same with ``keys`` named keys, of which the one at ``depth`` is asked for."""
-    return retrieval(tokenizer, "multikey", digits, keys).prompt(length, depth, rng)
+    """The same with ``keys`` named keys, of which the one at ``depth`` is asked for, and ``distractors`` others."""
+    return retrieval(tokenizer, "multikey", digits, keys, distractors).prompt(length, depth, rng)
+
+
+def synthetic_task(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Retrieval | Recall:
+    """What builds the documents of a synthetic source.
+
+    Raises:
+        DataError: more keys than the task has names for, or a vocabulary too small for it.
+    """
+    assert source.synthetic is not None
+    if source.synthetic == "recall":
+        return Recall(tokenizer, source.keys, source.distractors)
+    keys = source.keys if source.synthetic == "multikey" else 1
+    return retrieval(tokenizer, source.synthetic, source.digits, keys, source.distractors)
 
 
 class SyntheticSource:
     """The endless documents of a synthetic task. Document ``k`` is a function of the seed and ``k`` alone.
 
-    Loss is taken on the answer tokens only; length and depth are drawn uniformly.
+    Loss is taken on the answer tokens only; lengths, and the depth of a key, are drawn uniformly.
 
     Raises:
         DataError: a length exceeds ``row_length`` (the question would lose its context) or has no room for the task.
@@ -238,7 +287,6 @@ class SyntheticSource:
     def __init__(
         self, source: DataSource, tokenizer: PreTrainedTokenizerBase, row_length: int, seed: int, index: int
     ) -> None:
-        assert source.synthetic is not None
         self.label = source.label
         self._lengths = sorted(source.lengths) or [row_length]
         if self._lengths[-1] > row_length:
@@ -246,17 +294,15 @@ class SyntheticSource:
                 f"data source {self.label!r}: lengths asks for documents of {self._lengths[-1]} tokens, longer than "
                 f"sequence.length={row_length}; cut in two, a question loses its context"
             )
-        keys = source.keys if source.synthetic == "multikey" else 1
-        self._task = retrieval(tokenizer, source.synthetic, source.digits, keys)
+        self._task = synthetic_task(source, tokenizer)
         self._seed = (seed, "synthetic", index)
         self._drawn = 0
-        self._task.prompt(self._lengths[0], 0.5, generator(seed))
+        self._task.document(self._lengths[0], generator(seed))
 
     def draw(self) -> list[Piece]:
         """The next document, whole."""
         rng = generator(*self._seed, self._drawn)
-        prompt = self._task.prompt(int(rng.choice(self._lengths)), rng.random(), rng)
-        tokens = Tokens(prompt.input_ids, [(prompt.answer_start, len(prompt.input_ids))])
+        tokens = self._task.document(int(rng.choice(self._lengths)), rng)
         document = Document.of(f"{self.label}:{self._drawn}", tokens)
         self._drawn += 1
         return [Piece(document, 0, document.length)]

@@ -1,11 +1,11 @@
-"""What a model can do with a long context: perplexity by length and passkey retrieval, with reports and pictures."""
+"""What a model can do with a long context: perplexity by length, passkey retrieval, recall; reports and pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sparsetrain.evaluation.result import EvalResult, PasskeyResult, wilson_interval
+from sparsetrain.evaluation.result import EvalResult, PasskeyResult, RecallResult, wilson_interval
 
 if TYPE_CHECKING:
     import torch
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
     from sparsetrain.evaluation.passkey import Passkey
     from sparsetrain.evaluation.perplexity import Perplexity
+    from sparsetrain.evaluation.recall import Recall
     from sparsetrain.recipe.schema import EvalSection
 
-__all__ = ["EvalResult", "PasskeyResult", "check_inputs", "evaluate", "wilson_interval"]
+__all__ = ["EvalResult", "PasskeyResult", "RecallResult", "check_inputs", "evaluate", "wilson_interval"]
 
 
 def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
@@ -46,19 +47,19 @@ def evaluate(
     Args:
         model: gone through :func:`sparsetrain.sparsify` (method ``full`` for dense attention). It is put into
             evaluation mode, and afterwards back into the mode it was in.
-        seed: of the passkey prompts; held-out documents are read in order.
+        seed: of the passkey prompts and the recall documents; held-out text is read in order.
         on_progress: called with the forward passes done and to do, on this rank.
 
     Raises:
         RecipeError: a length does not fit the tokens to score.
-        DataError: the held-out source is too short, or a length cannot hold the passkey prompt.
+        DataError: the held-out source is too short, or a length cannot hold the synthetic task.
     """
     import torch
 
     from sparsetrain.evaluation.scoring import Place
 
-    perplexity, passkey = _tasks(section, tokenizer, seed)
-    total = sum(task.num_forwards(world) for task in (perplexity, passkey) if task is not None)
+    tasks = perplexity, passkey, recall = _tasks(section, tokenizer, seed)
+    total = sum(task.num_forwards(world) for task in tasks if task is not None)
     done = 0
 
     def on_forward() -> None:
@@ -77,6 +78,7 @@ def evaluate(
                 perplexity=perplexity.measure(model, place) if perplexity else {},
                 perplexity_tokens=perplexity.tokens if perplexity else 0,
                 passkey=passkey.measure(model, place) if passkey else None,
+                recall=recall.measure(model, place) if recall else None,
             )
     finally:
         for module, training in modes:
@@ -85,12 +87,14 @@ def evaluate(
 
 def _tasks(
     section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Perplexity | None, Passkey | None]:
+) -> tuple[Perplexity | None, Passkey | None, Recall | None]:
     """What the section asks for, with all inputs made."""
     from sparsetrain.evaluation.passkey import Passkey
     from sparsetrain.evaluation.perplexity import Perplexity
+    from sparsetrain.evaluation.recall import Recall
 
     return (
         Perplexity(section.perplexity, tokenizer) if section.perplexity else None,
         Passkey(section.passkey, tokenizer, seed) if section.passkey else None,
+        Recall(section.recall, tokenizer, seed) if section.recall else None,
     )

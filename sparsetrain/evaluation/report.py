@@ -23,7 +23,7 @@ Rows = list[list[str]]
 
 
 def print_results(results: Mapping[str, EvalResult], console: Console | None = None) -> None:
-    """Print perplexity by length, passkey accuracy by length, and the latter by depth for a few of the results."""
+    """Print perplexity by length, passkey accuracy by length, that by depth for a few results, and recall."""
     console = console or Console()
     if perplexity := perplexity_rows(results):
         console.print(_table("Perplexity by context length", perplexity))
@@ -33,6 +33,8 @@ def print_results(results: Mapping[str, EvalResult], console: Console | None = N
         console.print(_table(title, passkey_rows(measured), shares=True))
         maps = [_table(label, depth_rows(passkey), shares=True) for label, passkey in few(measured).items()]
         console.print(Columns(maps, padding=(0, 3)))
+    if recall := recall_rows(results):
+        console.print(_table("Answers found in held-out documents", recall))
 
 
 def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str, pictures: Sequence[Path] = ()) -> Path:
@@ -60,6 +62,8 @@ def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str,
         ]
     for label, passkey in measured.items():
         parts += [f"### {label}, by depth of the key", _markdown(depth_rows(passkey))]
+    if recall := recall_rows(results):
+        parts += ["## Recall", "Answers found in held-out documents of the synthetic task.", _markdown(recall)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]
     report = folder / REPORT_FILE
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -94,6 +98,22 @@ def passkey_rows(measured: Mapping[str, PasskeyResult]) -> Rows:
         cells = [f"{shares[length]:.0%}" if length in shares else "-" for length in lengths]
         rows.append([label, *cells, f"{passkey.mean():.0%}", f"{low:.0%} to {high:.0%}"])
     return rows
+
+
+def recall_rows(results: Mapping[str, EvalResult]) -> Rows:
+    """A row for each result that measured recall: answers found, their 95 % interval, the loss; empty if none did."""
+    rows = [["", "found", "95 % interval", "answers", "loss"]]
+    for label, result in results.items():
+        if (recall := result.recall) is not None:
+            low, high = recall.interval()
+            cells = [
+                f"{recall.accuracy():.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{recall.answers:,}",
+                f"{recall.loss:.3f}",
+            ]
+            rows.append([label, *cells])
+    return rows if len(rows) > 1 else []
 
 
 def depth_rows(passkey: PasskeyResult) -> Rows:

@@ -48,6 +48,25 @@ class PasskeyResult(_Result):
         return wilson_interval(sum(map(sum, self.correct)), self.prompts())
 
 
+class RecallResult(_Result):
+    """Answers found in the held-out documents of a synthetic source."""
+
+    answers: int
+    """Answers asked for."""
+    correct: int
+    """Answers of which every token was the model's first choice."""
+    loss: float
+    """Mean NLL of the answers' tokens, in nats."""
+
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.answers
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of :meth:`accuracy`, as if the answers of a document were independent."""
+        return wilson_interval(self.correct, self.answers)
+
+
 class EvalResult(_Result):
     """Everything one evaluation measured; ``model_dump_json`` and ``model_validate_json`` are each other's inverse."""
 
@@ -57,6 +76,8 @@ class EvalResult(_Result):
     """Tokens in the held-out stream that was scored at each length."""
     passkey: PasskeyResult | None = None
     """Passkey retrieval, where it was asked for."""
+    recall: RecallResult | None = None
+    """Answers of a synthetic task, where they were asked for."""
 
     def metrics(self) -> dict[str, float]:
         """The result as flat numbers for :class:`~sparsetrain.training.tracking.Tracker`."""
@@ -64,6 +85,8 @@ class EvalResult(_Result):
         if self.passkey is not None:
             values["eval/passkey"] = self.passkey.mean()
             values |= {f"eval/passkey/{length}": value for length, value in self.passkey.by_length().items()}
+        if self.recall is not None:
+            values |= {"eval/recall": self.recall.accuracy(), "eval/recall_loss": self.recall.loss}
         return values
 
 

@@ -15,11 +15,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _lengths(recipe)
     yield from _batch(recipe)
     yield from _layers(recipe)
+    yield from _trained(recipe)
     evaluation = recipe.eval
-    if evaluation.every is not None and evaluation.perplexity is None and evaluation.passkey is None:
+    if evaluation.every is not None and evaluation.empty:
         yield (
             ("eval", "every"),
-            f"every {evaluation.every} steps nothing would be measured: give eval.perplexity or eval.passkey",
+            f"every {evaluation.every} steps nothing would be measured: give eval.perplexity, passkey or recall",
         )
     perplexity = evaluation.perplexity
     if perplexity is not None and max(perplexity.lengths) > perplexity.tokens:
@@ -37,7 +38,7 @@ def without_effect(recipe: Recipe) -> list[str]:
             if every is not None and every > steps:
                 notes.append(f"{name}={every} has no effect in a run of {steps} steps")
     evaluation = recipe.eval
-    measured = [name for name in ("perplexity", "passkey") if getattr(evaluation, name) is not None]
+    measured = [name for name in ("perplexity", "passkey", "recall") if getattr(evaluation, name) is not None]
     if measured and not (evaluation.at_start or evaluation.at_end or evaluation.every):
         notes.append(f"eval.{' and eval.'.join(measured)}: never measured, as eval.at_start, at_end and every are off")
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
@@ -115,4 +116,34 @@ def _layers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield (
             ("attention", "dense_layers"),
             f"all {layers} layers stay dense, so attention.method={recipe.attention.method} has no effect",
+        )
+
+
+def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """What is trained, and beside what."""
+    train, lora, method = recipe.train, recipe.lora, recipe.attention.method
+    if not recipe.attention.new_modules:
+        for name, default in (("parameters", "all"), ("new_modules_lr", None)):
+            if getattr(train, name) != default:
+                yield (
+                    ("train", name),
+                    f"{name}={getattr(train, name)} is about modules that the attention method adds, and "
+                    f"attention.method={method} adds none; set it to {'null' if default is None else default}",
+                )
+    if lora is not None and train.parameters == "new_modules":
+        yield (
+            ("train", "parameters"),
+            "new_modules freezes everything else, so lora's adapters would never change; set lora: null, or "
+            "parameters: all (lora trains the new modules as well)",
+        )
+    if recipe.model.architecture is not None and (lora is not None or train.parameters == "new_modules"):
+        yield (
+            ("lora",) if lora is not None else ("train", "parameters"),
+            "freezes the model, but model.architecture starts it from random weights, which nothing keeps; give "
+            "model.path",
+        )
+    if lora is not None and lora.quantize_base != "none" and recipe.deepspeed.stage == 3:
+        yield (
+            ("lora", "quantize_base"),
+            f"{lora.quantize_base} weights cannot be sharded by deepspeed.stage=3; use stage 0, 1 or 2",
         )

@@ -138,12 +138,12 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     owners = [name for name, config in METHODS.items() if key in config.model_fields] if path[0] == "attention" else []
     if owners and len(path) == 2:
         return f"unknown key: method {data['attention']['method']} has no {key}, but {' and '.join(owners)} have"
-    nearest = difflib.get_close_matches(key, known, n=1)
-    if nearest:
-        return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"
     elsewhere = [other for other in field_paths(Recipe) if other[-1] == key and len(other) <= 2]
     if elsewhere:
         return f"unknown key here; did you mean {' or '.join(dotted(other) for other in elsewhere)}?"
+    nearest = difflib.get_close_matches(key, known, n=1)
+    if nearest:
+        return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"
     return f"unknown key; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
 
 

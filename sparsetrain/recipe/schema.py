@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.section import Section
@@ -69,8 +70,9 @@ class DataSource(Section):
     path: str | None = None
     """Local file, glob or folder (jsonl, json, parquet, arrow; txt, md, rst, py: one document a file), a Hub dataset
     id, or ``python-stdlib``."""
-    synthetic: Literal["passkey", "multikey"] | None = None
-    """A generated retrieval task: one hidden key, or several of which one is asked for."""
+    synthetic: Literal["passkey", "multikey", "recall"] | None = None
+    """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
+    which are asked for (associative recall, MQAR of 2312.04927)."""
     form: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
     """How a row becomes tokens: plain text, prompt + completion (loss on the completion), or chat messages (loss on
     the assistant's turns, by the tokenizer's chat template). ``auto`` decides by the columns of the first row."""
@@ -99,9 +101,12 @@ class DataSource(Section):
     lengths: list[PositiveInt] = []
     """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
     keys: PositiveInt = 4
-    """Synthetic ``multikey``: how many keys a document hides."""
+    """Synthetic ``multikey`` and ``recall``: how many keys a document hides that may be asked for."""
+    distractors: NonNegativeInt = 0
+    """Synthetic ``multikey`` and ``recall``: how many more it hides that look alike and are never asked for. With any,
+    the keys that count are marked."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
-    """Synthetic tasks: digits of a key."""
+    """Synthetic ``passkey`` and ``multikey``: digits of a key."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSource:
@@ -118,8 +123,9 @@ class DataSource(Section):
                 self.synthetic is None,
                 ("form", *_COLUMNS, "subset", "revision", "split", "streaming", "shuffle"),
             ),
-            "synthetic sources": (self.synthetic is not None, ("lengths", "digits")),
-            "synthetic: multikey": (self.synthetic == "multikey", ("keys",)),
+            "synthetic sources": (self.synthetic is not None, ("lengths",)),
+            "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
+            "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
         } | {
             f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
             for form in ("text", "prompt_completion", "chat")
@@ -192,6 +198,12 @@ class TrainSection(Section):
     """Optimizer and its constants."""
     lr: PositiveFloat
     """Peak learning rate."""
+    new_modules_lr: PositiveFloat | None = None
+    """Peak learning rate of the modules that the attention method adds (SparseK's scorers), which start from nothing
+    where the rest is pretrained; null = ``lr``. The schedule is the same."""
+    parameters: Literal["all", "new_modules"] = "all"
+    """What is trained: every parameter (with ``lora``, its adapters), or only the modules that the attention method
+    adds, beside a frozen model."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after the warmup."""
     min_lr_ratio: Fraction = 0.1
@@ -229,6 +241,54 @@ class TrainSection(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters (2106.09685) beside frozen weights, through peft. The modules that the attention method adds
+    are trained whole and saved with the adapters."""
+
+    rank: PositiveInt = 16
+    """Rank of the update of each matrix."""
+    alpha: PositiveInt | None = None
+    """The update is scaled by ``alpha / rank``; null = ``2 * rank``, as LongLoRA and most recipes have it."""
+    dropout: Decay = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: str | Annotated[list[str], Field(min_length=1)] = "attention"
+    """Which linear layers get an adapter: ``attention`` (the projections of queries, keys, values and output),
+    ``linear`` (every one of the decoder; never the output head or a module that the method adds), a list of names
+    (``[q_proj, mlp.down_proj]``, matched from the end), or a regular expression for whole names."""
+    dora: bool = False
+    """Train the length of each column beside the low-rank update of its direction (2402.09353)."""
+    rslora: bool = False
+    """Scale by ``alpha / sqrt(rank)`` instead, which keeps high ranks from learning ever slower (2312.03732)."""
+    train_embeddings: bool = False
+    """Train the input embedding too, whole. For longer contexts LongLoRA (2309.12307, 3.3) found this and the norms
+    necessary."""
+    train_norms: bool = False
+    """Train the weights of the norms too; they are few."""
+    quantize_base: Literal["none", "4bit", "8bit"] = "none"
+    """Keep the frozen matrices of the decoder in 4 bits (NF4, as QLoRA, 2305.14314) or 8 (LLM.int8), by bitsandbytes.
+    Needs CUDA and a ZeRO stage below 3."""
+
+    @model_validator(mode="after")
+    def _rule_or_expression(self) -> LoraSection:
+        if not isinstance(self.targets, str) or self.targets in ("attention", "linear"):
+            return self
+        if self.targets.replace("_", "").isalnum():
+            raise ValueError(
+                f"targets={self.targets!r} is no rule; choose attention, linear, a list of names such as "
+                f"[{self.targets}], or a regular expression for whole names such as .*layers.[0-7].*proj"
+            )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"targets={self.targets!r} is no regular expression: {error}") from None
+        return self
+
+    @property
+    def scale_numerator(self) -> int:
+        """``alpha`` with its default filled in."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+
 class DeepSpeedSection(Section):
     """The DeepSpeed engine. Its JSON is generated from the recipe and saved in the run folder."""
 
@@ -259,7 +319,8 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = 2
     """Complete checkpoints to keep."""
     export: bool = True
-    """Write ``final/``, a transformers folder (safetensors, tokenizer, ``sparsetrain.json``), at the end."""
+    """Write ``final/`` at the end: a transformers folder (safetensors, tokenizer, ``sparsetrain.json``), with ``lora``
+    a peft adapter folder."""
 
 
 class PerplexitySection(Section):
@@ -286,6 +347,22 @@ class PasskeySection(Section):
     """Digits of the key; chance is 10 to the minus this."""
 
 
+class RecallSection(Section):
+    """Share of the answers in held-out documents of a synthetic source that are the model's first choice, token by
+    token, and the loss on them."""
+
+    source: DataSource
+    """The task: a source with ``synthetic`` and its ``lengths``. Its documents are never those of training."""
+    documents: PositiveInt = 200
+    """Documents to answer."""
+
+    @model_validator(mode="after")
+    def _lengths_known(self) -> RecallSection:
+        if self.source.synthetic is None or not self.source.lengths:
+            raise ValueError("source: give synthetic (passkey, multikey or recall) and its lengths")
+        return self
+
+
 class EvalSection(Section):
     """What is measured before, during and after training."""
 
@@ -299,6 +376,13 @@ class EvalSection(Section):
     """Perplexity by length."""
     passkey: PasskeySection | None = None
     """Passkey accuracy by length and depth."""
+    recall: RecallSection | None = None
+    """Answers found in a synthetic task."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to measure."""
+        return self.perplexity is None and self.passkey is None and self.recall is None
 
 
 class WandbSection(Section):
@@ -335,6 +419,8 @@ class Recipe(Section):
     """The rows made of them."""
     train: TrainSection
     """The optimization."""
+    lora: LoraSection | None = None
+    """Low-rank adapters; null trains the weights themselves."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     """The engine that distributes it."""
     checkpoint: CheckpointSection = CheckpointSection()

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: written to a temporary folder, flushed, described, then renamed.
 
-A checkpoint folder ``step-000120`` holds DeepSpeed's shards (``engine/``), one RNG file per rank, ``state.json`` (step,
-tokens, data position, W&B run), the resolved recipe, and ``manifest.json`` with the size of every file. The manifest is
-written last, so a folder whose files match it survived whatever interrupted the run.
+A checkpoint folder ``step-000120`` holds DeepSpeed's shards of what is trained (``engine/``), one RNG file per rank,
+``state.json`` (step, tokens, data position, W&B run), the resolved recipe, and ``manifest.json`` with the size of every
+file. The manifest is written last, so a folder whose files match it survived whatever interrupted the run.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def _fresh(partial: Path) -> None:
 
 
 def _write_shards(engine: Any, partial: Path, world: World) -> None:
-    engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    # What is frozen is in the model's own files: a checkpoint of adapters is as small as they are.
+    engine.save_checkpoint(str(partial), tag="engine", save_latest=False, exclude_frozen_parameters=True)
     torch.save(_rng_state(), partial / f"rng-rank{world.rank}.pt")
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsetrain.errors import RecipeError, SparsetrainError
+from sparsetrain.modeling.adapters import new_modules
 from sparsetrain.recipe.schema import Recipe
 
 
@@ -92,21 +93,21 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
 
 
 def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices are decayed; norms, biases and embeddings are not."""
+    """AdamW in up to four groups: matrices are decayed; norms, biases and embeddings are not; and the modules that the
+    attention method adds learn at a rate of their own. Each group holds its ``peak_lr``.
+    """
     embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    decayed: list[torch.Tensor] = []
-    rest: list[torch.Tensor] = []
+    added = {id(p) for new in new_modules(module, recipe.attention).values() for p in new.parameters()}
+    train = recipe.train
+    groups: dict[tuple[bool, bool], Any] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if matrix else rest).append(parameter)
-    settings = recipe.train.optimizer
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    constants: dict[str, Any] = {"lr": recipe.train.lr, "betas": settings.betas, "eps": settings.eps}
+            decay = train.optimizer.weight_decay if matrix else 0.0
+            peak = (train.new_modules_lr or train.lr) if id(parameter) in added else train.lr
+            group = {"params": [], "weight_decay": decay, "lr": peak, "peak_lr": peak}
+            groups.setdefault((matrix, id(parameter) in added), group)["params"].append(parameter)
+    constants: dict[str, Any] = {"betas": train.optimizer.betas, "eps": train.optimizer.eps}
     if recipe.deepspeed.offload_optimizer == "cpu":
         if device.type != "cuda":
             raise RecipeError(
@@ -115,10 +116,10 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
             )
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **constants)
+        return DeepSpeedCPUAdam(list(groups.values()), adamw_mode=True, **constants)
     if recipe.deepspeed.stage == 0:
-        return FiniteAdamW(groups, fused=device.type == "cuda", **constants)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **constants)
+        return FiniteAdamW(list(groups.values()), fused=device.type == "cuda", **constants)
+    return torch.optim.AdamW(list(groups.values()), fused=device.type == "cuda", **constants)
 
 
 class FiniteAdamW(torch.optim.AdamW):

@@ -1,25 +1,36 @@
-"""The trained model as a transformers folder, whatever the ZeRO stage."""
+"""The trained model as a transformers folder, or its adapters as a peft folder, whatever the ZeRO stage."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsetrain.errors import CheckpointError
+from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
+from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
+from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.training.engine import World
 
 
-def full_weights(model: PreTrainedModel, world: World) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer in full, on the CPU of rank 0; empty on the other ranks.
+def full_weights(model: PreTrainedModel, world: World, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers in full, on the CPU of rank 0; empty on the other ranks.
 
     Under ZeRO-3 a parameter is a shard and saves as an empty tensor, so each is gathered in turn by all ranks together.
+
+    Args:
+        names: which; by default all of them, and of tied ones the first.
+
+    Raises:
+        TrainingError: a tensor is empty all the same.
     """
     weights: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=names is None):
+        if names is not None and name not in names:
+            continue
         if hasattr(parameter, "ds_id"):
             from deepspeed.runtime.zero import GatheredParameters
 
@@ -29,23 +40,44 @@ def full_weights(model: PreTrainedModel, world: World) -> dict[str, torch.Tensor
         elif world.main:
             weights[name] = parameter.detach().cpu()
     if world.main:
-        persistent = model.state_dict().keys()
-        weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
+        wanted = model.state_dict().keys() if names is None else names
+        weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in wanted}
+        empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
+        if empty:
+            raise TrainingError(f"{len(empty)} tensors would be saved empty, among them {empty[0]}")
     return weights
 
 
 def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    world: World,
+    base: ModelSection | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Write the model, its tokenizer and its attention record into ``folder``; return the weights written (rank 0).
+    """Write the model, or its adapters where it has some, with tokenizer and attention record into ``folder``.
+
+    Args:
+        base: the recipe's model section, which an adapter folder records.
+
+    Returns:
+        On rank 0 the weights written, by their names in the folder.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    weights = full_weights(model, world)
+    if has_adapters(model):
+        names = adapter_tensors(model)
+        weights = {names[name]: tensor for name, tensor in full_weights(model, world, names).items()}
+    else:
+        weights = full_weights(model, world)
     if world.main:
         try:
-            save(model, folder, tokenizer, state_dict=weights)
+            if has_adapters(model):
+                assert base is not None
+                save_adapters(model, folder, tokenizer, base=base, state_dict=weights)
+            else:
+                save(model, folder, tokenizer, state_dict=weights)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write the model to {folder}: {error}; free some space there") from error
     torch.distributed.barrier()

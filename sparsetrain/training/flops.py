@@ -29,8 +29,12 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def model_flops_per_token(num_params: int, layers: int, heads: int, head_dim: int, mean_visible_keys: float) -> float:
+def model_flops_per_token(
+    num_params: int, layers: int, heads: int, head_dim: int, mean_visible_keys: float, frozen_params: int = 0
+) -> float:
     """Floating-point operations to train on one token: forward, and backward at twice the forward.
+
+    Half of backward is for the gradients of the weights, which frozen ones do not need.
 
     Work that is done twice to save memory (activation checkpointing) is not counted: utilisation measures what the
     model needs, not what the run spends.
@@ -43,10 +47,11 @@ def model_flops_per_token(num_params: int, layers: int, heads: int, head_dim: in
         head_dim: dimensions of a head.
         mean_visible_keys: keys a query attends to, averaged over queries and layers; with block patterns, those in
             visible tiles. Full causal attention over ``T`` tokens has ``(T + 1) / 2``.
+        frozen_params: how many of the parameters are not trained.
     """
     matrices = 2 * num_params
     attention = 4 * layers * heads * head_dim * mean_visible_keys  # query times key, then weights times value
-    return 3.0 * (matrices + attention)
+    return 3.0 * (matrices + attention) - 2.0 * min(frozen_params, num_params)
 
 
 def peak_flops(device_name: str, dtype: Any) -> float | None:

@@ -22,11 +22,13 @@ import torch.distributed as dist
 
 from sparsetrain.data import Batch, Step, StepLoader
 from sparsetrain.errors import TrainingError
+from sparsetrain.methods.base import Method
+from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoint import TrainState
 from sparsetrain.training.engine import FiniteAdamW, World
-from sparsetrain.training.schedule import learning_rate
+from sparsetrain.training.schedule import share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
 
 
@@ -37,6 +39,8 @@ class StepResult:
     loss: float
     """Mean NLL of a target token, in nats, over the global batch."""
     lr: float
+    lr_new_modules: float
+    """Of the modules that the attention method adds."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     tokens: int
@@ -44,6 +48,13 @@ class StepResult:
     applied: bool
     """False when a gradient was not finite and the weights stayed as they were."""
     seconds: float
+    observations: dict[str, float]
+    """What the attention methods observed in a step that is logged, averaged over the ranks; empty in the others."""
+
+
+def is_logged(recipe: Recipe, plan: BatchPlan, step: int) -> bool:
+    """Whether the metrics of ``step`` (1 is the first) are recorded: every ``train.log_every`` steps, and the last."""
+    return step % recipe.train.log_every == 0 or step == plan.steps
 
 
 @dataclass
@@ -62,6 +73,11 @@ class Loop:
     evaluate: Callable[[], None]
     save: Callable[[], None]
     stop_requested: bool = field(default=False, init=False)
+    methods: list[Method] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {id(method): method for _, _, method in sparse_layers(self.engine.module) if method is not None}
+        self.methods = list(found.values())
 
     def run(self) -> bool:
         """Train to the end of the plan.
@@ -97,9 +113,13 @@ class Loop:
     def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, bool]:
         """One optimizer step. The second value says whether any rank was asked to stop."""
         began = time.perf_counter()
-        lr = learning_rate(self.recipe.train, self.state.step, self.plan.steps, self.plan.warmup_steps)
+        train = self.recipe.train
+        share = share_of_peak(train, self.state.step, self.plan.steps, self.plan.warmup_steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = share * group["peak_lr"]
+        for method in self.methods:
+            method.begin_step(self.state.step, self.plan.steps)
+            method.observing = is_logged(self.recipe, self.plan, self.state.step + 1)
 
         # [targets, tokens, stop] summed over ranks; stays on the device until the step is done.
         counts = torch.tensor(
@@ -131,13 +151,27 @@ class Loop:
         loss_value, tokens, stop = torch.stack([nll * scale, counts[1], counts[2]]).tolist()
         result = StepResult(
             loss=loss_value,
-            lr=lr,
+            lr=share * train.lr,
+            lr_new_modules=share * (train.new_modules_lr or train.lr),
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
             tokens=int(tokens),
             applied=bool(self.engine.was_step_applied()),
             seconds=time.perf_counter() - began,
+            observations=self._observations(),
         )
         return result, stop > 0
+
+    def _observations(self) -> dict[str, float]:
+        """What the methods with telemetry saw in this step, averaged over the ranks."""
+        observers = [m for m in self.methods if m.observing and type(m).observations is not Method.observations]
+        for method in self.methods:
+            method.observing = False
+        if not observers:
+            return {}
+        mine = {name: value for method in observers for name, value in method.observations().items()}
+        of_ranks: list[Any] = [None] * self.world.size
+        dist.all_gather_object(of_ranks, mine)
+        return {name: sum(each[name] for each in of_ranks) / self.world.size for name in mine}
 
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""

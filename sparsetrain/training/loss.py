@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,9 @@ from sparsetrain.modeling import has_plain_head
 
 class CausalLMLoss(nn.Module):
     """A causal language model that returns the summed NLL of chosen positions.
+
+    Its state, which is what a checkpoint holds, is the trained parameters alone: what is frozen comes from the model's
+    own files again. Loading is strict about the rest.
 
     The logits of a 128K-token row over a 128K vocabulary take 64 GiB in fp32. They never exist here: the decoder's
     hidden states go through the output projection a chunk at a time, recomputed in backward.
@@ -26,6 +31,8 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model = model
         self.chunk = chunk if has_plain_head(model) else None
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_expect_no_frozen)
 
     def forward(
         self,
@@ -67,3 +74,24 @@ class CausalLMLoss(nn.Module):
 
     def _chunk_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction="sum")
+
+
+def _trained(module: nn.Module) -> set[str]:
+    """Names of the trained parameters and of the buffers, tied ones under each of their names.
+
+    DeepSpeed's own ``exclude_frozen_parameters`` would keep an output projection that is tied to a frozen embedding.
+    """
+    named = module.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    return trained | {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    kept = {f"{prefix}{name}" for name in _trained(module)}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
+def _expect_no_frozen(module: nn.Module, incompatible: Any) -> None:
+    trained = _trained(module)
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name in trained]

@@ -29,10 +29,12 @@ from sparsetrain.training.deepspeed_config import deepspeed_config
 from sparsetrain.training.engine import World, check_config, init_world, initialize
 from sparsetrain.training.export import export
 from sparsetrain.training.flops import model_flops_per_token, peak_flops
-from sparsetrain.training.loop import Loop, StepResult
+from sparsetrain.training.loop import Loop, StepResult, is_logged
 from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.progress import Progress
+from sparsetrain.training.quantize import check_quantization, quantize_base
 from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
 
 T = TypeVar("T")
 
@@ -56,9 +58,12 @@ def run(recipe: Recipe, *, resume: bool = False) -> bool:
     _on_main(world, lambda: folder.prepare(output, recipe, resume))
     # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
     check_config(deepspeed_config(recipe, _provisional_plan(recipe, world.size)))
+    bits = "none" if recipe.lora is None else recipe.lora.quantize_base
+    check_quantization(bits, world.device)
     torch.manual_seed(recipe.train.seed)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_positions(model, recipe.sequence.length)
+    quantize_base(model, bits)
     model.to(world.device)  # type: ignore[arg-type]
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
@@ -92,6 +97,8 @@ class _Run:
         if start is not None and (self.output / RESULTS_FILE).exists():
             self.results = read_results(self.output)
 
+        self.say(choose_trainable(self.model, recipe))
+        self.costs = _Costs.of(self.model, recipe, world)
         if recipe.train.activation_checkpointing:
             _enable_activation_checkpointing(self.model)
         config = deepspeed_config(recipe, self.plan)
@@ -148,7 +155,7 @@ class _Run:
     def _evaluate(self, label: str) -> EvalResult | None:
         """Measure the eval section and keep the result under ``label``."""
         section = self.recipe.eval
-        if section.perplexity is None and section.passkey is None:
+        if section.empty:
             return None
         with self.progress.counting(f"evaluating: {label}") as on_progress:
             result = evaluate(
@@ -179,7 +186,7 @@ class _Run:
             self.say(f"self-check: {line}")
 
     def _export(self, target: Path) -> dict[str, torch.Tensor]:
-        return export(self.model, self.tokenizer, target, self.world)
+        return export(self.model, self.tokenizer, target, self.world, self.recipe.model)
 
     def _train(self) -> bool:
         loader = StepLoader(self.rows, self.plan, self.world.rank)
@@ -210,7 +217,7 @@ class _Run:
         return finished
 
     def _on_step(self, step: int, result: StepResult) -> None:
-        if step % self.recipe.train.log_every and step != self.plan.steps:
+        if not is_logged(self.recipe, self.plan, step):
             return
         self.progress.update(step, result.loss, result.lr, result.grad_norm)
         speed = result.tokens / result.seconds
@@ -224,7 +231,10 @@ class _Run:
             "step_seconds": result.seconds,
             "peak_memory_gb": _peak_memory(self.world.device) / 1e9,
             "skipped": float(not result.applied),
+            **result.observations,
         }
+        if self.recipe.attention.new_modules:
+            metrics["lr_new_modules"] = result.lr_new_modules
         utilisation = self.costs.utilisation(speed)
         if utilisation is not None:
             metrics["mfu"] = utilisation
@@ -259,7 +269,8 @@ class _Run:
             self.say(f"run folder: {self.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
             if self.recipe.checkpoint.export:
                 final = self.output / "final"
-                self.say(f"trained model: {final}; load it with sparsetrain.load({str(final)!r})")
+                kind = "trained model" if self.recipe.lora is None else "trained adapters"
+                self.say(f"{kind}: {final}; load with sparsetrain.load({str(final)!r})")
         dist.barrier()
 
     def _draw(self) -> None:
@@ -303,7 +314,7 @@ class _Costs:
     def of(cls, model: PreTrainedModel, recipe: Recipe, world: World) -> _Costs:
         text_config = model.config.get_text_config()
         length = recipe.sequence.length
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = total_size(model)
         lookup = 0 if text_config.tie_word_embeddings else text_config.vocab_size * text_config.hidden_size
         densities = attention_density(model, length)
         heads = text_config.num_attention_heads
@@ -313,6 +324,7 @@ class _Costs:
             heads,
             getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
             sum(densities) / len(densities) * (length + 1) / 2,
+            frozen_params=parameters - trainable_size(model),
         )
         peak = None
         if world.device.type == "cuda":
@@ -357,9 +369,10 @@ def _on_main(world: World, act: Callable[[], T]) -> T:
 
 
 def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    # transformers renamed the method and will remove the old name.
+    # transformers renamed the method and will remove the old name. The reentrant kind would cut the gradient off where
+    # a layer's inputs need none, which is everywhere below the first adapter.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    enable({"use_reentrant": False})
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from sparsetrain.data import Batch
 from sparsetrain.errors import TrainingError
-from sparsetrain.methods.static import StaticMethod
 from sparsetrain.modeling import sparse_layers
+from sparsetrain.modeling.adapters import adapter_tensors, has_adapters
 from sparsetrain.training.engine import World
+from sparsetrain.training.oracle import expected, has_oracle
 
 Weights = dict[str, torch.Tensor]
 
@@ -51,49 +52,38 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World)
     return f"documents are isolated: {len(boundaries) - 1} in the row, largest change of the others {difference:.1e}"
 
 
-def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, tokens: int = 2048) -> str:
-    """The output of the first sparse layer equals the dense-mask oracle on the longest document of the first batch.
-
-    Args:
-        tokens: how far into the document; the oracle's mask grows with its square.
-    """
-    from sparsetrain_kernels import block_pattern_attention_dense
-
-    methods = ((index, method) for index, _, method in sparse_layers(model) if isinstance(method, StaticMethod))
-    index, method = next(methods, (None, None))
+def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World) -> str:
+    """The output of the first sparse layer equals its definition in fp64 on the longest document of the first batch."""
+    layers = [(index, method) for index, _, method in sparse_layers(model) if method is not None]
+    index, method = next(((index, method) for index, method in layers if has_oracle(method)), (None, None))
     if method is None:
-        return "sparse layer against its oracle: nothing to compare, every layer attends in full"
+        names = {type(method).__name__.removesuffix("Method").lower() for _, method in layers}
+        return f"sparse layer against its oracle: nothing to compare, layers attend in {' and '.join(sorted(names))}"
     with _recorded(method) as calls:
         _hidden(model, batch.input_ids.to(world.device), batch.cu_seqlens, world)
-    *tensors, call = calls[0]
-    lengths = batch.cu_seqlens.diff()
-    longest = int(lengths.argmax())
-    start, count = int(batch.cu_seqlens[longest]), min(tokens, int(lengths[longest]))
-    query, key, value, output = (tensor[:, :, start : start + count] for tensor in tensors)
-    expected, _ = block_pattern_attention_dense(
-        query.double(),
-        key.double(),
-        value.double(),
-        method.pattern,
-        scale=call["scale"],
-        softcap=call["softcap"],
-        sink_logits=call["sink_logits"],
-    )
-    error = ((output.double() - expected).norm() / expected.norm()).item()
+    layer, query, key, value, output, call = calls[0]
+    longest = int(batch.cu_seqlens.diff().argmax())
+    document = slice(*batch.cu_seqlens[longest : longest + 2].tolist())
+    with torch.no_grad():
+        rows, right = expected(method, layer, query, key, value, call, document)
+    error = ((output[:, :, rows].double() - right).norm() / right.norm()).item()
     limit = 1e-5 if output.dtype == torch.float32 else 2e-2
     reason = f"layer {index} differs from its oracle by {error:.3g} (relative RMS, limit {limit:g})"
     _agree(error <= limit, reason, world)
-    return f"layer {index} equals its oracle on {count:,} tokens: relative RMS error {error:.1e}"
+    return f"layer {index} equals its oracle on {len(rows):,} tokens: relative RMS error {error:.1e}"
 
 
 def check_round_trip(model: PreTrainedModel, folder: Path, export: Callable[[Path], Weights], world: World) -> str:
     """What training changes survives being saved: every trainable tensor is written, read back and compared.
 
     Args:
-        export: writes the model into a folder and returns the weights it wrote, by name (rank 0 only).
+        export: writes the model into a folder and returns the weights it wrote, by their names there (rank 0 only).
     """
     target = folder / "selfcheck.tmp"
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if has_adapters(model):
+        names_there = adapter_tensors(model)
+        trainable = [names_there[name] for name in trainable]
     weights = export(target)
     fault = ""
     if world.main:
@@ -155,7 +145,7 @@ def _hidden(model: PreTrainedModel, tokens: torch.Tensor, boundaries: torch.Tens
 
 @contextmanager
 def _recorded(method: Any) -> Iterator[list[Any]]:
-    """Record the calls of ``method.attend``: query, key, value, output and the keyword arguments."""
+    """Record the calls of ``method.attend``: layer, query, key, value, output and the keyword arguments."""
     calls: list[Any] = []
     original = method.attend
 
@@ -163,7 +153,7 @@ def _recorded(method: Any) -> Iterator[list[Any]]:
         output = original(layer, query, key, value, **call)
         # A learned sink is a parameter, and under ZeRO-3 it is empty again once the layer is done.
         learned = {name: v.detach().clone() for name, v in call.items() if isinstance(v, nn.Parameter)}
-        calls.append((query, key, value, output, call | learned))
+        calls.append((layer, query, key, value, output, call | learned))
         return output
 
     method.attend = attend

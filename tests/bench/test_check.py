@@ -14,7 +14,7 @@ from sparsetrain.patterns import PowerPattern
 
 def problem(documents: tuple[int, ...] | None = None, batch: int = 1) -> Problem:
     pattern = PowerPattern(16, 2, 1)
-    return Problem(pattern, 200, 4, 2, 16, torch.float32, torch.device("cpu"), batch, documents)
+    return Problem(200, 4, 2, 16, torch.float32, torch.device("cpu"), batch, documents, pattern=pattern)
 
 
 @pytest.mark.parametrize("documents", [None, (120, 1, 79)])

@@ -18,8 +18,16 @@ from sparsetrain.bench.timing import Unavailable
 from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
 
-SMALL: dict[str, Any] = {"lengths": "96,160", "heads": 4, "kv_heads": 2, "head_dim": 8, "block": 16, "budget_ms": 1.0}
-ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--budget", "1")
+SMALL: dict[str, Any] = {
+    "lengths": "96,160",
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "block": 16,
+    "topk": 24,
+    "budget_ms": 1.0,
+}
+ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--topk", "24", "--budget", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +55,15 @@ def measured(*more: DecodeOpponent, **options: Any) -> DecodeReport:
 
 @pytest.fixture
 def report() -> DecodeReport:
-    wrong = DecodeOpponent("wrong", "wrong", False, lambda *_: Prepared(lambda q, k, v: q * k.mean() * v.mean()))
-    return measured(DecodeOpponent("absent", "absent", False, fails), wrong)
+    wrong = DecodeOpponent("wrong", "wrong", "all", lambda *_: Prepared(lambda q, k, v: q * k.mean() * v.mean()))
+    return measured(DecodeOpponent("absent", "absent", "all", fails), wrong)
 
 
 def test_every_implementation_that_runs_agrees_and_is_timed(report):
     for length in (96, 160):
         rows = {row.name: row for row in report.rows if row.length == length}
-        assert list(rows) == ["ours", "sdpa", "absent", "wrong"]
-        for name in ("ours", "sdpa"):
+        assert list(rows) == ["ours", "sparsek", "sdpa", "absent", "wrong"]
+        for name in ("ours", "sparsek", "sdpa"):
             assert (rows[name].check, rows[name].reason) == ("passed", "")
             assert rows[name].ms > 0
             assert rows[name].gbps == pytest.approx(rows[name].bytes_read / rows[name].ms / 1e6)
@@ -68,17 +76,19 @@ def test_every_implementation_that_runs_agrees_and_is_timed(report):
 def test_layers_share_the_time():
     assert resolve(device="cpu", **SMALL).problem(96).layers == 1
     report = measured(layers=3, lengths="96", check=False)
-    assert [row.check for row in report.rows] == ["", ""]
+    assert [row.check for row in report.rows] == ["", "", ""]
     assert all(row.ms > 0 for row in report.rows)
 
 
 def test_bytes_are_those_of_the_listed_keys():
     problem = resolve(device="cpu", dtype="bfloat16", batch=8, heads=32, kv_heads=8).problem(131072)
-    assert problem.bytes_read(False) == 2 * 131072 * 8 * 8 * 128 * 2
+    assert problem.bytes_read("all") == 2 * 131072 * 8 * 8 * 128 * 2
     blocks = len(problem.pattern.key_blocks(511))
-    assert problem.bytes_read(True) == 2 * blocks * 256 * 8 * 8 * 128 * 2
+    assert problem.bytes_read("blocks") == 2 * blocks * 256 * 8 * 8 * 128 * 2
+    assert problem.bytes_read("selected") == 2 * (4 + 2 * problem.topk) * 8 * 8 * 128 * 2
+    assert problem.topk == 128
     # The own block is read up to the new token.
-    assert resolve(device="cpu", batch=1, kv_heads=1).problem(257).bytes_read(True) == 2 * 257 * 128 * 4
+    assert resolve(device="cpu", batch=1, kv_heads=1).problem(257).bytes_read("blocks") == 2 * 257 * 128 * 4
 
 
 def test_speed_is_over_the_best_full_cache():
@@ -167,8 +177,8 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
         (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
         (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
         (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
-        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sdpa, or all"),
-        (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sdpa"),
+        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sparsek, sdpa, or all"),
+        (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sparsek, sdpa"),
     ],
 )
 def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys):
@@ -187,4 +197,4 @@ def test_defaults_suit_the_machine():
     assert (gpu.lengths, gpu.batch, gpu.heads, gpu.kv_heads) == ((8192, 32768, 131072), 8, 32, 8)
     assert (gpu.dtype, gpu.layers) == (torch.bfloat16, 4)
     assert (cpu.lengths, cpu.batch, cpu.heads, cpu.layers) == ((1024, 4096), 2, 4, 1)
-    assert [each.name for each in gpu.opponents] == ["ours", "flash", "cudnn", "efficient", "math", "varlen"]
+    assert [each.name for each in gpu.opponents] == ["ours", "sparsek", "flash", "cudnn", "efficient", "math", "varlen"]

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def problem(length: int, documents: tuple[int, ...] | None = None, block: int = 128) -> Problem:
     pattern = PowerPattern(block, window=2, sinks=1)
-    return Problem(pattern, length, 4, 2, 16, torch.float32, CPU, documents=documents)
+    return Problem(length, 4, 2, 16, torch.float32, CPU, documents=documents, pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", [PowerPattern(256), PowerPattern(128, 2, 0), StridePattern(384, 1, 1, 3)])

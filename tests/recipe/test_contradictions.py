@@ -39,7 +39,11 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
             ["data.sources.0={synthetic: passkey, keys: 3}"],
             "keys=3 has no effect here: it belongs to synthetic: multikey",
         ),
-        (["data.sources.0.digits=3"], "digits=3 has no effect here: it belongs to synthetic sources"),
+        (["data.sources.0.digits=3"], "digits=3 has no effect here: it belongs to synthetic: passkey and multikey"),
+        (
+            ["data.sources.0={synthetic: recall, digits: 3}"],
+            "digits=3 has no effect here: it belongs to synthetic: passkey and multikey",
+        ),
         (
             ["data.sources.0.form=chat", "data.sources.0.text_field=body"],
             "text_field=body has no effect here: it belongs to form: text",
@@ -70,6 +74,25 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         ([f"model={ARCHITECTURE}", "attention.dense_layers=[0,1,2,3]"], "attention.method=power has no effect"),
         (["deepspeed.offload_parameters=cpu"], "deepspeed.offload_parameters needs deepspeed.stage: 3, not 2"),
         (["deepspeed.stage=0", "deepspeed.offload_optimizer=cpu"], "deepspeed.offload_optimizer needs deepspeed.stage"),
+        (
+            ["train.parameters=new_modules"],
+            "train.parameters: parameters=new_modules is about modules that the attention method adds, and "
+            "attention.method=power adds none",
+        ),
+        (["train.new_modules_lr=1"], "attention.method=power adds none; set it to null"),
+        (
+            ["attention={method: sparsek}", "train.parameters=new_modules", "lora={}"],
+            "new_modules freezes everything else, so lora's adapters would never change",
+        ),
+        ([f"model={ARCHITECTURE}", "lora={}"], "lora: freezes the model, but model.architecture starts it from random"),
+        (
+            [f"model={ARCHITECTURE}", "attention={method: sparsek}", "train.parameters=new_modules"],
+            "train.parameters: freezes the model, but model.architecture",
+        ),
+        (["lora={quantize_base: 4bit}", "deepspeed.stage=3"], "4bit weights cannot be sharded by deepspeed.stage=3"),
+        (["lora={targets: q_proj}"], "targets='q_proj' is no rule; choose attention, linear, a list of names"),
+        (["lora={targets: '.*[q'}"], "targets='.*[q' is no regular expression"),
+        (["lora={dropout: 1}"], "lora.dropout: expected a number below 1"),
     ],
 )
 def test_contradictions_name_both_sides(refuse, minimal, overrides, expected):
@@ -89,6 +112,9 @@ def test_contradictions_name_both_sides(refuse, minimal, overrides, expected):
         ["train.steps=null", "train.tokens=1"],
         [f"model={ARCHITECTURE}", "attention.dense_layers=[0, -1]"],
         ["attention.method=full", f"model={ARCHITECTURE}", "attention.dense_layers=[0,1,2,3]"],
+        ["attention={method: sparsek}", "train.parameters=new_modules", "train.new_modules_lr=1"],
+        ["lora={targets: linear, quantize_base: 8bit}"],
+        ["lora={targets: '.*layers.[0-7].*_proj'}", "deepspeed.stage=3"],
     ],
 )
 def test_what_only_looks_like_a_contradiction_is_accepted(load, minimal, overrides):

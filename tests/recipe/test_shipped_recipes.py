@@ -16,6 +16,15 @@ REAL_MODELS = {
     "qwen3-0.6b-power-32k": 32768,
     "qwen3-8b-power-128k": 131072,
     "mistral-7b-power-32k": 32768,
+    "llama-3.1-8b-power-lora-64k": 65536,
+    "qwen3-8b-power-lora-64k": 65536,
+}
+SPARSEK = {
+    "llama-3.2-1b-sparsek-full-32k": 32768,
+    "llama-3.2-1b-sparsek-lora-32k": 32768,
+    "llama-3.2-1b-sparsek-scorer-32k": 32768,
+    "qwen3-8b-sparsek-lora-64k": 65536,
+    "qwen3-8b-sparsek-scorer-64k": 65536,
 }
 
 
@@ -55,6 +64,18 @@ def test_recipes_for_real_models_use_the_papers_pattern(name):
     assert isinstance(recipe.attention.dense_layers, DenseLayerRule)
     assert recipe.train.activation_checkpointing
     assert recipe.train.tokens is not None
+    assert max(recipe.eval.passkey.lengths) == recipe.sequence.length
+    assert plan_batch(recipe, 8).tokens_per_step == 2**20
+
+
+@pytest.mark.parametrize("name", SPARSEK)
+def test_sparsek_recipes_train_what_their_name_says(name):
+    recipe = load_recipe(name).recipe
+    assert recipe.sequence.length == SPARSEK[name]
+    assert (recipe.attention.method, recipe.attention.dense_layers) == ("sparsek", [])
+    assert (recipe.lora is not None) == ("-lora-" in name)
+    assert (recipe.train.parameters == "new_modules") == ("-scorer-" in name)
+    assert (recipe.train.new_modules_lr or recipe.train.lr) == 1e-3
     assert max(recipe.eval.passkey.lengths) == recipe.sequence.length
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
 

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sparsetrain.cli import main
 from sparsetrain.data.synthetic import WORDINGS
@@ -233,6 +233,23 @@ def tiny(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
         (folder / "tiny.yaml").write_text(dump_yaml(make_recipe(folder)))
 
     return shared("tiny-recipe", make) / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def pretrained(tiny: Path, shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The tiny recipe's model as two folders of weights on disk: ``tied`` and ``untied`` output projections."""
+
+    def make(folder: Path) -> None:
+        recipe = load_recipe(tiny).recipe
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.parent / "tokenizer")
+        for name in ("tied", "untied"):
+            architecture = {**(recipe.model.architecture or {}), "tie_word_embeddings": name == "tied"}
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(**architecture)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+
+    return shared("pretrained", make)
 
 
 @pytest.fixture(scope="session")

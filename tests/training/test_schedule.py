@@ -5,12 +5,12 @@ import math
 import pytest
 
 from sparsetrain.recipe.schema import TrainSection
-from sparsetrain.training.schedule import learning_rate
+from sparsetrain.training.schedule import share_of_peak
 
 
 def curve(steps, warmup_steps, **train):
-    section = TrainSection(steps=steps, lr=2.0, **train)
-    return [learning_rate(section, step, steps, warmup_steps) for step in range(steps)]
+    section = TrainSection(steps=steps, lr=1.0, **train)
+    return [2.0 * share_of_peak(section, step, steps, warmup_steps) for step in range(steps)]
 
 
 def test_warmup_rises_linearly_to_the_peak():

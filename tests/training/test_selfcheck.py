@@ -9,7 +9,7 @@ from torch import nn
 from sparsetrain.data import Row, build_rows, collate
 from sparsetrain.errors import TrainingError
 from sparsetrain.methods.static import StaticMethod
-from sparsetrain.modeling import load_model
+from sparsetrain.modeling import load_model, sparse_layers
 from sparsetrain.patterns import SlidingPattern
 from sparsetrain.training import run as training
 from sparsetrain.training import selfcheck
@@ -71,6 +71,31 @@ def test_a_sound_model_passes_and_says_what_was_found(model, loaded, packed, sin
     line = selfcheck.check_round_trip(model, tmp_path, lambda target: export(*loaded, target, world), world)
     assert line == f"saved and reloaded bit for bit: {len(list(model.parameters()))} trainable tensors"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scores", ["head", "layer"])
+@pytest.mark.parametrize("gate", ["value", "log", "straight"])
+def test_a_sound_selection_passes(recipe, single, packed, world, gate, scores):
+    attention = {"method": "sparsek", "topk": 8, "window": 16, "sinks": 2, "gate": gate, "scores": scores}
+    model, _ = load_model(recipe.model, attention, seed=0)
+    assert "layer 0 equals its oracle on 32 tokens" in selfcheck.check_against_oracle(model, single, world)
+    assert "layer 0 equals its oracle" in selfcheck.check_against_oracle(model, packed, world)
+
+
+@pytest.mark.parametrize("changed", [{"topk": 9}, {"window": 17}, {"sinks": 3}, {"gate": "log"}])
+def test_another_selection_is_stopped(recipe, single, world, changed):
+    attention = {"method": "sparsek", "topk": 8, "window": 16, "sinks": 2}
+    model, _ = load_model(recipe.model, attention, seed=0)
+    other, _ = load_model(recipe.model, {**attention, **changed}, seed=0)
+    method = next(method for _, _, method in sparse_layers(model))
+    method.attend = next(method for _, _, method in sparse_layers(other)).attend
+    with pytest.raises(TrainingError, match="layer 0 differs from its oracle"):
+        selfcheck.check_against_oracle(model, single, world)
+
+
+def test_where_nothing_is_sparse_there_is_nothing_to_compare(recipe, single, world):
+    model, _ = load_model(recipe.model, {"method": "full"}, seed=0)
+    assert "layers attend in full" in selfcheck.check_against_oracle(model, single, world)
 
 
 @pytest.mark.parametrize("batch", ["packed", "single"])

@@ -1,0 +1,87 @@
+"""Multi-query associative recall: pairs of tokens early in the document, filler, and then every key once more.
+
+The task is MQAR of Zoology (2312.04927, 3 and appendix C.1): ``k v`` pairs, and later ``k`` alone, whose value is the
+answer. It is made of tokens and not of text, so that a model of a few hundred thousand parameters learns it in minutes,
+and what a constant budget of keys must keep is small and exactly known: the pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsetrain.data.document import Tokens
+from sparsetrain.data.encoding import opening
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYMBOLS = 64
+"""Keys, values and filler tokens there are, of each kind; guessing one of the values is right once in as many."""
+
+
+class Recall:
+    """Builds the documents of the task from the tokens of one tokenizer.
+
+    A document is BOS where the tokenizer puts one; pairs of a key and its value, scattered over filler in the first
+    half; filler; and the asked pairs again in a random order, with loss on the values. Keys, values, filler and the
+    mark are disjoint sets of ordinary tokens, taken from the vocabulary at even distances.
+
+    Args:
+        keys: pairs that are asked for, each once.
+        distractors: pairs of the same tokens that are never asked for. With any, the asked ones carry a mark: one token
+            in front of the key. Which pairs matter is then known when they are read, but not from their tokens.
+
+    Raises:
+        DataError: more pairs than key tokens, or a vocabulary too small for three kinds and a mark.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, keys: int, distractors: int = 0) -> None:
+        if keys + distractors > SYMBOLS:
+            raise DataError(
+                f"keys={keys} and distractors={distractors}: the recall task has {SYMBOLS} tokens for keys, and each "
+                "pair of a document needs one of its own"
+            )
+        ordinary = np.array(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+        if len(ordinary) < 3 * SYMBOLS + 1:
+            raise DataError(
+                f"the recall task needs {3 * SYMBOLS + 1} ordinary tokens; this tokenizer has {len(ordinary)}"
+            )
+        chosen = ordinary[np.linspace(0, len(ordinary) - 1, 3 * SYMBOLS + 1).astype(np.int64)]
+        self._mark, kinds = chosen[0], chosen[1:].reshape(SYMBOLS, 3).T
+        self._key_tokens, self._value_tokens, self._filler = kinds
+        self._opening = np.array(opening(tokenizer), dtype=np.int64)
+        self._keys, self._distractors = keys, distractors
+
+    def document(self, length: int, rng: np.random.Generator) -> Tokens:
+        """One document of exactly ``length`` tokens, with a target span for each answer.
+
+        Raises:
+            DataError: the pairs do not fit into the first half of ``length`` tokens, or nothing would separate them
+                from the questions.
+        """
+        keys = rng.choice(self._key_tokens, size=self._keys + self._distractors, replace=False)
+        values = rng.choice(self._value_tokens, size=len(keys))
+        pairs = [np.array([key, value]) for key, value in zip(keys, values, strict=True)]
+        if self._distractors:
+            pairs[: self._keys] = [np.array([self._mark, *pair]) for pair in pairs[: self._keys]]
+        first_half = length // 2 - len(self._opening)
+        early = first_half - sum(map(len, pairs))
+        start = length - 2 * self._keys
+        if early < 0 or start <= length // 2:
+            raise DataError(
+                f"a recall document of {length} tokens has no room for {self._keys} pairs and {self._distractors} "
+                "distractors in its first half and the questions in its second; ask for longer documents or fewer pairs"
+            )
+        input_ids = rng.choice(self._filler, size=length)
+        input_ids[: len(self._opening)] = self._opening
+        # Fillers before each pair, and behind them the pairs before it.
+        pairs = [pairs[index] for index in rng.permutation(len(pairs))]
+        places = np.sort(rng.integers(0, early + 1, size=len(pairs))) + np.cumsum([0, *map(len, pairs[:-1])])
+        for place, pair in zip(places + len(self._opening), pairs, strict=True):
+            input_ids[place : place + len(pair)] = pair
+        asked = rng.permutation(self._keys)
+        input_ids[start::2], input_ids[start + 1 :: 2] = keys[asked], values[asked]
+        return Tokens(input_ids, [(answer, answer + 1) for answer in range(start + 1, length, 2)])

@@ -1,0 +1,334 @@
+"""LoRA through peft: put into a sparsified model, written as a peft adapter folder, loaded again, merged.
+
+The adapters are injected in place, so that the model stays the transformers model it was. What is trained whole beside
+them (embedding, norms, the modules that the attention method adds) is trained in place too, where peft would train a
+copy of each; on disk it is what peft calls ``modules_to_save``, and plain ``PeftModel.from_pretrained`` reads it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import parse_attention
+from sparsetrain.modeling.layers import RECORD_FORMAT, sparse_layers
+from sparsetrain.modeling.storage import RECORD_FILE, load_model
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import LoraSection, ModelSection
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before every name: a ``PeftModel`` holds the model as ``base_model.model``."""
+
+
+def new_modules(model: nn.Module, attention: MethodConfig | None = None) -> dict[str, nn.Module]:
+    """The modules that the attention method has added to a model, by name.
+
+    Args:
+        attention: the method's config; by default the one recorded in the model's.
+    """
+    if attention is None:
+        config: Any = model.config
+        attention = parse_attention(config.sparsetrain["attention"])
+    layers = {id(layer) for _, layer, _ in sparse_layers(model)}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if id(module) in layers:
+            children = dict(module.named_children())
+            found |= {f"{name}.{child}": children[child] for child in attention.new_modules if child in children}
+    return found
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether LoRA adapters are in the model."""
+    return getattr(model, "peft_config", None) is not None
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
+    """Put LoRA adapters into a sparsified model and freeze the rest, but for what the section trains whole.
+
+    The modules that the method adds stay trainable where the method made them so.
+
+    Raises:
+        RecipeError: the targets match no linear layer; names those there are.
+    """
+    from peft import LoraConfig
+
+    targets = _targets(model, lora.targets)
+    whole = {name: [p for p in new.parameters() if p.requires_grad] for name, new in new_modules(model).items()}
+    if lora.train_norms:
+        whole |= {name: list(norm.parameters()) for name, norm in _norms(model).items()}
+    if lora.train_embeddings:
+        name, embedding = next((n, m) for n, m in model.named_modules() if m is model.get_input_embeddings())
+        whole[name] = list(embedding.parameters())
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale_numerator,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        modules_to_save=sorted(whole) or None,
+        ensure_weight_tying=lora.train_embeddings and _tied(model),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config._name_or_path,
+    )
+    _inject(model, config)
+    for parameters in whole.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of a model that its adapter folder holds: their name in the model, and the one peft gives them."""
+    config = _config(model)
+    whole = tuple(f"{name}." for name in config.modules_to_save or ())
+    if config.ensure_weight_tying:
+        # peft wants a trained embedding under both of its names.
+        whole += tuple(f"{name}." for name, layer in model.named_modules() if layer is model.get_output_embeddings())
+    names = [name for name in model.state_dict() if ".lora_" in name or name.startswith(whole)]
+    return {name: PREFIX + _without_adapter_name(name) for name in names}
+
+
+def save_adapters(
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    base: ModelSection,
+    state_dict: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a peft adapter folder, with the tokenizer if given and our record of the base and its attention method.
+
+    Args:
+        base: the recipe's ``model`` section, by which :func:`load_adapters` finds the base.
+        state_dict: the tensors by their names in the folder (:func:`adapter_tensors`).
+
+    Raises:
+        ModelError: a tensor is empty, as the shards of ZeRO-3 are, or missing.
+    """
+    wanted = set(adapter_tensors(model).values())
+    empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
+    if empty or wanted != state_dict.keys():
+        fault = f"{empty[0]} is empty" if empty else f"{min(wanted ^ state_dict.keys())} is missing or not a part of it"
+        raise ModelError(f"the adapter would not be saved whole: {fault}")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()},
+        path / WEIGHTS_FILE,
+        metadata={"format": "pt"},
+    )
+    config = copy(_config(model))
+    config.inference_mode = True
+    config.save_pretrained(str(path))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
+    section = base.model_dump(mode="json", exclude_defaults=True)
+    if base.path is not None and Path(base.path).expanduser().is_dir():
+        section["path"] = str(Path(base.path).expanduser().resolve())
+    about = {**model.config.sparsetrain, "base": section["path"], "model": section, "versions": versions}
+    (path / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapters(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The base model of an adapter folder with the recorded attention method and the adapters in it, not merged.
+
+    Args:
+        path: a local folder.
+        base: the base where it is not at the recorded place: a Hub id or a folder.
+        dtype: of the weights; by default the one trained in.
+
+    Raises:
+        ModelError: the folder or its base cannot be read, or they do not fit each other.
+    """
+    from sparsetrain.recipe.schema import ModelSection
+
+    path = Path(path)
+    try:
+        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no adapter folder of sparsetrain: {RECORD_FILE}: {error}") from error
+    if record.get("format", 0) > RECORD_FORMAT or "model" not in record:
+        raise ModelError(f"{path} was not written by this version or an older one; upgrade sparsetrain")
+    section = dict(record["model"])
+    if (path / "tokenizer_config.json").is_file():
+        section["tokenizer"] = str(path)
+    if base is not None:
+        section |= {"path": base, "revision": None}
+    if dtype is not None:
+        section["dtype"] = str(dtype).removeprefix("torch.")
+    section["trust_remote_code"] = trust_remote_code
+    try:
+        model, _ = load_model(ModelSection.model_validate(section), record["attention"], seed=0)
+    except ModelError as error:
+        raise ModelError(f"the base of the adapters in {path}: {error} If it has moved, give base=...") from error
+    read_adapters(model, path)
+    return model.eval()
+
+
+def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
+    """Put the adapters of a folder into a sparsified model.
+
+    Raises:
+        ModelError: the folder's tensors are not exactly those the model has a place for. (peft would drop the rest
+            without a word.)
+    """
+    from peft import LoraConfig
+
+    path = Path(path)
+    try:
+        config = LoraConfig.from_pretrained(str(path))
+        tensors = load_file(path / WEIGHTS_FILE)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ModelError(f"cannot read the adapters in {path}: {error}") from error
+    try:
+        _inject(model, config)
+    except ValueError as error:
+        raise ModelError(f"the adapters in {path} do not fit {type(model).__name__}: {error}") from error
+    places = {key: model.get_parameter_or_buffer(name) for name, key in adapter_tensors(model).items()}
+    shapes = ({key: tuple(tensor.shape) for key, tensor in each.items()} for each in (tensors, places))
+    given, wanted = shapes
+    if given != wanted:
+        faults = [
+            *(f"the model has no place for {key.removeprefix(PREFIX)}" for key in sorted(given.keys() - wanted.keys())),
+            *(f"the folder lacks {key.removeprefix(PREFIX)}" for key in sorted(wanted.keys() - given.keys())),
+            *(
+                f"{key.removeprefix(PREFIX)} is {list(given[key])} in the folder and {list(wanted[key])} in the model"
+                for key in sorted(given.keys() & wanted.keys())
+                if given[key] != wanted[key]
+            ),
+        ]
+        raise ModelError(
+            f"the adapters in {path} ({len(given)} tensors) were not made for this model ({len(wanted)}): "
+            f"{'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
+        )
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(tensors[key])
+
+
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Fold the adapters into the weights they stand beside, in place; what is left is an ordinary model.
+
+    Raises:
+        ModelError: the merged weights would not be finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers:
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"{name} cannot be merged: {error}") from error
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+    return model
+
+
+def _config(model: PreTrainedModel) -> LoraConfig:
+    configs: Any = model.peft_config
+    return configs["default"]
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters in, in evaluation or training mode as the model is, and freeze everything else."""
+    from peft import inject_adapter_in_model
+
+    # Without these peft leaves the modules that are trained whole as they are, instead of wrapping a copy of each.
+    whole, tying = config.modules_to_save, config.ensure_weight_tying
+    config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, False
+    try:
+        inject_adapter_in_model(config, model)
+    finally:
+        config.modules_to_save, config.ensure_weight_tying = whole, tying
+    model.train(model.training)
+
+
+def _targets(model: PreTrainedModel, rule: str | list[str]) -> dict[str, nn.Module]:
+    """The linear layers that get an adapter, by name."""
+    added = {id(inner) for new in new_modules(model).values() for inner in new.modules()}
+    linear = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in added
+    }
+    if isinstance(rule, list):
+        matches = {given: [n for n in linear if n == given or n.endswith(f".{given}")] for given in rule}
+        unmatched = [given for given, names in matches.items() if not names]
+        chosen = set() if unmatched else {name for names in matches.values() for name in names}
+        missed = ", ".join(unmatched)
+    else:
+        if rule == "attention":
+            inside = {id(inner) for _, layer, _ in sparse_layers(model) for inner in layer.modules()}
+        elif rule == "linear":
+            inside = {id(inner) for inner in model.get_decoder().modules()}
+        else:
+            inside = {id(layer) for name, layer in linear.items() if re.fullmatch(rule, name)}
+        chosen = {name for name, layer in linear.items() if id(layer) in inside}
+        missed = rule
+    if not chosen:
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
+        raise RecipeError(
+            f"lora.targets: {missed} matches no linear layer of {type(model).__name__}, whose linear layers are named "
+            f"{', '.join(leaves)} (the first: {next(iter(linear), 'none')})"
+        )
+    if _tied(model) and any(linear[name] is model.get_output_embeddings() for name in chosen):
+        raise RecipeError(
+            "lora.targets names the output head, whose weight is the embedding's too (tied): an adapter would change "
+            "only one of them; leave it out, and set lora.train_embeddings to train both"
+        )
+    return {name: linear[name] for name in chosen}
+
+
+def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The normalisations of the decoder, by name: every family has classes of its own, all named so."""
+    added = {id(inner) for new in new_modules(model).values() for inner in new.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and id(module) not in added
+        and not list(module.children())
+        and list(module.parameters())
+    }
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _without_adapter_name(name: str) -> str:
+    """``q_proj.lora_A.default.weight`` is ``q_proj.lora_A.weight`` on disk, and DoRA's magnitude has no ``.weight``."""
+    name = re.sub(r"\.(lora_\w+)\.default\b", r".\1", name)
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name

@@ -1,0 +1,70 @@
+"""The frozen matrices of a LoRA run in 4 or 8 bits, by bitsandbytes (QLoRA, 2305.14314)."""
+
+from __future__ import annotations
+
+from importlib import util
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.modeling.adapters import new_modules
+
+Bits = Literal["none", "4bit", "8bit"]
+
+
+def check_quantization(bits: Bits, device: torch.device) -> None:
+    """Refuse, before anything heavy is loaded, what this machine cannot do.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed, or there is no CUDA device.
+    """
+    if bits == "none":
+        return
+    if device.type != "cuda":
+        raise RecipeError(
+            f"lora.quantize_base={bits}: bitsandbytes computes on CUDA devices, and this machine has none; "
+            "set it to none"
+        )
+    if util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"lora.quantize_base={bits} needs bitsandbytes; `pip install bitsandbytes`, or set it to none"
+        )
+
+
+def quantize_base(model: PreTrainedModel, bits: Bits) -> None:
+    """Replace the linear layers of the decoder, in place. They are quantised when they move to a CUDA device.
+
+    The output head and the modules that the attention method adds keep their precision.
+    """
+    if bits == "none":
+        return
+    added = {id(inner) for new in new_modules(model).values() for inner in new.modules()}
+    inside = {id(inner) for inner in model.get_decoder().modules()} - added
+    for name, layer in list(model.named_modules()):
+        if id(layer) in inside and type(layer) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _quantized(layer, bits))
+    # peft chooses its layers by this.
+    setattr(model, f"is_loaded_in_{bits}", True)
+
+
+def _quantized(layer: nn.Linear, bits: Bits) -> nn.Module:
+    import bitsandbytes as bnb
+
+    weight = layer.weight.detach()
+    shape: dict[str, Any] = {
+        "input_features": layer.in_features,
+        "output_features": layer.out_features,
+        "bias": layer.bias is not None,
+    }
+    if bits == "4bit":
+        new = bnb.nn.Linear4bit(**shape, compute_dtype=weight.dtype, quant_type="nf4")
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        new = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    new.bias = layer.bias
+    return new

@@ -1,0 +1,48 @@
+"""Which parameters a run trains: all of them, adapters beside frozen weights, or the method's new modules alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsetrain.modeling.adapters import add_adapters, new_modules
+from sparsetrain.recipe.schema import Recipe
+
+
+def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
+    """Freeze what the recipe does not train and put its adapters in; say what is trained.
+
+    Raises:
+        RecipeError: the adapters have nothing to attach to.
+    """
+    lora = recipe.lora
+    if lora is not None:
+        # Equal adapters on every rank, whatever was drawn before.
+        torch.manual_seed(recipe.train.seed)
+        add_adapters(model, lora)
+        what = f"LoRA of rank {lora.rank}"
+    elif recipe.train.parameters == "new_modules":
+        added = {id(p) for new in new_modules(model).values() for p in new.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in added)
+        what = f"the {', '.join(recipe.attention.new_modules)} of each layer alone"
+    else:
+        what = "everything"
+    trained, all_of_them = trainable_size(model), total_size(model)
+    return f"trained: {what}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})"
+
+
+def total_size(model: nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(map(_size, model.parameters()))
+
+
+def trainable_size(model: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; bitsandbytes packs two 4-bit ones into a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

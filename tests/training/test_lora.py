@@ -1,0 +1,275 @@
+"""LoRA runs: what is trained, what is saved, and that it comes back, with plain peft and with ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import sparsetrain
+from sparsetrain.cli import main
+from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.modeling import load_model
+from sparsetrain.modeling.adapters import add_adapters, load_adapters, merge_adapters, read_adapters
+from sparsetrain.recipe.schema import LoraSection
+from sparsetrain.training import run as training
+
+ALL_KINDS = "lora={rank: 4, targets: linear, dropout: 0.1, train_embeddings: true, train_norms: true}"
+RUN = "import json, sys; from sparsetrain.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+TOKENS = torch.arange(5, 125)[None]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny, pretrained):
+    """``arguments(output, *overrides, tied=False)``: the command that trains adapters beside a pretrained model."""
+
+    def command(output, *overrides, tied=False):
+        path = pretrained / ("tied" if tied else "untied")
+        model = json.dumps({"path": str(path), "dtype": "float32"})
+        short = ["train.steps=2", "train.global_batch_sequences=2", "train.lr=0.05"]
+        return ["run", str(tiny), f"model={model}", "lora={rank: 4}", *short, *overrides, "--output", str(output)]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, shared, run_folder):
+    """A run of every kind of trained parameter under activation checkpointing, with a tied and an untied head."""
+
+    def make(folder):
+        for name in ("tied", "untied"):
+            overrides = [ALL_KINDS, "train.activation_checkpointing=true"]
+            assert main(arguments(folder / name, *overrides, tied=name == "tied")) == 0
+
+    folder = shared("lora-runs", make)
+    return {name: run_folder(folder / name) for name in ("tied", "untied")}
+
+
+@pytest.fixture
+def model(tiny_recipe, pretrained):
+    """``model(**lora)``: the untied model with adapters, not trained."""
+
+    def build(**lora):
+        recipe = tiny_recipe(f"model={json.dumps({'path': str(pretrained / 'untied'), 'dtype': 'float32'})}")
+        found, _ = load_model(recipe.model, recipe.attention, seed=0)
+        add_adapters(found, LoraSection(**lora))
+        return found
+
+    return build
+
+
+def adapted(model):
+    """Names of the layers that have an adapter."""
+    return {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_plain_peft_opens_what_was_saved(trained, pretrained, head, recwarn):
+    final = trained[head].path / "final"
+    base = sparsetrain.sparsify(
+        AutoModelForCausalLM.from_pretrained(pretrained / head, dtype=torch.float32),
+        {"method": "power", "block": 16, "window": 2, "sinks": 1},
+    )
+    before = logits(base)
+    opened = PeftModel.from_pretrained(base, final)
+    assert not [str(warning.message) for warning in recwarn if "missing" in str(warning.message)]
+    ours = logits(load_adapters(final))
+    torch.testing.assert_close(logits(opened), ours, rtol=0, atol=1e-5)
+    assert (ours - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_merged_adapters_are_the_same_model(trained, tmp_path, head):
+    final = trained[head].path / "final"
+    model = load_adapters(final)
+    expected = logits(model)
+    merged = merge_adapters(model)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-5)
+    assert not any("lora" in name or "base_layer" in name for name in merged.state_dict())
+    assert main(["export", str(trained[head].path), str(tmp_path / "out"), "--merge"]) == 0
+    torch.testing.assert_close(logits(sparsetrain.load(tmp_path / "out")), expected, rtol=0, atol=2e-5)
+    assert (tmp_path / "out/generation_config.json").is_file()
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (dense.get_output_embeddings().weight is dense.get_input_embeddings().weight) is (head == "tied")
+
+
+def test_the_variants_of_lora_come_back_through_plain_peft(tmp_path, arguments, pretrained):
+    assert main(arguments(tmp_path / "run", "lora={rank: 4, dora: true, rslora: true}")) == 0
+    base = AutoModelForCausalLM.from_pretrained(pretrained / "untied", dtype=torch.float32)
+    sparsetrain.sparsify(base, {"method": "power", "block": 16, "window": 2, "sinks": 1})
+    opened = PeftModel.from_pretrained(base, tmp_path / "run/final")
+    model = load_adapters(tmp_path / "run/final")
+    torch.testing.assert_close(logits(opened), logits(model), rtol=0, atol=1e-5)
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge_adapters(model)), expected, rtol=0, atol=2e-5)
+
+
+def test_what_is_frozen_stays_as_it_was_bit_for_bit(tmp_path, arguments, pretrained, monkeypatch):
+    seen = []
+
+    def load_and_keep(*given, **settings):
+        seen.append(load_model(*given, **settings))
+        return seen[0]
+
+    monkeypatch.setattr(training, "load_model", load_and_keep)
+    overrides = ["lora={rank: 4, train_norms: true}", "train.optimizer.weight_decay=0.5"]
+    assert main(arguments(tmp_path / "run", *overrides)) == 0
+    before = load_file(pretrained / "untied/model.safetensors")
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in seen[0][0].state_dict().items()}
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {name for name in before if "norm" in name}
+    assert all(after[name].abs().max() > 0 for name in after if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, arguments, run_folder, stage, dtype):
+    whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
+    overrides = [ALL_KINDS, f"deepspeed.stage={stage}", f"model.dtype={dtype}", "checkpoint.every=1"]
+    assert main(arguments(whole.path, *overrides, tied=True)) == 0
+    shutil.copytree(whole.path, resumed.path)
+    shutil.rmtree(resumed.path / "checkpoints/step-000002")
+    shutil.rmtree(resumed.path / "final")
+    assert main([*arguments(resumed.path, *overrides, tied=True), "--resume"]) == 0
+    assert resumed.values("loss") == whole.values("loss")
+    assert resumed.values("grad_norm") == whole.values("grad_norm")
+    ours, theirs = (load_file(run.path / "final/adapter_model.safetensors") for run in (resumed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_checkpoints_hold_no_frozen_weight(tmp_path, arguments, stage):
+    """Nor the output projection that is tied to a frozen embedding, which DeepSpeed's own switch would keep."""
+    assert main(arguments(tmp_path / "run", f"deepspeed.stage={stage}", tied=True)) == 0
+    engine = tmp_path / "run/checkpoints/step-000002/engine"
+    state = torch.load(next(engine.glob("*model_states.pt")), weights_only=False)
+    assert {name.rpartition(".lora_")[2] for name in state["module"]} == {"A.default.weight", "B.default.weight"}
+    assert not state.get("frozen_param_fragments")
+    elements = sum(2 * 4 * 32 + 2 * 4 * 24 for _ in range(4))
+    assert sum(file.stat().st_size for file in engine.iterdir()) < 12 * elements * 4
+
+
+def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_of, run_folder):
+    overrides = [ALL_KINDS, "lora.dropout=0", "train.activation_checkpointing=true", "eval.at_end=true"]
+    overrides += ["eval.perplexity={lengths: [64], tokens: 512, source: {path: python-stdlib, split: validation}}"]
+    alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
+    commands = [arguments(together.path, *overrides, "deepspeed.stage=3", "checkpoint.every=1", tied=True)]
+    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    assert main(arguments(alone.path, *overrides, "deepspeed.stage=0", tied=True)) == 0
+    assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
+    assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
+    ours, theirs = (load_file(run.path / "final/adapter_model.safetensors") for run in (together, alone))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.numel() > 0
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
+
+    # The first half again, by both ranks.
+    shutil.rmtree(together.path / "checkpoints/step-000002")
+    commands[0].append("--resume")
+    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    again = load_file(together.path / "final/adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
+
+
+def test_targets_by_rule_name_and_expression(model):
+    attention = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"}
+    mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")}
+    assert adapted(model()) == attention
+    assert adapted(model(targets="linear")) == attention | mlp
+    assert adapted(model(targets=["q_proj", "mlp.up_proj"])) == {
+        name for name in attention | mlp if name.endswith(("q_proj", "up_proj"))
+    }
+    assert adapted(model(targets=["lm_head"])) == {"lm_head"}
+    assert adapted(model(targets=r"model\.layers\.1\..*[qk]_proj")) == {
+        f"model.layers.1.self_attn.{name}_proj" for name in "qk"
+    }
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "w_q"], r".*\.w_q"])
+def test_targets_that_match_nothing_name_what_there_is(model, targets):
+    names = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(RecipeError, match=rf"w_q matches no linear layer of LlamaForCausalLM.*{names}"):
+        model(targets=targets)
+
+
+def test_an_adapter_for_a_tied_head_is_refused(tmp_path, arguments, refused):
+    error = refused(*arguments(tmp_path / "run", "lora.targets=[lm_head]", tied=True))
+    assert "the embedding's too (tied)" in error
+
+
+def test_adapters_that_do_not_fit_the_model_are_refused(trained, pretrained, tmp_path):
+    final = tmp_path / "final"
+    shutil.copytree(trained["untied"].path / "final", final)
+    tensors = load_file(final / "adapter_model.safetensors")
+    gone = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+    def refusal(changed):
+        save_file(changed, final / "adapter_model.safetensors")
+        with pytest.raises(ModelError) as error:
+            load_adapters(final)
+        return str(error.value)
+
+    rest = {name: tensor for name, tensor in tensors.items() if name != gone}
+    assert "the folder lacks model.layers.1.mlp.up_proj.lora_B.weight" in refusal(rest)
+    other = "base_model.model.model.layers.0.self_attn.sparsek_scorer.weight"
+    assert "the model has no place for model.layers.0.self_attn.sparsek_scorer" in refusal(
+        {**tensors, other: torch.ones(2)}
+    )
+    assert "lora_B.weight is [3, 4] in the folder and [64, 4] in the model" in refusal(
+        {**tensors, gone: torch.ones(3, 4)}
+    )
+    (final / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="cannot read the adapters"):
+        load_adapters(final)
+    with pytest.raises(ModelError, match=r"the base of the adapters .* there is no such folder.* give base="):
+        load_adapters(trained["untied"].path / "final", base="/not/there")
+    # Another base of the same family: two layers of the tensors find no place.
+    base = AutoModelForCausalLM.from_pretrained(pretrained / "untied")
+    del base.model.layers[1]
+    base.config.num_hidden_layers = 1
+    sparsetrain.sparsify(base, {"method": "full"})
+    with pytest.raises(ModelError, match=r"has no place for model\.layers\.1"):
+        read_adapters(base, trained["untied"].path / "final")
+
+
+def test_the_base_is_found_where_it_has_moved(trained, pretrained, tmp_path):
+    final = trained["untied"].path / "final"
+    shutil.copytree(pretrained / "untied", tmp_path / "moved")
+    assert torch.equal(logits(load_adapters(final, base=str(tmp_path / "moved"))), logits(load_adapters(final)))
+    assert load_adapters(final, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_published_run_says_what_it_is(trained, tmp_path, refused):
+    run = trained["untied"].path
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    torch.testing.assert_close(logits(load_adapters(tmp_path / "out")), logits(load_adapters(run / "final")))
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\n")
+    assert 'library_name: "peft"' in card
+    assert '"lora"' in card
+    assert "256 tokens: power attention" in card
+    assert "train_embeddings: true" in card
+    assert "exists already" in refused("export", str(run), str(tmp_path / "out"))
+    assert "no recipe.yaml" in refused("export", str(tmp_path), str(tmp_path / "other"))
+
+
+def test_quantised_weights_are_refused_where_nothing_computes_with_them(tmp_path, arguments, refused):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    error = refused(*arguments(tmp_path / "run", "lora.quantize_base=4bit"))
+    assert "lora.quantize_base=4bit: bitsandbytes computes on CUDA devices" in error
