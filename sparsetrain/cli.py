@@ -145,8 +145,10 @@ def evaluate_folder(
     section = loaded.recipe.eval
     if section.empty:
         raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity, eval.passkey or eval.recall")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no model (no config.json); give the final/ folder of a run")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ModelError(
+            f"{folder} holds no model (no config.json or adapter_config.json); give the final/ folder of a run"
+        )
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
     import torch

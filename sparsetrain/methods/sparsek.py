@@ -60,7 +60,7 @@ class SparseKConfig(MethodConfig):
     init: Literal["normal", "zeros", "attention"] | None = None
     """How the network starts: ``normal`` (also null) at random; ``zeros`` leaves the selection to ``slope``, a longer
     window at first; ``attention`` is fitted, in closed form and on text, to the attention that keys receive from behind
-    their window (``sparsetrain.modeling.calibrate_scorers``)."""
+    their window: a run does so on its first rows, elsewhere ``sparsetrain.modeling.calibrate_scorers`` does."""
     topk_start: PositiveInt | None = None
     """Start training with this many places and shrink to ``topk`` over ``topk_steps``; null = ``topk`` throughout."""
     topk_steps: Annotated[float, Field(gt=0)] | None = None

@@ -27,7 +27,8 @@ HOOK = "sparsek_hook"
 def attach_scorer(layer: Any, layer_index: int, config: SparseKConfig, heads: int) -> None:
     """Give an attention layer a scorer, or the one back that was set aside, and score its input before each call.
 
-    A scorer that does not fit ``config`` (other heads, normalisation or training) gives way to a new one.
+    A scorer that does not fit ``config`` (other heads, normalisation or training, or still waiting for a fit that
+    ``config`` does not ask for) gives way to a new one.
 
     Raises:
         ModelError: the layer's attention has a part SparseK does not compute, or its weights are not on a device.
@@ -94,7 +95,8 @@ def _model_weight(layer: Any, layer_index: int) -> torch.Tensor:
 
 def _fits(scorer: SparseKScorer, config: SparseKConfig, heads: int) -> bool:
     wanted = (heads, config.normalize, config.scorer == "learned")
-    return (scorer.heads, scorer.normalize, scorer.trainable) == wanted
+    waits_in_vain = not scorer.ready and config.init != "attention"
+    return (scorer.heads, scorer.normalize, scorer.trainable) == wanted and not waits_in_vain
 
 
 def _new_scorer(width: int, config: SparseKConfig, heads: int) -> SparseKScorer:

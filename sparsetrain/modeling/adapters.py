@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from sparsetrain.recipe.schema import LoraSection, ModelSection
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before every name: a ``PeftModel`` holds the model as ``base_model.model``."""
@@ -230,9 +229,8 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
             f"the adapters in {path} ({len(given)} tensors) were not made for this model ({len(wanted)}): "
             f"{'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
         )
-    with torch.no_grad():
-        for key, place in places.items():
-            place.copy_(tensors[key])
+    # Not copied into place: a module is told of the weights that it loads, and one may wait for them.
+    model.load_state_dict({name: tensors[key] for name, key in adapter_tensors(model).items()}, strict=False)
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:

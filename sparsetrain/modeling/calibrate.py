@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.full import FullMethod
@@ -45,6 +46,8 @@ def calibrate_scorers(model: nn.Module, batches: Iterable[Mapping[str, Any]], *,
         raise ModelError("the model has no scorers to calibrate; sparsify it with attention.method=sparsek")
     plans: list[LayerPlan] = [getattr(layer, PLAN_ATTRIBUTE) for layer, _ in layers]
     recorders = [_Recorder(method) for _, method in layers]
+    # Not the output head: logits over a whole vocabulary would be the largest tensor of all, and nobody reads them.
+    decoder = (model.get_decoder() if isinstance(model, PreTrainedModel) else None) or model
     training = model.training
     model.eval()
     try:
@@ -52,7 +55,7 @@ def calibrate_scorers(model: nn.Module, batches: Iterable[Mapping[str, Any]], *,
             put_method(layer, replace(plan, method=recorder))
         with torch.no_grad():
             for batch in batches:
-                model(**batch, use_cache=False)
+                decoder(**batch, use_cache=False)
     finally:
         for (layer, _), plan in zip(layers, plans, strict=True):
             put_method(layer, plan)
@@ -67,6 +70,11 @@ def calibrate_scorers(model: nn.Module, batches: Iterable[Mapping[str, Any]], *,
         with torch.no_grad():
             scorer.weight.copy_(recorder.fit.weight(ridge))
         scorer.ready = True
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether a model has scorers that still wait for their weights (``attention.init: attention``)."""
+    return any(isinstance(module, SparseKScorer) and not module.ready for module in model.modules())
 
 
 class _Recorder(FullMethod):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import ModelSection
 
 RECORD_FILE = "sparsetrain.json"
+ADAPTER_FILE = "adapter_config.json"
+"""What peft writes into a folder of adapters."""
+
 HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
 """Arguments of ``from_pretrained`` that say where a checkpoint lies."""
 
@@ -48,11 +52,17 @@ def save(
         state_dict: the weights by name, where the model itself holds only shards of them (ZeRO-3).
 
     Raises:
-        ModelError: the model was never sparsified.
+        ModelError: the model was never sparsified, or has LoRA adapters in it.
     """
     record = getattr(model.config, "sparsetrain", None)
     if record is None:
         raise ModelError("this model has no attention method to save; call sparsetrain.sparsify(model, ...) first")
+    if getattr(model, "peft_config", None) is not None:
+        raise ModelError(
+            "this model has LoRA adapters, which an ordinary folder cannot hold; fold them into the weights first "
+            "(sparsetrain.modeling.adapters.merge_adapters, in a PeftModel merge_and_unload), or save them alone "
+            "(save_adapters, beside it)"
+        )
     path = Path(path)
     model.save_pretrained(path, state_dict=None if state_dict is None else dict(state_dict))
     if tokenizer is not None:
@@ -66,8 +76,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a model that was saved with its attention method, and put the method back in.
 
     Args:
-        path: a local folder, a Hub id, or ``sparsetrain:tiny``.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
+        path: a local folder, a Hub id, or ``sparsetrain:tiny``. A folder of LoRA adapters comes with its base.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); of a
+            folder of adapters, to :func:`~sparsetrain.modeling.adapters.load_adapters`.
 
     Raises:
         ModelError: the folder cannot be read, records no method, lacks the weights of what the method adds to the
@@ -76,6 +87,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if "attn_implementation" in kwargs:
         raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
     path = _resolve(str(path), "path")
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return _load_adapters(path, kwargs)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError) as error:
@@ -93,6 +106,15 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
         )
     return model
+
+
+def _load_adapters(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    from sparsetrain.modeling.adapters import load_adapters
+
+    accepted = [name for name in inspect.signature(load_adapters).parameters if name != "path"]
+    for name in kwargs.keys() - set(accepted):
+        raise ModelError(f"{path} holds adapters, which load without {name}; they take {', '.join(accepted)}")
+    return load_adapters(path, **kwargs)
 
 
 def load_model(

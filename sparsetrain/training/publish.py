@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import REPORT_FILE
-from sparsetrain.modeling.adapters import CONFIG_FILE, load_adapters, merge_adapters
-from sparsetrain.modeling.storage import save
+from sparsetrain.modeling.adapters import load_adapters, merge_adapters
+from sparsetrain.modeling.storage import ADAPTER_FILE, save
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.describe import attention_facts
 
@@ -39,7 +39,7 @@ def publish(run: Path, out: Path, *, merge: bool = False) -> Path:
             f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
         )
     recipe = load_recipe(run / "recipe.yaml").recipe
-    adapters = (final / CONFIG_FILE).is_file()
+    adapters = (final / ADAPTER_FILE).is_file()
     if merge and not adapters:
         raise CheckpointError(f"{final} holds a whole model, so there is nothing to merge; leave --merge out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

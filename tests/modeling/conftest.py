@@ -49,6 +49,7 @@ FAMILIES = {
         "num_local_experts": 2,
         "num_experts_per_tok": 2,
     },
+    "gpt_neox": {"hidden_size": 64, "num_attention_heads": 2},
     "gpt2": {"n_embd": 64, "n_head": 2, "n_positions": 512},
 }
 

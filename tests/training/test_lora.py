@@ -254,6 +254,35 @@ def test_the_base_is_found_where_it_has_moved(trained, pretrained, tmp_path):
     assert load_adapters(final, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_load_and_eval_take_a_folder_of_adapters(trained, tmp_path, monkeypatch):
+    final = trained["untied"].path / "final"
+    expected = logits(load_adapters(final))
+    assert torch.equal(logits(sparsetrain.load(final)), expected)
+    assert sparsetrain.load(final, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=r"final holds adapters, .*without device_map; they take base, dtype, trust"):
+        sparsetrain.load(final, device_map="cpu")
+
+    measure = "eval={perplexity: {lengths: [64], tokens: 256, source: {path: python-stdlib, split: validation}}}"
+    monkeypatch.chdir(tmp_path)
+    recipe = str(trained["untied"].path / "recipe.yaml")
+    assert main(["eval", str(final), recipe, measure, "--output", "result.json"]) == 0
+    adapted = json.loads((tmp_path / "result.json").read_text())["perplexity"]
+    merge_adapters(sparsetrain.load(final)).save_pretrained(tmp_path / "merged")
+    for file in final.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "merged")
+    assert main(["eval", "merged", recipe, measure, "--output", "merged.json"]) == 0
+    merged = json.loads((tmp_path / "merged.json").read_text())["perplexity"]
+    assert adapted == {length: pytest.approx(value, rel=1e-4) for length, value in merged.items()}
+
+
+def test_save_refuses_adapters_that_an_ordinary_folder_cannot_hold(model, tmp_path):
+    adapters = model()
+    with pytest.raises(ModelError, match=r"has LoRA adapters.*merge_adapters"):
+        sparsetrain.save(adapters, tmp_path)
+    assert not list(tmp_path.iterdir())
+    sparsetrain.save(merge_adapters(adapters), tmp_path)
+
+
 def test_a_published_run_says_what_it_is(trained, tmp_path, refused):
     run = trained["untied"].path
     assert main(["export", str(run), str(tmp_path / "out")]) == 0

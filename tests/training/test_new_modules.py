@@ -116,6 +116,41 @@ def test_an_adapter_carries_the_scorers_along(tmp_path, arguments, pretrained):
         load_adapters(final)
 
 
+@pytest.mark.parametrize(
+    ("scorer", "overrides"),
+    [
+        ("learned", ["train.parameters=new_modules", "deepspeed.stage=3", "train.activation_checkpointing=true"]),
+        ("frozen", ["lora={rank: 4}", "deepspeed.stage=2"]),
+    ],
+)
+def test_scorers_fitted_to_attention_train_resume_and_load(tmp_path, arguments, run_folder, scorer, overrides):
+    whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
+    attention = SPARSEK.replace("}", f", init: attention, scorer: {scorer}}}")
+    measure = "eval={perplexity: {lengths: [64], tokens: 256, source: {path: python-stdlib, split: validation}}}"
+    command = [attention, measure, *overrides, "checkpoint.every=1"]
+    assert main(arguments(whole.path, *command)) == 0
+    shutil.copytree(whole.path, resumed.path)
+    shutil.rmtree(resumed.path / "checkpoints/step-000002")
+    shutil.rmtree(resumed.path / "final")
+    assert main([*arguments(resumed.path, *command), "--resume"]) == 0
+    assert resumed.values("loss") == whole.values("loss")
+    # The evaluation at the start, dense and sparse, came after the fit, and left the scorers as they were.
+    labels = json.loads((whole.path / "evaluation.json").read_text())
+    assert "sparsek, before" in labels
+    assert "full attention, before" in labels
+
+    first, second = (load(run.path / "final") for run in (whole, resumed))
+    for name in SCORERS:
+        assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+        assert first.state_dict()[name].std() > 1e-4 or name.endswith("gain")
+    assert torch.equal(generated(first), generated(second))
+
+
+def test_a_fit_without_a_document_long_enough_is_refused(tmp_path, arguments, refused):
+    attention = SPARSEK.replace("}", ", init: attention}").replace("window: 16", "window: 250")
+    assert "is longer than attention.window=250" in refused(*arguments(tmp_path / "run", attention))
+
+
 def load_model_of(pretrained, attention):
     from sparsetrain.recipe.schema import ModelSection
 
