@@ -163,6 +163,11 @@ class Method(ABC):
         """What was kept while :attr:`observing`, by names such as ``sparsek/kept_mass/layer_03``; then forgets it."""
         return {}
 
+    def lifetimes(self) -> dict[int, torch.Tensor]:
+        """Of methods that drop keys: by layer, in how many rows each key of the last call made while :attr:`observing`
+        was read after it had left the window, int32 ``[heads, N]``. What a run draws as ``selection.png``."""
+        return {}
+
     def density(self, length: int) -> float:
         """Share of the causal pairs of ``length`` tokens that are attended."""
         return 1.0

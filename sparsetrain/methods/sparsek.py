@@ -118,6 +118,7 @@ class SparseKMethod(Method):
         self.training_topk = config.topk
         """``topk`` of the step in training; evaluation and generation always use the config's."""
         self._seen: dict[int, list[dict[str, torch.Tensor]]] = {}
+        self._lifetimes: dict[int, torch.Tensor] = {}
 
     def begin_step(self, step: int, steps: int) -> None:
         """Shrink the selection from ``topk_start`` to ``topk``, linearly over ``topk_steps``."""
@@ -250,6 +251,10 @@ class SparseKMethod(Method):
                     means[f"sparsek/{STATISTICS.get(name, name)}/layer_{layer:02}"] = mean
         return means
 
+    def lifetimes(self) -> dict[int, torch.Tensor]:
+        """See :meth:`Method.lifetimes`. Sinks are read to the end of their document."""
+        return dict(self._lifetimes)
+
     def _refuse(self, options: Mapping[str, Any]) -> None:
         for name in ("softcap", "sink_logits"):
             if options.get(name) is not None:
@@ -284,12 +289,15 @@ class SparseKMethod(Method):
         topk: int,
         cu_seqlens: torch.Tensor | None,
     ) -> None:
+        import torch
         from sparsetrain_kernels.sparsek import topk_statistics
 
         config = self.config
         found = topk_statistics(scores, selection, topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)
         found |= {"score_mean": scores.mean(), "score_std": scores.std()}
         self._seen.setdefault(layer.layer_idx, []).append(found)
+        left = torch.arange(config.window, config.window + scores.shape[2], device=scores.device)
+        self._lifetimes[layer.layer_idx] = (selection.exit[0] - left).clamp(min=0).int()
 
     def _select_and_attend(
         self,

@@ -21,8 +21,9 @@ from sparsetrain.errors import SparsetrainError
 from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
 from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passkey_heatmaps, report_picture
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
+from sparsetrain.evaluation.survival import selection_picture
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.modeling import attention_density, check_positions, load_model, sparsify
+from sparsetrain.modeling import attention_density, check_positions, load_model, sparse_layers, sparsify
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoint, folder, selfcheck
@@ -332,6 +333,10 @@ class _Run:
         ]
         if any(result.passkey for result in self.results.values()):
             pictures.append(passkey_heatmaps(self.results, self.output / "passkey.png"))
+        methods = [method for _, _, method in sparse_layers(self.model) if method is not None]
+        lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
+        if lifetimes:
+            pictures.append(selection_picture(lifetimes, self.output / "selection.png"))
         for picture in pictures:
             self.tracker.image(picture.stem, picture, self.state.step)
         write_report(self.results, self.output, title=title, pictures=[self.output / "report.png"])

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from sparsetrain.evaluation import EvalResult, PasskeyResult
@@ -15,6 +16,7 @@ from sparsetrain.evaluation.pictures import (
     perplexity_by_length,
     report_picture,
 )
+from sparsetrain.evaluation.survival import selection_picture
 from sparsetrain.methods.registry import parse_attention
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
@@ -116,3 +118,14 @@ def test_smoothing_does_not_lag():
 
 def test_lengths_are_short():
     assert [_tokens(length) for length in (512, 1000, 1024, 1536, 131072)] == ["512", "1,000", "1K", "1.5K", "128K"]
+
+
+def test_tokens_that_live_longer_are_drawn_differently(tmp_path):
+    short, long = torch.zeros(2, 3000, dtype=torch.int32), torch.zeros(2, 3000, dtype=torch.int32)
+    short[:, 1500], long[:, 1500] = 3, 2000
+    pictures = [
+        imread(selection_picture({0: rows, 4: rows}, tmp_path / f"{i}.png")) for i, rows in enumerate((short, long))
+    ]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any()
+    assert imread(selection_picture({0: 0 * short}, tmp_path / "empty.png")).size

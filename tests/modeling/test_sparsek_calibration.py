@@ -60,6 +60,13 @@ def test_an_uncalibrated_model_does_not_run(tiny, tokens):
         sparsify(tiny("llama"), SPARSEK)(tokens(30))
 
 
+def test_a_scorer_that_waits_for_a_fit_gives_way_to_another_start(tiny, tokens):
+    model = sparsify(tiny("llama"), SPARSEK)
+    sparsify(model, {**SPARSEK, "init": "normal"})
+    assert all(layer.sparsek_scorer.weight.std() > 0 for _, layer, _ in sparse_layers(model))
+    model(tokens(30), use_cache=False)
+
+
 def test_calibration_leaves_the_rest_of_the_model_alone(tiny, tokens):
     model = sparsify(tiny("llama"), SPARSEK).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -57,7 +57,9 @@ def test_every_kind_of_scorer_comes_back(variant, tiny, tokens, tmp_path):
 
 def test_plain_transformers_loads_the_dense_model(trained, tiny, eager, tokens, tmp_path):
     sparsetrain.save(trained, tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert set(info["unexpected_keys"]) == {name for name in trained.state_dict() if "sparsek" in name}
     torch.testing.assert_close(plain(tokens(60)).logits, eager(tiny("llama"))(tokens(60)).logits)
 
 
