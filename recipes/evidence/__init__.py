@@ -1,0 +1,1 @@
+"""Small experiments that ask whether a scorer learns what to keep: recipes, and a runner that compares methods."""
