@@ -23,7 +23,8 @@ from typing import Annotated
 
 import typer
 
-from sparsetrain.evaluation.report import read_results
+from sparsetrain.evaluation.report import RESULTS_FILE, read_results
+from sparsetrain.evaluation.result import RecallResult
 from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.recipe import load_recipe
 
@@ -58,13 +59,13 @@ def methods(attention: SparseKConfig, gates: list[str]) -> dict[str, list[str]]:
 
 
 def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Path) -> Outcome:
-    """One run, in a process of its own; its output goes to ``log.txt`` beside its folder.
+    """One run, in a process of its own; its output goes to a ``.txt`` beside its folder.
 
     Raises:
-        RuntimeError: the run failed; says where its log is.
+        RuntimeError: the run failed or was stopped; says where its log is.
     """
-    log = folder.with_suffix(".txt")
-    if not (folder / "seconds.json").exists():
+    log, times = folder.with_suffix(".txt"), folder / "seconds.json"
+    if at_end(folder) is None:
         command = [sys.executable, "-m", "sparsetrain.cli", "run", str(recipe), f"train.seed={seed}", *settings]
         start = time.monotonic()
         with log.open("w") as out:
@@ -76,11 +77,17 @@ def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Pat
             ).returncode
         if code:
             raise RuntimeError(f"{method}, seed {seed} ended with {code}; see {log}")
-        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - start))
-    *_, last = read_results(folder).values()
-    assert last.recall is not None
-    seconds = float(json.loads((folder / "seconds.json").read_text()))
-    return Outcome(method, seed, last.recall.answers, last.recall.accuracy(), last.recall.loss, seconds)
+        times.write_text(json.dumps(time.monotonic() - start))
+    recall = at_end(folder)
+    if recall is None:  # a run that is told to stop saves a checkpoint and ends well
+        raise RuntimeError(f"{method}, seed {seed} was stopped; the same command continues it. See {log}")
+    return Outcome(method, seed, recall.answers, recall.accuracy(), recall.loss, json.loads(times.read_text()))
+
+
+def at_end(folder: Path) -> RecallResult | None:
+    """What the run of a folder measured at its end; None while it has not come there."""
+    results = read_results(folder) if (folder / RESULTS_FILE).exists() else {}
+    return next((result.recall for label, result in results.items() if label.endswith(", after")), None)
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
-from sparsetrain.recipes.evidence.run import Outcome, main, methods, table
+from sparsetrain.recipes.evidence.run import Outcome, main, methods, table, train
 
 from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.recipe import load_recipe
@@ -72,3 +73,13 @@ def test_the_runner_trains_writes_its_table_and_repeats_nothing(tmp_path):
     assert "| window and random keys |" in (tmp_path / "table.md").read_text()
     assert log.stat().st_mtime_ns == written
     assert Path(tmp_path / "window-and-random-keys-0/metrics.jsonl").exists()
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
+    """Asked to stop, a run saves a checkpoint and exits with 0, before anything was measured."""
+    folder = tmp_path / "full-0"
+    folder.mkdir()
+    monkeypatch.setattr("subprocess.run", lambda command, **_: CompletedProcess(command, 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="full, seed 0 was stopped; the same command continues it"):
+            train(TASKS[0], "full", 0, [], folder)
