@@ -354,6 +354,31 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+# Options that several benchmarks share.
+QueryHeads = Annotated[
+    int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
+]
+KVHeads = Annotated[
+    int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
+]
+HeadDim = Annotated[int, typer.Option(min=1, help="Elements of a head.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
+    ),
+]
+PatternBlock = Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")]
+PatternWindow = Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")]
+PatternSinks = Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")]
+Sequences = Annotated[int, typer.Option(min=1, help="Sequences.")]
+Budget = Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")]
+CheckGradients = Annotated[bool, typer.Option(help="First compare outputs and gradients; what fails is not ranked.")]
+PictureFolder = Annotated[
+    Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
+]
+
+
 @benchmarks.command()
 def power(
     lengths: Annotated[
@@ -363,23 +388,14 @@ def power(
             show_default=False,
         ),
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
-    ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
-        ),
-    ] = None,
-    block: Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")] = 256,
-    window: Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")] = 5,
-    sinks: Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    heads: QueryHeads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = 128,
+    dtype: Dtype = None,
+    block: PatternBlock = 256,
+    window: PatternWindow = 5,
+    sinks: PatternSinks = 1,
+    batch: Sequences = 1,
     packed: Annotated[
         bool, typer.Option(help="Documents of log-normal lengths of mean 4096, packed into one sequence.")
     ] = False,
@@ -390,11 +406,9 @@ def power(
             " varlen; without a GPU: ours, sdpa. Commas between, or all."
         ),
     ] = "all",
-    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
-    check: Annotated[bool, typer.Option(help="First compare outputs and gradients; what fails is not ranked.")] = True,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
-    ] = None,
+    budget: Budget = 150,
+    check: CheckGradients = True,
+    output: PictureFolder = None,
 ) -> None:
     """Time PowerAttention's kernels beside FlexAttention with the same mask, and beside dense attention.
 
@@ -439,19 +453,10 @@ def sparsek(
             show_default=False,
         ),
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
-    ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
-        ),
-    ] = None,
+    heads: QueryHeads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = 128,
+    dtype: Dtype = None,
     topk: Annotated[
         int | None,
         typer.Option(
@@ -473,7 +478,7 @@ def sparsek(
             " worst case; drift: newer tokens have larger ones."
         ),
     ] = "normal",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    batch: Sequences = 1,
     crossover: Annotated[
         bool,
         typer.Option(
@@ -490,11 +495,9 @@ def sparsek(
             show_default=False,
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
-    check: Annotated[bool, typer.Option(help="First compare outputs and gradients; what fails is not ranked.")] = True,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
-    ] = None,
+    budget: Budget = 150,
+    check: CheckGradients = True,
+    output: PictureFolder = None,
 ) -> None:
     """Time SparseK in training, selection and attention with all gradients, beside dense attention.
 
@@ -574,22 +577,13 @@ def decode(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences; by default 8, and 2 without a GPU.", show_default=False)
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Query heads; by default 32, and 4 without a GPU.", show_default=False)
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="KV heads; by default 8, and 2 without a GPU.", show_default=False)
-    ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Elements of a head.")] = 128,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16 or float32; by default bfloat16, and float32 without a GPU.", show_default=False
-        ),
-    ] = None,
-    block: Annotated[int, typer.Option(min=1, help="Tokens in a block of the pattern.")] = 256,
-    window: Annotated[int, typer.Option(min=1, help="Nearest blocks, the query's own included.")] = 5,
-    sinks: Annotated[int, typer.Option(min=0, help="First blocks, which every query reads.")] = 1,
+    heads: QueryHeads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = 128,
+    dtype: Dtype = None,
+    block: PatternBlock = 256,
+    window: PatternWindow = 5,
+    sinks: PatternSinks = 1,
     topk: Annotated[
         int | None,
         typer.Option(
@@ -613,11 +607,9 @@ def decode(
             " between, or all."
         ),
     ] = "all",
-    budget: Annotated[float, typer.Option(min=1, help="Milliseconds to repeat each measurement for.")] = 150,
+    budget: Budget = 150,
     check: Annotated[bool, typer.Option(help="First compare outputs; what fails is not ranked.")] = True,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the CSV, the JSON and the picture.", show_default=False)
-    ] = None,
+    output: PictureFolder = None,
 ) -> None:
     """Time a decoding step of PowerAttention and of SparseK beside attention over the whole cache.
 

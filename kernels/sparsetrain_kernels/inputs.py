@@ -37,6 +37,17 @@ def consecutive_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def document_bounds(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the document of each token starts and ends, int32 ``[N]`` each. Without ``cu_seqlens`` there is one."""
+    if cu_seqlens is None:
+        start = torch.zeros(length, dtype=torch.int32, device=device)
+        return start, start + length
+    bounds = cu_seqlens.to(device)
+    token = torch.arange(length, dtype=torch.int32, device=device)
+    document = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
+    return bounds.take(document), bounds.take(document + 1)
+
+
 class AttentionInputs(NamedTuple):
     """Checked arguments of one attention call. The values of ``cu_seqlens`` are not among what is checked: they may
     lie on a device."""

@@ -178,7 +178,7 @@ def _draw_mask(axes: Axes, attention: MethodConfig, pattern: Pattern, length: in
         if (kinds == 2).any():
             legend = {BLUE: "window", GREEN: "far blocks", ORANGE: "sinks"}
     axes.imshow(
-        _pooled(kinds, MAX_CELLS, MAX_CELLS),
+        pooled(kinds, MAX_CELLS, MAX_CELLS),
         cmap=ListedColormap([PAPER, "white", GREEN, BLUE, ORANGE]),
         vmin=0,
         vmax=4,
@@ -202,7 +202,7 @@ def _draw_reach(axes: Axes, pattern: Pattern, length: int, num_layers: int, dens
     reach = pattern.reach(num_blocks, num_layers, dense_layers)
     shares = reach.mean(axis=1)
     axes.imshow(
-        _pooled(reach.astype(int), num_layers, MAX_CELLS),
+        pooled(reach.astype(int), num_layers, MAX_CELLS),
         cmap=ListedColormap([PAPER, BLUE]),
         vmin=0,
         vmax=1,
@@ -228,7 +228,7 @@ def _draw_reach(axes: Axes, pattern: Pattern, length: int, num_layers: int, dens
         side.tick_params(axis="y", length=0)
 
 
-def _pooled(cells: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
+def pooled(cells: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
     """The greatest value of each tile, so that thin diagonals survive a picture with fewer pixels than blocks."""
     import numpy as np
 

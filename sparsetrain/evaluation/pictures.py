@@ -17,8 +17,10 @@ from sparsetrain.evaluation.panels import (
     with_passkey,
 )
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.survival import draw_survival
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
     from sparsetrain.methods.base import MethodConfig
@@ -58,6 +60,13 @@ def attention_picture(
     return _save(figure, out)
 
 
+def selection_picture(lifetimes: Mapping[int, torch.Tensor], out: Path) -> Path:
+    """How long the tokens of a row survive, by layer and head; ``lifetimes`` as in :meth:`Method.lifetimes`."""
+    figure = _figure(12, 2.2 + 0.14 * sum(len(heads) for heads in lifetimes.values()))
+    draw_survival(figure, lifetimes)
+    return _save(figure, out)
+
+
 def report_picture(
     out: Path,
     *,
@@ -69,7 +78,7 @@ def report_picture(
     num_layers: int,
     num_kv_heads: int = 1,
 ) -> Path:
-    """All of the above on one page."""
+    """Loss, perplexity, passkey and attention on one page."""
     heights = [1.0, 0.85, 1.15] if with_passkey(results) else [1.0, 1.15]
     figure = _figure(14, 4.6 * sum(heights))
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK)

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from sparsetrain_kernels.inputs import document_bounds
 from torch import Tensor, nn
 
 EPSILON = 1e-5
@@ -125,12 +126,8 @@ class Places(NamedTuple):
 
 def find_places(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Places:
     """The places of ``length`` tokens of one document, or of the packed documents ``cu_seqlens``. Never syncs."""
-    row = torch.arange(length, device=device)
-    if cu_seqlens is None:
-        return Places(row, torch.zeros_like(row))
-    bounds = cu_seqlens.to(device=device, dtype=torch.int64)
-    first = bounds[torch.searchsorted(bounds, row, right=True) - 1]
-    return Places(row - first, first)
+    first = document_bounds(length, cu_seqlens, device)[0].long()
+    return Places(torch.arange(length, device=device) - first, first)
 
 
 def timestep_norm(scores: Tensor, places: Places, moments: Moments | None = None) -> tuple[Tensor, Moments]:

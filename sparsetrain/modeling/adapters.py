@@ -23,9 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.errors import ModelError, RecipeError
-from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.registry import parse_attention
-from sparsetrain.modeling.layers import RECORD_FORMAT, sparse_layers
+from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparse_layers
 from sparsetrain.modeling.storage import RECORD_FILE, load_model
 
 if TYPE_CHECKING:
@@ -37,24 +35,6 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before every name: a ``PeftModel`` holds the model as ``base_model.model``."""
-
-
-def new_modules(model: nn.Module, attention: MethodConfig | None = None) -> dict[str, nn.Module]:
-    """The modules that the attention method has added to a model, by name.
-
-    Args:
-        attention: the method's config; by default the one recorded in the model's.
-    """
-    if attention is None:
-        config: Any = model.config
-        attention = parse_attention(config.sparsetrain["attention"])
-    layers = {id(layer) for _, layer, _ in sparse_layers(model)}
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if id(module) in layers:
-            children = dict(module.named_children())
-            found |= {f"{name}.{child}": children[child] for child in attention.new_modules if child in children}
-    return found
 
 
 def has_adapters(model: nn.Module) -> bool:

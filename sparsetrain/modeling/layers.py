@@ -86,6 +86,24 @@ def sparse_layers(model: nn.Module) -> list[tuple[int, nn.Module, Method | None]
     return sorted(((plan.index, module, plan.method) for plan, module in planned), key=lambda layer: layer[0])
 
 
+def new_modules(model: nn.Module, attention: MethodConfig | None = None) -> dict[str, nn.Module]:
+    """The modules that the attention method has added to a model, by name.
+
+    Args:
+        attention: the method's config; by default the one recorded in the model's.
+    """
+    if attention is None:
+        config: Any = model.config
+        attention = parse_attention(config.sparsetrain["attention"])
+    layers = {id(layer) for _, layer, _ in sparse_layers(model)}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if id(module) in layers:
+            children = dict(module.named_children())
+            found |= {f"{name}.{child}": children[child] for child in attention.new_modules if child in children}
+    return found
+
+
 def attention_density(model: nn.Module, length: int) -> list[float]:
     """Share of the causal pairs of ``length`` tokens that each attention layer of a sparsified model attends to."""
     return [_density(getattr(module, PLAN_ATTRIBUTE), length) for _, module, _ in sparse_layers(model)]

@@ -21,7 +21,7 @@ from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import parse_attention
-from sparsetrain.modeling.layers import RECORD_FORMAT, sparsify
+from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     Raises:
         ModelError: it holds only some, or some of another shape.
     """
-    added = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in attention.new_modules}
+    added = new_modules(model, attention)
     wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
     saved = _read_tensors(path, wanted.keys(), hub)
     if not saved:

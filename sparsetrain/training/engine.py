@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsetrain.errors import RecipeError, SparsetrainError
-from sparsetrain.modeling.adapters import new_modules
+from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 
 

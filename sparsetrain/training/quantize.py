@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.modeling.adapters import new_modules
+from sparsetrain.modeling.layers import new_modules
 
 Bits = Literal["none", "4bit", "8bit"]
 

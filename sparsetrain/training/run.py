@@ -19,9 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsetrain.data import RowStream, StepLoader, build_rows, collate
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
-from sparsetrain.evaluation.pictures import attention_picture, loss_curve, passkey_heatmaps, report_picture
+from sparsetrain.evaluation.pictures import (
+    attention_picture,
+    loss_curve,
+    passkey_heatmaps,
+    report_picture,
+    selection_picture,
+)
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
-from sparsetrain.evaluation.survival import selection_picture
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import attention_density, check_positions, load_model, sparse_layers, sparsify
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration

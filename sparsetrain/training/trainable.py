@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsetrain.modeling.adapters import add_adapters, new_modules
+from sparsetrain.modeling.adapters import add_adapters
+from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 
 

@@ -8,15 +8,15 @@ import torch
 from matplotlib.image import imread
 
 from sparsetrain.evaluation import EvalResult, PasskeyResult
-from sparsetrain.evaluation.panels import _pooled, _smooth, _tokens, few
+from sparsetrain.evaluation.panels import _smooth, _tokens, few, pooled
 from sparsetrain.evaluation.pictures import (
     attention_picture,
     loss_curve,
     passkey_heatmaps,
     perplexity_by_length,
     report_picture,
+    selection_picture,
 )
-from sparsetrain.evaluation.survival import selection_picture
 from sparsetrain.methods.registry import parse_attention
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
@@ -104,11 +104,11 @@ def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path):
 
 
 def test_pooling_keeps_thin_diagonals():
-    pooled = _pooled(np.eye(1000, dtype=int), 256, 256)
-    assert pooled.shape == (250, 250)
-    assert (np.diag(pooled) == 1).all()
-    assert pooled.sum() == 250
-    assert (_pooled(np.eye(10, dtype=int), 256, 256) == np.eye(10)).all()
+    tiles = pooled(np.eye(1000, dtype=int), 256, 256)
+    assert tiles.shape == (250, 250)
+    assert (np.diag(tiles) == 1).all()
+    assert tiles.sum() == 250
+    assert (pooled(np.eye(10, dtype=int), 256, 256) == np.eye(10)).all()
 
 
 def test_smoothing_does_not_lag():

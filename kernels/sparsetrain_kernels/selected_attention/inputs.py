@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import NamedTuple
+from typing import NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from torch import Tensor
 from sparsetrain_kernels.inputs import AttentionInputs, Document, check_inputs, consecutive_rows
 
 GATES = ("value", "log", "straight")
+
+
+class SelectedOptions(TypedDict, total=False):
+    """The arguments of every operation here besides the tensors; ``selected_attention`` describes them."""
+
+    window: Required[int]
+    topk: Required[int]
+    sinks: int
+    gate: str
+    cu_seqlens: Tensor | None
+    scale: float | None
 
 
 class SelectedInputs(NamedTuple):
@@ -54,11 +65,11 @@ def check_selected_inputs(
     exit: Tensor,
     *,
     window: int,
-    sinks: int,
     topk: int,
-    gate: str,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
+    sinks: int = 0,
+    gate: str = "value",
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
 ) -> SelectedInputs:
     """Check shapes, dtypes and ranges, fill in the defaults, and lay the tensors out as the operations want them.
 

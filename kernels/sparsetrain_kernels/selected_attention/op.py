@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.block_pattern.op import triton_refusal
 from sparsetrain_kernels.selected_attention import reference
-from sparsetrain_kernels.selected_attention.inputs import check_selected_inputs
+from sparsetrain_kernels.selected_attention.inputs import SelectedOptions, check_selected_inputs
 from sparsetrain_kernels.selected_attention.library import SelectedAttention
 from sparsetrain_kernels.sparsek import causal_sparsek
 
@@ -24,14 +24,9 @@ def selected_attention(
     threshold: Tensor,
     exit: Tensor,
     *,
-    window: int,
-    sinks: int = 0,
-    topk: int,
-    gate: str = "value",
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
+    **options: Unpack[SelectedOptions],
 ) -> Tensor: ...
 
 
@@ -44,14 +39,9 @@ def selected_attention(
     threshold: Tensor,
     exit: Tensor,
     *,
-    window: int,
-    sinks: int = 0,
-    topk: int,
-    gate: str = "value",
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
+    **options: Unpack[SelectedOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -206,13 +196,7 @@ def selected_attention_dense(
     scores: Tensor,
     threshold: Tensor,
     exit: Tensor,
-    *,
-    window: int,
-    sinks: int = 0,
-    topk: int,
-    gate: str = "value",
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
+    **options: Unpack[SelectedOptions],
 ) -> tuple[Tensor, Tensor]:
     """The oracle of :func:`selected_attention`: builds the whole ``N x N`` mask and all gates, in plain autograd.
 
@@ -221,18 +205,4 @@ def selected_attention_dense(
     Returns:
         ``out [B, Hq, N, D]`` and ``lse [B, Hq, N]``.
     """
-    inputs = check_selected_inputs(
-        query,
-        key,
-        value,
-        scores,
-        threshold,
-        exit,
-        window=window,
-        sinks=sinks,
-        topk=topk,
-        gate=gate,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-    )
-    return reference.dense_attention(inputs)
+    return reference.dense_attention(check_selected_inputs(query, key, value, scores, threshold, exit, **options))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.inputs import document_bounds
+
 ONE = 2**36
 """A difference of one between two scores, on the axis of integers."""
 MAX_TOKENS = 2**25
@@ -48,17 +50,6 @@ class Axis(NamedTuple):
     """int64 ``[L]``: where the point ``u_j`` is."""
     past_point: Tensor
     """int64 ``[L]``: the same behind the last point of an equal score."""
-
-
-def document_bounds(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the document of each token starts and ends, int32 ``[N]`` each. Without ``cu_seqlens`` there is one."""
-    if cu_seqlens is None:
-        start = torch.zeros(length, dtype=torch.int32, device=device)
-        return start, start + length
-    bounds = cu_seqlens.to(device)
-    token = torch.arange(length, dtype=torch.int32, device=device)
-    document = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
-    return bounds.take(document), bounds.take(document + 1)
 
 
 def line_up(scores: Tensor, window: int, sinks: int, cu_seqlens: Tensor | None) -> Line:

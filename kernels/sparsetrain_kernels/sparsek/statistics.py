@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.sparsek.causal_line import document_bounds
+from sparsetrain_kernels.inputs import document_bounds
 from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
 
 AGES = (1, 4)

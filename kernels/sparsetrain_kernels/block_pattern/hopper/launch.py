@@ -18,11 +18,11 @@ from sparsetrain_kernels.block_pattern.triton.work import (
     chunk_blocks,
     far_table,
     head_stride,
-    on_device,
     row_stats,
     work_items,
 )
 from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.launching import on_device
 
 TILE, HALF = 128, 64
 FWD_STAGES = 2

@@ -15,12 +15,11 @@ from sparsetrain_kernels.block_pattern.triton.work import (
     chunk_blocks,
     far_table,
     head_stride,
-    on_device,
-    pad_head_dim,
     row_stats,
     work_items,
 )
 from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.launching import on_device, pad_head_dim
 
 
 def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ Everything follows from shapes; nothing here reads a tensor on the host.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from sparsetrain_kernels.block_pattern.triton.backward import (
 )
 from sparsetrain_kernels.block_pattern.triton.geometry import ITEM, SCAN, work_items_kernel
 from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.launching import pad_head_dim
 
 CHUNK_TOKENS = 4096
 """Query tokens that one program of a split sink column takes, as many as an ordinary column has to do."""
@@ -37,16 +37,6 @@ class RowStats(NamedTuple):
     padded_delta: Tensor
     """fp32 ``[B, Hq, R]``: delta, laid out like it."""
     pad_block: int
-
-
-def pad_head_dim(head_dim: int) -> int:
-    """The head dim the tiles have: a power of two of at least 64 (smaller ones are miscompiled on Hopper)."""
-    return max(64, triton.next_power_of_2(head_dim))
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Launch on the tensor's own device: autograd calls backward with whatever device is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def chunk_blocks(tokens: int, lists: BlockLists) -> int:

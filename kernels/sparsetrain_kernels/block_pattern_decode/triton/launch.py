@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
-from sparsetrain_kernels.block_pattern.triton.work import far_table, head_stride, on_device, pad_head_dim
+from sparsetrain_kernels.block_pattern.triton.work import far_table, head_stride
 from sparsetrain_kernels.block_pattern_decode.inputs import DecodeInputs
 from sparsetrain_kernels.block_pattern_decode.triton import kernels
 from sparsetrain_kernels.block_pattern_decode.triton.configs import (
@@ -18,6 +18,7 @@ from sparsetrain_kernels.block_pattern_decode.triton.configs import (
     choose_splits,
     multiprocessors,
 )
+from sparsetrain_kernels.launching import on_device, pad_head_dim
 
 NUM_WARPS = 4
 MERGE_STEP = 16

@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.block_pattern.triton.work import on_device, pad_head_dim
+from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.launching import on_device, pad_head_dim
 from sparsetrain_kernels.selected_attention.inputs import SelectedInputs
 from sparsetrain_kernels.selected_attention.triton import backward, forward
 from sparsetrain_kernels.selected_attention.triton.configs import choose_configs
@@ -122,15 +123,16 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+        config = configs.dkv
+        key_tiles = triton.cdiv(tokens, config.block_n)
         place, places = _places(inputs, stretches)
-        part_heads = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
-        for first_head in range(0, kv_heads, part_heads):
+        together = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
+        for first_head in range(0, kv_heads, together):
+            part_heads = min(together, kv_heads - first_head)
             partial = _launch_stretches(
                 inputs, grad_out, scores, padded, stretches, place, places, strides, first_head, part_heads
             )
-            config = configs.dkv
-            key_tiles = triton.cdiv(tokens, config.block_n)
-            backward.selected_bwd_dkv_kernel[(key_tiles * min(part_heads, kv_heads - first_head) * batch,)](
+            backward.selected_bwd_dkv_kernel[(key_tiles * part_heads * batch,)](
                 query,
                 key,
                 value,
@@ -151,7 +153,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
                 inputs.window,
                 key_tiles,
                 first_head,
-                min(part_heads, kv_heads - first_head),
+                part_heads,
                 places,
                 inputs.scale,
                 KV_HEADS=kv_heads,
@@ -188,7 +190,6 @@ def _launch_stretches(
     """The partial sums of ``part_heads`` KV heads from ``first_head`` on, of keys and values, and of scores."""
     query, key, value = inputs[:3]
     batch, kv_heads = key.shape[:2]
-    part_heads = min(part_heads, kv_heads - first_head)
     d_pad = pad_head_dim(query.shape[3])
     config = choose_configs(query.dtype, d_pad).stretch
     partial = torch.empty((batch, part_heads, places, 2, d_pad), dtype=torch.float32, device=query.device)
@@ -243,12 +244,10 @@ def _shape(inputs: SelectedInputs) -> dict[str, Any]:
 
 
 def _bounds(inputs: SelectedInputs) -> _Bounds:
-    cu_seqlens = inputs.cu_seqlens
+    query, cu_seqlens = inputs.query, inputs.cu_seqlens
     if cu_seqlens is None:
         return _Bounds(None, None)
-    row = torch.arange(inputs.query.shape[2], dtype=torch.int32, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, row, right=True)
-    return _Bounds(cu_seqlens[document - 1], cu_seqlens[document])
+    return _Bounds(*document_bounds(query.shape[2], cu_seqlens, query.device))
 
 
 def _scores(inputs: SelectedInputs, bounds: _Bounds) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.block_pattern.triton.work import on_device
+from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.triton import kernels
 
 HELD = 8192

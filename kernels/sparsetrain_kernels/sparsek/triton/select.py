@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.block_pattern.triton.work import on_device
-from sparsetrain_kernels.sparsek.causal_line import ONE, document_bounds
+from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.sparsek.causal_line import ONE
 from sparsetrain_kernels.sparsek.triton import selection
 from sparsetrain_kernels.sparsek.triton.search import NEVER, first_rows
 
