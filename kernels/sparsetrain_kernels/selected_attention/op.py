@@ -163,7 +163,7 @@ def sparsek_attention(
         gate: ``"value"``, ``"log"`` or ``"straight"``, as in :func:`selected_attention`.
         cu_seqlens: int32 ``[documents + 1]``, the bounds of packed documents, which do not see each other.
         scale: factor on the logits; None means ``D ** -0.5``.
-        backend: as in :func:`selected_attention`.
+        backend: as in :func:`selected_attention`, for the selection too.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype.
@@ -171,7 +171,7 @@ def sparsek_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
-    selection = causal_sparsek(scores, topk, window, sinks=sinks, cu_seqlens=cu_seqlens)
+    selection = causal_sparsek(scores, topk, window, sinks=sinks, cu_seqlens=cu_seqlens, backend=backend)
     return selected_attention(
         query,
         key,
