@@ -24,38 +24,45 @@ from typing import Annotated
 import typer
 
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
-from sparsetrain.evaluation.result import RecallResult
 from sparsetrain.methods.sparsek import SparseKConfig
-from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent
 SLIDING_BLOCK = 16
+ANSWERS = "answers found"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run measured at its end."""
+    """What one run measured, by name: ``answers found``, ``loss``, ``perplexity at 1024``."""
 
     method: str
     seed: int
-    answers: int
-    accuracy: float
-    loss: float
+    before: dict[str, float]
+    """With the method put in and not yet trained; empty where the recipe does not evaluate at the start."""
+    after: dict[str, float]
     seconds: float
 
 
-def methods(attention: SparseKConfig, gates: list[str]) -> dict[str, list[str]]:
+def methods(recipe: Recipe, gates: list[str]) -> dict[str, list[str]]:
     """The settings of each method, all with the key budget of a SparseK recipe."""
+    attention = recipe.attention
+    assert isinstance(attention, SparseKConfig)
     # A window of blocks grows from the start of a block to its end; rounded up, it is never the smaller one.
     window = math.ceil((attention.topk + attention.window) / SLIDING_BLOCK) + 1
     sliding = ["method=sliding", f"block={SLIDING_BLOCK}", f"window={window}", f"sinks={min(1, attention.sinks)}"]
-    return {
-        "full": ["attention.method=full"],
+    found = {
+        "full": ["attention.method=full", "train.new_modules_lr=null"],
         **{f"learned, gate {gate}": [f"attention.gate={gate}"] for gate in gates},
-        "frozen": ["attention.scorer=frozen"],
-        "window and random keys": ["attention.scorer=random"],
-        "sliding": [f"attention.{setting}" for setting in sliding],
+        "frozen": ["attention.scorer=frozen", "attention.init=normal"],
+        "detached": ["attention.scorer=detached", "attention.init=normal"],
+        "window and random keys": ["attention.scorer=random", "attention.init=null"],
+        "sliding": [*(f"attention.{setting}" for setting in sliding), "train.new_modules_lr=null"],
     }
+    if recipe.model.path is not None:  # beside random weights there would be nothing to select for
+        alone = "train.parameters=new_modules"
+        found |= {f"scorers alone, gate {gate}": [f"attention.gate={gate}", alone] for gate in gates}
+    return found
 
 
 def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Path) -> Outcome:
@@ -65,7 +72,7 @@ def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Pat
         RuntimeError: the run failed or was stopped; says where its log is.
     """
     log, times = folder.with_suffix(".txt"), folder / "seconds.json"
-    if at_end(folder) is None:
+    if not at_end(folder):
         command = [sys.executable, "-m", "sparsetrain.cli", "run", str(recipe), f"train.seed={seed}", *settings]
         start = time.monotonic()
         with log.open("w") as out:
@@ -78,35 +85,53 @@ def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Pat
         if code:
             raise RuntimeError(f"{method}, seed {seed} ended with {code}; see {log}")
         times.write_text(json.dumps(time.monotonic() - start))
-    recall = at_end(folder)
-    if recall is None:  # a run that is told to stop saves a checkpoint and ends well
+    after = at_end(folder)
+    if not after:  # a run that is told to stop saves a checkpoint and ends well
         raise RuntimeError(f"{method}, seed {seed} was stopped; the same command continues it. See {log}")
-    return Outcome(method, seed, recall.answers, recall.accuracy(), recall.loss, json.loads(times.read_text()))
+    return Outcome(method, seed, measured(folder, ", before"), after, json.loads(times.read_text()))
 
 
-def at_end(folder: Path) -> RecallResult | None:
-    """What the run of a folder measured at its end; None while it has not come there."""
+def at_end(folder: Path) -> dict[str, float]:
+    """What the run of a folder measured at its end; empty while it has not come there."""
+    return measured(folder, ", after")
+
+
+def measured(folder: Path, moment: str) -> dict[str, float]:
+    """What a run measured with its own method, by name."""
     results = read_results(folder) if (folder / RESULTS_FILE).exists() else {}
-    return next((result.recall for label, result in results.items() if label.endswith(", after")), None)
+    labels = [label for label in results if label.endswith(moment) and not label.startswith("full attention")]
+    if not labels:
+        return {}
+    result = results[labels[-1]]
+    found = {f"perplexity at {length}": value for length, value in result.perplexity.items()}
+    if result.recall is not None:
+        found |= {ANSWERS: result.recall.accuracy(), "loss": result.recall.loss}
+    return found
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown: a row for each method, accuracy and loss of each seed."""
+    """Markdown: a row for each method, what it measured with each seed (before -> after training)."""
     seeds = sorted({outcome.seed for outcome in outcomes})
-    names = [f"{what}, seed {seed}" for what in ("answers found", "loss") for seed in seeds]
-    lines = [f"| method | {' | '.join(names)} | seconds |", "| --- |" + " ---: |" * (len(names) + 1)]
+    names = list(outcomes[0].after)
+    columns = [f"{name}, seed {seed}" for name in names for seed in seeds]
+    lines = [f"| method | {' | '.join(columns)} | seconds |", "| --- |" + " ---: |" * (len(columns) + 1)]
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
         of = {outcome.seed: outcome for outcome in outcomes if outcome.method == method}
-        cells = [f"{of[seed].accuracy:.1%}" for seed in seeds] + [f"{of[seed].loss:.3f}" for seed in seeds]
+        cells = [_cell(of[seed], name) for name in names for seed in seeds]
         seconds = sum(outcome.seconds for outcome in of.values()) / len(of)
         lines.append(f"| {method} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
+def _cell(outcome: Outcome, name: str) -> str:
+    moments = [moment[name] for moment in (outcome.before, outcome.after) if name in moment]
+    return " -> ".join(f"{value:.1%}" if name == ANSWERS else f"{value:.3f}" for value in moments)
+
+
 def main(
-    recipe: Annotated[str, typer.Argument(help="A recipe of this folder (recall, marked), or a file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe of this folder (recall, marked, needles, text), or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of each method.")] = 2,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 0 and 1 by default.")] = None,
     parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     gate: Annotated[
         list[str] | None, typer.Option(help="Gates of the learned scorer; the recipe's by default.")
@@ -116,25 +141,27 @@ def main(
 ) -> None:
     """Compare attention methods with one budget of keys on one task."""
     file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    attention = load_recipe(file, settings or []).recipe.attention
-    if not isinstance(attention, SparseKConfig):
-        raise typer.BadParameter(f"{file} has attention.method={attention.method}; the comparison starts from sparsek")
-    known = methods(attention, gate or [attention.gate])
+    loaded = load_recipe(file, settings or []).recipe
+    if not isinstance(loaded.attention, SparseKConfig):
+        method = loaded.attention.method
+        raise typer.BadParameter(f"{file} has attention.method={method}; the comparison starts from sparsek")
+    known = methods(loaded, gate or [loaded.attention.gate])
     chosen = {name: what for name, what in known.items() if not only or name in only}
     if not chosen:
         raise typer.BadParameter(f"--only {only}: choose from {list(known)}")
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
 
-    def run(case: tuple[str, int]) -> Outcome:
-        method, seed = case
-        folder = out / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
-        outcome = train(file, method, seed, [*(settings or []), *chosen[method]], folder)
-        print(f"{method}, seed {seed}: {outcome.accuracy:.1%} found, loss {outcome.loss:.3f}", flush=True)
+    def run(case: tuple[int, str]) -> Outcome:
+        number, method = case
+        folder = out / f"{method.replace(', ', '-').replace(' ', '-')}-{number}"
+        outcome = train(file, method, number, [*(settings or []), *chosen[method]], folder)
+        told = ", ".join(f"{name} {_cell(outcome, name)}" for name in outcome.after)
+        print(f"{method}, seed {number}: {told}", flush=True)
         return outcome
 
     with ThreadPoolExecutor(parallel) as pool:
-        outcomes = list(pool.map(run, product(chosen, range(seeds))))
+        outcomes = list(pool.map(run, product(seed or [0, 1], chosen)))
     (out / "table.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     (out / "table.md").write_text(table(outcomes))
     print(table(outcomes))

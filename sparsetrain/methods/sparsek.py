@@ -48,9 +48,10 @@ class SparseKConfig(MethodConfig):
     gradient."""
     scores: Literal["head", "layer"] = "head"
     """One score and one selection for each key/value head, or one for the whole layer."""
-    scorer: Literal["learned", "frozen", "random"] = "learned"
-    """Where scores come from: a linear network that is trained, the same network left as it was initialised, or a hash
-    of the position without any network. The last two are the controls a trained scorer has to beat."""
+    scorer: Literal["learned", "frozen", "detached", "random"] = "learned"
+    """Where scores come from: a linear network that is trained; the same network left as it was initialised, while what
+    it reads still learns from the selection (``frozen``) or does not (``detached``); or a hash of the position without
+    any network (``random``). The last three are the controls a trained scorer has to beat."""
     normalize: bool = True
     """Normalise scores by the mean and variance of all scores so far in the document (timestep normalisation), with a
     learned gain: thresholds then mean the same at every length."""
@@ -76,7 +77,7 @@ class SparseKConfig(MethodConfig):
                 raise ValueError(f"init={self.init} is for a network, but scorer=random has none; leave init out")
             if not self.normalize:
                 raise ValueError("normalize=false is for a network, but scorer=random has none; leave normalize out")
-        elif self.init == "zeros" and (self.slope == 0 or self.scorer == "frozen"):
+        elif self.init == "zeros" and (self.slope == 0 or self.scorer != "learned"):
             raise ValueError(
                 f"init=zeros with slope={self.slope:g} and scorer={self.scorer}: every token would have the same score "
                 "and none would be selected for a reason; use init=normal or attention"
@@ -279,6 +280,8 @@ class SparseKMethod(Method):
                 f"{type(layer).__name__} did not hand the scores of its input on to its attention; this architecture "
                 "cannot take SparseK"
             )
+        if self.config.scorer == "detached":
+            linear = linear.detach()
         return place_scores(linear, gain, places, self.config.slope, moments)
 
     def _observe(

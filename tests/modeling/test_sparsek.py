@@ -224,6 +224,19 @@ def test_a_frozen_scorer_is_not_trained(tiny, tokens):
     model(tokens(45), labels=tokens(45), use_cache=False).loss.backward()
 
 
+def test_only_a_detached_selection_teaches_nothing_to_what_it_reads(tiny, tokens):
+    ids, grads, logits = tokens(60), {}, {}
+    for scorer in ("frozen", "detached"):
+        torch.manual_seed(0)
+        model = sparsify(tiny("llama"), {**SPARSEK, "scorer": scorer, "gate": "straight"})
+        assert not [name for name, _ in model.named_parameters() if "sparsek" in name]
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        grads[scorer], logits[scorer] = model.get_input_embeddings().weight.grad, out.logits
+    assert torch.equal(logits["frozen"], logits["detached"])
+    assert not torch.allclose(grads["frozen"], grads["detached"])
+
+
 def test_random_scores_need_no_network(tiny, tokens):
     model = sparsify(tiny("llama"), {**SPARSEK, "scorer": "random"})
     assert not [name for name in model.state_dict() if "sparsek" in name]

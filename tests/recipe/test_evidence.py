@@ -14,7 +14,8 @@ from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.shipped import recipes_folder
 
 FOLDER = recipes_folder() / "evidence"
-TASKS = [FOLDER / "recall.yaml", FOLDER / "marked.yaml"]
+RECALL = [FOLDER / "recall.yaml", FOLDER / "marked.yaml"]
+TASKS = [*RECALL, FOLDER / "needles.yaml", FOLDER / "text.yaml"]
 
 
 def test_every_recipe_is_valid():
@@ -24,10 +25,11 @@ def test_every_recipe_is_valid():
 
 @pytest.mark.parametrize("file", TASKS, ids=lambda file: file.stem)
 def test_every_method_reads_as_many_keys(file):
-    attention = load_recipe(file).recipe.attention
+    recipe = load_recipe(file).recipe
+    attention = recipe.attention
     assert isinstance(attention, SparseKConfig)
     budget = attention.sinks + attention.topk + attention.window
-    for name, settings in methods(attention, ["value", "log"]).items():
+    for name, settings in methods(recipe, ["value", "log"]).items():
         method = load_recipe(file, settings).recipe.attention
         if name == "sliding":
             pattern = method.pattern()
@@ -35,11 +37,16 @@ def test_every_method_reads_as_many_keys(file):
             assert budget <= least + pattern.block - 1 <= budget + 2 * pattern.block
         elif name != "full":
             assert method.sinks + method.topk + method.window == budget
-    assert load_recipe(file, methods(attention, ["log"])["learned, gate log"]).recipe.attention.gate == "log"
+    assert load_recipe(file, methods(recipe, ["log"])["learned, gate log"]).recipe.attention.gate == "log"
+
+
+def test_the_scorers_are_trained_alone_where_there_is_a_model_to_train_them_for():
+    settings = {file.stem: methods(load_recipe(file).recipe, ["value"]) for file in TASKS}
+    assert [name for name in settings if "scorers alone, gate value" in settings[name]] == ["needles", "text"]
 
 
 def test_recall_is_measured_where_the_window_alone_finds_nothing():
-    for file in TASKS:
+    for file in RECALL:
         recipe = load_recipe(file).recipe
         asked = recipe.eval.recall.source
         pairs = 2 * asked.keys
@@ -49,15 +56,15 @@ def test_recall_is_measured_where_the_window_alone_finds_nothing():
 
 def test_the_table_has_a_row_a_method_and_columns_for_each_seed():
     outcomes = [
-        Outcome("full", 0, 100, 0.99, 0.02, 10.0),
-        Outcome("full", 1, 100, 0.95, 0.05, 20.0),
-        Outcome("sliding", 0, 100, 0.05, 3.0, 4.0),
-        Outcome("sliding", 1, 100, 0.1, 2.5, 4.0),
+        Outcome("full", 2, {"loss": 2.0}, {"answers found": 0.99, "loss": 0.02}, 10.0),
+        Outcome("full", 5, {"loss": 2.5}, {"answers found": 0.95, "loss": 0.05}, 20.0),
+        Outcome("sliding", 2, {}, {"answers found": 0.05, "loss": 3.0}, 4.0),
+        Outcome("sliding", 5, {}, {"answers found": 0.1, "loss": 2.5}, 4.0),
     ]
     assert table(outcomes).splitlines() == [
-        "| method | answers found, seed 0 | answers found, seed 1 | loss, seed 0 | loss, seed 1 | seconds |",
+        "| method | answers found, seed 2 | answers found, seed 5 | loss, seed 2 | loss, seed 5 | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| full | 99.0% | 95.0% | 0.020 | 0.050 | 15 |",
+        "| full | 99.0% | 95.0% | 2.000 -> 0.020 | 2.500 -> 0.050 | 15 |",
         "| sliding | 5.0% | 10.0% | 3.000 | 2.500 | 4 |",
     ]
 
@@ -65,14 +72,15 @@ def test_the_table_has_a_row_a_method_and_columns_for_each_seed():
 def test_the_runner_trains_writes_its_table_and_repeats_nothing(tmp_path):
     settings = ["train.steps=1", "train.warmup=0", "train.micro_batch=1", "eval.recall.documents=2"]
     for _ in range(2):
-        main("recall", settings, seeds=1, parallel=1, gate=None, only=["window and random keys"], out=tmp_path)
+        main("recall", settings, seed=[3], parallel=1, gate=None, only=["window and random keys"], out=tmp_path)
         (log,) = tmp_path.glob("*.txt")
         written = log.stat().st_mtime_ns
     (outcome,) = json.loads((tmp_path / "table.json").read_text())
-    assert (outcome["method"], outcome["answers"]) == ("window and random keys", 16)
+    assert (outcome["method"], outcome["seed"]) == ("window and random keys", 3)
+    assert list(outcome["after"]) == ["answers found", "loss"]
     assert "| window and random keys |" in (tmp_path / "table.md").read_text()
     assert log.stat().st_mtime_ns == written
-    assert Path(tmp_path / "window-and-random-keys-0/metrics.jsonl").exists()
+    assert Path(tmp_path / "window-and-random-keys-3/metrics.jsonl").exists()
 
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
@@ -82,4 +90,4 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.run", lambda command, **_: CompletedProcess(command, 0))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="full, seed 0 was stopped; the same command continues it"):
-            train(TASKS[0], "full", 0, [], folder)
+            train(RECALL[0], "full", 0, [], folder)
