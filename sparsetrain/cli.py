@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsetrain import __version__
+from sparsetrain.container import settle_in
 from sparsetrain.errors import ModelError, RecipeError, SparsetrainError
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A :class:`SparsetrainError`, or a disk that is full or not writable, becomes a message on stderr;
     ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
     """
+    for note in settle_in():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {note}", file=sys.stderr)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="sparsetrain")
         return 0
@@ -107,6 +111,8 @@ def run(
     \b
     Several GPUs, one process each, through DeepSpeed's launcher:
       deepspeed launch/train.py my.yaml train.lr=2e-5
+
+    A run stopped by SIGTERM or SIGUSR1 saves a checkpoint and exits with 75: start it again with --resume.
     """
     from sparsetrain.recipe import load_recipe
 
@@ -114,8 +120,10 @@ def run(
     if os.environ.get("RANK", "0") == "0":
         _print_notes(loaded)
     from sparsetrain.training.run import run as train
+    from sparsetrain.training.signals import PREEMPTED_EXIT_CODE, Outcome
 
-    train(loaded.recipe, resume=resume)
+    if train(loaded.recipe, resume=resume) is Outcome.PREEMPTED:
+        raise typer.Exit(PREEMPTED_EXIT_CODE)
 
 
 @app.command(name="eval")
@@ -203,6 +211,60 @@ def export(
 
     card = publish(run_folder, out, merge=merge)
     print(f"{out}: read {card}, then load it with sparsetrain.load({str(out)!r})")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe file, or the name of a shipped recipe.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs, one process each; one, or sequence.parallel of them.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="h100, h200, b200, a100, a100-40gb, l40s or 4090.")] = "h100",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of one GPU, such as 80GB; by default the device's.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The model's config.json, where its shape is not known here.", show_default=False),
+    ] = None,
+    liger: Annotated[bool, typer.Option(help="liger-kernel is installed: what train.liger: auto means.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Tables in Markdown.")] = False,
+    all_recipes: Annotated[
+        bool, typer.Option("--all", help="Every shipped recipe on the GPUs its comment names (with --markdown).")
+    ] = False,
+) -> None:
+    """Estimate the memory and the time of a recipe before anything runs, and say what to change if it does not fit.
+
+    Needs no GPU, no network and no torch. Memory is counted by component and phase; time is for the recipe's attention
+    and for dense attention in its place.
+
+    \b
+    Examples:
+      sparsetrain plan qwen3-8b-power-128k --gpus 8
+      sparsetrain plan my.yaml sequence.length=262144 --gpus 8 --device h200
+      sparsetrain plan my.yaml --gpus 4 --memory 48GB --json
+    """
+    from sparsetrain.plan.command import run_plan
+
+    run_plan(
+        recipe,
+        overrides or [],
+        gpus=gpus,
+        device=device,
+        memory=memory,
+        config=config,
+        liger=liger,
+        all_recipes=all_recipes,
+        as_markdown=as_markdown,
+        in_json=as_json,
+    )
 
 
 @app.command()
@@ -307,7 +369,12 @@ def validate(
             metavar="RECIPE... [KEY=VALUE]...", help="Recipes, and overrides for all of them.", show_default=False
         ),
     ],
-    ranks: Annotated[int, typer.Option(min=1, help="GPUs to resolve the batch for.")] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="GPUs to resolve the batch for; one, or sequence.parallel of them.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Check recipes without loading a model, and print what follows from them.
 
@@ -328,8 +395,9 @@ def validate(
     for name in names:
         try:
             loaded = load_recipe(name, overrides)
-            facts = f"{batch_facts(loaded.recipe, ranks)}; {attention_facts(loaded.recipe)}"
-            _check_deepspeed(loaded, ranks)
+            gpus = ranks or loaded.recipe.sequence.parallel
+            facts = f"{batch_facts(loaded.recipe, gpus)}; {attention_facts(loaded.recipe)}"
+            _check_deepspeed(loaded, gpus)
         except SparsetrainError as error:
             failures += 1
             print(f"error: {error}", file=sys.stderr)
@@ -538,31 +606,38 @@ def sparsek(
 
 @benchmarks.command()
 def step(
-    shape: Annotated[
-        str | None,
-        typer.Option(help="llama-3.2-1b or tiny; by default the first on a GPU, else the second.", show_default=False),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ways: Annotated[
+        str,
+        typer.Option(
+            help="Commas between: recipe, dense (full attention instead), flex (the pattern by FlexAttention), bare "
+            "(no attention: the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed)."
+        ),
+    ] = "recipe,dense,bare",
     lengths: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens, commas between; by default 32768,131072, and 1024 without a GPU.", show_default=False
-        ),
+        typer.Option(help="Tokens in a row, commas between; by default the recipe's.", show_default=False),
     ] = None,
-    attentions: Annotated[str, typer.Option(help="Of sdpa, power and sliding, commas between.")] = "sdpa,power",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps; one of more than 20 s is timed once.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the CSV and the JSON.", show_default=False)] = None,
 ) -> None:
-    """Time a training step of a model of a real shape, and its peak memory, with dense and with sparse attention.
+    """Time the training step of a recipe, and its peak memory, beside other ways to take it.
 
-    Random weights, one sequence, every layer checkpointed, loss in chunks; without the optimizer.
+    The model has the recipe's shape and random weights, so nothing is downloaded; rows are random tokens.
 
     \b
     Examples:
-      sparsetrain bench step
-      sparsetrain bench step --lengths 65536 --attentions sdpa,power,sliding --output bench
+      sparsetrain bench step qwen3-8b-power-lora-64k --lengths 32768,131072 --ways plain,dense,flex,recipe,bare
+      sparsetrain bench step my.yaml train.micro_batch=1 train.mlp_chunk=16384 --output bench
+
+    \b
+    Several GPUs:
+      deepspeed --num_gpus 2 --no_local_rank --module sparsetrain.cli bench step my.yaml deepspeed.stage=3
     """
     from sparsetrain.bench.step import run_step
 
-    run_step(shape=shape, lengths=lengths, attentions=attentions, output=output)
+    run_step(recipe, overrides or [], ways=ways, lengths=lengths, repeats=repeats, output=output)
 
 
 @benchmarks.command()

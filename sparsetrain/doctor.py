@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ TESTED: dict[str, tuple[str, str]] = {
 PYTHON = ("3.11", "3.13")
 BUILD_SECONDS = 15 * 60
 """An extension builds in minutes; a lock older than this has been left behind."""
+
+
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
         ("extension locks", check_extension_locks),
         ("port", check_port),
         ("device", check_device),
+        ("caches", check_caches),
+        ("shared memory", check_shared_memory),
         ("attention", check_attention),
         ("compiler", lambda: check_compiler(recipe)),
         ("W&B", lambda: check_wandb(recipe)),
@@ -198,6 +205,42 @@ def check_device() -> Finding:
     return Finding("ok", "device", found)
 
 
+def check_caches() -> Finding:
+    """Whether downloads, tokenised data and compiled kernels have a place to go; in containers the home often is none.
+
+    The command has settled in already, so that a home that cannot be written to is no finding here.
+    """
+    home = os.environ.get("HOME") or "/"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    folders = {
+        "HF_HOME": os.environ.get("HF_HOME") or os.path.join(cache, "huggingface"),
+        "TRITON_HOME": os.environ.get("TRITON_HOME") or home,
+        "TMPDIR": tempfile.gettempdir(),
+    }
+    for variable, folder in folders.items():
+        existing = Path(folder).expanduser().absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK):
+            fix = f"export {variable}=/a/folder/that/can/be/written/to"
+            return Finding("fail", "caches", f"{existing} cannot be written to, and {variable} is {folder}", fix)
+    return Finding("ok", "caches", f"models and data in {folders['HF_HOME']}, temporary files in {folders['TMPDIR']}")
+
+
+def check_shared_memory() -> Finding:
+    """Room in ``/dev/shm``, through which NCCL passes data between the GPUs of a host: containers have 64 MiB."""
+    import torch
+
+    folder = Path(SHARED_MEMORY)
+    if not folder.exists() or torch.cuda.device_count() < 2:
+        return Finding("ok", "shared memory", "needed only by several GPUs")
+    size = shutil.disk_usage(folder).total
+    if size < SHARED_MEMORY_BYTES:
+        fix = "docker run --shm-size=16g (or --ipc=host); on Kubernetes an emptyDir with medium: Memory at /dev/shm"
+        return Finding("warn", "shared memory", f"{SHARED_MEMORY} holds {_gib(size)}; NCCL may want more", fix)
+    return Finding("ok", "shared memory", f"{SHARED_MEMORY} holds {_gib(size)}")
+
+
 def check_attention() -> Finding:
     """Sparse attention, forward and backward, against dense attention with the same mask in fp64."""
     import torch
@@ -254,7 +297,7 @@ def check_wandb(recipe: Recipe | None = None) -> Finding:
 
 
 def check_disk(recipe: Recipe) -> Finding:
-    """Room for the checkpoints of a recipe: weights, fp32 masters and two moments, one more copy than is kept."""
+    """Room for the checkpoints of a recipe: fp32 masters and two moments, one more copy than is kept."""
     folder = Path(recipe.output or "runs").absolute()
     while not folder.exists():
         folder = folder.parent
@@ -262,12 +305,12 @@ def check_disk(recipe: Recipe) -> Finding:
     size = count_parameters(recipe)
     if size is None:
         found = f"{_gib(free)} free; {recipe.model.path} is not on this machine yet, so its size is unknown"
-        return Finding("warn", "disk", found, "a checkpoint takes 14 bytes a parameter in bfloat16: 105 GiB for 8B")
+        return Finding("warn", "disk", found, "a checkpoint takes 12 bytes a trained parameter: 90 GiB for 8B")
     parameters, source = size
     weight = 4 if recipe.model.dtype == "float32" else 2
     # A new checkpoint is complete before the oldest is removed; final/ holds the weights alone.
-    copies = recipe.checkpoint.keep_last + 1
-    needed = parameters * ((weight + 12) * copies + weight * recipe.checkpoint.export)
+    copies = recipe.checkpoint.keep_last + (recipe.checkpoint.keep_best is not None) + 1
+    needed = parameters * (12 * copies + weight * recipe.checkpoint.export)
     found = (
         f"{_gib(needed)} for {copies} checkpoints of {parameters / 1e9:.3g}B parameters ({source}); {_gib(free)} free"
     )

@@ -44,6 +44,13 @@ class Batch:
     """Tokens that carry loss. Shifting the labels loses none, since no document starts with one."""
     origin: list[str]
     """Name of each document."""
+    padding: int = 0
+    """Tokens at the end that only fill it up, where ranks share a sequence that does not divide."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return self.input_ids.numel() - self.padding
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``."""

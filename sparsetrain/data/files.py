@@ -29,6 +29,9 @@ KINDS: dict[str, Kind] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
+DAMAGED = "\0"
+"""Begins the text of a row that stands for the rest of a file that cannot be read; the reason follows."""
+
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 STDLIB_HELD_OUT = 20
 """Every 20th file of the standard library is the validation split."""
@@ -114,23 +117,29 @@ def read_documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]
                 text = stream.read()
         except UnicodeDecodeError as problem:
             raise DataError(f"{file} is not UTF-8 text ({problem.reason} at byte {problem.start})") from problem
+        except Exception as problem:
+            text = _damage(problem)
         yield {"place": file, "text": text}
 
 
 def read_lines(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """One row for each JSON value, unparsed: ``{place, text}``, place being ``file:line`` or ``file[index]``."""
     for file, _, _ in files:
-        # A byte that is not UTF-8 becomes \xNN, which JSON refuses: the line counts as malformed, the others are read.
-        with fsspec.open(
-            file, "rt", encoding="utf-8-sig", errors="backslashreplace", compression="infer", newline="\n"
-        ) as stream:
-            first = stream.readline()
-            if _suffix(file) == ".json" and first.lstrip().startswith("["):
-                yield from _read_array(file, first + stream.read())
-                continue
-            for number, line in enumerate(_chain(first, stream), start=1):
-                if line.strip():
-                    yield {"place": f"{file}:{number}", "text": line.rstrip("\r\n")}
+        number = 0
+        try:
+            # A byte that is not UTF-8 becomes \xNN, which JSON refuses: its line is malformed, the others are read.
+            with fsspec.open(
+                file, "rt", encoding="utf-8-sig", errors="backslashreplace", compression="infer", newline="\n"
+            ) as stream:
+                first = stream.readline()
+                if _suffix(file) == ".json" and first.lstrip().startswith("["):
+                    yield from _read_array(file, first + stream.read())
+                    continue
+                for number, line in enumerate(_chain(first, stream), start=1):
+                    if line.strip():
+                        yield {"place": f"{file}:{number}", "text": line.rstrip("\r\n")}
+        except Exception as problem:
+            yield {"place": f"{file}:{number + 1}", "text": _damage(problem)}
 
 
 def parse_line(line: str) -> dict[str, Any]:
@@ -139,6 +148,8 @@ def parse_line(line: str) -> dict[str, Any]:
     Raises:
         ValueError: the line is not JSON, or not an object.
     """
+    if line.startswith(DAMAGED):
+        raise ValueError(line.removeprefix(DAMAGED))
     try:
         row = json.loads(line)
     except json.JSONDecodeError as problem:
@@ -159,6 +170,18 @@ def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
         ) from problem
     for index, item in enumerate(items):
         yield {"place": f"{file}[{index}]", "text": json.dumps(item)}
+
+
+def _damage(problem: Exception) -> str:
+    """The text of the row that stands for what cannot be decompressed any more.
+
+    Raises:
+        Exception: the problem itself, where it is none of the file's content: the file is gone, or not ours to read.
+    """
+    if isinstance(problem, DataError) or (isinstance(problem, OSError) and problem.errno is not None):
+        raise problem
+    # Each compression has errors of its own; one of the program would be told as the file's, with its name.
+    return f"{DAMAGED}the file is damaged from here on: {type(problem).__name__}: {problem}"
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

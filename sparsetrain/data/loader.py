@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from sparsetrain.data.batch import Batch, Row, Step, collate
+from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.data.stream import RowStream
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ class StepLoader:
     Step ``s`` takes rows ``s * G`` to ``s * G + G - 1`` of the global stream, ``G = micro_batch * accumulation *
     ranks``. Every rank walks the same stream and reads its own rows: in accumulation step ``a``, rank ``r`` takes the
     ``micro_batch`` rows from ``(a * ranks + r) * micro_batch`` on. The global batch therefore depends on ``G`` alone.
+    Where each sequence is shared by ``parallel`` ranks, such a group takes the place of one rank, and each of its
+    members gets its part of the rows (:func:`~sparsetrain.data.sequence_part.sequence_part`).
 
     A thread prepares the next step while the current one trains. ``rows`` belongs to that thread from here on: the
     state to save is ``Step.state``, and the state to resume from is loaded into ``rows`` before.
@@ -26,13 +29,13 @@ class StepLoader:
     Args:
         rows: the global stream.
         plan: rows of a micro batch, accumulation steps, ranks.
-        rank: this process, ``0`` to ``ranks - 1``.
+        rank: this process, ``0`` to ``ranks * parallel - 1``; neighbours share a sequence.
     """
 
     def __init__(self, rows: RowStream, plan: BatchShape, rank: int) -> None:
         self._rows = rows
         self._plan = plan
-        self._rank = rank
+        self._rank, self._part = divmod(rank, plan.parallel)
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -91,5 +94,6 @@ class StepLoader:
                         mine.append(next(self._rows))
                     else:
                         self._rows.skip()
-            micro_batches.append(collate(mine))
+            batch = collate(mine)
+            micro_batches.append(sequence_part(batch, self._part, plan.parallel) if plan.parallel > 1 else batch)
         return Step(micro_batches, self._rows.state_dict())

@@ -87,12 +87,13 @@ class MappedSource:
         index: int,
     ) -> None:
         self.label = source.label
-        self._rows = tokenized(source, tokenizer, data.num_workers).with_format("numpy")
+        stop = data.on_malformed == "stop"
+        self._rows = tokenized(source, tokenizer, data.num_workers, skip_damaged=not stop).with_format("numpy")
         lengths = self._rows["length"][:]
         malformed = np.flatnonzero(lengths == MALFORMED)
         self.malformed = len(malformed)
         if self.malformed:
-            self._report(malformed, len(lengths), stop=data.on_malformed == "stop")
+            self._report(malformed, len(lengths), stop=stop)
         self._usable = np.flatnonzero(lengths >= MIN_TOKENS)
         self.lengths: np.ndarray = lengths[self._usable]
         """Tokens of each document."""
@@ -155,12 +156,14 @@ class MappedSource:
         logger.warning("%s", message)
 
 
-def tokenized(source: DataSource, tokenizer: PreTrainedTokenizerBase, num_workers: int) -> datasets.Dataset:
+def tokenized(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, num_workers: int, *, skip_damaged: bool = False
+) -> datasets.Dataset:
     """The rows of a source, tokenised or taken from the cache.
 
     The cache is keyed by the rows, the tokenizer's content, the form and the version of our rendering.
     """
-    opened = open_source(source, tokenizer, streaming=False)
+    opened = open_source(source, tokenizer, streaming=False, skip_damaged=skip_damaged)
     rows = opened.open()
     identity = (rows._fingerprint, tokenizer_fingerprint(tokenizer), opened.reader, RENDER_VERSION)
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]

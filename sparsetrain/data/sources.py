@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 
-from sparsetrain.data.files import find_files, is_local, parse_line, read_documents, read_lines, stamped, stdlib_files
+from sparsetrain.data.files import (
+    DAMAGED,
+    Kind,
+    find_files,
+    is_local,
+    parse_line,
+    read_documents,
+    read_lines,
+    stamped,
+    stdlib_files,
+)
 from sparsetrain.data.render import MalformedRow, RowForm, render, resolve_form
+from sparsetrain.data.shards import intact
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,16 +71,20 @@ class OpenSource:
     reader: Reader
 
 
-def open_source(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, streaming: bool) -> OpenSource:
+def open_source(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, *, streaming: bool, skip_damaged: bool = False
+) -> OpenSource:
     """Open a source of rows: local files, the standard library, or a Hub dataset.
 
     Args:
         streaming: give a ``datasets.IterableDataset`` that reads rows as they are asked for; else a ``Dataset``.
+        skip_damaged: leave out local parquet and arrow files that are damaged; else refuse them. Of a streaming
+            source, only files that were cut are found before they are read.
 
     Raises:
         DataError: it is missing, unreadable, empty, or has no column that its form needs.
     """
-    layout, opened = _local(source, streaming) if _is_on_disk(source) else _hub(source, streaming)
+    layout, opened = _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
     rows = opened()
     form = resolve_form(source, _columns(source, rows, layout), tokenizer)
     return OpenSource(opened, Reader(layout, form))
@@ -80,6 +95,7 @@ def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDatase
     try:
         yield from rows
     except Exception as problem:
+        _name_damage(source)
         raise _unreadable(source, problem) from problem
 
 
@@ -88,9 +104,19 @@ def _is_on_disk(source: DataSource) -> bool:
     return source.path == "python-stdlib" or is_local(source.path)
 
 
-def _local(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+def _name_damage(source: DataSource) -> None:
+    """Raise a :class:`DataError` that names the damaged file and row of a local table, if there is one."""
+    assert source.path is not None
+    if _is_on_disk(source) and source.path != "python-stdlib":
+        kind, files = find_files(source.label, source.path)
+        if kind in ("parquet", "arrow"):
+            intact(source.label, kind, files, skip=False, whole=True)
+
+
+def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> tuple[Layout, Callable[[], Any]]:
     assert source.path is not None
     hub_only = [name for name in ("subset", "revision") if getattr(source, name) is not None]
+    kind: Kind
     if source.path == "python-stdlib":
         kind, files = "documents", stdlib_files(source.label, source.split)
     else:
@@ -103,9 +129,32 @@ def _local(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], An
             "name the files wanted"
         )
     if kind in ("parquet", "arrow"):
-        return "table", lambda: _loaded(source, kind, data_files={"train": files}, split="train", streaming=streaming)
+        return "table", _table(source, kind, files, streaming, skip_damaged)
     layout: Layout = "lines" if kind == "lines" else "documents"
     return layout, lambda: _generated(source, layout, stamped(files), streaming)
+
+
+def _table(
+    source: DataSource, kind: Literal["parquet", "arrow"], files: list[str], streaming: bool, skip_damaged: bool
+) -> Callable[[], Any]:
+    shards = intact(source.label, kind, files, skip=skip_damaged, whole=False)
+
+    def load() -> Any:
+        return _loaded(source, kind, data_files={"train": shards}, split="train", streaming=streaming)
+
+    def load_intact() -> Any:
+        nonlocal shards
+        try:
+            return load()
+        except DataError:
+            # Damaged inside, which only reading shows.
+            rest = intact(source.label, kind, shards, skip=skip_damaged, whole=True)
+            if rest == shards:
+                raise
+            shards = rest
+            return load()
+
+    return load_intact
 
 
 def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
@@ -173,6 +222,8 @@ def _fields(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
     if layout == "table":
         return raw
     if layout == "documents":
+        if raw["text"].startswith(DAMAGED):
+            raise MalformedRow(raw["text"].removeprefix(DAMAGED))
         return {"text": raw["text"]}
     try:
         return parse_line(raw["text"])

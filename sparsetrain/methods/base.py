@@ -114,6 +114,10 @@ class Method(ABC):
     """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes: tensors
     ``[B, heads, N]``, one value a token of the call."""
 
+    selection_operations: ClassVar[frozenset[str]] = frozenset()
+    """PyTorch operations (``namespace::name``) that select what :meth:`attend` reads, whose outputs activation
+    checkpointing keeps instead of selecting again."""
+
     observing: bool = False
     """While True, a method with telemetry keeps statistics of every call of :meth:`attend` for
     :meth:`observations`."""

@@ -112,6 +112,7 @@ class SparseKMethod(Method):
     """Attends to the sinks, the window and the selected tokens."""
 
     extra_inputs = frozenset({"sparsek_scores", "sparsek_gain"})
+    selection_operations = frozenset({"sparsetrain::causal_sparsek"})
 
     def __init__(self, config: SparseKConfig, num_kv_heads: int) -> None:
         self.config = config

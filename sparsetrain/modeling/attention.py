@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DecodeState, Method
+from sparsetrain.modeling.ulysses import Ulysses
 
 ATTENTION_NAME = "sparsetrain"
 """The name in transformers' registries. Names with ``flash``, ``sdpa``, ``flex`` or ``/`` would be routed elsewhere."""
@@ -37,6 +38,26 @@ HARMLESS_ARGUMENTS = frozenset(
 """What models pass down besides what this function reads: bookkeeping, and other spellings of the documents."""
 
 Attend = Callable[..., torch.Tensor]
+
+
+def registered_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sparsetrain_ulysses: Ulysses | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """:func:`attention_forward`, or what ``sparsetrain_ulysses`` makes of it where ranks share the sequence."""
+    if sparsetrain_ulysses is None:
+        return attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
+    extra = plan.method.extra_inputs if plan is not None and plan.method is not None else frozenset()
+    return sparsetrain_ulysses(
+        attention_forward, module, query, key, value, attention_mask, extra_inputs=extra, **kwargs
+    )
 
 
 @dataclass(frozen=True)
@@ -367,5 +388,5 @@ def _bounds(position_ids: torch.Tensor, batch: int) -> list[torch.Tensor] | None
     return found
 
 
-AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionInterface.register(ATTENTION_NAME, registered_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)

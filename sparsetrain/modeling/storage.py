@@ -6,7 +6,8 @@ import difflib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.registry import parse_attention
+from sparsetrain.methods.registry import METHODS, parse_attention
 from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise ModelError(f"cannot read a model from {path}: {_first_line(error)}") from error
     attention = _recorded_attention(config.get("sparsetrain"), path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with _expecting_new_modules():
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     sparsify(model, attention)
@@ -117,6 +119,18 @@ def _load_adapters(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     return load_adapters(path, **kwargs)
 
 
+def load_config(section: ModelSection) -> Any:
+    """The transformers config of the model a recipe names, without its weights.
+
+    Raises:
+        ModelError: it cannot be read, or has no such field as the recipe sets.
+    """
+    path = None if section.path is None else _resolve(section.path, "model.path")
+    config = _pretrained_config(path, section) if path else _new_config(section.architecture or {})
+    _override(config, section.config_overrides)
+    return config
+
+
 def load_model(
     section: ModelSection, attention: Mapping[str, Any] | MethodConfig, *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -135,8 +149,7 @@ def load_model(
             method.
     """
     path = None if section.path is None else _resolve(section.path, "model.path")
-    config = _pretrained_config(path, section) if path else _new_config(section.architecture or {})
-    _override(config, section.config_overrides)
+    config = load_config(section)
     tokenizer = _load_tokenizer(path, section)
     _check_vocabulary(tokenizer, config)
     dtype = getattr(torch, section.dtype)
@@ -193,6 +206,18 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     for name, module in added.items():
         module.load_state_dict({key: saved[f"{name}.{key}"] for key in module.state_dict()})
     return True
+
+
+@contextmanager
+def _expecting_new_modules() -> Iterator[None]:
+    """Keep transformers from reporting what methods add to a model as unexpected: it is read afterwards."""
+    names = {name for config in METHODS.values() for name in config.new_modules}
+    former = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [rf"\.{name}\." for name in sorted(names)]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = former
 
 
 def _read_tensors(path: str, names: Iterable[str], hub: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -317,15 +342,16 @@ def _take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, archit
 
 def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            revision=section.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=section.trust_remote_code,
-            output_loading_info=True,
-        )
+        with _expecting_new_modules():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                revision=section.revision,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unloadable("model.path", section.path, error) from error
     model, info = loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.schema import Recipe
@@ -18,9 +18,11 @@ class BatchShape:
     accumulation: int
     """Forward passes of one rank in one step."""
     ranks: int
-    """Processes that train side by side."""
+    """Processes that train side by side, each on rows of its own; with ``parallel`` above 1, groups of processes."""
     sequence_length: int
     """Tokens in a row."""
+    parallel: int = field(default=1, kw_only=True)
+    """Processes that share each row."""
 
     @property
     def global_batch_sequences(self) -> int:
@@ -35,7 +37,8 @@ class BatchShape:
     def describe(self) -> str:
         """``2 rows x 4 accumulation x 2 ranks = 16 rows = 32,768 tokens a step``."""
         return (
-            f"{_count(self.micro_batch, 'row')} x {self.accumulation} accumulation x {_count(self.ranks, 'rank')} = "
+            f"{_count(self.micro_batch, 'row')} x {self.accumulation} accumulation x "
+            f"{_ranks(self.ranks, self.parallel)} = "
             f"{_count(self.global_batch_sequences, 'row')} = {self.tokens_per_step:,} tokens a step"
         )
 
@@ -57,12 +60,17 @@ class BatchPlan(BatchShape):
 def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
     """The accumulation that makes the global batch of the recipe on ``ranks`` ranks.
 
-    Without a global batch in the recipe there is no accumulation, and the batch grows with the ranks.
+    Without a global batch in the recipe there is no accumulation, and the batch grows with the ranks. Ranks that share
+    a sequence count as one.
 
     Raises:
-        RecipeError: the global batch does not divide; names the nearest values that do.
+        RecipeError: the global batch does not divide, or ``sequence.parallel`` does not divide the ranks; names the
+            nearest values that do.
     """
-    train, length = recipe.train, recipe.sequence.length
+    train, length, parallel = recipe.train, recipe.sequence.length, recipe.sequence.parallel
+    if ranks % parallel:
+        raise RecipeError(_undivided_ranks(parallel, ranks))
+    ranks //= parallel
     rows = train.global_batch_sequences
     if train.global_batch_tokens is not None:
         rows = train.global_batch_tokens // length
@@ -70,7 +78,7 @@ def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
     once = train.micro_batch * ranks
     if rows % once:
         raise RecipeError(_indivisible(recipe, ranks, rows))
-    return BatchShape(train.micro_batch, rows // once, ranks, length)
+    return BatchShape(train.micro_batch, rows // once, ranks, length, parallel=parallel)
 
 
 def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) -> BatchPlan:
@@ -95,9 +103,7 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
         steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
     else:
         raise RecipeError("train.epochs needs a source whose rows can be counted; give train.steps or train.tokens")
-    return BatchPlan(
-        shape.micro_batch, shape.accumulation, ranks, shape.sequence_length, steps, _warmup_steps(train.warmup, steps)
-    )
+    return BatchPlan(**asdict(shape), steps=steps, warmup_steps=_warmup_steps(train.warmup, steps))
 
 
 def _warmup_steps(warmup: float, steps: int) -> int:
@@ -124,9 +130,19 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
         fixes.append(f"train.micro_batch={best}")
     return (
         f"the global batch of {_count(rows, 'row')} (train.{field}={rows * unit}) is not a multiple of "
-        f"train.micro_batch={train.micro_batch} x {_count(ranks, 'rank')} = {_count(once, 'row')}; "
+        f"train.micro_batch={train.micro_batch} x {_ranks(ranks, recipe.sequence.parallel)} = {_count(once, 'row')}; "
         f"{' works, and so does '.join(fixes)}{' works' if len(fixes) == 1 else ''}"
     )
+
+
+def _undivided_ranks(parallel: int, ranks: int) -> str:
+    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    fixes = f"set it to {' or '.join(map(str, divisors))}, or start a multiple of {parallel} ranks"
+    return f"sequence.parallel={parallel} ranks that share a sequence do not divide {_count(ranks, 'rank')}; {fixes}"
+
+
+def _ranks(ranks: int, parallel: int) -> str:
+    return _count(ranks, "rank") if parallel == 1 else f"{_count(ranks, 'group')} of {parallel} ranks"
 
 
 def _count(number: int, noun: str) -> str:

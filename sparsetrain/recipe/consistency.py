@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsetrain.errors import ModelError
+from sparsetrain.recipe.heads import attention_heads, heads_fault
 from sparsetrain.recipe.local_model import num_layers
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.yaml_source import KeyPath
@@ -15,13 +16,25 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _lengths(recipe)
     yield from _batch(recipe)
     yield from _layers(recipe)
+    yield from _shared_sequence(recipe)
     yield from _trained(recipe)
+    if recipe.train.offload_activations and recipe.train.activation_checkpointing == "none":
+        yield (
+            ("train", "offload_activations"),
+            "offloads the inputs of checkpointed layers, and train.activation_checkpointing is none; set that to layer "
+            "or selective",
+        )
     evaluation = recipe.eval
     if evaluation.every is not None and evaluation.empty:
         yield (
             ("eval", "every"),
             f"every {evaluation.every} steps nothing would be measured: give eval.perplexity, passkey or recall",
         )
+    best = recipe.checkpoint.keep_best
+    if best is not None and evaluation.every is None:
+        yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
+    if best is not None and getattr(evaluation, best) is None:
+        yield ("checkpoint", "keep_best"), f"nothing measures {best}: give eval.{best}, or set it to null"
     perplexity = evaluation.perplexity
     if perplexity is not None and max(perplexity.lengths) > perplexity.tokens:
         yield (
@@ -37,6 +50,9 @@ def without_effect(recipe: Recipe) -> list[str]:
         for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
             if every is not None and every > steps:
                 notes.append(f"{name}={every} has no effect in a run of {steps} steps")
+    tokens = recipe.sequence.length * recipe.train.micro_batch
+    if recipe.train.mlp_chunk is not None and recipe.train.mlp_chunk >= tokens:
+        notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass has {tokens} tokens")
     evaluation = recipe.eval
     measured = [name for name in ("perplexity", "passkey", "recall") if getattr(evaluation, name) is not None]
     if measured and not (evaluation.at_start or evaluation.at_end or evaluation.every):
@@ -116,6 +132,30 @@ def _layers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield (
             ("attention", "dense_layers"),
             f"all {layers} layers stay dense, so attention.method={recipe.attention.method} has no effect",
+        )
+
+
+def _shared_sequence(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """What ranks cannot do together on one sequence."""
+    parallel, attention = recipe.sequence.parallel, recipe.attention
+    if parallel == 1:
+        return
+    heads = attention_heads(recipe.model)
+    fault = None if heads is None else heads_fault(parallel, *heads)
+    if fault is not None:
+        yield ("sequence", "parallel"), fault
+    pattern = attention.pattern(heads[1] if heads else 2)
+    if pattern is not None and pattern.per_head:
+        yield (
+            ("sequence", "parallel"),
+            f"{parallel} ranks share out the heads, but attention.method={attention.method} gives each head its own "
+            "pattern by its number in the model; set it to 1, or attention.head_shift: false",
+        )
+    if getattr(attention, "scorer", None) == "random":
+        yield (
+            ("sequence", "parallel"),
+            f"{parallel} ranks share out the heads, but attention.scorer=random draws scores by the number of a head "
+            "in the model; set it to 1, or scorer: frozen",
         )
 
 

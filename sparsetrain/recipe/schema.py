@@ -164,6 +164,10 @@ class SequenceSection(Section):
     packing: bool = True
     """Fill each row with several documents. They never see each other: positions restart and attention stops at the
     boundary. Without packing a row holds one document and may be shorter than ``length``."""
+    parallel: PositiveInt = 1
+    """Ranks that share each row (DeepSpeed-Ulysses): every one holds an equal part of its tokens, and in attention all
+    tokens for a part of the heads. The model's heads must divide; more ranks than key/value heads keep copies of
+    those."""
 
 
 class OptimizerSection(Section):
@@ -214,10 +218,22 @@ class TrainSection(Section):
     """Clip the global gradient norm; null switches clipping off."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in backward: less memory, about a third more time."""
+    activation_checkpointing: Literal["none", "layer", "selective"] = "none"
+    """What is kept for backward: everything; only the input of each decoder layer (``layer``), which is computed once
+    more, about a third more time; or that and the outputs of attention (``selective``), which costs another hidden
+    state a layer and spares attention the second time. What an attention method selected is always kept."""
+    offload_activations: bool = False
+    """Keep the inputs of checkpointed layers in pinned host memory until backward; the copies run beside the
+    computation."""
+    mlp_chunk: PositiveInt | None = None
+    """Compute the MLP of each layer about this many tokens at a time, so that its wide intermediates never exist for
+    the whole row; it is computed once more in backward. null = all tokens at once."""
     loss_chunk: PositiveInt | None = 4096
-    """Compute the loss this many tokens at a time, so that logits of the whole row never exist; null = all at once."""
+    """Compute the loss this many tokens at a time, so that logits of the whole row never exist; null = all at once.
+    Liger's fused loss makes chunks of its own, about as large as the hidden states in all."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's fused kernels for norms, MLP activation, rotary positions and the loss: ``auto`` where there is a CUDA
+    device and ``liger-kernel`` is installed. The log says which were used."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite loss or gradient: stop the run or skip the step. The batch is named in ``nonfinite.jsonl``."""
     log_every: PositiveInt = 1
@@ -298,6 +314,9 @@ class DeepSpeedSection(Section):
     """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Keep parameters in host memory (stage 3 only)."""
+    timeout: PositiveFloat = 30.0
+    """Minutes after which a rank that does not answer, or a run in which no rank makes progress, stops all ranks with
+    that rank's name. Longer than the longest checkpoint, export or first step (which compiles)."""
     config: dict[str, Any] | str | None = None
     """A whole DeepSpeed JSON, inline or as a path, laid under the generated one. A value that contradicts the recipe
     is an error, and so is ``auto``."""
@@ -318,6 +337,16 @@ class CheckpointSection(Section):
     """Steps between checkpoints; null keeps only the one at the end and on interruption."""
     keep_last: PositiveInt = 2
     """Complete checkpoints to keep."""
+    keep_best: Literal["perplexity", "passkey", "recall"] | None = None
+    """Keep one more: the checkpoint of the evaluation (``eval.every``) with the lowest perplexity at the longest
+    length, or the most passkeys or answers found. It is saved even where ``every`` plans none, and named in
+    ``best.json``."""
+    asynchronous: bool = True
+    """Training waits only until the state is copied to host memory, where that has room, and goes on while it is
+    written; false waits until it is on the disk."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written (full disk, read-only folder, lost mount): stop, or go on, warn, and try
+    again when the next one is planned. The last good one stays either way."""
     export: bool = True
     """Write ``final/`` at the end: a transformers folder (safetensors, tokenizer, ``sparsetrain.json``), with ``lora``
     a peft adapter folder."""

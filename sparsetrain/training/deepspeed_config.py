@@ -21,6 +21,8 @@ OWNED_BY_RECIPE = {
     "scheduler": "train.schedule",
     "activation_checkpointing": "train.activation_checkpointing (Hugging Face models never call DeepSpeed's)",
     "sparse_attention": "attention (DeepSpeed's own sparse attention needs triton 1.0)",
+    "seq_parallel_communication_data_type": "communication_data_type (ZeRO takes all ranks for data-parallel ones)",
+    "sequence_parallel_size": "sequence.parallel",
     "wandb": "wandb",
 }
 PASSED_THROUGH = {
@@ -43,7 +45,6 @@ PASSED_THROUGH = {
     "gradient_predivide_factor",
     "memory_breakdown",
     "prescale_gradients",
-    "seq_parallel_communication_data_type",
     "steps_per_print",
     "tensorboard",
     "timers",
@@ -74,6 +75,9 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if zero[name]["device"] == "none":
             del zero[name]
+        else:
+            # Copies from pageable memory wait for one another; DeepSpeed before 0.19 has it pageable.
+            zero[name].setdefault("pin_memory", True)
     return config
 
 
@@ -87,7 +91,8 @@ def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.global_batch_sequences,
+        # DeepSpeed counts rows of its own for every rank, those that share one too.
+        "train_batch_size": plan.global_batch_sequences * plan.parallel,
         "gradient_clipping": recipe.train.max_grad_norm or 0.0,
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "fp16": {"enabled": recipe.model.dtype == "float16"},

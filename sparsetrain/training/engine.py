@@ -8,6 +8,7 @@ import os
 import socket
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.launched import meeting
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,18 @@ class World:
         return self.rank == 0
 
 
-def init_world() -> World:
+def init_world(timeout: float = 30.0) -> World:
     """Join the process group of the launcher, or start one of a single process.
 
     gloo on CPU, NCCL on CUDA. DeepSpeed's shared-memory op for CPU is switched off: it compiles for minutes, and
     an interrupted compile leaves a lock that hangs every later run.
+
+    Args:
+        timeout: minutes to wait for the other ranks. Collectives wait much longer: that a rank is waited for in vain
+            is noticed by :mod:`sparsetrain.training.watch`, which knows progress from a hang, and names the rank.
+
+    Raises:
+        TrainingError: the ranks do not find one another.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -53,7 +62,10 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     deepspeed = _import_deepspeed()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        with meeting(timeout):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=20 * timeout)
+            )
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))

@@ -19,6 +19,18 @@ from sparsetrain.training.tracking import METRICS_FILE
 
 # What a resumed run may change: nothing that decides which weights come out.
 FREE_TO_CHANGE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every")
+# Nor what decides them by rounding alone, as other devices need: how the batch is cut and where things are kept.
+ROUNDING_ALONE = (
+    "deepspeed",
+    "sequence.parallel",
+    "train.micro_batch",
+    "train.global_batch",  # said another way, or said at last: its rows are compared with those of the checkpoint
+    "train.activation_checkpointing",
+    "train.offload_activations",
+    "train.mlp_chunk",
+    "train.loss_chunk",
+    "train.liger",
+)
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
@@ -61,7 +73,7 @@ def _check_same_run(record: Path, recipe: Recipe) -> None:
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE_TO_CHANGE)
+        if before.get(key) != after.get(key) and not key.startswith((*FREE_TO_CHANGE, *ROUNDING_ALONE))
     ]
     if changed:
         raise CheckpointError(

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,10 +24,12 @@ from sparsetrain.methods.base import Method
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.checkpoint import TrainState
+from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.engine import FiniteAdamW, World
+from sparsetrain.training.place import here
 from sparsetrain.training.schedule import share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
+from sparsetrain.training.signals import Outcome, StopSignals
 
 
 @dataclass(frozen=True)
@@ -70,48 +70,51 @@ class Loop:
     folder: Path
     say: Callable[[str], None]
     on_step: Callable[[int, StepResult], None]
-    evaluate: Callable[[], None]
-    save: Callable[[], None]
-    stop_requested: bool = field(default=False, init=False)
+    evaluate: Callable[[], bool]
+    """Returns whether the checkpoint of this step is to be kept as the best."""
+    save: Callable[[bool], None]
+    """Is told whether to wait until the checkpoint is complete."""
+    poll_checkpoint: Callable[[], None]
+    """Completes a checkpoint that has been written meanwhile."""
+    signals: StopSignals
     methods: list[Method] = field(init=False)
 
     def __post_init__(self) -> None:
         found = {id(method): method for _, _, method in sparse_layers(self.engine.module) if method is not None}
         self.methods = list(found.values())
 
-    def run(self) -> bool:
-        """Train to the end of the plan.
-
-        Returns:
-            True at the end, False if a signal stopped the run early (after saving a checkpoint).
+    def run(self) -> Outcome:
+        """Train to the end of the plan, or until a signal stops the run early (after saving a checkpoint).
 
         Raises:
             TrainingError: a loss or gradient was not finite and the recipe says stop; or, at the first step, a
                 trainable parameter got no gradient.
         """
         watch = GradientWatch(self.engine.module) if self.state.step == 0 else None
-        with _StopSignals(self):
-            while self.state.step < self.plan.steps:
-                batch = next(self.loader)
-                result, stop = self._step(batch, watch)
-                watch = None
-                if not (result.applied and math.isfinite(result.loss)):
-                    self._nonfinite(batch, result)
-                self.state.step += 1
-                self.state.tokens += result.tokens
-                self.state.data = batch.state
-                self.on_step(self.state.step, result)
-                finished = self.state.step == self.plan.steps
-                if not finished and not stop and _due(self.recipe.eval.every, self.state.step):
-                    self.evaluate()
-                if finished or stop or _due(self.recipe.checkpoint.every, self.state.step):
-                    self.save()
-                if stop and not finished:
-                    return False
-        return True
+        here.timed = True
+        while self.state.step < self.plan.steps:
+            here.at("waiting for data", self.state.step + 1)
+            batch = next(self.loader)
+            result, stop = self._step(batch, watch)
+            watch = None
+            if not (result.applied and math.isfinite(result.loss)):
+                self._nonfinite(batch, result)
+            self.state.step += 1
+            self.state.tokens += result.tokens
+            self.state.data = batch.state
+            self.on_step(self.state.step, result)
+            self.poll_checkpoint()
+            finished = self.state.step == self.plan.steps
+            ends = finished or stop is not None
+            best = not ends and _due(self.recipe.eval.every, self.state.step) and self.evaluate()
+            if ends or best or _due(self.recipe.checkpoint.every, self.state.step):
+                self.save(ends)
+            if stop is not None and not finished:
+                return stop
+        return Outcome.FINISHED
 
-    def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, bool]:
-        """One optimizer step. The second value says whether any rank was asked to stop."""
+    def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, Outcome | None]:
+        """One optimizer step. The second value says whether any rank was asked to stop, and by whom."""
         began = time.perf_counter()
         train = self.recipe.train
         share = share_of_peak(train, self.state.step, self.plan.steps, self.plan.warmup_steps)
@@ -121,12 +124,11 @@ class Loop:
             method.begin_step(self.state.step, self.plan.steps)
             method.observing = is_logged(self.recipe, self.plan, self.state.step + 1)
 
-        # [targets, tokens, stop] summed over ranks; stays on the device until the step is done.
+        # [targets, tokens] summed over ranks; stays on the device until the step is done.
         counts = torch.tensor(
             [
                 sum(micro.num_target_tokens for micro in batch.micro_batches),
-                sum(micro.input_ids.numel() for micro in batch.micro_batches),
-                self.stop_requested,
+                sum(micro.num_tokens for micro in batch.micro_batches),
             ],
             dtype=torch.float64,
             device=self.world.device,
@@ -136,7 +138,9 @@ class Loop:
 
         nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for index, micro in enumerate(batch.micro_batches):
+            here.at("forward", self.state.step + 1)
             loss = self.engine(**self._inputs(micro))
+            here.at("backward", self.state.step + 1)
             # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
             self.engine.backward(loss * (scale * self.world.size).float(), scale_wrt_gas=False)
             nll += loss.detach()
@@ -145,10 +149,14 @@ class Loop:
                     self.say(f"self-check: {watch.check()}")
                 if isinstance(self.engine.optimizer, FiniteAdamW):
                     self.engine.optimizer.measure()
+            here.at("optimizer step", self.state.step + 1)
             self.engine.step()
 
-        dist.all_reduce(nll)
-        loss_value, tokens, stop = torch.stack([nll * scale, counts[1], counts[2]]).tolist()
+        # A signal counts however late in the step it comes, and on whichever rank.
+        asked = torch.tensor([self.signals.preempted, self.signals.interrupted], dtype=nll.dtype).to(nll.device)
+        sums = torch.cat([nll[None], asked])
+        dist.all_reduce(sums)
+        loss_value, tokens, preempted, interrupted = torch.stack([sums[0] * scale, counts[1], *sums[1:]]).tolist()
         result = StepResult(
             loss=loss_value,
             lr=share * train.lr,
@@ -159,7 +167,9 @@ class Loop:
             seconds=time.perf_counter() - began,
             observations=self._observations(),
         )
-        return result, stop > 0
+        # DeepSpeed's launcher adds a SIGTERM to a Ctrl-C.
+        stop = Outcome.INTERRUPTED if interrupted else Outcome.PREEMPTED if preempted else None
+        return result, stop
 
     def _observations(self) -> dict[str, float]:
         """What the methods with telemetry saw in this step, averaged over the ranks."""
@@ -176,7 +186,8 @@ class Loop:
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
         positions = (micro.labels[0, 1:] != -100).nonzero()[:, 0]
-        chunk = self.recipe.train.loss_chunk or self.recipe.sequence.length * self.plan.micro_batch
+        tokens = math.ceil(self.recipe.sequence.length * self.plan.micro_batch / self.plan.parallel)
+        chunk = self.recipe.train.loss_chunk or tokens
         tensors = {
             "input_ids": micro.input_ids,
             "position_ids": micro.position_ids,
@@ -186,7 +197,7 @@ class Loop:
         }
         inputs: dict[str, Any] = {name: t.to(self.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: all ranks must make the same number of chunks.
-        inputs["num_chunks"] = math.ceil(self.recipe.sequence.length * self.plan.micro_batch / chunk)
+        inputs["num_chunks"] = math.ceil(tokens / chunk)
         return inputs
 
     def _nonfinite(self, batch: Step, result: StepResult) -> None:
@@ -209,30 +220,6 @@ class Loop:
                 f"weights are as they were before it, and the documents of the batch are named in {path}. Lower "
                 f"train.lr ({self.recipe.train.lr}), look at those documents, or set train.on_nonfinite: skip"
             )
-
-
-class _StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop after this step. A second SIGINT interrupts at once.
-
-    SIGTERM may come more than once: DeepSpeed's launcher answers a Ctrl-C, which every rank gets too, with SIGTERM.
-    """
-
-    def __init__(self, loop: Loop) -> None:
-        self.loop = loop
-        self.former: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.former[number] = signal.signal(number, self._request)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.loop.stop_requested = True
-        if number == signal.SIGINT:
-            signal.signal(number, self.former[number])
 
 
 def _due(every: int | None, step: int) -> bool:

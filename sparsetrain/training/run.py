@@ -6,7 +6,7 @@ import json
 import math
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,21 +28,28 @@ from sparsetrain.evaluation.pictures import (
 )
 from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.modeling import attention_density, check_positions, load_model, sparse_layers, sparsify
+from sparsetrain.modeling import attention_density, check_positions, load_config, load_model, sparse_layers, sparsify
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
-from sparsetrain.training import checkpoint, folder, selfcheck
-from sparsetrain.training.checkpoint import TrainState
+from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
+from sparsetrain.training.best import score
+from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
 from sparsetrain.training.engine import World, check_config, init_world, initialize
 from sparsetrain.training.export import export
+from sparsetrain.training.faults import explained
 from sparsetrain.training.flops import model_flops_per_token, peak_flops
+from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult, is_logged
 from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.memory import check_memory_options, save_activation_memory
+from sparsetrain.training.place import here
 from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
+from sparsetrain.training.signals import Outcome, StopSignals
 from sparsetrain.training.tracking import Tracker
 from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
+from sparsetrain.training.watch import Watch
 
 CALIBRATION_TOKENS = 4
 """Tokens beyond their document's window, for each channel of the model, that scorers are fitted to."""
@@ -53,19 +60,26 @@ CALIBRATION_ROWS = 64
 T = TypeVar("T")
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> bool:
+def run(recipe: Recipe, *, resume: bool = False) -> Outcome:
     """Train what the recipe says.
 
     Args:
         resume: continue from the newest complete checkpoint in the run folder, or start if there is none.
 
     Returns:
-        True when training reached its end, False when a signal stopped it after a checkpoint.
+        Whether training reached its end, or who stopped it after a checkpoint.
 
     Raises:
         SparsetrainError: whatever stands in the way, explained, on every rank.
     """
-    world = init_world()
+    world = init_world(recipe.deepspeed.timeout)
+    watch = Watch(world, 60 * recipe.deepspeed.timeout)
+    with watch, explained(recipe, world, watch):
+        return _prepare(recipe, world, watch, resume).execute(resume)
+
+
+def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool) -> _Run:
+    """Load model and data. What cannot work is refused before anything heavy is loaded."""
     # transformers draws a bar for every folder it reads or writes; this run has its own.
     transformers.utils.logging.disable_progress_bar()
     output = Path(recipe.output or f"runs/{recipe.name}")
@@ -74,14 +88,19 @@ def run(recipe: Recipe, *, resume: bool = False) -> bool:
     check_config(deepspeed_config(recipe, _provisional_plan(recipe, world.size)))
     bits = "none" if recipe.lora is None else recipe.lora.quantize_base
     check_quantization(bits, world.device)
-    torch.manual_seed(recipe.train.seed)
+    check_memory_options(recipe.train, world.device)
+    transformers.set_seed(recipe.train.seed)
+    here.at("loading the model")
+    sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_positions(model, recipe.sequence.length)
+    sequence_parallel.check_shareable(model, recipe.sequence.parallel)
     quantize_base(model, bits)
     model.to(world.device)  # type: ignore[arg-type]
+    here.at("reading the data")
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
-    return _Run(recipe, output, world, model, tokenizer, rows, plan).execute(resume)
+    return _Run(recipe, output, world, watch, model, tokenizer, rows, plan)
 
 
 @dataclass
@@ -89,12 +108,13 @@ class _Run:
     recipe: Recipe
     output: Path
     world: World
+    watch: Watch
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     rows: RowStream
     plan: BatchPlan
 
-    def execute(self, resume: bool) -> bool:
+    def execute(self, resume: bool) -> Outcome:
         recipe, world = self.recipe, self.world
         self.progress = Progress(self.plan.steps, 0, self.plan.tokens_per_step, rank=world.rank)
         self.say = self.progress.log
@@ -105,6 +125,8 @@ class _Run:
 
         start = self._find_checkpoint(resume)
         self._calibrate()
+        if wants_liger(recipe.train.liger, world.device):
+            self.say(f"kernels: {fuse_layers(self.model, recipe.train.liger)}")
         if start is None and recipe.eval.at_start:
             self._evaluate_at_start()
         elif recipe.eval.at_end or recipe.eval.every is not None:
@@ -114,18 +136,24 @@ class _Run:
 
         self.say(choose_trainable(self.model, recipe))
         self.costs = _Costs.of(self.model, recipe, world)
-        if recipe.train.activation_checkpointing:
-            _enable_activation_checkpointing(self.model)
+        self.say(f"memory: {save_activation_memory(self.model, recipe.train, self.plan, world.device)}")
         config = deepspeed_config(recipe, self.plan)
         if world.main:
             (self.output / "deepspeed.json").write_text(json.dumps(config, indent=1))
         self.model.train()
-        self.engine = initialize(CausalLMLoss(self.model, recipe.train.loss_chunk), recipe, config, world)
-        self.state = TrainState(ranks=world.size)
+        here.at("building the engine")
+        self.ulysses = sequence_parallel.join_sequence_group(recipe)
+        fused = wants_liger(recipe.train.liger, world.device)
+        loss = CausalLMLoss(self.model, recipe.train.loss_chunk, fused=fused, ulysses=self.ulysses)
+        self.say(f"loss: {loss.describe()}")
+        self.engine = initialize(loss, recipe, config, world)
+        self.state = TrainState(ranks=world.size, rows_per_step=self.plan.global_batch_sequences)
+        self.saver = Saver(self.engine, self._checkpoints, recipe.checkpoint, world, self._say, self._save_failed)
         if start is None:
             self._self_check()
         else:
-            self.state = checkpoint.load(self.engine, start, world)
+            rows, seed = self.plan.global_batch_sequences, recipe.train.seed
+            self.state = checkpoints.load(self.engine, start, world, rows_per_step=rows, seed=seed, say=self.say)
             self.rows.load_state_dict(self.state.data)
             self.say(f"resumed {start} at step {self.state.step}")
 
@@ -136,19 +164,31 @@ class _Run:
         self.tracker.rewind(-1 if start is None else self.state.step)
         self.state.wandb_run_id = self.tracker.run_id
         try:
-            finished = self._train()
-            if finished:
-                self._finish()
-        except BaseException:
+            # The other ranks hear of an error before W&B is closed, which may take a minute.
+            with explained(recipe, world, self.watch):
+                return self._train_to_the_end()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):
+                self.saver.abandon()
             self.tracker.finish(exit_code=1)
             raise
-        self.tracker.finish()
-        return finished
+
+    def _train_to_the_end(self) -> Outcome:
+        with StopSignals() as signals:
+            outcome = self._train(signals)
+            if outcome is Outcome.FINISHED:
+                signals.release()
+                self._finish()
+            self.tracker.finish()
+            # A launcher kills the other ranks as soon as one has left with an exit code: they leave together.
+            dist.barrier()
+        return outcome
 
     def _find_checkpoint(self, resume: bool) -> Path | None:
         if not resume:
             return None
-        newest, skipped = _on_main(self.world, lambda: checkpoint.newest_complete(self._checkpoints))
+        here.at("reading checkpoints")
+        newest, skipped = checkpoints.find(self._checkpoints, self.world)
         for line in skipped:
             self.say(line)
         if newest is None:
@@ -199,6 +239,7 @@ class _Run:
         section = self.recipe.eval
         if section.empty:
             return None
+        here.at(f"evaluating: {label}", here.step)
         with self.progress.counting(f"evaluating: {label}") as on_progress:
             result = evaluate(
                 self.model,
@@ -208,7 +249,7 @@ class _Run:
                 seed=self.recipe.train.seed,
                 rank=self.world.rank,
                 world=self.world.size,
-                on_progress=on_progress,
+                on_progress=here.moving(on_progress),
             )
         self.results[label] = result
         if self.world.main:
@@ -221,16 +262,18 @@ class _Run:
         batch = collate([next(self.rows)])
         self.rows.load_state_dict(state)
         for line in (
-            selfcheck.check_document_isolation(self.model, batch, self.world),
-            selfcheck.check_against_oracle(self.model, batch, self.world),
+            selfcheck.check_document_isolation(self.model, batch, self.world, self.ulysses),
+            *selfcheck.check_shared_sequence(self.model, batch, self.world, self.ulysses),
+            selfcheck.check_against_oracle(self.model, batch, self.world, self.ulysses),
             selfcheck.check_round_trip(self.model, self.output, self._export, self.world),
+            self.saver.check(),
         ):
             self.say(f"self-check: {line}")
 
     def _export(self, target: Path) -> dict[str, torch.Tensor]:
         return export(self.model, self.tokenizer, target, self.world, self.recipe.model)
 
-    def _train(self) -> bool:
+    def _train(self, signals: StopSignals) -> Outcome:
         loader = StepLoader(self.rows, self.plan, self.world.rank)
         loop = Loop(
             engine=self.engine,
@@ -244,6 +287,8 @@ class _Run:
             on_step=self._on_step,
             evaluate=self._evaluate_during,
             save=self._save,
+            poll_checkpoint=self.saver.poll,
+            signals=signals,
         )
         if self.state.step == 0:
             self.tracker.log(self.costs.density_by_layer(), 0)
@@ -251,12 +296,12 @@ class _Run:
         self.say = loop.say = self.progress.log
         try:
             with self.progress:
-                finished = loop.run()
+                outcome = loop.run()
         finally:
             loader.close()
-        if not finished:
+        if outcome is not Outcome.FINISHED:
             self.say(f"stopped at step {self.state.step} of {self.plan.steps}; continue with --resume")
-        return finished
+        return outcome
 
     def _on_step(self, step: int, result: StepResult) -> None:
         if not is_logged(self.recipe, self.plan, step):
@@ -282,29 +327,43 @@ class _Run:
             metrics["mfu"] = utilisation
         self.tracker.log(metrics, step)
 
-    def _evaluate_during(self) -> None:
+    def _evaluate_during(self) -> bool:
         result = self._evaluate(f"{self.recipe.attention.method}, step {self.state.step}")
         if result is not None:
             self.tracker.log(result.metrics(), self.state.step)
         self.progress.restart_clock()
+        return result is not None and self._is_best(result)
 
-    def _save(self) -> None:
+    def _is_best(self, result: EvalResult) -> bool:
+        metric = self.recipe.checkpoint.keep_best
+        return metric is not None and self.saver.is_best(self.state.step, score(metric, result))
+
+    def _save(self, wait: bool) -> None:
+        here.at("saving a checkpoint", self.state.step)
         documents = {"recipe.yaml": dump_recipe(self.recipe), "environment.json": json.dumps(folder.environment())}
-        path = checkpoint.save(
-            self.engine, self._checkpoints, self.state, documents, self.recipe.checkpoint.keep_last, self.world
-        )
-        self.say(f"checkpoint: {path}")
+        self.saver.save(self.state, documents, wait)
         self.progress.restart_clock()
+
+    def _save_failed(self, step: int) -> None:
+        self.tracker.log({"checkpoint_failed": 1.0}, self.state.step)
+        self.tracker.alert("checkpoint failed", f"{self.recipe.name}: the checkpoint of step {step} cannot be written")
+
+    def _say(self, line: str) -> None:
+        self.say(line)
 
     def _finish(self) -> None:
         """Export, evaluate what was trained, draw, and say what came out of it."""
         if self.recipe.checkpoint.export:
+            here.at("exporting the model", self.state.step)
             self._export(self.output / "final")
         if self.recipe.eval.at_end:
             result = self._evaluate(f"{self.recipe.attention.method}, after")
             if result is not None:
                 self.tracker.log(result.metrics(), self.state.step)
                 self.tracker.summary(result.metrics())
+                if self._is_best(result):
+                    self.saver.crown()
+        here.at("drawing", self.state.step)
         if self.world.main:
             self._draw()
             print_results(self.results)
@@ -397,7 +456,7 @@ class _Costs:
 def _provisional_plan(recipe: Recipe, ranks: int) -> BatchPlan:
     """The plan without the steps, which ``train.epochs`` knows only after the data is read."""
     shape = batch_shape(recipe, ranks)
-    return BatchPlan(shape.micro_batch, shape.accumulation, ranks, shape.sequence_length, steps=1, warmup_steps=0)
+    return BatchPlan(**asdict(shape), steps=1, warmup_steps=0)
 
 
 def _on_main(world: World, act: Callable[[], T]) -> T:
@@ -412,13 +471,6 @@ def _on_main(world: World, act: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    # transformers renamed the method and will remove the old name. The reentrant kind would cut the gradient off where
-    # a layer's inputs need none, which is everywhere below the first adapter.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _peak_memory(device: torch.device) -> float:

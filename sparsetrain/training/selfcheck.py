@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +19,91 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsetrain.data import Batch
+from sparsetrain.data.batch import IGNORE
+from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters
+from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.engine import World
 from sparsetrain.training.oracle import expected, has_oracle
 
 Weights = dict[str, torch.Tensor]
 
+SHARED_TOKENS = 8192
+"""How much of a row is computed both by one rank alone and by all that share it."""
 
-def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World) -> str:
+
+def check_shared_sequence(
+    model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None
+) -> Iterator[str]:
+    """The hidden states of a row that ranks share equal those that one rank computes of it alone.
+
+    Yields:
+        The line to say; none where each rank has its rows to itself.
+    """
+    if ulysses is None:
+        return
+    tokens = batch.input_ids[:, :SHARED_TOKENS]
+    length = tokens.shape[1]
+    boundaries = torch.cat([batch.cu_seqlens[batch.cu_seqlens < length], batch.cu_seqlens.new_tensor([length])])
+    row = _row(batch, tokens, boundaries)
+    part = _hidden(model, row, world, ulysses)
+    start = ulysses.rank * len(part)
+    alone = _hidden(model, row, world)[start : start + len(part)]
+    part = part[: len(alone)]
+    error = ((part - alone).float().norm() / alone.float().norm().clamp(min=1e-30)).item() if len(alone) else 0.0
+    error = _largest(error, world)
+    # In 16 bits rounding alone makes a few percent: matrix products of other shapes add up in another order.
+    limit = 1e-3 if part.dtype == torch.float32 else 0.1
+    reason = (
+        f"a sequence over {ulysses.size} ranks differs from one rank's by {error:.3g} (relative RMS, limit {limit:g})"
+    )
+    _agree(error <= limit, reason, world)
+    yield f"a sequence over {ulysses.size} ranks equals one rank's on {length:,} tokens: relative RMS error {error:.1e}"
+
+
+def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> str:
     """Changing the first document of a packed row must leave the hidden states of the others as they are.
 
     A row that holds one document is cut into two for the check.
     """
-    tokens = batch.input_ids.to(world.device)
-    boundaries = batch.cu_seqlens
+    tokens, boundaries = batch.input_ids, batch.cu_seqlens
     if len(boundaries) == 2:
         length = tokens.shape[1]
         boundaries = torch.tensor([0, length // 2, length], dtype=torch.int32)
     first = int(boundaries[1])
     changed = tokens.clone()
     changed[:, :first] = (changed[:, :first] + 1) % model.config.get_text_config().vocab_size
-    before, after = (_hidden(model, ids, boundaries, world)[first:] for ids in (tokens, changed))
+    before, after = (_hidden(model, _row(batch, ids, boundaries), world, ulysses) for ids in (tokens, changed))
+    start = 0 if ulysses is None else ulysses.rank * len(before)
+    before, after = (hidden[max(0, first - start) :] for hidden in (before, after))
     reason = f"hidden states are not finite before any training; look at the model's weights and dtype ({before.dtype})"
     _agree(bool(before.isfinite().all()), reason, world)
-    difference = (before - after).abs().max().item() if before.numel() else 0.0
+    # Of ranks that share the row, the first may hold nothing but the document that was changed.
+    difference, size = (
+        _largest(tensor.abs().max().item() if tensor.numel() else 0.0, world) for tensor in (before - after, before)
+    )
     _agree(
-        difference <= 1e-3 * before.abs().max().item(),
+        difference <= 1e-3 * size,
         f"documents leak: changing the first document of the row moved the others' hidden states by {difference:.3g}",
         world,
     )
     return f"documents are isolated: {len(boundaries) - 1} in the row, largest change of the others {difference:.1e}"
 
 
-def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World) -> str:
-    """The output of the first sparse layer equals its definition in fp64 on the longest document of the first batch."""
+def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> str:
+    """The output of the first sparse layer equals its definition in fp64 on the longest document of the first batch.
+
+    Ranks that share the row each check their heads.
+    """
     layers = [(index, method) for index, _, method in sparse_layers(model) if method is not None]
     index, method = next(((index, method) for index, method in layers if has_oracle(method)), (None, None))
     if method is None:
         names = {type(method).__name__.removesuffix("Method").lower() for _, method in layers}
         return f"sparse layer against its oracle: nothing to compare, layers attend in {' and '.join(sorted(names))}"
     with _recorded(method) as calls:
-        _hidden(model, batch.input_ids.to(world.device), batch.cu_seqlens, world)
+        _hidden(model, batch, world, ulysses)
     layer, query, key, value, output, call = calls[0]
     longest = int(batch.cu_seqlens.diff().argmax())
     document = slice(*batch.cu_seqlens[longest : longest + 2].tolist())
@@ -123,20 +166,30 @@ class GradientWatch:
         return f"a gradient reached all {self.total} trainable parameters"
 
 
-def _hidden(model: PreTrainedModel, tokens: torch.Tensor, boundaries: torch.Tensor, world: World) -> torch.Tensor:
-    """Last hidden states ``[T, hidden]`` of a packed row (logits of a long row would not fit)."""
-    lengths = boundaries.diff().tolist()
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+def _row(batch: Batch, tokens: torch.Tensor, boundaries: torch.Tensor) -> Batch:
+    """``batch`` with other tokens and documents, whose loss nobody asks for."""
+    positions = torch.cat([torch.arange(length) for length in boundaries.diff().tolist()])[None]
+    labels = torch.full_like(tokens, IGNORE)
+    return replace(batch, input_ids=tokens, position_ids=positions, cu_seqlens=boundaries, labels=labels)
+
+
+def _hidden(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> torch.Tensor:
+    """Last hidden states ``[T, hidden]`` of a packed row (logits of a long row would not fit), or of the part that this
+    rank holds, filled up so that all hold as many."""
+    part = batch if ulysses is None else sequence_part(batch, ulysses.rank, ulysses.size)
+    part = part.to(world.device)
+    shared = {} if ulysses is None else {ULYSSES_ARGUMENT: ulysses}
     decoder = model.get_decoder() or model.base_model
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             output = decoder(
-                input_ids=tokens,
-                position_ids=positions.to(world.device),
-                cu_seqlens=boundaries.to(world.device),
+                input_ids=part.input_ids,
+                position_ids=part.position_ids,
+                cu_seqlens=part.cu_seqlens,
                 use_cache=False,
+                **shared,
             )
     finally:
         model.train(training)
@@ -161,6 +214,13 @@ def _recorded(method: Any) -> Iterator[list[Any]]:
         yield calls
     finally:
         del method.attend
+
+
+def _largest(value: float, world: World) -> float:
+    """The largest value over all ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
 
 
 def _agree(passed: bool, reason: str, world: World) -> None:

@@ -87,6 +87,10 @@ class Tracker:
         """Set final values of the run in W&B (they head its table)."""
         self._try("set the summary", lambda: self._wandb.summary.update(dict(values)))
 
+    def alert(self, title: str, text: str) -> None:
+        """Notify the people who watch the run in W&B (by mail or Slack, as they have set it there)."""
+        self._try("send an alert", lambda: self._wandb.alert(title=title, text=text))
+
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, and one torn by a crash: a resumed run writes those steps again.
 
@@ -124,10 +128,13 @@ class Tracker:
             if online:
                 try:
                     self._init_wandb("online", recipe, run_dir)
-                    self._say(f"W&B: {self._wandb.url}")
+                    copy = self._wandb.settings.sync_dir
+                    self._say(f"W&B: {self._wandb.url}  (if an upload fails: `wandb sync {copy}`)")
                     return
                 except Exception as error:
-                    self._say(f"warning: W&B cannot be used online ({_brief(error)}), so this run is recorded offline")
+                    self._say(
+                        f"warning: W&B cannot be used online ({_refusal(error)}), so this run is recorded offline"
+                    )
                     _wandb().teardown()
             self._init_wandb("offline", recipe, run_dir)
             self._say(f"W&B: offline; upload later with `wandb sync {self._wandb.settings.sync_dir}`")
@@ -213,6 +220,16 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf
+
+
+def _refusal(error: Exception) -> str:
+    """Why a run could not be started online, in words that say what to do."""
+    said, server = str(error), _wandb().setup().settings.base_url
+    if "error 401" in said or "error 403" in said:
+        return f"{server} refuses the login; `wandb login --relogin`, or mend wandb.entity: {_brief(error)}"
+    if "deadline exceeded" in said or "timed out" in said.lower() or "timeout" in said.lower():
+        return f"{server} gave no usable answer within {INIT_TIMEOUT:g} seconds"
+    return _brief(error)
 
 
 def _brief(error: Exception) -> str:

@@ -17,6 +17,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     ranks: int
+    parallel: int = 1
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_the_global_batch_depends_on_its_size_alone(plan, rows):
             name for row in expected for name in row.origin
         ]
         assert all(part.state == direct.state_dict() for part in step)
+
+
+def test_ranks_that_share_a_sequence_read_its_parts_in_order(rows):
+    whole = [steps(rows(), Plan(2, 2, 2), rank, 2) for rank in range(2)]
+    parts = [steps(rows(), Plan(2, 2, 2, parallel=3), rank, 2) for rank in range(6)]
+    for group in range(2):
+        for step in range(2):
+            assert parts[3 * group][step].state == whole[group][step].state
+            for index, batch in enumerate(whole[group][step].micro_batches):
+                held = [parts[3 * group + part][step].micro_batches[index] for part in range(3)]
+                joined = [token for part in held for token in part.input_ids[0].tolist()]
+                assert joined[: batch.input_ids.shape[1]] == batch.input_ids[0].tolist()
+                assert sum(part.num_tokens for part in held) == batch.num_tokens
 
 
 def test_a_step_carries_the_state_after_it_whatever_was_prefetched(rows):

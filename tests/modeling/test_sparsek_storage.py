@@ -39,6 +39,14 @@ def test_scorers_come_back_exactly(shard, trained, tokens, tmp_path):
     assert torch.equal(logits(loaded, tokens), logits(trained, tokens))
 
 
+def test_nothing_is_reported_as_unexpected(trained, tmp_path, caplog):
+    sparsetrain.save(trained, tmp_path)
+    sparsetrain.load(tmp_path)
+    assert "UNEXPECTED" not in caplog.text
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "UNEXPECTED" in caplog.text, "plain transformers still says what it drops"
+
+
 def test_scorers_come_back_in_another_dtype_and_on_a_device_map(trained, tmp_path):
     sparsetrain.save(trained, tmp_path)
     loaded = sparsetrain.load(tmp_path, dtype=torch.bfloat16, device_map="cpu")

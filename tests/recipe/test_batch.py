@@ -27,6 +27,19 @@ def test_a_global_batch_in_tokens_is_the_same_in_rows(plan):
     assert plan(4, "train.global_batch_tokens=1024") == plan(4, "train.global_batch_sequences=8")
 
 
+def test_ranks_that_share_a_sequence_count_as_one(plan):
+    found = plan(8, "sequence.parallel=4", "train.micro_batch=2", "train.global_batch_sequences=16")
+    assert (found.micro_batch, found.accumulation, found.ranks, found.parallel) == (2, 4, 2, 4)
+    assert found.describe().startswith("2 rows x 4 accumulation x 2 groups of 4 ranks = 16 rows = 2,048 tokens a step;")
+    with pytest.raises(RecipeError, match=r"train.micro_batch=1 x 2 groups of 4 ranks = 2 rows; train.global_batch"):
+        plan(8, "sequence.parallel=4", "train.global_batch_sequences=3")
+
+
+def test_ranks_that_cannot_share_are_refused(plan):
+    with pytest.raises(RecipeError, match=r"sequence.parallel=4 .* do not divide 6 ranks; set it to 1 or 2 or 3 or 6"):
+        plan(6, "sequence.parallel=4")
+
+
 def test_without_a_global_batch_it_grows_with_the_ranks(plan):
     assert plan(3, "train.micro_batch=2").global_batch_sequences == 6
     assert plan(3, "train.micro_batch=2").accumulation == 1

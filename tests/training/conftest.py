@@ -67,8 +67,8 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> list[str]:
-        """Names of what lies in the checkpoint folder."""
-        return sorted(path.name for path in (self.path / "checkpoints").glob("*"))
+        """Names of the folders in the checkpoint folder, whole or not."""
+        return sorted(path.name for path in (self.path / "checkpoints").glob("step-*"))
 
     def state(self, checkpoint: str) -> dict:
         """``state.json`` of a checkpoint."""

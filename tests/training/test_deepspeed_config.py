@@ -63,8 +63,8 @@ def test_the_precision_follows_from_the_dtype(config, dtype, bf16, fp16):
 def test_stage_offload_and_clipping_follow_from_the_recipe(config):
     found = config({"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, max_grad_norm=0.25)
     assert found["zero_optimization"]["stage"] == 3
-    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert found["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert found["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert found["gradient_clipping"] == 0.25
     assert config(max_grad_norm=None)["gradient_clipping"] == 0.0
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -50,3 +51,26 @@ def test_a_mistake_ends_the_launch_with_its_message(tmp_path, monkeypatch, launc
     said = launch(tmp_path / "run", "train.global_batch_sequences=3").wait(2)
     assert "is not a multiple of train.micro_batch=1 x 2 ranks" in said
     assert "Traceback" not in said
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_and_the_launch_exits_with_75(
+    tmp_path, monkeypatch, launch, stages, run_folder
+):
+    """As Slurm, told --signal=USR1, or the owner of a spot machine would send it; the launcher is not told."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = run_folder(tmp_path / "run")
+    ranks = launch(run.path, "deepspeed.stage=1", "checkpoint.every=1", "wandb.mode=offline")
+    ranks.wait_until(lambda: len(run.steps) >= 1)
+    trainers = [
+        process
+        for process in psutil.Process(ranks.processes[0].pid).children(recursive=True)
+        if "--local_rank=1" in process.cmdline()
+    ]
+    assert len(trainers) == 1
+    trainers[0].send_signal(signal.SIGUSR1)
+    said = ranks.wait(75)
+    assert "continue with --resume" in said
+    assert "Traceback" not in said
+    newest = run.checkpoints[-1]
+    assert f"stopped at step {run.state(newest)['step']} of 6" in said
+    assert run.values("loss") == stages(2)[1].values("loss")[: run.state(newest)["step"]]

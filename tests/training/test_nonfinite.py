@@ -10,6 +10,7 @@ import torch
 
 from sparsetrain.cli import main
 from sparsetrain.training import run as training
+from sparsetrain.training.checkpoints import read_weights
 
 POISONED = "model.model.layers.1.self_attn.q_proj.weight"
 
@@ -52,9 +53,8 @@ def poison(monkeypatch):
 
 
 def saved_weights(folder, step):
-    """The module of a one-rank checkpoint."""
-    states = folder / f"checkpoints/step-{step:06d}/engine/mp_rank_00_model_states.pt"
-    return torch.load(states, weights_only=False)["module"]
+    """The weights of a checkpoint."""
+    return read_weights(folder / f"checkpoints/step-{step:06d}")
 
 
 def check_skipped(run):

@@ -67,25 +67,27 @@ def test_a_torn_checkpoint_is_passed_over_by_all_ranks(tmp_path, start, stages, 
     for name in run.checkpoints:
         if name > "step-000004":
             (checkpoints / name).rename(tmp_path / name)
-    shard = next((checkpoints / "step-000004").rglob("*optim_states.pt"))
+    shard = checkpoints / "step-000004/rank-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     (checkpoints / "step-000003" / "manifest.json").unlink()
-    (checkpoints / "step-000099.tmp/engine").mkdir(parents=True)
-    (checkpoints / "step-000099.tmp/engine/half").write_bytes(b"half")
+    (checkpoints / "step-000099.tmp").mkdir()
+    (checkpoints / "step-000099.tmp/rank-00000.safetensors").write_bytes(b"half")
     # As a crash in the middle of deleting an old checkpoint would.
     (checkpoints / "step-000001").mkdir(exist_ok=True)
     (checkpoints / "step-000001" / "manifest.json").unlink(missing_ok=True)
 
     said = start(run.path, *arguments, "checkpoint.keep_last=3", "--resume", ranks=2).wait()
-    assert f"skipping step-000004: engine/{shard.name} has" in said
+    assert f"skipping step-000004: {shard.name} has" in said
     assert "skipping step-000003: no readable manifest" in said
     assert "at step 2" in said
     same_end(run, stages(2)[3])
     assert run.checkpoints == ["step-000004", "step-000005", "step-000006"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, start, stages, run_folder, same_end, number):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 0)], ids=["TERM", "USR1", "INT"]
+)
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, start, stages, run_folder, same_end, number, code):
     run = run_folder(tmp_path / "run")
     ranks = start(run.path)
     ranks.wait_until(lambda: len(run.steps) >= 1)
@@ -93,7 +95,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny, start, stages, run
     if number == signal.SIGTERM:
         # A scheduler tells the process, and so does the launcher that was told as well.
         ranks.signal(number)
-    said = ranks.wait(0)
+    said = ranks.wait(code)
     (checkpoint,) = run.checkpoints
     step = run.state(checkpoint)["step"]
     assert 1 <= step < 6
@@ -124,13 +126,26 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny, stages, run_fol
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [(0, "float32"), (2, "float32")]
+    + [(stage, "bfloat16") for stage in range(4)]
+    + [(stage, "float16") for stage in (0, 2, 3)],
 )
-def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, run_folder, stage, dtype):
-    """Dropout draws from the random state that the checkpoint keeps; bf16 weights have fp32 masters there."""
+def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, run_folder, monkeypatch, stage, dtype):
+    """Dropout draws from the random state that the checkpoint keeps; 16-bit weights have fp32 masters there.
+
+    The loss scale of fp16 is doubled every other step, and begins where the first steps overflow.
+    """
     whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
     overrides = ["model.architecture.model_type=phi3", "model.architecture.resid_pdrop=0.2", f"model.dtype={dtype}"]
     overrides += [f"deepspeed.stage={stage}", "train.steps=4", "checkpoint.every=2"]
+    if dtype == "float16":
+        # DeepSpeed refuses it on a CPU, which is slow at it but able.
+        from deepspeed.accelerator import get_accelerator
+
+        monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+        scale = "{initial_scale_power: 13, loss_scale_window: 2, hysteresis: 1}"
+        overrides += [f"deepspeed.config={{fp16: {scale}}}", "train.on_nonfinite=skip"]
     assert main(["run", str(tiny), *overrides, "--output", str(whole.path)]) == 0
     shutil.copytree(whole.path, resumed.path)
     shutil.rmtree(resumed.path / "checkpoints/step-000004")
@@ -139,4 +154,9 @@ def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, run_folder, 
     assert resumed.values("loss") == whole.values("loss")
     assert resumed.values("grad_norm") == whole.values("grad_norm")
     assert len(set(resumed.values("loss"))) == 4
+    scales = [run.state("step-000004")["loss_scale"] for run in (whole, resumed)]
+    assert scales[0] == scales[1]
+    assert (scales[0].get("cur_scale", 1.0) != whole.state("step-000002")["loss_scale"].get("cur_scale", 1.0)) == (
+        dtype == "float16"
+    )
     assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -59,7 +60,7 @@ def said() -> list[str]:
 @pytest.fixture
 def server(monkeypatch):
     """Enough of a W&B server to start a run; ``alive.clear()`` makes it accept requests and never answer."""
-    state = SimpleNamespace(queries=[], alive=threading.Event())
+    state = SimpleNamespace(queries=[], alive=threading.Event(), status=200)
     state.alive.set()
 
     class Handler(BaseHTTPRequestHandler):
@@ -74,7 +75,7 @@ def server(monkeypatch):
             data = {"upsertBucket": {"bucket": run, "inserted": True}, "viewer": {"id": "v", "entity": "someone"}}
             data["createRunFiles"] = {"runID": "x", "uploadHeaders": [], "files": []}
             body = json.dumps({"data": {**data, "model": None, "serverInfo": None}}).encode()
-            self.send_response(200)
+            self.send_response(state.status)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -181,6 +182,40 @@ def test_online_the_run_is_continued_with_the_recipe_as_config(tmp_path, said, s
     assert config["train"]["value"]["lr"] == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(401, "refuses the login; `wandb login --relogin`"), (500, "gave no usable answer within 2 seconds")],
+)
+def test_a_server_that_answers_with_an_error_is_told_from_one_that_refuses_the_key(
+    tmp_path, said, server, monkeypatch, status, reason
+):
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2.0)
+    server.status = status
+    began = time.monotonic()
+    tracker = Tracker(recipe("auto"), tmp_path, rank=0, say=said.append)
+    tracker.log({"loss": 2.5}, 1)
+    tracker.finish()
+    assert time.monotonic() - began < 20
+    assert reason in said[0]
+    assert os.environ["WANDB_BASE_URL"] in said[0]
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert said[1] == f"W&B: offline; upload later with `wandb sync {folder}`"
+    assert len(said) == 2
+
+
+def test_a_server_that_is_not_there_costs_a_bounded_time(tmp_path, said, server, monkeypatch):
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2.0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    began = time.monotonic()
+    tracker = Tracker(recipe("auto"), tmp_path, rank=0, say=said.append)
+    tracker.finish()
+    assert time.monotonic() - began < 20
+    assert "gave no usable answer within 2 seconds" in said[0]
+    assert "wandb sync" in said[1]
+
+
 def test_a_server_that_does_not_answer_costs_a_bounded_time_at_the_start(tmp_path, said, server, monkeypatch):
     monkeypatch.setattr(tracking, "INIT_TIMEOUT", 1.0)
     server.alive.clear()
@@ -205,6 +240,8 @@ def test_a_server_that_goes_away_costs_a_bounded_time_at_the_end(tmp_path, said,
     tracker.finish()
     assert time.monotonic() - began < 20
     assert metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
+    (folder,) = (tmp_path / "wandb").glob("run-*")
+    assert f"`wandb sync {folder}`" in said[0]
 
 
 def test_a_refused_key_is_no_reason_to_stop(tmp_path, said, monkeypatch):

@@ -1,0 +1,95 @@
+"""Files of a table that are damaged: which, from which row on, and why. The readers of ``datasets`` do not say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sparsetrain.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+NAMED_SHARDS = 3
+"""Damaged files named in messages; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that cannot be read to its end."""
+
+    file: str
+    row: int
+    """Rows before the damage that can be read; 0 where the file cannot be opened."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}: {self.reason}" if self.row else f"{self.file}: {self.reason}"
+
+
+def intact(label: str, kind: Literal["parquet", "arrow"], files: list[str], *, skip: bool, whole: bool) -> list[str]:
+    """The files that can be read.
+
+    Args:
+        skip: leave damaged files out, naming them in the log; else refuse them.
+        whole: read every row. Otherwise only what a cut file lacks is looked at (the footer of parquet, the lengths of
+            the record batches of arrow), which takes milliseconds.
+
+    Raises:
+        DataError: files are damaged and are not to be left out, or none is intact.
+    """
+    damaged = [found for file in files if (found := damage(kind, file, whole=whole)) is not None]
+    if not damaged:
+        return files
+    named = "; ".join(map(str, damaged[:NAMED_SHARDS])) + ("; ..." if len(damaged) > NAMED_SHARDS else "")
+    message = f"data source {label!r}: {len(damaged)} of {len(files)} files are damaged: {named}"
+    if not skip or len(damaged) == len(files):
+        raise DataError(
+            f"{message}. Fetch them again, or set data.on_malformed=skip, which leaves damaged files out (of a "
+            "streaming source, only those that were cut)"
+        )
+    logger.warning("%s (left out)", message)
+    broken = {each.file for each in damaged}
+    return [file for file in files if file not in broken]
+
+
+def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Damage | None:
+    """What is wrong with a file, or None.
+
+    Raises:
+        OSError: the system cannot read it: it is gone, or not ours to read.
+    """
+    row = 0
+    try:
+        for batch in _parquet_batches(file, whole) if kind == "parquet" else _arrow_batches(file):
+            if whole:
+                batch.validate(full=True)
+            row += batch.num_rows
+    except (pa.ArrowException, OSError, EOFError) as problem:
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise
+        return Damage(file, row, " ".join(str(problem).split()).rstrip("."))
+    return None
+
+
+def _parquet_batches(file: str, whole: bool) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(file) as opened:
+        if whole:
+            yield from opened.iter_batches(batch_size=256)
+
+
+def _arrow_batches(file: str) -> Iterator[pa.RecordBatch]:
+    """Both forms of arrow files; mapped into memory, so that only what is looked at is read."""
+    with pa.memory_map(file) as stream:
+        try:
+            yield from pa.ipc.open_stream(stream)
+        except pa.ArrowInvalid as problem:
+            try:
+                reader = pa.ipc.open_file(file)
+            except pa.ArrowInvalid:
+                raise problem from None
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))

@@ -1,0 +1,198 @@
+"""Plans for readers: tables for a terminal, Markdown for the documentation, JSON for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsetrain.plan.estimate import Plan
+from sparsetrain.plan.memory import COMPONENTS
+from sparsetrain.plan.speed import StepTime
+
+GIB = 2**30
+ERROR = 0.15
+"""Share of the peak by which a plan may be off."""
+SHORT = 0.05
+"""Seconds of a pass below which the host decides."""
+
+
+def headline(plan: Plan) -> str:
+    """What was planned, and whether it fits, in two sentences."""
+    setting = plan.setting
+    name, gpus = setting.recipe.name, _gpus(plan)
+    verdict = "fits" if plan.fits else "does not fit"
+    free = abs(plan.capacity - plan.memory.needed) / GIB
+    return (
+        f"{name} on {gpus}: {setting.batch.describe()}. It {verdict}: {plan.memory.needed / GIB:.1f} GiB of "
+        f"{plan.capacity / GIB:.1f} on each GPU, {free:.1f} {'to spare' if plan.fits else 'too many'}."
+    )
+
+
+def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Component by phase in GiB, then the totals. Components that are nowhere are left out."""
+    phases = plan.memory.phases
+    rows = []
+    for component in COMPONENTS:
+        values = [phase.parts.get(component, 0.0) for phase in phases]
+        if any(value >= 0.005 * GIB for value in values):
+            rows.append((component, *(f"{value / GIB:.2f}" if value else "" for value in values)))
+    peak = plan.memory.peak
+    rows.append(("torch's peak", *(f"{phase.total / GIB:.2f}{' *' if phase is peak else ''}" for phase in phases)))
+    return rows
+
+
+def time_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Seconds of a step by what they go to, for the recipe's attention and for dense attention."""
+    method = plan.setting.recipe.attention.method
+    rows = [_time_row(method, plan.time)]
+    if plan.setting.dense_layers < plan.setting.shape.layers:
+        rows.append(_time_row("dense", plan.dense_time))
+    return rows
+
+
+TIME_COLUMNS = ("attention", "s/step", "tokens/s", "products", "attention", "elementwise", "waiting", "update")
+"""The seconds of a step, tokens a second over all GPUs, and what the seconds go to."""
+
+
+def _time_row(name: str, time: StepTime) -> tuple[str, ...]:
+    parts = (time.matrices, time.attention, time.elementwise, time.communication, time.optimizer)
+    return (name, f"{time.seconds:.3g}", f"{time.tokens_per_second:,.0f}", *(f"{part:.3g}" for part in parts))
+
+
+def notes(plan: Plan) -> list[str]:
+    """What is particular about this plan."""
+    setting = plan.setting
+    lines = []
+    if plan.fits and plan.memory.needed > (1 - ERROR) * plan.capacity:
+        lines.append(f"Less is to spare than the {ERROR:.0%} by which a plan may be off: it may not fit after all.")
+    if plan.memory.host:
+        lines.append(
+            f"{plan.memory.host / GIB:.1f} GiB of host memory for each rank, "
+            f"{plan.memory.host * setting.ranks / GIB:.1f} for all {setting.ranks}."
+        )
+    if setting.dense_layers < setting.shape.layers:
+        lines.append(
+            f"{setting.dense_layers} of {setting.shape.layers} layers stay dense; a step is "
+            f"{plan.dense_time.seconds / plan.time.seconds:.2f} times as fast as with dense attention in all of them."
+        )
+    if getattr(setting.recipe.attention, "topk_start", None):
+        lines.append("Time is for the final topk; the warm-up from topk_start takes longer.")
+    if plan.time.seconds / setting.batch.accumulation < SHORT:
+        lines.append("Passes this short wait for the host, which is not counted: expect longer ones.")
+    return lines
+
+
+def general_notes(plan: Plan) -> list[str]:
+    """What holds for every plan on this device."""
+    setting = plan.setting
+    scaled = "" if "H200" in setting.device.name else f" and are scaled to the {setting.device.name} by its data sheet"
+    lines = [
+        "1 GiB of the need is an allowance for CUDA, NCCL and cuBLAS, which torch's peak does not count.",
+        f"Rates were measured on one H200{scaled}. Rows count as full, of one document each.",
+    ]
+    if setting.recipe.train.liger == "auto":
+        taken = "installed" if setting.liger else "not installed; --liger plans with liger-kernel"
+        lines.append(f"train.liger: auto is taken as {taken}.")
+    return lines
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """A plan on the terminal."""
+    console.print(headline(plan), soft_wrap=True)
+    table = Table(title="GiB on each GPU, by phase; * the peak", box=None, title_justify="left")
+    for column in ("", *(phase.name for phase in plan.memory.phases)):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in memory_rows(plan):
+        table.add_row(*row, style="bold" if row[0] == "torch's peak" else None)
+    console.print(table)
+    table = Table(title="Time of a step", box=None, title_justify="left")
+    for index, column in enumerate(TIME_COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in time_rows(plan):
+        table.add_row(*row)
+    console.print(table)
+    for line in [*notes(plan), *general_notes(plan)]:
+        console.print(f"- {line}", soft_wrap=True)
+    for line in advice(plan):
+        console.print(line, soft_wrap=True)
+
+
+def advice(plan: Plan) -> list[str]:
+    """What to change where it does not fit."""
+    suggestion = plan.suggestion
+    if suggestion is None:
+        return []
+    lines = ["To make it fit, from the cheapest change to the dearest, each on top of those before it:"]
+    for change in suggestion.changes:
+        lines.append(f"  {' '.join(change.overrides):<44} saves {change.saves / GIB:7.1f} GiB; costs: {change.costs}")
+    if suggestion.combination:
+        lines.append(f"These are enough, at {suggestion.needed / GIB:.1f} GiB, and none can be spared. Append:")
+        lines.append(f"  {' '.join(suggestion.combination)}")
+    else:
+        lines.append(f"All of them together still need {suggestion.needed / GIB:.1f} GiB: use more or larger GPUs.")
+    return lines
+
+
+def markdown(plan: Plan, command: str) -> str:
+    """A plan as a section of the documentation, with the command that makes it."""
+    phases = [phase.name for phase in plan.memory.phases]
+    lines = [f"## {plan.setting.recipe.name}", "", f"`{command}`", "", headline(plan), ""]
+    lines += _markdown_table(("GiB", *phases), memory_rows(plan))
+    lines += ["", *_markdown_table(TIME_COLUMNS, time_rows(plan)), ""]
+    lines += [f"- {line}" for line in notes(plan)]
+    text = advice(plan)
+    if text:
+        lines += ["", "```text", *text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    aligned = ["---"] + ["---:"] * (len(columns) - 1)
+    return [f"| {' | '.join(row)} |" for row in (columns, tuple(aligned), *rows)]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything in a plan, in bytes and seconds."""
+    setting, suggestion = plan.setting, plan.suggestion
+    parameters = setting.parameters
+    return {
+        "recipe": setting.recipe.name,
+        "gpus": setting.ranks,
+        "device": setting.device.name,
+        "capacity_bytes": plan.capacity,
+        "needed_bytes": plan.memory.needed,
+        "fits": plan.fits,
+        "host_bytes_per_rank": plan.memory.host,
+        "parameters": parameters.total,
+        "trained_parameters": parameters.trained,
+        "liger": setting.liger,
+        "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in plan.memory.phases},
+        "peak_phase": plan.memory.peak.name,
+        "tokens_per_step": plan.time.tokens,
+        "step": _time_json(plan.time),
+        "dense_step": _time_json(plan.dense_time),
+        "changes": [
+            {"overrides": list(change.overrides), "saves_bytes": change.saves, "costs": change.costs}
+            for change in (suggestion.changes if suggestion else ())
+        ],
+        "combination": list(suggestion.combination) if suggestion else [],
+    }
+
+
+def _time_json(time: StepTime) -> dict[str, float]:
+    return {
+        "seconds": time.seconds,
+        "tokens_per_second": time.tokens_per_second,
+        "matrices": time.matrices,
+        "attention": time.attention,
+        "elementwise": time.elementwise,
+        "communication": time.communication,
+        "optimizer": time.optimizer,
+    }
+
+
+def _gpus(plan: Plan) -> str:
+    ranks, name = plan.setting.ranks, plan.setting.device.name
+    return f"one {name}" if ranks == 1 else f"{ranks} x {name}"

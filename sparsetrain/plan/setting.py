@@ -1,0 +1,106 @@
+"""What an estimate depends on: the recipe, its model, and the GPUs it would run on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.plan.devices import Device
+from sparsetrain.plan.shape import ModelShape
+from sparsetrain.plan.trained import Parameters, count_parameters
+from sparsetrain.recipe.batch import BatchPlan, BatchShape, batch_shape
+from sparsetrain.recipe.heads import heads_fault
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.deepspeed_config import deepspeed_config
+
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# DeepSpeed's own defaults, for what neither the recipe nor its deepspeed.config says (runtime/zero/config.py).
+_ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One rank of a run: everything that its memory and its time follow from."""
+
+    recipe: Recipe
+    shape: ModelShape
+    ranks: int
+    """Processes, one a GPU."""
+    device: Device
+    liger: bool
+    """Liger's kernels are used."""
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """What is held and what is trained."""
+        return count_parameters(self.shape, self.recipe)
+
+    @cached_property
+    def batch(self) -> BatchShape:
+        """Micro batch, accumulation and ranks.
+
+        Raises:
+            RecipeError: the global batch cannot be made on so many ranks, or the ranks cannot share a sequence.
+        """
+        parallel = self.recipe.sequence.parallel
+        fault = heads_fault(parallel, self.shape.heads, self.shape.kv_heads)
+        if fault is not None:
+            raise RecipeError(f"sequence.parallel: {fault}")
+        return batch_shape(self.recipe, self.ranks)
+
+    @property
+    def parallel(self) -> int:
+        """Ranks that share a sequence."""
+        return self.recipe.sequence.parallel
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro batch that this rank holds."""
+        return -(-self.recipe.sequence.length * self.recipe.train.micro_batch // self.parallel)
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element of the model's dtype."""
+        return ELEMENT[self.recipe.model.dtype]
+
+    @property
+    def checkpointing(self) -> Literal["none", "layer", "selective"]:
+        """How activations are kept for backward."""
+        return self.recipe.train.activation_checkpointing
+
+    @property
+    def loss_chunk(self) -> int:
+        """Positions whose logits exist at a time."""
+        wanted = self.recipe.train.loss_chunk
+        whole = wanted is None or not self.shape.plain_head
+        return self.tokens if whole or wanted is None else min(wanted, self.tokens)
+
+    @property
+    def mlp_tokens(self) -> int:
+        """Tokens that go through an MLP at a time."""
+        return min(self.recipe.train.mlp_chunk or self.tokens, self.tokens)
+
+    @cached_property
+    def zero(self) -> dict[str, Any]:
+        """The ``zero_optimization`` section that DeepSpeed would get, with its defaults."""
+        plan = BatchPlan(**asdict(self.batch), steps=1, warmup_steps=0)
+        return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, plan)["zero_optimization"]}
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return self.recipe.deepspeed.stage
+
+    @cached_property
+    def dense_layers(self) -> int:
+        """Layers that attend to everything before them."""
+        if self.recipe.attention.method == "full":
+            return self.shape.layers
+        return len(self.recipe.attention.resolve_dense_layers(self.shape.layers))

@@ -1,0 +1,173 @@
+"""The shape of a model: from its config where that is on this machine, else from a table of public configs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.errors import ModelError
+from sparsetrain.recipe.local_model import model_config
+from sparsetrain.recipe.schema import ModelSection
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder of the Llama family: what decides its parameters, its activations and its operations."""
+
+    layers: int
+    hidden: int
+    """Width of the residual stream."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    """Width of the gated MLP."""
+    vocab: int
+    tied: bool
+    """The output projection is the input embedding."""
+    qk_norm: bool = False
+    """Queries and keys are normalised by head (Qwen3)."""
+    qkv_bias: bool = False
+    """The projections of queries, keys and values have biases (Qwen2)."""
+    plain_head: bool = True
+    """Logits are the output projection and nothing else; otherwise the loss cannot be cut into chunks."""
+
+    @property
+    def q_width(self) -> int:
+        """Elements of a token's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of a token's keys; its values have as many."""
+        return self.kv_heads * self.head_dim
+
+
+# layers, hidden, query heads, KV heads, head_dim, intermediate, vocabulary, tied; as in the config.json of each.
+_LLAMA_1B = ModelShape(16, 2048, 32, 8, 64, 8192, 128256, True)
+_LLAMA_3B = ModelShape(28, 3072, 24, 8, 128, 8192, 128256, True)
+_LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
+_LLAMA_70B = ModelShape(80, 8192, 64, 8, 128, 28672, 128256, False)
+_MISTRAL_7B = ModelShape(32, 4096, 32, 8, 128, 14336, 32768, False)
+_QWEN3_06B = ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True, qk_norm=True)
+_QWEN3_17B = ModelShape(28, 2048, 16, 8, 128, 6144, 151936, True, qk_norm=True)
+_QWEN3_4B = ModelShape(36, 2560, 32, 8, 128, 9728, 151936, True, qk_norm=True)
+_QWEN3_8B = ModelShape(36, 4096, 32, 8, 128, 12288, 151936, False, qk_norm=True)
+_QWEN3_14B = ModelShape(40, 5120, 40, 8, 128, 17408, 151936, False, qk_norm=True)
+_QWEN3_32B = ModelShape(64, 5120, 64, 8, 128, 25600, 151936, False, qk_norm=True)
+
+KNOWN_SHAPES: dict[str, ModelShape] = {
+    "meta-llama/Llama-3.2-1B": _LLAMA_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
+    "meta-llama/Llama-3.2-3B": _LLAMA_3B,
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_70B,
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_70B,
+    "mistralai/Mistral-7B-v0.3": _MISTRAL_7B,
+    "mistralai/Mistral-7B-Instruct-v0.3": _MISTRAL_7B,
+    "Qwen/Qwen3-0.6B": _QWEN3_06B,
+    "Qwen/Qwen3-0.6B-Base": _QWEN3_06B,
+    "Qwen/Qwen3-1.7B": _QWEN3_17B,
+    "Qwen/Qwen3-1.7B-Base": _QWEN3_17B,
+    "Qwen/Qwen3-4B": _QWEN3_4B,
+    "Qwen/Qwen3-4B-Base": _QWEN3_4B,
+    "Qwen/Qwen3-8B": _QWEN3_8B,
+    "Qwen/Qwen3-8B-Base": _QWEN3_8B,
+    "Qwen/Qwen3-14B": _QWEN3_14B,
+    "Qwen/Qwen3-14B-Base": _QWEN3_14B,
+    "Qwen/Qwen3-32B": _QWEN3_32B,
+}
+"""Shapes by Hub id, so that a plan needs neither the Hub nor a download."""
+
+# Fields by which a model changes its logits, as in sparsetrain.modeling.head, which needs torch.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_TIED_UNLESS_SAID = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelShape:
+    """The shape of a recipe's model, without the network.
+
+    Looked for in ``config_file``, the recipe's ``model.architecture``, the model's folder, the Hub cache, and the table
+    of public configs, in this order. ``model.config_overrides`` apply to all but the last.
+
+    Raises:
+        ModelError: it is nowhere, or it is no dense decoder with a gated MLP.
+    """
+    if config_file is not None:
+        config, origin = _read(config_file), str(config_file)
+    else:
+        config, origin = model_config(section), section.path or "model.architecture"
+        if not config and section.path is not None:
+            cached = _cached_config(section.path, section.revision)
+            config = _read(cached) if cached is not None else {}
+    if config:
+        return shape_of_config({**config, **section.config_overrides}, origin)
+    if section.path in KNOWN_SHAPES:
+        return KNOWN_SHAPES[section.path]
+    raise ModelError(
+        f"model.path={section.path}: its shape is not known here. Give its config.json with --config FILE, or download "
+        f"that one file: hf download {section.path} config.json"
+    )
+
+
+def shape_of_config(config: Mapping[str, Any], origin: str) -> ModelShape:
+    """The shape that a transformers config describes.
+
+    Raises:
+        ModelError: a field is missing, or the model has parts that a plan does not count.
+    """
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, dict) else dict(config)
+    kind = text.get("model_type", "?")
+    if any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ModelError(f"{origin}: model_type {kind} has experts; a plan counts dense decoders only")
+    if missing := [name for name in _NEEDED if not isinstance(text.get(name), int)]:
+        raise ModelError(
+            f"{origin}: its config has no {', '.join(missing)}; a plan counts decoders of the Llama family "
+            f"(Llama, Mistral, Qwen, Gemma, Phi-3), and this is {kind}"
+        )
+    heads = text["num_attention_heads"]
+    return ModelShape(
+        layers=text["num_hidden_layers"],
+        hidden=text["hidden_size"],
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        intermediate=text["intermediate_size"],
+        vocab=text["vocab_size"],
+        tied=bool(text.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)),
+        qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
+        qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
+        plain_head=all(text.get(name) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS),
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds no transformers config: a JSON object")
+    return config
+
+
+def _cached_config(hub_id: str, revision: str | None) -> Path | None:
+    """The config of a model in the Hub cache, found without huggingface_hub, whose import takes longer than a plan."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = cache / f"models--{hub_id.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    config = folder / "snapshots" / commit / "config.json" if commit else None
+    return config if config is not None and config.is_file() else None

@@ -1,0 +1,122 @@
+"""Bytes of one rank that do not depend on the tokens: weights, gradients, optimizer, and DeepSpeed's buffers.
+
+Read off DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``runtime/fp16/unfused_optimizer.py``) and
+off :mod:`sparsetrain.training.run`, which puts the whole model on every device before ZeRO-3 shards it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsetrain.plan.measured import BYTES_4BIT, BYTES_8BIT
+from sparsetrain.plan.setting import Setting
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on the device, unless said otherwise."""
+
+    loading: float
+    """The model before ZeRO takes it."""
+    weights: float
+    """What stays of the weights between the steps: everything, or this rank's shard."""
+    gathered: float
+    """ZeRO-3: whole weights of the layers in use."""
+    gathered_head: float
+    """ZeRO-3: whole weights of the output projection and the last layer, while the loss is computed."""
+    masters: float
+    """fp32 copies of the trained weights."""
+    moments: float
+    """Adam's two moments, fp32."""
+    gradients: float
+    """What has become of all gradients at the end of backward."""
+    bucket: float
+    """DeepSpeed's buffer for gradients to reduce, from the first gradient to the end of backward (always at ZeRO-3)."""
+    reducing: float
+    """A second copy of a bucket while it is reduced."""
+    stepping: float
+    """What the optimizer step adds for a moment: fp32 gradients, or fp64 copies for the norm."""
+    host: float
+    """Bytes in host memory."""
+
+    @property
+    def optimizer(self) -> float:
+        """Masters and moments."""
+        return self.masters + self.moments
+
+
+def count_states(setting: Setting) -> States:
+    """The states of one rank."""
+    parameters, zero, stage, ranks = setting.parameters, setting.zero, setting.stage, setting.ranks
+    element = setting.element
+    trained, largest = parameters.trained, parameters.largest_trained
+    whole = weight_bytes(setting)
+    shards = ranks if stage >= 1 else 1
+    offloaded = setting.recipe.deepspeed.offload_optimizer == "cpu"
+    # In fp32 without ZeRO, and at ZeRO-3, the weights are their own masters.
+    own_masters = element == 4 and stage in (0, 3)
+    masters = 0.0 if own_masters else 4.0 * trained / shards
+    moments = 8.0 * trained / shards
+
+    bucket_elements = float(zero["reduce_bucket_size"]) if stage >= 1 else 0.0
+    buckets = 2 if stage in (1, 2) and zero.get("overlap_comm") else 1
+    bucket = buckets * element * bucket_elements
+    if offloaded and stage <= 2:
+        # Through which the gradients leave for host memory.
+        bucket += element * largest
+    in_flight = max(min(bucket_elements, trained), largest) if stage >= 1 else 0
+    reducing = float(element * in_flight)
+    # ZeRO-2 sums the micro batches beside the gradients of the newest.
+    kept = 2 if stage == 2 and setting.batch.accumulation > 1 else 1
+    gradients = float(element * trained)
+    if stage >= 2:
+        gradients = 0.0 if offloaded else kept * gradients / ranks
+    elif stage == 1 and not offloaded:
+        reducing += gradients / ranks
+    group = max(parameters.trained_decayed, parameters.trained_undecayed) / shards
+    if offloaded:
+        stepping = float(element * largest)
+    elif stage == 0:
+        stepping = 4.0 * trained if element == 2 else 0.0
+    else:
+        group = min(group, float(zero["sub_group_size"])) if stage == 3 else group
+        cast = 4.0 if element == 2 else 0.0
+        stepping = max((element + cast) * group, 8.0 * min(largest, trained / shards))
+
+    host = 0.0
+    if offloaded:
+        # fp32 masters, moments and gradients, and a copy in the model's dtype.
+        host += (16.0 + element) * trained / shards
+        masters = moments = 0.0
+    weights, gathered, gathered_head = whole, 0.0, 0.0
+    if stage == 3:
+        shard = whole / ranks
+        layer = parameters.matrices / setting.shape.layers
+        prefetch = float(zero["stage3_prefetch_bucket_size"])
+        head = float(setting.shape.vocab * setting.shape.hidden)
+        gathered = element * min(float(parameters.total), 2 * layer + prefetch)
+        gathered_head = element * min(float(parameters.total), head + layer + prefetch)
+        weights = shard
+        if setting.recipe.deepspeed.offload_parameters == "cpu":
+            host, weights = host + shard, 0.0
+    return States(
+        loading=whole,
+        weights=weights,
+        gathered=gathered,
+        gathered_head=gathered_head,
+        masters=masters,
+        moments=moments,
+        gradients=gradients,
+        bucket=bucket,
+        reducing=reducing,
+        stepping=stepping,
+        host=host,
+    )
+
+
+def weight_bytes(setting: Setting) -> float:
+    """Bytes of all weights, the frozen matrices in 4 or 8 bits where the recipe says so."""
+    parameters, lora = setting.parameters, setting.recipe.lora
+    bits = "none" if lora is None else lora.quantize_base
+    each = {"none": float(setting.element), "4bit": BYTES_4BIT, "8bit": BYTES_8BIT}[bits]
+    return parameters.matrices * each + setting.element * (parameters.total - parameters.matrices)

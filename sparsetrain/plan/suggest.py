@@ -1,0 +1,142 @@
+"""What to change in a recipe that does not fit: the cheapest changes first, until one combination fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sparsetrain.errors import SparsetrainError
+from sparsetrain.plan.memory import estimate_memory
+from sparsetrain.plan.setting import Setting
+from sparsetrain.recipe.schema import Recipe
+
+SHORTEST = 2048
+"""Tokens below which a shorter row is no longer suggested."""
+
+WORTH = 2**28
+"""Bytes that a change must save to be named."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, on top of those before it."""
+
+    overrides: tuple[str, ...]
+    """As they are appended to the command line."""
+    costs: str
+    """What it costs, in words."""
+    saves: float
+    """Bytes of the peak."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Changes in the order in which to try them, and the shortest combination found that fits."""
+
+    changes: tuple[Change, ...]
+    combination: tuple[str, ...]
+    """Overrides that fit together; empty where nothing does."""
+    needed: float
+    """Bytes that the combination needs; without one, what all changes together need."""
+
+
+def suggest(
+    setting: Setting,
+    capacity: float,
+    reload: Callable[[list[str]], Recipe],
+    with_recipe: Callable[[Recipe], Setting],
+) -> Suggestion:
+    """Add one change after another until the recipe fits, then leave out those that are not needed.
+
+    Args:
+        reload: the recipe under overrides, raising what is wrong with them.
+        with_recipe: the setting of a changed recipe on the same GPUs.
+    """
+
+    def needed(overrides: list[str]) -> float:
+        return estimate_memory(with_recipe(reload(overrides))).needed
+
+    at = estimate_memory(setting).needed
+    changes: list[Change] = []
+    taken: list[tuple[str, ...]] = []
+    current = setting
+    fits = False
+    for overrides, costs in _candidates(setting):
+        tried = [*_flat(taken), *overrides]
+        try:
+            current = with_recipe(reload(tried))
+            after = estimate_memory(current).needed
+        except SparsetrainError:
+            continue
+        if at - after < WORTH:
+            continue
+        changes.append(Change(overrides, costs, at - after))
+        taken.append(overrides)
+        at = after
+        if after <= capacity:
+            fits = True
+            break
+    if not fits:
+        return Suggestion(tuple(changes), (), at)
+    # What came early may be spared by what came late; the dearest changes are tried first.
+    for overrides in reversed(list(taken)):
+        rest = [each for each in taken if each != overrides]
+        try:
+            less = needed(_flat(rest))
+        except SparsetrainError:
+            continue
+        if less <= capacity:
+            taken, at = rest, less
+    return Suggestion(tuple(changes), tuple(_flat(_latest(taken))), at)
+
+
+def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Changes from the cheapest to the dearest, and what each costs."""
+    recipe, shape = setting.recipe, setting.shape
+    train, section = recipe.train, recipe.deepspeed
+    micro = train.micro_batch
+    while micro > 1:
+        micro //= 2
+        yield (f"train.micro_batch={micro}",), "more accumulation; nothing else changes"
+    if train.activation_checkpointing == "none":
+        yield ("train.activation_checkpointing=selective",), "computes each layer again but for its attention"
+    if train.activation_checkpointing != "layer":
+        yield ("train.activation_checkpointing=layer",), "computes each layer again"
+    for chunk in (4096, 1024):
+        if train.loss_chunk is None or train.loss_chunk > chunk:
+            yield (f"train.loss_chunk={chunk}",), "smaller products with the output projection"
+    for chunk in (16384, 4096):
+        if (train.mlp_chunk or setting.tokens) > chunk:
+            yield (f"train.mlp_chunk={chunk}",), "computes the MLPs once more"
+    if setting.ranks > 1:
+        for stage in range(section.stage + 1, 4):
+            yield (f"deepspeed.stage={stage}",), "communication" if stage < 3 else "weights travel in every pass"
+    if not train.offload_activations:
+        yield ("train.offload_activations=true",), "copies to host memory, beside the computation"
+    size = recipe.sequence.parallel * 2
+    while setting.ranks % size == 0 and size <= min(setting.ranks, shape.kv_heads):
+        yield (f"sequence.parallel={size}",), "fewer rows at a time, and heads change places in every layer"
+        size *= 2
+    if section.stage > 0 or setting.ranks > 1:
+        if section.offload_optimizer == "none":
+            yield ("deepspeed.offload_optimizer=cpu",), "the update runs on the host"
+        if section.offload_parameters == "none":
+            yield ("deepspeed.offload_parameters=cpu",), "weights come from host memory in every pass"
+    if setting.ranks == 1 and section.stage > 0:
+        yield ("deepspeed.stage=0",), "nothing: one GPU has nobody to share with"
+    if recipe.lora is None and train.parameters == "all" and recipe.model.path is not None:
+        yield ("lora.rank=16",), "trains adapters instead of the weights; use ten times the learning rate"
+    length = recipe.sequence.length
+    while length // 2 >= SHORTEST:
+        length //= 2
+        yield (f"sequence.length={length}",), "shorter contexts"
+
+
+def _flat(taken: list[tuple[str, ...]]) -> list[str]:
+    return [override for overrides in taken for override in overrides]
+
+
+def _latest(taken: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Without those that a later one for the same field replaces."""
+    last = {override.partition("=")[0]: override for override in _flat(taken)}
+    return [(override,) for override in last.values()]

@@ -1,0 +1,14 @@
+"""Checkpoints that are complete or absent, and that any number of ranks can take up.
+
+:mod:`.files` holds the format of the tensors, :mod:`.engine_state` where a DeepSpeed engine keeps them, :mod:`.store`
+the folder, :mod:`.saver` the writing beside the training, and :mod:`.loading` the way back.
+"""
+
+from __future__ import annotations
+
+from sparsetrain.training.checkpoints.loading import load, read_weights
+from sparsetrain.training.checkpoints.saver import Saver
+from sparsetrain.training.checkpoints.state import TrainState
+from sparsetrain.training.checkpoints.store import find
+
+__all__ = ["Saver", "TrainState", "find", "load", "read_weights"]

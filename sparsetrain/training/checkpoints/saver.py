@@ -1,0 +1,268 @@
+"""Saving while training goes on: copy the state to host memory, write it in a thread, commit when all ranks are done.
+
+A save begins and ends with all ranks together, in :meth:`Saver.save` and in :meth:`Saver.poll`, which every step calls;
+what lies between, the writing, is each rank's own and speaks to nobody. Rank 0 then describes and renames the folder. A
+checkpoint therefore needs every rank to have written its part, and a part that failed on one rank fails on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparsetrain.errors import CheckpointError
+from sparsetrain.recipe.schema import CheckpointSection
+from sparsetrain.training.checkpoints import engine_state, store
+from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
+from sparsetrain.training.checkpoints.host_memory import available_host_memory
+from sparsetrain.training.checkpoints.state import TrainState, random_state
+from sparsetrain.training.engine import World
+from sparsetrain.training.place import here
+
+SHARE_OF_HOST_MEMORY = 0.8
+"""Of what is available, that the copies of all ranks of a machine may take; beyond it, training waits for the disk."""
+LAST_WORDS = 15.0
+"""Seconds that a rank waits for its own part of a checkpoint when the run has failed, and rank 0 for the others'."""
+GLANCE = 0.2
+"""Seconds between two looks at a thread that is waited for."""
+
+
+@dataclass
+class _Write:
+    """A checkpoint on its way to the disk."""
+
+    step: int
+    texts: dict[str, str]
+    best: dict[str, Any] | None
+    thread: threading.Thread | None = None
+    parts: int = 0
+    """Signs of the writer's progress."""
+    error: str | None = None
+
+    def wrote(self) -> None:
+        self.parts += 1
+        if self.thread is None:
+            here.moved()
+
+    def done(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the writer, showing its progress to the other ranks as this one's."""
+        parts = -1
+        while self.thread is not None and self.thread.is_alive():
+            if self.parts != parts:
+                parts = self.parts
+                here.moved()
+            self.thread.join(GLANCE)
+
+
+class Saver:
+    """Writes the checkpoints of a run. All methods but :meth:`abandon` are called by every rank together.
+
+    Args:
+        engine: the DeepSpeed engine.
+        folder: the folder of checkpoints.
+        section: what the recipe says about them.
+        world: the ranks.
+        say: prints a line for the user.
+        on_failure: is told the step whose checkpoint could not be written, where the recipe lets the run go on.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        section: CheckpointSection,
+        world: World,
+        say: Callable[[str], None],
+        on_failure: Callable[[int], None],
+    ) -> None:
+        self._engine = engine
+        self._folder = folder
+        self._section = section
+        self._world = world
+        self._say = say
+        self._on_failure = on_failure
+        self._write: _Write | None = None
+        best = [store.read_best(folder) if world.main else None]
+        dist.broadcast_object_list(best, src=0)
+        self._best = best[0] if best[0] is not None and best[0]["metric"] == section.keep_best else None
+        self._candidate: dict[str, Any] | None = None
+
+    def check(self) -> str:
+        """Prove that checkpoints will hold every trained element once; returns a line that says so.
+
+        Raises:
+            CheckpointError: DeepSpeed keeps some of the state where it is not looked for.
+        """
+        held = sum(
+            each.numel for block in engine_state.blocks(self._engine) for each in block.slices if each.kind == "weight"
+        )
+        counted = torch.tensor(held, dtype=torch.int64, device=self._world.device)
+        dist.all_reduce(counted)
+        trained = engine_state.trained_elements(self._engine)
+        if counted.item() != trained:
+            raise CheckpointError(
+                f"checkpoints would hold {counted.item():,} of {trained:,} trained elements; a setting of "
+                "deepspeed.config moves the optimizer's state where it cannot be found"
+            )
+        return f"checkpoints hold each of the {trained:,} trained elements, whatever the number of ranks"
+
+    def save(self, state: TrainState, documents: dict[str, str], wait: bool) -> None:
+        """Begin a checkpoint; wait until it is complete where ``wait`` or the recipe says so.
+
+        Args:
+            documents: small text files to put beside the state (``recipe.yaml``, ``environment.json``).
+
+        Raises:
+            CheckpointError: the disk is full or not writable, and the recipe says stop; earlier checkpoints are whole.
+        """
+        self.finish()
+        partial, best = store.partial_of(self._folder, state.step), self._candidate
+        self._candidate = None
+        error = self._on_main(lambda: store.make_partial(partial))
+        if error is not None:
+            self._failed(state.step, error)
+            return
+        texts = {"state.json": json.dumps({**asdict(state), **engine_state.counters(self._engine)}), **documents}
+        write = self._write = _Write(state.step, texts, best)
+        blocks, record = engine_state.blocks(self._engine), {"random": random_state()}
+        wait = wait or not self._section.asynchronous
+        roomy = wait or _fits(blocks)
+        if not roomy:
+            self._say("training waits for this checkpoint: host memory has no room for a copy of the state")
+        if wait or not roomy:
+            self._write_part(write, blocks, record)
+        else:
+            arguments = (write, [block.copied() for block in blocks], record)
+            write.thread = threading.Thread(
+                target=self._write_part, args=arguments, name="sparsetrain-checkpoint", daemon=True
+            )
+            write.thread.start()
+        if wait:
+            self.finish()
+
+    def poll(self) -> None:
+        """After every step: commit the checkpoint that is being written once all ranks have written their parts.
+
+        Raises:
+            CheckpointError: it could not be written, and the recipe says stop.
+        """
+        if self._write is None:
+            return
+        waiting = torch.tensor(float(not self._write.done()), device=self._world.device)
+        dist.all_reduce(waiting)
+        if waiting.item() == 0:
+            self._settle(self._write)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        if self._write is not None:
+            self._write.join()
+            self._settle(self._write)
+
+    def abandon(self) -> None:
+        """Complete the checkpoint that is being written when the run has failed, without the other ranks' help."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        partial = store.partial_of(self._folder, write.step)
+        records = [store.rank_file(partial, rank, "json") for rank in range(self._world.size)]
+        mine = records if self._world.main else records[self._world.rank : self._world.rank + 1]
+        deadline = time.monotonic() + LAST_WORDS
+        while write.error is None and time.monotonic() < deadline:
+            if all(record.is_file() for record in mine):
+                if self._world.main:
+                    with contextlib.suppress(OSError, CheckpointError):  # the run has told of a worse fault
+                        self._commit(write)
+                return
+            time.sleep(GLANCE)
+
+    def is_best(self, step: int, value: float) -> bool:
+        """Whether an evaluation is the best so far, so that its checkpoint is to be kept. Higher is better."""
+        pending = self._write.best if self._write is not None else None
+        if math.isnan(value) or any(value <= best["value"] for best in (self._best, pending) if best is not None):
+            return False
+        name = store.target_of(self._folder, step).name
+        self._candidate = {"checkpoint": name, "metric": self._section.keep_best, "value": value}
+        return True
+
+    def crown(self) -> None:
+        """Name the last checkpoint, which is complete, the best: after the evaluation at the end of a run."""
+        best, self._candidate = self._candidate, None
+        if self._world.main and best is not None and store.fault(self._folder / best["checkpoint"]) is None:
+            store.write_best(self._folder, best)
+            store.prune(self._folder, self._section.keep_last)
+
+    def _write_part(self, write: _Write, blocks: list[Block], record: dict[str, Any]) -> None:
+        """This rank's files; the record comes last, and says that the other is whole."""
+        partial, rank = store.partial_of(self._folder, write.step), self._world.rank
+        try:
+            record["file"] = write_blocks(store.rank_file(partial, rank, "safetensors"), blocks, write.wrote)
+            write_text(store.rank_file(partial, rank, "json"), json.dumps(record))
+        except Exception as error:  # a thread has nobody to raise to; the next poll does
+            write.error = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+
+    def _settle(self, write: _Write) -> None:
+        self._write = None
+        write.join()
+        errors: list[Any] = [None] * self._world.size
+        dist.all_gather_object(errors, write.error)
+        error = next((each for each in errors if each is not None), None)
+        if error is None:
+            error = self._on_main(lambda: self._commit(write))
+        if error is not None:
+            self._failed(write.step, error)
+            return
+        self._best = write.best or self._best
+        self._say(f"checkpoint: {store.target_of(self._folder, write.step)}")
+
+    def _commit(self, write: _Write) -> None:
+        partial, target = store.partial_of(self._folder, write.step), store.target_of(self._folder, write.step)
+        store.commit(partial, target, write.texts, self._world.size)
+        if write.best is not None:
+            store.write_best(self._folder, write.best)
+        store.prune(self._folder, self._section.keep_last)
+
+    def _failed(self, step: int, error: str) -> None:
+        if self._world.main:
+            shutil.rmtree(store.partial_of(self._folder, step), ignore_errors=True)
+        target = store.target_of(self._folder, step)
+        what = f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched"
+        if self._section.on_failure == "stop":
+            raise CheckpointError(
+                f"{what}. Free some space or make the folder writable, then continue with --resume; with "
+                "checkpoint.on_failure: continue a run goes on and tries again"
+            )
+        self._say(f"warning: {what}; the run goes on, and the next checkpoint is tried as planned")
+        self._on_failure(step)
+
+    def _on_main(self, act: Callable[[], None]) -> str | None:
+        """Run ``act`` on rank 0; every rank gets its error."""
+        error: list[str | None] = [None]
+        if self._world.main:
+            try:
+                act()
+            except (OSError, CheckpointError) as fault:
+                error[0] = str(fault)
+        dist.broadcast_object_list(error, src=0)
+        return error[0]
+
+
+def _fits(blocks: list[Block]) -> bool:
+    """Whether host memory has room for a copy of the blocks, and the other ranks of this machine for theirs."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
+    return sum(block.nbytes for block in blocks) * ranks_here < SHARE_OF_HOST_MEMORY * available_host_memory()

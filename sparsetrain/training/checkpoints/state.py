@@ -1,0 +1,63 @@
+"""What a run knows about itself beyond the engine, and the random state of each rank."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class TrainState:
+    """JSON-able, and the same on every rank."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens seen, counted without padding (there is none)."""
+    ranks: int = 1
+    """Ranks of the run that wrote it."""
+    rows_per_step: int = 0
+    """Rows of the global batch, which the number of ranks must not change."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Position in the stream of training rows."""
+    wandb_run_id: str | None = None
+
+
+def random_state() -> dict[str, Any]:
+    """The random state of this process (Python, numpy, torch, its CUDA device), as JSON."""
+    name, words, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(words).tolist(), position, has_gauss, gauss],
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().numpy()).hex()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo :func:`random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def draw_random_state(seed: int, step: int, rank: int) -> None:
+    """A random state for a rank that the run did not have before: another one for every step and rank."""
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value % 2**63)  # the CUDA devices too
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

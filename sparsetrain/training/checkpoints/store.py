@@ -1,0 +1,179 @@
+"""The folder of checkpoints: what is complete, how a new one takes its place, what may go.
+
+``step-000120/`` holds ``rank-*.safetensors`` (see :mod:`.files`), ``rank-*.json`` (random state; size and checksum of
+the former), ``state.json``, the resolved recipe, and ``manifest.json`` with the size and CRC-32 of every file. It is
+written as ``step-000120.tmp``, flushed, and renamed; the manifest is its last file, so a folder whose files match it
+survived whatever interrupted the run. ``latest`` names the newest and is replaced last of all; ``best.json`` names the
+one with the best evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsetrain.errors import CheckpointError
+from sparsetrain.training.checkpoints.files import checksum_of, write_text
+from sparsetrain.training.engine import World
+from sparsetrain.training.place import here
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+BEST = "best.json"
+
+
+def target_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:06d}"
+
+
+def partial_of(folder: Path, step: int) -> Path:
+    """Where it is written before it is complete."""
+    return folder / f"step-{step:06d}.tmp"
+
+
+def rank_file(checkpoint: Path, rank: int, suffix: str) -> Path:
+    """A file of one rank; ``suffix`` is ``safetensors`` or ``json``."""
+    return checkpoint / f"rank-{rank:05d}.{suffix}"
+
+
+def make_partial(partial: Path) -> None:
+    """An empty folder to write a checkpoint to."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> None:
+    """Complete a checkpoint whose ranks have all written their files, and move ``latest`` to it.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+        CheckpointError: the file of a rank is not there.
+    """
+    files: dict[str, Any] = {}
+    for rank in range(ranks):
+        record = rank_file(partial, rank, "json")
+        if not record.is_file():
+            raise CheckpointError(
+                f"rank {rank} wrote its part where rank 0 does not see it; output must be a folder shared by all nodes"
+            )
+        files[rank_file(partial, rank, "safetensors").name] = json.loads(record.read_text())["file"]
+        files[record.name] = {"bytes": record.stat().st_size, "crc32": checksum_of(record)}
+    for name, text in texts.items():
+        files[name] = write_text(partial / name, text)
+    write_text(partial / MANIFEST, json.dumps(files, indent=1))
+    _flush(partial)
+    if target.exists() and fault(target) is None:
+        # A run resumed at this step saves it again; what stands is the same, and replacing it could lose both.
+        shutil.rmtree(partial)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        _flush(target.parent)
+    write_text(target.parent / LATEST, f"{target.name}\n")
+    _flush(target.parent)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete what lies before the checkpoints to keep, and what interrupted saves and deletions left behind."""
+    kept = [path for path in sorted(_checkpoints(folder)) if fault(path) is None][-keep_last:]
+    best = read_best(folder)
+    spared = None if best is None else best["checkpoint"]
+    old = [path for path in _checkpoints(folder) if path < kept[0] and path.name != spared]
+    for path in (*old, *folder.glob("step-*.tmp")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """``best.json``: ``checkpoint``, ``metric`` and ``value``; None while there is none that is complete."""
+    try:
+        best = json.loads((folder / BEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return best if fault(folder / best["checkpoint"]) is None else None
+
+
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """Replace ``best.json``."""
+    write_text(folder / BEST, json.dumps(best, indent=1))
+
+
+def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that was passed over. Called by every rank.
+
+    The ranks share the work of summing its files, and must all see them.
+    """
+    skipped: list[str] = []
+    while True:
+        newest: list[Any] = [None]
+        if world.main:
+            newest[0] = _newest_complete(folder, skipped)
+        dist.broadcast_object_list(newest, src=0)
+        candidate, skipped = newest[0]
+        if candidate is None:
+            return None, skipped
+        faults: list[Any] = [None] * world.size
+        dist.all_gather_object(faults, _damage(candidate, world))
+        found = next((each for each in faults if each), None)
+        if found is None:
+            return candidate, skipped
+        skipped.append(f"skipping {candidate.name}: {found}")
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable manifest ({error})"
+    for name, entry in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+    return None
+
+
+def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, list[str]]:
+    lines = list(skipped)
+    told = {line.split(":")[0] for line in lines}
+    for candidate in sorted(_checkpoints(folder), reverse=True):
+        if f"skipping {candidate.name}" in told:
+            continue
+        found = fault(candidate)
+        if found is None:
+            return candidate, lines
+        lines.append(f"skipping {candidate.name}: {found}")
+    return None, lines
+
+
+def _damage(checkpoint: Path, world: World) -> str | None:
+    """What is wrong with the files that fall to this rank."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for index, (name, entry) in enumerate(sorted(manifest.items())):
+            if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry["crc32"]:
+                return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
+    except (OSError, ValueError) as error:
+        return f"rank {world.rank} cannot read it ({error})"
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _flush(folder: Path) -> None:
+    """fsync a folder: a rename must not outrun the bytes it announces."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

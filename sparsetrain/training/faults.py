@@ -1,0 +1,29 @@
+"""Faults in flight: what goes wrong while a run is under way becomes one message, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.engine import World
+from sparsetrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory
+from sparsetrain.training.watch import Watch
+
+
+@contextmanager
+def explained(recipe: Recipe, world: World, watch: Watch) -> Iterator[None]:
+    """Tell the other ranks of an error at once, and explain what can be explained.
+
+    Raises:
+        TrainingError: memory ran out, or the error is the echo of another rank's end, which is named.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_out_of_memory(error):
+            watch.settle(error)
+            raise
+        known = explain_out_of_memory(error, recipe, world)
+        watch.settle(known)
+        raise known from error

@@ -1,0 +1,122 @@
+"""What launchers say about the ranks, and what the names of hosts leave unsaid. Read from and written to the
+environment, before the process group exists."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+
+from sparsetrain.errors import TrainingError
+
+Environment = MutableMapping[str, str]
+
+SLURM_PORTS = range(20000, 30000)
+"""Ports at which the ranks of a Slurm job meet where MASTER_PORT is not set; which one follows from the job's id."""
+
+
+def adopt_slurm(environment: Environment = os.environ) -> None:
+    """Under ``srun`` with one task a GPU, say what Slurm says in the variables of torch (RANK and its like).
+
+    Does nothing where another launcher has set them, or outside of a job step of several tasks: a batch script has
+    some of Slurm's variables too.
+
+    Raises:
+        TrainingError: nobody says where rank 0 is.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    if tasks % nodes:
+        raise TrainingError(f"srun started {tasks} tasks on {nodes} nodes; start as many on each (--ntasks-per-node)")
+    if "MASTER_ADDR" not in environment:
+        if nodes > 1:
+            raise TrainingError(
+                "srun started tasks on several nodes, and MASTER_ADDR does not say which is the first; before srun: "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
+        environment["MASTER_ADDR"] = "127.0.0.1"
+    port = SLURM_PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(SLURM_PORTS)]
+    environment.setdefault("MASTER_PORT", str(port))
+    environment["RANK"] = environment["SLURM_PROCID"]
+    # With --gpus-per-task each task sees its own GPU alone, and that is number 0.
+    own = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    environment["LOCAL_RANK"] = "0" if own else environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = str(tasks)
+    environment["LOCAL_WORLD_SIZE"] = str(tasks // nodes)
+
+
+@contextmanager
+def meeting(timeout: float) -> Iterator[None]:
+    """Around the start of the process group: choose an address and interface that work, explain what does not.
+
+    Args:
+        timeout: minutes after which the process ends with the explanation.
+
+    Raises:
+        TrainingError: the ranks do not find one another.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)) != size
+    if not several_hosts and not _resolves(address):
+        # A container's own name often has no address, and no rank is anywhere else.
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if several_hosts and (interface := interface_to(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+    def message(reason: str) -> str:
+        return (
+            f"rank {rank} of {size} (host {socket.gethostname()}) did not find the others at {address}:{port}: "
+            f"{reason}. Check that all ranks were started, that MASTER_ADDR is the address of rank 0's host and reached"
+            " from the others, and that the port is free there"
+        )
+
+    def give_up() -> None:
+        reason = f"no answer within {timeout:g} minutes (deepspeed.timeout)"
+        print(f"error (rank {rank}): {message(reason)}", file=sys.stderr, flush=True)
+        os._exit(TrainingError.exit_code)
+
+    # torch has one timeout for this and for all collectives to come, and nothing else ends its wait.
+    patience = threading.Timer(60 * timeout, give_up)
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(message(reason)) from error
+    finally:
+        patience.cancel()
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface on the way to an address; None where that cannot be told.
+
+    gloo binds to the address that the host's own name stands for, which in many containers is none, or 127.0.1.1.
+    """
+    import psutil
+
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            # An address of this host itself is reached by the loopback, but bears the name of its own interface.
+            return name
+    return None
+
+
+def _resolves(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""What a run does about memory, from its recipe: fused kernels, checkpointed layers, offloaded inputs, tiled MLPs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.batch import BatchPlan
+from sparsetrain.recipe.schema import TrainSection
+from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
+from sparsetrain.training.activation_offload import ActivationOffload
+from sparsetrain.training.chunks import chunks_of
+from sparsetrain.training.liger import wants_liger
+from sparsetrain.training.tiled_mlp import tile_mlps
+
+
+def check_memory_options(train: TrainSection, device: torch.device) -> None:
+    """Refuse, before anything heavy is loaded, what this machine cannot do.
+
+    Raises:
+        RecipeError: a setting is for GPUs and there is none, or needs a package that is missing.
+    """
+    wants_liger(train.liger, device)
+    if train.offload_activations and device.type != "cuda":
+        raise RecipeError(
+            "train.offload_activations moves activations off a GPU, and this machine has none; set it to false"
+        )
+
+
+def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: BatchPlan, device: torch.device) -> str:
+    """Checkpoint, offload and tile a sparsified model as the recipe says; say what was done.
+
+    Raises:
+        ModelError: the model cannot do it.
+    """
+    done = []
+    if train.mlp_chunk is not None:
+        num_chunks = chunks_of(math.ceil(plan.sequence_length * plan.micro_batch / plan.parallel), train.mlp_chunk)
+        if num_chunks > 1:
+            done.append(f"{tile_mlps(model, num_chunks)} MLPs in {num_chunks} tiles each")
+    if train.activation_checkpointing != "none":
+        offload = ActivationOffload(device) if train.offload_activations else None
+        enable_activation_checkpointing(model, train.activation_checkpointing, offload)
+        kept = "attention outputs kept" if train.activation_checkpointing == "selective" else "recomputed whole"
+        done.append(f"every layer checkpointed, {kept}{', its input in host memory' if offload else ''}")
+    return "; ".join(done) or "every activation is kept"

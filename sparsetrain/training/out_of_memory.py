@@ -1,0 +1,145 @@
+"""What to say when memory runs out: how much was used, for which sequence, and the settings that would help most."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sparsetrain.errors import TrainingError
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.engine import World
+from sparsetrain.training.place import here
+
+SETTINGS_NAMED = 3
+FRAGMENTED = 0.05
+"""Share of the device that may lie reserved and unused before the allocator is worth a mention."""
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container finds the limit of its memory, in either version of Linux's control groups."""
+
+# Not every failed allocation has a class of its own: cuBLAS and the driver raise plain errors.
+_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) -> TrainingError:
+    """The error to raise instead: the peak, the sequence, and the three unused settings that save most."""
+    rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
+    settings = list(settings_that_help(recipe, world))
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    message = (
+        f"out of memory in {here} ({first_line}): {_used(world.device)}, with {rows} of {recipe.sequence.length:,} "
+        "tokens at once. "
+    )
+    if settings:
+        message += f"What would help most: {'; '.join(settings[:SETTINGS_NAMED])}. "
+    if world.device.type == "cuda" and (idle := _fragmented(world.device)):
+        message += (
+            f"{_gib(idle)} of the device are reserved but too scattered to be used: the environment variable "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True gives most of that back. "
+        )
+    return TrainingError(message.rstrip())
+
+
+def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
+    """Settings that save memory and are not used yet, in the order in which to try them at this place: in forward and
+    backward first what activations take, elsewhere first what weights, gradients and optimizer state take.
+    """
+    length = recipe.sequence.length
+    activations, states = list(_for_activations(recipe, world)), list(_for_states(recipe, world))
+    if here.part.startswith("evaluating"):
+        yield from _for_evaluation(recipe)
+    if here.part in ("forward", "backward") or here.part.startswith("evaluating"):
+        yield from activations + states
+    else:
+        yield from states + activations
+    yield f"sequence.length: {length // 2} (now {length})"
+
+
+def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
+    train, cuda = recipe.train, world.device.type == "cuda"
+    tokens = recipe.sequence.length * train.micro_batch
+    if train.micro_batch > 1:
+        yield f"train.micro_batch: 1 (now {train.micro_batch}, accumulation keeps the global batch)"
+    if train.activation_checkpointing != "layer":
+        yield f"train.activation_checkpointing: layer (now {train.activation_checkpointing})"
+    chunk = max(256, min(4096, tokens // 8))
+    if train.loss_chunk is None or train.loss_chunk > 2 * chunk:
+        yield f"train.loss_chunk: {chunk} (now {'null' if train.loss_chunk is None else train.loss_chunk})"
+    if train.mlp_chunk is None and tokens > chunk:
+        yield f"train.mlp_chunk: {chunk} (now null)"
+    if train.activation_checkpointing != "none" and not train.offload_activations and cuda:
+        yield "train.offload_activations: true (what checkpointing keeps waits in host memory)"
+    if world.size % (2 * recipe.sequence.parallel) == 0:
+        yield f"sequence.parallel: {2 * recipe.sequence.parallel} (now {recipe.sequence.parallel}, ranks share a row)"
+
+
+def _for_states(recipe: Recipe, world: World) -> Iterator[str]:
+    section, lora = recipe.deepspeed, recipe.lora
+    quantized = lora is not None and lora.quantize_base != "none"
+    if world.size > 1 and section.stage < (2 if quantized else 3):
+        yield f"deepspeed.stage: {2 if section.stage < 2 else 3} (now {section.stage}, more is shared out over ranks)"
+    if section.offload_optimizer == "none" and section.stage > 0 and world.device.type == "cuda":
+        yield "deepspeed.offload_optimizer: cpu (the optimizer's state waits in host memory)"
+    if lora is not None and not quantized and section.stage < 3 and world.device.type == "cuda":
+        yield "lora.quantize_base: 4bit (a quarter of the frozen weights)"
+    if lora is None and recipe.train.parameters == "all" and recipe.model.path is not None:
+        yield "lora: {} (gradients and the optimizer's state shrink to those of the adapters)"
+    if recipe.model.dtype == "float32":
+        yield "model.dtype: bfloat16 (half of weights and activations)"
+
+
+def _for_evaluation(recipe: Recipe) -> Iterator[str]:
+    for name, section in (("perplexity", recipe.eval.perplexity), ("passkey", recipe.eval.passkey)):
+        if section is not None and max(section.lengths) > recipe.sequence.length // 2:
+            longest = max(section.lengths)
+            yield f"eval.{name}.lengths: up to {longest // 2} (now up to {longest})"
+
+
+def _used(device: torch.device) -> str:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        held = f", {_gib(others)} of which other processes and libraries hold" if others > total // 20 else ""
+        peak = torch.cuda.max_memory_allocated(device)
+        return f"the peak was {_gib(peak)} of the {_gib(total)} of {torch.cuda.get_device_name(device)}{held}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"the peak of this process was {_gib(peak)}, and it may use {_gib(host_memory())}"
+
+
+def host_memory() -> int:
+    """Bytes of host memory that this process may use: the machine's, or what its container or a limit leaves it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(soft)
+    for file in CGROUP_LIMITS:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return min(limits)
+
+
+def _fragmented(device: torch.device) -> int:
+    """Bytes reserved by torch's allocator and not in use, if they are many and it may not yet move them."""
+    configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:True" in configured:
+        return 0
+    # At the peak: by now the failed step has been unwound.
+    idle = torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    return idle if idle > FRAGMENTED * torch.cuda.get_device_properties(device).total_memory else 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

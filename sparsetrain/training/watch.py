@@ -1,0 +1,338 @@
+"""Ranks that watch each other: when one dies, fails or hangs, all of them stop within a set time and name it.
+
+Rank 0 holds a line to each other rank. A thread in every process tells where its main thread is; rank 0 judges, and
+each other rank judges rank 0. What is judged:
+
+- A line that ends without a goodbye: that process has died. All others stop at once.
+- A rank whose main thread raised an error: it says so, and all others stop at once, naming it.
+- A line that is silent for the timeout: a process that is stopped, or a host that cannot be reached.
+- From the first step on, a run in which no rank shows progress for the timeout. All but one then wait in a collective;
+  the one to blame is in an earlier part of the run than they are, or is the one that does not wait.
+
+Times are differences of one process's monotonic clock: clocks of two hosts are never compared. The device is not asked.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsetrain.errors import SparsetrainError, TrainingError
+from sparsetrain.training.engine import World
+from sparsetrain.training.line import Line, Message, listen, own_address
+from sparsetrain.training.place import here, rank_name, waits_for_others
+
+GRACE = 3.0
+"""Seconds that a main thread gets to raise an error of its own after another rank failed, and that one with a broken
+connection waits to hear which rank that was."""
+GRACE_ON_CUDA = 1.0
+"""The same where a collective raises no error: NCCL's watchdog aborts a process that lost a peer, and names no rank."""
+ENDING = 90.0
+"""Seconds that it may then take to close metrics and W&B (at most a minute) and exit."""
+CONNECT_TIMEOUT = 30.0
+LONGEST_TICK = 10.0
+
+
+@dataclass
+class _Seen:
+    """What is known of a rank, at which time of our own clock."""
+
+    rank: int
+    heard: float
+    moved: float
+    host: str = "unknown"
+    report: Message = field(default_factory=lambda: {"place": "start", "order": 0, "moves": 0, "timed": False})
+    done: bool = False
+    """It has said goodbye."""
+
+    @property
+    def name(self) -> str:
+        return rank_name(self.rank, self.host)
+
+    def update(self, report: Message, now: float) -> None:
+        if report["moves"] != self.report["moves"]:
+            self.moved = now
+        self.heard, self.report = now, report
+
+
+class Watch:
+    """Watches the other ranks while used as a context manager, and tells them of an error that leaves it.
+
+    With one rank it does nothing. After a fault elsewhere, what the main thread raises becomes a
+    :class:`~sparsetrain.errors.TrainingError` that names the rank; a main thread that is stuck is ended with the
+    same message and exit code.
+
+    Args:
+        timeout: seconds without an answer, or from the first step on without progress.
+
+    Raises:
+        TrainingError: a rank cannot reach rank 0, or (on leaving) another rank failed.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world = world
+        self.timeout = timeout
+        self.tick = min(timeout / 8, LONGEST_TICK)
+        """Seconds between two messages of a rank."""
+        self.verdict: str | None = None
+        """What happened to another rank, once it is known."""
+        self._known = threading.Event()
+        self._ending = threading.Event()
+        self._closed = threading.Event()
+        self._listener: socket.socket | None = None
+        self._lines: dict[Line, int | None] = {}
+        """Open lines and the rank at the other end; None before it has said which."""
+        self._selector = selectors.DefaultSelector()
+        self._seen: dict[int, _Seen] = {}
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        here.reset()
+        if self.world.size > 1:
+            self._connect()
+            self._thread = threading.Thread(target=self._run, name="sparsetrain-watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        try:
+            if error is not None:
+                self.settle(error)
+        finally:
+            self._say_goodbye()
+
+    def settle(self, error: BaseException) -> None:
+        """Tell the others of an error of this rank, or find out which of them it came from.
+
+        Raises:
+            TrainingError: it came from another rank, which is named.
+        """
+        if self._thread is None or self._ending.is_set():
+            return
+        self._ending.set()
+        own = isinstance(error, SparsetrainError)
+        if not own:
+            self._known.wait(GRACE if _is_of_connection(error) else 0.0)
+            if self.verdict is not None:
+                raise TrainingError(self.verdict) from error
+        said = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split()).removesuffix(":")
+        where = "" if own else f" ({here})"
+        self._tell({"fault": f"{rank_name(self.world.rank)} failed{where}: {said}"})
+
+    # Meeting.
+
+    def _connect(self) -> None:
+        meeting: list[Any] = [None]
+        if self.world.main:
+            self._listener = listen()
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            meeting = [(own_address(), self._listener.getsockname()[1], secrets.token_hex(16))]
+        dist.broadcast_object_list(meeting, src=0)
+        address, port, self._token = meeting[0]
+        now = time.monotonic()
+        others = range(1, self.world.size) if self.world.main else [0]
+        self._seen = {rank: _Seen(rank, now, now) for rank in others}
+        problem = None
+        if self.world.main:
+            self._seen[0] = _Seen(0, now, now, socket.gethostname())
+        else:
+            try:
+                line = Line(socket.create_connection((address, port), timeout=CONNECT_TIMEOUT))
+                self._add(line, 0)
+                line.send({"token": self._token, "rank": self.world.rank, "host": socket.gethostname()})
+            except OSError as error:
+                problem = f"{rank_name(self.world.rank)} cannot reach rank 0 at {address}:{port} ({error})"
+        problems: list[Any] = [None] * self.world.size
+        dist.all_gather_object(problems, problem)
+        if found := [each for each in problems if each is not None]:
+            raise TrainingError(
+                f"{found[0]}; {len(found)} of {self.world.size} ranks cannot. Ranks connect to one another on ports "
+                "that the system chooses: open them between the hosts, and check that MASTER_ADDR is an address of "
+                "rank 0's host that the others reach"
+            )
+
+    def _add(self, line: Line, rank: int | None) -> None:
+        self._lines[line] = rank
+        self._selector.register(line, selectors.EVENT_READ)
+
+    def _drop(self, line: Line) -> None:
+        del self._lines[line]
+        self._selector.unregister(line)
+        line.close()
+
+    # The thread.
+
+    def _run(self) -> None:
+        reported = time.monotonic()
+        self._report(reported)
+        while not self._closed.is_set() and self.verdict is None:
+            self._receive(self.tick)
+            now = time.monotonic()
+            if now - reported < self.tick:
+                continue
+            if now - reported > self.timeout / 2:
+                # This process was stopped, and perhaps all were; it knows nothing of the others' time meanwhile.
+                for seen in self._seen.values():
+                    seen.heard = seen.moved = now
+            self._report(now)
+            self._judge(now)
+            reported = now
+        if self.verdict is not None:
+            self._stop()
+        self._part()
+
+    def _report(self, now: float) -> None:
+        report = {"place": str(here), "order": here.order, "moves": here.moves, "timed": here.timed}
+        report |= {"waits": waits_for_others(), "host": socket.gethostname()}
+        self._tell({"report": report})
+        if self.world.main:
+            self._seen[0].update(report, now)
+
+    def _tell(self, message: Message) -> None:
+        for line, rank in list(self._lines.items()):
+            if rank is not None:
+                line.send(message)
+
+    def _receive(self, seconds: float) -> None:
+        """Wait for messages, at most so long (half a second at a time, so that the end is noticed), and heed them."""
+        for key, _ in self._selector.select(min(seconds, 0.5)):
+            if isinstance(key.fileobj, Line):
+                self._hear(key.fileobj)
+            elif self._listener is not None:
+                self._add(Line(self._listener.accept()[0]), None)
+
+    def _hear(self, line: Line) -> None:
+        try:
+            for message in line.receive():
+                rank = self._lines[line]
+                if rank is None:
+                    self._lines[line] = self._introduced(message)
+                else:
+                    self._heard(self._seen[rank], message)
+        except EOFError:
+            rank = self._lines[line]
+            self._drop(line)
+            if rank is not None and not self._seen[rank].done:
+                seen = self._seen[rank]
+                self._condemn(
+                    f"{seen.name} died; it was last seen in {seen.report['place']}. Its process ended without a "
+                    "word, as when it is killed; if the host ran out of memory, its kernel's log says so (dmesg)"
+                )
+
+    def _introduced(self, message: Message) -> int:
+        """The rank that a new line belongs to.
+
+        Raises:
+            EOFError: it is none of this run.
+        """
+        rank = message.get("rank")
+        if not hmac.compare_digest(str(message.get("token")), self._token) or rank not in self._seen:
+            raise EOFError
+        self._seen[rank].host = str(message.get("host"))
+        return int(rank)
+
+    def _heard(self, seen: _Seen, message: Message) -> None:
+        if "report" in message:
+            seen.host = message["report"]["host"]
+            seen.update(message["report"], time.monotonic())
+        elif "goodbye" in message:
+            seen.done = True
+        elif "fault" in message:
+            seen.done = True
+            self._condemn(message["fault"])
+
+    def _judge(self, now: float) -> None:
+        waited = f"{self.timeout / 60:g} minutes (deepspeed.timeout)"
+        for seen in self._seen.values():
+            if not seen.done and now - seen.heard > self.timeout:
+                self._condemn(
+                    f"{seen.name} has not answered for {waited}; it was last seen in {seen.report['place']}. Its "
+                    "process is stopped, or its host cannot be reached"
+                )
+                return
+        # A client sees only rank 0's line; whether that rank moves, it judges itself, beside the others.
+        live = [seen for seen in self._seen.values() if not seen.done]
+        timed = self.world.main and any(seen.report["timed"] for seen in live)
+        if timed and now - max(seen.moved for seen in live) > self.timeout:
+            self._condemn(_blame(live, waited))
+
+    def _condemn(self, verdict: str) -> None:
+        if self.verdict is None:
+            self.verdict = verdict
+            if self.world.main:
+                self._tell({"fault": verdict})
+            self._known.set()
+
+    def _stop(self) -> None:
+        """See to it that the process ends. What lies unread in a socket would destroy what was just sent: go on
+        reading meanwhile."""
+        deadline = time.monotonic() + (GRACE_ON_CUDA if self.world.device.type == "cuda" else GRACE)
+        while not self._closed.is_set():
+            self._receive(0.1)
+            if time.monotonic() > deadline + (ENDING if self._ending.is_set() else 0.0):
+                print(f"\nerror (rank {self.world.rank}): {self.verdict}", file=sys.stderr)
+                print(f"{rank_name(self.world.rank)} itself was here, in {here}:", file=sys.stderr)
+                traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(TrainingError.exit_code)
+
+    # Parting.
+
+    def _say_goodbye(self) -> None:
+        self._tell({"goodbye": True})
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * GRACE)
+        here.timed = False
+
+    def _part(self) -> None:
+        """Close the lines so that what was sent arrives: say that it is all, and read until the others say so too."""
+        deadline = time.monotonic() + 2.0
+        for line in self._lines:
+            line.finish_sending()
+        while self._lines and time.monotonic() < deadline:
+            self._receive(0.1)
+        for line in list(self._lines):
+            self._drop(line)
+        self._selector.close()
+        if self._listener is not None:
+            self._listener.close()
+
+
+def _blame(live: list[_Seen], waited: str) -> str:
+    """Who keeps the others waiting, among ranks none of which moves."""
+    earliest = min(seen.report["order"] for seen in live)
+    behind = [seen for seen in live if seen.report["order"] == earliest]
+    if len(behind) > 1:
+        behind = [seen for seen in behind if not seen.report["waits"]] or behind
+    if len(behind) == len(live):
+        return (
+            f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. What each was doing "
+            "stands above its exit; if it was at work, raise deepspeed.timeout"
+        )
+    names = ", ".join(seen.name for seen in behind[:4]) + (", ..." if len(behind) > 4 else "")
+    return (
+        f"{names} made no progress for {waited}, last seen in {behind[0].report['place']}, and the others wait. If it "
+        "was at work, raise deepspeed.timeout"
+    )
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether an error may only be the echo of another rank's end."""
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))

@@ -1,0 +1,138 @@
+"""A file that is cut, garbled or gone is named with the row; ``data.on_malformed`` says whether to go on without it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections import deque
+from itertools import islice
+
+import datasets
+import pytest
+
+from sparsetrain.errors import DataError
+
+ROWS = 600
+TEXTS = [f"row {i} of a file that is long enough to be cut" for i in range(ROWS)]
+TABLES = ["parquet", "arrow"]
+MODES = pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """``files(kind)``: the same rows in ``a`` and ``b``, and the path of ``b``."""
+
+    def write(kind):
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        table = datasets.Dataset.from_dict({"text": TEXTS})
+        for name in "ab":
+            file = folder / f"{name}.{kind}"
+            if kind == "parquet":
+                table.to_parquet(file, batch_size=100)
+            elif kind == "arrow":
+                with datasets.arrow_writer.ArrowWriter(path=str(file), writer_batch_size=100) as writer:
+                    for text in TEXTS:
+                        writer.write({"text": text})
+                    writer.finalize()
+            else:
+                lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+                file.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+        return folder, folder / f"b.{kind}"
+
+    return write
+
+
+def cut(file):
+    """As after an interrupted copy."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+
+
+def garble(file):
+    """As after a fault of the disk: the length is right."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = b"\xff\xfe" * 200
+    file.write_bytes(content)
+
+
+def read(stream, folder, streaming, policy="stop"):
+    """Draw documents until both files have been gone through."""
+    rows = stream({"path": str(folder), "shuffle": False, "streaming": streaming}, on_malformed=policy, packing=False)
+    for _ in range(2 * ROWS + 1):
+        next(rows)
+    return rows
+
+
+@MODES
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_cut_table_is_found_before_it_is_read(kind, streaming, files, stream, caplog):
+    folder, file = files(kind)
+    cut(file)
+    with pytest.raises(DataError, match=rf"1 of 2 files are damaged: {file}.*on_malformed=skip"):
+        stream({"path": str(folder), "streaming": streaming})
+    with caplog.at_level(logging.WARNING, "sparsetrain"):
+        read(stream, folder, streaming, "skip")
+    assert f"1 of 2 files are damaged: {file}" in caplog.text
+    assert "(left out)" in caplog.text
+
+
+@MODES
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_is_damaged_inside_is_named_with_the_row(kind, streaming, files, stream):
+    folder, file = files(kind)
+    garble(file)
+    with pytest.raises(DataError, match=rf"1 of 2 files are damaged: {file}(, row \d+)?: "):
+        read(stream, folder, streaming)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_mapped_table_that_is_damaged_inside_is_left_out(kind, files, stream, tokenizer):
+    folder, file = files(kind)
+    garble(file)
+    rows = read(stream, folder, False, "skip")
+    assert rows._sources[0].size == ROWS
+
+
+@MODES
+def test_a_cut_compressed_file_is_one_malformed_row_at_its_end(streaming, files, stream, caplog):
+    folder, file = files("jsonl.gz")
+    cut(file)
+    with pytest.raises(DataError, match=rf"{file}:\d+: the file is damaged from here on: EOFError"):
+        read(stream, folder, streaming)
+    with caplog.at_level(logging.WARNING, "sparsetrain"):
+        rows = read(stream, folder, streaming, "skip")
+    assert f"{file}:" in caplog.text
+    assert list(rows.malformed.values()) == [1]
+
+
+@MODES
+def test_a_file_cut_in_the_middle_of_a_line_is_named_with_the_line(streaming, files, stream):
+    folder, file = files("jsonl")
+    cut(file)
+    lines = file.read_text().count("\n")
+    with pytest.raises(DataError, match=rf"{file}:{lines + 1}: not valid JSON"):
+        read(stream, folder, streaming)
+    assert list(read(stream, folder, streaming, "skip").malformed.values()) == [1]
+
+
+@pytest.mark.parametrize("kind", [*TABLES, "jsonl"])
+def test_a_file_that_disappears_stops_a_stream_whatever_the_policy(kind, files, stream):
+    folder, file = files(kind)
+    rows = stream(
+        {"path": str(folder), "shuffle": False, "streaming": True}, on_malformed="skip", packing=False, length=64
+    )
+    next(rows)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"cannot be read: FileNotFoundError: .*{file}"):
+        deque(islice(rows, 2 * ROWS), maxlen=0)
+
+
+def test_a_document_that_cannot_be_decompressed_is_malformed(tmp_path, stream, caplog):
+    (tmp_path / "good.txt").write_text("a good document")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"words " * 4000)[:-20])
+    with pytest.raises(DataError, match=r"torn\.txt\.gz: the file is damaged"):
+        stream({"path": str(tmp_path)})
+    rows = stream({"path": str(tmp_path)}, on_malformed="skip")
+    assert list(rows.malformed.values()) == [1]

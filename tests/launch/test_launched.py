@@ -1,0 +1,116 @@
+"""The environment of launchers: what Slurm says is adopted where it means ranks, and only there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from sparsetrain.errors import TrainingError
+from sparsetrain.training.launched import SLURM_PORTS, adopt_slurm, interface_to, meeting
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+def test_a_task_of_srun_is_a_rank():
+    environment = {**STEP, "MASTER_ADDR": "node-7"}
+    adopt_slurm(environment)
+    found = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    assert found == {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    assert int(environment["MASTER_PORT"]) in SLURM_PORTS
+    assert environment["MASTER_ADDR"] == "node-7"
+
+
+def test_a_task_that_sees_one_gpu_uses_it():
+    environment = {**STEP, "MASTER_ADDR": "node-7", "CUDA_VISIBLE_DEVICES": "3"}
+    adopt_slurm(environment)
+    assert environment["LOCAL_RANK"] == "0"
+    assert environment["RANK"] == "11"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"},  # a batch script
+        {**STEP, "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
+        {**STEP, "RANK": "0"},  # torchrun under srun
+    ],
+)
+def test_elsewhere_nothing_is_adopted(environment):
+    before = dict(environment)
+    adopt_slurm(environment)
+    assert environment == before
+
+
+def test_several_nodes_need_an_address():
+    with pytest.raises(TrainingError, match="export MASTER_ADDR="):
+        adopt_slurm(dict(STEP))
+
+
+def test_one_node_needs_none():
+    environment = {**STEP, "SLURM_STEP_NUM_NODES": "1"}
+    adopt_slurm(environment)
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_unequal_nodes_are_refused():
+    with pytest.raises(TrainingError, match="15 tasks on 2 nodes"):
+        adopt_slurm({**STEP, "SLURM_STEP_NUM_TASKS": "15", "MASTER_ADDR": "node-7"})
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """``ranks(address, here)``: the environment of one of two ranks, so many of them on this host."""
+
+    def set_variables(address, here):
+        # Set first, so that what the code under test sets is undone too.
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(here)}
+        for name, value in {**variables, "MASTER_ADDR": address, "MASTER_PORT": "29500"}.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_a_name_without_an_address_is_no_obstacle_on_one_host(ranks):
+    ranks("no-such-host.invalid", here=2)
+    with meeting(1.0):
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_between_hosts_gloo_takes_the_interface_on_the_way_to_the_master(ranks):
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    ranks("127.0.0.1", here=1)
+    with meeting(1.0):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+    assert interface_to("no-such-host.invalid") is None
+
+
+def test_what_torch_says_is_told_with_address_and_rank(ranks):
+    ranks("127.0.0.1", here=2)
+    with (
+        pytest.raises(
+            TrainingError, match=r"rank 0 of 2 \(host .*\) did not find the others at 127\.0\.0\.1:29500: no"
+        ),
+        meeting(1.0),
+    ):
+        raise RuntimeError("no route to host\nmore")
+
+
+def test_a_rank_whose_others_never_come_gives_up():
+    script = "import time\nfrom sparsetrain.training.launched import meeting\nwith meeting(0.005):\n    time.sleep(60)"
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 3
+    assert "error (rank 1): rank 1 of 2" in done.stderr
+    assert "no answer within 0.005 minutes (deepspeed.timeout)" in done.stderr

@@ -1,0 +1,191 @@
+"""Trains a recipe on two ranks once for each fault, and tells how each rank ended. Run as a script.
+
+    python faulty_ranks.py RECIPE FOLDER
+
+The ranks are forked, so that imports are paid once; a few faults run at a time. Writes ``FOLDER/FAULT.json``: exit
+codes (negative: a signal), the seconds from the fault to the end of each rank, and what each rank said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsetrain.cli import main
+from sparsetrain.data.loader import StepLoader
+from sparsetrain.training import engine, run
+from sparsetrain.training.place import here
+
+engine._import_deepspeed()
+RANKS = 2
+TIMEOUT = 9.0
+"""Seconds of ``deepspeed.timeout`` for faults that only a clock reveals."""
+FAULTY_STEP = 3
+PATIENCE = 120.0
+"""Seconds of it for the others."""
+AT_ONCE = 4
+
+
+def now(moment: Path) -> None:
+    moment.write_text(str(time.monotonic()))
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(60)
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+def in_data(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
+    """``act`` while the rank waits for the data of the step."""
+
+    def arrange(moment: Path) -> None:
+        step = StepLoader.__next__
+
+        def faulty(loader: StepLoader) -> Any:
+            if os.environ["RANK"] == str(rank) and here.step == FAULTY_STEP:
+                now(moment)
+                act()
+            return step(loader)
+
+        StepLoader.__next__ = faulty  # type: ignore[method-assign]
+
+    return arrange
+
+
+def in_forward(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
+    """``act`` in the last layer of the model."""
+
+    def arrange(moment: Path) -> None:
+        initialize = run.initialize
+
+        def faulty(*arguments: Any) -> Any:
+            built = initialize(*arguments)
+
+            def hook(*_: Any) -> None:
+                if os.environ["RANK"] == str(rank) and here.step == FAULTY_STEP:
+                    now(moment)
+                    act()
+
+            built.module.model.model.layers[-1].register_forward_hook(hook)
+            return built
+
+        run.initialize = faulty
+
+    return arrange
+
+
+def slow_evaluation(moment: Path) -> None:
+    """Rank 0 evaluates for longer than the timeout, with progress; rank 1 waits in a collective."""
+    evaluate = run.evaluate
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        if os.environ["RANK"] == "0":
+            for done in range(40):
+                time.sleep(1.5 * TIMEOUT / 40)
+                settings["on_progress"](done, 40)
+        return evaluate(*arguments, **settings)
+
+    run.evaluate = slow
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "killed": in_forward(1, kill(signal.SIGKILL)),
+    "first-killed": in_data(0, kill(signal.SIGKILL)),
+    "stopped": in_data(0, kill(signal.SIGSTOP)),
+    "hanging-data": in_data(1, sleep_for_ever),
+    "hanging-forward": in_forward(0, sleep_for_ever),
+    "raising": in_data(1, lambda: raise_it(RuntimeError("a broken\nthing"))),
+    # More than any machine has: the allocator refuses for real.
+    "out-of-memory": in_forward(1, lambda: torch.empty(1 << 50, dtype=torch.uint8)),
+    "slow-evaluation": slow_evaluation,
+}
+
+
+TIMED = ("stopped", "hanging-data", "hanging-forward", "slow-evaluation")
+
+
+def start_rank(rank: int, fault: str, recipe: str, folder: Path, port: int) -> int:
+    """Fork a rank and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(folder / f"{fault}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 1
+    try:
+        FAULTS[fault](folder / f"{fault}.moment")
+        timeout = TIMEOUT if fault in TIMED else PATIENCE
+        arguments = [f"deepspeed.timeout={timeout / 60}", "train.steps=4", "checkpoint.export=false"]
+        if fault == "slow-evaluation":
+            corpus = Path(recipe).parent / "corpus.jsonl"
+            arguments += ["eval.every=2", f"eval.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}"]
+        code = main(["run", recipe, *arguments, "--output", str(folder / fault)])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def cause(fault: str, recipe: str, folder: Path) -> None:
+    """Run the ranks through one fault and record their ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = {start_rank(rank, fault, recipe, folder, port): rank for rank in range(RANKS)}
+    codes: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    deadline = time.monotonic() + 120
+    moment = folder / f"{fault}.moment"
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            rank = running.pop(child)
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            seconds[rank] = time.monotonic() - float(moment.read_text()) if moment.exists() else 0.0
+        # A stopped process never ends by itself.
+        if time.monotonic() > deadline or (len(running) == 1 and fault == "stopped"):
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    said = {rank: (folder / f"{fault}-{rank}.log").read_text() for rank in range(RANKS)}
+    result = {"codes": codes, "seconds": seconds, "said": said}
+    (folder / f"{fault}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    waiting = list(FAULTS)
+    running = 0
+    while waiting or running:
+        if waiting and running < AT_ONCE:
+            name = waiting.pop()
+            running += 1
+            if os.fork() == 0:
+                cause(name, sys.argv[1], Path(sys.argv[2]))
+                os._exit(0)
+        else:
+            os.wait()
+            running -= 1

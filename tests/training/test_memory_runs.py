@@ -1,0 +1,85 @@
+"""The memory options in whole runs: real engines, every ZeRO stage that behaves differently, rows of unequal length."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from sparsetrain.recipe.consistency import without_effect
+
+COMMANDS = """
+import json, sys
+from sparsetrain.cli import main
+sys.exit(max(main(arguments) for arguments in json.loads(sys.argv[1])))
+"""
+SAVING = ["train.activation_checkpointing=selective", "train.mlp_chunk=60"]
+UNPACKED = ["deepspeed.stage=3", "sequence.packing=false", "train.steps=3"]
+RUNS = {
+    "stage-2": ["deepspeed.stage=2", "train.activation_checkpointing=layer", "train.mlp_chunk=60"],
+    "stage-3": ["deepspeed.stage=3", *SAVING],
+    # The ranks' rows differ in length, and under ZeRO-3 each tile gathers weights, which both must do equally often.
+    "unpacked": [*UNPACKED, *SAVING],
+    "unpacked-plain": UNPACKED,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, shared, ranks_of, run_folder):
+    """Runs by two ranks, by name."""
+
+    def make(folder):
+        commands = [["run", str(tiny), *RUNS[name], "--output", str(folder / name)] for name in RUNS]
+        ranks_of([sys.executable, "-c", COMMANDS, json.dumps(commands)], folder / "log", 2).wait()
+
+    folder = shared("memory-runs", make)
+    return {name: run_folder(folder / name) for name in RUNS} | {"log": (folder / "log").read_text()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_they_train_what_a_run_without_them_trains(runs, stages, stage):
+    plain, saving = stages(2)[stage], runs[f"stage-{stage}"]
+    assert saving.values("loss") == pytest.approx(plain.values("loss"), rel=1e-5)
+    assert saving.values("grad_norm") == pytest.approx(plain.values("grad_norm"), rel=1e-3)
+
+
+def test_ranks_with_rows_of_different_lengths_stay_together(runs):
+    assert runs["unpacked"].values("loss") == pytest.approx(runs["unpacked-plain"].values("loss"), rel=1e-5)
+
+
+def test_a_run_says_what_it_did_about_memory(runs):
+    said = [line.partition("memory: ")[2] for line in runs["log"].splitlines() if "memory: " in line]
+    assert said == [
+        "2 MLPs in 5 tiles each; every layer checkpointed, recomputed whole",
+        *["2 MLPs in 5 tiles each; every layer checkpointed, attention outputs kept"] * 2,
+        "every activation is kept",
+    ]
+    assert runs["log"].count("loss: logits of 100 tokens at a time") == len(RUNS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["train.activation_checkpointing=layer", "train.offload_activations=true"],
+            "train.offload_activations moves activations off a GPU, and this machine has none; set it to false",
+        ),
+        (
+            ["train.offload_activations=true"],
+            "offloads the inputs of checkpointed layers, and train.activation_checkpointing is none; set that to layer "
+            "or selective",
+        ),
+        (["train.liger=on"], "Liger's kernels run on CUDA devices, and this machine has none; set it to auto"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(refused, tiny, tmp_path, overrides, said):
+    error = refused("run", str(tiny), *overrides, "--output", str(tmp_path / "run"))
+    assert said in " ".join(error.split())
+
+
+def test_tiles_as_long_as_the_row_are_noted(tiny_recipe):
+    assert without_effect(tiny_recipe("train.mlp_chunk=255")) == []
+    assert without_effect(tiny_recipe("train.mlp_chunk=256")) == [
+        "train.mlp_chunk=256 has no effect: a pass has 256 tokens"
+    ]
