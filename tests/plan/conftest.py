@@ -1,0 +1,65 @@
+"""Recipes and settings for plans of models that are nowhere on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sparsetrain.plan.devices import find_device
+from sparsetrain.plan.setting import Setting
+from sparsetrain.plan.shape import ModelShape
+from sparsetrain.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from sparsetrain.training.engine import World
+
+SHAPE = ModelShape(
+    layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=1000, tied=False, qk_norm=True
+)
+
+
+def make_recipe(**sections: dict[str, Any]) -> Recipe:
+    """A recipe with these fields; ``train={"micro_batch": 2}`` and the like are laid over a minimal one."""
+    given: dict[str, Any] = {
+        "model": {"path": "some/model"},
+        "attention": {"method": "full"},
+        "data": {"sources": [{"synthetic": "passkey"}]},
+        "sequence": {"length": 4096},
+        "train": {"steps": 1, "lr": 1e-4, "activation_checkpointing": "layer", "liger": "off"},
+        "deepspeed": {"stage": 0},
+    }
+    for name, fields in sections.items():
+        given[name] = {**given.get(name, {}), **fields}
+    return Recipe.model_validate(given)
+
+
+@pytest.fixture
+def setting() -> Callable[..., Setting]:
+    """``setting(ranks=2, shape=..., train={...})``: a recipe on so many H200s."""
+
+    def build(ranks: int = 1, shape: ModelShape = SHAPE, liger: bool = False, **sections: dict[str, Any]) -> Setting:
+        return Setting(make_recipe(**sections), shape, ranks, find_device("h200"), liger)
+
+    return build
+
+
+@pytest.fixture
+def shape() -> ModelShape:
+    """Four layers of width 64."""
+    return SHAPE
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A process group of this process alone."""
+    from sparsetrain.training.engine import init_world
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield init_world()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)

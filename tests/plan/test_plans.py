@@ -1,0 +1,155 @@
+"""Whole plans: what grows and what shrinks, suggestions that really fit, every shipped recipe, and the command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsetrain.cli import main
+from sparsetrain.errors import RecipeError
+from sparsetrain.plan.command import make_plan, planned_options, shipped_page
+from sparsetrain.plan.measured import CONTEXT
+from sparsetrain.plan.memory import estimate_memory
+from sparsetrain.recipe import load_recipe, shipped_recipes
+
+GIB = 2**30
+LARGE = ["qwen3-8b-power-128k", "train.offload_activations=false"]
+
+
+def needed(name, *overrides, gpus=8, **options):
+    return make_plan(name, overrides, gpus=gpus, **options).memory.needed
+
+
+def test_longer_rows_and_more_of_them_need_more_and_more_ranks_less():
+    lengths = [needed(*LARGE, f"sequence.length={length}") for length in (16384, 32768, 65536, 131072)]
+    assert lengths == sorted(lengths)
+    assert needed("mistral-7b-power-32k", "train.micro_batch=2") > needed("mistral-7b-power-32k")
+    ranks = [needed("mistral-7b-power-32k", gpus=gpus) for gpus in (1, 2, 4, 8)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] > 3 * ranks[-1]
+
+
+def test_each_stage_needs_no_more_than_the_one_before():
+    stages = [needed("mistral-7b-power-32k", f"deepspeed.stage={stage}") for stage in range(4)]
+    assert stages == sorted(stages, reverse=True)
+    assert len(set(stages)) == 4
+
+
+def test_ranks_that_share_a_sequence_need_less():
+    shared = [needed(*LARGE, f"sequence.parallel={size}") for size in (1, 2, 4, 8)]
+    assert shared == sorted(shared, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "options"),
+    [
+        (*LARGE[:1], LARGE[1:], {"gpus": 8}),
+        ("mistral-7b-power-32k", [], {"gpus": 1}),
+        ("llama-3.1-8b-power-64k", [], {"gpus": 8, "memory": "24GB"}),
+        ("qwen3-8b-power-lora-64k", ["train.activation_checkpointing=none", "train.loss_chunk=null"], {"gpus": 8}),
+        ("qwen3-0.6b-power-32k", ["train.micro_batch=4"], {"gpus": 1, "memory": "24GB"}),
+    ],
+)
+def test_what_is_suggested_fits_and_is_needed(name, overrides, options):
+    plan = make_plan(name, overrides, **options)
+    assert not plan.fits
+    combination = plan.suggestion.combination
+    assert combination
+    fitting = make_plan(name, [*overrides, *combination], **options)
+    assert fitting.fits
+    assert fitting.memory.needed == pytest.approx(plan.suggestion.needed)
+    for spared in combination:
+        rest = [override for override in combination if override != spared]
+        # The others may make no recipe without it.
+        with contextlib.suppress(RecipeError):
+            assert not make_plan(name, [*overrides, *rest], **options).fits
+    assert sum(change.saves for change in plan.suggestion.changes) > plan.memory.needed - plan.capacity
+
+
+def test_where_nothing_fits_it_says_so(capsys):
+    assert main(["plan", "qwen3-32b-power-32k", "--gpus", "8", "--memory", "2GB"]) == 0
+    assert "use more or larger GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_fits_the_gpus_that_its_comment_names(name):
+    options = planned_options(shipped_recipes()[name])
+    assert options or load_recipe(name).recipe.model.path == "sparsetrain:tiny" or name == "pretrain-tiny"
+    plan = make_plan(name, gpus=int(options.get("gpus", "1")), device=options.get("device", "h100"))
+    assert plan.fits
+    assert 0 < plan.time.seconds <= plan.dense_time.seconds
+    parts = {name for phase in plan.memory.phases for name, size in phase.parts.items() if size < 0}
+    assert not parts
+
+
+def test_the_page_of_plans_is_what_the_command_writes():
+    page = Path(__file__).parents[2] / "docs" / "plans.md"
+    assert page.read_text() == shipped_page(), "run: sparsetrain plan --all --markdown > docs/plans.md"
+
+
+def test_measured_peaks_and_times_are_met():
+    """`sparsetrain bench step` on one H200: Llama-3.2-1B's shape without an optimizer (docs/performance.md)."""
+    for attention, length, ms, gib in [
+        (["attention.method=full"], 32768, 1494, 11.3),
+        (["attention.dense_layers=[]"], 32768, 874, 11.3),
+        (["attention.method=full"], 131072, 14699, 28.7),
+        (["attention.dense_layers=[]"], 131072, 3599, 29.2),
+    ]:
+        given = [
+            f"sequence.length={length}",
+            f"train.global_batch_tokens={length}",
+            "deepspeed.stage=0",
+            *attention,
+        ]
+        plan = make_plan("llama-3.2-1b-power-32k", given, device="h200")
+        phases = [phase for phase in plan.memory.phases if phase.name != "step"]
+        peak = max(phase.total - phase.parts.get("optimizer", 0.0) for phase in phases) / GIB
+        assert peak == pytest.approx(gib, rel=0.15)
+        assert 1e3 * (plan.time.seconds - plan.time.optimizer) == pytest.approx(ms, rel=0.15)
+
+
+def test_the_command_needs_neither_torch_nor_a_second():
+    code = "import sys; from sparsetrain.cli import main; main(['plan', 'qwen3-8b-power-128k', '--gpus', '8']); "
+    code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "It fits" in result.stdout
+    assert "dense" in result.stdout
+
+
+def test_json_holds_the_phases_and_the_need(capsys):
+    assert main(["plan", "quickstart", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    peak = found["phases"][found["peak_phase"]]
+    assert found["needed_bytes"] == pytest.approx(peak["total"] + CONTEXT)
+    assert peak["total"] == pytest.approx(sum(size for name, size in peak.items() if name != "total"))
+    assert found["fits"] is True
+    assert found["combination"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "name a recipe"),
+        (["plan", "quickstart", "--device", "tpu"], "--device tpu"),
+        (["plan", "quickstart", "--memory", "lots"], "--memory lots"),
+        (["plan", "quickstart", "--json", "--markdown"], "give one of them"),
+        (["plan", "--all"], "--markdown"),
+        (["plan", "quickstart", "--config", "/nowhere.json"], "cannot be read"),
+        (["plan", "qwen3-0.6b-power-32k", "--gpus", "3"], "global batch"),
+        (["plan", "qwen3-8b-power-lora-64k", "sequence.parallel=3", "--gpus", "3"], "sequence"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_memory_of_a_plan_is_that_of_its_setting():
+    plan = make_plan("mistral-7b-power-32k", gpus=8)
+    assert plan.memory == estimate_memory(plan.setting)

@@ -1,0 +1,80 @@
+"""Where the shape of a model comes from, and the sizes of devices."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.plan.devices import find_device, parse_memory
+from sparsetrain.plan.shape import KNOWN_SHAPES, find_shape, shape_of_config
+from sparsetrain.recipe import load_recipe
+
+GIB = 2**30
+
+
+def test_memory_is_read_as_it_is_printed_on_the_card():
+    assert parse_memory("80GB") == parse_memory("80") == 80e9
+    assert parse_memory("79.5 GiB") == 79.5 * GIB
+    for wrong in ("much", "0GB", "-1"):
+        with pytest.raises(RecipeError, match="80GB"):
+            parse_memory(wrong)
+    with pytest.raises(RecipeError, match=r"h100x.*choose from h100"):
+        find_device("h100x")
+
+
+def test_a_shape_is_found_where_the_config_is(tmp_path, monkeypatch):
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "vocab_size": 1000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def section(path, **fields):
+        return load_recipe("qwen3-0.6b-power-32k").recipe.model.model_copy(
+            update={"path": path, "config_overrides": {}, **fields}
+        )
+
+    from_folder = find_shape(section(str(tmp_path)))
+    assert (from_folder.layers, from_folder.qk_norm, from_folder.tied) == (4, True, False)
+    assert find_shape(section(str(tmp_path), config_overrides={"num_hidden_layers": 2})).layers == 2
+    assert find_shape(section("somebody/unknown"), tmp_path / "config.json") == from_folder
+    with pytest.raises(ModelError, match=r"somebody/unknown.*--config FILE.*hf download"):
+        find_shape(section("somebody/unknown"))
+    snapshot = tmp_path / "hub" / "models--somebody--unknown" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert find_shape(section("somebody/unknown")) == from_folder
+
+
+def test_what_a_plan_cannot_count_is_refused():
+    whole = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), 8)
+    with pytest.raises(ModelError, match=r"no intermediate_size.*gpt2"):
+        shape_of_config({**whole, "model_type": "gpt2"}, "there")
+    with pytest.raises(ModelError, match="experts"):
+        shape_of_config({**whole, "intermediate_size": 8, "num_experts": 4, "model_type": "qwen3_moe"}, "there")
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
+    ],
+)
+def test_the_table_of_shapes_gives_the_parameters_the_hub_states(name, params, setting):
+    assert setting(shape=KNOWN_SHAPES[name]).parameters.total == params

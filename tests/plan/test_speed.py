@@ -1,0 +1,49 @@
+"""The time of a step: what costs it, and what saves it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsetrain.plan.command import make_plan
+from sparsetrain.plan.devices import DEVICES, find_device
+from sparsetrain.plan.speed import density_of, estimate_time
+from sparsetrain.recipe import load_recipe
+
+
+def test_sparse_attention_gains_with_length_and_dense_layers_cost():
+    def gain(length, *overrides):
+        given = [f"sequence.length={length}", f"train.global_batch_tokens={length}", *overrides]
+        plan = make_plan("llama-3.2-1b-power-32k", given)
+        return plan.dense_time.seconds / plan.time.seconds
+
+    assert 1 < gain(8192) < gain(32768) < gain(131072)
+    assert gain(131072) < gain(131072, "attention.dense_layers=[]")
+
+
+def test_what_is_computed_again_takes_time():
+    def seconds(*overrides, gpus=8):
+        return make_plan("qwen3-8b-power-lora-64k", overrides, gpus=gpus).time
+
+    layer, selective = seconds(), seconds("train.activation_checkpointing=selective")
+    none = seconds("train.activation_checkpointing=none")
+    assert none.seconds < selective.seconds < layer.seconds
+    assert selective.attention == none.attention < layer.attention
+    assert seconds("train.mlp_chunk=4096").matrices > layer.matrices
+    assert seconds("lora=null").matrices > layer.matrices
+    assert seconds("sequence.parallel=8").communication > layer.communication
+    assert seconds("deepspeed.offload_optimizer=cpu").optimizer > layer.optimizer
+
+
+def test_the_pairs_of_sparsek_are_those_of_the_method():
+    attention = load_recipe("qwen3-8b-sparsek-full-32k").recipe.attention
+    for length in (1000, 2052, 32768):
+        assert density_of(attention, length, 8) == pytest.approx(attention.build(8).density(length))
+
+
+def test_a_device_is_slower_by_its_data_sheet(setting):
+    times = {}
+    for name in DEVICES:
+        planned = setting()
+        object.__setattr__(planned, "device", find_device(name))
+        times[name] = estimate_time(planned).seconds
+    assert times["4090"] > times["a100"] > times["h100"] > times["h200"] > times["b200"]
