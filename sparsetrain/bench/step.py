@@ -1,4 +1,4 @@
-"""A training step of a model of a real shape with random weights: time, tokens per second, peak memory by attention."""
+"""The training steps of a recipe on random weights: time, tokens a second and peak memory, beside other ways."""
 
 from __future__ import annotations
 
@@ -6,168 +6,154 @@ import csv
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from sparsetrain.bench.options import check_output, parse_lengths
 from sparsetrain.bench.report import machine
-from sparsetrain.bench.timing import explain, once_ms, peak, release
+from sparsetrain.bench.step_loops import WAYS
+from sparsetrain.bench.timing import explain, release
 from sparsetrain.errors import BenchError
+from sparsetrain.recipe import Recipe, batch_shape, load_recipe
+from sparsetrain.recipe.batch import BatchPlan
+from sparsetrain.training.engine import World, init_world
 
 GIB = 2**30
-REPEATS = 3
-LOSS_CHUNK = 4096
-"""Positions whose logits exist at a time."""
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-    },
-}
-"""Llama models by name; ``tiny`` is what a CPU can do."""
-
-ATTENTIONS: dict[str, dict[str, Any] | None] = {
-    "sdpa": None,
-    "power": {"method": "power", "block": 256, "window": 5, "sinks": 1},
-    "sliding": {"method": "sliding", "block": 256, "window": 9, "sinks": 1},
-}
-"""transformers' own SDPA, and methods of ours."""
+LONG_SECONDS = 20.0
+"""A step longer than this is timed once; the spread is far below its length."""
 
 
 @dataclass
 class StepRow:
-    """One step: forward, and backward into the gradients of all weights; the optimizer, which no length changes, is
-    left out."""
+    """One way at one length: forward, backward and optimizer of one step."""
 
     length: int
+    way: str
     attention: str
-    ms: float | None = None
+    seconds: float | None = None
+    """Median of the timed steps."""
     tokens_per_second: float | None = None
+    """Over all ranks."""
     peak_gib: float | None = None
-    """All memory that torch has allocated at the peak: weights, gradients and activations."""
+    """All memory that torch had allocated at the peak of the timed steps, on the rank where it was highest."""
     reason: str = ""
 
 
-def run_step(*, shape: str | None, lengths: str | None, attentions: str, output: Path | None) -> list[StepRow]:
+class _Enough(Exception):
+    """Stops a loop whose step was long enough to be timed once."""
+
+
+class _Watch:
+    """Times of the steps behind the first, which compiles and allocates. A long first step counts where the
+    kernels were compiled at another length."""
+
+    def __init__(self, device: torch.device, compiled: bool) -> None:
+        self.device, self.compiled = device, compiled
+        self.seconds: list[float] = []
+        self.first = True
+
+    def __call__(self, seconds: float) -> None:
+        if self.first and not (self.compiled and seconds > LONG_SECONDS):
+            self.first = False
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        self.seconds.append(seconds)
+        if seconds > LONG_SECONDS:
+            raise _Enough
+
+
+def run_step(
+    recipe: str, settings: Sequence[str], *, ways: str, lengths: str | None, repeats: int, output: Path | None
+) -> list[StepRow]:
     """Measure, print, and write to ``output`` where given.
 
     Raises:
         BenchError: an option cannot be measured or written to.
+        SparsetrainError: the recipe is wrong.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = shape or ("llama-3.2-1b" if device.type == "cuda" else "tiny")
-    if shape not in SHAPES:
-        raise BenchError(f"--shape {shape}: there is none of that name; choose from {', '.join(SHAPES)}")
-    names = attentions.split(",")
-    if unknown := [name for name in names if name not in ATTENTIONS]:
-        raise BenchError(f"--attentions {unknown[0]}: there is no such attention; choose from {', '.join(ATTENTIONS)}")
-    sizes = parse_lengths(lengths or ("32768,131072" if device.type == "cuda" else "1024"))
+    names = ways.split(",")
+    if unknown := [name for name in names if name not in WAYS]:
+        raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(WAYS)}")
+    given = [f"sequence.length={length}" for length in parse_lengths(lengths)] if lengths else [""]
+    recipes = [load_recipe(recipe, [*settings, *([one] if one else [])]).recipe for one in given]
     check_output(output)
-    if device.type == "cpu":
-        print("No GPU: these are CPU timings of a tiny model, and no memory is counted.")
+    world = init_world(recipes[0].deepspeed.timeout)
+    if world.main and world.device.type == "cpu":
+        print("No GPU: these are CPU timings, and no memory is counted.")
     rows = []
-    for row in _measure(SHAPES[shape], sizes, names, device):
+    for row in _measure(recipes, names, repeats, world):
         rows.append(row)
-        print(f"{row.length:>9,}  {row.attention:8}  {row.reason or f'{row.ms:.4g} ms'}", file=sys.stderr, flush=True)
-        if output is not None:
-            _write(rows, shape, output)
-    Console(highlight=False).print(_table(rows, shape))
+        if world.main:
+            told = row.reason or f"{row.seconds:.4g} s"
+            print(f"{row.length:>9,}  {row.way:8} {row.attention:8}  {told}", file=sys.stderr, flush=True)
+            if output is not None:
+                _write(rows, recipes[0], world, output)
+    if world.main:
+        Console(highlight=False).print(_table(rows, recipes[0], world))
     return rows
 
 
-def _measure(
-    shape: dict[str, Any], lengths: tuple[int, ...], names: list[str], device: torch.device
-) -> Iterator[StepRow]:
-    for length in lengths:
+def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World) -> Iterator[StepRow]:
+    for recipe in recipes:
+        shape = batch_shape(recipe, world.size)
+        plan = BatchPlan(**asdict(shape), steps=1 + repeats, warmup_steps=0)
         for name in names:
-            row = StepRow(length, name)
+            dense = name not in ("recipe", "flex")
+            attention = "none" if "bare" in name else "full" if dense else recipe.attention.method
+            # torch.compile makes FlexAttention anew for every length.
+            compiled = recipe is not recipes[0] and name != "flex"
+            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world.device, compiled)
             try:
-                row.ms, row.peak_gib = measure_step(shape, length, ATTENTIONS[name], device)
-                row.tokens_per_second = 1e3 * length / row.ms
+                WAYS[name].run(recipe, plan, world, watch)
+            except _Enough:
+                pass
             except Exception as error:
                 row.reason = explain(error)
+            if watch.seconds and not row.reason:
+                row.seconds = median(watch.seconds)
+                row.tokens_per_second = plan.tokens_per_step / row.seconds
+                row.peak_gib = _peak(world)
             release()
             yield row
 
 
-def measure_step(
-    shape: dict[str, Any], length: int, attention: dict[str, Any] | None, device: torch.device
-) -> tuple[float, float | None]:
-    """Median time in ms and peak memory in GiB of a step on one sequence, every layer checkpointed, bf16 on CUDA."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from sparsetrain.modeling import sparsify
-    from sparsetrain.training.loss import CausalLMLoss
-
-    config = LlamaConfig(**{**shape, "max_position_embeddings": length, "attn_implementation": "sdpa"})
-    with device:
-        model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    if attention is not None:
-        sparsify(model, attention)
-    loss = CausalLMLoss(model, LOSS_CHUNK)
-    tokens = torch.randint(config.vocab_size, (1, length), device=device)
-    where = torch.arange(length - 1, device=device)
-    batch = {
-        "input_ids": tokens,
-        "position_ids": torch.arange(length, device=device)[None],
-        "cu_seqlens": torch.tensor([0, length], dtype=torch.int32, device=device),
-        "positions": where,
-        "targets": tokens[0, 1:],
-        "num_chunks": -(-length // LOSS_CHUNK),
-    }
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        (loss(**batch) / length).backward()
-
-    step()  # compiles
-    base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    _, extra = peak(step, device)
-    times = [once_ms(step, device)[1] for _ in range(REPEATS)]
-    return median(times), None if extra is None else (base + extra) / GIB
+def _peak(world: World) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(world.device) / GIB, device=world.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item()
 
 
-def _table(rows: list[StepRow], shape: str) -> Table:
-    table = Table(title=f"A training step of the shape of {shape}, one sequence, every layer checkpointed", box=None)
-    for column in ("tokens", "attention", "ms", "tokens/s", "peak GiB", ""):
-        table.add_column(column, justify="left" if column in ("attention", "") else "right")
+def _table(rows: list[StepRow], recipe: Recipe, world: World) -> Table:
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    table = Table(title=f"A training step of {recipe.name}, random weights, {ranks}", box=None)
+    for column in ("tokens", "way", "attention", "seconds", "tokens/s", "peak GiB", ""):
+        table.add_column(column, justify="left" if column in ("way", "attention", "") else "right")
     for row in rows:
-        numbers = (row.ms, row.tokens_per_second, row.peak_gib)
-        cells = ["-" if number is None else f"{number:,.1f}" for number in numbers]
-        table.add_row(f"{row.length:,}", row.attention, *cells, row.reason)
+        numbers = (("{:,.3f}", row.seconds), ("{:,.0f}", row.tokens_per_second), ("{:,.1f}", row.peak_gib))
+        cells = ["-" if number is None else form.format(number) for form, number in numbers]
+        table.add_row(f"{row.length:,}", row.way, row.attention, *cells, row.reason)
     return table
 
 
-def _write(rows: list[StepRow], shape: str, output: Path) -> None:
+def _write(rows: list[StepRow], recipe: Recipe, world: World, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    facts = {"command": shlex.join(["sparsetrain", *sys.argv[1:]]), "shape": shape, "machine": machine()}
+    facts: dict[str, Any] = {
+        "command": shlex.join(["sparsetrain", *sys.argv[1:]]),
+        "recipe": recipe.model_dump(mode="json"),
+        "ranks": world.size,
+        "machine": machine(),
+    }
     content = {**facts, "rows": [asdict(row) for row in rows]}
     (output / "step.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with (output / "step.csv").open("w", newline="", encoding="utf-8") as file:

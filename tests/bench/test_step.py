@@ -1,36 +1,55 @@
-"""``sparsetrain bench step`` on a CPU: a tiny model, both kinds of attention, files, and what it refuses."""
+"""``sparsetrain bench step`` on a CPU: a tiny model, every way that needs no GPU, files, and what it refuses."""
 
 from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsetrain.bench.step import run_step
+from sparsetrain.bench.step_loops import random_steps
 from sparsetrain.errors import BenchError
+from sparsetrain.recipe import batch_shape, load_recipe
+from sparsetrain.recipe.batch import BatchPlan
+from sparsetrain.training.engine import World
 
 
-def test_steps_of_dense_and_sparse_attention_are_timed_and_written(tmp_path: Path, capsys) -> None:
-    rows = run_step(shape="tiny", lengths="600", attentions="sdpa,power", output=tmp_path)
-    assert [row.attention for row in rows] == ["sdpa", "power"]
-    assert all(row.ms > 0 and row.tokens_per_second == 600e3 / row.ms and not row.reason for row in rows)
+def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
+    ways = "recipe,dense,bare,plain,hf,flex"
+    rows = run_step("tiny-sparsek", ["lora.rank=4"], ways=ways, lengths="96", repeats=1, output=tmp_path)
+    assert [row.way for row in rows] == ways.split(",")
+    assert [row.attention for row in rows] == ["sparsek", "full", "none", "full", "full", "sparsek"]
+    measured = {row.way: row for row in rows if not row.reason}
+    assert list(measured) == ["recipe", "dense", "bare", "plain"]
+    for row in measured.values():
+        assert row.tokens_per_second == pytest.approx(4 * 96 / row.seconds)
+    assert "train.liger=on" in rows[4].reason, "Liger's kernels need CUDA"
+    assert "no block pattern" in rows[5].reason
     assert "tokens/s" in capsys.readouterr().out
     written = json.loads((tmp_path / "step.json").read_text())
-    assert written["shape"] == "tiny"
-    assert [row["ms"] for row in written["rows"]] == [row.ms for row in rows]
-    assert len(list(csv.DictReader((tmp_path / "step.csv").open()))) == 2
+    assert written["recipe"]["lora"]["rank"] == 4
+    assert [row["seconds"] for row in written["rows"]] == [row.seconds for row in rows]
+    assert len(list(csv.DictReader((tmp_path / "step.csv").open()))) == 6
+
+
+def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
+    recipe = load_recipe("tiny-sparsek", ["sequence.length=96", "sequence.parallel=3", "train.micro_batch=3"]).recipe
+    plan = BatchPlan(**asdict(batch_shape(recipe, 3)), steps=1, warmup_steps=0)
+    parts = [next(random_steps(512, plan, World(rank, 3, torch.device("cpu")))).micro_batches[0] for rank in range(3)]
+    assert [part.input_ids.shape[1] for part in parts] == [96, 96, 96]
+    assert all(part.cu_seqlens.tolist() == [0, 96, 192, 288] for part in parts)
+    assert not torch.equal(parts[0].input_ids, parts[1].input_ids)
+    assert [part.num_target_tokens for part in parts] == [95, 95, 95]
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        ({"shape": "huge"}, "--shape huge: .*llama-3.2-1b"),
-        ({"attentions": "sdpa,flash"}, "--attentions flash: .*sliding"),
-        ({"lengths": "many"}, "--lengths many"),
-    ],
+    [({"ways": "recipe,flash"}, "--ways flash: .*hf-bare"), ({"lengths": "many"}, "--lengths many")],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, str], named: str) -> None:
     with pytest.raises(BenchError, match=named):
-        run_step(**{"shape": "tiny", "lengths": "64", "attentions": "sdpa", "output": None, **options})
+        run_step("tiny-sparsek", [], **{"ways": "recipe", "lengths": None, "repeats": 1, "output": None, **options})

@@ -1,0 +1,102 @@
+"""What ranks that share a sequence send one another, on paper: all-to-all (Ulysses), ring, PowerAttention's neighbours.
+
+``python -m sparsetrain.bench.exchange`` prints the table of docs/sequence-parallel.md. Counted are bytes that one rank
+receives in one forward pass through one layer of attention, in 16 bits; in brackets, those from other nodes.
+
+- **All-to-all**: queries, keys and values go to where their heads are attended, and outputs come back. With more ranks
+  than key/value heads, each rank gets a copy of one.
+- **Ring**: keys and values of every earlier rank pass by. The last rank needs them all.
+- **Neighbours**: a rank fetches the key blocks that the pattern lists for its query blocks, counted one by one. With
+  ``c`` blocks a rank, ``c`` a power of two, distances of ``c`` and more land on the ranks 1, 2, 4, ... before it, and
+  smaller ones on the rank before it: ``log2(ranks)`` times ``c`` blocks, and the sinks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from sparsetrain.patterns import PowerPattern
+from sparsetrain.recipe.heads import shares_heads
+
+BYTES = 2
+"""Of an element in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def all_to_all(self, length: int, ranks: int, node: int) -> tuple[float, float] | None:
+        """Bytes one rank receives, and how many of them from other nodes; None where the heads cannot be shared."""
+        if not shares_heads(ranks, self.heads, self.kv_heads):
+            return None
+        held = length / ranks * (2 * self.heads + 2 * max(self.kv_heads, ranks)) * self.head_dim * BYTES
+        return held * (ranks - 1) / ranks, held * max(0, ranks - node) / ranks
+
+    def ring(self, length: int, ranks: int) -> float:
+        """Bytes the last rank receives."""
+        return length / ranks * (ranks - 1) * self.key_bytes
+
+    def neighbours(self, length: int, ranks: int, node: int, pattern: PowerPattern) -> tuple[float, float]:
+        """Bytes the busiest rank receives, and bytes from other nodes of the rank that is busiest with those."""
+        each = length // pattern.block // ranks
+        most, most_afar = 0, 0
+        for rank in range(ranks):
+            own = range(rank * each, (rank + 1) * each)
+            needed = {key for query in own for key in pattern.key_blocks(query)} - set(own)
+            most = max(most, len(needed))
+            most_afar = max(most_afar, sum(key // each // node != rank // node for key in needed))
+        return most * pattern.block * self.key_bytes, most_afar * pattern.block * self.key_bytes
+
+    @property
+    def key_bytes(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.kv_heads * self.head_dim * BYTES
+
+
+def table(shape: Shape, lengths: list[int], ranks: list[int], node: int, pattern: PowerPattern) -> str:
+    """Markdown, in MiB; the last column is how much more the all-to-all receives than the neighbours' exchange."""
+    lines = ["| tokens | ranks | all-to-all | ring | neighbours | all-to-all / neighbours |", "| ---: " * 6 + "|"]
+    for length in lengths:
+        for size in ranks:
+            everyone = shape.all_to_all(length, size, node)
+            near, near_afar = shape.neighbours(length, size, node, pattern)
+            all_to_all = "-" if everyone is None else _mib(*everyone)
+            ratio = "-" if everyone is None else f"{everyone[0] / near:.2f}"
+            cells = (f"{length:,}", str(size), all_to_all, _mib(shape.ring(length, size)), _mib(near, near_afar), ratio)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mib(size: float, afar: float = 0.0) -> str:
+    return f"{size / 2**20:,.0f}" + (f" ({afar / 2**20:,.0f})" if afar else "")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for name, default in (
+        ("heads", 32),
+        ("kv-heads", 8),
+        ("head-dim", 128),
+        ("block", 256),
+        ("window", 5),
+        ("sinks", 1),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--node", type=int, default=8, help="ranks of a node")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 1048576])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
+    given = parser.parse_args()
+    pattern = PowerPattern(block=given.block, window=given.window, sinks=given.sinks)
+    shape = Shape(given.heads, given.kv_heads, given.head_dim)
+    print(table(shape, given.lengths, given.ranks, given.node, pattern))
+
+
+if __name__ == "__main__":
+    main()

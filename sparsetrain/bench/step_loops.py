@@ -1,0 +1,217 @@
+"""Ways to take the training steps of one recipe: its own loop, the same with other attention, and loops of others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparsetrain.bench.step_attention import use_flex, use_no_attention
+from sparsetrain.bench.step_models import random_model
+from sparsetrain.bench.timing import Unavailable
+from sparsetrain.data import Batch, Step
+from sparsetrain.data.sequence_part import sequence_part
+from sparsetrain.methods.full import FullConfig
+from sparsetrain.modeling import sparsify
+from sparsetrain.recipe import BatchPlan, Recipe
+from sparsetrain.training.checkpoints import TrainState
+from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.engine import World, initialize
+from sparsetrain.training.liger import fuse_layers, wants_liger
+from sparsetrain.training.loop import Loop, StepResult
+from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.memory import save_activation_memory
+from sparsetrain.training.sequence_parallel import check_shareable, join_sequence_group
+from sparsetrain.training.signals import StopSignals
+from sparsetrain.training.trainable import choose_trainable
+
+PLAIN_CHUNK = 4096
+"""Positions whose logits exist at a time in the plain loop."""
+
+AfterStep = Callable[[float], None]
+"""Is told the seconds of each step."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to take steps."""
+
+    what: str
+    """In a sentence."""
+    run: Callable[[Recipe, BatchPlan, World, AfterStep], None]
+    """Take ``plan.steps`` steps."""
+
+
+def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, stand_in: str | None = None) -> None:
+    """The loop of ``sparsetrain run`` on random tokens."""
+    pattern = recipe.attention.pattern()
+    if stand_in == "flex" and pattern is None:
+        raise Unavailable(
+            f"attention.method={recipe.attention.method} has no block pattern that FlexAttention could take"
+        )
+    if stand_in is not None:
+        train = recipe.train.model_copy(update={"new_modules_lr": None, "parameters": "all"})
+        recipe = recipe.model_copy(update={"attention": FullConfig(), "train": train})
+    model = sparsify(random_model(recipe, world.device), recipe.attention)
+    check_shareable(model, recipe.sequence.parallel)
+    fused = wants_liger(recipe.train.liger, world.device)
+    if fused:
+        fuse_layers(model, recipe.train.liger)
+    choose_trainable(model, recipe)
+    save_activation_memory(model, recipe.train, plan, world.device)
+    if stand_in == "bare":
+        use_no_attention(model)
+    elif stand_in == "flex" and pattern is not None:
+        use_flex(model, pattern, recipe.sequence.length, world.device)
+    model.train()
+    ulysses = join_sequence_group(recipe)
+    loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
+    engine = initialize(loss, recipe, deepspeed_config(recipe, plan), world)
+
+    def on_step(step: int, result: StepResult) -> None:
+        after_step(result.seconds)
+
+    loop = Loop(
+        engine=engine,
+        recipe=recipe,
+        plan=plan,
+        loader=random_steps(model.config.vocab_size, plan, world),  # type: ignore[arg-type]
+        world=world,
+        state=TrainState(step=0, ranks=world.size),
+        folder=Path(),
+        say=lambda line: None,
+        on_step=on_step,
+        evaluate=lambda: False,
+        save=lambda wait: None,
+        poll_checkpoint=lambda: None,
+        signals=StopSignals(),
+    )
+    try:
+        loop.run()
+    finally:
+        engine.destroy()  # its hooks on the gradients would keep the model for the rest of the process
+
+
+def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
+    """What a short script does: bf16 weights and AdamW states, SDPA, checkpointed layers, the loss in chunks."""
+    _alone(world)
+    model = sparsify(random_model(recipe, world.device), FullConfig())  # for the adapters; its attention is replaced
+    choose_trainable(model, recipe)
+    model.set_attn_implementation("sdpa")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, fused=world.device.type == "cuda")
+    head: Any = model.get_output_embeddings()
+
+    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        rows = batch.input_ids.view(plan.micro_batch, -1)
+        hidden = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+        # The last token of a row has the label of the next row's first, which carries no loss.
+        pieces = zip(hidden.split(PLAIN_CHUNK), batch.labels[0, 1:].split(PLAIN_CHUNK), strict=True)
+        return sum(checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces)
+
+    def step(batch: Batch) -> None:
+        (loss_of(batch) / batch.num_target_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    _timed(step, model.config.vocab_size, plan, world, after_step)
+
+
+def _hugging_face(
+    recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, *, attention: bool = True
+) -> None:
+    """transformers with SDPA, checkpointing and Liger's patch (its fused loss too), under DeepSpeed."""
+    import deepspeed
+
+    _alone(world)
+    model: Any = sparsify(random_model(recipe, world.device), FullConfig())
+    choose_trainable(model, recipe)
+    model.set_attn_implementation("sdpa")
+    if wants_liger("on", world.device):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    if not attention:
+        use_no_attention(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config(recipe, plan), optimizer=optimizer)
+
+    def step(batch: Batch) -> None:
+        rows, labels = batch.input_ids.view(plan.micro_batch, -1), batch.labels[:, :-1].view(plan.micro_batch, -1)
+        engine.backward(engine(input_ids=rows, labels=labels, use_cache=False).loss)
+        engine.step()
+
+    try:
+        _timed(step, model.config.vocab_size, plan, world, after_step)
+    finally:
+        engine.destroy()
+
+
+def _alone(world: World) -> None:
+    if world.size > 1:
+        raise Unavailable("a loop of one process; start it without the launcher")
+
+
+def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
+    for index, steps in enumerate(random_steps(vocab, plan, world)):
+        if index == plan.steps:
+            return
+        batches = [micro.to(world.device) for micro in steps.micro_batches]
+        began = time.perf_counter()
+        for batch in batches:
+            step(batch)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        after_step(time.perf_counter() - began)
+
+
+def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
+    """Endless steps of one rank: every row a document of random tokens."""
+    generator = torch.Generator().manual_seed(world.rank // plan.parallel)
+    rows, length = plan.micro_batch, plan.sequence_length
+    total = rows * length
+    while True:
+        micro_batches = []
+        for _ in range(plan.accumulation):
+            tokens = torch.randint(vocab, (1, total), generator=generator)
+            labels = tokens.clone()
+            labels[:, ::length] = -100
+            batch = Batch(
+                input_ids=tokens,
+                labels=labels,
+                position_ids=torch.arange(length).repeat(rows)[None],
+                cu_seqlens=torch.arange(0, total + 1, length, dtype=torch.int32),
+                num_target_tokens=total - math.ceil(total / length),
+                origin=["random"] * rows,
+            )
+            micro_batches.append(sequence_part(batch, world.rank % plan.parallel, plan.parallel))
+        yield Step(micro_batches, {})
+
+
+WAYS: dict[str, Way] = {
+    "recipe": Way("the recipe as it is", _ours),
+    "dense": Way("the same with full attention", partial(_ours, stand_in="dense")),
+    "flex": Way("the same with the recipe's pattern by FlexAttention", partial(_ours, stand_in="flex")),
+    "bare": Way("the same without attention: the limit of any attention", partial(_ours, stand_in="bare")),
+    "plain": Way("a plain loop: SDPA, checkpointed layers, loss in chunks, AdamW in the weights' dtype", _plain),
+    "hf": Way("transformers with SDPA and Liger, under DeepSpeed", _hugging_face),
+    "hf-bare": Way("the same without attention", partial(_hugging_face, attention=False)),
+}
+"""By name."""
