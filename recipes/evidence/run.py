@@ -129,7 +129,7 @@ def _cell(outcome: Outcome, name: str) -> str:
 
 
 def main(
-    recipe: Annotated[str, typer.Argument(help="A recipe of this folder (recall, recall-finetune, needles, text), or a file.")],
+    recipe: Annotated[str, typer.Argument(help="recall, recall-finetune, needles, text, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 0 and 1 by default.")] = None,
     parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
