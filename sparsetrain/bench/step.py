@@ -20,8 +20,8 @@ from rich.table import Table
 from sparsetrain.bench.options import check_output, parse_lengths
 from sparsetrain.bench.report import machine
 from sparsetrain.bench.step_loops import WAYS
-from sparsetrain.bench.timing import explain, release
-from sparsetrain.errors import BenchError
+from sparsetrain.bench.timing import Unavailable, explain, release
+from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape, load_recipe
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.training.engine import World, init_world
@@ -53,18 +53,19 @@ class _Enough(Exception):
 
 class _Watch:
     """Times of the steps behind the first, which compiles and allocates. A long first step counts where the
-    kernels were compiled at another length."""
+    kernels were compiled at another length. Every rank calls it, and all of them stop at the same step."""
 
-    def __init__(self, device: torch.device, compiled: bool) -> None:
-        self.device, self.compiled = device, compiled
+    def __init__(self, world: World, compiled: bool) -> None:
+        self.world, self.compiled = world, compiled
         self.seconds: list[float] = []
         self.first = True
 
     def __call__(self, seconds: float) -> None:
+        seconds = _largest(seconds, self.world)
         if self.first and not (self.compiled and seconds > LONG_SECONDS):
             self.first = False
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            if self.world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.world.device)
             return
         self.seconds.append(seconds)
         if seconds > LONG_SECONDS:
@@ -77,7 +78,7 @@ def run_step(
     """Measure, print, and write to ``output`` where given.
 
     Raises:
-        BenchError: an option cannot be measured or written to.
+        BenchError: an option cannot be measured or written to, or one of several ranks failed.
         SparsetrainError: the recipe is wrong.
     """
     names = ways.split(",")
@@ -85,6 +86,11 @@ def run_step(
         raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(WAYS)}")
     given = [f"sequence.length={length}" for length in parse_lengths(lengths)] if lengths else [""]
     recipes = [load_recipe(recipe, [*settings, *([one] if one else [])]).recipe for one in given]
+    bits = "none" if recipes[0].lora is None else recipes[0].lora.quantize_base
+    if bits != "none":
+        raise BenchError(
+            f"lora.quantize_base={bits}: steps are measured on random weights in the model's dtype; set it to none"
+        )
     check_output(output)
     world = init_world(recipes[0].deepspeed.timeout)
     if world.main and world.device.type == "cpu":
@@ -111,13 +117,18 @@ def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World
             attention = "none" if "bare" in name else "full" if dense else recipe.attention.method
             # torch.compile makes FlexAttention anew for every length.
             compiled = recipe is not recipes[0] and name != "flex"
-            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world.device, compiled)
+            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, compiled)
             try:
                 WAYS[name].run(recipe, plan, world, watch)
             except _Enough:
                 pass
+            except (Unavailable, SparsetrainError) as error:  # on all ranks alike
+                row.reason = explain(error)
             except Exception as error:
                 row.reason = explain(error)
+                if world.size > 1:
+                    # The others may be waiting in a collective; the launcher ends them once this rank has left.
+                    raise BenchError(f"{name} at {row.length:,} tokens, rank {world.rank}: {row.reason}") from error
             if watch.seconds and not row.reason:
                 row.seconds = median(watch.seconds)
                 row.tokens_per_second = plan.tokens_per_step / row.seconds
@@ -129,9 +140,14 @@ def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World
 def _peak(world: World) -> float | None:
     if world.device.type != "cuda":
         return None
-    peak = torch.tensor(torch.cuda.max_memory_allocated(world.device) / GIB, device=world.device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return peak.item()
+    return _largest(torch.cuda.max_memory_allocated(world.device) / GIB, world)
+
+
+def _largest(value: float, world: World) -> float:
+    """The largest value over all ranks."""
+    found = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
 
 
 def _table(rows: list[StepRow], recipe: Recipe, world: World) -> Table:

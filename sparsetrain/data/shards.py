@@ -89,7 +89,7 @@ def _arrow_batches(file: str) -> Iterator[pa.RecordBatch]:
             yield from pa.ipc.open_stream(stream)
         except pa.ArrowInvalid as problem:
             try:
-                reader = pa.ipc.open_file(file)
+                reader = pa.ipc.open_file(stream)
             except pa.ArrowInvalid:
                 raise problem from None
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))

@@ -44,9 +44,7 @@ class LossBytes:
 def layer_bytes(setting: Setting) -> LayerBytes:
     """The activations of a layer; of the dearer kind where dense and sparse layers alternate."""
     shape, parameters, tokens, e = setting.shape, setting.parameters, setting.tokens, setting.element
-    hidden, q, kv, wide = shape.hidden, shape.q_width, shape.kv_width, shape.intermediate
-    if setting.parallel > shape.kv_heads:
-        kv = setting.parallel * shape.head_dim  # ranks beyond the KV heads hold copies of them
+    hidden, q, kv, wide = shape.hidden, shape.q_width, setting.kv_width, shape.intermediate
     full, adapted = parameters.trains_matrices, parameters.targets
     scored = parameters.scorers > 0 or (setting.recipe.attention.method == "sparsek")
     liger = setting.liger

@@ -50,8 +50,8 @@ class Setting:
             RecipeError: the global batch cannot be made on so many ranks, or the ranks cannot share a sequence.
         """
         parallel = self.recipe.sequence.parallel
-        fault = heads_fault(parallel, self.shape.heads, self.shape.kv_heads)
-        if fault is not None:
+        fault = heads_fault(parallel, self.shape.heads, self.shape.kv_heads) or self.shape.rotary_fault
+        if parallel > 1 and fault is not None:
             raise RecipeError(f"sequence.parallel: {fault}")
         return batch_shape(self.recipe, self.ranks)
 
@@ -64,6 +64,11 @@ class Setting:
     def tokens(self) -> int:
         """Tokens of a micro batch that this rank holds."""
         return -(-self.recipe.sequence.length * self.recipe.train.micro_batch // self.parallel)
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of a token's keys over the ranks that share a sequence: beyond the KV heads they hold copies."""
+        return max(self.shape.kv_heads, self.parallel) * self.shape.head_dim
 
     @property
     def element(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import ModelError
+from sparsetrain.recipe.heads import rotary_fault
 from sparsetrain.recipe.local_model import model_config
 from sparsetrain.recipe.schema import ModelSection
 
@@ -36,6 +37,22 @@ class ModelShape:
     """The projections of queries, keys and values have biases (Qwen2)."""
     plain_head: bool = True
     """Logits are the output projection and nothing else; otherwise the loss cannot be cut into chunks."""
+    rotary_fault: str | None = None
+    """Why its rotary positions keep ranks from sharing a sequence; None if they do not."""
+
+    def as_config(self) -> dict[str, Any]:
+        """A transformers config of this shape."""
+        return {
+            "model_type": "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+        }
 
     @property
     def q_width(self) -> int:
@@ -96,7 +113,7 @@ def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelS
     """The shape of a recipe's model, without the network.
 
     Looked for in ``config_file``, the recipe's ``model.architecture``, the model's folder, the Hub cache, and the table
-    of public configs, in this order. ``model.config_overrides`` apply to all but the last.
+    of public configs, in this order. ``model.config_overrides`` are applied.
 
     Raises:
         ModelError: it is nowhere, or it is no dense decoder with a gated MLP.
@@ -108,10 +125,10 @@ def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelS
         if not config and section.path is not None:
             cached = _cached_config(section.path, section.revision)
             config = _read(cached) if cached is not None else {}
+    if not config and section.path in KNOWN_SHAPES:
+        config = KNOWN_SHAPES[section.path].as_config()
     if config:
         return shape_of_config({**config, **section.config_overrides}, origin)
-    if section.path in KNOWN_SHAPES:
-        return KNOWN_SHAPES[section.path]
     raise ModelError(
         f"model.path={section.path}: its shape is not known here. Give its config.json with --config FILE, or download "
         f"that one file: hf download {section.path} config.json"
@@ -146,6 +163,7 @@ def shape_of_config(config: Mapping[str, Any], origin: str) -> ModelShape:
         tied=bool(text.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)),
         qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
         qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
+        rotary_fault=rotary_fault(text.get("rope_parameters") or text.get("rope_scaling")),
         plain_head=all(text.get(name) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS),
     )
 

@@ -166,10 +166,11 @@ def _communication(setting: Setting, computing: float) -> float:
             hidden = batch.accumulation * (gathered + trained) / link
             seconds += max((1 - HIDDEN_COMMUNICATION) * hidden, hidden - computing)
     if setting.parallel > 1:
-        # Queries, keys, values and outputs change places, in each forward pass and once in backward.
+        # Queries, keys, values and outputs change places, in each forward pass (selective checkpointing keeps what
+        # attention returned, not what was exchanged) and once in backward.
         shape = setting.shape
-        elements = setting.tokens * (2 * shape.q_width + 2 * shape.kv_width)
-        passes = 2 + (setting.checkpointing == "layer")
+        elements = setting.tokens * (2 * shape.q_width + 2 * setting.kv_width)
+        passes = 2 + (setting.checkpointing != "none")
         exchanged = setting.element * elements * shape.layers * passes * batch.accumulation
         seconds += exchanged * (setting.parallel - 1) / setting.parallel / link
     if setting.recipe.train.offload_activations:

@@ -95,9 +95,11 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
     recipe, shape = setting.recipe, setting.shape
     train, section = recipe.train, recipe.deepspeed
     micro = train.micro_batch
+    given = train.global_batch_sequences is not None or train.global_batch_tokens is not None
     while micro > 1:
         micro //= 2
-        yield (f"train.micro_batch={micro}",), "more accumulation; nothing else changes"
+        costs = "more accumulation; nothing else changes" if given else "a smaller global batch, as none is given"
+        yield (f"train.micro_batch={micro}",), costs
     if train.activation_checkpointing == "none":
         yield ("train.activation_checkpointing=selective",), "computes each layer again but for its attention"
     if train.activation_checkpointing != "layer":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from sparsetrain.errors import ModelError
@@ -50,9 +51,9 @@ def without_effect(recipe: Recipe) -> list[str]:
         for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
             if every is not None and every > steps:
                 notes.append(f"{name}={every} has no effect in a run of {steps} steps")
-    tokens = recipe.sequence.length * recipe.train.micro_batch
+    tokens = math.ceil(recipe.sequence.length * recipe.train.micro_batch / recipe.sequence.parallel)
     if recipe.train.mlp_chunk is not None and recipe.train.mlp_chunk >= tokens:
-        notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass has {tokens} tokens")
+        notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass of a rank has {tokens} tokens")
     evaluation = recipe.eval
     measured = [name for name in ("perplexity", "passkey", "recall") if getattr(evaluation, name) is not None]
     if measured and not (evaluation.at_start or evaluation.at_end or evaluation.every):

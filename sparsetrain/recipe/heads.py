@@ -1,6 +1,9 @@
-"""Over how many ranks a sequence can be shared: Ulysses gives every rank whole heads."""
+"""Over how many ranks a sequence can be shared: Ulysses gives every rank whole heads, and a part of the positions."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from sparsetrain.recipe.local_model import model_config
 from sparsetrain.recipe.schema import ModelSection
@@ -32,3 +35,24 @@ def heads_fault(parallel: int, heads: int, kv_heads: int) -> str | None:
         f"needs whole query heads, and whole key/value heads or a copy of one; {', '.join(fitting)} can. To fit longer "
         "rows on one rank: train.activation_checkpointing, train.offload_activations, train.mlp_chunk, deepspeed.stage"
     )
+
+
+def rotary_fault(parameters: Any) -> str | None:
+    """Why ranks cannot share a sequence under a config's rope parameters; None if they can."""
+    for kind in _rope_types(parameters):
+        if kind in ("longrope", "su") or "dynamic" in kind:
+            return (
+                f"the rotary embedding of the model ({kind}) depends on the longest position it sees, which differs "
+                "between ranks; set it to 1"
+            )
+    return None
+
+
+def _rope_types(parameters: Any) -> Iterator[str]:
+    """``rope_type`` (in older configs ``type``) of rope parameters, which some models have by kind of layer."""
+    if isinstance(parameters, dict):
+        for name in ("rope_type", "type"):
+            if isinstance(parameters.get(name), str):
+                yield parameters[name]
+        for inner in parameters.values():
+            yield from _rope_types(inner)

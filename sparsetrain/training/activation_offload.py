@@ -37,7 +37,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._save, self._fetch)
         self.device, self.smallest = device, smallest
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.leaving: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.in_flight: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.last: weakref.ref[_Saved] | None = None
 
     def _save(self, tensor: Tensor) -> Tensor | _Saved:
@@ -48,7 +48,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
             host = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None)
             host.copy_(tensor, non_blocking=True)
         # Held until the next one comes: by then the copy has had a layer's time.
-        self.leaving.append((tensor, self._mark()))
+        self.in_flight.append((tensor, self._mark()))
         saved = _Saved(host, self.last)
         self.last = weakref.ref(saved)
         return saved
@@ -65,6 +65,8 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         before = None if saved.before is None else saved.before()
         if before is not None and before.coming is None:
             before.coming = self._bring(before)
+            # Held here too: its memory must not be used again under the copy should nobody ask for it.
+            self.in_flight.append(before.coming)
         return tensor
 
     def _bring(self, saved: _Saved) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -75,10 +77,10 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         return tensor, self._mark()
 
     def _let_go(self) -> None:
-        while self.leaving:
-            _, left = self.leaving.popleft()
-            if left is not None:
-                torch.cuda.current_stream(self.device).wait_event(left)
+        while self.in_flight:
+            _, copied = self.in_flight.popleft()
+            if copied is not None:
+                torch.cuda.current_stream(self.device).wait_event(copied)
 
     def _beside(self) -> Any:
         """The copying stream, behind what is queued on the computing one so far."""

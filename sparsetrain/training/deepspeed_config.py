@@ -25,6 +25,16 @@ OWNED_BY_RECIPE = {
     "sequence_parallel_size": "sequence.parallel",
     "wandb": "wandb",
 }
+_LOST = "checkpoints do not find the optimizer's state"
+_UNSEEN = "train.on_nonfinite does not see every gradient that is not finite"
+# Settings under which a run could not keep what its recipe promises: the only value that is accepted, and why.
+FIXED = {
+    "zero_optimization.offload_optimizer.ratio": (1.0, _LOST),
+    "zero_optimization.offload_optimizer.super_offload": (False, _LOST),
+    "zero_optimization.zenflow": (None, _LOST),
+    "zero_optimization.compute_grad_norm": (True, _UNSEEN),
+    "bf16.check_grad_overflow": (True, _UNSEEN),
+}
 PASSED_THROUGH = {
     "aio",
     "amp",
@@ -64,12 +74,13 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
 
     Raises:
         RecipeError: the user's JSON is unreadable, has a key DeepSpeed does not know, says ``auto``, or contradicts
-            the recipe.
+            the recipe; or it switches off what the recipe relies on.
     """
     generated = _generated(recipe, plan)
     given = _read(recipe.deepspeed.config)
     _check_keys(given)
     config = _lay_under(given, generated, "")
+    _check_fixed(config)
     zero = config["zero_optimization"]
     # Stated until here so that a JSON cannot offload what the recipe does not.
     for name in ("offload_optimizer", "offload_param"):
@@ -125,6 +136,16 @@ def _check_keys(given: dict[str, Any]) -> None:
             nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise RecipeError(f"deepspeed.config has {key}, which DeepSpeed does not know{hint}")
+
+
+def _check_fixed(config: dict[str, Any]) -> None:
+    for path, (accepted, why) in FIXED.items():
+        *sections, key = path.split(".")
+        holder = config
+        for section in sections:
+            holder = holder[section]
+        if (value := holder.get(key, accepted)) != accepted:
+            raise RecipeError(f"deepspeed.config: {path} is {value!r}, under which {why}; leave it out")
 
 
 def _lay_under(given: dict[str, Any], generated: dict[str, Any], path: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.launched import meeting
+from sparsetrain.training.launched import meeting, ranks_of_this_host
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ def init_world(timeout: float = 30.0) -> World:
     an interrupted compile leaves a lock that hangs every later run.
 
     Args:
-        timeout: minutes to wait for the other ranks. Collectives wait much longer: that a rank is waited for in vain
-            is noticed by :mod:`sparsetrain.training.watch`, which knows progress from a hang, and names the rank.
+        timeout: minutes to wait for the other ranks.
 
     Raises:
         TrainingError: the ranks do not find one another.
@@ -64,13 +63,21 @@ def init_world(timeout: float = 30.0) -> World:
     if not dist.is_initialized():
         with meeting(timeout):
             deepspeed.init_distributed(
-                dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timedelta(minutes=20 * timeout)
+                dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=collective_timeout(timeout)
             )
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def collective_timeout(timeout: float) -> timedelta:
+    """How long collectives wait where ``deepspeed.timeout`` is so many minutes.
+
+    Much longer: that a rank is waited for in vain is noticed by :mod:`sparsetrain.training.watch`, which knows progress
+    from a hang, and names the rank.
+    """
+    return timedelta(minutes=20 * timeout)
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def meeting(timeout: float) -> Iterator[None]:
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    several_hosts = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)) != size
+    several_hosts = ranks_of_this_host(int(size)) != int(size)
     if not several_hosts and not _resolves(address):
         # A container's own name often has no address, and no rank is anywhere else.
         os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -112,6 +112,11 @@ def interface_to(address: str) -> str | None:
             # An address of this host itself is reached by the loopback, but bears the name of its own interface.
             return name
     return None
+
+
+def ranks_of_this_host(ranks: int) -> int:
+    """How many of all ``ranks`` run on this host; all of them where neither torch's launcher nor deepspeed's says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
 
 
 def _resolves(name: str) -> bool:

@@ -55,9 +55,16 @@ def fuse_layers(model: PreTrainedModel, choice: Choice) -> str:
         What was fused, in a sentence.
 
     Raises:
-        ModelError: a kernel computes something else; or ``on``, and Liger does not know the model.
+        ModelError: a kernel computes something else; Liger cannot be imported; or ``on``, and it does not know the
+            model.
     """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
+    except ImportError as error:  # it reaches into transformers, of whose versions it fits some
+        raise ModelError(
+            f"train.liger: {_name()} cannot be imported beside transformers {metadata.version('transformers')} "
+            f"({error}); install another version of liger-kernel, or set it to off"
+        ) from error
 
     family = model.config.model_type
     if family not in KNOWN:

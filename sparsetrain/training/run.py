@@ -163,25 +163,27 @@ class _Run:
         # Not even step 0 is kept of a run that died before its first checkpoint.
         self.tracker.rewind(-1 if start is None else self.state.step)
         self.state.wandb_run_id = self.tracker.run_id
-        try:
-            # The other ranks hear of an error before W&B is closed, which may take a minute.
-            with explained(recipe, world, self.watch):
-                return self._train_to_the_end()
-        except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt):
-                self.saver.abandon()
-            self.tracker.finish(exit_code=1)
-            raise
-
-    def _train_to_the_end(self) -> Outcome:
+        self.watch.last_words = self.saver.abandon
+        # Around the end of a failed run too: a launcher sends SIGTERM as soon as the first rank has left.
         with StopSignals() as signals:
-            outcome = self._train(signals)
-            if outcome is Outcome.FINISHED:
-                signals.release()
-                self._finish()
-            self.tracker.finish()
-            # A launcher kills the other ranks as soon as one has left with an exit code: they leave together.
-            dist.barrier()
+            try:
+                # The other ranks hear of an error before W&B is closed, which may take a minute.
+                with explained(recipe, world, self.watch):
+                    return self._train_to_the_end(signals)
+            except BaseException as error:
+                if not isinstance(error, KeyboardInterrupt):
+                    self.saver.abandon()
+                self.tracker.finish(exit_code=1)
+                raise
+
+    def _train_to_the_end(self, signals: StopSignals) -> Outcome:
+        outcome = self._train(signals)
+        if outcome is Outcome.FINISHED:
+            signals.release()
+            self._finish()
+        self.tracker.finish()
+        # A launcher kills the other ranks as soon as one has left with an exit code: they leave together.
+        dist.barrier()
         return outcome
 
     def _find_checkpoint(self, resume: bool) -> Path | None:

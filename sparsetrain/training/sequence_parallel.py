@@ -9,8 +9,6 @@ divides, and not even alike: stages 0 to 2 of DeepSpeed 0.19.8 divide by the gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -20,8 +18,9 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention import PLAN_ATTRIBUTE
 from sparsetrain.modeling.ulysses import Ulysses
-from sparsetrain.recipe.heads import heads_fault
+from sparsetrain.recipe.heads import heads_fault, rotary_fault
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.engine import collective_timeout
 
 
 def join_sequence_group(recipe: Recipe) -> Ulysses | None:
@@ -32,8 +31,7 @@ def join_sequence_group(recipe: Recipe) -> Ulysses | None:
     """
     if recipe.sequence.parallel == 1:
         return None
-    # As long as for the collectives of all ranks.
-    timeout = timedelta(minutes=1.5 * recipe.deepspeed.timeout)
+    timeout = collective_timeout(recipe.deepspeed.timeout)
     group, _ = dist.new_subgroups(recipe.sequence.parallel, timeout=timeout)
     return Ulysses(group)
 
@@ -49,14 +47,9 @@ def check_config(config: Any, parallel: int) -> None:
     text_config = config.get_text_config()
     heads = text_config.num_attention_heads
     fault = heads_fault(parallel, heads, getattr(text_config, "num_key_value_heads", None) or heads)
+    fault = fault or rotary_fault(getattr(text_config, "rope_parameters", None))
     if fault is not None:
         raise ModelError(f"sequence.parallel={parallel}: {fault}")
-    for kind in _rope_types(getattr(text_config, "rope_parameters", None)):
-        if kind == "longrope" or "dynamic" in kind:
-            raise ModelError(
-                f"sequence.parallel={parallel}: the rotary embedding of the model ({kind}) depends on the longest "
-                "position it sees, which differs between ranks; set it to 1"
-            )
 
 
 def check_shareable(model: PreTrainedModel, parallel: int) -> None:
@@ -72,12 +65,3 @@ def check_shareable(model: PreTrainedModel, parallel: int) -> None:
             f"sequence.parallel={parallel}: {type(model).__name__} also mixes tokens outside attention (state-space, "
             "convolution or linear attention layers), where each rank would see its own part alone; set it to 1"
         )
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    """``rope_type`` of a config's rope parameters, which some models have by kind of layer."""
-    if isinstance(parameters, dict):
-        if isinstance(parameters.get("rope_type"), str):
-            yield parameters["rope_type"]
-        for inner in parameters.values():
-            yield from _rope_types(inner)

@@ -14,6 +14,7 @@ Times are differences of one process's monotonic clock: clocks of two hosts are 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import secrets
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -88,6 +90,8 @@ class Watch:
         """Seconds between two messages of a rank."""
         self.verdict: str | None = None
         """What happened to another rank, once it is known."""
+        self.last_words: Callable[[], None] = lambda: None
+        """Called before a process whose main thread is stuck is ended; it may take some seconds."""
         self._known = threading.Event()
         self._ending = threading.Event()
         self._closed = threading.Event()
@@ -215,7 +219,8 @@ class Watch:
             if isinstance(key.fileobj, Line):
                 self._hear(key.fileobj)
             elif self._listener is not None:
-                self._add(Line(self._listener.accept()[0]), None)
+                with contextlib.suppress(OSError):  # whoever it was has left already
+                    self._add(Line(self._listener.accept()[0]), None)
 
     def _hear(self, line: Line) -> None:
         try:
@@ -242,7 +247,7 @@ class Watch:
             EOFError: it is none of this run.
         """
         rank = message.get("rank")
-        if not hmac.compare_digest(str(message.get("token")), self._token) or rank not in self._seen:
+        if not hmac.compare_digest(_bytes(message.get("token")), _bytes(self._token)) or rank not in self._seen:
             raise EOFError
         self._seen[rank].host = str(message.get("host"))
         return int(rank)
@@ -290,7 +295,11 @@ class Watch:
                 print(f"{rank_name(self.world.rank)} itself was here, in {here}:", file=sys.stderr)
                 traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
                 sys.stderr.flush()
-                os._exit(TrainingError.exit_code)
+                try:
+                    self.last_words()
+                    self._receive(0.0)
+                finally:
+                    os._exit(TrainingError.exit_code)
 
     # Parting.
 
@@ -336,3 +345,8 @@ def _blame(live: list[_Seen], waited: str) -> str:
 def _is_of_connection(error: BaseException) -> bool:
     """Whether an error may only be the echo of another rank's end."""
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
+
+
+def _bytes(token: object) -> bytes:
+    """For a comparison that takes only ASCII as text; strangers may send anything."""
+    return str(token).encode(errors="replace")

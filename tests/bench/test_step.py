@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsetrain.bench import step
 from sparsetrain.bench.step import run_step
-from sparsetrain.bench.step_loops import random_steps
+from sparsetrain.bench.step_loops import WAYS, Way, random_steps
+from sparsetrain.bench.step_models import random_model
 from sparsetrain.errors import BenchError
 from sparsetrain.recipe import batch_shape, load_recipe
 from sparsetrain.recipe.batch import BatchPlan
@@ -44,6 +46,41 @@ def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
     assert all(part.cu_seqlens.tolist() == [0, 96, 192, 288] for part in parts)
     assert not torch.equal(parts[0].input_ids, parts[1].input_ids)
     assert [part.num_target_tokens for part in parts] == [95, 95, 95]
+
+
+def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
+    """Where one rank of several measures more than 20 s, the others stop too."""
+    watch = step._Watch(World(0, 2, torch.device("cpu")), compiled=False)
+    monkeypatch.setattr(step, "_largest", lambda seconds, world: seconds + 2.0)
+    watch(30.0)
+    watch(17.0)
+    with pytest.raises(step._Enough):
+        watch(19.0)
+    assert watch.seconds == [19.0, 21.0]
+
+
+def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
+    """Going on to the next way would leave the others waiting for it in a collective."""
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(WAYS, "recipe", Way("fails", out_of_memory))
+    recipes = [load_recipe("tiny-sparsek").recipe]
+    alone = list(step._measure(recipes, ["recipe"], 1, World(0, 1, torch.device("cpu"))))
+    assert [row.reason for row in alone] == ["out of memory"]
+    with pytest.raises(BenchError, match="recipe at 1,024 tokens, rank 1: out of memory"):
+        list(step._measure(recipes, ["recipe"], 1, World(1, 2, torch.device("cpu"))))
+
+
+def test_the_model_measured_has_what_the_recipe_overrides() -> None:
+    recipe = load_recipe("pretrain-tiny", ["model.config_overrides={num_hidden_layers: 2}"]).recipe
+    assert random_model(recipe, torch.device("cpu")).config.num_hidden_layers == 2
+
+
+def test_weights_in_four_bits_are_refused() -> None:
+    with pytest.raises(BenchError, match=r"lora.quantize_base=4bit: .* set it to none"):
+        run_step("qwen3-32b-sparsek-qlora-32k", [], ways="recipe", lengths=None, repeats=1, output=None)
 
 
 @pytest.mark.parametrize(

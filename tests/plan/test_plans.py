@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_every_shipped_recipe_fits_the_gpus_that_its_comment_names(name):
     assert 0 < plan.time.seconds <= plan.dense_time.seconds
     parts = {name for phase in plan.memory.phases for name, size in phase.parts.items() if size < 0}
     assert not parts
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_command_in_a_recipes_comment_is_valid_and_fits_the_gpus_it_was_planned_for(name):
+    file = shipped_recipes()[name]
+    options = planned_options(file)
+    commands = []
+    for line in file.read_text().splitlines():
+        words = shlex.split(line, comments=False) if line.startswith("#   ") else []
+        if name in words and ("launch/train.py" in words or words[2:3] == ["run"]):
+            given = [word for word in words[words.index(name) + 1 :] if "=" in word]
+            commands.append(given)
+            gpus = words[words.index("--num_gpus") + 1] if "--num_gpus" in words else options.get("gpus", "1")
+            assert make_plan(name, given, gpus=int(gpus), device=options.get("device", "h100")).fits, given
+    assert commands
 
 
 def test_the_page_of_plans_is_what_the_command_writes():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.plan.command import make_plan
 from sparsetrain.plan.devices import find_device, parse_memory
 from sparsetrain.plan.shape import KNOWN_SHAPES, find_shape, shape_of_config
 from sparsetrain.recipe import load_recipe
@@ -55,6 +57,26 @@ def test_a_shape_is_found_where_the_config_is(tmp_path, monkeypatch):
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     assert find_shape(section("somebody/unknown")) == from_folder
+
+
+def test_ranks_are_not_told_to_share_rows_where_a_run_would_refuse_it(tmp_path):
+    shape = KNOWN_SHAPES["meta-llama/Llama-3.2-1B"].as_config()
+    name, options = "llama-3.2-1b-power-lora-128k", {"config": tmp_path / "config.json", "gpus": 8, "memory": "16GB"}
+    combinations = []
+    for rope in ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0}):
+        options["config"].write_text(json.dumps({**shape, "rope_parameters": rope}))
+        combinations.append(" ".join(make_plan(name, **options).suggestion.combination))
+    with pytest.raises(RecipeError, match=r"sequence.parallel: the rotary embedding of the model \(dynamic\)"):
+        make_plan(name, ["sequence.parallel=2"], **options)
+    assert ["parallel" in combination for combination in combinations] == [True, False]
+
+
+@pytest.mark.parametrize("path", KNOWN_SHAPES)
+def test_a_known_shape_takes_overrides_too(path):
+    section = load_recipe("qwen3-0.6b-power-32k").recipe.model.model_copy(update={"path": path})
+    assert find_shape(section) == KNOWN_SHAPES[path]
+    fewer = section.model_copy(update={"config_overrides": {"num_hidden_layers": 3}})
+    assert find_shape(fewer) == replace(KNOWN_SHAPES[path], layers=3)
 
 
 def test_what_a_plan_cannot_count_is_refused():

@@ -32,6 +32,10 @@ def test_what_is_computed_again_takes_time():
     assert seconds("lora=null").matrices > layer.matrices
     assert seconds("sequence.parallel=8").communication > layer.communication
     assert seconds("deepspeed.offload_optimizer=cpu").optimizer > layer.optimizer
+    # What was exchanged is not kept: both exchange it once more.
+    shared = [f"train.activation_checkpointing={mode}" for mode in ("none", "layer", "selective")]
+    none, layer, selective = (seconds("sequence.parallel=8", each).communication for each in shared)
+    assert none < layer == selective
 
 
 def test_the_pairs_of_sparsek_are_those_of_the_method():

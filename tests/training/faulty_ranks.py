@@ -23,6 +23,7 @@ import torch
 from sparsetrain.cli import main
 from sparsetrain.data.loader import StepLoader
 from sparsetrain.training import engine, run
+from sparsetrain.training.checkpoints import saver
 from sparsetrain.training.place import here
 
 engine._import_deepspeed()
@@ -32,6 +33,8 @@ TIMEOUT = 9.0
 FAULTY_STEP = 3
 PATIENCE = 120.0
 """Seconds of it for the others."""
+WRITING = 5.0
+"""Seconds that the part of a checkpoint takes where it is to be slow: longer than a stuck main thread is given."""
 AT_ONCE = 4
 
 
@@ -101,6 +104,18 @@ def slow_evaluation(moment: Path) -> None:
     run.evaluate = slow
 
 
+def fails_while_saving(moment: Path) -> None:
+    """Rank 1 fails while both ranks are still writing the checkpoint of the step before, and rank 0 waits for it."""
+    write = saver.write_blocks
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(WRITING)
+        return write(*arguments)
+
+    saver.write_blocks = slow
+    in_data(1, lambda: raise_it(RuntimeError("a broken thing")))(moment)
+
+
 def kill(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
@@ -115,6 +130,7 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     # More than any machine has: the allocator refuses for real.
     "out-of-memory": in_forward(1, lambda: torch.empty(1 << 50, dtype=torch.uint8)),
     "slow-evaluation": slow_evaluation,
+    "raising-while-saving": fails_while_saving,
 }
 
 
@@ -139,6 +155,8 @@ def start_rank(rank: int, fault: str, recipe: str, folder: Path, port: int) -> i
         if fault == "slow-evaluation":
             corpus = Path(recipe).parent / "corpus.jsonl"
             arguments += ["eval.every=2", f"eval.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}"]
+        if fault == "raising-while-saving":
+            arguments.append(f"checkpoint.every={FAULTY_STEP - 1}")
         code = main(["run", recipe, *arguments, "--output", str(folder / fault)])
     except BaseException:
         import traceback

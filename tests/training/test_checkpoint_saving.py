@@ -15,8 +15,8 @@ import torch
 from sparsetrain.cli import main
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training import run as training
-from sparsetrain.training.checkpoints import saver
-from sparsetrain.training.checkpoints.files import PieceReader
+from sparsetrain.training.checkpoints import saver, store
+from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.loop import Loop
 from sparsetrain.training.tracking import Tracker
 
@@ -91,6 +91,24 @@ def test_a_changed_byte_is_found_and_the_checkpoint_before_taken(tmp_path, tiny,
     assert "at step 4" in said
     assert run.values("loss") == every_step.values("loss")
     assert checksums(run)["step-000006"] == checksums(every_step)["step-000006"]
+    assert checksum_of(newest) == checksums(run)["step-000006"][newest.name], "the damaged one still stands"
+
+
+def test_a_checkpoint_that_was_passed_over_is_not_counted_among_those_to_keep(tmp_path, run_folder, every_step):
+    run = run_folder(tmp_path / "run")
+    shutil.copytree(every_step.path, run.path)
+    store.prune(run.path / "checkpoints/step-000004", keep_last=2)
+    assert run.checkpoints == ["step-000003", "step-000004", "step-000005", "step-000006"]
+    # A million steps are a name of seven digits.
+    (run.path / "checkpoints/step-000006").rename(run.path / "checkpoints/step-1000000")
+    store.prune(run.path / "checkpoints/step-1000000", keep_last=1)
+    assert run.checkpoints == ["step-1000000"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"state.json": 7}', '{"state.json": {"bytes": 7}}'])
+def test_a_manifest_that_says_nothing_is_a_fault_of_the_checkpoint(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    assert "no readable manifest" in store.fault(tmp_path)
 
 
 def test_a_part_that_is_missing_is_named(every_step, tmp_path):

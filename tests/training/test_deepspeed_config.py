@@ -121,6 +121,22 @@ def test_an_unknown_key_is_answered_with_the_nearest(refusal):
     assert "did you mean" not in message
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, "ratio is 0.3, under which checkpoints"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "is True, under which checkpoints"),
+        ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow is {}, under which checkpoints"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "is False, under which train.on_nonfinite"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow is False, under which train.on_nonfinite"),
+    ],
+)
+def test_what_a_run_relies_on_cannot_be_switched_off(config, refusal, given, said):
+    section = {"stage": 3, "offload_optimizer": "cpu"}
+    assert said in refusal(given, **section)
+    config({"config": {"zero_optimization": {"offload_optimizer": {"ratio": 1.0}}}, **section})
+
+
 def test_a_section_must_be_an_object(refusal):
     assert "zero_optimization must be an object, not 2" in refusal({"zero_optimization": 2})
     assert "zero_optimization.offload_param must be an object" in refusal(

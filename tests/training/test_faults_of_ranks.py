@@ -20,7 +20,7 @@ SLACK = 8.0
 
 @pytest.fixture(scope="module")
 def ends(tiny, tmp_path_factory):
-    """``ends(fault)``: how the two ranks of a run with that fault ended."""
+    """``ends(fault)``: how the two ranks of a run with that fault ended, in ``ends.folder``."""
     folder = tmp_path_factory.mktemp("faults")
     done = subprocess.run([sys.executable, str(SCRIPT), str(tiny), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -29,6 +29,7 @@ def ends(tiny, tmp_path_factory):
         found = json.loads((folder / f"{fault}.json").read_text())
         return [(found["codes"][rank], found["seconds"][rank], found["said"][rank]) for rank in "01"]
 
+    read.folder = folder
     return read
 
 
@@ -85,6 +86,13 @@ def test_an_error_on_one_rank_is_told_by_the_other(ends):
         r"rank 1 \(host \S+\) failed \(step 3, waiting for data\): RuntimeError: a broken thing$", error_of(0, said)
     )
     assert "RuntimeError: a broken" in trace
+
+
+def test_an_error_on_one_rank_leaves_all_of_them_the_time_to_write_their_checkpoint(ends):
+    assert [code for code, _, _ in ends("raising-while-saving")] == [3, 1]
+    checkpoints = ends.folder / "raising-while-saving/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002"]
+    assert (checkpoints / "step-000002/manifest.json").exists()
 
 
 def test_out_of_memory_on_one_rank_is_explained_by_both(ends):

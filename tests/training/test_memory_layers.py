@@ -208,11 +208,11 @@ def test_an_offloaded_input_leaves_the_device_in_the_forward_pass(inputs):
     gone, loss = first_input(model, inputs)
     assert gone() is None
     # The last layer's input waits for its copy.
-    assert len(offload.leaving) == 1
+    assert len(offload.in_flight) == 1
     kept, _ = first_input(build(SPARSEK), inputs)
     assert kept() is not None
     loss.backward()
-    assert not offload.leaving
+    assert not offload.in_flight
 
 
 def test_inputs_are_fetched_one_layer_ahead(inputs, monkeypatch):
@@ -238,6 +238,17 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind(inputs):
     assert last() is None
     wanted = backward(build(SPARSEK), inputs)
     assert torch.equal(backward(model, inputs)["loss"], wanted["loss"])
+
+
+def test_what_is_fetched_ahead_is_held_until_it_is_copied_even_if_nobody_asks_for_it():
+    offload = ActivationOffload(CPU, smallest=0)
+    saved = [offload._save(torch.full((4,), value)) for value in (1.0, 2.0)]
+    offload._fetch(saved[1])
+    ahead = weakref.ref(saved[0].coming[0])
+    saved.clear()
+    assert ahead() is not None
+    offload._save(torch.zeros(4))
+    assert ahead() is None
 
 
 def test_small_tensors_stay_where_they_are():

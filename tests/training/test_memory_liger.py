@@ -223,6 +223,12 @@ def test_a_model_that_liger_does_not_know(batch):
         liger.fuse_layers(model, "on")
 
 
+def test_a_version_that_does_not_fit_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    with pytest.raises(ModelError, match=r"train.liger: Liger [\d.]+ cannot be imported beside transformers .* to off"):
+        liger.fuse_layers(build(), "auto")
+
+
 def test_it_is_used_where_there_is_a_gpu_and_the_package(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [liger.wants_liger(choice, cuda) for choice in ("auto", "on", "off")] == [True, True, False]

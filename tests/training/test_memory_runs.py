@@ -81,5 +81,5 @@ def test_what_this_machine_cannot_do_is_refused(refused, tiny, tmp_path, overrid
 def test_tiles_as_long_as_the_row_are_noted(tiny_recipe):
     assert without_effect(tiny_recipe("train.mlp_chunk=255")) == []
     assert without_effect(tiny_recipe("train.mlp_chunk=256")) == [
-        "train.mlp_chunk=256 has no effect: a pass has 256 tokens"
+        "train.mlp_chunk=256 has no effect: a pass of a rank has 256 tokens"
     ]

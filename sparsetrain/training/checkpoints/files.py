@@ -78,7 +78,7 @@ class Block:
 def write_blocks(path: Path, blocks: Sequence[Block], on_progress: Callable[[], None]) -> dict[str, Any]:
     """Write the slices of ``blocks`` as a safetensors file, flushed to the disk.
 
-    safetensors' own writer wants all tensors in host memory at once and knows no checksum; this one copies a block at a
+    safetensors' own writer wants all tensors in host memory at once and knows no checksum; this one copies a chunk at a
     time from the device.
 
     Args:
@@ -134,12 +134,10 @@ def checksum_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> s
 def _stream(header: bytes, blocks: Iterable[Block]) -> Iterator[memoryview]:
     yield memoryview(header)
     for block in blocks:
-        host: Any = block.tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        size = block.tensor.element_size()
+        elements, count = block.tensor.detach(), CHUNK // block.tensor.element_size()
         for each in block.slices:
-            data = memoryview(host[each.offset * size : (each.offset + each.numel) * size])
-            for first in range(0, len(data), CHUNK):
-                yield data[first : first + CHUNK]
+            for part in elements[each.offset : each.offset + each.numel].split(count):
+                yield memoryview(part.cpu().view(torch.uint8).numpy())
 
 
 class PieceReader:

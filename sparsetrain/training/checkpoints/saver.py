@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -29,12 +28,14 @@ from sparsetrain.training.checkpoints.files import Block, write_blocks, write_te
 from sparsetrain.training.checkpoints.host_memory import available_host_memory
 from sparsetrain.training.checkpoints.state import TrainState, random_state
 from sparsetrain.training.engine import World
+from sparsetrain.training.launched import ranks_of_this_host
 from sparsetrain.training.place import here
 
 SHARE_OF_HOST_MEMORY = 0.8
 """Of what is available, that the copies of all ranks of a machine may take; beyond it, training waits for the disk."""
 LAST_WORDS = 15.0
-"""Seconds that a rank waits for its own part of a checkpoint when the run has failed, and rank 0 for the others'."""
+"""Seconds that a rank waits for its own part of a checkpoint when the run has failed, and rank 0 for the others': fewer
+than the 30 that launchers leave a rank once the first has exited."""
 GLANCE = 0.2
 """Seconds between two looks at a thread that is waited for."""
 
@@ -138,22 +139,23 @@ class Saver:
             self._failed(state.step, error)
             return
         texts = {"state.json": json.dumps({**asdict(state), **engine_state.counters(self._engine)}), **documents}
-        write = self._write = _Write(state.step, texts, best)
+        write = _Write(state.step, texts, best)
         blocks, record = engine_state.blocks(self._engine), {"random": random_state()}
         wait = wait or not self._section.asynchronous
-        roomy = wait or _fits(blocks)
-        if not roomy:
+        if not wait and not self._fits(blocks):
             self._say("training waits for this checkpoint: host memory has no room for a copy of the state")
-        if wait or not roomy:
+            wait = True
+        if wait:
+            self._write = write
             self._write_part(write, blocks, record)
+            self.finish()
         else:
             arguments = (write, [block.copied() for block in blocks], record)
             write.thread = threading.Thread(
                 target=self._write_part, args=arguments, name="sparsetrain-checkpoint", daemon=True
             )
+            self._write = write
             write.thread.start()
-        if wait:
-            self.finish()
 
     def poll(self) -> None:
         """After every step: commit the checkpoint that is being written once all ranks have written their parts.
@@ -175,7 +177,10 @@ class Saver:
             self._settle(self._write)
 
     def abandon(self) -> None:
-        """Complete the checkpoint that is being written when the run has failed, without the other ranks' help."""
+        """Complete the checkpoint that is being written when the run has failed, without the other ranks' help.
+
+        Any thread may call it: the main thread may be stuck.
+        """
         write, self._write = self._write, None
         if write is None:
             return
@@ -203,9 +208,15 @@ class Saver:
     def crown(self) -> None:
         """Name the last checkpoint, which is complete, the best: after the evaluation at the end of a run."""
         best, self._candidate = self._candidate, None
-        if self._world.main and best is not None and store.fault(self._folder / best["checkpoint"]) is None:
-            store.write_best(self._folder, best)
-            store.prune(self._folder, self._section.keep_last)
+
+        def name_it() -> None:
+            if best is not None and store.fault(last := self._folder / best["checkpoint"]) is None:
+                store.write_best(self._folder, best)
+                store.prune(last, self._section.keep_last)
+
+        error = self._on_main(name_it)
+        if error is not None:
+            self._say(f"warning: {self._folder / store.BEST} cannot be written: {error}")
 
     def _write_part(self, write: _Write, blocks: list[Block], record: dict[str, Any]) -> None:
         """This rank's files; the record comes last, and says that the other is whole."""
@@ -217,10 +228,11 @@ class Saver:
             write.error = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
     def _settle(self, write: _Write) -> None:
-        self._write = None
         write.join()
         errors: list[Any] = [None] * self._world.size
         dist.all_gather_object(errors, write.error)
+        # Not before: where a rank has died meanwhile, abandon() is still to commit what all have written.
+        self._write = None
         error = next((each for each in errors if each is not None), None)
         if error is None:
             error = self._on_main(lambda: self._commit(write))
@@ -235,7 +247,7 @@ class Saver:
         store.commit(partial, target, write.texts, self._world.size)
         if write.best is not None:
             store.write_best(self._folder, write.best)
-        store.prune(self._folder, self._section.keep_last)
+        store.prune(target, self._section.keep_last)
 
     def _failed(self, step: int, error: str) -> None:
         if self._world.main:
@@ -261,8 +273,14 @@ class Saver:
         dist.broadcast_object_list(error, src=0)
         return error[0]
 
+    def _fits(self, blocks: list[Block]) -> bool:
+        """Whether every rank's host memory has room for a copy of its blocks, and of those of its neighbours.
 
-def _fits(blocks: list[Block]) -> bool:
-    """Whether host memory has room for a copy of the blocks, and the other ranks of this machine for theirs."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
-    return sum(block.nbytes for block in blocks) * ranks_here < SHARE_OF_HOST_MEMORY * available_host_memory()
+        All decide before any of them copies: a copy that a neighbour has made already would count twice.
+        """
+        copies = sum(block.nbytes for block in blocks) * ranks_of_this_host(self._world.size)
+        lacking = torch.tensor(
+            float(copies >= SHARE_OF_HOST_MEMORY * available_host_memory()), device=self._world.device
+        )
+        dist.all_reduce(lacking)
+        return lacking.item() == 0

@@ -69,23 +69,29 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
         files[name] = write_text(partial / name, text)
     write_text(partial / MANIFEST, json.dumps(files, indent=1))
     _flush(partial)
-    if target.exists() and fault(target) is None:
-        # A run resumed at this step saves it again; what stands is the same, and replacing it could lose both.
-        shutil.rmtree(partial)
-    else:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        _flush(target.parent)
+    # What stands there was passed over by --resume, however whole it looks.
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    _flush(target.parent)
     write_text(target.parent / LATEST, f"{target.name}\n")
     _flush(target.parent)
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete what lies before the checkpoints to keep, and what interrupted saves and deletions left behind."""
-    kept = [path for path in sorted(_checkpoints(folder)) if fault(path) is None][-keep_last:]
+def prune(newest: Path, keep_last: int) -> None:
+    """Delete what lies before the checkpoints to keep, and what interrupted saves and deletions left behind.
+
+    Args:
+        newest: the last checkpoint of this run. Those of later steps were passed over by ``--resume``: they do not
+            count among the ones to keep, and stay until the run comes to their step again.
+    """
+    folder = newest.parent
+    found = [path for path in _checkpoints(folder) if _step_of(path) <= _step_of(newest)]
+    whole = [path for path in found if fault(path) is None]
     best = read_best(folder)
     spared = None if best is None else best["checkpoint"]
-    old = [path for path in _checkpoints(folder) if path < kept[0] and path.name != spared]
+    # Nothing where the newest cannot be read back: the storage is not to be trusted now.
+    before = found.index(whole[-keep_last:][0]) if whole and whole[-1] == newest else 0
+    old = [path for path in found[:before] if path.name != spared]
     for path in (*old, *folder.glob("step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -94,9 +100,9 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     """``best.json``: ``checkpoint``, ``metric`` and ``value``; None while there is none that is complete."""
     try:
         best = json.loads((folder / BEST).read_text())
-    except (OSError, ValueError):
+        return best if fault(folder / best["checkpoint"]) is None else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return best if fault(folder / best["checkpoint"]) is None else None
 
 
 def write_best(folder: Path, best: dict[str, Any]) -> None:
@@ -129,7 +135,7 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = _read_manifest(checkpoint)
     except (OSError, ValueError) as error:
         return f"no readable manifest ({error})"
     for name, entry in manifest.items():
@@ -141,10 +147,18 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    entries = manifest.values() if isinstance(manifest, dict) else [None]
+    if not all(isinstance(entry, dict) and entry.keys() >= {"bytes", "crc32"} for entry in entries):
+        raise ValueError("it does not hold the size and CRC-32 of files")
+    return manifest
+
+
 def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, list[str]]:
     lines = list(skipped)
     told = {line.split(":")[0] for line in lines}
-    for candidate in sorted(_checkpoints(folder), reverse=True):
+    for candidate in reversed(_checkpoints(folder)):
         if f"skipping {candidate.name}" in told:
             continue
         found = fault(candidate)
@@ -157,7 +171,7 @@ def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, lis
 def _damage(checkpoint: Path, world: World) -> str | None:
     """What is wrong with the files that fall to this rank."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = _read_manifest(checkpoint)
         for index, (name, entry) in enumerate(sorted(manifest.items())):
             if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry["crc32"]:
                 return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
@@ -167,7 +181,12 @@ def _damage(checkpoint: Path, world: World) -> str | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    """Whole or not, the oldest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _flush(folder: Path) -> None:
