@@ -25,7 +25,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +34,7 @@ from sparsetrain.errors import SparsetrainError, TrainingError
 from sparsetrain.training.engine import World
 from sparsetrain.training.line import Line, Message, listen, own_address
 from sparsetrain.training.place import here, rank_name, waits_for_others
+from sparsetrain.training.seen import Seen, blame
 
 GRACE = 3.0
 """Seconds that a main thread gets to raise an error of its own after another rank failed, and that one with a broken
@@ -45,28 +45,6 @@ ENDING = 90.0
 """Seconds that it may then take to close metrics and W&B (at most a minute) and exit."""
 CONNECT_TIMEOUT = 30.0
 LONGEST_TICK = 10.0
-
-
-@dataclass
-class _Seen:
-    """What is known of a rank, at which time of our own clock."""
-
-    rank: int
-    heard: float
-    moved: float
-    host: str = "unknown"
-    report: Message = field(default_factory=lambda: {"place": "start", "order": 0, "moves": 0, "timed": False})
-    done: bool = False
-    """It has said goodbye."""
-
-    @property
-    def name(self) -> str:
-        return rank_name(self.rank, self.host)
-
-    def update(self, report: Message, now: float) -> None:
-        if report["moves"] != self.report["moves"]:
-            self.moved = now
-        self.heard, self.report = now, report
 
 
 class Watch:
@@ -99,7 +77,7 @@ class Watch:
         self._lines: dict[Line, int | None] = {}
         """Open lines and the rank at the other end; None before it has said which."""
         self._selector = selectors.DefaultSelector()
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, Seen] = {}
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
@@ -151,10 +129,10 @@ class Watch:
         address, port, self._token = meeting[0]
         now = time.monotonic()
         others = range(1, self.world.size) if self.world.main else [0]
-        self._seen = {rank: _Seen(rank, now, now) for rank in others}
+        self._seen = {rank: Seen(rank, now, now) for rank in others}
         problem = None
         if self.world.main:
-            self._seen[0] = _Seen(0, now, now, socket.gethostname())
+            self._seen[0] = Seen(0, now, now, socket.gethostname())
         else:
             try:
                 line = Line(socket.create_connection((address, port), timeout=CONNECT_TIMEOUT))
@@ -252,7 +230,7 @@ class Watch:
         self._seen[rank].host = str(message.get("host"))
         return int(rank)
 
-    def _heard(self, seen: _Seen, message: Message) -> None:
+    def _heard(self, seen: Seen, message: Message) -> None:
         if "report" in message:
             seen.host = message["report"]["host"]
             seen.update(message["report"], time.monotonic())
@@ -275,7 +253,7 @@ class Watch:
         live = [seen for seen in self._seen.values() if not seen.done]
         timed = self.world.main and any(seen.report["timed"] for seen in live)
         if timed and now - max(seen.moved for seen in live) > self.timeout:
-            self._condemn(_blame(live, waited))
+            self._condemn(blame(live, waited))
 
     def _condemn(self, verdict: str) -> None:
         if self.verdict is None:
@@ -322,24 +300,6 @@ class Watch:
         self._selector.close()
         if self._listener is not None:
             self._listener.close()
-
-
-def _blame(live: list[_Seen], waited: str) -> str:
-    """Who keeps the others waiting, among ranks none of which moves."""
-    earliest = min(seen.report["order"] for seen in live)
-    behind = [seen for seen in live if seen.report["order"] == earliest]
-    if len(behind) > 1:
-        behind = [seen for seen in behind if not seen.report["waits"]] or behind
-    if len(behind) == len(live):
-        return (
-            f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. What each was doing "
-            "stands above its exit; if it was at work, raise deepspeed.timeout"
-        )
-    names = ", ".join(seen.name for seen in behind[:4]) + (", ..." if len(behind) > 4 else "")
-    return (
-        f"{names} made no progress for {waited}, last seen in {behind[0].report['place']}, and the others wait. If it "
-        "was at work, raise deepspeed.timeout"
-    )
 
 
 def _is_of_connection(error: BaseException) -> bool:

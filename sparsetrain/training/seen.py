@@ -1,0 +1,48 @@
+"""What a rank knows of the others from their reports, and which of several that do not move is to blame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparsetrain.training.line import Message
+from sparsetrain.training.place import rank_name
+
+
+@dataclass
+class Seen:
+    """What is known of a rank, at which time of our own clock."""
+
+    rank: int
+    heard: float
+    moved: float
+    host: str = "unknown"
+    report: Message = field(default_factory=lambda: {"place": "start", "order": 0, "moves": 0, "timed": False})
+    done: bool = False
+    """It has said goodbye."""
+
+    @property
+    def name(self) -> str:
+        return rank_name(self.rank, self.host)
+
+    def update(self, report: Message, now: float) -> None:
+        if report["moves"] != self.report["moves"]:
+            self.moved = now
+        self.heard, self.report = now, report
+
+
+def blame(live: list[Seen], waited: str) -> str:
+    """Who keeps the others waiting, among ranks none of which moves."""
+    earliest = min(seen.report["order"] for seen in live)
+    behind = [seen for seen in live if seen.report["order"] == earliest]
+    if len(behind) > 1:
+        behind = [seen for seen in behind if not seen.report["waits"]] or behind
+    if len(behind) == len(live):
+        return (
+            f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. What each was doing "
+            "stands above its exit; if it was at work, raise deepspeed.timeout"
+        )
+    names = ", ".join(seen.name for seen in behind[:4]) + (", ..." if len(behind) > 4 else "")
+    return (
+        f"{names} made no progress for {waited}, last seen in {behind[0].report['place']}, and the others wait. If it "
+        "was at work, raise deepspeed.timeout"
+    )
