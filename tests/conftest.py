@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ os.environ.setdefault("WANDB_MODE", "offline")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokenised data of the tests goes to a folder of their own."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(autouse=True)
+def _no_traces_in_the_environment() -> Iterator[None]:
+    """A process group or a W&B service that a test starts in this process is none of the processes of the next."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -53,13 +52,8 @@ def shape() -> ModelShape:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def world() -> World:
     """A process group of this process alone."""
     from sparsetrain.training.engine import init_world
 
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    before = {name: os.environ.get(name) for name in names}
-    yield init_world()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
+    return init_world()
