@@ -121,7 +121,9 @@ def _flex_attention(problem: Problem, kernel_options: dict[str, Any] | None) -> 
         note, create = "mask by compiled create_block_mask", torch.compile(create_block_mask, dynamic=False)
 
     def build() -> BlockMask:
-        return listed_block_mask(problem) if problem.documents is None else document_block_mask(problem, create)
+        if problem.documents is None:
+            return listed_block_mask(problem.pattern, problem.length, problem.device)
+        return document_block_mask(problem, create)
 
     build()  # compiles
     mask, mask_bytes = peak(build, problem.device)

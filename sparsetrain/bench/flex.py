@@ -58,17 +58,17 @@ def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 
 
-def listed_block_mask(problem: Problem) -> BlockMask:
+def listed_block_mask(pattern: Pattern, length: int, device: torch.device) -> BlockMask:
     """The pattern's block mask for one sequence, from its lists."""
-    lists = tile_lists(problem.pattern, problem.length)
+    lists = tile_lists(pattern, length)
     return BlockMask.from_kv_blocks(
-        kv_num_blocks=lists.partial_counts.to(problem.device),
-        kv_indices=lists.partial.to(problem.device),
-        full_kv_num_blocks=lists.full_counts.to(problem.device),
-        full_kv_indices=lists.full.to(problem.device),
+        kv_num_blocks=lists.partial_counts.to(device),
+        kv_indices=lists.partial.to(device),
+        full_kv_num_blocks=lists.full_counts.to(device),
+        full_kv_indices=lists.full.to(device),
         BLOCK_SIZE=TILE,
         mask_mod=causal,
-        seq_lengths=(problem.length, problem.length),
+        seq_lengths=(length, length),
     )
 
 

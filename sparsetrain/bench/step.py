@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +22,6 @@ from sparsetrain.bench.step_loops import WAYS
 from sparsetrain.bench.timing import Unavailable, explain, release
 from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape, load_recipe
-from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.training.engine import World, init_world
 
 GIB = 2**30
@@ -61,7 +59,7 @@ class _Watch:
         self.first = True
 
     def __call__(self, seconds: float) -> None:
-        seconds = _largest(seconds, self.world)
+        seconds = self.world.largest(seconds)
         if self.first and not (self.compiled and seconds > LONG_SECONDS):
             self.first = False
             if self.world.device.type == "cuda":
@@ -86,8 +84,7 @@ def run_step(
         raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(WAYS)}")
     given = [f"sequence.length={length}" for length in parse_lengths(lengths)] if lengths else [""]
     recipes = [load_recipe(recipe, [*settings, *([one] if one else [])]).recipe for one in given]
-    bits = "none" if recipes[0].lora is None else recipes[0].lora.quantize_base
-    if bits != "none":
+    if (bits := recipes[0].base_bits) != "none":
         raise BenchError(
             f"lora.quantize_base={bits}: steps are measured on random weights in the model's dtype; set it to none"
         )
@@ -110,11 +107,9 @@ def run_step(
 
 def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World) -> Iterator[StepRow]:
     for recipe in recipes:
-        shape = batch_shape(recipe, world.size)
-        plan = BatchPlan(**asdict(shape), steps=1 + repeats, warmup_steps=0)
+        plan = batch_shape(recipe, world.size).with_steps(1 + repeats)
         for name in names:
-            dense = name not in ("recipe", "flex")
-            attention = "none" if "bare" in name else "full" if dense else recipe.attention.method
+            attention = WAYS[name].attention or recipe.attention.method
             # torch.compile makes FlexAttention anew for every length.
             compiled = recipe is not recipes[0] and name != "flex"
             row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, compiled)
@@ -140,14 +135,7 @@ def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World
 def _peak(world: World) -> float | None:
     if world.device.type != "cuda":
         return None
-    return _largest(torch.cuda.max_memory_allocated(world.device) / GIB, world)
-
-
-def _largest(value: float, world: World) -> float:
-    """The largest value over all ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=world.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.item()
+    return world.largest(torch.cuda.max_memory_allocated(world.device) / GIB)
 
 
 def _table(rows: list[StepRow], recipe: Recipe, world: World) -> Table:

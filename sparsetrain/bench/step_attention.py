@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from sparsetrain.bench.flex import TILE, causal, tile_lists
+from sparsetrain.bench.flex import listed_block_mask
 from sparsetrain.bench.timing import Unavailable
 from sparsetrain.patterns import Pattern
 
@@ -49,18 +49,9 @@ def use_flex(model: PreTrainedModel, pattern: Pattern, length: int, device: torc
     """
     if device.type != "cuda":
         raise Unavailable("FlexAttention's backward needs CUDA")
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    lists = tile_lists(pattern, length)
-    mask = BlockMask.from_kv_blocks(
-        kv_num_blocks=lists.partial_counts.to(device),
-        kv_indices=lists.partial.to(device),
-        full_kv_num_blocks=lists.full_counts.to(device),
-        full_kv_indices=lists.full.to(device),
-        BLOCK_SIZE=TILE,
-        mask_mod=causal,
-        seq_lengths=(length, length),
-    )
+    mask = listed_block_mask(pattern, length, device)
     compiled = torch.compile(flex_attention)
 
     def forward(

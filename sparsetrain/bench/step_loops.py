@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,19 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.bench.step_attention import use_flex, use_no_attention
 from sparsetrain.bench.step_models import random_model
 from sparsetrain.bench.timing import Unavailable
-from sparsetrain.data import Batch, Step
+from sparsetrain.data import Batch, Row, Step, collate
+from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.recipe import BatchPlan, Recipe
+from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import World, initialize
+from sparsetrain.training.engine import World
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult
-from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.memory import save_activation_memory
-from sparsetrain.training.sequence_parallel import check_shareable, join_sequence_group
+from sparsetrain.training.sequence_parallel import check_shareable
 from sparsetrain.training.signals import StopSignals
 from sparsetrain.training.trainable import choose_trainable
 
@@ -44,10 +44,10 @@ AfterStep = Callable[[float], None]
 class Way:
     """A way to take steps."""
 
-    what: str
-    """In a sentence."""
     run: Callable[[Recipe, BatchPlan, World, AfterStep], None]
     """Take ``plan.steps`` steps."""
+    attention: str | None = None
+    """What its model attends by; None where that is the recipe's method."""
 
 
 def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, stand_in: str | None = None) -> None:
@@ -62,19 +62,14 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
         recipe = recipe.model_copy(update={"attention": FullConfig(), "train": train})
     model = sparsify(random_model(recipe, world.device), recipe.attention)
     check_shareable(model, recipe.sequence.parallel)
-    fused = wants_liger(recipe.train.liger, world.device)
-    if fused:
+    if wants_liger(recipe.train.liger, world.device):
         fuse_layers(model, recipe.train.liger)
     choose_trainable(model, recipe)
-    save_activation_memory(model, recipe.train, plan, world.device)
     if stand_in == "bare":
         use_no_attention(model)
     elif stand_in == "flex" and pattern is not None:
         use_flex(model, pattern, recipe.sequence.length, world.device)
-    model.train()
-    ulysses = join_sequence_group(recipe)
-    loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
-    engine = initialize(loss, recipe, deepspeed_config(recipe, plan), world)
+    engine, _ = build_engine(model, recipe, plan, deepspeed_config(recipe, plan), world, say=lambda line: None)
 
     def on_step(step: int, result: StepResult) -> None:
         after_step(result.seconds)
@@ -184,34 +179,26 @@ def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: Wo
 
 def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
     """Endless steps of one rank: every row a document of random tokens."""
-    generator = torch.Generator().manual_seed(world.rank // plan.parallel)
-    rows, length = plan.micro_batch, plan.sequence_length
-    total = rows * length
+    generator = np.random.default_rng(world.rank // plan.parallel)
+    length = plan.sequence_length
     while True:
         micro_batches = []
         for _ in range(plan.accumulation):
-            tokens = torch.randint(vocab, (1, total), generator=generator)
-            labels = tokens.clone()
-            labels[:, ::length] = -100
-            batch = Batch(
-                input_ids=tokens,
-                labels=labels,
-                position_ids=torch.arange(length).repeat(rows)[None],
-                cu_seqlens=torch.arange(0, total + 1, length, dtype=torch.int32),
-                num_target_tokens=total - math.ceil(total / length),
-                origin=["random"] * rows,
-            )
-            micro_batches.append(sequence_part(batch, world.rank % plan.parallel, plan.parallel))
+            rows = []
+            for _ in range(plan.micro_batch):
+                tokens = generator.integers(vocab, size=length)
+                rows.append(Row(tokens, np.concatenate([[IGNORE], tokens[1:]]), [length], ["random"]))
+            micro_batches.append(sequence_part(collate(rows), world.rank % plan.parallel, plan.parallel))
         yield Step(micro_batches, {})
 
 
 WAYS: dict[str, Way] = {
-    "recipe": Way("the recipe as it is", _ours),
-    "dense": Way("the same with full attention", partial(_ours, stand_in="dense")),
-    "flex": Way("the same with the recipe's pattern by FlexAttention", partial(_ours, stand_in="flex")),
-    "bare": Way("the same without attention: the limit of any attention", partial(_ours, stand_in="bare")),
-    "plain": Way("a plain loop: SDPA, checkpointed layers, loss in chunks, AdamW in the weights' dtype", _plain),
-    "hf": Way("transformers with SDPA and Liger, under DeepSpeed", _hugging_face),
-    "hf-bare": Way("the same without attention", partial(_hugging_face, attention=False)),
+    "recipe": Way(_ours),
+    "dense": Way(partial(_ours, stand_in="dense"), "full"),
+    "flex": Way(partial(_ours, stand_in="flex")),
+    "bare": Way(partial(_ours, stand_in="bare"), "none"),
+    "plain": Way(_plain, "full"),
+    "hf": Way(_hugging_face, "full"),
+    "hf-bare": Way(partial(_hugging_face, attention=False), "none"),
 }
-"""By name."""
+"""By the names that ``sparsetrain bench step --help`` explains."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from sparsetrain.errors import RecipeError
 from sparsetrain.plan.devices import Device
 from sparsetrain.plan.shape import ModelShape
 from sparsetrain.plan.trained import Parameters, count_parameters
-from sparsetrain.recipe.batch import BatchPlan, BatchShape, batch_shape
+from sparsetrain.recipe.batch import BatchShape, batch_shape
 from sparsetrain.recipe.heads import heads_fault
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.deepspeed_config import deepspeed_config
@@ -95,8 +95,7 @@ class Setting:
     @cached_property
     def zero(self) -> dict[str, Any]:
         """The ``zero_optimization`` section that DeepSpeed would get, with its defaults."""
-        plan = BatchPlan(**asdict(self.batch), steps=1, warmup_steps=0)
-        return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, plan)["zero_optimization"]}
+        return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, self.batch.with_steps(1))["zero_optimization"]}
 
     @property
     def stage(self) -> int:

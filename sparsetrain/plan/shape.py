@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import ModelError
+from sparsetrain.logits import changes_logits
 from sparsetrain.recipe.heads import rotary_fault
 from sparsetrain.recipe.local_model import model_config
 from sparsetrain.recipe.schema import ModelSection
@@ -103,8 +104,6 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
 }
 """Shapes by Hub id, so that a plan needs neither the Hub nor a download."""
 
-# Fields by which a model changes its logits, as in sparsetrain.modeling.head, which needs torch.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _TIED_UNLESS_SAID = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
@@ -164,7 +163,7 @@ def shape_of_config(config: Mapping[str, Any], origin: str) -> ModelShape:
         qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
         qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
         rotary_fault=rotary_fault(text.get("rope_parameters") or text.get("rope_scaling")),
-        plain_head=all(text.get(name) in (None, 1, 1.0) for name in _LOGIT_TRANSFORMS),
+        plain_head=not changes_logits(text.get),
     )
 
 

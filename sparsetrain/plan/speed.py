@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.plan.activations import layer_bytes
 from sparsetrain.plan.measured import (
     BANDWIDTH_SHARE,
@@ -109,20 +107,8 @@ def _attention_seconds(setting: Setting, dense: bool) -> float:
     if sparse_layers:
         blocks = BLOCKS if setting.device.hopper else BLOCKS_PLAIN
         rate = SPARSEK if config.method == "sparsek" else blocks
-        total += sparse_layers * seconds(rate, density_of(config, length, shape.kv_heads))
+        total += sparse_layers * seconds(rate, config.build(shape.kv_heads).density(length))
     return total
-
-
-def density_of(config: MethodConfig, length: int, kv_heads: int) -> float:
-    """Share of the causal pairs of ``length`` tokens that a sparse layer computes, one document a row."""
-    pattern = config.pattern(kv_heads)
-    if pattern is not None:
-        return sum(pattern.density(length, head) for head in pattern.heads) / len(pattern.heads)
-    if isinstance(config, SparseKConfig):
-        reads = min(length, config.sinks + config.topk + config.window)
-        pairs = reads * (reads + 1) / 2 + (length - reads) * reads
-        return pairs / (length * (length + 1) / 2)
-    return 1.0
 
 
 def _elementwise_bytes(setting: Setting) -> float:

@@ -116,7 +116,6 @@ def count_states(setting: Setting) -> States:
 
 def weight_bytes(setting: Setting) -> float:
     """Bytes of all weights, the frozen matrices in 4 or 8 bits where the recipe says so."""
-    parameters, lora = setting.parameters, setting.recipe.lora
-    bits = "none" if lora is None else lora.quantize_base
+    parameters, bits = setting.parameters, setting.recipe.base_bits
     each = {"none": float(setting.element), "4bit": BYTES_4BIT, "8bit": BYTES_8BIT}[bits]
     return parameters.matrices * each + setting.element * (parameters.total - parameters.matrices)

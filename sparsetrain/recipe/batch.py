@@ -34,6 +34,15 @@ class BatchShape:
         """Tokens in one step over all ranks, counting every row as full."""
         return self.global_batch_sequences * self.sequence_length
 
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens of a micro batch that one rank holds, counting every row as full."""
+        return math.ceil(self.sequence_length * self.micro_batch / self.parallel)
+
+    def with_steps(self, steps: int, warmup_steps: int = 0) -> BatchPlan:
+        """The plan that takes so many steps of this shape."""
+        return BatchPlan(**asdict(self), steps=steps, warmup_steps=warmup_steps)
+
     def describe(self) -> str:
         """``2 rows x 4 accumulation x 2 ranks = 16 rows = 32,768 tokens a step``."""
         return (
@@ -103,7 +112,7 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
         steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
     else:
         raise RecipeError("train.epochs needs a source whose rows can be counted; give train.steps or train.tokens")
-    return BatchPlan(**asdict(shape), steps=steps, warmup_steps=_warmup_steps(train.warmup, steps))
+    return shape.with_steps(steps, _warmup_steps(train.warmup, steps))
 
 
 def _warmup_steps(warmup: float, steps: int) -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sparsetrain.recipe.local_model import model_config
+from sparsetrain.recipe.local_model import decoder_config
 from sparsetrain.recipe.schema import ModelSection
 
 
 def attention_heads(section: ModelSection) -> tuple[int, int] | None:
     """Query heads and key/value heads of a model, None where its config is not on this machine."""
-    config = model_config(section) | section.config_overrides
-    text_config = config.get("text_config")
-    config = config | text_config if isinstance(text_config, dict) else config
+    config = decoder_config(section)
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     return (heads, kv_heads) if isinstance(heads, int) and isinstance(kv_heads, int) else None

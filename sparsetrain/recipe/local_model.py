@@ -36,10 +36,14 @@ def model_config(section: ModelSection) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def num_layers(section: ModelSection) -> int | None:
-    """Decoder layers of a model, None where its config is not on this machine."""
+def decoder_config(section: ModelSection) -> dict[str, Any]:
+    """The same with the recipe's overrides, and the fields of its text part where there are several."""
     config = model_config(section) | section.config_overrides
     text_config = config.get("text_config")
-    inner = text_config if isinstance(text_config, dict) else {}
-    layers = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
+    return {**text_config, **config} if isinstance(text_config, dict) else config
+
+
+def num_layers(section: ModelSection) -> int | None:
+    """Decoder layers of a model, None where its config is not on this machine."""
+    layers = decoder_config(section).get("num_hidden_layers")
     return layers if isinstance(layers, int) else None

@@ -458,3 +458,8 @@ class Recipe(Section):
     """What is measured."""
     wandb: WandbSection = WandbSection()
     """Where it is shown."""
+
+    @property
+    def base_bits(self) -> Literal["none", "4bit", "8bit"]:
+        """``lora.quantize_base``; ``none`` without adapters too."""
+        return "none" if self.lora is None else self.lora.quantize_base

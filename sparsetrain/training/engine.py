@@ -35,6 +35,12 @@ class World:
         """Whether this rank speaks: it alone logs, writes and draws."""
         return self.rank == 0
 
+    def largest(self, value: float) -> float:
+        """The largest value over all ranks, each of which calls it."""
+        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
 
 def init_world(timeout: float = 30.0) -> World:
     """Join the process group of the launcher, or start one of a single process.

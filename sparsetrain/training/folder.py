@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
         raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Versions of Python and the packages that matter, and the git revision of the working directory."""
     packages: dict[str, str | None] = {}

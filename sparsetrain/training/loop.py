@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 
 from sparsetrain.data import Batch, Step, StepLoader
+from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import TrainingError
 from sparsetrain.methods.base import Method
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
+from sparsetrain.training.chunks import chunks_of
 from sparsetrain.training.engine import FiniteAdamW, World
 from sparsetrain.training.place import here
 from sparsetrain.training.schedule import share_of_peak
@@ -185,9 +187,7 @@ class Loop:
 
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
-        positions = (micro.labels[0, 1:] != -100).nonzero()[:, 0]
-        tokens = math.ceil(self.recipe.sequence.length * self.plan.micro_batch / self.plan.parallel)
-        chunk = self.recipe.train.loss_chunk or tokens
+        positions = (micro.labels[0, 1:] != IGNORE).nonzero()[:, 0]
         tensors = {
             "input_ids": micro.input_ids,
             "position_ids": micro.position_ids,
@@ -197,7 +197,7 @@ class Loop:
         }
         inputs: dict[str, Any] = {name: t.to(self.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: all ranks must make the same number of chunks.
-        inputs["num_chunks"] = math.ceil(tokens / chunk)
+        inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.recipe.train.loss_chunk)
         return inputs
 
     def _nonfinite(self, batch: Step, result: StepResult) -> None:

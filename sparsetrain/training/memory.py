@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from transformers import PreTrainedModel
 
@@ -38,7 +36,7 @@ def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: Ba
     """
     done = []
     if train.mlp_chunk is not None:
-        num_chunks = chunks_of(math.ceil(plan.sequence_length * plan.micro_batch / plan.parallel), train.mlp_chunk)
+        num_chunks = chunks_of(plan.tokens_per_pass, train.mlp_chunk)
         if num_chunks > 1:
             done.append(f"{tile_mlps(model, num_chunks)} MLPs in {num_chunks} tiles each")
     if train.activation_checkpointing != "none":

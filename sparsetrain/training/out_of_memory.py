@@ -85,7 +85,7 @@ def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
 
 def _for_states(recipe: Recipe, world: World) -> Iterator[str]:
     section, lora = recipe.deepspeed, recipe.lora
-    quantized = lora is not None and lora.quantize_base != "none"
+    quantized = recipe.base_bits != "none"
     if world.size > 1 and section.stage < (2 if quantized else 3):
         yield f"deepspeed.stage: {2 if section.stage < 2 else 3} (now {section.stage}, more is shared out over ranks)"
     if section.offload_optimizer == "none" and section.stage > 0 and world.device.type == "cuda":

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,16 +33,16 @@ from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
 from sparsetrain.training.best import score
+from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import World, check_config, init_world, initialize
+from sparsetrain.training.engine import World, check_config, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
 from sparsetrain.training.flops import model_flops_per_token, peak_flops
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult, is_logged
-from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.memory import check_memory_options, save_activation_memory
+from sparsetrain.training.memory import check_memory_options
 from sparsetrain.training.place import here
 from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
@@ -85,17 +85,18 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool) -> _Run:
     output = Path(recipe.output or f"runs/{recipe.name}")
     _on_main(world, lambda: folder.prepare(output, recipe, resume))
     # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
-    check_config(deepspeed_config(recipe, _provisional_plan(recipe, world.size)))
-    bits = "none" if recipe.lora is None else recipe.lora.quantize_base
-    check_quantization(bits, world.device)
+    # The steps, which ``train.epochs`` knows only after the data is read, do not matter here.
+    check_config(deepspeed_config(recipe, batch_shape(recipe, world.size).with_steps(1)))
+    check_quantization(recipe.base_bits, world.device)
     check_memory_options(recipe.train, world.device)
     transformers.set_seed(recipe.train.seed)
     here.at("loading the model")
-    sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
+    if recipe.sequence.parallel > 1:
+        sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_positions(model, recipe.sequence.length)
     sequence_parallel.check_shareable(model, recipe.sequence.parallel)
-    quantize_base(model, bits)
+    quantize_base(model, recipe.base_bits)
     model.to(world.device)  # type: ignore[arg-type]
     here.at("reading the data")
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
@@ -136,17 +137,10 @@ class _Run:
 
         self.say(choose_trainable(self.model, recipe))
         self.costs = _Costs.of(self.model, recipe, world)
-        self.say(f"memory: {save_activation_memory(self.model, recipe.train, self.plan, world.device)}")
         config = deepspeed_config(recipe, self.plan)
         if world.main:
             (self.output / "deepspeed.json").write_text(json.dumps(config, indent=1))
-        self.model.train()
-        here.at("building the engine")
-        self.ulysses = sequence_parallel.join_sequence_group(recipe)
-        fused = wants_liger(recipe.train.liger, world.device)
-        loss = CausalLMLoss(self.model, recipe.train.loss_chunk, fused=fused, ulysses=self.ulysses)
-        self.say(f"loss: {loss.describe()}")
-        self.engine = initialize(loss, recipe, config, world)
+        self.engine, self.ulysses = build_engine(self.model, recipe, self.plan, config, world, self.say)
         self.state = TrainState(ranks=world.size, rows_per_step=self.plan.global_batch_sequences)
         self.saver = Saver(self.engine, self._checkpoints, recipe.checkpoint, world, self._say, self._save_failed)
         if start is None:
@@ -453,12 +447,6 @@ class _Costs:
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Model FLOP utilisation, where the peak of the device is known."""
         return tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
-
-
-def _provisional_plan(recipe: Recipe, ranks: int) -> BatchPlan:
-    """The plan without the steps, which ``train.epochs`` knows only after the data is read."""
-    shape = batch_shape(recipe, ranks)
-    return BatchPlan(**asdict(shape), steps=1, warmup_steps=0)
 
 
 def _on_main(world: World, act: Callable[[], T]) -> T:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,7 +52,7 @@ def check_shared_sequence(
     alone = _hidden(model, row, world)[start : start + len(part)]
     part = part[: len(alone)]
     error = ((part - alone).float().norm() / alone.float().norm().clamp(min=1e-30)).item() if len(alone) else 0.0
-    error = _largest(error, world)
+    error = world.largest(error)
     # In 16 bits rounding alone makes a few percent: matrix products of other shapes add up in another order.
     limit = 1e-3 if part.dtype == torch.float32 else 0.1
     reason = (
@@ -82,7 +81,7 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World,
     _agree(bool(before.isfinite().all()), reason, world)
     # Of ranks that share the row, the first may hold nothing but the document that was changed.
     difference, size = (
-        _largest(tensor.abs().max().item() if tensor.numel() else 0.0, world) for tensor in (before - after, before)
+        world.largest(tensor.abs().max().item() if tensor.numel() else 0.0) for tensor in (before - after, before)
     )
     _agree(
         difference <= 1e-3 * size,
@@ -216,16 +215,7 @@ def _recorded(method: Any) -> Iterator[list[Any]]:
         del method.attend
 
 
-def _largest(value: float, world: World) -> float:
-    """The largest value over all ranks."""
-    found = torch.tensor(value, dtype=torch.float64, device=world.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.item()
-
-
 def _agree(passed: bool, reason: str, world: World) -> None:
     """Raise on every rank if the check failed on any."""
-    failed = torch.tensor(float(not passed), device=world.device)
-    dist.all_reduce(failed)
-    if failed.item():
+    if world.largest(float(not passed)):
         raise TrainingError(f"self-check failed: {reason or 'on another rank, see its message'}")

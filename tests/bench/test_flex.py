@@ -48,7 +48,8 @@ def test_blocks_that_are_not_made_of_tiles_are_refused_with_the_reason():
 
 @pytest.mark.parametrize("length", [1280, 1400])
 def test_block_mask_has_the_forward_lists_and_their_transpose(length):
-    mask = listed_block_mask(problem(length, block=256))
+    case = problem(length, block=256)
+    mask = listed_block_mask(case.pattern, length, case.device)
     want = torch.from_numpy(PowerPattern(256, 2, 1).mask(-(-length // 256)).repeat(2, 0).repeat(2, 1)).tril()
     tiles = -(-length // 128)
     assert (mask.to_dense()[0, 0].bool() == want[:tiles, :tiles]).all()
@@ -82,9 +83,9 @@ def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch
     def uncompiled(function: Any, **options: Any) -> Any:
         return function
 
-    def listed(function: Any, problem: Problem) -> BlockMask:
+    def listed(function: Any, *case: Any) -> BlockMask:
         """A block mask whose predicate also asks its lists: uncompiled, FlexAttention reads the predicate alone."""
-        mask = function(problem)
+        mask = function(*case)
         tiles, predicate = mask.to_dense()[0, 0].bool(), mask.mask_mod
         mask.mask_mod = lambda b, h, query, key: predicate(b, h, query, key) & tiles[query // 128, key // 128]
         return mask

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from sparsetrain.bench.step_loops import WAYS, Way, random_steps
 from sparsetrain.bench.step_models import random_model
 from sparsetrain.errors import BenchError
 from sparsetrain.recipe import batch_shape, load_recipe
-from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.training.engine import World
 
 
@@ -40,7 +38,7 @@ def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
 
 def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
     recipe = load_recipe("tiny-sparsek", ["sequence.length=96", "sequence.parallel=3", "train.micro_batch=3"]).recipe
-    plan = BatchPlan(**asdict(batch_shape(recipe, 3)), steps=1, warmup_steps=0)
+    plan = batch_shape(recipe, 3).with_steps(1)
     parts = [next(random_steps(512, plan, World(rank, 3, torch.device("cpu")))).micro_batches[0] for rank in range(3)]
     assert [part.input_ids.shape[1] for part in parts] == [96, 96, 96]
     assert all(part.cu_seqlens.tolist() == [0, 96, 192, 288] for part in parts)
@@ -51,7 +49,7 @@ def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
 def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
     """Where one rank of several measures more than 20 s, the others stop too."""
     watch = step._Watch(World(0, 2, torch.device("cpu")), compiled=False)
-    monkeypatch.setattr(step, "_largest", lambda seconds, world: seconds + 2.0)
+    monkeypatch.setattr(World, "largest", lambda world, seconds: seconds + 2.0)
     watch(30.0)
     watch(17.0)
     with pytest.raises(step._Enough):
@@ -65,7 +63,7 @@ def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(WAYS, "recipe", Way("fails", out_of_memory))
+    monkeypatch.setitem(WAYS, "recipe", Way(out_of_memory))
     recipes = [load_recipe("tiny-sparsek").recipe]
     alone = list(step._measure(recipes, ["recipe"], 1, World(0, 1, torch.device("cpu"))))
     assert [row.reason for row in alone] == ["out of memory"]

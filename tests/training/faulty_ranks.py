@@ -22,7 +22,7 @@ import torch
 
 from sparsetrain.cli import main
 from sparsetrain.data.loader import StepLoader
-from sparsetrain.training import engine, run
+from sparsetrain.training import build, engine, run
 from sparsetrain.training.checkpoints import saver
 from sparsetrain.training.place import here
 
@@ -72,7 +72,7 @@ def in_forward(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
     """``act`` in the last layer of the model."""
 
     def arrange(moment: Path) -> None:
-        initialize = run.initialize
+        initialize = build.initialize
 
         def faulty(*arguments: Any) -> Any:
             built = initialize(*arguments)
@@ -85,7 +85,7 @@ def in_forward(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
             built.module.model.model.layers[-1].register_forward_hook(hook)
             return built
 
-        run.initialize = faulty
+        build.initialize = faulty
 
     return arrange
 

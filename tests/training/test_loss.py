@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparsetrain.logits import LOGIT_TRANSFORMS
 from sparsetrain.modeling import sparsify
-from sparsetrain.modeling.head import LOGIT_TRANSFORMS, has_plain_head
+from sparsetrain.modeling.head import has_plain_head
 from sparsetrain.training.loss import CausalLMLoss
 
 SHAPE = {

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from gradients import assert_close, loss_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,15 +64,7 @@ def backward(model, inputs):
     model.zero_grad()
     loss = loss_of(model, inputs)
     loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(found, wanted):
-    """Up to rounding, each tensor as a whole."""
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        error = ((found[name] - tensor).norm() / tensor.norm()).item()
-        assert error < 1e-5, f"{name}: {error}"
+    return loss_and_gradients(model, loss)
 
 
 def peak(model, inputs):

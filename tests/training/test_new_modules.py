@@ -16,7 +16,7 @@ from sparsetrain.methods.base import Method
 from sparsetrain.methods.static import StaticMethod
 from sparsetrain.modeling import load, load_model
 from sparsetrain.modeling.adapters import load_adapters, read_adapters
-from sparsetrain.training import run as training
+from sparsetrain.training import build
 from sparsetrain.training.checkpoints import read_weights
 from sparsetrain.training.engine import build_optimizer
 
@@ -164,8 +164,8 @@ def test_new_modules_learn_at_a_rate_of_their_own(tmp_path, arguments, run_folde
         seen.append(engine_of(*given))
         return seen[0]
 
-    engine_of = training.initialize
-    monkeypatch.setattr(training, "initialize", initialize)
+    engine_of = build.initialize
+    monkeypatch.setattr(build, "initialize", initialize)
     run = run_folder(tmp_path / "run")
     overrides = ["lora={rank: 4}", "train.new_modules_lr=0.05", "train.warmup=0", "train.min_lr_ratio=0.5"]
     assert main(arguments(run.path, *overrides, f"deepspeed.stage={stage}")) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsetrain.cli import main
-from sparsetrain.training import run as training
+from sparsetrain.training import build
 from sparsetrain.training.checkpoints import read_weights
 
 POISONED = "model.model.layers.1.self_attn.q_proj.weight"
@@ -18,9 +18,9 @@ POISONED = "model.model.layers.1.self_attn.q_proj.weight"
 SKIP_ON_TWO_RANKS = """
 import os, sys
 from sparsetrain.cli import main
-from sparsetrain.training import run as training
+from sparsetrain.training import build
 
-initialize = training.initialize
+initialize = build.initialize
 
 def poisoned(module, *rest):
     engine = initialize(module, *rest)
@@ -29,7 +29,7 @@ def poisoned(module, *rest):
         weight.register_hook(lambda gradient: gradient * (float("nan") if engine.global_steps == 1 else 1.0))
     return engine
 
-training.initialize = poisoned
+build.initialize = poisoned
 for stage in sys.argv[3:]:
     code = main(["run", sys.argv[1], f"deepspeed.stage={stage}", "train.steps=3", "train.on_nonfinite=skip",
                  "checkpoint.every=1", "checkpoint.keep_last=3", "--output", f"{sys.argv[2]}-{stage}"])
@@ -41,7 +41,7 @@ for stage in sys.argv[3:]:
 @pytest.fixture
 def poison(monkeypatch):
     """Makes one gradient of the second step NaN."""
-    initialize = training.initialize
+    initialize = build.initialize
 
     def poisoned(*arguments):
         engine = initialize(*arguments)
@@ -49,7 +49,7 @@ def poison(monkeypatch):
         weight.register_hook(lambda gradient: gradient * (float("nan") if engine.global_steps == 1 else 1.0))
         return engine
 
-    monkeypatch.setattr(training, "initialize", poisoned)
+    monkeypatch.setattr(build, "initialize", poisoned)
 
 
 def saved_weights(folder, step):

@@ -165,9 +165,7 @@ class Saver:
         """
         if self._write is None:
             return
-        waiting = torch.tensor(float(not self._write.done()), device=self._world.device)
-        dist.all_reduce(waiting)
-        if waiting.item() == 0:
+        if not self._world.largest(float(not self._write.done())):
             self._settle(self._write)
 
     def finish(self) -> None:
@@ -279,8 +277,4 @@ class Saver:
         All decide before any of them copies: a copy that a neighbour has made already would count twice.
         """
         copies = sum(block.nbytes for block in blocks) * ranks_of_this_host(self._world.size)
-        lacking = torch.tensor(
-            float(copies >= SHARE_OF_HOST_MEMORY * available_host_memory()), device=self._world.device
-        )
-        dist.all_reduce(lacking)
-        return lacking.item() == 0
+        return not self._world.largest(float(copies >= SHARE_OF_HOST_MEMORY * available_host_memory()))
