@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,7 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.launched import meeting, ranks_of_this_host
+from sparsetrain.training.launched import join, meeting, ranks_of_this_host
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def init_world(timeout: float = 30.0) -> World:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -68,9 +66,8 @@ def init_world(timeout: float = 30.0) -> World:
     deepspeed = _import_deepspeed()
     if not dist.is_initialized():
         with meeting(timeout):
-            deepspeed.init_distributed(
-                dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=collective_timeout(timeout)
-            )
+            join("nccl" if cuda else "gloo", collective_timeout(timeout))
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))
@@ -172,6 +169,8 @@ class FiniteAdamW(torch.optim.AdamW):
 def _import_deepspeed() -> Any:
     # DeepSpeed logs a page at import and a line per setting; warnings still come through.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch deprecates, and torch says so at each; users cannot help it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
         import deepspeed.ops
@@ -180,9 +179,3 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,6 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sparsetrain.errors import TrainingError
 
@@ -16,6 +20,12 @@ Environment = MutableMapping[str, str]
 
 SLURM_PORTS = range(20000, 30000)
 """Ports at which the ranks of a Slurm job meet where MASTER_PORT is not set; which one follows from the job's id."""
+
+ATTEMPTS = 3
+"""How often the ranks try to connect to one another. gloo now and then loses a connection while it makes it ("no
+error", "connection reset"), on one of the two ranks only, and gives up."""
+PATIENCE = timedelta(minutes=1)
+"""How long a rank that could not connect waits to hear how the others fared."""
 
 
 def adopt_slurm(environment: Environment = os.environ) -> None:
@@ -91,6 +101,48 @@ def meeting(timeout: float) -> Iterator[None]:
         raise TrainingError(message(reason)) from error
     finally:
         patience.cancel()
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Start the process group, on all ranks or on none; where one rank fails to connect, all of them try again.
+
+    Ranks meet at the environment's MASTER_ADDR and MASTER_PORT. A process alone opens no port.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout: of the collectives of the group, and of the first wait for the other ranks.
+
+    Raises:
+        RuntimeError: some rank does not connect, time and again.
+    """
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    for attempt in range(ATTEMPTS):
+        own = dist.PrefixStore(f"attempt-{attempt}", store)
+        problem = ""
+        try:
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+        except RuntimeError as error:
+            problem = f"rank {rank}: {error}"
+            own.set("problem", problem)
+            # Names of groups count up, and must be equal on all ranks; where a group was made, destroying it does this.
+            distributed_c10d._world.group_count = 0
+        if own.add("arrived", 1) == size:
+            own.set("verdict", own.get("problem") if own.check(["problem"]) else "")
+        own.wait(["verdict"], PATIENCE if problem else timeout)
+        problem = own.get("verdict").decode()
+        if not problem:
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    # The store lives in rank 0, which ends last.
+    if own.add("told", 1) == size:
+        own.set("all told", "")
+    if rank == 0:
+        own.wait(["all told"], PATIENCE)
+    raise RuntimeError(problem)
 
 
 def interface_to(address: str) -> str | None:

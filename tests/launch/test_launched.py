@@ -114,3 +114,51 @@ def test_a_rank_whose_others_never_come_gives_up():
     assert done.returncode == 3
     assert "error (rank 1): rank 1 of 2" in done.stderr
     assert "no answer within 0.005 minutes (deepspeed.timeout)" in done.stderr
+
+
+JOIN = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from sparsetrain.training.launched import join
+
+failures, Group = [int(sys.argv[1])], distributed_c10d.ProcessGroupGloo
+
+class Failing(Group):
+    # The connection is made, as far as the other rank can tell, and lost again.
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if failures[0]:
+            failures[0] -= 1
+            raise RuntimeError("Gloo connectFullMesh failed: no error")
+
+distributed_c10d.ProcessGroupGloo = Failing
+try:
+    join("gloo", timedelta(minutes=1))
+except RuntimeError as error:
+    sys.exit(str(error))
+total = torch.ones(())
+dist.all_reduce(total)
+print(total.item())
+"""
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_when_one_rank_fails_to_connect_all_try_again(failures):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ends = []
+    for rank in range(2):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", JOIN, str(failures * rank)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        ends.append(subprocess.Popen(command, env={**os.environ, **variables}, text=True, **pipes))
+    said = [process.communicate(timeout=100) for process in ends]
+    if failures < 3:
+        assert [output.strip() for output, _ in said] == ["2.0", "2.0"], said
+    else:
+        assert all("rank 1: Gloo connectFullMesh failed: no error" in errors for _, errors in said), said
+        assert [process.returncode for process in ends] == [1, 1]

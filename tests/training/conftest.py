@@ -114,7 +114,7 @@ class Ranks:
             self.kill()
         wanted = list(codes or (0,))
         wanted = wanted * len(found) if len(wanted) == 1 else wanted
-        assert found == wanted, self.log
+        assert found == wanted, "\n".join(self.log.splitlines()[-60:])
         return self.log
 
     def wait_until(self, happened: Callable[[], bool], alive: bool = True) -> None:
