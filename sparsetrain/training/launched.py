@@ -130,7 +130,7 @@ def join(backend: str, timeout: timedelta) -> None:
             # Names of groups count up, and must be equal on all ranks; where a group was made, destroying it does this.
             distributed_c10d._world.group_count = 0
         if own.add("arrived", 1) == size:
-            own.set("verdict", own.get("problem") if own.check(["problem"]) else "")
+            own.set("verdict", own.get("problem").decode() if own.check(["problem"]) else "")
         own.wait(["verdict"], PATIENCE if problem else timeout)
         problem = own.get("verdict").decode()
         if not problem:
