@@ -1,7 +1,8 @@
 """Bytes of one rank that do not depend on the tokens: weights, gradients, optimizer, and DeepSpeed's buffers.
 
 Read off DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``runtime/fp16/unfused_optimizer.py``) and
-off :mod:`sparsetrain.training.run`, which puts the whole model on every device before ZeRO-3 shards it.
+off :mod:`sparsetrain.training.run`, which puts the whole model on every device before ZeRO takes it, unless
+:func:`~sparsetrain.training.deepspeed_config.loads_into_shards`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from sparsetrain.plan.measured import BYTES_4BIT, BYTES_8BIT
 from sparsetrain.plan.setting import Setting
+from sparsetrain.training.deepspeed_config import loads_into_shards
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def count_states(setting: Setting) -> States:
         # fp32 masters, moments and gradients, and a copy in the model's dtype.
         host += (16.0 + element) * trained / shards
         masters = moments = 0.0
-    weights, gathered, gathered_head = whole, 0.0, 0.0
+    loading, weights, gathered, gathered_head = whole, whole, 0.0, 0.0
     if stage == 3:
         shard = whole / ranks
         layer = parameters.matrices / setting.shape.layers
@@ -99,8 +101,10 @@ def count_states(setting: Setting) -> States:
         weights = shard
         if setting.recipe.deepspeed.offload_parameters == "cpu":
             host, weights = host + shard, 0.0
+        if loads_into_shards(setting.recipe):
+            loading = weights + element * float(max(parameters.embedding, parameters.largest_matrix))
     return States(
-        loading=whole,
+        loading=loading,
         weights=weights,
         gathered=gathered,
         gathered_head=gathered_head,

@@ -16,6 +16,9 @@ SHORTEST = 2048
 WORTH = 2**28
 """Bytes that a change must save to be named."""
 
+AT_ONCE = "eval.at_start=false"
+"""Without an evaluation before training, ZeRO-3 shards the weights as they are read."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -113,17 +116,23 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
     if setting.ranks > 1:
         for stage in range(section.stage + 1, 4):
             yield (f"deepspeed.stage={stage}",), "communication" if stage < 3 else "weights travel in every pass"
+    sharded = () if section.stage == 3 else ("deepspeed.stage=3",)
+    unmeasured = recipe.eval.at_start and not recipe.eval.empty
+    if setting.ranks > 1 and unmeasured:
+        yield (*sharded, AT_ONCE), "no figures from before training to compare with"
     if not train.offload_activations:
         yield ("train.offload_activations=true",), "copies to host memory, beside the computation"
     size = recipe.sequence.parallel * 2
     while setting.ranks % size == 0 and size <= min(setting.ranks, shape.kv_heads):
         yield (f"sequence.parallel={size}",), "fewer rows at a time, and heads change places in every layer"
         size *= 2
-    if section.stage > 0 or setting.ranks > 1:
-        if section.offload_optimizer == "none":
-            yield ("deepspeed.offload_optimizer=cpu",), "the update runs on the host"
-        if section.offload_parameters == "none":
-            yield ("deepspeed.offload_parameters=cpu",), "weights come from host memory in every pass"
+    if (section.stage > 0 or setting.ranks > 1) and section.offload_optimizer == "none":
+        yield ("deepspeed.offload_optimizer=cpu",), "the update runs on the host"
+    if section.offload_parameters == "none":
+        offload = (*sharded, "deepspeed.offload_parameters=cpu")
+        yield offload, "weights come from host memory in every pass"
+        if unmeasured:
+            yield (*offload, AT_ONCE), "the same, and no figures from before training to compare with"
     if setting.ranks == 1 and section.stage > 0:
         yield ("deepspeed.stage=0",), "nothing: one GPU has nobody to share with"
     if recipe.lora is None and train.parameters == "all" and recipe.model.path is not None:

@@ -92,6 +92,18 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     return config
 
 
+def loads_into_shards(recipe: Recipe) -> bool:
+    """Whether weights go from the host straight into the shards of ZeRO-3, so that no device ever holds them all.
+
+    Only where nothing runs the model before the engine exists: no evaluation at the start and no scorers to fit. Then
+    the model may be larger than a device.
+    """
+    runs_before = (recipe.eval.at_start and not recipe.eval.empty) or getattr(
+        recipe.attention, "init", None
+    ) == "attention"
+    return recipe.deepspeed.stage == 3 and not runs_before
+
+
 def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     section = recipe.deepspeed
     zero = {

@@ -19,6 +19,7 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.deepspeed_config import loads_into_shards
 from sparsetrain.training.launched import join, meeting, ranks_of_this_host
 
 
@@ -107,11 +108,26 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise RecipeError("the recipe leaves no parameter to train")
+    # Before weights are sharded, as it groups them by shape.
     optimizer = build_optimizer(module, recipe, world.device)
+    if loads_into_shards(recipe):
+        _shard(deepspeed, module, config, world.device)
     engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
     if isinstance(optimizer, FiniteAdamW):
         optimizer.overflow = False
     return engine
+
+
+def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Shard a module on the host, one parameter after another; left to itself DeepSpeed moves all of it first."""
+    zero = config["zero_optimization"]
+    quantized = {
+        name: zero.get(name, False) for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+    }
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, **quantized)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
 
 
 def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:

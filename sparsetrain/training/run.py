@@ -35,7 +35,7 @@ from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parall
 from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import Saver, TrainState
-from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
 from sparsetrain.training.engine import World, check_config, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
@@ -97,7 +97,8 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool) -> _Run:
     check_positions(model, recipe.sequence.length)
     sequence_parallel.check_shareable(model, recipe.sequence.parallel)
     quantize_base(model, recipe.base_bits)
-    model.to(world.device)  # type: ignore[arg-type]
+    if not loads_into_shards(recipe):
+        model.to(world.device)  # type: ignore[arg-type]
     here.at("reading the data")
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)

@@ -6,11 +6,15 @@ from importlib import util
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsetrain
+from sparsetrain.recipe import load_recipe, plan_batch
 from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.activation_offload import ActivationOffload
+from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.engine import init_world, initialize
 from sparsetrain.training.liger import fuse_layers
 from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.tiled_mlp import tile_mlps
@@ -142,3 +146,18 @@ def test_the_fused_loss_takes_less_memory(batch):
     head = build(**fields)
     _, _, fused = step(CausalLMLoss(head, 2048, fused=True), batch)
     assert fused < chunked
+
+
+def test_zero_3_shards_weights_of_the_host_without_holding_them_all():
+    model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16) for _ in range(16)))
+    model.requires_grad_(False)[-1].requires_grad_(True)
+    size = sum(weight.nbytes for weight in model.parameters())
+    sections = ["deepspeed.stage=3", "deepspeed.offload_parameters=cpu", "eval.at_start=false", "model.dtype=bfloat16"]
+    recipe = load_recipe("quickstart", sections).recipe
+    world = init_world()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    engine = initialize(model, recipe, deepspeed_config(recipe, plan_batch(recipe, 1)), world)
+    held = torch.cuda.max_memory_allocated() - before
+    engine.destroy()
+    assert held < 0.5 * size, f"{held:,} of {size:,} bytes"

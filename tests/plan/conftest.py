@@ -46,6 +46,12 @@ def setting() -> Callable[..., Setting]:
 
 
 @pytest.fixture
+def recipe_of() -> Callable[..., Recipe]:
+    """``recipe_of(train={...})``: the recipe of such a setting."""
+    return make_recipe
+
+
+@pytest.fixture
 def shape() -> ModelShape:
     """Four layers of width 64."""
     return SHAPE

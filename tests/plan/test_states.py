@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from sparsetrain.plan.memory import estimate_memory
 from sparsetrain.plan.setting import Setting
-from sparsetrain.plan.shape import find_shape
+from sparsetrain.plan.shape import ModelShape, find_shape
 from sparsetrain.plan.states import count_states, weight_bytes
+from sparsetrain.plan.suggest import suggest
 from sparsetrain.recipe import load_recipe
 
 # Of tests/plan/conftest.py's shape: a layer's projections, its two norms and its two norms of heads.
@@ -98,9 +100,45 @@ def test_quantised_matrices_are_counted_in_their_bits(setting):
     assert weights("4bit") == pytest.approx(0.516, abs=0.001)
 
 
-def test_zero_3_begins_with_the_whole_model_on_every_device(setting):
-    load = estimate_memory(setting(ranks=8, deepspeed={"stage": 3})).phases[0]
-    assert (load.name, load.total) == ("load", 2 * TOTAL)
+def test_zero_3_begins_with_its_shard_unless_the_model_runs_before(setting):
+    def load(**sections):
+        phase = estimate_memory(setting(ranks=8, deepspeed={"stage": 3}, **sections)).phases[0]
+        assert phase.name == "load"
+        return phase.total
+
+    measured = {"passkey": {"lengths": [512]}}
+    largest = 1000 * 64
+    assert load() == load(eval={**measured, "at_start": False}) == 2 * (TOTAL / 8 + largest)
+    assert load(eval=measured) == 2 * TOTAL
+    assert load(attention={"method": "sparsek", "topk": 64, "window": 64, "init": "attention"}) > 2 * TOTAL
+
+
+def test_a_model_larger_than_a_gpu_is_sharded_as_it_is_read(setting, recipe_of):
+    large = ModelShape(
+        layers=80,
+        hidden=8192,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        intermediate=28672,
+        vocab=128256,
+        tied=False,
+        qk_norm=False,
+    )
+    sections = {"lora": {"rank": 16}, "eval": {"passkey": {"lengths": [512]}}}
+    planned = setting(ranks=8, shape=large, **sections)
+    assert estimate_memory(planned).needed > 80e9
+
+    def reload(overrides):
+        fields = {"deepspeed": {"stage": 0}, **sections}
+        for override in overrides:
+            (section, name), value = override.partition("=")[0].split("."), override.partition("=")[2]
+            fields[section] = {**fields.get(section, {}), name: yaml.safe_load(value)}
+        return recipe_of(**fields)
+
+    suggestion = suggest(planned, 80e9, reload, lambda recipe: replace(planned, recipe=recipe))
+    assert set(suggestion.combination) >= {"deepspeed.stage=3", "eval.at_start=false"}
+    assert suggestion.needed < 80e9
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "bfloat16"), (0, "float32"), (2, "bfloat16"), (2, "float32")])
