@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from sparsetrain.errors import TrainingError
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.engine import World
+from sparsetrain.training.host_memory import allowed_host_memory
 from sparsetrain.training.place import here
 
 SETTINGS_NAMED = 3
 FRAGMENTED = 0.05
 """Share of the device that may lie reserved and unused before the allocator is worth a mention."""
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container finds the limit of its memory, in either version of Linux's control groups."""
 
 # Not every failed allocation has a class of its own: cuBLAS and the driver raise plain errors.
 _SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
@@ -113,22 +111,7 @@ def _used(device: torch.device) -> str:
         peak = torch.cuda.max_memory_allocated(device)
         return f"the peak was {_gib(peak)} of the {_gib(total)} of {torch.cuda.get_device_name(device)}{held}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"the peak of this process was {_gib(peak)}, and it may use {_gib(host_memory())}"
-
-
-def host_memory() -> int:
-    """Bytes of host memory that this process may use: the machine's, or what its container or a limit leaves it."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY:
-            limits.append(soft)
-    for file in CGROUP_LIMITS:
-        try:
-            limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return min(limits)
+    return f"the peak of this process was {_gib(peak)}, and it may use {_gib(allowed_host_memory())}"
 
 
 def _fragmented(device: torch.device) -> int:

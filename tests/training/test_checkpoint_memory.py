@@ -1,4 +1,4 @@
-"""The copy of the state for a checkpoint is made only where host memory has room for it."""
+"""What a container leaves a process, and the copy of the state for a checkpoint, made only where there is room."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import psutil
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.training.checkpoints import host_memory, saver
-from sparsetrain.training.checkpoints.host_memory import ControlGroup, available_host_memory
+from sparsetrain.training import host_memory
+from sparsetrain.training.checkpoints import saver
+from sparsetrain.training.host_memory import ControlGroup, allowed_host_memory, available_host_memory
 
 
 @pytest.fixture
@@ -27,7 +28,9 @@ def container(tmp_path, monkeypatch):
 def test_a_container_counts_its_limit_and_gives_files_back(container, tmp_path):
     container(1000, 900)
     assert available_host_memory() == 1000 - 900 + 30 - 10
+    assert allowed_host_memory() == 1000
     container("max", 900)
+    assert allowed_host_memory() >= psutil.virtual_memory().total
     assert available_host_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     (tmp_path / "memory.max").unlink()
     assert available_host_memory() > 1000

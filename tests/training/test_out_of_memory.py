@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from sparsetrain.recipe import Recipe
-from sparsetrain.training import out_of_memory
 from sparsetrain.training.engine import World
-from sparsetrain.training.out_of_memory import explain_out_of_memory, host_memory, is_out_of_memory, settings_that_help
+from sparsetrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory, settings_that_help
 from sparsetrain.training.place import here
 
 
@@ -127,13 +126,3 @@ def test_the_allocator_of_the_host_says_so_too():
         torch.empty(1 << 50, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
-
-
-def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(out_of_memory, "CGROUP_LIMITS", (str(limit),))
-    machine = host_memory()
-    limit.write_text("max\n")
-    assert host_memory() == machine
-    limit.write_text("1048576\n")
-    assert host_memory() == 1048576

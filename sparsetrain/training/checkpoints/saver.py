@@ -25,9 +25,9 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe.schema import CheckpointSection
 from sparsetrain.training.checkpoints import engine_state, store
 from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
-from sparsetrain.training.checkpoints.host_memory import available_host_memory
 from sparsetrain.training.checkpoints.state import TrainState, random_state
 from sparsetrain.training.engine import World
+from sparsetrain.training.host_memory import available_host_memory
 from sparsetrain.training.launched import ranks_of_this_host
 from sparsetrain.training.place import here
 
