@@ -63,7 +63,7 @@ class Setting:
     @property
     def tokens(self) -> int:
         """Tokens of a micro batch that this rank holds."""
-        return -(-self.recipe.sequence.length * self.recipe.train.micro_batch // self.parallel)
+        return self.batch.tokens_per_pass
 
     @property
     def kv_width(self) -> int:
