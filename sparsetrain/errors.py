@@ -33,3 +33,8 @@ class TrainingError(SparsetrainError):
 
 class BenchError(SparsetrainError):
     """A benchmark was asked for something that it cannot measure."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the stack that some append; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

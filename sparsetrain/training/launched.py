@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from sparsetrain.errors import TrainingError
+from sparsetrain.errors import TrainingError, first_line
 
 Environment = MutableMapping[str, str]
 
@@ -97,8 +97,7 @@ def meeting(timeout: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrainingError(message(reason)) from error
+        raise TrainingError(message(first_line(error))) from error
     finally:
         patience.cancel()
 

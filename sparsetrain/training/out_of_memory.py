@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sparsetrain.errors import TrainingError
+from sparsetrain.errors import TrainingError, first_line
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.engine import World
 from sparsetrain.training.host_memory import allowed_host_memory
@@ -33,10 +33,9 @@ def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) ->
     """The error to raise instead: the peak, the sequence, and the three unused settings that save most."""
     rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
     settings = list(settings_that_help(recipe, world))
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     message = (
-        f"out of memory in {here} ({first_line}): {_used(world.device)}, with {rows} of {recipe.sequence.length:,} "
-        "tokens at once. "
+        f"out of memory in {here} ({first_line(error).rstrip('.')}): {_used(world.device)}, with {rows} of "
+        f"{recipe.sequence.length:,} tokens at once. "
     )
     if settings:
         message += f"What would help most: {'; '.join(settings[:SETTINGS_NAMED])}. "

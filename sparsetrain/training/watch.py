@@ -30,7 +30,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparsetrain.errors import SparsetrainError, TrainingError
+from sparsetrain.errors import SparsetrainError, TrainingError, first_line
 from sparsetrain.training.engine import World
 from sparsetrain.training.line import Line, Message, listen, own_address
 from sparsetrain.training.place import here, rank_name, waits_for_others
@@ -58,7 +58,7 @@ class Watch:
         timeout: seconds without an answer, or from the first step on without progress.
 
     Raises:
-        TrainingError: a rank cannot reach rank 0, or (on leaving) another rank failed.
+        TrainingError: a rank has ended already or cannot reach rank 0, or (on leaving) another rank failed.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
@@ -83,7 +83,13 @@ class Watch:
     def __enter__(self) -> Watch:
         here.reset()
         if self.world.size > 1:
-            self._connect()
+            try:
+                self._connect()
+            except (RuntimeError, OSError) as error:
+                raise TrainingError(
+                    f"{rank_name(self.world.rank)} lost another rank while they met ({first_line(error)}); what that "
+                    "one printed last says why it ended"
+                ) from error
             self._thread = threading.Thread(target=self._run, name="sparsetrain-watch", daemon=True)
             self._thread.start()
         return self
