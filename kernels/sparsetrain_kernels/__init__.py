@@ -5,10 +5,12 @@ from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 from sparsetrain_kernels.selected_attention import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek import CausalSelection, causal_sparsek, sparsek, sparsek_threshold
+from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 
 __all__ = [
     "BlockPattern",
     "CausalSelection",
+    "SparseKSlots",
     "block_pattern_attention",
     "block_pattern_attention_dense",
     "block_pattern_decode",
@@ -19,5 +21,7 @@ __all__ = [
     "selected_attention_dense",
     "sparsek",
     "sparsek_attention",
+    "sparsek_decode_attention",
+    "sparsek_decode_update",
     "sparsek_threshold",
 ]

@@ -2,7 +2,7 @@
 
 A head has one row of slots: first the sinks, then the selected tokens in any order, then the window as a ring (the
 token at position p lies in slot ``p % window``). Keys keep the rotary position they came with. Which slot holds what is
-told by ``positions`` alone, so that a step is the same few tensor operations for every row and head.
+told by ``positions`` alone, so that a step (``sparsetrain_kernels.sparsek_decode``) is the same for every row and head.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from sparsetrain_kernels.sparsek import sparsek_threshold
+from sparsetrain_kernels.sparsek_decode import (
+    EMPTY,
+    SparseKSlots,
+    buffer_threshold,
+    sparsek_decode_attention,
+    sparsek_decode_update,
+)
 from torch import Tensor
 
 from sparsetrain.methods.base import DecodeState
 from sparsetrain.methods.sparsek_scorer import Moments
 
-EMPTY = -1
-"""Position of a slot that holds nothing, and of a score whose key is gone."""
+__all__ = ["EMPTY", "Sequence", "Slots", "SparseKState"]
 
 
 class Sequence(NamedTuple):
@@ -32,29 +37,36 @@ class Sequence(NamedTuple):
     scores: Tensor
     """``[B, Hs, M]``."""
     positions: Tensor
-    """Position in the text, int64 ``[B, Hs, M]``."""
+    """Position in the text, int64 ``[B, Hs, M]``; ``EMPTY`` where only the score is left."""
 
 
 @dataclass
 class Slots:
-    """The tensors of a state. The first dimension is the batch."""
+    """The tensors of a state. The first dimension is the batch. A step changes them in place."""
 
     keys: Tensor
-    """``[B, H, sinks + topk + window, D]``."""
+    """``[B, H, sinks + topk + window, D]``; this and the next six are what
+    :class:`~sparsetrain_kernels.sparsek_decode.SparseKSlots` says."""
     values: Tensor
-    """``[B, H, sinks + topk + window, D]``."""
     positions: Tensor
-    """int64 ``[B, Hs, sinks + topk + window]``."""
     scores: Tensor
-    """``[B, Hs, sinks + topk + window]``, -inf in empty slots."""
     buffer: Tensor
-    """The largest scores that have competed, ``[B, Hs, score_buffer]``, -inf where there were fewer."""
+    threshold: Tensor
+    read: Tensor
     total: Tensor
     """Sum of all scores before normalisation, fp64 ``[B, Hs]``."""
     squares: Tensor
     """Sum of their squares, fp64 ``[B, Hs]``."""
-    length: Tensor
-    """Tokens read, int64 ``[B]``."""
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens read, int64 ``[B]``."""
+        return self.read[:, 0]
+
+    @property
+    def held(self) -> SparseKSlots:
+        """What a step of decoding reads and changes."""
+        return SparseKSlots(*(getattr(self, name) for name in SparseKSlots._fields))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
         """The slots with ``change`` applied to each tensor."""
@@ -117,9 +129,10 @@ class SparseKState(DecodeState):
                 positions=empty((*selections, slots), EMPTY, dtype=torch.int64),
                 scores=empty((*selections, slots), -torch.inf, dtype=wide),
                 buffer=empty((*selections, self.score_buffer), -torch.inf, dtype=wide),
+                threshold=empty(selections, -torch.inf, dtype=wide),
+                read=empty(selections, 0, dtype=torch.int64),
                 total=empty(selections, 0.0, dtype=torch.float64),
                 squares=empty(selections, 0.0, dtype=torch.float64),
-                length=empty((batch,), 0, dtype=torch.int64),
             )
         return self.slots
 
@@ -130,50 +143,27 @@ class SparseKState(DecodeState):
 
     def threshold(self) -> Tensor:
         """The threshold of every row and head, ``[B, Hs]``; -inf where no more than ``topk`` tokens have competed."""
-        buffer = self._slots.buffer
-        return sparsek_threshold(buffer.double(), self.topk, mask=buffer > -torch.inf).to(buffer.dtype)
+        return self._slots.threshold
 
     @torch.no_grad()
     def step(self, key: Tensor, value: Tensor, scores: Tensor, moments: Moments | None) -> None:
-        """Take in one token a row.
+        """Take in one token a row, as ``sparsek_decode_update`` says.
 
-        The token that leaves the window competes: it takes an empty place if there is one, else that of the smallest
-        score if its own is not smaller (of equal scores the older goes), else it is gone. Its ring slot goes to the new
-        token.
+        The tensors of the slots stay what they are and change in place, so that a CUDA graph can hold the step. The
+        host's :attr:`lengths` grow with each call, not with each replay.
 
         Args:
             key, value: ``[B, H, 1, D]``.
             scores: ``[B, Hs, 1]``.
             moments: after this token; None without normalisation.
         """
-        slots, places = self._slots, slice(self.sinks, self.sinks + self.topk)
-        position = slots.length
-        ring = self.sinks + self.topk + position % self.window
-        leaver = ring[:, None, None].expand_as(scores)
-        competes = (position - self.window >= self.sinks)[:, None, None]
-
-        score = slots.scores.gather(2, leaver)
-        lowest = slots.scores[:, :, places].amin(2, keepdim=True)
-        tied = slots.scores[:, :, places] <= lowest
-        oldest = slots.positions[:, :, places].masked_fill(~tied, torch.iinfo(torch.int64).max)
-        loser = oldest.argmin(2, keepdim=True) + self.sinks
-        wins = competes & (score >= lowest)
-        for tensor in (slots.keys, slots.values, slots.scores, slots.positions):
-            _move(tensor, leaver, loser, wins)
-
-        least, at = slots.buffer.min(2, keepdim=True)
-        slots.buffer.scatter_(2, at, torch.where(competes & (score > least), score, least))
-
-        target = torch.where(position < self.sinks, position, ring)[:, None, None].expand_as(scores)
-        slots.scores.scatter_(2, target, scores)
-        slots.positions.scatter_(2, target, position[:, None, None].expand_as(target))
-        for tensor, new in ((slots.keys, key), (slots.values, value)):
-            tensor.scatter_(2, _wide(target, new), new)
+        slots = self._slots
+        sparsek_decode_update(key, value, scores, slots.held, topk=self.topk, window=self.window, sinks=self.sinks)
         if moments is not None:
-            slots.total, slots.squares = moments
-        slots.length = position + 1
+            torch._foreach_copy_([slots.total, slots.squares], list(moments))
         self.lengths = [length + 1 for length in self.lengths]
 
+    @torch.no_grad()
     def attend(self, query: Tensor, *, gate: str, scale: float | None) -> Tensor:
         """Attention of the last token of every row to what the slots hold, itself included.
 
@@ -185,27 +175,9 @@ class SparseKState(DecodeState):
         Returns:
             ``[B, Hq, 1, D]`` in the query's dtype, accumulated in fp32.
         """
-        slots, (batch, query_heads, _, width) = self._slots, query.shape
-        heads, wide = slots.keys.shape[1], slots.scores.dtype
-        grouped = query.reshape(batch, heads, query_heads // heads, width).to(wide)
-        logits = grouped @ slots.keys.to(wide).transpose(2, 3) * (width**-0.5 if scale is None else scale)
-        logits = logits.masked_fill(slots.positions[:, :, None] == EMPTY, -torch.inf)
-        gates = self._gates()[:, :, None]
-        if gate == "log":
-            logits = logits + gates.log()
-        weights = logits.softmax(dim=-1)
-        if gate == "value":
-            weights = weights * gates
-        return (weights @ slots.values.to(wide)).reshape(query.shape).to(query.dtype)
-
-    def _gates(self) -> Tensor:
-        """``clip(score - threshold, 0, 1)`` of the selected tokens, 1 in the other slots: ``[B, Hs, slots]``."""
-        slots, selected = self._slots, slice(self.sinks, self.sinks + self.topk)
-        held = slots.positions[:, :, selected] != EMPTY
-        above = slots.scores[:, :, selected].masked_fill(~held, 0.0) - self.threshold()[..., None]
-        gates = torch.ones_like(slots.scores)
-        gates[:, :, selected] = above.clamp(0.0, 1.0)
-        return gates
+        return sparsek_decode_attention(
+            query, self._slots.held, topk=self.topk, window=self.window, sinks=self.sinks, gate=gate, scale=scale
+        )
 
     def sequence(self, rows: list[int] | slice, length: int, new: Sequence) -> Sequence:
         """What rows that have read ``length`` tokens hold, and ``new`` tokens after it.
@@ -271,9 +243,10 @@ class SparseKState(DecodeState):
             tensor[rows] = kept
         ranked = ranked[:, :, : self.score_buffer]
         slots.buffer[rows, :, : ranked.shape[2]] = ranked
+        slots.threshold[rows] = buffer_threshold(slots.buffer[rows], self.topk)
         if moments is not None:
             slots.total[rows], slots.squares[rows] = moments
-        slots.length[rows] = length
+        slots.read[rows] = length
         for row in range(len(self.lengths))[rows] if isinstance(rows, slice) else rows:
             self.lengths[row] = length
 
@@ -289,10 +262,3 @@ def _wide(index: Tensor, tensor: Tensor) -> Tensor:
         return index
     batch, heads, _, width = tensor.shape
     return index[..., None].expand(batch, heads if index.shape[1] == 1 else -1, -1, width)
-
-
-def _move(tensor: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> None:
-    """Copy slot ``source`` to slot ``target`` where ``wanted``; all ``[B, Hs, 1]``."""
-    source, target = _wide(source, tensor), _wide(target, tensor)
-    wanted = wanted if tensor.dim() == 3 else wanted[..., None]
-    tensor.scatter_(2, target, torch.where(wanted, tensor.gather(2, source), tensor.gather(2, target)))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sparsek_oracle import threshold
+from sparsetrain_kernels.backend import INTERPRETING
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsetrain.methods import sparsek_state
+from sparsetrain.methods.sparsek_scorer import Moments
 from sparsetrain.methods.sparsek_state import EMPTY, Sequence, SparseKState
 
 SHAPE = {"topk": 6, "window": 5, "sinks": 3}
@@ -55,7 +61,7 @@ def test_over_thousands_of_steps_slots_and_thresholds_are_those_of_the_whole_tex
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(1, 2, 2200))
     scores = torch.from_numpy(noise + np.linspace(0, 4, 2200) * [[[0.0], [1.0]]]).float()
-    slots = state()
+    slots = state(score_buffer=2200)
     feed(slots, scores[..., :1], [1])
     for row in range(1, 2200):
         feed(slots, scores[..., row : row + 1], [1])
@@ -189,3 +195,65 @@ def test_reset_forgets_everything():
     assert not slots.started
     feed(slots, torch.randn(3, 2, 4), [4])
     assert slots.lengths == [4, 4, 4]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter, on machines without a GPU")
+def test_by_the_kernels_too_slots_and_thresholds_are_those_of_the_whole_text(monkeypatch):
+    for name in ("sparsek_decode_update", "sparsek_decode_attention"):
+        monkeypatch.setattr(sparsek_state, name, partial(getattr(sparsek_state, name), backend="triton"))
+    scores = torch.randn(1, 2, 60, generator=torch.Generator().manual_seed(8))
+    slots = state()
+    for chunks in ([20], [1] * 20, [15], [1] * 5):
+        read = slots.lengths[0] if slots.lengths else 0
+        feed(slots, scores[..., read : read + sum(chunks)], chunks)
+    query = torch.ones(1, 2, 1, 1)
+    out = slots.attend(query, gate="value", scale=0.01)
+    for head in range(2):
+        past = scores[0, head].double().numpy()
+        expected = threshold(past[3:55], 6)
+        assert set(held(slots, 0, head)) == kept(past, 59)
+        assert float(slots.threshold()[0, head]) == pytest.approx(expected, abs=1e-6)
+        read = np.array(sorted(kept(past, 59)))
+        weights = np.exp(0.01 * read) / np.exp(0.01 * read).sum()
+        gates = np.where((read >= 3) & (read < 55), np.clip(past[read] - expected, 0, 1), 1.0)
+        assert float(out[0, head]) == pytest.approx(-(weights * gates * read).sum(), rel=1e-5)
+
+
+class _Operations(TorchDispatchMode):
+    """Remembers the names of the operations that compute something, on a GPU by launching it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.name() != "aten::promote_types":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_three_operations_and_leaves_every_tensor_in_its_place():
+    slots = state()
+    feed(slots, torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(9)), [40])
+    key, value, scores = tokens(torch.zeros(2, 2, 1), start=40)
+    moments = Moments(torch.full((2, 2), 3.0).double(), torch.full((2, 2), 4.0).double())
+    places = [tensor.data_ptr() for tensor in vars(slots.slots).values()]
+    with _Operations() as mode:
+        slots.step(key, value, scores, moments)
+        slots.attend(key, gate="value", scale=None)
+    assert mode.names == [
+        "sparsetrain::sparsek_decode_update",
+        "aten::_foreach_copy_",
+        "sparsetrain::sparsek_decode_attention",
+    ]
+    assert [tensor.data_ptr() for tensor in vars(slots.slots).values()] == places
+    assert slots.slots.length.tolist() == slots.lengths == [41, 41]
+    assert all(torch.equal(a, b) for a, b in zip(slots.moments(slice(None)), moments, strict=True))
+
+
+def test_a_forward_pass_with_gradients_on_steps_without_them():
+    slots = state()
+    feed(slots, torch.randn(1, 2, 40), [40])
+    key, value, scores = (tensor.requires_grad_() for tensor in tokens(torch.zeros(1, 2, 1), start=40))
+    slots.step(key, value, scores, None)
+    assert not slots.attend(key, gate="log", scale=None).requires_grad
