@@ -1,19 +1,22 @@
 """Trains a recipe on two ranks once for each fault, and tells how each rank ended. Run as a script.
 
-    python faulty_ranks.py RECIPE FOLDER
+    python faulty_ranks.py [--timeout SECONDS] RECIPE FOLDER [FAULT ...]
 
-The ranks are forked, so that imports are paid once; a few faults run at a time. Writes ``FOLDER/FAULT.json``: exit
-codes (negative: a signal), the seconds from the fault to the end of each rank, and what each rank said.
+The ranks are forked, so that imports are paid once; on CUDA, which does not survive that, each is an interpreter of its
+own. A few faults, by default all of them, run at a time. Writes ``FOLDER/FAULT.json``: exit codes (negative: a signal),
+the seconds from the fault to the end of each rank, and what each rank said.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +31,25 @@ from sparsetrain.training.place import here
 
 engine._import_deepspeed()
 RANKS = 2
-TIMEOUT = 9.0
-"""Seconds of ``deepspeed.timeout`` for faults that only a clock reveals."""
 FAULTY_STEP = 3
 PATIENCE = 120.0
-"""Seconds of it for the others."""
+"""Seconds of ``deepspeed.timeout`` for faults that need no clock."""
 WRITING = 5.0
 """Seconds that the part of a checkpoint takes where it is to be slow: longer than a stuck main thread is given."""
 AT_ONCE = 4
+LONGEST = 180.0
+"""Seconds after which ranks that have not ended by themselves are killed."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--timeout", type=float, default=9.0, help="of faults that only a clock reveals")
+    parser.add_argument("--rank", type=int, help="be this rank of the one fault, and nothing else")
+    parser.add_argument("--port", type=int, default=0, help="where the ranks meet")
+    parser.add_argument("recipe")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("faults", nargs="*")
+    return parser.parse_args(arguments)
 
 
 def now(moment: Path) -> None:
@@ -97,7 +111,7 @@ def slow_evaluation(moment: Path) -> None:
     def slow(*arguments: Any, **settings: Any) -> Any:
         if os.environ["RANK"] == "0":
             for done in range(40):
-                time.sleep(1.5 * TIMEOUT / 40)
+                time.sleep(1.5 * parse().timeout / 40)
                 settings["on_progress"](done, 40)
         return evaluate(*arguments, **settings)
 
@@ -137,30 +151,19 @@ FAULTS: dict[str, Callable[[Path], None]] = {
 TIMED = ("stopped", "hanging-data", "hanging-forward", "slow-evaluation")
 
 
-def start_rank(rank: int, fault: str, recipe: str, folder: Path, port: int) -> int:
-    """Fork a rank and return its process id."""
+def start_rank(rank: int, fault: str, options: argparse.Namespace) -> int:
+    """Start a rank and return its process id."""
+    if torch.cuda.is_available():
+        own = ["--rank", str(rank), "--port", str(options.port), "--timeout", str(options.timeout)]
+        command = [sys.executable, __file__, *own, options.recipe, str(options.folder), fault]
+        return os.spawnv(os.P_NOWAIT, sys.executable, command)
     child = os.fork()
     if child:
         return child
-    log = os.open(folder / f"{fault}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     code = 1
     try:
-        FAULTS[fault](folder / f"{fault}.moment")
-        timeout = TIMEOUT if fault in TIMED else PATIENCE
-        arguments = [f"deepspeed.timeout={timeout / 60}", "train.steps=4", "checkpoint.export=false"]
-        if fault == "slow-evaluation":
-            corpus = Path(recipe).parent / "corpus.jsonl"
-            arguments += ["eval.every=2", f"eval.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}"]
-        if fault == "raising-while-saving":
-            arguments.append(f"checkpoint.every={FAULTY_STEP - 1}")
-        code = main(["run", recipe, *arguments, "--output", str(folder / fault)])
+        code = be_rank(rank, fault, options)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -168,15 +171,35 @@ def start_rank(rank: int, fault: str, recipe: str, folder: Path, port: int) -> i
         os._exit(code)
 
 
-def cause(fault: str, recipe: str, folder: Path) -> None:
+def be_rank(rank: int, fault: str, options: argparse.Namespace) -> int:
+    """Train as this rank and return the exit code."""
+    folder, recipe = options.folder, options.recipe
+    log = os.open(folder / f"{fault}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
+    FAULTS[fault](folder / f"{fault}.moment")
+    timeout = options.timeout if fault in TIMED else PATIENCE
+    arguments = [f"deepspeed.timeout={timeout / 60}", "train.steps=4", "checkpoint.export=false"]
+    if fault == "slow-evaluation":
+        corpus = Path(recipe).parent / "corpus.jsonl"
+        arguments += ["eval.every=2", f"eval.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}"]
+    if fault == "raising-while-saving":
+        arguments.append(f"checkpoint.every={FAULTY_STEP - 1}")
+    return main(["run", recipe, *arguments, "--output", str(folder / fault)])
+
+
+def cause(fault: str, options: argparse.Namespace) -> None:
     """Run the ranks through one fault and record their ends."""
+    folder = options.folder
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = {start_rank(rank, fault, recipe, folder, port): rank for rank in range(RANKS)}
+        options.port = probe.getsockname()[1]
+    running = {start_rank(rank, fault, options): rank for rank in range(RANKS)}
     codes: dict[int, int] = {}
     seconds: dict[int, float] = {}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST
     moment = folder / f"{fault}.moment"
     while running:
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -194,16 +217,25 @@ def cause(fault: str, recipe: str, folder: Path) -> None:
     (folder / f"{fault}.json").write_text(json.dumps(result))
 
 
-if __name__ == "__main__":
-    waiting = list(FAULTS)
+def cause_all(options: argparse.Namespace) -> None:
+    """Run through the faults, a few at a time, each in a process that owns its ranks."""
+    waiting = options.faults or list(FAULTS)
     running = 0
     while waiting or running:
         if waiting and running < AT_ONCE:
             name = waiting.pop()
             running += 1
             if os.fork() == 0:
-                cause(name, sys.argv[1], Path(sys.argv[2]))
+                cause(name, options)
                 os._exit(0)
         else:
             os.wait()
             running -= 1
+
+
+if __name__ == "__main__":
+    given = parse()
+    if given.rank is None:
+        cause_all(given)
+    else:
+        sys.exit(be_rank(given.rank, given.faults[0], given))
