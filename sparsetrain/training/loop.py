@@ -127,13 +127,9 @@ class Loop:
             method.observing = is_logged(self.recipe, self.plan, self.state.step + 1)
 
         # [targets, tokens] summed over ranks; stays on the device until the step is done.
-        counts = torch.tensor(
-            [
-                sum(micro.num_target_tokens for micro in batch.micro_batches),
-                sum(micro.num_tokens for micro in batch.micro_batches),
-            ],
-            dtype=torch.float64,
-            device=self.world.device,
+        counts = self._on_device(
+            sum(micro.num_target_tokens for micro in batch.micro_batches),
+            sum(micro.num_tokens for micro in batch.micro_batches),
         )
         dist.all_reduce(counts)
         scale = 1.0 / counts[0].clamp(min=1.0)
@@ -155,15 +151,15 @@ class Loop:
             self.engine.step()
 
         # A signal counts however late in the step it comes, and on whichever rank.
-        asked = torch.tensor([self.signals.preempted, self.signals.interrupted], dtype=nll.dtype).to(nll.device)
-        sums = torch.cat([nll[None], asked])
+        sums = torch.cat([nll[None], self._on_device(self.signals.preempted, self.signals.interrupted)])
         dist.all_reduce(sums)
         loss_value, tokens, preempted, interrupted = torch.stack([sums[0] * scale, counts[1], *sums[1:]]).tolist()
+        norm = self.engine.get_global_grad_norm()
         result = StepResult(
             loss=loss_value,
             lr=share * train.lr,
             lr_new_modules=share * (train.new_modules_lr or train.lr),
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            grad_norm=0.0 if norm is None else float(norm),
             tokens=int(tokens),
             applied=bool(self.engine.was_step_applied()),
             seconds=time.perf_counter() - began,
@@ -172,6 +168,10 @@ class Loop:
         # DeepSpeed's launcher adds a SIGTERM to a Ctrl-C.
         stop = Outcome.INTERRUPTED if interrupted else Outcome.PREEMPTED if preempted else None
         return result, stop
+
+    def _on_device(self, *values: float) -> torch.Tensor:
+        """Numbers of this rank in fp64, for all ranks to add up; the host does not wait for the copy."""
+        return torch.tensor(values, dtype=torch.float64).to(self.world.device, non_blocking=True)
 
     def _observations(self) -> dict[str, float]:
         """What the methods with telemetry saw in this step, averaged over the ranks."""
