@@ -120,7 +120,7 @@ class SparseKMethod(Method):
         self.training_topk = config.topk
         """``topk`` of the step in training; evaluation and generation always use the config's."""
         self._seen: dict[int, list[dict[str, torch.Tensor]]] = {}
-        self._lifetimes: dict[int, torch.Tensor] = {}
+        self._exits: dict[int, torch.Tensor] = {}
 
     def begin_step(self, step: int, steps: int) -> None:
         """Shrink the selection from ``topk_start`` to ``topk``, linearly over ``topk_steps``."""
@@ -244,18 +244,28 @@ class SparseKMethod(Method):
     def observations(self) -> dict[str, float]:
         """What ``sparsetrain_kernels.sparsek.topk_statistics`` tells of each layer's selections, and mean and spread of
         its scores: means over the calls since the last time. Without the numbers a short text cannot give."""
+        import torch
+
         seen, self._seen = self._seen, {}
         means = {}
         for layer, calls in sorted(seen.items()):
-            for name in calls[0]:
-                mean = sum(float(call[name]) for call in calls) / len(calls)
+            # Read from the device at once.
+            numbers = torch.stack([number for call in calls for number in call.values()]).tolist()
+            for i, name in enumerate(calls[0]):
+                mean = sum(numbers[i :: len(calls[0])]) / len(calls)
                 if not math.isnan(mean):
                     means[f"sparsek/{STATISTICS.get(name, name)}/layer_{layer:02}"] = mean
         return means
 
     def lifetimes(self) -> dict[int, torch.Tensor]:
         """See :meth:`Method.lifetimes`. Sinks are read to the end of their document."""
-        return dict(self._lifetimes)
+        import torch
+
+        found = {}
+        for layer, exit in self._exits.items():
+            left = torch.arange(exit.shape[1], dtype=torch.int32, device=exit.device) + self.config.window
+            found[layer] = (exit - left).clamp(min=0)
+        return found
 
     def _refuse(self, options: Mapping[str, Any]) -> None:
         for name in ("softcap", "sink_logits"):
@@ -298,10 +308,9 @@ class SparseKMethod(Method):
 
         config = self.config
         found = topk_statistics(scores, selection, topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)
-        found |= {"score_mean": scores.mean(), "score_std": scores.std()}
+        found["score_std"], found["score_mean"] = torch.std_mean(scores)
         self._seen.setdefault(layer.layer_idx, []).append(found)
-        left = torch.arange(config.window, config.window + scores.shape[2], device=scores.device)
-        self._lifetimes[layer.layer_idx] = (selection.exit[0] - left).clamp(min=0).int()
+        self._exits[layer.layer_idx] = selection.exit[0]
 
     def _select_and_attend(
         self,

@@ -8,14 +8,23 @@ where the documents are known, in the layer's attention.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.sparsek import find_places, place_scores
+from sparsetrain_kernels.sparsek.placement_reference import EPSILON, Moments, Places, timestep_norm
 from torch import Tensor, nn
 
-EPSILON = 1e-5
-"""Added to the variance, as in Megalodon (2404.08801, 3.2): the first token of a document has none."""
+__all__ = [
+    "EPSILON",
+    "Moments",
+    "Places",
+    "SparseKScorer",
+    "find_places",
+    "hashed_scores",
+    "place_scores",
+    "timestep_norm",
+]
 
 CHUNK = 8192
 """Tokens that are lifted to fp32 at a time."""
@@ -102,88 +111,12 @@ class _WideLinear(torch.autograd.Function):
         grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if need_x else None
         if not need_weight:
             return grad_x, None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        for g, piece in zip(grad.split(CHUNK, dim=1), x.split(CHUNK, dim=1), strict=True):
-            grad_weight += torch.einsum("bnh,bnw->hw", g, piece.to(g.dtype))
+        pairs = zip(grad.split(CHUNK, dim=1), x.split(CHUNK, dim=1), strict=True)
+        parts = (g.flatten(0, 1).t() @ piece.to(g.dtype).flatten(0, 1) for g, piece in pairs)
+        grad_weight = next(parts)
+        for part in parts:
+            grad_weight += part
         return grad_x, grad_weight.to(weight.dtype)
-
-
-class Moments(NamedTuple):
-    """What normalisation remembers of the tokens before: their sum and sum of squares, fp64 ``[B, heads]``."""
-
-    total: Tensor
-    squares: Tensor
-
-
-class Places(NamedTuple):
-    """Where the tokens of one call stand in their documents: int64 ``[N]`` or ``[B, N]``."""
-
-    position: Tensor
-    """Position within the document."""
-    first: Tensor
-    """Index along N of the document's first token; below 0 where the document began in an earlier call."""
-
-
-def find_places(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Places:
-    """The places of ``length`` tokens of one document, or of the packed documents ``cu_seqlens``. Never syncs."""
-    first = document_bounds(length, cu_seqlens, device)[0].long()
-    return Places(torch.arange(length, device=device) - first, first)
-
-
-def timestep_norm(scores: Tensor, places: Places, moments: Moments | None = None) -> tuple[Tensor, Moments]:
-    """Normalise each score by mean and variance of the scores of its document up to and including its own.
-
-    Scores of the past never change when a token is added, so a token keeps the score it entered with. Sums run in
-    fp64: at a million tokens a sum in fp32 has drifted by more than the scores' differences.
-
-    Args:
-        scores: ``[B, heads, N]``.
-        places: places of the N tokens.
-        moments: of the same documents' tokens in earlier calls.
-
-    Returns:
-        fp64 ``[B, heads, N]``, and the moments after the last token.
-    """
-    wide = scores.double()
-    total = _sum_so_far(wide, places, moments and moments.total)
-    squares = _sum_so_far(wide * wide, places, moments and moments.squares)
-    count = _per_head(places.position + 1)
-    mean = total / count
-    variance = (squares / count - mean * mean).clamp(min=0.0)
-    return (wide - mean) * (variance + EPSILON).rsqrt(), Moments(total[..., -1].detach(), squares[..., -1].detach())
-
-
-def _sum_so_far(values: Tensor, places: Places, before: Tensor | None) -> Tensor:
-    """Running sums ``[B, heads, N]`` that start anew with each document, or go on from ``before``."""
-    running = values.cumsum(dim=-1)
-    if before is not None:
-        return running + before[..., None]
-    ahead = torch.nn.functional.pad(running, (1, 0))
-    return running - ahead.gather(-1, _per_head(places.first).expand_as(values))
-
-
-def _per_head(places: Tensor) -> Tensor:
-    """``[N]`` or ``[B, N]`` as it broadcasts over ``[B, heads, N]``."""
-    return places if places.dim() == 1 else places[:, None]
-
-
-def place_scores(
-    linear: Tensor, gain: Tensor | None, places: Places, slope: float, moments: Moments | None = None
-) -> tuple[Tensor, Moments | None]:
-    """The scores that compete: normalised if there is a gain, plus ``slope`` times the position.
-
-    The slope joins after the normalisation. Before it, the slope's own spread would grow with the text until the
-    normalised scores said where a token stands and nothing else.
-
-    Returns:
-        Scores ``[B, heads, N]`` in the dtype of ``linear`` (fp32 or fp64), and the moments after the last token.
-    """
-    scores: Tensor = linear.double()
-    after = None
-    if gain is not None:
-        scores, after = timestep_norm(linear, places, moments)
-        scores = scores * gain
-    return (scores + slope * _per_head(places.position)).to(linear.dtype), after
 
 
 def hashed_scores(heads: int, layer_index: int, places: Places, *, like: Tensor) -> Tensor:
@@ -193,7 +126,8 @@ def hashed_scores(heads: int, layer_index: int, places: Places, *, like: Tensor)
         ``[B, heads, N]`` for a batch of queries ``like`` ``[B, Hq, N, D]``, fp32 or fp64.
     """
     head = torch.arange(heads, device=like.device)[:, None] + heads * layer_index
-    bits = _per_head(places.position) * 0x9E3779B1 + head * 0x85EBCA77
+    position = places.position if places.position.dim() == 1 else places.position[:, None]
+    bits = position * 0x9E3779B1 + head * 0x85EBCA77
     for multiplier in (0x7FEB352D, 0x846CA68B):  # a 32-bit integer hash ("lowbias32")
         bits = bits & 0xFFFFFFFF
         bits = (bits ^ (bits >> 16)) * multiplier

@@ -14,6 +14,8 @@ from sparsetrain_kernels import (
     sparsek,
     sparsek_attention,
 )
+from sparsetrain_kernels.sparsek import topk_statistics
+from sparsetrain_kernels.sparsek.placement import find_places, place_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,3 +190,50 @@ def test_memory_beyond_the_tensors_is_linear_with_a_small_constant() -> None:
     # Partial sums are bounded by themselves; lists and statistics of rows are a few hundred bytes a token and KV head.
     assert peaks[1] < 2.2 * peaks[0]
     assert peaks[1] / (65_536 * 8) < 1500
+
+
+@pytest.mark.parametrize("tokens", [1, 5000, 70_000])
+def test_placement_of_scores_is_that_of_plain_pytorch(tokens: int) -> None:
+    for cu_seqlens in (None, packed(0, 1, tokens // 3, tokens // 3, tokens) if tokens > 1 else None):
+        places, found = find_places(tokens, cu_seqlens, torch.device("cuda")), []
+        linear = (3 * random_scores(2, tokens).mT.contiguous().mT + 7).requires_grad_()
+        gain = torch.tensor([0.5, 1.5], device="cuda", requires_grad=True)
+        for backend in ("triton", "triton", "reference"):
+            scores, moments = place_scores(linear, gain[:, None].expand_as(linear), places, 1e-4, backend=backend)
+            grad = random_scores(2, tokens, seed=4)
+            found.append([scores.detach(), *moments, *torch.autograd.grad(scores, (linear, gain), grad)])
+        for ours, again, plain in zip(*found, strict=True):
+            assert torch.equal(ours, again)
+            # The reference subtracts running sums of the whole row; the gain's gradient is a sum over all tokens.
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+        near = torch.isclose(found[0][0], found[2][0], rtol=2.0**-22, atol=2.0**-22)
+        assert near.float().mean() > 0.999
+
+
+@pytest.mark.parametrize("tokens", [3, 5000, 70_000])
+def test_gradient_and_statistics_of_the_selection_are_those_of_plain_pytorch(tokens: int) -> None:
+    scores, cu_seqlens = random_scores(8, tokens), packed(0, 1, tokens // 3, tokens)
+    topk, window = max(1, tokens // 20), 16
+    selection = causal_sparsek(scores, topk, window, sinks=4, cu_seqlens=cu_seqlens)
+    intervals = (selection.interior_start, selection.interior_end, selection.interior_size)
+    grad = random_scores(8, tokens, seed=4)
+    gradients, statistics = [], []
+    for backend in ("triton", "reference"):
+        gradients.append(torch.ops.sparsetrain.causal_sparsek_bwd(grad, *intervals, backend))
+        statistics.append(topk_statistics(scores, selection, topk, window, 4, cu_seqlens, backend=backend))
+    assert torch.equal(*gradients)
+    for name, plain in statistics[1].items():
+        torch.testing.assert_close(statistics[0][name], plain, rtol=1e-9, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")], ids=str)
+def test_packed_documents_are_sorted_as_plain_pytorch_does(wrong: float) -> None:
+    scores, cu_seqlens = random_scores(2, 3000, "quarters"), packed(0, 1, 900, 900, 3000)
+    scores[..., ::7] = wrong
+    scores[..., 1::7] = -wrong
+    actual, expected = (
+        causal_sparsek(scores, 100, 16, sinks=4, cu_seqlens=cu_seqlens, backend=name)
+        for name in ("triton", "reference")
+    )
+    for name, ours, plain in zip(CausalSelection._fields, actual, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(nan=7e7), plain.nan_to_num(nan=7e7)), name

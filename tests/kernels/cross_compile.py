@@ -21,7 +21,9 @@ from sparsetrain_kernels.block_pattern.triton import backward, forward
 from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
 from sparsetrain_kernels.selected_attention.triton import backward as selected_backward
 from sparsetrain_kernels.selected_attention.triton import forward as selected_forward
+from sparsetrain_kernels.selected_attention.triton import lists
 from sparsetrain_kernels.selected_attention.triton.configs import choose_configs as choose_selected_configs
+from sparsetrain_kernels.sparsek.triton import crossing, placement, selection, shares, statistics
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
@@ -29,7 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "place_ptr"}
+INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "places_until_ptr"}
 SINGLES = {
     *("lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr", "padded_threshold_ptr"),
     *("scores_ptr", "threshold_ptr", "partial_scores_ptr", "grad_scores_ptr", "grad_threshold_ptr"),
@@ -121,6 +123,65 @@ def compile_selected(dtype: str) -> None:
             report(f"{name} {dtype} {head_dim}", compiled)
 
 
+WIDE = {
+    *("position_ptr", "first_ptr", "largest_ptr", "step_ptr", "running_ptr", "axis_ptr", "order_ptr", "gap_ptr"),
+    *("arrival_ptr", "sums_ptr", "rank_arrival_ptr", "rank_ptr", "point_ptr", "counts_ptr", "mass_ptr", "key_ptr"),
+    *("value_ptr", "slope_ptr", "ties_ptr", "fine_value_ptr"),
+}
+"""Of SparseK's kernels, int64."""
+DOUBLES = {"total_ptr", "squares_ptr", "threshold_sums_ptr", "means_ptr"}
+FLOATS = {
+    *("linear_ptr", "gain_ptr", "scores_ptr", "scores_or_inf_ptr", "grad_ptr", "grad_linear_ptr", "grad_gain_ptr"),
+    *("grad_scores_ptr", "sorted_ptr", "threshold_ptr"),
+}
+
+
+def compile_sparsek(dtype: str) -> None:
+    """What selects and places scores, counts and lists: everything around attention, none of it with products."""
+    along = {"HEADS": 8, "EPSILON": 1e-5, "BLOCK": 2048}
+    parts = {"PARTS": 256, "BLOCK": 1024}
+    ages = {"AGE_1": 1, "AGE_2": 4}
+    alone = {"PACKED": False, "BLOCK": 256}
+    lone_list = {"parent_keys_ptr": None, "parent_counts_ptr": None, "scores_or_inf_ptr": None, "FROM_PARENT": False}
+    kernels: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
+        (placement.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
+        (placement.placement_bwd_kernel, along, {}, 8),
+        *((kernel, parts, {}, 4) for kernel in (shares.shares_largest_kernel, shares.shares_steps_kernel)),
+        (shares.shares_collect_kernel, parts, {}, 4),
+        (
+            statistics.statistics_sums_kernel,
+            {**parts, **ages, "PACKED": False},
+            {"sums_ptr": "*fp64"},
+            4,
+        ),
+        (statistics.statistics_means_kernel, {"PARTS": 256}, {"sums_ptr": "*fp64"}, 4),
+        (selection.selection_keys_kernel, {"BLOCK": 256}, {"doc_start_ptr": "*i32"}, 4),
+        (selection.selection_gaps_kernel, alone, {}, 4),
+        (selection.selection_points_kernel, alone, {}, 4),
+        (selection.selection_intervals_kernel, alone, {}, 4),
+        (selection.selection_thresholds_kernel, alone, {}, 4),
+        (lists.select_keys_kernel, {**lone_list, "SINKS": False, "ROWS": 2048, "PARENT_ROWS": 2048}, {}, 4),
+        (lists.select_keys_kernel, {"FROM_PARENT": True, "SINKS": True, "ROWS": 128, "PARENT_ROWS": 2048}, {}, 4),
+    ]
+    for step in (32, 64):
+        grid = {"CHUNK": step * step, "STEP": step}
+        kernels.append((crossing.crossing_corners_kernel, grid, {}, 8))
+        for soft in (True, False):
+            kernels.append((crossing.crossing_cells_kernel, {**grid, "SOFT": soft, "ROW_CHUNKS": 32}, {}, 8))
+            kernels.append((crossing.crossing_rows_kernel, {**grid, "SOFT": soft}, {}, 8))
+    known = dict.fromkeys(WIDE, "*i64") | dict.fromkeys(DOUBLES, "*fp64") | dict.fromkeys(FLOATS, f"*{dtype}")
+    known |= {"unit": "i64", "limit": "i64", "to_unit": "fp32"}
+    for kernel, constants, types, warps in kernels:
+        if kernel is lists.select_keys_kernel:
+            constants = {**constants, "SCAN": 1024, "PACKED": False}
+        names = [name for name in kernel.arg_names if name.endswith("_ptr") and not name.startswith("doc_")]
+        own = dict.fromkeys(names, "*i32") | known | types
+        compiled = triton.compile(
+            source(ASTSource, kernel, dtype, constants, own), target=TARGET, options={"num_warps": warps}
+        )
+        report(f"{kernel.__name__} {constants}", compiled)
+
+
 def tiles(dtype: str, rows: int, head_dim: int) -> str:
     block = [1, 1, rows, head_dim]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == "bf16" else gl.float16)
@@ -167,4 +228,10 @@ def compile_hopper(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    {"plain": compile_plain, "selected": compile_selected, "hopper": compile_hopper}[sys.argv[1]](sys.argv[2])
+    families = {
+        "plain": compile_plain,
+        "selected": compile_selected,
+        "hopper": compile_hopper,
+        "sparsek": compile_sparsek,
+    }
+    families[sys.argv[1]](sys.argv[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,20 @@ SCORES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "zeros of both signs": lambda rng, n: rng.choice([0.0, -0.0], size=n),
 }
 LENGTHS = (0, 1, 2, 5, 17, 40)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, or integers that no index may be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_the_interpreter(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of the kernels that needs no GPU."""
+    skip = pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter, on machines without a GPU")
+    return skip(pytest.mark.usefixtures("poisoned")(test))
 
 
 def draw(kind: str, rng: np.random.Generator, *shape: int) -> Tensor:
@@ -325,7 +339,7 @@ def test_the_operations_are_what_they_say_to_pytorch() -> None:
     torch.library.opcheck(torch.ops.sparsetrain.causal_sparsek, arguments, test_utils=tests)
     selection = causal_sparsek(scores, 4, 2)
     intervals = (selection.interior_start, selection.interior_end, selection.interior_size)
-    torch.library.opcheck(torch.ops.sparsetrain.causal_sparsek_bwd, (scores, *intervals), test_utils=tests)
+    torch.library.opcheck(torch.ops.sparsetrain.causal_sparsek_bwd, (scores, *intervals, "reference"), test_utils=tests)
 
 
 def test_stays_in_single_precision_under_autocast() -> None:
@@ -401,7 +415,7 @@ def test_statistics_without_a_full_row_are_nan_not_zero() -> None:
     assert statistics["older_than_1_window"] > 0
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter, on machines without a GPU")
+@in_the_interpreter
 @pytest.mark.parametrize("kind", ["normal", "beyond 64 bits", "quarters"])
 def test_kernels_give_what_plain_pytorch_gives_bit_for_bit(kind: str) -> None:
     scores, cu_seqlens = draw(kind, np.random.default_rng(11), 1, 1, 300), bounds([50, 0, 1, 149, 100])
@@ -412,8 +426,60 @@ def test_kernels_give_what_plain_pytorch_gives_bit_for_bit(kind: str) -> None:
         assert torch.equal(ours, plain), name
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter, on machines without a GPU")
+@in_the_interpreter
 def test_kernels_agree_across_the_cells_of_the_coarse_grid() -> None:
     scores = draw("narrow", np.random.default_rng(12), 1, 1, 4200)
     expected, actual = (causal_sparsek(scores, 300, 40, sinks=3, backend=name) for name in ("reference", "triton"))
     assert all(torch.equal(ours, plain) for ours, plain in zip(actual, expected, strict=True))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_kernels_sort_packed_documents_as_plain_pytorch_does(wrong: float) -> None:
+    scores, cu_seqlens = draw("quarters", np.random.default_rng(13), 1, 2, 120), bounds([50, 0, 1, 69])
+    scores[..., ::7] = wrong
+    scores[..., 1::7] = -wrong
+    expected, actual = (
+        causal_sparsek(scores, 7, 5, sinks=2, cu_seqlens=cu_seqlens, backend=name) for name in ("reference", "triton")
+    )
+    for name, ours, plain in zip(CausalSelection._fields, actual, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(nan=7e7), plain.nan_to_num(nan=7e7)), name
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 0.0])
+def test_kernels_give_the_gradient_of_plain_pytorch_bit_for_bit(size: float, dtype: torch.dtype) -> None:
+    scores = draw("narrow", np.random.default_rng(14), 2, 2, 1100).to(dtype)
+    selection = causal_sparsek(scores, 50, 5)
+    generator = torch.Generator().manual_seed(14)
+    grad = size * torch.randn(2, 1100, 2, generator=generator, dtype=dtype).transpose(1, 2)
+    intervals = (selection.interior_start, selection.interior_end, selection.interior_size)
+    expected, actual = (
+        torch.ops.sparsetrain.causal_sparsek_bwd(grad, *intervals, name) for name in ("reference", "triton")
+    )
+    assert torch.equal(actual, expected)
+    assert bool(actual.any()) == (size > 0)
+
+
+@in_the_interpreter
+def test_kernels_spoil_the_whole_gradient_where_one_is_not_a_number() -> None:
+    scores = draw("narrow", np.random.default_rng(15), 1, 2, 300).requires_grad_()
+    threshold = causal_sparsek(scores, 20, 5, backend="triton").threshold
+    grad = torch.ones_like(threshold)
+    grad[0, 1, 200] = float("nan")
+    assert torch.autograd.grad(threshold, scores, grad)[0].isnan().all()
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(("batch", "lengths"), [(2, None), (1, [5, 0, 1600, 395])], ids=["one", "packed"])
+def test_kernels_give_the_statistics_of_plain_pytorch(batch: int, lengths: list[int] | None) -> None:
+    scores = draw("narrow", np.random.default_rng(16), batch, 2, 2000) + 100
+    cu_seqlens = None if lengths is None else bounds(lengths)
+    selection = causal_sparsek(scores, 30, 4, sinks=2, cu_seqlens=cu_seqlens)
+    expected, actual = (
+        topk_statistics(scores, selection, 30, 4, 2, cu_seqlens, backend=name) for name in ("reference", "triton")
+    )
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=0)

@@ -67,3 +67,11 @@ def test_single_precision_kernels_fit() -> None:
     kernels = compiled("plain", "fp32")
     assert len(kernels) == 9
     assert all(kernel["shared"] <= SHARED for kernel in kernels)
+
+
+def test_the_kernels_around_sparsek_attention_keep_to_registers() -> None:
+    kernels = compiled("sparsek", "fp32")
+    assert len(kernels) == 24
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["stack"] == 0, kernel

@@ -22,7 +22,7 @@ torch.library.define(
 )
 torch.library.define(
     "sparsetrain::causal_sparsek_bwd",
-    "(Tensor grad_threshold, Tensor interior_start, Tensor interior_end, Tensor interior_size) -> Tensor",
+    "(Tensor grad_threshold, Tensor interior_start, Tensor interior_end, Tensor interior_size, str backend) -> Tensor",
 )
 
 
@@ -43,8 +43,14 @@ def _forward(
 
 
 @torch.library.impl("sparsetrain::causal_sparsek_bwd", "default")
-def _backward(grad_threshold: Tensor, *intervals: Tensor) -> Tensor:
-    return threshold_gradient(grad_threshold, *intervals)
+def _backward(
+    grad_threshold: Tensor, interior_start: Tensor, interior_end: Tensor, interior_size: Tensor, backend: str
+) -> Tensor:
+    if backend == "reference":
+        return threshold_gradient(grad_threshold, interior_start, interior_end, interior_size)
+    from sparsetrain_kernels.sparsek.triton.share import threshold_gradient as gradient_by_kernels
+
+    return gradient_by_kernels(grad_threshold, interior_start, interior_end, interior_size)
 
 
 @torch.library.register_fake("sparsetrain::causal_sparsek")
@@ -54,7 +60,7 @@ def _forward_fake(scores: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("sparsetrain::causal_sparsek_bwd")
-def _backward_fake(grad_threshold: Tensor, *intervals: Tensor) -> Tensor:
+def _backward_fake(grad_threshold: Tensor, *args: Any) -> Tensor:
     return grad_threshold.new_empty(grad_threshold.shape)
 
 
@@ -68,6 +74,7 @@ class CausalSparsek(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         selection = CausalSelection(*output)
+        ctx.backend = inputs[-1]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(selection.interior_start, selection.interior_end, selection.interior_size)
@@ -77,5 +84,5 @@ class CausalSparsek(torch.autograd.Function):
     def backward(ctx: Any, grad_threshold: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_threshold is None:
             return None, None, None, None, None, None
-        grad = torch.ops.sparsetrain.causal_sparsek_bwd(grad_threshold, *ctx.saved_tensors)
+        grad = torch.ops.sparsetrain.causal_sparsek_bwd(grad_threshold, *ctx.saved_tensors, ctx.backend)
         return grad, None, None, None, None, None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.inputs import document_bounds
 from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
 
 AGES = (1, 4)
 """Windows."""
+NAMES = ("kept_mass", "support", "interior", "saturated", "older_than_1_window", "older_than_4_windows")
 
 
 @torch.no_grad()
@@ -20,6 +22,8 @@ def topk_statistics(
     window: int,
     sinks: int = 0,
     cu_seqlens: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> dict[str, Tensor]:
     """Means over the rows with more than ``topk`` candidates, and over the selected pairs of a row and a key.
 
@@ -27,6 +31,7 @@ def topk_statistics(
         scores: fp32 or fp64 ``[B, H, N]``.
         selection: what :func:`~sparsetrain_kernels.sparsek.causal_sparsek` made of them.
         topk, window, sinks, cu_seqlens: as they were there.
+        backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``: the first on CUDA where it can run.
 
     Returns:
         Numbers without dimensions, fp64, NaN where there is nothing to take a mean of:
@@ -38,7 +43,24 @@ def topk_statistics(
         - ``saturated``: candidates with a gate of 1, over ``topk``.
         - ``older_than_1_window``, ``older_than_4_windows``: of the selected pairs, those whose key left the window so
           many windows ago.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run this.
     """
+    refusals = {"gluon": "there is no Hopper version", "triton": None}
+    if choose_backend(backend, scores, refusals) == "triton":
+        # On first use: Triton may be absent.
+        from sparsetrain_kernels.sparsek.triton.summarize import summarize
+
+        found = summarize(scores, selection, topk, window, sinks, cu_seqlens, AGES)
+    else:
+        found = _summarize(scores, selection, topk, window, sinks, cu_seqlens)
+    return dict(zip(NAMES, found, strict=True))
+
+
+def _summarize(
+    scores: Tensor, selection: CausalSelection, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
     partial = selection.threshold > -float("inf")
     rows = partial.sum().double()
     saturated = selection.saturated_size.where(partial, 0).sum()
@@ -57,10 +79,10 @@ def topk_statistics(
     competes = token >= first + sinks
     entry = (token + window).minimum(last)
     pairs = [((selection.exit - entry - age * window).clamp(min=0) * competes).sum().double() for age in (0, *AGES)]
-    return {
-        "kept_mass": (saturated + inner) / (topk * rows),
-        "support": (saturated + interior) / rows,
-        "interior": interior / rows,
-        "saturated": saturated / (topk * rows),
-        **{f"older_than_{age}_window{'s' * (age > 1)}": old / pairs[0] for age, old in zip(AGES, pairs[1:])},
-    }
+    return (
+        (saturated + inner) / (topk * rows),
+        (saturated + interior) / rows,
+        interior / rows,
+        saturated / (topk * rows),
+        *(old / pairs[0] for old in pairs[1:]),
+    )

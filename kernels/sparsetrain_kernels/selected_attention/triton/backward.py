@@ -25,9 +25,11 @@ def selected_bwd_stats_kernel(
     grad_out_ptr,
     lse_ptr,
     threshold_ptr,
+    exit_ptr,
     padded_lse_ptr,
     padded_delta_ptr,
     padded_threshold_ptr,
+    parts_ptr,
     out_stride_b,
     out_stride_h,
     out_stride_n,
@@ -37,13 +39,16 @@ def selected_bwd_stats_kernel(
     tokens,
     padded_tokens,
     tiles,
+    window,
     HEADS: tl.constexpr,
     SELECTIONS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    STRETCH: tl.constexpr,
 ):
-    """The log-sum-exp in units of log2, ``delta``, and the threshold, fp32 ``[B, heads, padded_tokens]``."""
+    """The log-sum-exp in units of log2, ``delta``, and the threshold, fp32 ``[B, heads, padded_tokens]``; and in how
+    many stretches of rows each key is selected, int32 ``[B, SELECTIONS, tokens]``."""
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS % tiles
     batch = (tl.program_id(0) // HEADS // tiles).to(tl.int64)
@@ -64,6 +69,9 @@ def selected_bwd_stats_kernel(
         selection = batch * SELECTIONS + head
         threshold = tl.load(threshold_ptr + selection * tokens + row, mask=is_row, other=0.0)
         tl.store(padded_threshold_ptr + selection * padded_tokens + row, threshold)
+        exit = tl.load(exit_ptr + selection * tokens + row, mask=is_row, other=0)
+        parts = stretches_of(row + window, exit, STRETCH)
+        tl.store(parts_ptr + selection * tokens + row, parts, mask=is_row)
 
 
 @triton.jit
@@ -211,7 +219,7 @@ def selected_bwd_stretch_kernel(
     exit_ptr,
     list_ptr,
     counts_ptr,
-    place_ptr,
+    places_until_ptr,
     query_stride_b,
     query_stride_h,
     query_stride_n,
@@ -250,7 +258,7 @@ def selected_bwd_stretch_kernel(
 
     Leaves fp32 sums in ``partial_ptr``, ``[B, part_heads, places, 2, D_PAD]`` (keys, not yet scaled, then values), and
     of the scores in ``partial_scores_ptr``, ``[B, part_heads, places]``. The places of a key, one a stretch, follow one
-    another from ``place_ptr`` on, int32 ``[B, SELECTIONS, tokens]``.
+    another and end before ``places_until_ptr``, int32 ``[B, SELECTIONS, tokens]``.
     """
     key_tiles = tl.cdiv(capacity, BLOCK_N)
     part_head = tl.program_id(0) % part_heads
@@ -356,7 +364,7 @@ def selected_bwd_stretch_kernel(
         grad_score += tl.sum(grad_gates, 1)
         grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision=PRECISION)
 
-    place = tl.load(place_ptr + selection * tokens + index) + stretch - enter // STRETCH
+    place = tl.load(places_until_ptr + selection * tokens + index) - 1 - (exit - 1) // STRETCH + stretch
     is_key = is_key & (place < places)
     place = (batch * part_heads + part_head) * places + place
     cells = place[:, None] * (2 * D_PAD) + dim[None, :]
@@ -380,7 +388,7 @@ def selected_bwd_dkv_kernel(
     partial_scores_ptr,
     exit_ptr,
     doc_end_ptr,
-    place_ptr,
+    places_until_ptr,
     query_stride_b,
     query_stride_h,
     query_stride_n,
@@ -509,9 +517,8 @@ def selected_bwd_dkv_kernel(
 
     selection = batch * SELECTIONS + (kv_head if SELECTIONS > 1 else 0)
     exit = tl.load(exit_ptr + selection * tokens + index, mask=is_key, other=0)
-    place = tl.load(place_ptr + selection * tokens + index, mask=is_key, other=0)
-    enter = index + window
-    stretches = tl.where(exit > enter, (exit - 1) // STRETCH - enter // STRETCH + 1, 0)
+    stretches = stretches_of(index + window, exit, STRETCH)
+    place = tl.load(places_until_ptr + selection * tokens + index, mask=is_key, other=0) - stretches
     start = (batch * part_heads + part_head) * places
     grad_score = tl.zeros([BLOCK_N], tl.float32)
     for i in range(0, tl.max(stretches)):
@@ -528,6 +535,12 @@ def selected_bwd_dkv_kernel(
     tl.store(grad_key_ptr + wide_index[:, None] * grad_key_stride_n + dim[None, :], grad_key, mask=is_key_dim)
     tl.store(grad_value_ptr + wide_index[:, None] * grad_value_stride_n + dim[None, :], grad_value, mask=is_key_dim)
     tl.store(grad_scores_ptr + (batch * KV_HEADS + kv_head) * tokens + index, grad_score, mask=is_key)
+
+
+@triton.jit
+def stretches_of(enter, exit, STRETCH: tl.constexpr):
+    """How many stretches the rows ``[enter, exit)`` meet."""
+    return tl.where(exit > enter, (exit - 1) // STRETCH - enter // STRETCH + 1, 0)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.launching import on_device, pad_head_dim
 from sparsetrain_kernels.selected_attention.inputs import SelectedInputs
 from sparsetrain_kernels.selected_attention.triton import backward, forward
@@ -35,7 +35,7 @@ def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
     config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).fwd
     with on_device(query):
         bounds = _bounds(inputs)
-        lists = tile_lists(inputs, stretch_lists(inputs, bounds.start))
+        lists, scores = tile_lists(inputs, stretch_lists(inputs, bounds.start), bounds.start)
         tiles = triton.cdiv(tokens, config.block_m)
         forward.selected_fwd_kernel[(tiles * heads * batch,)](
             query,
@@ -43,7 +43,7 @@ def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
             value,
             out,
             lse,
-            _scores(inputs, bounds),
+            scores,
             inputs.threshold,
             inputs.exit,
             bounds.start,
@@ -84,10 +84,9 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3]]
     with on_device(query):
         bounds = _bounds(inputs)
-        scores = _scores(inputs, bounds)
         stretches = stretch_lists(inputs, bounds.start)
-        lists = tile_lists(inputs, stretches)
-        padded = _row_stats(inputs, grad_out, out, lse)
+        lists, scores = tile_lists(inputs, stretches, bounds.start)
+        padded, parts = _row_stats(inputs, grad_out, out, lse)
         padded_tokens = padded[0].shape[2]
         config = configs.dq
         tiles = triton.cdiv(tokens, config.block_m)
@@ -125,12 +124,13 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         )
         config = configs.dkv
         key_tiles = triton.cdiv(tokens, config.block_n)
-        place, places = _places(inputs, stretches)
+        places_until = parts.cumsum(2, dtype=torch.int32)
+        places = _most_places(inputs, stretches)
         together = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
         for first_head in range(0, kv_heads, together):
             part_heads = min(together, kv_heads - first_head)
             partial = _launch_stretches(
-                inputs, grad_out, scores, padded, stretches, place, places, strides, first_head, part_heads
+                inputs, grad_out, scores, padded, stretches, places_until, places, strides, first_head, part_heads
             )
             backward.selected_bwd_dkv_kernel[(key_tiles * part_heads * batch,)](
                 query,
@@ -144,7 +144,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
                 *partial,
                 inputs.exit,
                 bounds.end,
-                place,
+                places_until,
                 *strides,
                 *grad_key.stride()[:3],
                 *grad_value.stride()[:3],
@@ -181,7 +181,7 @@ def _launch_stretches(
     scores: Tensor,
     padded: tuple[Tensor, Tensor, Tensor],
     stretches: KeyLists,
-    place: Tensor,
+    places_until: Tensor,
     places: int,
     strides: list[int],
     first_head: int,
@@ -208,7 +208,7 @@ def _launch_stretches(
         inputs.exit,
         stretches.keys,
         stretches.counts,
-        place,
+        places_until,
         *strides,
         query.shape[2],
         padded[0].shape[2],
@@ -247,21 +247,14 @@ def _bounds(inputs: SelectedInputs) -> _Bounds:
     query, cu_seqlens = inputs.query, inputs.cu_seqlens
     if cu_seqlens is None:
         return _Bounds(None, None)
-    return _Bounds(*document_bounds(query.shape[2], cu_seqlens, query.device))
+    return _Bounds(*known_bounds(query.shape[2], cu_seqlens, query.device))
 
 
-def _scores(inputs: SelectedInputs, bounds: _Bounds) -> Tensor:
-    """The scores; those of the first tokens infinite, so that their gates are 1."""
-    if not inputs.sinks:
-        return inputs.scores
-    position = torch.arange(inputs.scores.shape[2], dtype=torch.int32, device=inputs.scores.device)
-    if bounds.start is not None:
-        position = position - bounds.start
-    return inputs.scores.masked_fill(position < inputs.sinks, float("inf"))
-
-
-def _row_stats(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles."""
+def _row_stats(
+    inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles; and of each key, the stretches
+    that read it, which is the number of its partial sums: int32 ``[B, Hs, N]``."""
     batch, heads, tokens, head_dim = out.shape
     selections = inputs.threshold.shape[1]
     tiles = triton.cdiv(tokens, TILE)
@@ -269,38 +262,39 @@ def _row_stats(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tenso
         (2, batch, heads, tiles * TILE), dtype=torch.float32, device=out.device
     ).unbind()
     padded_threshold = torch.empty((batch, selections, tiles * TILE), dtype=torch.float32, device=out.device)
+    parts = torch.empty_like(inputs.exit)
     backward.selected_bwd_stats_kernel[(tiles * heads * batch,)](
         out,
         grad_out,
         lse,
         inputs.threshold,
+        inputs.exit,
         padded_lse,
         padded_delta,
         padded_threshold,
+        parts,
         *out.stride()[:3],
         *grad_out.stride()[:3],
         tokens,
         tiles * TILE,
         tiles,
+        inputs.window,
         HEADS=heads,
         SELECTIONS=selections,
         D=head_dim,
         D_PAD=pad_head_dim(head_dim),
         BLOCK_M=TILE,
+        STRETCH=STRETCH,
         num_warps=8,
     )
-    return padded_lse, padded_delta, padded_threshold
+    return (padded_lse, padded_delta, padded_threshold), parts
 
 
-def _places(inputs: SelectedInputs, stretches: KeyLists) -> tuple[Tensor, int]:
-    """Where the partial sums of each key begin, int32 ``[B, Hs, N]``, and how many sums there can be."""
+def _most_places(inputs: SelectedInputs, stretches: KeyLists) -> int:
+    """How many partial sums there can be."""
     tokens, count = inputs.exit.shape[2], stretches.keys.shape[2]
-    enter = torch.arange(inputs.window, inputs.window + tokens, dtype=torch.int32, device=inputs.exit.device)
-    last = torch.div(inputs.exit - 1, STRETCH, rounding_mode="floor")
-    number = torch.where(inputs.exit > enter, last - enter // STRETCH + 1, 0)
-    place = torch.cumsum(number, 2, dtype=torch.int32) - number.to(torch.int32)
     # At the first row of a stretch, that many are selected at most; every key enters once.
-    return place, count * min(inputs.sinks + inputs.topk, tokens) + tokens
+    return count * min(inputs.sinks + inputs.topk, tokens) + tokens
 
 
 def _part_heads(batch: int, kv_heads: int, places: int, d_pad: int) -> int:

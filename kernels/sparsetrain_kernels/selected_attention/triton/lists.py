@@ -41,12 +41,16 @@ def stretch_lists(inputs: SelectedInputs, doc_start: Tensor | None) -> KeyLists:
     return _make(inputs, STRETCH, doc_start, None)
 
 
-def tile_lists(inputs: SelectedInputs, stretches: KeyLists) -> KeyLists:
-    """The lists of tiles."""
-    return _make(inputs, TILE, None, stretches)
+def tile_lists(inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None) -> tuple[KeyLists, Tensor]:
+    """The lists of tiles, and the scores, ``[B, Hs, N]``: those of the first tokens infinite, so that their gates are
+    1."""
+    scores = torch.empty_like(inputs.scores) if inputs.sinks else inputs.scores
+    return _make(inputs, TILE, doc_start, stretches, scores), scores
 
 
-def _make(inputs: SelectedInputs, rows: int, doc_start: Tensor | None, parents: KeyLists | None) -> KeyLists:
+def _make(
+    inputs: SelectedInputs, rows: int, doc_start: Tensor | None, parents: KeyLists | None, scores: Tensor | None = None
+) -> KeyLists:
     batch, heads, tokens = inputs.exit.shape
     stretches = triton.cdiv(tokens, rows)
     capacity = min(inputs.sinks + inputs.topk + rows, tokens)
@@ -60,8 +64,11 @@ def _make(inputs: SelectedInputs, rows: int, doc_start: Tensor | None, parents: 
         None if parents is None else parents.counts,
         keys,
         counts,
+        inputs.scores,
+        scores,
         tokens,
         inputs.window,
+        inputs.sinks,
         stretches,
         capacity,
         0 if parents is None else parents.keys.shape[2],
@@ -70,6 +77,7 @@ def _make(inputs: SelectedInputs, rows: int, doc_start: Tensor | None, parents: 
         PARENT_ROWS=rows if parents is None else parents.rows,
         PACKED=doc_start is not None,
         FROM_PARENT=parents is not None,
+        SINKS=scores is not None and inputs.sinks > 0,
         SCAN=min(SCAN, triton.next_power_of_2(tokens)),
     )
     return KeyLists(keys, counts, rows)
@@ -83,8 +91,11 @@ def select_keys_kernel(
     parent_counts_ptr,
     keys_ptr,
     counts_ptr,
+    scores_ptr,
+    scores_or_inf_ptr,
     tokens,
     window,
+    sinks,
     stretches,
     capacity,
     parents,
@@ -93,14 +104,22 @@ def select_keys_kernel(
     PARENT_ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     FROM_PARENT: tl.constexpr,
+    SINKS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """One list. Grid: stretches fastest, then heads and the batch."""
+    """One list; with ``SINKS``, also the scores of its rows, infinite for the first tokens of documents. Grid:
+    stretches fastest, then heads and the batch."""
     stretch = tl.program_id(0) % stretches
     pair = (tl.program_id(0) // stretches).to(tl.int64)
     first = stretch * ROWS
     last = tl.minimum(first + ROWS, tokens)
     exit_ptr += pair * tokens
+    if SINKS:
+        row = first + tl.arange(0, ROWS)
+        score = tl.load(scores_ptr + pair * tokens + row, mask=row < last, other=0.0)
+        position = row - tl.load(doc_start_ptr + row, mask=row < last, other=0) if PACKED else row
+        score = tl.where(position < sinks, float("inf"), score)
+        tl.store(scores_or_inf_ptr + pair * tokens + row, score, mask=row < last)
     if FROM_PARENT:
         parent = pair * parents + first // PARENT_ROWS
         parent_keys_ptr += parent * parent_capacity

@@ -41,9 +41,9 @@ def crossing_corners_kernel(
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """What the keys that arrive in each chunk of rows add to ``f``, int64, to its falling slope and to the ties, int32,
-    at the first point of each chunk: ``[heads, row_chunks, point_chunks]``. Grid: ``STEP`` chunks of points fastest,
-    then chunks of rows, then heads."""
+    """What the keys that arrive in each chunk of rows add to ``f``, to its falling slope and to the ties at the first
+    point of each chunk: int64 ``[heads, row_chunks, point_chunks]``. Grid: ``STEP`` chunks of points fastest, then
+    chunks of rows, then heads."""
     groups = tl.cdiv(point_chunks, STEP)
     chunk = tl.program_id(0) // groups % row_chunks
     head = (tl.program_id(0) // groups // row_chunks).to(tl.int64)
@@ -125,8 +125,8 @@ def crossing_cells_kernel(
     corner = tl.load(point_ptr + column * CHUNK)
     earlier = (chunk - 1) * point_chunks + column
     value = tl.load(value_ptr + earlier, mask=chunk > 0, other=0)
-    slope = tl.load(slope_ptr + earlier, mask=chunk > 0, other=0)
-    corner_ties = tl.load(ties_ptr + earlier, mask=chunk > 0, other=0)
+    slope = tl.load(slope_ptr + earlier, mask=chunk > 0, other=0).to(tl.int32)
+    corner_ties = tl.load(ties_ptr + earlier, mask=chunk > 0, other=0).to(tl.int32)
     value, slope, ties = _move(
         point_ptr,
         entry_ptr,
@@ -145,7 +145,7 @@ def crossing_cells_kernel(
     # Equal points may go on in the next chunk.
     next_chunk = column + 1 < point_chunks
     next_corner = tl.load(point_ptr + column * CHUNK + CHUNK, mask=next_chunk, other=BEYOND)
-    next_ties = tl.load(ties_ptr + earlier + 1, mask=next_chunk & (chunk > 0), other=0)
+    next_ties = tl.load(ties_ptr + earlier + 1, mask=next_chunk & (chunk > 0), other=0).to(tl.int32)
     ties = tl.where(point == next_corner, next_ties, ties)
     # No staircase runs through columns that are not there.
     value = tl.where(index < points, value, NEVER)

@@ -15,19 +15,19 @@ NEVER, BEYOND_ROWS = crossing.NEVER.value, crossing.BEYOND_ROWS.value
 WARPS = 8
 
 
-def first_rows(arrival: Tensor, point: Tensor, entry: Tensor, unit: int, limit: int, *, soft: bool) -> Tensor:
+def find_first_rows(
+    arrival: Tensor, point: Tensor, entry: Tensor, first_row: Tensor, unit: int, limit: int, *, soft: bool
+) -> None:
     """The first row at which each point is passed: ``f > limit``, as :mod:`.crossing` defines ``f``.
 
     Args:
         arrival: int64 ``[heads, rows]``: the place of the key that arrives at a row, or ``NEVER``.
         point: int64 ``[heads, points]``, ascending.
         entry: int32 ``[heads, points]``: the row at which the key of a point arrives, or ``BEYOND_ROWS``.
+        first_row: int32 ``[heads, points]``, where the rows go. What a point that is never passed has there stays.
         unit: what a key adds at most.
         limit: at least 0.
         soft: whether the points are the kinks of gates, or the places of the keys themselves (with ``unit`` 1).
-
-    Returns:
-        int32 ``[heads, points]``, ascending; ``rows`` where a point is never passed.
     """
     heads, rows = arrival.shape
     points = point.shape[1]
@@ -36,26 +36,21 @@ def first_rows(arrival: Tensor, point: Tensor, entry: Tensor, unit: int, limit: 
     row_chunks, point_chunks = triton.cdiv(rows, chunk), triton.cdiv(points, chunk)
     diagonals = row_chunks + point_chunks
     device = arrival.device
-    value = torch.empty((heads, row_chunks, point_chunks), dtype=torch.int64, device=device)
-    slope, ties = torch.empty((2, heads, row_chunks, point_chunks), dtype=torch.int32, device=device).unbind()
+    corners = torch.empty((3, heads, row_chunks, point_chunks), dtype=torch.int64, device=device)
     cell = torch.empty((heads, diagonals), dtype=torch.int32, device=device)
     fine_value = torch.empty((heads, diagonals, step, step), dtype=torch.int64, device=device)
     fine_slope, fine_ties = torch.empty((2, heads, diagonals, step, step), dtype=torch.int32, device=device).unbind()
-    first_row = torch.full((heads, points), rows, dtype=torch.int32, device=device)
     sizes = (rows, points, row_chunks, point_chunks, unit)
     grids = {"CHUNK": chunk, "STEP": step}
     with on_device(arrival):
         crossing.crossing_corners_kernel[(triton.cdiv(point_chunks, step) * row_chunks * heads,)](
-            arrival, point, value, slope, ties, *sizes, **grids, num_warps=WARPS
+            arrival, point, *corners.unbind(), *sizes, **grids, num_warps=WARPS
         )
-        value, slope, ties = value.cumsum(1), *(x.cumsum(1, dtype=torch.int32) for x in (slope, ties))
         crossing.crossing_cells_kernel[(diagonals * heads,)](
             arrival,
             point,
             entry,
-            value,
-            slope,
-            ties,
+            *corners.cumsum(2).unbind(),
             cell,
             fine_value,
             fine_slope,
@@ -82,4 +77,3 @@ def first_rows(arrival: Tensor, point: Tensor, entry: Tensor, unit: int, limit: 
             **grids,
             num_warps=WARPS,
         )
-    return first_row

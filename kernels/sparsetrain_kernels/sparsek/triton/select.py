@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.causal_line import ONE
 from sparsetrain_kernels.sparsek.triton import selection
-from sparsetrain_kernels.sparsek.triton.search import NEVER, first_rows
+from sparsetrain_kernels.sparsek.triton.search import find_first_rows
 
 BLOCK = 256
 """Tokens of a program that goes over the line once."""
@@ -28,15 +28,20 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
         grid = (triton.cdiv(line, BLOCK),)
         axis = torch.empty(line, dtype=torch.int64, device=device)
-        selection.selection_gaps_kernel[grid](ordered, doc_start, axis, line, tokens, **packed)
+        arrivals = torch.empty((2, heads, tokens), dtype=torch.int64, device=device)
+        sums = torch.empty((2, line + 1), dtype=torch.int64, device=device)
+        selection.selection_gaps_kernel[(triton.cdiv(line + 1, BLOCK),)](
+            ordered, doc_start, axis, arrivals, sums, line, tokens, **packed
+        )
         axis = axis.cumsum(0)
 
-        arrival, rank_arrival = torch.full((2, heads, tokens), NEVER, dtype=torch.int64, device=device).unbind()
+        arrival, rank_arrival = arrivals.unbind()
         rank = torch.empty((heads, tokens), dtype=torch.int64, device=device)
         point = torch.empty((heads, 2 * tokens), dtype=torch.int64, device=device)
         point_entry, point_key = torch.empty((2, heads, 2 * tokens), dtype=torch.int32, device=device).unbind()
-        rank_entry = torch.empty((heads, tokens), dtype=torch.int32, device=device)
+        rank_entry, better_row = torch.empty((2, heads, tokens), dtype=torch.int32, device=device).unbind()
         place_of_points = torch.empty((2, line), dtype=torch.int32, device=device)
+        first_row = torch.empty((heads, 2 * tokens), dtype=torch.int32, device=device)
         selection.selection_points_kernel[grid](
             axis,
             order,
@@ -50,6 +55,8 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             point_entry,
             point_key,
             place_of_points,
+            first_row,
+            better_row,
             line,
             tokens,
             window,
@@ -57,13 +64,12 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             tokens.bit_length(),
             **packed,
         )
-        first_row = first_rows(arrival, point, point_entry, 2 * ONE, topk * 2 * ONE, soft=True)
-        better_row = first_rows(rank_arrival, rank, rank_entry, 1, topk - 1, soft=False)
+        find_first_rows(arrival, point, point_entry, first_row, 2 * ONE, topk * 2 * ONE, soft=True)
+        find_first_rows(rank_arrival, rank, rank_entry, better_row, 1, topk - 1, soft=False)
 
         exit, interior_start, interior_end, interior_size, saturated_size = torch.empty(
             (5, *scores.shape), dtype=torch.int32, device=device
         ).unbind()
-        counts, mass = torch.zeros((2, line + 1), dtype=torch.int64, device=device).unbind()
         selection.selection_intervals_kernel[grid](
             axis,
             order,
@@ -75,8 +81,7 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             exit,
             interior_start,
             interior_end,
-            counts,
-            mass,
+            *sums.unbind(),
             line,
             tokens,
             window,
@@ -90,8 +95,8 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             doc_start,
             first_row,
             point_key,
-            counts.cumsum(0),
-            mass.cumsum(0),
+            # One running sum for both: whatever comes also goes, so that the first ends at 0.
+            *sums.view(-1).cumsum(0).view(sums.shape).unbind(),
             threshold,
             interior_size,
             saturated_size,
@@ -108,10 +113,17 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
 
 def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Scores ascending within each document, of equal ones the older first; the tokens they are of; the documents."""
-    ordered, order = scores.sort(dim=-1, stable=True)
     if cu_seqlens is None:
-        return ordered, order, None, None
-    start, end = document_bounds(scores.shape[1], cu_seqlens, scores.device)
+        return *scores.sort(dim=-1, stable=True), None, None
+    start, end = known_bounds(scores.shape[1], cu_seqlens, scores.device)
+    if scores.dtype == torch.float32:
+        scores, line = scores.contiguous(), scores.numel()
+        key = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
+        grid = (triton.cdiv(line, BLOCK),)
+        selection.selection_keys_kernel[grid](scores, start, key, line, scores.shape[1], BLOCK=BLOCK)
+        order = key.argsort(dim=-1, stable=True)
+        return scores.gather(-1, order), order, start, end
+    ordered, order = scores.sort(dim=-1, stable=True)
     # Also stable: within a document, the order by score stays.
     by_document = start[order].argsort(dim=-1, stable=True)
     return ordered.gather(-1, by_document), order.gather(-1, by_document), start, end

@@ -8,7 +8,7 @@ head count from its own start where they are stored.
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.sparsek.triton.crossing import BEYOND_ROWS
+from sparsetrain_kernels.sparsek.triton.crossing import BEYOND_ROWS, NEVER
 
 BITS = tl.constexpr(36)
 """A difference of one between two scores is ``2 ** BITS`` on the axis."""
@@ -17,10 +17,43 @@ ROUND = tl.constexpr(6755399441055744.0)
 
 
 @triton.jit
-def selection_gaps_kernel(sorted_ptr, doc_start_ptr, gap_ptr, line, tokens, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """int64 ``[L]``: how far a sorted score lies above the one before it, two at most; two at a document's start."""
+def selection_keys_kernel(scores_ptr, doc_start_ptr, key_ptr, line, tokens, BLOCK: tl.constexpr):
+    """int64 ``[L]``: a number in the order of the documents and, within them, of the scores of fp32; NaN last."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < line
+    score = tl.load(scores_ptr + place, mask=inside, other=0.0)
+    # Zeros of both signs are equal, and so are all NaN. Of negative numbers, larger bits mean smaller ones.
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)
+    start = tl.load(doc_start_ptr + place % tokens, mask=inside, other=0)
+    tl.store(key_ptr + place, (start.to(tl.int64) << 32) + bits, mask=inside)
+
+
+@triton.jit
+def selection_gaps_kernel(
+    sorted_ptr,
+    doc_start_ptr,
+    gap_ptr,
+    arrival_ptr,
+    sums_ptr,
+    line,
+    tokens,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """int64 ``[L]``: how far a sorted score lies above the one before it, two at most; two at a document's start.
+
+    Also fills what the next kernels only write to in places: ``arrival [2, L]`` with ``NEVER``, ``sums [2, L + 1]``
+    with zeros. The grid reaches the last of them.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < line
+    never = tl.full([BLOCK], NEVER, tl.int64)
+    tl.store(arrival_ptr + place, never, mask=inside)
+    tl.store(arrival_ptr + line + place, never, mask=inside)
+    tl.store(sums_ptr + place, never * 0, mask=place <= line)
+    tl.store(sums_ptr + line + 1 + place, never * 0, mask=place <= line)
     rank = place % tokens
     whole, fraction = _parts(tl.load(sorted_ptr + place, mask=inside, other=0.0))
     has_last = inside & (rank > 0)
@@ -52,6 +85,8 @@ def selection_points_kernel(
     point_entry_ptr,
     point_key_ptr,
     place_of_points_ptr,
+    first_row_ptr,
+    better_row_ptr,
     line,
     tokens,
     window,
@@ -62,8 +97,9 @@ def selection_points_kernel(
 ):
     """Of each key, by rank: its two points among those of its head, ascending, in twice the axis' units (the point
     ``u`` one less, just before the key's place); the row at which it arrives, beside each point; the key of each point
-    (``rank``, or ``tokens + rank`` for the point ``u - 1``); where its points are, int32 ``[2, L]``; and by row, the
-    places and the ranks of the keys that arrive."""
+    (``rank``, or ``tokens + rank`` for the point ``u - 1``); where its points are, int32 ``[2, L]``; by row, the
+    places and the ranks of the keys that arrive; and ``tokens`` as the first row that passes a point or a key, for
+    those that are never passed."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < line
     head = place // tokens
@@ -92,6 +128,10 @@ def selection_points_kernel(
     tl.store(place_of_points_ptr + line + place, lower, mask=inside)
     tl.store(rank_ptr + place, rank.to(tl.int64), mask=inside)
     tl.store(rank_entry_ptr + place, entry, mask=inside)
+    never = tl.zeros([BLOCK], tl.int32) + tokens
+    tl.store(first_row_ptr + points + upper, never, mask=inside)
+    tl.store(first_row_ptr + points + lower, never, mask=inside)
+    tl.store(better_row_ptr + place, never, mask=inside)
     row = head.to(tl.int64) * tokens + entry
     tl.store(arrival_ptr + row, at * 2, mask=inside & competes)
     tl.store(rank_arrival_ptr + row, rank.to(tl.int64), mask=inside & competes)

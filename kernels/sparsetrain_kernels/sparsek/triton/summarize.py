@@ -1,0 +1,57 @@
+"""Launches the statistics of a selection. Nothing is read on the host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
+from sparsetrain_kernels.sparsek.triton import statistics
+
+BLOCK = 1024
+"""Rows or keys that a program takes at a time."""
+PARTS = 256
+"""Programs, at most."""
+
+
+def summarize(
+    scores: Tensor,
+    selection: CausalSelection,
+    topk: int,
+    window: int,
+    sinks: int,
+    cu_seqlens: Tensor | None,
+    ages: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    """The numbers of :func:`~sparsetrain_kernels.sparsek.topk_statistics` in their order."""
+    line, tokens, device = scores.numel(), scores.shape[2], scores.device
+    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(line, BLOCK)))
+    sums = torch.empty((7, parts), dtype=torch.float64, device=device)
+    means = torch.empty(6, dtype=torch.float64, device=device)
+    start, end = (None, None) if cu_seqlens is None else known_bounds(tokens, cu_seqlens, device)
+    nan, infinity = float("nan"), float("inf")
+    full = selection.threshold.nan_to_num(nan=nan, posinf=infinity, neginf=0.0)
+    with on_device(scores):
+        statistics.statistics_sums_kernel[(parts,)](
+            scores.contiguous(),
+            selection.threshold,
+            full.cumsum(-1, dtype=torch.float64),
+            *selection[1:],
+            start,
+            end,
+            sums,
+            line,
+            tokens,
+            window,
+            sinks,
+            AGE_1=ages[0],
+            AGE_2=ages[1],
+            PARTS=parts,
+            PACKED=cu_seqlens is not None,
+            BLOCK=BLOCK,
+        )
+        statistics.statistics_means_kernel[(1,)](sums, means, topk, PARTS=parts)
+    return means.unbind()
