@@ -67,8 +67,8 @@ def init_world(timeout: float = 30.0) -> World:
     deepspeed = _import_deepspeed()
     if not dist.is_initialized():
         with meeting(timeout):
-            join("nccl" if cuda else "gloo", collective_timeout(timeout))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+            join(device, collective_timeout(timeout))
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))

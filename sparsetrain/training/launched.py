@@ -11,6 +11,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -102,27 +103,30 @@ def meeting(timeout: float) -> Iterator[None]:
         patience.cancel()
 
 
-def join(backend: str, timeout: timedelta) -> None:
+def join(device: torch.device, timeout: timedelta) -> None:
     """Start the process group, on all ranks or on none; where one rank fails to connect, all of them try again.
 
     Ranks meet at the environment's MASTER_ADDR and MASTER_PORT. A process alone opens no port.
 
     Args:
-        backend: ``"gloo"`` or ``"nccl"``.
+        device: of this rank, which decides on NCCL or gloo.
         timeout: of the collectives of the group, and of the first wait for the other ranks.
 
     Raises:
         RuntimeError: some rank does not connect, time and again.
     """
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if int(os.environ["WORLD_SIZE"]) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # With its device NCCL connects here and not in the first collective, and splits later groups off.
+    bound = device if backend == "nccl" else None
     for attempt in range(ATTEMPTS):
         own = dist.PrefixStore(f"attempt-{attempt}", store)
         problem = ""
         try:
-            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout, device_id=bound)
         except RuntimeError as error:
             problem = f"rank {rank}: {error}"
             own.set("problem", problem)

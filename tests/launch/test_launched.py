@@ -136,7 +136,7 @@ class Failing(Group):
 
 distributed_c10d.ProcessGroupGloo = Failing
 try:
-    join("gloo", timedelta(minutes=1))
+    join(torch.device("cpu"), timedelta(minutes=1))
 except RuntimeError as error:
     sys.exit(str(error))
 total = torch.ones(())
