@@ -14,10 +14,9 @@ from sparsetrain.methods.base import Method, MethodConfig
 if TYPE_CHECKING:
     import torch
     from sparsetrain_kernels.inputs import AttentionOptions
-    from sparsetrain_kernels.sparsek import CausalSelection
+    from sparsetrain_kernels.sparsek import CausalSelection, Moments, Places
     from torch import nn
 
-    from sparsetrain.methods.sparsek_scorer import Moments, Places
     from sparsetrain.methods.sparsek_state import SparseKState
 
 
@@ -166,7 +165,7 @@ class SparseKMethod(Method):
         **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
         """See :meth:`Method.attend`. ``sparsek_scores`` and ``sparsek_gain`` are what the layer's scorer returned."""
-        from sparsetrain.methods.sparsek_scorer import find_places
+        from sparsetrain_kernels.sparsek import find_places
 
         self._refuse(options)
         if key.shape[2] != query.shape[2]:
@@ -208,8 +207,8 @@ class SparseKMethod(Method):
         """See :meth:`Method.attend_with_state`: one token at a time from the slots, several by the operator of training
         over what the slots hold and the new tokens."""
         import torch
+        from sparsetrain_kernels.sparsek import Places, find_places
 
-        from sparsetrain.methods.sparsek_scorer import Places, find_places
         from sparsetrain.methods.sparsek_state import Sequence
 
         self._refuse(options)
@@ -282,7 +281,9 @@ class SparseKMethod(Method):
         moments: Moments | None = None,
     ) -> tuple[torch.Tensor, Moments | None]:
         """The scores that compete, and the moments of normalisation after them."""
-        from sparsetrain.methods.sparsek_scorer import hashed_scores, place_scores
+        from sparsetrain_kernels.sparsek import place_scores
+
+        from sparsetrain.methods.sparsek_scorer import hashed_scores
 
         if self.config.scorer == "random":
             linear = hashed_scores(self.score_heads, layer.layer_idx, places, like=query)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from sparsetrain_kernels.sparsek import find_places
 from torch import Tensor
-
-from sparsetrain.methods.sparsek_scorer import find_places
 
 MIN_ROWS = 32
 """Keys that fewer queries see from behind their window tell too little."""

@@ -11,20 +11,9 @@ import math
 from typing import Any
 
 import torch
-from sparsetrain_kernels.sparsek import find_places, place_scores
-from sparsetrain_kernels.sparsek.placement_reference import EPSILON, Moments, Places, timestep_norm
+from sparsetrain_kernels.sparsek import Places
+from sparsetrain_kernels.sparsek.placement_reference import per_head
 from torch import Tensor, nn
-
-__all__ = [
-    "EPSILON",
-    "Moments",
-    "Places",
-    "SparseKScorer",
-    "find_places",
-    "hashed_scores",
-    "place_scores",
-    "timestep_norm",
-]
 
 CHUNK = 8192
 """Tokens that are lifted to fp32 at a time."""
@@ -126,8 +115,7 @@ def hashed_scores(heads: int, layer_index: int, places: Places, *, like: Tensor)
         ``[B, heads, N]`` for a batch of queries ``like`` ``[B, Hq, N, D]``, fp32 or fp64.
     """
     head = torch.arange(heads, device=like.device)[:, None] + heads * layer_index
-    position = places.position if places.position.dim() == 1 else places.position[:, None]
-    bits = position * 0x9E3779B1 + head * 0x85EBCA77
+    bits = per_head(places.position) * 0x9E3779B1 + head * 0x85EBCA77
     for multiplier in (0x7FEB352D, 0x846CA68B):  # a 32-bit integer hash ("lowbias32")
         bits = bits & 0xFFFFFFFF
         bits = (bits ^ (bits >> 16)) * multiplier

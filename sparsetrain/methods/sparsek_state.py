@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+from sparsetrain_kernels.sparsek import Moments
 from sparsetrain_kernels.sparsek_decode import (
     EMPTY,
     SparseKSlots,
@@ -22,7 +23,6 @@ from sparsetrain_kernels.sparsek_decode import (
 from torch import Tensor
 
 from sparsetrain.methods.base import DecodeState
-from sparsetrain.methods.sparsek_scorer import Moments
 
 __all__ = ["EMPTY", "Sequence", "Slots", "SparseKState"]
 

@@ -117,8 +117,7 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
         for stage in range(section.stage + 1, 4):
             yield (f"deepspeed.stage={stage}",), "communication" if stage < 3 else "weights travel in every pass"
     sharded = () if section.stage == 3 else ("deepspeed.stage=3",)
-    unmeasured = recipe.eval.at_start and not recipe.eval.empty
-    if setting.ranks > 1 and unmeasured:
+    if setting.ranks > 1 and recipe.eval.measures_at_start:
         yield (*sharded, AT_ONCE), "no figures from before training to compare with"
     if not train.offload_activations:
         yield ("train.offload_activations=true",), "copies to host memory, beside the computation"
@@ -131,7 +130,7 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
     if section.offload_parameters == "none":
         offload = (*sharded, "deepspeed.offload_parameters=cpu")
         yield offload, "weights come from host memory in every pass"
-        if unmeasured:
+        if recipe.eval.measures_at_start:
             yield (*offload, AT_ONCE), "the same, and no figures from before training to compare with"
     if setting.ranks == 1 and section.stage > 0:
         yield ("deepspeed.stage=0",), "nothing: one GPU has nobody to share with"

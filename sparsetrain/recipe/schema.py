@@ -413,6 +413,11 @@ class EvalSection(Section):
         """Whether there is nothing to measure."""
         return self.perplexity is None and self.passkey is None and self.recall is None
 
+    @property
+    def measures_at_start(self) -> bool:
+        """Whether the model runs before the first step."""
+        return self.at_start and not self.empty
+
 
 class WandbSection(Section):
     """Weights & Biases. The same metrics always go to ``metrics.jsonl``."""

@@ -98,9 +98,7 @@ def loads_into_shards(recipe: Recipe) -> bool:
     Only where nothing runs the model before the engine exists: no evaluation at the start and no scorers to fit. Then
     the model may be larger than a device.
     """
-    runs_before = (recipe.eval.at_start and not recipe.eval.empty) or getattr(
-        recipe.attention, "init", None
-    ) == "attention"
+    runs_before = recipe.eval.measures_at_start or getattr(recipe.attention, "init", None) == "attention"
     return recipe.deepspeed.stage == 3 and not runs_before
 
 

@@ -1,15 +1,17 @@
-"""What a sparse layer should have answered, in fp64 and by definition: slow, and sharing nothing with the kernels."""
+"""What a sparse layer should have answered, in fp64 and by definition: slow, and sharing nothing with the kernels but
+where SparseK placed its scores."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from sparsetrain_kernels.sparsek import find_places, place_scores
 from torch import Tensor, nn
 
 from sparsetrain.methods.base import Method
 from sparsetrain.methods.sparsek import SparseKMethod
-from sparsetrain.methods.sparsek_scorer import find_places, hashed_scores, place_scores
+from sparsetrain.methods.sparsek_scorer import hashed_scores
 from sparsetrain.methods.static import StaticMethod
 
 PATTERN_TOKENS = 2048

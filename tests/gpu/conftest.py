@@ -1,17 +1,28 @@
-"""What the tests of training on CUDA devices share: the fixtures of the training tests, over a recipe of their own."""
+"""What the tests on CUDA devices share: memory that shows what was not written, and for training the fixtures of the
+training tests, over a recipe of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from training.conftest import make_corpus, make_recipe, make_tokenizer, pretrained, ranks_of, run_folder
 from training.conftest import shared as shared_by_all
 
 from sparsetrain.recipe.yaml_source import dump_yaml
 
 __all__ = ["pretrained", "ranks_of", "run_folder", "shared_by_all"]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, or integers that no index may be."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

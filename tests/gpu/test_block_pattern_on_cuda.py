@@ -21,7 +21,11 @@ from sparsetrain.patterns import (
 
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not CUDA, reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 BACKENDS = ["triton", pytest.param("gluon", marks=pytest.mark.skipif(not HOPPER, reason="needs a Hopper device"))]
 POWER = PowerPattern(128, 2, 1)
@@ -48,15 +52,6 @@ def oracle(pattern):
 
 def packed(*bounds: int) -> torch.Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device="cuda")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or integers that no index may be."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

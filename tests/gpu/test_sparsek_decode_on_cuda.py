@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_slots import assert_same_slots, clone, empty_slots, in_double, normal
+from sparsetrain_kernels.sparsek import Moments
 from sparsetrain_kernels.sparsek_decode import (
     SparseKSlots,
     buffer_threshold,
@@ -12,25 +13,16 @@ from sparsetrain_kernels.sparsek_decode import (
     sparsek_decode_update,
 )
 
-from sparsetrain.methods.sparsek_scorer import Moments
 from sparsetrain.methods.sparsek_state import Sequence, SparseKState
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned"),
 ]
 REAL = {"topk": 1024, "window": 1024, "sinks": 4}
 SMALL = {"topk": 300, "window": 70, "sinks": 3}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def on_card(*shape, dtype=torch.float32, seed=0):

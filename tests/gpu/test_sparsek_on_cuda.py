@@ -20,18 +20,10 @@ from sparsetrain_kernels.sparsek.placement import find_places, place_scores
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("poisoned"),
 ]
 GATES = ("value", "log", "straight")
 NAMES = ("out", "grad query", "grad key", "grad value", "grad scores", "grad threshold")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or integers that no index may be."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_scores(heads: int, tokens: int, kind: str = "normal", seed: int = 3) -> torch.Tensor:

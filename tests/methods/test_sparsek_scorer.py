@@ -5,16 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sparsetrain_kernels.sparsek import Places, find_places, place_scores
+from sparsetrain_kernels.sparsek.placement_reference import EPSILON, timestep_norm
 
-from sparsetrain.methods.sparsek_scorer import (
-    EPSILON,
-    Places,
-    SparseKScorer,
-    find_places,
-    hashed_scores,
-    place_scores,
-    timestep_norm,
-)
+from sparsetrain.methods.sparsek_scorer import SparseKScorer, hashed_scores
 
 
 def scorer(width=16, heads=3, *, normalize=True, trainable=True):

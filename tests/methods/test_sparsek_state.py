@@ -9,10 +9,10 @@ import pytest
 import torch
 from sparsek_oracle import threshold
 from sparsetrain_kernels.backend import INTERPRETING
+from sparsetrain_kernels.sparsek import Moments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.methods import sparsek_state
-from sparsetrain.methods.sparsek_scorer import Moments
 from sparsetrain.methods.sparsek_state import EMPTY, Sequence, SparseKState
 
 SHAPE = {"topk": 6, "window": 5, "sinks": 3}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from selected_oracle import attend, select
+from sparsetrain_kernels.sparsek.placement_reference import EPSILON
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.sparsek_scorer import EPSILON
 from sparsetrain.modeling import sparse_layers, sparsify
 
 SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "slope": 1e-3}

@@ -5,10 +5,13 @@ from sparsetrain_kernels.sparsek.causal import causal_sparsek
 from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
 from sparsetrain_kernels.sparsek.op import sparsek, sparsek_threshold
 from sparsetrain_kernels.sparsek.placement import find_places, place_scores
+from sparsetrain_kernels.sparsek.placement_reference import Moments, Places
 from sparsetrain_kernels.sparsek.statistics import topk_statistics
 
 __all__ = [
     "CausalSelection",
+    "Moments",
+    "Places",
     "causal_sparsek",
     "find_places",
     "place_scores",

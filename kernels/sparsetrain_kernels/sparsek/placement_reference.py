@@ -36,7 +36,7 @@ def place(
     if gain is not None:
         scores, after = timestep_norm(linear, places, moments)
         scores = scores * gain
-    return (scores + slope * _per_head(places.position)).to(linear.dtype), after
+    return (scores + slope * per_head(places.position)).to(linear.dtype), after
 
 
 def timestep_norm(scores: Tensor, places: Places, moments: Moments | None = None) -> tuple[Tensor, Moments]:
@@ -56,7 +56,7 @@ def timestep_norm(scores: Tensor, places: Places, moments: Moments | None = None
     wide = scores.double()
     total = _sum_so_far(wide, places, moments and moments.total)
     squares = _sum_so_far(wide * wide, places, moments and moments.squares)
-    count = _per_head(places.position + 1)
+    count = per_head(places.position + 1)
     mean = total / count
     variance = (squares / count - mean * mean).clamp(min=0.0)
     return (wide - mean) * (variance + EPSILON).rsqrt(), Moments(total[..., -1].detach(), squares[..., -1].detach())
@@ -68,9 +68,9 @@ def _sum_so_far(values: Tensor, places: Places, before: Tensor | None) -> Tensor
     if before is not None:
         return running + before[..., None]
     ahead = torch.nn.functional.pad(running, (1, 0))
-    return running - ahead.gather(-1, _per_head(places.first).expand_as(values))
+    return running - ahead.gather(-1, per_head(places.first).expand_as(values))
 
 
-def _per_head(places: Tensor) -> Tensor:
+def per_head(places: Tensor) -> Tensor:
     """``[N]`` or ``[B, N]`` as it broadcasts over ``[B, heads, N]``."""
     return places if places.dim() == 1 else places[:, None]

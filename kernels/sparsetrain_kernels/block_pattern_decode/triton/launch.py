@@ -48,19 +48,26 @@ def decode(call: DecodeInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:
         partial = torch.empty((*query.shape[:3], splits, head_dim), dtype=torch.float32, device=query.device)
         partial_lse = torch.empty((*query.shape[:3], splits), dtype=torch.float32, device=query.device)
         _attend(call, lists, config, splits, row_tiles, partial, partial_lse)
-        kernels.merge_kernel[(batch * heads * rows,)](
-            partial,
-            partial_lse,
-            out,
-            lse,
-            splits,
-            D=head_dim,
-            D_PAD=d_pad,
-            SPLITS_PAD=triton.next_power_of_2(splits),
-            STEP=MERGE_STEP,
-            num_warps=NUM_WARPS,
-        )
+        merge(partial, partial_lse, out, lse)
     return out, lse
+
+
+def merge(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge the shares of each row, fp32 ``[..., splits, D]`` and ``[..., splits]``, into ``out [..., D]`` and ``lse
+    [...]``. On the device of the tensors."""
+    splits, head_dim = partial.shape[-2:]
+    kernels.merge_kernel[(lse.numel(),)](
+        partial,
+        partial_lse,
+        out,
+        lse,
+        splits,
+        D=head_dim,
+        D_PAD=pad_head_dim(head_dim),
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        STEP=MERGE_STEP,
+        num_warps=NUM_WARPS,
+    )
 
 
 def _attend(

@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern_decode.triton.configs import choose_config, choose_splits, multiprocessors
-from sparsetrain_kernels.block_pattern_decode.triton.kernels import merge_kernel
-from sparsetrain_kernels.block_pattern_decode.triton.launch import MERGE_STEP, NUM_WARPS
+from sparsetrain_kernels.block_pattern_decode.triton.launch import NUM_WARPS, merge
 from sparsetrain_kernels.launching import on_device, pad_head_dim
 from sparsetrain_kernels.sparsek_decode.slots import SparseKSlots
 from sparsetrain_kernels.sparsek_decode.triton.attention import sparsek_decode_attention_kernel
@@ -99,17 +98,7 @@ def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str,
             num_stages=config.num_stages,
         )
         if splits > 1:
-            # Its last argument but the constants is a log-sum-exp of all shares, which nobody asks for.
-            merge_kernel[(batch * query_heads,)](
-                partial,
-                partial_lse,
-                out,
-                torch.empty((batch, query_heads), dtype=torch.float32, device=query.device),
-                splits,
-                D=head_dim,
-                D_PAD=d_pad,
-                SPLITS_PAD=triton.next_power_of_2(splits),
-                STEP=MERGE_STEP,
-                num_warps=NUM_WARPS,
-            )
+            # A log-sum-exp of all shares, which nobody asks for.
+            lse = torch.empty((batch, query_heads), dtype=torch.float32, device=query.device)
+            merge(partial, partial_lse, out, lse)
     return out
