@@ -63,7 +63,7 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     model = sparsify(random_model(recipe, world.device), recipe.attention)
     check_shareable(model, recipe.sequence.parallel)
     if wants_liger(recipe.train.liger, world.device):
-        fuse_layers(model, recipe.train.liger)
+        fuse_layers(model, recipe.train.liger, world.device)
     choose_trainable(model, recipe)
     if stand_in == "bare":
         use_no_attention(model)

@@ -48,8 +48,12 @@ def wants_liger(choice: Choice, device: torch.device) -> bool:
     return choice != "off" and installed and device.type == "cuda"
 
 
-def fuse_layers(model: PreTrainedModel, choice: Choice) -> str:
+def fuse_layers(model: PreTrainedModel, choice: Choice, device: torch.device) -> str:
     """Put Liger's kernels into the decoder layers of a sparsified model, in place, and compare them with its own code.
+
+    Args:
+        device: where the comparison runs. The model may be on the host, and larger than the device: no more than the
+            weights of one module are on the device at a time.
 
     Returns:
         What was fused, in a sentence.
@@ -76,7 +80,7 @@ def fuse_layers(model: PreTrainedModel, choice: Choice) -> str:
     with _transformers_unchanged() as replaced:
         apply(model=model, **options)
     options["rope"] = _replace_functions(model, replaced) > 0
-    difference = _largest_difference(model)
+    difference = _largest_difference(model, device)
     kernels = ", ".join(name for name, used in options.items() if used)
     return f"{_name()} in the decoder layers: {kernels}; largest difference of a module's output {difference:.1e}"
 
@@ -159,7 +163,7 @@ def _replace_functions(model: PreTrainedModel, replaced: dict[ModuleType, dict[s
 
 
 @torch.no_grad()
-def _largest_difference(model: PreTrainedModel) -> float:
+def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
     """Of the output of any patched module from what its own class computes, as relative RMS, on a few tokens.
 
     Raises:
@@ -174,15 +178,17 @@ def _largest_difference(model: PreTrainedModel) -> float:
         name = type(module).__name__
         differences[name] = max(difference, differences.get(name, 0.0))
 
-    parameter = next(model.parameters())
-    tokens = torch.arange(PROBE_TOKENS, device=parameter.device)[None]
-    patched = [module for module in model.get_decoder().modules() if "forward" in vars(module)]
+    decoder: Any = model.get_decoder()
+    tokens = torch.arange(PROBE_TOKENS, device=device)[None]
+    ids = tokens % model.config.get_text_config().vocab_size
+    patched = [module for module in decoder.modules() if "forward" in vars(module)]
     hooks = [module.register_forward_hook(compare, with_kwargs=True) for module in patched]
     training = model.training
     model.eval()
     try:
-        ids = tokens % model.config.get_text_config().vocab_size
-        model.get_decoder()(input_ids=ids, position_ids=tokens, use_cache=False)
+        # Inside: a module is compared before its weights go back.
+        with _visiting(decoder, device):
+            decoder(input_ids=ids, position_ids=tokens, use_cache=False)
     finally:
         model.train(training)
         for hook in hooks:
@@ -194,6 +200,31 @@ def _largest_difference(model: PreTrainedModel) -> float:
             "model's own; set it to off"
         )
     return difference
+
+
+@contextmanager
+def _visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Tensors of each module are on the device while it computes, and back in their place on the host afterwards."""
+    at_home: dict[Tensor, Tensor] = {}
+
+    def visit(module: nn.Module, _: Any) -> None:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.device != device:
+                at_home[tensor] = tensor.data
+                tensor.data = tensor.data.to(device)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor in at_home:
+                tensor.data = at_home.pop(tensor)
+
+    hooks = [module.register_forward_pre_hook(visit) for module in model.modules()]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _name() -> str:

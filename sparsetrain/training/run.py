@@ -128,7 +128,7 @@ class _Run:
         start = self._find_checkpoint(resume)
         self._calibrate()
         if wants_liger(recipe.train.liger, world.device):
-            self.say(f"kernels: {fuse_layers(self.model, recipe.train.liger)}")
+            self.say(f"kernels: {fuse_layers(self.model, recipe.train.liger, world.device)}")
         if start is None and recipe.eval.at_start:
             self._evaluate_at_start()
         elif recipe.eval.at_end or recipe.eval.every is not None:

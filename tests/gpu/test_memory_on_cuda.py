@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from importlib import util
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsetrain
+from sparsetrain.cli import main
 from sparsetrain.recipe import load_recipe, plan_batch
 from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.activation_offload import ActivationOffload
@@ -133,10 +135,29 @@ def test_fused_kernels_are_as_exact_as_the_models_own(batch, family):
     exact_loss, exact, _ = step(CausalLMLoss(build(attention, family, torch.float32, **fields), 2048), batch)
     loss, yardstick, _ = step(CausalLMLoss(build(attention, family, **fields), 2048), batch)
     model = build(attention, family, **fields)
-    assert "rope, rms_norm" in fuse_layers(model, "on")
+    assert "rope, rms_norm" in fuse_layers(model, "on", model.device)
     fused_loss, fused, _ = step(CausalLMLoss(model, 2048, fused=True), batch)
     assert abs(fused_loss - exact_loss) <= 2 * abs(loss - exact_loss) + 1e-4 * exact_loss
     assert error(fused, exact) <= 1.5 * error(yardstick, exact)
+
+
+@needs_liger
+def test_layers_of_a_model_on_the_host_are_compared_on_the_device_and_stay_where_they_are():
+    model = build(num_hidden_layers=2).cpu()
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    fuse_layers(build(num_hidden_layers=1), "on", torch.device("cuda", 0))  # cuBLAS takes its workspace
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    assert "rope, rms_norm" in fuse_layers(model, "on", torch.device("cuda", 0))
+    assert torch.cuda.memory_allocated() == before
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()} == places
+
+
+@needs_liger
+def test_a_run_that_loads_into_shards_fuses_its_layers(tiny, tmp_path, capfd):
+    overrides = ["deepspeed.stage=3", "eval.at_start=false", "train.liger=on", "train.steps=2"]
+    assert main(["run", str(tiny), *overrides, "--output", str(tmp_path / "run")]) == 0
+    assert "in the decoder layers: rope, rms_norm" in capfd.readouterr().err
 
 
 @needs_liger
@@ -153,6 +174,8 @@ def test_zero_3_shards_weights_of_the_host_without_holding_them_all():
     model.requires_grad_(False)[-1].requires_grad_(True)
     size = sum(weight.nbytes for weight in model.parameters())
     sections = ["deepspeed.stage=3", "deepspeed.offload_parameters=cpu", "eval.at_start=false", "model.dtype=bfloat16"]
+    # Gradients are reduced in a buffer of so many elements, by default half a billion.
+    sections += ["deepspeed.config={zero_optimization: {reduce_bucket_size: 10000000}}"]
     recipe = load_recipe("quickstart", sections).recipe
     world = init_world()
     torch.cuda.reset_peak_memory_stats()

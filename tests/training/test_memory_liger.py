@@ -25,6 +25,7 @@ from sparsetrain.training.loss import CausalLMLoss
 pytest.importorskip("liger_kernel", reason="needs liger-kernel")
 
 TOKENS = 24
+CPU = torch.device("cpu")
 FAMILIES = {
     "llama": "rope, rms_norm, swiglu",
     "qwen3": "rope, rms_norm, swiglu",
@@ -118,7 +119,7 @@ def step(model, inputs, *, fused):
 def test_fused_layers_give_the_same_loss_and_gradients(family, kernels, batch):
     model = build(family)
     wanted = step(model, batch(), fused=False)
-    said = liger.fuse_layers(model, "on")
+    said = liger.fuse_layers(model, "on", CPU)
     assert f"in the decoder layers: {kernels}; largest difference" in said
     assert_close(step(model, batch(), fused=False), wanted)
 
@@ -128,7 +129,7 @@ def test_the_layers_really_use_the_kernels_and_other_models_do_not(batch, monkey
 
     before = dict(vars(modeling_llama))
     model, other = build(), build()
-    liger.fuse_layers(model, "on")
+    liger.fuse_layers(model, "on", CPU)
     assert dict(vars(modeling_llama)) == before
     calls = []
     for name in ("LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerRopeFunction"):
@@ -200,28 +201,28 @@ def test_a_loss_that_the_kernel_does_not_compute_is_not_fused(family, fields, dt
 
 
 def test_an_activation_that_the_kernel_does_not_compute_is_not_fused():
-    assert "layers: rope, rms_norm; largest" in liger.fuse_layers(build(hidden_act="gelu"), "auto")
+    assert "layers: rope, rms_norm; largest" in liger.fuse_layers(build(hidden_act="gelu"), "auto", CPU)
 
 
 def test_kernels_that_compute_something_else_are_noticed(monkeypatch):
     monkeypatch.setitem(liger.ACTIVATIONS, "swiglu", ("gelu",))
     with pytest.raises(ModelError, match=r"train.liger: .* the output of LlamaMLP differs by .*; set it to off"):
-        liger.fuse_layers(build(hidden_act="gelu"), "auto")
+        liger.fuse_layers(build(hidden_act="gelu"), "auto", CPU)
 
 
 def test_a_model_that_liger_does_not_know(batch):
     model = build("gpt_neox")
-    assert "does not know models of type gpt_neox; nothing is fused" in liger.fuse_layers(model, "auto")
+    assert "does not know models of type gpt_neox; nothing is fused" in liger.fuse_layers(model, "auto", CPU)
     with pytest.raises(
         ModelError, match=r"train.liger=on: Liger .* does not know models of type gpt_neox; set it to auto"
     ):
-        liger.fuse_layers(model, "on")
+        liger.fuse_layers(model, "on", CPU)
 
 
 def test_a_version_that_does_not_fit_transformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(ModelError, match=r"train.liger: Liger [\d.]+ cannot be imported beside transformers .* to off"):
-        liger.fuse_layers(build(), "auto")
+        liger.fuse_layers(build(), "auto", CPU)
 
 
 def test_it_is_used_where_there_is_a_gpu_and_the_package(monkeypatch):
