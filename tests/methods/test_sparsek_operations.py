@@ -95,7 +95,7 @@ def train(launches: Launches) -> Callable[..., Counter[str]]:
 
 def test_a_training_call_issues_few_operations(train: Callable[..., Counter[str]]) -> None:
     found = train(None)
-    assert found.total() <= 39, found
+    assert found.total() <= 40, found
 
 
 def test_telemetry_adds_few_operations(train: Callable[..., Counter[str]]) -> None:

@@ -55,7 +55,7 @@ class Axis(NamedTuple):
 def line_up(scores: Tensor, window: int, sinks: int, cu_seqlens: Tensor | None) -> Line:
     length = scores.shape[2]
     start, end = document_bounds(length, cu_seqlens, scores.device)
-    order = scores.argsort(dim=-1, stable=True)
+    order = with_one_nan(scores).argsort(dim=-1, stable=True)
     if cu_seqlens is not None:
         # Also stable: within a document, the order by score stays.
         by_document = start.expand(scores.shape).gather(-1, order).argsort(dim=-1, stable=True)
@@ -65,6 +65,11 @@ def line_up(scores: Tensor, window: int, sinks: int, cu_seqlens: Tensor | None) 
     offset = offsets(scores)
     start, end, entry, order = ((rows + offset).flatten() for rows in (start, end, entry, order))
     return Line(start, end, entry, order)
+
+
+def with_one_nan(scores: Tensor) -> Tensor:
+    """Scores to be sorted, with NaN of either sign as one: on CUDA, PyTorch sorts the negative ones to the front."""
+    return scores.nan_to_num(nan=float("nan"), posinf=float("inf"), neginf=-float("inf"))
 
 
 def offsets(scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.launching import on_device
-from sparsetrain_kernels.sparsek.causal_line import ONE
+from sparsetrain_kernels.sparsek.causal_line import ONE, with_one_nan
 from sparsetrain_kernels.sparsek.triton import selection
 from sparsetrain_kernels.sparsek.triton.search import find_first_rows
 
@@ -114,7 +114,7 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
 def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Scores ascending within each document, of equal ones the older first; the tokens they are of; the documents."""
     if cu_seqlens is None:
-        return *scores.sort(dim=-1, stable=True), None, None
+        return *with_one_nan(scores).sort(dim=-1, stable=True), None, None
     start, end = known_bounds(scores.shape[1], cu_seqlens, scores.device)
     if scores.dtype == torch.float32:
         scores, line = scores.contiguous(), scores.numel()
@@ -123,7 +123,7 @@ def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Te
         selection.selection_keys_kernel[grid](scores, start, key, line, scores.shape[1], BLOCK=BLOCK)
         order = key.argsort(dim=-1, stable=True)
         return scores.gather(-1, order), order, start, end
-    ordered, order = scores.sort(dim=-1, stable=True)
+    ordered, order = with_one_nan(scores).sort(dim=-1, stable=True)
     # Also stable: within a document, the order by score stays.
     by_document = start[order].argsort(dim=-1, stable=True)
     return ordered.gather(-1, by_document), order.gather(-1, by_document), start, end
