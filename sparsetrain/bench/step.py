@@ -50,18 +50,18 @@ class _Enough(Exception):
 
 
 class _Watch:
-    """Times of the steps behind the first, which compiles and allocates. A long first step counts where the
-    kernels were compiled at another length. Every rank calls it, and all of them stop at the same step."""
+    """Times of the steps behind the first ones, which settle: kernels are compiled, memory is allocated. A long step
+    among those counts where the kernels were compiled at another length. Every rank calls it, and all of them stop at
+    the same step."""
 
-    def __init__(self, world: World, compiled: bool) -> None:
-        self.world, self.compiled = world, compiled
+    def __init__(self, world: World, compiled: bool, settling: int) -> None:
+        self.world, self.compiled, self.settling = world, compiled, settling
         self.seconds: list[float] = []
-        self.first = True
 
     def __call__(self, seconds: float) -> None:
         seconds = self.world.largest(seconds)
-        if self.first and not (self.compiled and seconds > LONG_SECONDS):
-            self.first = False
+        if self.settling and not (self.compiled and seconds > LONG_SECONDS):
+            self.settling -= 1
             if self.world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.world.device)
             return
@@ -107,12 +107,13 @@ def run_step(
 
 def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World) -> Iterator[StepRow]:
     for recipe in recipes:
-        plan = batch_shape(recipe, world.size).with_steps(1 + repeats)
+        settling = settling_steps(recipe)
+        plan = batch_shape(recipe, world.size).with_steps(settling + repeats)
         for name in names:
             attention = WAYS[name].attention or recipe.attention.method
             # torch.compile makes FlexAttention anew for every length.
             compiled = recipe is not recipes[0] and name != "flex"
-            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, compiled)
+            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, compiled, settling)
             try:
                 WAYS[name].run(recipe, plan, world, watch)
             except _Enough:
@@ -130,6 +131,12 @@ def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World
                 row.peak_gib = _peak(world)
             release()
             yield row
+
+
+def settling_steps(recipe: Recipe) -> int:
+    """First steps that are not timed. DeepSpeed's ZeRO-3 records in the first what is read when, and works out in the
+    second what to keep: seconds for a model of many small modules, once."""
+    return 2 if recipe.deepspeed.stage == 3 else 1
 
 
 def _peak(world: World) -> float | None:

@@ -48,13 +48,27 @@ def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
 
 def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
     """Where one rank of several measures more than 20 s, the others stop too."""
-    watch = step._Watch(World(0, 2, torch.device("cpu")), compiled=False)
+    watch = step._Watch(World(0, 2, torch.device("cpu")), compiled=False, settling=1)
     monkeypatch.setattr(World, "largest", lambda world, seconds: seconds + 2.0)
     watch(30.0)
     watch(17.0)
     with pytest.raises(step._Enough):
         watch(19.0)
     assert watch.seconds == [19.0, 21.0]
+
+
+def test_steps_that_settle_are_not_timed() -> None:
+    plain, sharded = (load_recipe("tiny-sparsek", [f"deepspeed.stage={stage}"]).recipe for stage in (2, 3))
+    assert (step.settling_steps(plain), step.settling_steps(sharded)) == (1, 2)
+    watch = step._Watch(World(0, 1, torch.device("cpu")), compiled=False, settling=2)
+    for seconds in (9.0, 5.0, 2.0):
+        watch(seconds)
+    assert watch.seconds == [2.0]
+    # A step of a length that is not the first compiles nothing; one that takes long is enough.
+    watch = step._Watch(World(0, 1, torch.device("cpu")), compiled=True, settling=2)
+    with pytest.raises(step._Enough):
+        watch(21.0)
+    assert watch.seconds == [21.0]
 
 
 def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
