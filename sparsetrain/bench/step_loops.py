@@ -26,7 +26,7 @@ from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import World
+from sparsetrain.training.engine import World, destroy
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult
 from sparsetrain.training.sequence_parallel import check_shareable
@@ -92,7 +92,7 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     try:
         loop.run()
     finally:
-        engine.destroy()  # its hooks on the gradients would keep the model for the rest of the process
+        destroy(engine)
 
 
 def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
@@ -156,7 +156,7 @@ def _hugging_face(
     try:
         _timed(step, model.config.vocab_size, plan, world, after_step)
     finally:
-        engine.destroy()
+        destroy(engine)
 
 
 def _alone(world: World) -> None:

@@ -118,6 +118,27 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
     return engine
 
 
+def destroy(engine: Any) -> None:
+    """Let an engine go: what is left of one would keep its model and states for the rest of the process."""
+    stage = engine.zero_optimization_stage()
+    engine.destroy()
+    if stage == 3:
+        _forget_modules_of_zero_3()
+
+
+def _forget_modules_of_zero_3() -> None:
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    # The modules in forward, one within the other; a recomputation that stops early leaves its own behind.
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # A method with a cache by engine and module, inside a wrapper.
+    method = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(method, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
 def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Shard a module on the host, one parameter after another; left to itself DeepSpeed moves all of it first."""
     zero = config["zero_optimization"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparsetrain.bench import step
 from sparsetrain.bench.step import run_step
 from sparsetrain.bench.step_loops import WAYS, Way, random_steps
 from sparsetrain.bench.step_models import random_model
 from sparsetrain.errors import BenchError
+from sparsetrain.methods.sparsek_scorer import SparseKScorer
 from sparsetrain.recipe import batch_shape, load_recipe
 from sparsetrain.training.engine import World
 
@@ -34,6 +37,15 @@ def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
     assert written["recipe"]["lora"]["rank"] == 4
     assert [row["seconds"] for row in written["rows"]] == [row.seconds for row in rows]
     assert len(list(csv.DictReader((tmp_path / "step.csv").open()))) == 6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nothing_of_a_way_is_left_when_the_next_one_is_measured(stage: int) -> None:
+    """Memory is measured in it. DeepSpeed's own destroy() leaves an engine of ZeRO-3 where it was."""
+    settings = [f"deepspeed.stage={stage}", "sequence.length=64", "train.activation_checkpointing=layer"]
+    run_step("tiny-sparsek", settings, ways="recipe", lengths=None, repeats=1, output=None)
+    gc.collect()
+    assert [found for found in gc.get_objects() if isinstance(found, DeepSpeedEngine | SparseKScorer)] == []
 
 
 def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
