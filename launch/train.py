@@ -16,7 +16,7 @@ import sys
 
 from sparsetrain.cli import main
 from sparsetrain.errors import SparsetrainError
-from sparsetrain.training.launched import adopt_slurm
+from sparsetrain.training.launched import adopt_slurm, part
 
 EXIT_SECONDS = 60
 """What a failed process may still take to exit: the destructor of a broken process group may wait for ever."""
@@ -36,4 +36,6 @@ if __name__ == "__main__":
     code = launch(sys.argv[1:])
     if code:
         signal.alarm(EXIT_SECONDS)
+    else:
+        part()
     sys.exit(code)

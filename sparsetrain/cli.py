@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -71,6 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error{rank}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
+
+
+def script() -> NoReturn:
+    """The command as a process of its own."""
+    code = main()
+    if code == 0 and "torch.distributed" in sys.modules:
+        from sparsetrain.training.launched import part
+
+        part()
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -734,4 +744,4 @@ def _print_notes(loaded: LoadedRecipe) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

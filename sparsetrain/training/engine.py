@@ -208,6 +208,8 @@ def _import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It calls collectives by names that torch deprecates, and torch says so at each; users cannot help it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # NCCL alone, where a process is alone; there is one device it can be.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
     try:
         import deepspeed
         import deepspeed.ops

@@ -148,6 +148,18 @@ def join(device: torch.device, timeout: timedelta) -> None:
     raise RuntimeError(problem)
 
 
+def part() -> None:
+    """Leave the process group where there is one: the last thing that a process does whose run ended well.
+
+    Left to its destructors, NCCL warns on every rank, and prints a stack where it looks for the store of a rank 0 that
+    has ended already. A rank that the others have left does not wait for them for ever.
+    """
+    if dist.is_initialized():
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(PATIENCE.total_seconds())
+
+
 def interface_to(address: str) -> str | None:
     """The network interface on the way to an address; None where that cannot be told.
 

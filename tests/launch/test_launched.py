@@ -6,10 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 
 from sparsetrain.errors import TrainingError
+from sparsetrain.training import launched
 from sparsetrain.training.launched import SLURM_PORTS, adopt_slurm, interface_to, meeting
 
 STEP = {
@@ -162,3 +165,27 @@ def test_when_one_rank_fails_to_connect_all_try_again(failures):
     else:
         assert all("rank 1: Gloo connectFullMesh failed: no error" in errors for _, errors in said), said
         assert [process.returncode for process in ends] == [1, 1]
+
+
+LEAVES = """
+import torch.distributed as dist
+from sparsetrain.training.launched import part
+part()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+part()
+print(dist.is_initialized())
+"""
+
+
+def test_a_process_that_is_done_leaves_its_group():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_it_does_not_wait_for_ever_for_ranks_that_are_gone(monkeypatch):
+    monkeypatch.setattr(launched, "PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(launched.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launched.dist, "destroy_process_group", lambda: time.sleep(20))
+    began = time.monotonic()
+    launched.part()
+    assert time.monotonic() - began < 10
