@@ -31,7 +31,7 @@ from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult
 from sparsetrain.training.sequence_parallel import check_shareable
 from sparsetrain.training.signals import StopSignals
-from sparsetrain.training.trainable import choose_trainable
+from sparsetrain.training.trainable import choose_trainable, trainable_size
 
 PLAIN_CHUNK = 4096
 """Positions whose logits exist at a time in the plain loop."""
@@ -69,7 +69,8 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
         use_no_attention(model)
     elif stand_in == "flex" and pattern is not None:
         use_flex(model, pattern, recipe.sequence.length, world.device)
-    engine, _ = build_engine(model, recipe, plan, deepspeed_config(recipe, plan), world, say=lambda line: None)
+    config = deepspeed_config(recipe, plan, trainable_size(model))
+    engine, _ = build_engine(model, recipe, plan, config, world, say=lambda line: None)
 
     def on_step(step: int, result: StepResult) -> None:
         after_step(result.seconds)

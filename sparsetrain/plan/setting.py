@@ -19,7 +19,6 @@ ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # DeepSpeed's own defaults, for what neither the recipe nor its deepspeed.config says (runtime/zero/config.py).
 _ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
 }
@@ -95,7 +94,8 @@ class Setting:
     @cached_property
     def zero(self) -> dict[str, Any]:
         """The ``zero_optimization`` section that DeepSpeed would get, with its defaults."""
-        return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, self.batch.with_steps(1))["zero_optimization"]}
+        plan = self.batch.with_steps(1)
+        return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, plan, self.parameters.trained)["zero_optimization"]}
 
     @property
     def stage(self) -> int:

@@ -69,8 +69,16 @@ PASSED_THROUGH = {
 }
 
 
-def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+REDUCE_BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces at a time by default."""
+
+
+def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
+
+    Args:
+        trained: elements that are trained, where they are known: the buffer in which gradients are reduced need not be
+            larger. DeepSpeed allocates all of it, a gigabyte for a few adapters.
 
     Raises:
         RecipeError: the user's JSON is unreadable, has a key DeepSpeed does not know, says ``auto``, or contradicts
@@ -89,6 +97,8 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         else:
             # Copies from pageable memory wait for one another; DeepSpeed before 0.19 has it pageable.
             zero[name].setdefault("pin_memory", True)
+    if trained is not None:
+        zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
     return config
 
 

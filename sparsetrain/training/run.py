@@ -138,7 +138,7 @@ class _Run:
 
         self.say(choose_trainable(self.model, recipe))
         self.costs = _Costs.of(self.model, recipe, world)
-        config = deepspeed_config(recipe, self.plan)
+        config = deepspeed_config(recipe, self.plan, trainable_size(self.model))
         if world.main:
             (self.output / "deepspeed.json").write_text(json.dumps(config, indent=1))
         self.engine, self.ulysses = build_engine(self.model, recipe, self.plan, config, world, self.say)

@@ -42,10 +42,15 @@ def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_nothing_of_a_way_is_left_when_the_next_one_is_measured(stage: int) -> None:
     """Memory is measured in it. DeepSpeed's own destroy() leaves an engine of ZeRO-3 where it was."""
+
+    def alive() -> set[int]:
+        gc.collect()
+        return {id(found) for found in gc.get_objects() if isinstance(found, DeepSpeedEngine | SparseKScorer)}
+
+    before = alive()
     settings = [f"deepspeed.stage={stage}", "sequence.length=64", "train.activation_checkpointing=layer"]
     run_step("tiny-sparsek", settings, ways="recipe", lengths=None, repeats=1, output=None)
-    gc.collect()
-    assert [found for found in gc.get_objects() if isinstance(found, DeepSpeedEngine | SparseKScorer)] == []
+    assert alive() <= before
 
 
 def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:

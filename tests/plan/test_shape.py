@@ -61,7 +61,7 @@ def test_a_shape_is_found_where_the_config_is(tmp_path, monkeypatch):
 
 def test_ranks_are_not_told_to_share_rows_where_a_run_would_refuse_it(tmp_path):
     shape = KNOWN_SHAPES["meta-llama/Llama-3.2-1B"].as_config()
-    name, options = "llama-3.2-1b-power-lora-128k", {"config": tmp_path / "config.json", "gpus": 8, "memory": "16GB"}
+    name, options = "llama-3.2-1b-power-lora-128k", {"config": tmp_path / "config.json", "gpus": 8, "memory": "15GB"}
     combinations = []
     for rope in ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0}):
         options["config"].write_text(json.dumps({**shape, "rope_parameters": rope}))

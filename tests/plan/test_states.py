@@ -73,7 +73,7 @@ def test_buckets_have_the_size_that_the_json_gives_them(setting):
     def bucket(config):
         return count_states(setting(ranks=2, deepspeed={"stage": 2, "config": config})).bucket
 
-    assert bucket(None) == 2 * 500_000_000
+    assert bucket(None) == 2 * TOTAL
     assert bucket({"zero_optimization": {"reduce_bucket_size": 1000}}) == 2 * 1000
     assert bucket({"zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True}}) == 2 * 2 * 1000
     assert count_states(setting(deepspeed={"stage": 0})).bucket == 0

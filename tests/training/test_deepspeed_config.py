@@ -16,7 +16,7 @@ from sparsetrain.training.deepspeed_config import OWNED_BY_RECIPE, deepspeed_con
 def config():
     """``config(deepspeed, ranks=2, **train)``: the JSON of a recipe with micro batch 2 and global batch 8."""
 
-    def build(deepspeed=None, ranks=2, dtype="bfloat16", **train):
+    def build(deepspeed=None, ranks=2, dtype="bfloat16", trained=None, **train):
         recipe = Recipe.model_validate(
             {
                 "model": {"path": "some/model", "dtype": dtype},
@@ -27,7 +27,7 @@ def config():
                 "deepspeed": deepspeed or {},
             }
         )
-        return deepspeed_config(recipe, plan_batch(recipe, ranks))
+        return deepspeed_config(recipe, plan_batch(recipe, ranks), trained)
 
     return build
 
@@ -49,6 +49,18 @@ def test_the_batch_follows_from_the_recipe(config):
     assert found["train_micro_batch_size_per_gpu"] == 2
     assert found["gradient_accumulation_steps"] == 2
     assert found["train_batch_size"] == 8
+
+
+def test_the_buffer_of_gradients_is_not_larger_than_what_is_trained(config):
+    def bucket(trained, **given):
+        return config({"config": {"zero_optimization": given}}, trained=trained)["zero_optimization"][
+            "reduce_bucket_size"
+        ]
+
+    assert bucket(1000) == 1000
+    assert bucket(8_000_000_000) == 500_000_000
+    assert bucket(1000, reduce_bucket_size=20) == 20
+    assert "reduce_bucket_size" not in config()["zero_optimization"]
 
 
 @pytest.mark.parametrize(
