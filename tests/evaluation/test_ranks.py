@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from ports import free_port
 
 from sparsetrain.evaluation import EvalResult, evaluate
 from sparsetrain.evaluation.scoring import Place, deal
@@ -38,11 +38,8 @@ def test_two_ranks_measure_what_one_does(tiny_model, byte_tokenizer, tmp_path: P
     passkey = PasskeySection(lengths=[300, 320], depths=3, trials=1, digits=1)
     section = EvalSection(perplexity=perplexity, passkey=passkey)
     alone = evaluate(tiny_model, byte_tokenizer, section, device="cpu")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     multiprocessing.spawn(
-        evaluate_on_rank, (2, port, tiny_model, byte_tokenizer, section, tmp_path), nprocs=2, join=True
+        evaluate_on_rank, (2, free_port(), tiny_model, byte_tokenizer, section, tmp_path), nprocs=2, join=True
     )
     first, second = (EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from ports import free_port
 
 from sparsetrain.errors import TrainingError
 from sparsetrain.training import launched
@@ -150,9 +151,7 @@ print(total.item())
 
 @pytest.mark.parametrize("failures", [2, 3])
 def test_when_one_rank_fails_to_connect_all_try_again(failures):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ends = []
     for rank in range(2):
         variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from ports import free_port
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -83,7 +83,7 @@ class Ranks:
         self.log_file = log
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         self.processes: list[subprocess.Popen] = []
-        port = self.free_port()
+        port = free_port()
         with log.open("a") as file:
             for rank in range(ranks or 1):
                 if ranks is not None and ranks > 1:
@@ -92,13 +92,6 @@ class Ranks:
                 self.processes.append(
                     subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 )
-
-    @staticmethod
-    def free_port() -> int:
-        """A port nobody listens on."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
 
     @property
     def log(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -20,7 +21,7 @@ def launch(tiny, ranks_of):
 
     def run(output, *arguments):
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-        launcher += ["--master_port", str(ranks_of.free_port()), str(REPOSITORY / "launch/train.py")]
+        launcher += ["--master_port", str(free_port()), str(REPOSITORY / "launch/train.py")]
         return ranks_of([*launcher, str(tiny), *arguments, "--output", str(output)], output.with_suffix(".log"), None)
 
     return run
