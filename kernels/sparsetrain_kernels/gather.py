@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.inputs import AttentionInputs, Document
 
 CHUNK_ELEMENTS = 2**21
@@ -121,7 +121,7 @@ class _GatherAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, cu_seqlens, sink_logits, *output)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, sink_logits, out, lse = ctx.saved_tensors
         inputs = AttentionInputs._make((*tensors, *ctx.numbers, sink_logits))

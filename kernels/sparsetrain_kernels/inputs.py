@@ -8,6 +8,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_number, check_tensors
+
 
 class Document(NamedTuple):
     """One sequence inside the tensors. Positions count from the document's own start."""
@@ -92,6 +94,8 @@ def check_inputs(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or value; the message names it.
     """
+    optional = {"cu_seqlens": cu_seqlens, "sink_logits": sink_logits}
+    check_tensors(query=query, key=key, value=value, **{name: t for name, t in optional.items() if t is not None})
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -125,6 +129,9 @@ def check_factors(scale: float | None, softcap: float | None) -> None:
     Raises:
         ValueError: one of them is not positive.
     """
+    for name, factor in (("scale", scale), ("softcap", softcap)):
+        if factor is not None:
+            check_number(name, factor)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale} must be positive, or None for head_dim ** -0.5")
     if softcap is not None and not softcap > 0:

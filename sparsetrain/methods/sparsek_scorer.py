@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.sparsek import Places
 from sparsetrain_kernels.sparsek.placement_reference import per_head
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]

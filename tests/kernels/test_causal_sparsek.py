@@ -363,6 +363,12 @@ SCORES_32 = torch.zeros(1, 1, 8)
         (SCORES_32, {"topk": 0}, ValueError, r"topk=0 must be at least 1"),
         (SCORES_32, {"window": 0}, ValueError, r"window=0 must be at least 1"),
         (SCORES_32, {"sinks": -1}, ValueError, r"sinks=-1 must be at least 0"),
+        (SCORES_32, {"topk": 2.0}, TypeError, r"topk=2.0 is no integer"),
+        (SCORES_32, {"topk": True}, TypeError, r"topk=True is no integer"),
+        (SCORES_32, {"window": "2"}, TypeError, r"window='2' is no integer"),
+        (SCORES_32, {"sinks": None}, TypeError, r"sinks=None is no integer"),
+        (SCORES_32.tolist(), {}, TypeError, r"scores is a list, expected a tensor"),
+        (SCORES_32, {"cu_seqlens": [0, 8]}, TypeError, r"cu_seqlens is a list, expected a tensor"),
         (SCORES_32, {"cu_seqlens": torch.tensor([0, 8])}, TypeError, r"cu_seqlens is torch.int64.*int32"),
         (SCORES_32, {"cu_seqlens": torch.tensor([0]).int()}, TypeError, r"at least two bounds"),
         (SCORES_32.expand(2, 1, 8), {"cu_seqlens": torch.tensor([0, 8]).int()}, ValueError, r"batch 1.*batch 2"),
@@ -483,3 +489,14 @@ def test_kernels_give_the_statistics_of_plain_pytorch(batch: int, lengths: list[
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=0)
+
+
+def test_a_second_derivative_of_the_threshold_is_refused() -> None:
+    scores = torch.randn(1, 1, 30, dtype=torch.float64, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        return causal_sparsek(scores, 6, 3).threshold.nan_to_num(neginf=0.0).pow(2).sum()
+
+    (grad,) = torch.autograd.grad(loss(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss() + grad.square().sum(), scores)

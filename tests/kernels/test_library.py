@@ -143,8 +143,10 @@ def test_functional_gradients_work_and_second_ones_are_refused() -> None:
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(loss)(query), expected)
     (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         first.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss(leaf) + first.square().sum(), leaf)
 
 
 def test_rows_of_scattered_elements_and_expanded_gradients_equal_the_plain_ones(sparse) -> None:

@@ -211,8 +211,10 @@ def test_nan_and_infinity_make_their_row_nan(single: Project) -> None:
 def test_a_second_derivative_is_refused() -> None:
     z = normal(2, 8).requires_grad_()
     (grad,) = torch.autograd.grad(sparsek(z, 2.5).square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.functional.hessian(lambda z: sparsek(z, 1.7).pow(3).sum(), z.detach()[0])
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])
@@ -237,6 +239,11 @@ Z = torch.zeros(3, 4)
     ("arguments", "error", "message"),
     [
         ({"z": Z.int()}, TypeError, "z has dtype torch.int32"),
+        ({"z": Z.tolist()}, TypeError, "z is a list, expected a tensor"),
+        ({"mask": [True]}, TypeError, "mask is a list, expected a tensor"),
+        ({"k": "3"}, TypeError, "k='3' is no number"),
+        ({"k": True}, TypeError, "k=True is no number"),
+        ({"dim": 1.0}, TypeError, "dim=1.0 is no integer"),
         ({"z": Z[:0]}, ValueError, r"shape \(0, 4\) and no entries"),
         ({"dim": 2}, IndexError, r"dim=2 does not exist.*\(3, 4\)"),
         ({"k": 0}, ValueError, "k=0 must be positive"),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.gather import gather_backward, gather_forward, sink_gradient
 from sparsetrain_kernels.inputs import AttentionInputs, Document, consecutive_rows
 
@@ -84,7 +84,7 @@ class BlockPatternAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, cu_seqlens, sink_logits, *output)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, sink_logits, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out

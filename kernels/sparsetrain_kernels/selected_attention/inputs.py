@@ -8,6 +8,7 @@ from typing import NamedTuple, Required, TypedDict
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_count, check_tensors
 from sparsetrain_kernels.inputs import AttentionInputs, Document, check_inputs, consecutive_rows
 
 GATES = ("value", "log", "straight")
@@ -82,6 +83,7 @@ def check_selected_inputs(
         raise ValueError(
             f"query has {query.shape[2]} rows, but key has {key.shape[2]}; expected as many, a query for each key"
         )
+    check_tensors(scores=scores, threshold=threshold, exit=exit)
     dtype = torch.promote_types(query.dtype, torch.float32)
     for name, tensor, expected in (
         ("scores", scores, dtype),
@@ -91,9 +93,9 @@ def check_selected_inputs(
         _check_per_token(name, tensor, expected, query, key)
         if tensor.shape != scores.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but scores has {tuple(scores.shape)}")
-    _check_count("window", window, 1, "the own token is always seen")
-    _check_count("topk", topk, 1, "for a window alone, use causal_attention(window=...)")
-    _check_count("sinks", sinks, 0, "0 keeps no first token")
+    check_count("window", window, 1, "the own token is always seen")
+    check_count("topk", topk, 1, "for a window alone, use causal_attention(window=...)")
+    check_count("sinks", sinks, 0, "0 keeps no first token")
     if gate not in GATES:
         nearest = difflib.get_close_matches(str(gate), GATES, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(GATES)}"
@@ -117,7 +119,9 @@ def check_selected_inputs(
 def _check_per_token(name: str, tensor: Tensor, dtype: torch.dtype, query: Tensor, key: Tensor) -> None:
     """``exit``, ``scores`` and ``threshold``: one number a token, for each KV head or for all of them."""
     if tensor.dtype != dtype:
-        why = f" for a query of {query.dtype}: fewer bits reorder the scores" if dtype.is_floating_point else ""
+        why = f" for a query of {query.dtype}" if dtype.is_floating_point else ""
+        if tensor.dtype.itemsize < dtype.itemsize and why:
+            why += ": fewer bits reorder the scores"
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {dtype}{why}")
     if tensor.device != query.device:
         raise TypeError(f"{name} is on {tensor.device}, but query is on {query.device}")
@@ -127,10 +131,3 @@ def _check_per_token(name: str, tensor: Tensor, dtype: torch.dtype, query: Tenso
             f"{name} has shape {tuple(tensor.shape)}, expected ({batch}, {heads}, {tokens}): one number a token for "
             f"each KV head, or ({batch}, 1, {tokens}) for all of them"
         )
-
-
-def _check_count(name: str, value: int, least: int, why: str) -> None:
-    if isinstance(value, (bool, float)):
-        raise TypeError(f"{name}={value} is no integer; expected a number of tokens")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}: {why}")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.selected_attention.gathered import gathered_backward, gathered_forward
 from sparsetrain_kernels.selected_attention.inputs import SelectedInputs
@@ -79,7 +79,7 @@ class SelectedAttention(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:_TENSORS], *output)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
         none = [None] * (len(inputs) - _TRAINED + len(ctx.settings))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_count, check_tensors
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.sparsek.causal_library import CausalSparsek
 from sparsetrain_kernels.sparsek.causal_line import MAX_TOKENS
@@ -34,6 +35,9 @@ def causal_sparsek(
     differences of scores are rounded once to multiples of ``2 ** -36``, and sums are of integers. Time grows as
     ``L log L`` for ``L = B * H * N`` tokens, memory as about 270 bytes a token while it runs and 24 afterwards. Nothing
     is read on the host.
+
+    The threshold is rounded to the dtype of the scores. In fp32, the gates of a row with scores around 10,000 add up to
+    ``topk`` to a hundredth only; normalised scores stay near zero, where it is a millionth.
 
     Scores are finite. Infinite and NaN ones do not disturb other documents: ``inf`` and NaN win over all others and
     ``-inf`` loses, but where they are needed for the sum, the threshold and with it the row's gates are not finite.
@@ -70,6 +74,7 @@ def causal_sparsek(
 
 
 def _check(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None) -> None:
+    check_tensors(scores=scores, **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}))
     if scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"scores are {scores.dtype}, expected float32 or float64: lower precisions round different tokens to the "
@@ -82,8 +87,7 @@ def _check(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             f"scores hold {scores.numel()} tokens of all heads and sequences, at most {MAX_TOKENS} fit; split the heads"
         )
     for name, value, least in (("topk", topk, 1), ("window", window, 1), ("sinks", sinks, 0)):
-        if not value >= least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        check_count(name, value, least)
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

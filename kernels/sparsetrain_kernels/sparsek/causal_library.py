@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.sparsek.causal_selection import CausalSelection, select, threshold_gradient
 
 _INTEGERS = len(CausalSelection._fields) - 1
@@ -77,12 +77,15 @@ class CausalSparsek(torch.autograd.Function):
         ctx.backend = inputs[-1]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(selection.interior_start, selection.interior_end, selection.interior_size)
+        # The threshold for its history alone.
+        ctx.save_for_backward(
+            selection.interior_start, selection.interior_end, selection.interior_size, selection.threshold
+        )
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_threshold: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_threshold is None:
             return None, None, None, None, None, None
-        grad = torch.ops.sparsetrain.causal_sparsek_bwd(grad_threshold, *ctx.saved_tensors, ctx.backend)
+        grad = torch.ops.sparsetrain.causal_sparsek_bwd(grad_threshold, *ctx.saved_tensors[:3], ctx.backend)
         return grad, None, None, None, None, None

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.sparsek import reference
 
 torch.library.define(
@@ -66,7 +66,7 @@ class Sparsek(torch.autograd.Function):
         ctx.save_for_backward(z, tau, rest)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_z, grad_k = torch.ops.sparsetrain.sparsek_bwd(grad, *ctx.saved_tensors, ctx.backend)
         return grad_z, grad_k.to(ctx.k_dtype), None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_number, check_tensors
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.sparsek.library import Sparsek
@@ -89,8 +90,11 @@ def _project(
 
 
 def _check(z: Tensor, k: float | Tensor, dim: int, mask: Tensor | None, method: str) -> None:
+    check_tensors(z=z, **({} if mask is None else {"mask": mask}))
     if not z.is_floating_point():
         raise TypeError(f"z has dtype {z.dtype}, expected a floating-point dtype")
+    if not hasattr(dim, "__index__"):
+        raise TypeError(f"dim={dim!r} is no integer")
     if not -z.dim() <= dim < z.dim():
         raise IndexError(f"dim={dim} does not exist: z has shape {tuple(z.shape)}")
     if 0 in z.shape:
@@ -115,6 +119,7 @@ def _check_k(z: Tensor, k: float | Tensor, dim: int, entries: int | None) -> Non
             return
         smallest, largest = k.min().item(), k.max().item()
     else:
+        check_number("k", k)
         smallest = largest = k
     if not smallest > 0:
         raise ValueError(f"k={smallest} must be positive")

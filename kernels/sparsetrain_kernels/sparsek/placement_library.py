@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sparsetrain_kernels.first_derivative import first_derivative_only
 
 torch.library.define(
     "sparsetrain::place_scores",
@@ -62,7 +63,7 @@ class Placement(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4], *output[1:])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None

@@ -1,0 +1,39 @@
+"""What every public operation asks of its arguments before it looks at their values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_tensors(**tensors: object) -> None:
+    """Each is a tensor; None where it may be left out is for the caller to leave out.
+
+    Raises:
+        TypeError: one is something else, such as a list or a NumPy array.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+
+
+def check_count(name: str, value: int, least: int, why: str = "") -> None:
+    """A whole number, and at least ``least``.
+
+    Raises:
+        TypeError: it is no integer. ``2.0`` and ``True`` are none.
+        ValueError: it is too small.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}={value!r} is no integer; expected a number of tokens")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}{why and ': '}{why}")
+
+
+def check_number(name: str, value: float) -> None:
+    """A number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r} is no number")
