@@ -44,6 +44,8 @@ def parse_attention(attention: Mapping[str, Any] | MethodConfig) -> MethodConfig
     """
     if isinstance(attention, MethodConfig):
         return attention
+    if not isinstance(attention, Mapping):
+        raise ModelError(f"attention={attention!r} is no mapping such as {{'method': 'power', 'block': 256}}")
     method = attention.get("method")
     if method not in METHODS:
         raise ModelError(f"attention.method: {_unknown(method, METHODS)}")

@@ -176,7 +176,8 @@ class SparseKMethod(Method):
         cu_seqlens = options.get("cu_seqlens")
         places = find_places(query.shape[2], cu_seqlens, query.device)
         scores, _ = self._scores(layer, query, sparsek_scores, sparsek_gain, places)
-        return self._select_and_attend(layer, query, key, value, scores, cu_seqlens, options.get("scale"))
+        topk = self.training_topk if layer.training else self.config.topk
+        return self._select_and_attend(layer, query, key, value, scores, topk, cu_seqlens, options.get("scale"))
 
     def new_state(self) -> SparseKState:
         """Room for ``sinks + topk + window`` keys and values a head."""
@@ -235,7 +236,10 @@ class SparseKMethod(Method):
             sequence = state.sequence(rows, length, Sequence(k, v, scores, places.position.expand_as(scores)))
             # What the slots hold asks nothing, but the operator wants a query for every key.
             asked = torch.cat([q.new_zeros(*q.shape[:2], sequence.key.shape[2] - tokens, q.shape[3]), q], dim=2)
-            answers = self._select_and_attend(layer, asked, sequence.key, sequence.value, sequence.scores, None, scale)
+            # The slots have room for the config's topk, whatever training is at.
+            answers = self._select_and_attend(
+                layer, asked, sequence.key, sequence.value, sequence.scores, self.config.topk, None, scale
+            )
             out[rows, :, start:] = answers[:, :, -tokens:]
             state.fill(rows, sequence, length + tokens, after)
         return out
@@ -320,6 +324,7 @@ class SparseKMethod(Method):
         key: torch.Tensor,
         value: torch.Tensor,
         scores: torch.Tensor,
+        topk: int,
         cu_seqlens: torch.Tensor | None,
         scale: float | None,
     ) -> torch.Tensor:
@@ -327,7 +332,6 @@ class SparseKMethod(Method):
         from sparsetrain_kernels.sparsek import causal_sparsek
 
         config = self.config
-        topk = self.training_topk if layer.training else config.topk
         selection = causal_sparsek(scores, topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)
         if self.observing:
             self._observe(layer, scores.detach(), selection, topk, cu_seqlens)

@@ -171,6 +171,13 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                     f"{name}={getattr(train, name)} is about modules that the attention method adds, and "
                     f"attention.method={method} adds none; set it to {'null' if default is None else default}",
                 )
+    scorer = getattr(recipe.attention, "scorer", "learned")
+    if train.parameters == "new_modules" and scorer != "learned":
+        yield (
+            ("train", "parameters"),
+            f"new_modules trains the scorers alone, and with attention.scorer={scorer} nothing trains them; set "
+            "attention.scorer: learned, or parameters: all",
+        )
     if lora is not None and train.parameters == "new_modules":
         yield (
             ("train", "parameters"),

@@ -95,6 +95,12 @@ def test_mistakes_are_explained(section, message):
         parse_attention(section)
 
 
+@pytest.mark.parametrize("section", [None, "sparsek"])
+def test_what_is_no_mapping_is_told_so(section):
+    with pytest.raises(ModelError, match="is no mapping such as"):
+        parse_attention(section)
+
+
 def test_dense_layers_by_rule_and_by_list():
     assert DenseLayerRule(count=2, every=7).layers(14) == {0, 1, 7, 8}
     assert DenseLayerRule(count=2, every=7, first=3).layers(14) == {3, 4, 10, 11}

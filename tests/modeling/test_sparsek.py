@@ -10,6 +10,7 @@ import pytest
 import torch
 from selected_oracle import attend, select
 from sparsetrain_kernels.sparsek.placement_reference import EPSILON
+from transformers import DynamicCache
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers, sparsify
@@ -28,8 +29,8 @@ def captured(model, ids, **kwargs):
     _, layer, method = next(entry for entry in sparse_layers(model) if entry[2] is not None)
     inner = method._select_and_attend
 
-    def spy(module, query, key, value, scores, cu_seqlens, scale):
-        out = inner(module, query, key, value, scores, cu_seqlens, scale)
+    def spy(module, query, key, value, scores, topk, cu_seqlens, scale):
+        out = inner(module, query, key, value, scores, topk, cu_seqlens, scale)
         if module is layer:
             found.update(query=query, key=key, value=value, out=out, scale=scale)
         return out
@@ -314,6 +315,18 @@ def test_the_warm_up_is_for_training_only(tiny, tokens):
     ids, dense = tokens(50), sparsify(tiny("llama"), {"method": "full"})
     torch.testing.assert_close(model.train()(ids, use_cache=False).logits, dense(ids, use_cache=False).logits, **TIGHT)
     assert torch.equal(model.eval()(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+
+
+def test_generation_has_the_places_of_the_config_in_training_mode_too(tiny, tokens):
+    model, ids = sparsify(tiny("llama"), {**SPARSEK, "topk_start": 50, "topk_steps": 4}), tokens(50)
+    sparse_layers(model)[0][2].begin_step(0, 100)
+    wanted = model.eval()(ids, use_cache=False).logits
+    assert not torch.allclose(model.train()(ids, use_cache=False).logits, wanted, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, past_key_values=DynamicCache()).logits, wanted, **TIGHT)
+        cache = DynamicCache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(20, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), wanted, **TIGHT)
 
 
 def test_observations_by_layer_only_while_observing(tiny, tokens):

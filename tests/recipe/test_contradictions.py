@@ -81,6 +81,10 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         ),
         (["train.new_modules_lr=1"], "attention.method=power adds none; set it to null"),
         (
+            ["attention={method: sparsek, scorer: frozen}", "train.parameters=new_modules"],
+            "train.parameters: new_modules trains the scorers alone, and with attention.scorer=frozen nothing trains",
+        ),
+        (
             ["attention={method: sparsek}", "train.parameters=new_modules", "lora={}"],
             "new_modules freezes everything else, so lora's adapters would never change",
         ),
