@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -75,25 +76,26 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     def on_step(step: int, result: StepResult) -> None:
         after_step(result.seconds)
 
-    loop = Loop(
-        engine=engine,
-        recipe=recipe,
-        plan=plan,
-        loader=random_steps(model.config.vocab_size, plan, world),  # type: ignore[arg-type]
-        world=world,
-        state=TrainState(step=0, ranks=world.size),
-        folder=Path(),
-        say=lambda line: None,
-        on_step=on_step,
-        evaluate=lambda: False,
-        save=lambda wait: None,
-        poll_checkpoint=lambda: None,
-        signals=StopSignals(),
-    )
-    try:
-        loop.run()
-    finally:
-        destroy(engine)
+    with TemporaryDirectory() as folder:
+        loop = Loop(
+            engine=engine,
+            recipe=recipe,
+            plan=plan,
+            loader=random_steps(model.config.vocab_size, plan, world),  # type: ignore[arg-type]
+            world=world,
+            state=TrainState(step=0, ranks=world.size),
+            folder=Path(folder),  # for what it says of a loss that is not finite
+            say=lambda line: None,
+            on_step=on_step,
+            evaluate=lambda: False,
+            save=lambda wait: None,
+            poll_checkpoint=lambda: None,
+            signals=StopSignals(),
+        )
+        try:
+            loop.run()
+        finally:
+            destroy(engine)
 
 
 def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:

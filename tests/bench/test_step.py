@@ -53,6 +53,14 @@ def test_nothing_of_a_way_is_left_when_the_next_one_is_measured(stage: int) -> N
     assert alive() <= before
 
 
+def test_a_way_whose_loss_is_not_finite_says_so_and_leaves_no_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["train.lr=1e30", "sequence.length=64", "train.warmup=0"]
+    (row,) = run_step("tiny-sparsek", settings, ways="recipe", lengths=None, repeats=2, output=None)
+    assert "with a gradient norm of" in row.reason
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
     recipe = load_recipe("tiny-sparsek", ["sequence.length=96", "sequence.parallel=3", "train.micro_batch=3"]).recipe
     plan = batch_shape(recipe, 3).with_steps(1)
