@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import numbers
+
+import torch
 from torch import Tensor
+
+# Concrete types first: torch.compile knows them of sizes that it leaves open, and nothing else about these.
+_INTEGERS = (int, torch.SymInt, numbers.Integral)
+_NUMBERS = (*_INTEGERS, float, torch.SymFloat, numbers.Real)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is a whole number by type. ``2.0`` and ``True`` are none."""
+    return not isinstance(value, bool) and any(isinstance(value, kind) for kind in _INTEGERS)
 
 
 def check_tensors(**tensors: object) -> None:
@@ -20,10 +32,10 @@ def check_count(name: str, value: int, least: int, why: str = "") -> None:
     """A whole number, and at least ``least``.
 
     Raises:
-        TypeError: it is no integer. ``2.0`` and ``True`` are none.
+        TypeError: it is no integer.
         ValueError: it is too small.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
         raise TypeError(f"{name}={value!r} is no integer; expected a number of tokens")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}{why and ': '}{why}")
@@ -35,5 +47,5 @@ def check_number(name: str, value: float) -> None:
     Raises:
         TypeError: it is none.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not any(isinstance(value, kind) for kind in _NUMBERS):
         raise TypeError(f"{name}={value!r} is no number")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.arguments import check_number, check_tensors
+from sparsetrain_kernels.arguments import check_number, check_tensors, is_integer
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.sparsek.library import Sparsek
@@ -93,7 +93,7 @@ def _check(z: Tensor, k: float | Tensor, dim: int, mask: Tensor | None, method: 
     check_tensors(z=z, **({} if mask is None else {"mask": mask}))
     if not z.is_floating_point():
         raise TypeError(f"z has dtype {z.dtype}, expected a floating-point dtype")
-    if not hasattr(dim, "__index__"):
+    if not is_integer(dim):
         raise TypeError(f"dim={dim!r} is no integer")
     if not -z.dim() <= dim < z.dim():
         raise IndexError(f"dim={dim} does not exist: z has shape {tuple(z.shape)}")
