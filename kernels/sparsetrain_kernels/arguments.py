@@ -18,7 +18,7 @@ def is_integer(value: object) -> bool:
 
 
 def check_tensors(**tensors: object) -> None:
-    """Each is a tensor; None where it may be left out is for the caller to leave out.
+    """Each is a tensor.
 
     Raises:
         TypeError: one is something else, such as a list or a NumPy array.

@@ -94,8 +94,7 @@ def check_inputs(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or value; the message names it.
     """
-    optional = {"cu_seqlens": cu_seqlens, "sink_logits": sink_logits}
-    check_tensors(query=query, key=key, value=value, **{name: t for name, t in optional.items() if t is not None})
+    check_tensors(query=query, key=key, value=value)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -115,10 +114,12 @@ def check_inputs(
         q_start = 0
 
     check_factors(scale, softcap)
-    if sink_logits is not None and sink_logits.shape != (query_heads,):
-        raise ValueError(
-            f"sink_logits has shape {tuple(sink_logits.shape)}, expected one logit a query head: ({query_heads},)"
-        )
+    if sink_logits is not None:
+        check_tensors(sink_logits=sink_logits)
+        if sink_logits.shape != (query_heads,):
+            raise ValueError(
+                f"sink_logits has shape {tuple(sink_logits.shape)}, expected one logit a query head: ({query_heads},)"
+            )
     scale = head_dim**-0.5 if scale is None else float(scale)
     return AttentionInputs(query, key, value, cu_seqlens, q_start, scale, softcap, sink_logits)
 
@@ -159,6 +160,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_packed(query: Tensor, cu_seqlens: Tensor, batch: int, keys: int, q_start: int | None) -> None:
+    check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise TypeError(
             f"cu_seqlens is {cu_seqlens.dtype} with {cu_seqlens.dim()} dimensions, expected int32 [documents + 1]"

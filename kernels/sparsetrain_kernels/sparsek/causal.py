@@ -74,7 +74,7 @@ def causal_sparsek(
 
 
 def _check(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None) -> None:
-    check_tensors(scores=scores, **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}))
+    check_tensors(scores=scores)
     if scores.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"scores are {scores.dtype}, expected float32 or float64: lower precisions round different tokens to the "
@@ -90,6 +90,7 @@ def _check(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         check_count(name, value, least)
     if cu_seqlens is None:
         return
+    check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise TypeError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, expected int32 [documents + 1] with "

@@ -90,7 +90,7 @@ def _project(
 
 
 def _check(z: Tensor, k: float | Tensor, dim: int, mask: Tensor | None, method: str) -> None:
-    check_tensors(z=z, **({} if mask is None else {"mask": mask}))
+    check_tensors(z=z)
     if not z.is_floating_point():
         raise TypeError(f"z has dtype {z.dtype}, expected a floating-point dtype")
     if not is_integer(dim):
@@ -101,10 +101,12 @@ def _check(z: Tensor, k: float | Tensor, dim: int, mask: Tensor | None, method: 
         raise ValueError(f"z has shape {tuple(z.shape)} and no entries")
     if method not in METHODS:
         raise ValueError(f"method={method!r} does not exist; choose one of {', '.join(METHODS)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, expected bool, true where an entry is there")
-    if mask is not None and not _broadcasts(mask, z.shape):
-        raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to z's {tuple(z.shape)}")
+    if mask is not None:
+        check_tensors(mask=mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {mask.dtype}, expected bool, true where an entry is there")
+        if not _broadcasts(mask, z.shape):
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to z's {tuple(z.shape)}")
     _check_k(z, k, dim, None if mask is not None else z.shape[dim])
 
 
