@@ -17,6 +17,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.training import run as training
 from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
+from sparsetrain.training.checkpoints.manifest import tensor_files
 from sparsetrain.training.loop import Loop
 from sparsetrain.training.tracking import Tracker
 
@@ -111,13 +112,52 @@ def test_a_manifest_that_says_nothing_is_a_fault_of_the_checkpoint(tmp_path, con
     assert "no readable manifest" in store.fault(tmp_path)
 
 
+@pytest.mark.parametrize("gone", ["state.json", "rank-00000.json", "rank-00000.safetensors"])
+def test_a_manifest_that_leaves_out_a_file_is_a_fault_of_the_checkpoint(every_step, tmp_path, gone):
+    """Nobody would notice that the file is another one."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(every_step.path / "checkpoints/step-000006", folder)
+    assert store.fault(folder) is None
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest[gone]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert f"its manifest does not list {gone}" == store.fault(folder)
+
+
+def test_files_that_others_left_in_a_checkpoint_are_not_read(tmp_path, tiny, run_folder, every_step):
+    run = run_folder(tmp_path / "run")
+    shutil.copytree(every_step.path, run.path)
+    shutil.rmtree(run.path / "checkpoints/step-000006")
+    old, new = (run.path / f"checkpoints/step-{step:06d}" for step in (3, 5))
+    shutil.copyfile(old / "rank-00000.safetensors", new / "rank-00000-old.safetensors")
+    (new / "rank-00000.bak.safetensors").write_bytes(b"no tensors")
+    assert main(["run", str(tiny), "checkpoint.keep_last=6", "--output", str(run.path), "--resume"]) == 0
+    assert run.values("loss") == every_step.values("loss")
+
+
+@pytest.mark.parametrize("best", ['{"checkpoint": "step-000005", "value": 1}', '{"checkpoint": 5}', "[]", ""])
+def test_a_best_that_says_nothing_counts_for_nothing(tmp_path, every_step, best):
+    shutil.copytree(every_step.path / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/best.json").write_text(best)
+    assert store.read_best(tmp_path / "checkpoints") is None
+
+
+def test_a_file_in_the_place_of_a_checkpoint_makes_way(tmp_path, tiny, run_folder):
+    run = run_folder(tmp_path / "run")
+    (run.path / "checkpoints").mkdir(parents=True)
+    (run.path / "checkpoints/step-000002").write_text("")
+    assert main(["run", str(tiny), "train.steps=2", "--output", str(run.path)]) == 0
+    assert store.fault(run.path / "checkpoints/step-000002") is None
+
+
 def test_a_part_that_is_missing_is_named(every_step, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(every_step.path / "checkpoints/step-000006", folder)
     name = "model.model.norm.weight"
-    assert PieceReader(folder).whole("exp_avg", name).shape == (32,)
+    reader = PieceReader(tensor_files(folder))
+    assert reader.whole("exp_avg", name).shape == (32,)
     with pytest.raises(CheckpointError, match=r"lacks elements 32 to 39 of exp_avg of model\.model\.norm\.weight"):
-        PieceReader(folder).read_into(torch.empty(10), "exp_avg", name, 30)
+        reader.read_into(torch.empty(10), "exp_avg", name, 30)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="needs mount")
@@ -244,7 +284,7 @@ from pathlib import Path
 import deepspeed, peft, torch, transformers
 from sparsetrain.cli import main
 from sparsetrain.training import run
-from sparsetrain.training.checkpoints import saver, store
+from sparsetrain.training.checkpoints import manifest, saver, store
 
 arguments, moments = json.loads(sys.argv[1])
 checkpoints = Path(arguments[-1]) / "checkpoints"
@@ -258,6 +298,7 @@ def slowly(function):
     return slow
 
 store.make_partial, store.write_text = slowly(store.make_partial), slowly(store.write_text)
+manifest.write_text = slowly(manifest.write_text)
 saver.write_text, saver.write_blocks = slowly(saver.write_text), slowly(saver.write_blocks)
 for moment in [*moments, None]:
     child = os.fork()

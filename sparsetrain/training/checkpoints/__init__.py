@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and that any number of ranks can take up.
 
-:mod:`.files` holds the format of the tensors, :mod:`.engine_state` where a DeepSpeed engine keeps them, :mod:`.store`
-the folder, :mod:`.saver` the writing beside the training, and :mod:`.loading` the way back.
+:mod:`.files` holds the format of the tensors, :mod:`.manifest` what a checkpoint consists of, :mod:`.engine_state`
+where a DeepSpeed engine keeps them, :mod:`.store` the folder, :mod:`.saver` the writing beside the training, and
+:mod:`.loading` the way back.
 """
 
 from __future__ import annotations

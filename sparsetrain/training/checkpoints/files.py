@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError
 
 DTYPES = {
@@ -112,12 +113,7 @@ def write_blocks(path: Path, blocks: Sequence[Block], on_progress: Callable[[], 
 def write_text(path: Path, text: str) -> dict[str, Any]:
     """Write a text file, flushed to the disk; returns its ``bytes`` and ``crc32``. It appears whole or not at all."""
     data = text.encode()
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, data)
     return {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
 
 
@@ -144,13 +140,13 @@ class PieceReader:
     """Reads runs of elements from the tensor files of all ranks, wherever they lie.
 
     Args:
-        checkpoint: the folder of a complete checkpoint.
+        files: those of one complete checkpoint.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._checkpoint = files[0].parent
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for file in sorted(checkpoint.glob("rank-*.safetensors")):
+        for file in files:
             handle = safe_open(file, framework="pt")
             for key in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 kind, start, name = key.split("/", 2)

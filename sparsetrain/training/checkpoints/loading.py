@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training.checkpoints import engine_state, store
+from sparsetrain.training.checkpoints import engine_state
 from sparsetrain.training.checkpoints.files import PieceReader
+from sparsetrain.training.checkpoints.manifest import rank_file, tensor_files
 from sparsetrain.training.checkpoints.state import TrainState, draw_random_state, set_random_state
 from sparsetrain.training.engine import World
 
@@ -42,10 +43,10 @@ def load(
                 f"{checkpoint} was written by {state.ranks} ranks with {state.rows_per_step} rows in a step, and this "
                 f"run of {world.size} makes it {rows_per_step}; add train.global_batch_sequences={state.rows_per_step}"
             )
-        engine_state.fill(engine, PieceReader(checkpoint))
+        engine_state.fill(engine, PieceReader(tensor_files(checkpoint)))
         engine_state.set_counters(engine, saved)
         if state.ranks == world.size:
-            record = json.loads(store.rank_file(checkpoint, world.rank, "json").read_text())
+            record = json.loads(rank_file(checkpoint, world.rank, "json").read_text())
             set_random_state(record["random"])
         else:
             draw_random_state(seed, state.step, world.rank)
@@ -66,7 +67,14 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a checkpoint: fp32, each laid out flat, in host memory."""
-    reader = PieceReader(checkpoint)
-    return {name: reader.whole("weight", name) for name in sorted(reader.names("weight"))}
+def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """The trained parameters of a complete checkpoint by their names in the model that was trained: fp32, each laid out
+    flat (checkpoints know no shapes), in host memory.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none.
+    """
+    reader = PieceReader(tensor_files(Path(checkpoint)))
+    names = sorted(reader.names("weight"))
+    # The engine holds the model inside of its loss.
+    return {name.removeprefix("model."): reader.whole("weight", name) for name in names}

@@ -25,6 +25,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe.schema import CheckpointSection
 from sparsetrain.training.checkpoints import engine_state, store
 from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
+from sparsetrain.training.checkpoints.manifest import rank_file
 from sparsetrain.training.checkpoints.state import TrainState, random_state
 from sparsetrain.training.engine import World
 from sparsetrain.training.host_memory import available_host_memory
@@ -183,7 +184,7 @@ class Saver:
         if write is None:
             return
         partial = store.partial_of(self._folder, write.step)
-        records = [store.rank_file(partial, rank, "json") for rank in range(self._world.size)]
+        records = [rank_file(partial, rank, "json") for rank in range(self._world.size)]
         mine = records if self._world.main else records[self._world.rank : self._world.rank + 1]
         deadline = time.monotonic() + LAST_WORDS
         while write.error is None and time.monotonic() < deadline:
@@ -220,8 +221,8 @@ class Saver:
         """This rank's files; the record comes last, and says that the other is whole."""
         partial, rank = store.partial_of(self._folder, write.step), self._world.rank
         try:
-            record["file"] = write_blocks(store.rank_file(partial, rank, "safetensors"), blocks, write.wrote)
-            write_text(store.rank_file(partial, rank, "json"), json.dumps(record))
+            record["file"] = write_blocks(rank_file(partial, rank, "safetensors"), blocks, write.wrote)
+            write_text(rank_file(partial, rank, "json"), json.dumps(record))
         except Exception as error:  # a thread has nobody to raise to; the next poll does
             write.error = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.files import checksum_of, write_text
+from sparsetrain.training.checkpoints.manifest import Entry, rank_file, read_manifest, unlisted, write_manifest
 from sparsetrain.training.engine import World
 from sparsetrain.training.place import here
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best.json"
 
@@ -36,11 +36,6 @@ def target_of(folder: Path, step: int) -> Path:
 def partial_of(folder: Path, step: int) -> Path:
     """Where it is written before it is complete."""
     return folder / f"step-{step:06d}.tmp"
-
-
-def rank_file(checkpoint: Path, rank: int, suffix: str) -> Path:
-    """A file of one rank; ``suffix`` is ``safetensors`` or ``json``."""
-    return checkpoint / f"rank-{rank:05d}.{suffix}"
 
 
 def make_partial(partial: Path) -> None:
@@ -56,7 +51,7 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
         OSError: it cannot be written; nothing has changed.
         CheckpointError: the file of a rank is not there.
     """
-    files: dict[str, Any] = {}
+    files: dict[str, Entry] = {}
     for rank in range(ranks):
         record = rank_file(partial, rank, "json")
         if not record.is_file():
@@ -67,10 +62,13 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
         files[record.name] = {"bytes": record.stat().st_size, "crc32": checksum_of(record)}
     for name, text in texts.items():
         files[name] = write_text(partial / name, text)
-    write_text(partial / MANIFEST, json.dumps(files, indent=1))
+    write_manifest(partial, files)
     _flush(partial)
-    # What stands there was passed over by --resume, however whole it looks.
-    shutil.rmtree(target, ignore_errors=True)
+    # What stands there was passed over by --resume, however whole it looks, and need not be a folder.
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        target.unlink(missing_ok=True)
     os.replace(partial, target)
     _flush(target.parent)
     write_text(target.parent / LATEST, f"{target.name}\n")
@@ -100,6 +98,7 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     """``best.json``: ``checkpoint``, ``metric`` and ``value``; None while there is none that is complete."""
     try:
         best = json.loads((folder / BEST).read_text())
+        best = {"checkpoint": best["checkpoint"], "metric": best["metric"], "value": float(best["value"])}
         return best if fault(folder / best["checkpoint"]) is None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -135,7 +134,7 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
     try:
-        manifest = _read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
     except (OSError, ValueError) as error:
         return f"no readable manifest ({error})"
     for name, entry in manifest.items():
@@ -144,15 +143,11 @@ def fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-    return None
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    entries = manifest.values() if isinstance(manifest, dict) else [None]
-    if not all(isinstance(entry, dict) and entry.keys() >= {"bytes", "crc32"} for entry in entries):
-        raise ValueError("it does not hold the size and CRC-32 of files")
-    return manifest
+    try:
+        left_out = unlisted(checkpoint, manifest)
+    except (OSError, ValueError) as error:
+        return f"state.json cannot be read ({error})"
+    return None if left_out is None else f"its manifest does not list {left_out}"
 
 
 def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, list[str]]:
@@ -171,7 +166,7 @@ def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, lis
 def _damage(checkpoint: Path, world: World) -> str | None:
     """What is wrong with the files that fall to this rank."""
     try:
-        manifest = _read_manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
         for index, (name, entry) in enumerate(sorted(manifest.items())):
             if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry["crc32"]:
                 return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
