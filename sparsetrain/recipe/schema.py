@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.section import Section
@@ -15,6 +23,13 @@ SCHEMA_VERSION = 1
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _no_switch(value: Any) -> Any:
+    """``true`` is 1 to Python, and to nobody who writes a recipe."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
 
 
 class ModelSection(Section):
@@ -308,13 +323,13 @@ class LoraSection(Section):
 class DeepSpeedSection(Section):
     """The DeepSpeed engine. Its JSON is generated from the recipe and saved in the run folder."""
 
-    stage: Literal[0, 1, 2, 3] = 2
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_switch)] = 2
     """ZeRO stage: what is sharded over ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Keep parameters in host memory (stage 3 only)."""
-    timeout: PositiveFloat = 30.0
+    timeout: Annotated[float, Field(gt=0, le=100_000)] = 30.0
     """Minutes after which a rank that does not answer, or a run in which no rank makes progress, stops all ranks with
     that rank's name. Longer than the longest checkpoint, export or first step (which compiles)."""
     config: dict[str, Any] | str | None = None
@@ -424,13 +439,13 @@ class WandbSection(Section):
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """``auto`` is online with a login and offline without one."""
-    project: str = "sparsetrain"
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")] = "sparsetrain"
     """Project of the run."""
     entity: str | None = None
     """User or team; by default the login's."""
     name: str | None = None
     """Display name; by default the recipe's name."""
-    tags: list[str] = []
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     """Tags of the run."""
 
 

@@ -34,6 +34,9 @@ FIXED = {
     "zero_optimization.zenflow": (None, _LOST),
     "zero_optimization.compute_grad_norm": (True, _UNSEEN),
     "bf16.check_grad_overflow": (True, _UNSEEN),
+    "zero_optimization.cpu_offload": (None, "deepspeed.offload_optimizer of the recipe is overruled"),
+    "zero_optimization.cpu_offload_param": (None, "deepspeed.offload_parameters of the recipe is overruled"),
+    "autotuning.enabled": (False, "DeepSpeed ends the run after a few steps"),
 }
 PASSED_THROUGH = {
     "aio",
@@ -99,6 +102,11 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
             zero[name].setdefault("pin_memory", True)
     if trained is not None:
         zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
+    if recipe.deepspeed.stage == 3 and recipe.train.activation_checkpointing != "none":
+        # DeepSpeed's own linear layer keeps no gathered weight for backward, but computes the last product of every
+        # checkpointed layer again, which a recompute would otherwise stop short of. What is recomputed at a time is one
+        # layer, whose weights are gathered until its backward is done anyway.
+        zero.setdefault("memory_efficient_linear", False)
     return config
 
 
@@ -156,14 +164,16 @@ def _check_keys(given: dict[str, Any]) -> None:
             nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise RecipeError(f"deepspeed.config has {key}, which DeepSpeed does not know{hint}")
+    if type(steps := given.get("steps_per_print", 1)) is not int or steps < 1:
+        raise RecipeError(f"deepspeed.config: steps_per_print is {steps!r} and no number of steps; leave it out")
 
 
 def _check_fixed(config: dict[str, Any]) -> None:
     for path, (accepted, why) in FIXED.items():
         *sections, key = path.split(".")
-        holder = config
+        holder: Any = config
         for section in sections:
-            holder = holder[section]
+            holder = holder.get(section, {})
         if (value := holder.get(key, accepted)) != accepted:
             raise RecipeError(f"deepspeed.config: {path} is {value!r}, under which {why}; leave it out")
 

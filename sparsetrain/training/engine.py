@@ -16,11 +16,11 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
-from sparsetrain.errors import RecipeError, SparsetrainError
+from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.deepspeed_config import loads_into_shards
-from sparsetrain.training.launched import join, meeting, ranks_of_this_host
+from sparsetrain.training.launched import adopt_slurm, join, meeting, ranks_of_this_host, settle_ranks
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def init_world(timeout: float = 30.0) -> World:
         timeout: minutes to wait for the other ranks.
 
     Raises:
-        TrainingError: the ranks do not find one another.
+        TrainingError: the ranks do not find one another, or the environment is wrong about them.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    adopt_slurm()
+    settle_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -91,8 +91,13 @@ def check_config(config: dict[str, Any]) -> None:
         RecipeError: DeepSpeed refuses it.
     """
     _import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        raise RecipeError(
+            f"model.dtype=float16: a {get_accelerator().device_name()} does not train it; set it to bfloat16 or float32"
+        )
     try:
         DeepSpeedConfig(deepcopy(config))
     except ValidationError as error:
@@ -103,16 +108,27 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world: World) -> Any:
-    """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer."""
+    """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer.
+
+    Raises:
+        RecipeError: nothing is left to train, or DeepSpeed refuses a JSON of the user's own.
+    """
     deepspeed = _import_deepspeed()
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise RecipeError("the recipe leaves no parameter to train")
     # Before weights are sharded, as it groups them by shape.
     optimizer = build_optimizer(module, recipe, world.device)
+    if recipe.deepspeed.stage == 3:
+        _announce_dora(deepspeed, module)
     if loads_into_shards(recipe):
         _shard(deepspeed, module, config, world.device)
-    engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=config, optimizer=optimizer)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        if recipe.deepspeed.config is None:
+            raise
+        raise RecipeError(f"deepspeed.config is refused by DeepSpeed: {first_line(error)}") from error
     if isinstance(optimizer, FiniteAdamW):
         optimizer.overflow = False
     return engine
@@ -137,6 +153,15 @@ def _forget_modules_of_zero_3() -> None:
     for cell in getattr(method, "__closure__", None) or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
+
+
+def _announce_dora(deepspeed: Any, module: Any) -> None:
+    """DoRA's magnitudes read weights of the modules beside them, which ZeRO-3 gathers only for those themselves."""
+    for layer in module.modules():
+        magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
+        for name, magnitude in magnitudes.items():
+            deepspeed.zero.register_external_parameter(magnitude, layer.get_base_layer().weight)
+            deepspeed.zero.register_external_parameter(magnitude, layer.lora_A[name].weight)
 
 
 def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:

@@ -36,10 +36,12 @@ def adopt_slurm(environment: Environment = os.environ) -> None:
     some of Slurm's variables too.
 
     Raises:
-        TrainingError: nobody says where rank 0 is.
+        TrainingError: nobody says where rank 0 is, or which of the tasks this is.
     """
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
+    if lacking := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
+        raise TrainingError(f"SLURM_STEP_NUM_TASKS is set, as by srun, and {' and '.join(lacking)} is not; use srun")
     tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if tasks % nodes:
         raise TrainingError(f"srun started {tasks} tasks on {nodes} nodes; start as many on each (--ntasks-per-node)")
@@ -58,6 +60,32 @@ def adopt_slurm(environment: Environment = os.environ) -> None:
     environment["LOCAL_RANK"] = "0" if own else environment["SLURM_LOCALID"]
     environment["WORLD_SIZE"] = str(tasks)
     environment["LOCAL_WORLD_SIZE"] = str(tasks // nodes)
+
+
+def settle_ranks(environment: Environment = os.environ) -> None:
+    """Check what launchers say about the ranks; where none says anything, say that this process is alone.
+
+    Raises:
+        TrainingError: a variable is missing, or is not what launchers set it to.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not environment.get(name, "0").isdecimal():
+            raise TrainingError(
+                f"{name}={environment[name]!r} in the environment is no number, as launchers set it; unset or mend it"
+            )
+    rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
+    if rank is None:
+        if int(size or 1) > 1:
+            raise TrainingError(
+                f"WORLD_SIZE={size} makes this one of several ranks, and RANK, which launchers set too, does not say "
+                "which; start the run through one, or unset WORLD_SIZE"
+            )
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+        return
+    if size is None or int(rank) >= int(size):
+        raise TrainingError(f"RANK={rank} is set, and WORLD_SIZE={size} is not larger: it is the number of all ranks")
+    if int(size) > 1 and (lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
+        raise TrainingError(f"WORLD_SIZE={size}, but {' and '.join(lacking)} do not say where the ranks meet")
 
 
 @contextmanager

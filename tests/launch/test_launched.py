@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ports import free_port
 
 from sparsetrain.errors import TrainingError
 from sparsetrain.training import launched
-from sparsetrain.training.launched import SLURM_PORTS, adopt_slurm, interface_to, meeting
+from sparsetrain.training.launched import SLURM_PORTS, adopt_slurm, interface_to, meeting, settle_ranks
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "16",
@@ -69,6 +70,40 @@ def test_one_node_needs_none():
 def test_unequal_nodes_are_refused():
     with pytest.raises(TrainingError, match="15 tasks on 2 nodes"):
         adopt_slurm({**STEP, "SLURM_STEP_NUM_TASKS": "15", "MASTER_ADDR": "node-7"})
+
+
+def test_a_task_that_does_not_know_its_number_is_refused():
+    with pytest.raises(TrainingError, match="SLURM_PROCID is not"):
+        adopt_slurm({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node-7"}, "WORLD_SIZE=2 makes this one of several ranks, and RANK"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is no number"),
+        ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE=None is not larger"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is set, and WORLD_SIZE=2 is not larger"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but MASTER_ADDR do not say where"),
+    ],
+)
+def test_half_a_launcher_is_refused(environment, said):
+    with pytest.raises(TrainingError, match=re.escape(said)):
+        settle_ranks(environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}])
+def test_without_a_launcher_a_process_is_alone(environment):
+    settle_ranks(environment)
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("0", "0", "1")
+
+
+def test_what_a_launcher_says_is_left_alone():
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-7", "MASTER_PORT": "29500"}
+    before = dict(environment)
+    settle_ranks(environment)
+    assert environment == before
 
 
 @pytest.fixture

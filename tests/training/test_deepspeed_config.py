@@ -169,3 +169,30 @@ def test_it_is_made_without_torch():
     code = "import sys, sparsetrain.training.deepspeed_config; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"autotuning": {"enabled": True}}, "autotuning.enabled is True, under which DeepSpeed ends the run"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is True, under which deepspeed.offload_optimizer"),
+        ({"zero_optimization": {"cpu_offload_param": True}}, "under which deepspeed.offload_parameters of the recipe"),
+        ({"steps_per_print": 0}, "steps_per_print is 0"),
+        ({"steps_per_print": "often"}, "steps_per_print is 'often'"),
+        ({"steps_per_print": True}, "steps_per_print is True"),
+    ],
+)
+def test_a_setting_that_would_break_the_run_is_refused(refusal, given, said):
+    assert said in refusal(given)
+
+
+def test_linear_layers_keep_gathered_weights_where_a_layer_is_recomputed_at_a_time(config):
+    def efficient(stage, checkpointing, **given):
+        section = {"stage": stage, "config": {"zero_optimization": given}}
+        return config(section, activation_checkpointing=checkpointing)["zero_optimization"].get(
+            "memory_efficient_linear"
+        )
+
+    assert efficient(3, "layer") is efficient(3, "selective") is False
+    assert efficient(3, "none") is efficient(2, "layer") is None
+    assert efficient(3, "layer", memory_efficient_linear=True) is True

@@ -187,6 +187,21 @@ def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
 
 
+def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_folder):
+    """Its magnitudes read the weights of the modules beside them, of which each rank has a part."""
+    overrides = ["lora={rank: 4, targets: linear, dora: true}", "train.activation_checkpointing=layer"]
+    alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
+    commands = [arguments(together.path, *overrides, "deepspeed.stage=3")]
+    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    assert main(arguments(alone.path, *overrides, "deepspeed.stage=2")) == 0
+    assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
+    assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
+    ours, theirs = (load_file(run.path / "final/adapter_model.safetensors") for run in (together, alone))
+    assert any("magnitude" in name for name in theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_targets_by_rule_name_and_expression(model):
     attention = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"}
     mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")}

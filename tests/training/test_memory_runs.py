@@ -6,7 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsetrain.cli import main
 from sparsetrain.recipe.consistency import without_effect
 
 COMMANDS = """
@@ -83,3 +86,26 @@ def test_tiles_as_long_as_the_row_are_noted(tiny_recipe):
     assert without_effect(tiny_recipe("train.mlp_chunk=256")) == [
         "train.mlp_chunk=256 has no effect: a pass of a rank has 256 tokens"
     ]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten.mm.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_zero_3_recomputes_no_more_than_other_stages(tmp_path, tiny):
+    """A recompute stops before the last product of a layer, which nothing in backward needs."""
+    counts = {}
+    for stage in (2, 3):
+        arguments = [f"deepspeed.stage={stage}", "train.activation_checkpointing=layer", "train.steps=2"]
+        with Products() as products:
+            assert main(["run", str(tiny), *arguments, "--output", str(tmp_path / str(stage))]) == 0
+        counts[stage] = products.count
+    assert counts[3] == counts[2] > 0
