@@ -36,8 +36,19 @@ benchmarks = typer.Typer(
 )
 app.add_typer(benchmarks, name="bench")
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""What the machine, not the program, is to blame for."""
+DISK_FAULTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "it was there before; see what removed it",
+    errno.ENOTDIR: "see what took the place of a folder",
+    errno.EIO: "look at the disk",
+    errno.ESTALE: "look at the mount",
+}
+"""What the machine, not the program, is to blame for, and what helps."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
@@ -53,7 +64,7 @@ Overrides = Annotated[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    A :class:`SparsetrainError`, or a disk that is full or not writable, becomes a message on stderr;
+    A :class:`SparsetrainError`, or a disk that is full, gone or not writable, becomes a message on stderr;
     ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
     """
     for note in settle_in():
@@ -69,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not told or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
         rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"error{rank}: {error}", file=sys.stderr)
+        remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
+        print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
 
 

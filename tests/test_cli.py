@@ -226,14 +226,18 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
     assert "error: final holds no tokenizer that can be loaded" in err
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
-def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault):
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable"), (errno.EIO, "look at the disk")],
+)
+def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault, remedy):
     def full(*_: object, **__: object) -> None:
         raise OSError(fault, os.strerror(fault), "runs/x/report.md")
 
     monkeypatch.setattr("sparsetrain.cli.app", full)
     assert main(["recipe", "list"]) == 2
-    assert capsys.readouterr().err == f"error: [Errno {fault}] {os.strerror(fault)}: 'runs/x/report.md'\n"
+    said = f"error: [Errno {fault}] {os.strerror(fault)}: 'runs/x/report.md'; {remedy}, or work in another folder\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):

@@ -29,8 +29,9 @@ KINDS: dict[str, Kind] = {
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
-DAMAGED = "\0"
-"""Begins the text of a row that stands for the rest of a file that cannot be read; the reason follows."""
+DAMAGED = "\0damaged\0"
+"""Begins the text of a row that stands for the rest of a file that cannot be read; the reason follows. Not zeros alone,
+which a power failure leaves in files."""
 
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 STDLIB_HELD_OUT = 20

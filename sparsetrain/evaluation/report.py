@@ -6,17 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparsetrain.durable import write_whole
+from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.panels import few, with_passkey
 from sparsetrain.evaluation.result import EvalResult, PasskeyResult
 
 RESULTS_FILE = "evaluation.json"
 REPORT_FILE = "report.md"
+
+RESULTS = TypeAdapter(dict[str, EvalResult])
+"""What ``evaluation.json`` holds: results by their labels."""
 
 Rows = list[list[str]]
 """A table as text, its header first."""
@@ -42,9 +48,12 @@ def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str,
 
     Args:
         pictures: PNG files inside ``folder`` to show at the end.
+
+    Raises:
+        OSError: one of them cannot be written, and is what it was.
     """
-    dumped = {label: result.model_dump(mode="json") for label, result in results.items()}
-    (folder / RESULTS_FILE).write_text(json.dumps(dumped, indent=1) + "\n", encoding="utf-8")
+    dumped = RESULTS.dump_python(dict(results), mode="json")
+    write_whole(folder / RESULTS_FILE, json.dumps(dumped, indent=1) + "\n")
     parts = [f"# {title}"]
     if perplexity := perplexity_rows(results):
         tokens = max(result.perplexity_tokens for result in results.values())
@@ -66,14 +75,23 @@ def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str,
         parts += ["## Recall", "Answers found in held-out documents of the synthetic task.", _markdown(recall)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]
     report = folder / REPORT_FILE
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(report, "\n\n".join(parts) + "\n")
     return report
 
 
 def read_results(folder: Path) -> dict[str, EvalResult]:
-    """The results that :func:`write_report` left in a run folder."""
-    dumped = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    return {label: EvalResult.model_validate(result) for label, result in dumped.items()}
+    """The results that :func:`write_report` left in a run folder; none where it left nothing.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    file = folder / RESULTS_FILE
+    try:
+        return RESULTS.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        raise CheckpointError(f"{file} does not hold the results of evaluations") from error
 
 
 def perplexity_rows(results: Mapping[str, EvalResult]) -> Rows:

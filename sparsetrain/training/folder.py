@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import platform
 import subprocess
+from contextlib import ExitStack
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.errors import CheckpointError
+from sparsetrain.durable import write_whole
+from sparsetrain.errors import CheckpointError, RecipeError, first_line
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training.tracking import METRICS_FILE
 
@@ -32,27 +36,33 @@ ROUNDING_ALONE = (
     "train.loss_chunk",
     "train.liger",
 )
+LOCK_FILE = ".lock"
+"""Locked while a process trains in the folder. It stays there."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
-def prepare(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run folder, or check that it holds the run to be resumed.
+def prepare(folder: Path, recipe: Recipe, resume: bool, occupied: ExitStack) -> None:
+    """Make the run folder, or check that it holds the run to be resumed, and keep other processes out of it.
+
+    Args:
+        occupied: lets them in again when it is left.
 
     Raises:
-        CheckpointError: it holds another run, or cannot be written.
+        CheckpointError: it holds another run, another process is at work in it, or it cannot be written.
     """
     record = folder / "recipe.yaml"
-    # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
-    if record.exists() and (folder / METRICS_FILE).exists():
-        if not resume:
-            raise CheckpointError(
-                f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."
-            )
-        _check_same_run(record, recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(dump_recipe(recipe))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+        _occupy(folder, occupied)
+        # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
+        if record.exists() and (folder / METRICS_FILE).exists():
+            if not resume:
+                raise CheckpointError(
+                    f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."
+                )
+            _check_same_run(record, recipe)
+        write_whole(record, dump_recipe(recipe))
+        write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
     except OSError as error:
         raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
 
@@ -69,8 +79,28 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages, "git_revision": _git_revision()}
 
 
+def _occupy(folder: Path, occupied: ExitStack) -> None:
+    lock = occupied.enter_context((folder / LOCK_FILE).open("w"))
+    try:
+        # Of the process, so that it ends with it however it is killed, and not with the last of its children.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(
+                f"another process is at work in {folder}; wait for its end, or choose another folder with output=... "
+                "(if these are the ranks of one run, their launcher does not tell them so)"
+            ) from error
+        # A file system that knows no locks.
+
+
 def _check_same_run(record: Path, recipe: Recipe) -> None:
-    before = _flat(load_recipe(record).recipe.model_dump(mode="json"))
+    try:
+        before = _flat(load_recipe(record).recipe.model_dump(mode="json"))
+    except RecipeError as error:
+        raise CheckpointError(
+            f"{record}, which says what recipe this run follows, is damaged ({first_line(error)}); every checkpoint "
+            "holds a copy: put the newest in its place"
+        ) from error
     after = _flat(recipe.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"

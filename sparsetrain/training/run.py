@@ -6,6 +6,7 @@ import json
 import math
 import resource
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data import RowStream, StepLoader, build_rows, collate
-from sparsetrain.errors import SparsetrainError
+from sparsetrain.durable import write_whole
+from sparsetrain.errors import CheckpointError, SparsetrainError
 from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
 from sparsetrain.evaluation.pictures import (
     attention_picture,
@@ -26,7 +28,7 @@ from sparsetrain.evaluation.pictures import (
     report_picture,
     selection_picture,
 )
-from sparsetrain.evaluation.report import RESULTS_FILE, print_results, read_results, write_report
+from sparsetrain.evaluation.report import print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import attention_density, check_positions, load_config, load_model, sparse_layers, sparsify
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
@@ -74,16 +76,16 @@ def run(recipe: Recipe, *, resume: bool = False) -> Outcome:
     """
     world = init_world(recipe.deepspeed.timeout)
     watch = Watch(world, 60 * recipe.deepspeed.timeout)
-    with watch, explained(recipe, world, watch):
-        return _prepare(recipe, world, watch, resume).execute(resume)
+    with ExitStack() as occupied, watch, explained(recipe, world, watch):
+        return _prepare(recipe, world, watch, resume, occupied).execute(resume)
 
 
-def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool) -> _Run:
+def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied: ExitStack) -> _Run:
     """Load model and data. What cannot work is refused before anything heavy is loaded."""
     # transformers draws a bar for every folder it reads or writes; this run has its own.
     transformers.utils.logging.disable_progress_bar()
     output = Path(recipe.output or f"runs/{recipe.name}")
-    _on_main(world, lambda: folder.prepare(output, recipe, resume))
+    _on_main(world, lambda: folder.prepare(output, recipe, resume, occupied))
     # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
     # The steps, which ``train.epochs`` knows only after the data is read, do not matter here.
     check_config(deepspeed_config(recipe, batch_shape(recipe, world.size).with_steps(1)))
@@ -133,14 +135,14 @@ class _Run:
             self._evaluate_at_start()
         elif recipe.eval.at_end or recipe.eval.every is not None:
             check_inputs(recipe.eval, self.tokenizer, recipe.train.seed)
-        if start is not None and (self.output / RESULTS_FILE).exists():
-            self.results = read_results(self.output)
+        if start is not None:
+            self._recall_results()
 
         self.say(choose_trainable(self.model, recipe))
         self.costs = _Costs.of(self.model, recipe, world)
         config = deepspeed_config(recipe, self.plan, trainable_size(self.model))
         if world.main:
-            (self.output / "deepspeed.json").write_text(json.dumps(config, indent=1))
+            write_whole(self.output / "deepspeed.json", json.dumps(config, indent=1))
         self.engine, self.ulysses = build_engine(self.model, recipe, self.plan, config, world, self.say)
         self.state = TrainState(ranks=world.size, rows_per_step=self.plan.global_batch_sequences)
         self.saver = Saver(self.engine, self._checkpoints, recipe.checkpoint, world, self._say, self._save_failed)
@@ -219,6 +221,13 @@ class _Run:
         )
         self.say(f"scorers: fitted to the model's attention in {len(batches)} rows")
 
+    def _recall_results(self) -> None:
+        """Those of the run that is resumed. Files from elsewhere and disks that lie must not end it."""
+        try:
+            self.results = read_results(self.output)
+        except (CheckpointError, OSError) as error:
+            self.say(f"warning: {error}; the report goes on without what was measured before")
+
     @property
     def _checkpoints(self) -> Path:
         return self.output / "checkpoints"
@@ -250,8 +259,15 @@ class _Run:
             )
         self.results[label] = result
         if self.world.main:
-            write_report(self.results, self.output, title=f"Evaluation of {self.recipe.name}")
+            self._record(lambda: write_report(self.results, self.output, title=f"Evaluation of {self.recipe.name}"))
         return result
+
+    def _record(self, write: Callable[[], Any]) -> None:
+        """Write what tells of the run and is no part of it: a disk that refuses it does not end the run."""
+        try:
+            write()
+        except OSError as error:
+            self.say(f"warning: the report in {self.output} cannot be written ({error}); the run goes on without it")
 
     def _self_check(self) -> None:
         """The contract: prove on the first batch that the run does what its recipe says."""
@@ -362,7 +378,7 @@ class _Run:
                     self.saver.crown()
         here.at("drawing", self.state.step)
         if self.world.main:
-            self._draw()
+            self._record(self._draw)
             print_results(self.results)
             self.say(f"run folder: {self.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
             if self.recipe.checkpoint.export:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
+from sparsetrain.durable import write_whole
+
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe
 
@@ -67,11 +69,18 @@ class Tracker:
         values = {name: _number(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
+            if not self._path.exists():
+                self._begin_anew()
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         except OSError as error:
             self._say(f"warning: {self._path} cannot be written ({error.strerror})")
         self._try("log", lambda: self._wandb.log({"step": step, **values}))
+
+    def _begin_anew(self) -> None:
+        self._say(f"warning: {self._path} has gone while the run wrote to it, and begins anew")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def image(self, name: str, path: str | Path, step: int) -> None:
         """Show a PNG in W&B."""
@@ -99,10 +108,9 @@ class Tracker:
         if self._file is None:
             return
         self._file.close()
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        # A crash may have torn a character too.
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
         self._file = self._path.open("a", encoding="utf-8")
 
     def finish(self, exit_code: int = 0) -> None:

@@ -117,6 +117,17 @@ def test_a_file_cut_in_the_middle_of_a_line_is_named_with_the_line(streaming, fi
     assert list(read(stream, folder, streaming, "skip").malformed.values()) == [1]
 
 
+@MODES
+def test_a_block_of_zeros_as_a_power_failure_leaves_it_is_one_malformed_row(streaming, files, stream):
+    folder, file = files("jsonl")
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[3] = bytes(len(lines[3]) - 1) + b"\n"
+    file.write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=rf"{file}:4: not valid JSON: Expecting value at column 1"):
+        read(stream, folder, streaming)
+    assert list(read(stream, folder, streaming, "skip").malformed.values()) == [1]
+
+
 @pytest.mark.parametrize("kind", [*TABLES, "jsonl"])
 def test_a_file_that_disappears_stops_a_stream_whatever_the_policy(kind, files, stream):
     folder, file = files(kind)

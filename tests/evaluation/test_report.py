@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import math
 
+import pytest
 from rich.console import Console
 
+from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation import EvalResult, PasskeyResult
 from sparsetrain.evaluation.report import print_results, read_results, write_report
 
@@ -28,6 +30,14 @@ def test_the_run_folder_gets_the_numbers_and_a_page(tmp_path):
     assert "| before | 88% | 12% | 50% | 28% to 72% |" in lines
     assert "| 100% | 75% | 0% |" in lines
     assert "![report](pictures/report.png)" in lines
+
+
+@pytest.mark.parametrize("content", ["", '{"after": {"perp', "[]", "null", '{"after": {"perplexity": 3}}'])
+def test_a_file_that_holds_no_results_is_named(tmp_path, content):
+    assert read_results(tmp_path) == {}
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json does not hold the results"):
+        read_results(tmp_path)
 
 
 def test_tables_are_printed():

@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsetrain.cli import main
+from sparsetrain.training.loop import Loop
 from sparsetrain.training.tracking import Tracker
+
+LOCKING = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(300)
+"""
 
 
 @pytest.fixture
@@ -65,6 +74,11 @@ def test_a_pretrained_folder_trains(tmp_path, tiny, checkpoint, run_folder):
         (["deepspeed.config={zero_optimisation: {stage: 2}}"], "did you mean zero_optimization?"),
         (["deepspeed.config=nowhere.json"], "cannot read nowhere.json"),
         (["deepspeed.offload_optimizer=cpu"], "this machine has none"),
+        (["deepspeed.config={prescale_gradients: true}"], "deepspeed.config is refused by DeepSpeed"),
+        (["deepspeed.stage=true"], "must be a number, not true"),
+        (["deepspeed.timeout=1e300"], "deepspeed.timeout"),
+        (["wandb.project=team/project"], "wandb.project"),
+        (["wandb.tags=[" + 65 * "x" + "]"], "wandb.tags"),
         (["model.path=/nowhere/model", "model.architecture=null"], "/nowhere/model"),
         (["model.tokenizer=/nowhere/tokenizer"], "/nowhere/tokenizer"),
         (["train.micro_batch=3"], "is not a multiple of train.micro_batch=3"),
@@ -151,10 +165,42 @@ def test_a_resume_on_other_ranks_that_would_change_the_batch(tmp_path, tiny, ref
     manifest = state.with_name("manifest.json")
     files = json.loads(manifest.read_text())
     files["state.json"]["crc32"] = f"{zlib.crc32(state.read_bytes()):08x}"
+    for suffix in ("json", "safetensors"):
+        shutil.copyfile(state.with_name(f"rank-00000.{suffix}"), state.with_name(f"rank-00001.{suffix}"))
+        files[f"rank-00001.{suffix}"] = files[f"rank-00000.{suffix}"]
     manifest.write_text(json.dumps(files))
     error = refused("run", str(tiny), *arguments, "--resume")
     assert "was written by 2 ranks with 2 rows in a step, and this run of 1 makes it 1" in error
     assert "add train.global_batch_sequences=2" in error
+
+
+def test_a_resume_of_a_run_whose_recipe_is_damaged(finished, tiny, refused):
+    (finished / "recipe.yaml").write_text("")
+    error = refused("run", str(tiny), "--output", str(finished), "--resume")
+    assert f"{finished}/recipe.yaml, which says what recipe this run follows, is damaged" in error
+    shutil.copyfile(finished / "checkpoints/step-000006/recipe.yaml", finished / "recipe.yaml")
+    assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
+
+
+def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused):
+    """Until that has ended, in whatever way."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCKING, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    error = refused("run", str(tiny), "train.steps=2", "--output", str(tmp_path))
+    assert f"another process is at work in {tmp_path}" in error
+    assert not (tmp_path / "recipe.yaml").exists()
+    holder.kill()
+    holder.wait()
+    assert main(["run", str(tiny), "train.steps=2", "--output", str(tmp_path)]) == 0
+
+
+def test_a_dtype_that_the_device_does_not_train(tmp_path, tiny, refused):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU does")
+    error = refused("run", str(tiny), "model.dtype=float16", "--output", str(tmp_path))
+    assert "model.dtype=float16: a cpu does not train it" in error
 
 
 def test_a_folder_below_a_file(tmp_path, tiny, refused):
@@ -212,6 +258,50 @@ def test_a_disk_that_is_full_from_the_start(tiny, refused, small_disk, kib):
         (folder / "fill").write_bytes(b"\x00" * 60 * 1024)
     error = refused("run", str(tiny), "--output", str(folder / "run"))
     assert "cannot write" in error
+
+
+def test_reports_that_cannot_be_written_stop_nothing(tmp_path, tiny, run_folder, capfd):
+    """A folder in the way of a file that is to be written refuses it as a full disk would."""
+    run = run_folder(tmp_path / "run")
+    (run.path / "evaluation.json.part").mkdir(parents=True)
+    evaluation = "eval={every: 3, at_start: false, at_end: true, passkey: {lengths: [160], depths: 1, trials: 1}}"
+    assert main(["run", str(tiny), evaluation, "--output", str(run.path)]) == 0
+    said = "".join(capfd.readouterr())
+    assert said.count(f"warning: the report in {run.path} cannot be written") == 3
+    assert "Passkeys found" in said
+    assert run.values("step") == [1, 2, 3, 4, 5, 6]
+    assert run.weights
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path, tiny, run_folder, monkeypatch, capfd):
+    step = Loop._step
+
+    def delete(loop, *rest):
+        if loop.state.step == 3:
+            shutil.rmtree(loop.folder)
+        return step(loop, *rest)
+
+    monkeypatch.setattr(Loop, "_step", delete)
+    run = run_folder(tmp_path / "run")
+    assert main(["run", str(tiny), "checkpoint.every=2", "--output", str(run.path)]) == 0
+    assert f"warning: {run.path}/metrics.jsonl has gone while the run wrote to it" in "".join(capfd.readouterr())
+    assert run.values("step") == [4, 5, 6]
+    assert run.checkpoints == ["step-000004", "step-000006"]
+    assert run.weights
+
+
+def test_a_metrics_file_torn_within_a_character_is_read_up_to_there(tmp_path, tiny_recipe):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": "\xc3')
+    tracker = Tracker(tiny_recipe(), tmp_path, rank=0)
+    tracker.rewind(2)
+    tracker.finish()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_results_that_cannot_be_read_are_lost_and_the_run_goes_on(finished, tiny, capfd):
+    (finished / "evaluation.json").write_text("")
+    assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
+    assert "evaluation.json does not hold the results of evaluations; the report goes on" in "".join(capfd.readouterr())
 
 
 def test_metrics_that_cannot_be_written_stop_nothing(tmp_path, tiny_recipe):
