@@ -81,16 +81,15 @@ def suggest(
             break
     if not fits:
         return Suggestion(tuple(changes), (), at)
-    # What came early may be spared by what came late; the dearest changes are tried first.
-    for overrides in reversed(list(taken)):
-        rest = [each for each in taken if each != overrides]
+
+    def fits_with(overrides: list[str]) -> bool:
         try:
-            less = needed(_flat(rest))
+            return needed(overrides) <= capacity
         except SparsetrainError:
-            continue
-        if less <= capacity:
-            taken, at = rest, less
-    return Suggestion(tuple(changes), tuple(_flat(_latest(taken))), at)
+            return False
+
+    combination = _sparing(_flat(taken), fits_with)
+    return Suggestion(tuple(changes), tuple(combination), needed(combination))
 
 
 def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -146,7 +145,11 @@ def _flat(taken: list[tuple[str, ...]]) -> list[str]:
     return [override for overrides in taken for override in overrides]
 
 
-def _latest(taken: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Without those that a later one for the same field replaces."""
-    last = {override.partition("=")[0]: override for override in _flat(taken)}
-    return [(override,) for override in last.values()]
+def _sparing(overrides: list[str], fits: Callable[[list[str]], bool]) -> list[str]:
+    """Without those that can be spared: what came early by what came late, so the dearest are tried first, and all of
+    the rest again, as one may only have been held by another."""
+    for index in reversed(range(len(overrides))):
+        rest = overrides[:index] + overrides[index + 1 :]
+        if fits(rest):
+            return _sparing(rest, fits)
+    return overrides

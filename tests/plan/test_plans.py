@@ -16,7 +16,7 @@ from sparsetrain.errors import RecipeError
 from sparsetrain.plan.command import make_plan, planned_options, shipped_page
 from sparsetrain.plan.measured import CONTEXT
 from sparsetrain.plan.memory import estimate_memory
-from sparsetrain.recipe import load_recipe, shipped_recipes
+from sparsetrain.recipe import load_recipe, loading, shipped_recipes
 
 GIB = 2**30
 LARGE = ["qwen3-8b-power-128k", "train.offload_activations=false"]
@@ -54,6 +54,17 @@ def test_ranks_that_share_a_sequence_need_less():
         ("llama-3.1-8b-power-64k", [], {"gpus": 8, "memory": "24GB"}),
         ("qwen3-8b-power-lora-64k", ["train.activation_checkpointing=none", "train.loss_chunk=null"], {"gpus": 8}),
         ("qwen3-0.6b-power-32k", ["train.micro_batch=4"], {"gpus": 1, "memory": "24GB"}),
+        # One override of a change can be spared, the others of it cannot.
+        ("qwen3-8b-power-lora-64k", [], {"gpus": 8, "memory": "12GB"}),
+        ("qwen3-8b-sparsek-lora-64k", [], {"gpus": 8, "memory": "12GB"}),
+        ("mistral-7b-sparsek-full-64k", [], {"gpus": 8, "memory": "12GB"}),
+        # The recipe refuses ZeRO-3.
+        (
+            "llama-3.1-8b-power-lora-64k",
+            ["lora.quantize_base=4bit", "deepspeed.stage=2"],
+            {"gpus": 8, "memory": "16GB"},
+        ),
+        ("llama-3.1-8b-power-lora-64k", ["lora.dora=true", "deepspeed.stage=2"], {"gpus": 8, "memory": "40GB"}),
     ],
 )
 def test_what_is_suggested_fits_and_is_needed(name, overrides, options):
@@ -70,6 +81,21 @@ def test_what_is_suggested_fits_and_is_needed(name, overrides, options):
         with contextlib.suppress(RecipeError):
             assert not make_plan(name, [*overrides, *rest], **options).fits
     assert sum(change.saves for change in plan.suggestion.changes) > plan.memory.needed - plan.capacity
+
+
+def test_nothing_is_suggested_that_the_recipe_refuses(monkeypatch):
+    options = {"gpus": 8, "memory": "40GB"}
+    overrides = ["llama-3.1-8b-power-lora-64k", ["deepspeed.stage=2"]]
+    assert "deepspeed.stage=3" in make_plan(*overrides, **options).suggestion.combination
+
+    def refuse(recipe):
+        return [(("deepspeed", "stage"), "no")] if recipe.deepspeed.stage == 3 else []
+
+    monkeypatch.setattr(loading, "contradictions", refuse)
+    suggestion = make_plan(*overrides, **options).suggestion
+    named = {override for change in suggestion.changes for override in change.overrides}
+    assert suggestion.combination
+    assert "deepspeed.stage=3" not in named
 
 
 def test_where_nothing_fits_it_says_so(capsys):
