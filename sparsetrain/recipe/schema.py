@@ -303,6 +303,8 @@ class LoraSection(Section):
     def _rule_or_expression(self) -> LoraSection:
         if not isinstance(self.targets, str) or self.targets in ("attention", "linear"):
             return self
+        if self.targets.lower() == "all-linear":
+            raise ValueError(f"targets={self.targets!r} is peft's word for what is called linear here; choose linear")
         if self.targets.replace("_", "").isalnum():
             raise ValueError(
                 f"targets={self.targets!r} is no rule; choose attention, linear, a list of names such as "

@@ -95,6 +95,7 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         ),
         (["lora={quantize_base: 4bit}", "deepspeed.stage=3"], "4bit weights cannot be sharded by deepspeed.stage=3"),
         (["lora={targets: q_proj}"], "targets='q_proj' is no rule; choose attention, linear, a list of names"),
+        (["lora={targets: all-linear}"], "targets='all-linear' is peft's word for what is called linear here"),
         (["lora={targets: '.*[q'}"], "targets='.*[q' is no regular expression"),
         (["lora={dropout: 1}"], "lora.dropout: expected a number below 1"),
     ],
