@@ -12,7 +12,7 @@ from typing import Any
 from sparsetrain.errors import ModelError
 from sparsetrain.logits import changes_logits
 from sparsetrain.recipe.heads import rotary_fault
-from sparsetrain.recipe.local_model import model_config
+from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import ModelSection
 
 
@@ -105,7 +105,35 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
 """Shapes by Hub id, so that a plan needs neither the Hub nor a download."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-_TIED_UNLESS_SAID = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+_TIED = {"tie_word_embeddings": True}
+_GEMMA = {"head_dim": 256, "num_key_value_heads": 4, **_TIED}
+_COHERE = {"logit_scale": 0.0625, **_TIED}
+_GLM = {"head_dim": 128, "num_key_value_heads": 2, "attention_bias": True}
+PLANNED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "ministral": {"num_key_value_heads": 8},
+    "ministral3": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+    "gemma": {**_GEMMA, "num_key_value_heads": 16},
+    "gemma2": {**_GEMMA, "final_logit_softcapping": 30.0},
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": {},
+    "smollm3": {"num_key_value_heads": 4, **_TIED},
+    "granite": {},
+    "olmo2": {},
+    "olmo3": {},
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "exaone4": {"num_key_value_heads": 32},
+    "glm": _GLM,
+    "glm4": _GLM,
+    "seed_oss": {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
+}
+"""The model types that can be planned, and what their configs mean where they do not say."""
 
 
 def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelShape:
@@ -117,54 +145,80 @@ def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelS
     Raises:
         ModelError: it is nowhere, or it is no dense decoder with a gated MLP.
     """
-    if config_file is not None:
-        config, origin = _read(config_file), str(config_file)
-    else:
-        config, origin = model_config(section), section.path or "model.architecture"
-        if not config and section.path is not None:
-            cached = _cached_config(section.path, section.revision)
-            config = _read(cached) if cached is not None else {}
-    if not config and section.path in KNOWN_SHAPES:
-        config = KNOWN_SHAPES[section.path].as_config()
-    if config:
-        return shape_of_config({**config, **section.config_overrides}, origin)
+    file = config_file or _config_file(section)
+    if file is not None:
+        return shape_of_config(_read(file), str(file), section.config_overrides)
+    if section.architecture is not None:
+        return shape_of_config(section.architecture, "model.architecture", section.config_overrides)
+    if section.path in KNOWN_SHAPES:
+        return shape_of_config(KNOWN_SHAPES[section.path].as_config(), section.path, section.config_overrides)
     raise ModelError(
         f"model.path={section.path}: its shape is not known here. Give its config.json with --config FILE, or download "
         f"that one file: hf download {section.path} config.json"
     )
 
 
-def shape_of_config(config: Mapping[str, Any], origin: str) -> ModelShape:
-    """The shape that a transformers config describes.
+def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None) -> ModelShape:
+    """The shape that a transformers config describes, with the recipe's overrides.
 
     Raises:
-        ModelError: a field is missing, or the model has parts that a plan does not count.
+        ModelError: a field is missing or wrong, or the model has parts that a plan does not count.
     """
-    inner = config.get("text_config")
-    text = {**config, **inner} if isinstance(inner, dict) else dict(config)
-    kind = text.get("model_type", "?")
+    changed = overrides or {}
+    text = {**config, **changed}
+    inner = text.get("text_config")
+    if isinstance(inner, dict):
+        text |= {**inner, **changed}
+    kind = text.get("model_type")
     if any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ModelError(f"{origin}: model_type {kind} has experts; a plan counts dense decoders only")
-    if missing := [name for name in _NEEDED if not isinstance(text.get(name), int)]:
+    if missing := [name for name in _NEEDED if text.get(name) is None]:
         raise ModelError(
             f"{origin}: its config has no {', '.join(missing)}; a plan counts decoders of the Llama family "
-            f"(Llama, Mistral, Qwen, Gemma, Phi-3), and this is {kind}"
+            f"(Llama, Mistral, Qwen, Gemma, Phi-3), and its model_type is {kind}"
         )
-    heads = text["num_attention_heads"]
+    if not isinstance(kind, str) or kind not in PLANNED:
+        raise ModelError(f"{origin}: model_type={kind!r} cannot be planned; {', '.join(PLANNED)} can")
+    text = {**PLANNED[kind], **text}
+    for name in (*_NEEDED, "num_key_value_heads", "head_dim"):
+        value = text.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            place = "model.config_overrides" if name in changed else origin
+            raise ModelError(f"{place}: {name}={value!r} is not a positive whole number")
+    hidden, heads = text["hidden_size"], text["num_attention_heads"]
+    kv_heads = text.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"{origin}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; every key/value "
+            "head serves equally many query heads"
+        )
+    if text.get("head_dim") is None and hidden % heads:
+        raise ModelError(
+            f"{origin}: num_attention_heads={heads} does not divide hidden_size={hidden}; change one of them, or give "
+            "head_dim"
+        )
     return ModelShape(
         layers=text["num_hidden_layers"],
-        hidden=text["hidden_size"],
+        hidden=hidden,
         heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        kv_heads=kv_heads,
+        head_dim=text.get("head_dim") or hidden // heads,
         intermediate=text["intermediate_size"],
         vocab=text["vocab_size"],
-        tied=bool(text.get("tie_word_embeddings", kind in _TIED_UNLESS_SAID)),
-        qk_norm=kind in ("qwen3", "gemma3", "gemma3_text"),
+        tied=bool(text.get("tie_word_embeddings")),
+        qk_norm=kind in ("qwen3", "gemma3", "gemma3_text", "exaone4"),
         qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
         rotary_fault=rotary_fault(text.get("rope_parameters") or text.get("rope_scaling")),
         plain_head=not changes_logits(text.get),
     )
+
+
+def _config_file(section: ModelSection) -> Path | None:
+    """The config.json of a model's folder, or of the Hub cache; None where it is not on this machine."""
+    folder = model_folder(section)
+    if folder is not None and (folder / "config.json").is_file():
+        return folder / "config.json"
+    return None if section.path is None else _cached_config(section.path, section.revision)
 
 
 def _read(file: Path) -> dict[str, Any]:

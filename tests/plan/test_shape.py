@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.plan.command import make_plan
 from sparsetrain.plan.devices import find_device, parse_memory
@@ -83,8 +84,70 @@ def test_what_a_plan_cannot_count_is_refused():
     whole = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), 8)
     with pytest.raises(ModelError, match=r"no intermediate_size.*gpt2"):
         shape_of_config({**whole, "model_type": "gpt2"}, "there")
+    with pytest.raises(ModelError, match=r"there: model_type='bert' cannot be planned; llama, mistral, .* can"):
+        shape_of_config({**whole, "intermediate_size": 8, "model_type": "bert"}, "there")
     with pytest.raises(ModelError, match="experts"):
         shape_of_config({**whole, "intermediate_size": 8, "num_experts": 4, "model_type": "qwen3_moe"}, "there")
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not a positive whole number"),
+        ({"num_attention_heads": -4}, "num_attention_heads=-4 is not"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2' is not"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 is not"),
+        ({"hidden_size": -256}, "hidden_size=-256 is not"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True is not"),
+        ({"vocab_size": 1e5}, "vocab_size=100000.0 is not"),
+        ({"head_dim": "x"}, "head_dim='x' is not"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=8"),
+        ({"num_attention_heads": 7}, "num_attention_heads=7 does not divide hidden_size=256"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] cannot be planned"),
+        ({"model_type": None}, "model_type=None cannot be planned"),
+    ],
+)
+def test_a_malformed_config_is_explained(fields, fault, tmp_path, capsys):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "intermediate_size": 512,
+        "vocab_size": 1000,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert main(["plan", "quickstart", "--config", str(file)]) == 0
+    file.write_text(json.dumps(config | fields))
+    assert main(["plan", "quickstart", "--config", str(file)]) == 2
+    assert f"error: {file}: {fault}" in capsys.readouterr().err
+
+
+def test_an_empty_config_is_not_taken_for_none(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    with pytest.raises(ModelError, match=r"config.json: its config has no hidden_size, num_hidden_layers"):
+        make_plan("qwen3-0.6b-power-32k", config=file)
+    file.write_text("{")
+    with pytest.raises(ModelError, match=r"config.json is not JSON"):
+        make_plan("qwen3-0.6b-power-32k", [f"model.path={tmp_path}"])
+
+
+def test_overrides_reach_the_text_part_of_a_config_and_are_named_where_they_are_wrong():
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 1000,
+    }
+    config = {"model_type": "gemma3", "text_config": text}
+    assert shape_of_config(config, "there", {"num_hidden_layers": 2}).layers == 2
+    with pytest.raises(ModelError, match=r"^model.config_overrides: num_hidden_layers=0 is not"):
+        shape_of_config(config, "there", {"num_hidden_layers": 0})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Every model type that can be planned, beside transformers' own model of a small config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsetrain.plan.shape import PLANNED, shape_of_config
+from sparsetrain.training.trainable import total_size
+
+SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 64,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+}
+DECODERS = [kind for kind in PLANNED if kind != "gemma3"]
+"""Gemma 3 with its vision tower has the decoder of ``gemma3_text``."""
+
+
+def real_model(kind):
+    fields = {**SIZES, "num_key_value_heads": 32, "head_dim": 16, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **fields)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_what_a_config_does_not_say_is_what_transformers_takes(kind):
+    whole = AutoConfig.for_model(kind, **SIZES, pad_token_id=0).to_dict()
+    assert shape_of_config({"model_type": kind, **SIZES}, "here") == shape_of_config(whole, "there")
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_parameters_are_those_of_the_model(kind, setting):
+    model = real_model(kind)
+    planned = setting(shape=shape_of_config(model.config.to_dict(), kind)).parameters
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert planned.matrices + planned.embedding + planned.head == matrices
+    # Some families have more norms in a layer, or fewer.
+    assert planned.total == pytest.approx(total_size(model), rel=0.002)
