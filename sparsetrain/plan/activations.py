@@ -52,8 +52,8 @@ def layer_bytes(setting: Setting) -> LayerBytes:
     # Norm: an fp32 copy of its input (Liger: the input itself), and where its weight is trained what it multiplies.
     norm = e * hidden if liger else 4 * hidden + (e * hidden if parameters.trains_norms else 0)
     norm_backward = 4 * hidden if liger else 20 * hidden
-    into_attention = e * hidden if full or scored or adapted & {"q_proj", "k_proj", "v_proj"} else 0
-    into_mlp = e * hidden if full or adapted & {"gate_proj", "up_proj"} else 0
+    into_attention = e * hidden if full or scored or adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    into_mlp = e * hidden if full or adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0
     heads_norm = (e if liger else 4) * (q + kv) if shape.qk_norm else 0
     if shape.qk_norm and parameters.trains_norms and not liger:
         heads_norm += e * (q + kv)

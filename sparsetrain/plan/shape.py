@@ -36,6 +36,12 @@ class ModelShape:
     """Queries and keys are normalised by head (Qwen3)."""
     qkv_bias: bool = False
     """The projections of queries, keys and values have biases (Qwen2)."""
+    fused_qkv: bool = False
+    """Queries, keys and values come from one projection (Phi-3)."""
+    fused_gate_up: bool = False
+    """Gate and up are one projection (Phi-3, GLM)."""
+    decoder: str = "model"
+    """Where the decoder is in the model."""
     plain_head: bool = True
     """Logits are the output projection and nothing else; otherwise the loss cannot be cut into chunks."""
     rotary_fault: str | None = None
@@ -208,6 +214,9 @@ def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[s
         tied=bool(text.get("tie_word_embeddings")),
         qk_norm=kind in ("qwen3", "gemma3", "gemma3_text", "exaone4"),
         qkv_bias=kind == "qwen2" or bool(text.get("attention_bias")),
+        fused_qkv=kind == "phi3",
+        fused_gate_up=kind in ("phi3", "glm", "glm4"),
+        decoder="model.language_model" if isinstance(inner, dict) else "model",
         rotary_fault=rotary_fault(text.get("rope_parameters") or text.get("rope_scaling")),
         plain_head=not changes_logits(text.get),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from sparsetrain.errors import RecipeError
 from sparsetrain.plan.shape import ModelShape
 from sparsetrain.recipe.schema import LoraSection, Recipe
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Parameters:
     trains_embedding: bool
     trains_norms: bool
     targets: frozenset[str]
-    """Projections that have an adapter."""
+    """Projections that have an adapter, in every layer or in some."""
 
     @property
     def total(self) -> int:
@@ -53,8 +55,13 @@ class Parameters:
 
 
 def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
-    """Count what :func:`sparsetrain.training.trainable.choose_trainable` would leave to train."""
-    sizes = _projections(shape)
+    """Count what :func:`sparsetrain.training.trainable.choose_trainable` would leave to train.
+
+    Raises:
+        RecipeError: ``lora.targets`` matches nothing, or a head that is tied.
+    """
+    attention, mlp = _attention(shape), _mlp(shape)
+    sizes = attention | mlp
     layer = sum(rows * columns for rows, columns in sizes.values())
     matrices = shape.layers * layer
     embedding = shape.vocab * shape.hidden
@@ -66,11 +73,12 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
 
     lora, only_new = recipe.lora, recipe.train.parameters == "new_modules"
     full = lora is None and not only_new
-    targets = frozenset() if lora is None else _targets(lora, frozenset(sizes))
+    adapted = Counter[str]() if lora is None else _adapted(shape, lora, attention, mlp)
+    sides = {**sizes, HEAD: (shape.vocab, shape.hidden)}
     adapters = 0
     if lora is not None:
-        each = {name: lora.rank * (rows + columns) for name, (rows, columns) in sizes.items()}
-        adapters = shape.layers * sum(each[name] + (sizes[name][0] if lora.dora else 0) for name in targets)
+        each = {name: lora.rank * sum(sides[name]) + (sides[name][0] if lora.dora else 0) for name in adapted}
+        adapters = sum(each[name] * count for name, count in adapted.items())
     # A tied head is trained with the embedding; peft trains an untied one never.
     trains_embedding = full or (lora is not None and lora.train_embeddings)
     trains_head = full or (shape.tied and trains_embedding)
@@ -80,7 +88,7 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
     largest = max(
         embedding if trains_embedding or trains_head else 0,
         max(rows * columns for rows, columns in sizes.values()) if full else 0,
-        lora.rank * max(shape.intermediate, shape.hidden) if lora is not None else 0,
+        lora.rank * max(max(sides[name]) for name in adapted) if lora is not None else 0,
         shape.kv_heads * shape.hidden if scorers else 0,
     )
     return Parameters(
@@ -98,35 +106,49 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
         trains_head=trains_head,
         trains_embedding=trains_embedding,
         trains_norms=trains_norms,
-        targets=targets,
+        targets=frozenset(adapted),
     )
 
 
-def _projections(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each projection of a layer."""
-    return {
-        "q_proj": (shape.q_width, shape.hidden),
-        "k_proj": (shape.kv_width, shape.hidden),
-        "v_proj": (shape.kv_width, shape.hidden),
-        "o_proj": (shape.hidden, shape.q_width),
-        "gate_proj": (shape.intermediate, shape.hidden),
-        "up_proj": (shape.intermediate, shape.hidden),
-        "down_proj": (shape.hidden, shape.intermediate),
-    }
+def _attention(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each projection of a layer's attention."""
+    q, kv, hidden = shape.q_width, shape.kv_width, shape.hidden
+    split = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+    return ({"qkv_proj": (q + 2 * kv, hidden)} if shape.fused_qkv else split) | {"o_proj": (hidden, q)}
 
 
-def _targets(lora: LoraSection, names: frozenset[str]) -> frozenset[str]:
-    """The projections with adapters. An expression is tried on the names in the first layer."""
-    if lora.targets == "attention":
-        return frozenset(ATTENTION)
-    if lora.targets == "linear":
-        return names
-    whole = {name: f"model.layers.0.{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in names}
+def _mlp(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """The same of its MLP."""
+    wide, hidden = shape.intermediate, shape.hidden
+    split = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden)}
+    return ({"gate_up_proj": (2 * wide, hidden)} if shape.fused_gate_up else split) | {"down_proj": (hidden, wide)}
+
+
+def _adapted(shape: ModelShape, lora: LoraSection, attention: Collection[str], mlp: Collection[str]) -> Counter[str]:
+    """How many layers have an adapter at each projection: the choice of :mod:`sparsetrain.modeling.adapters`."""
+    layers = [f"{shape.decoder}.layers.{index}" for index in range(shape.layers)]
+    paths = {f"{layer}.self_attn.{name}": name for layer in layers for name in attention}
+    if lora.targets != "attention":
+        paths |= {f"{layer}.mlp.{name}": name for layer in layers for name in mlp}
+    if lora.targets in ("attention", "linear"):
+        return Counter(paths.values())
+    paths[HEAD] = HEAD
     if isinstance(lora.targets, str):
-        return frozenset(name for name, path in whole.items() if re.fullmatch(lora.targets, path))
-    return frozenset(
-        name for name, path in whole.items() for wanted in lora.targets if f".{path}".endswith(f".{wanted}")
-    )
+        matches = {lora.targets: {path for path in paths if re.fullmatch(lora.targets, path)}}
+    else:
+        matches = {given: {path for path in paths if f".{path}".endswith(f".{given}")} for given in lora.targets}
+    if missed := [given for given, found in matches.items() if not found]:
+        raise RecipeError(
+            f"lora.targets: {', '.join(missed)} matches no linear layer of the model, whose linear layers are named "
+            f"{', '.join(sorted(set(paths.values())))} (the first: {next(iter(paths))})"
+        )
+    chosen = set().union(*matches.values())
+    if shape.tied and HEAD in chosen:
+        raise RecipeError(
+            "lora.targets names the output head, whose weight is the embedding's too (tied): an adapter would change "
+            "only one of them; leave it out, and set lora.train_embeddings to train both"
+        )
+    return Counter(paths[path] for path in chosen)
 
 
 def _scorers(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import sparsetrain
+from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.plan.shape import PLANNED, shape_of_config
-from sparsetrain.training.trainable import total_size
+from sparsetrain.training.trainable import total_size, trainable_size
 
 SIZES = {
     "hidden_size": 256,
@@ -41,3 +43,16 @@ def test_parameters_are_those_of_the_model(kind, setting):
     assert planned.matrices + planned.embedding + planned.head == matrices
     # Some families have more norms in a layer, or fewer.
     assert planned.total == pytest.approx(total_size(model), rel=0.002)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3", "glm"])
+@pytest.mark.parametrize(
+    "targets", ["attention", "linear", r".*layers.1.*proj", r".*\.[0-7]\..*o_proj", ["10.mlp.down_proj"]]
+)
+def test_adapters_are_at_the_layers_that_peft_would_choose(kind, targets, setting):
+    model = sparsetrain.sparsify(real_model(kind), {"method": "full"})
+    planned = setting(
+        shape=shape_of_config(model.config.to_dict(), kind), lora={"rank": 4, "targets": targets, "dora": True}
+    )
+    add_adapters(model, planned.recipe.lora)
+    assert planned.parameters.trained == trainable_size(model)

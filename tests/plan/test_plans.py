@@ -183,6 +183,7 @@ def test_json_holds_the_phases_and_the_need(capsys):
         (["plan", "quickstart", "--json", "--markdown"], "give one of them"),
         (["plan", "--all"], "--markdown"),
         (["plan", "quickstart", "--config", "/nowhere.json"], "cannot be read"),
+        (["plan", "quickstart", "lora={targets: [q_proj, nope]}"], "lora.targets: nope matches no linear layer"),
         (["plan", "qwen3-0.6b-power-32k", "--gpus", "3"], "global batch"),
         (["plan", "qwen3-8b-power-lora-64k", "sequence.parallel=3", "--gpus", "3"], "sequence"),
     ],

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import nn
 
+from sparsetrain.errors import RecipeError
 from sparsetrain.plan.memory import estimate_memory
 from sparsetrain.plan.setting import Setting
 from sparsetrain.plan.shape import ModelShape, find_shape
@@ -42,6 +43,9 @@ def test_a_tied_head_is_counted_once(setting, shape):
         ({"rank": 8, "targets": "linear"}, 4 * 8 * (128 + 96 + 96 + 128 + 3 * 192)),
         ({"rank": 8, "targets": ["q_proj", "mlp.down_proj"]}, 4 * 8 * (128 + 192)),
         ({"rank": 8, "targets": r".*\.[kv]_proj"}, 4 * 8 * (96 + 96)),
+        ({"rank": 8, "targets": r".*layers.1.*proj"}, 8 * (448 + 576)),
+        ({"rank": 8, "targets": r".*layers.[0-2].*mlp.*"}, 3 * 8 * 576),
+        ({"rank": 8, "targets": ["lm_head", "q_proj"]}, 8 * (1000 + 64) + 4 * 8 * 128),
         ({"rank": 8, "dora": True}, 4 * (8 * (128 + 96 + 96 + 128) + 64 + 32 + 32 + 64)),
         ({"rank": 8, "train_embeddings": True, "train_norms": True}, 4 * 8 * 448 + EMBEDDING + NORMS),
     ],
@@ -50,6 +54,18 @@ def test_adapters_are_what_peft_would_train(setting, lora, trained):
     parameters = setting(lora=lora).parameters
     assert parameters.trained == trained
     assert parameters.trained + parameters.matrices >= parameters.adapters
+
+
+@pytest.mark.parametrize("targets", [["nope"], ["q_proj", "nope"], "nope|mlp", r"layers.1.*proj", r".*layers.9.*"])
+def test_targets_that_match_nothing_are_refused_as_the_run_does(setting, targets):
+    with pytest.raises(RecipeError, match=r"lora.targets: .*matches no linear layer.*down_proj, .*lm_head, .*layers.0"):
+        _ = setting(lora={"targets": targets}).parameters
+
+
+def test_an_adapter_for_a_tied_head_is_refused_as_the_run_does(setting, shape):
+    for targets in (["lm_head"], ".*"):
+        with pytest.raises(RecipeError, match=r"lora.targets names the output head.*\(tied\)"):
+            _ = setting(shape=replace(shape, tied=True), lora={"targets": targets}).parameters
 
 
 def test_scorers_alone_are_a_row_and_a_gain_for_each_head(setting):
