@@ -16,6 +16,7 @@ from sparsetrain.bench.step import run_step
 from sparsetrain.bench.step_loops import WAYS, Way, random_steps
 from sparsetrain.bench.step_models import random_model
 from sparsetrain.errors import BenchError
+from sparsetrain.methods.sparsek import SparseKMethod
 from sparsetrain.methods.sparsek_scorer import SparseKScorer
 from sparsetrain.recipe import batch_shape, load_recipe
 from sparsetrain.training.engine import World
@@ -59,6 +60,22 @@ def test_a_way_whose_loss_is_not_finite_says_so_and_leaves_no_file(tmp_path: Pat
     (row,) = run_step("tiny-sparsek", settings, ways="recipe", lengths=None, repeats=2, output=None)
     assert "with a gradient norm of" in row.reason
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_warm_up_of_a_method_is_over(monkeypatch) -> None:
+    """Its first steps read eight times the keys, and their number would decide what is timed."""
+    selected = []
+    begin = SparseKMethod.begin_step
+
+    def watched(method: SparseKMethod, step: int, steps: int) -> None:
+        begin(method, step, steps)
+        selected.append(method.training_topk)
+
+    monkeypatch.setattr(SparseKMethod, "begin_step", watched)
+    settings = ["sequence.length=64", "attention.topk=8", "attention.topk_start=32", "attention.topk_steps=0.5"]
+    run_step("tiny-sparsek", settings, ways="recipe", lengths=None, repeats=1, output=None)
+    assert len(selected) > 0
+    assert set(selected) == {8}
 
 
 def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
