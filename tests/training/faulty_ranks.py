@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from ports import free_port
 
 from sparsetrain.cli import main
 from sparsetrain.data.loader import StepLoader
@@ -193,9 +195,7 @@ def be_rank(rank: int, fault: str, options: argparse.Namespace) -> int:
 def cause(fault: str, options: argparse.Namespace) -> None:
     """Run the ranks through one fault and record their ends."""
     folder = options.folder
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        options.port = probe.getsockname()[1]
+    options.port = free_port()
     running = {start_rank(rank, fault, options): rank for rank in range(RANKS)}
     codes: dict[int, int] = {}
     seconds: dict[int, float] = {}
