@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
 from sparsetrain.recipe.schema import ModelSection
+from sparsetrain.training.checkpoints.files import flush
 from sparsetrain.training.engine import World
 
 
@@ -54,17 +57,20 @@ def export(
     folder: Path,
     world: World,
     base: ModelSection | None = None,
+    *,
+    whole: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write the model, or its adapters where it has some, with tokenizer and attention record into ``folder``.
 
     Args:
         base: the recipe's model section, which an adapter folder records.
+        whole: write aside, flush and rename, so that ``folder`` is complete or as it was.
 
     Returns:
         On rank 0 the weights written, by their names in the folder.
 
     Raises:
-        CheckpointError: the disk is full or not writable.
+        CheckpointError: the disk is full or not writable; nothing of what was written stays.
     """
     if has_adapters(model):
         names = adapter_tensors(model)
@@ -72,13 +78,28 @@ def export(
     else:
         weights = full_weights(model, world)
     if world.main:
+        target = folder.with_name(f"{folder.name}.tmp") if whole else folder
+        shutil.rmtree(target, ignore_errors=True)
         try:
             if has_adapters(model):
                 assert base is not None
-                save_adapters(model, folder, tokenizer, base=base, state_dict=weights)
+                save_adapters(model, target, tokenizer, base=base, state_dict=weights)
             else:
-                save(model, folder, tokenizer, state_dict=weights)
+                save(model, target, tokenizer, state_dict=weights)
+            if whole:
+                _commit(target, folder)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write the model to {folder}: {error}; free some space there") from error
+            shutil.rmtree(target, ignore_errors=True)
+            fix = "free some space there" + (" and continue with --resume" if whole else "")
+            raise CheckpointError(f"cannot write the model to {folder}: {error}; {fix}") from error
     torch.distributed.barrier()
     return weights
+
+
+def _commit(partial: Path, folder: Path) -> None:
+    """Give a folder that has been written its name, in the place of an earlier one."""
+    for path in (*partial.rglob("*"), partial):
+        flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    flush(folder.parent)

@@ -283,8 +283,8 @@ class _Run:
         ):
             self.say(f"self-check: {line}")
 
-    def _export(self, target: Path) -> dict[str, torch.Tensor]:
-        return export(self.model, self.tokenizer, target, self.world, self.recipe.model)
+    def _export(self, target: Path, *, whole: bool = False) -> dict[str, torch.Tensor]:
+        return export(self.model, self.tokenizer, target, self.world, self.recipe.model, whole=whole)
 
     def _train(self, signals: StopSignals) -> Outcome:
         loader = StepLoader(self.rows, self.plan, self.world.rank)
@@ -368,7 +368,7 @@ class _Run:
         """Export, evaluate what was trained, draw, and say what came out of it."""
         if self.recipe.checkpoint.export:
             here.at("exporting the model", self.state.step)
-            self._export(self.output / "final")
+            self._export(self.output / "final", whole=True)
         if self.recipe.eval.at_end:
             result = self._evaluate(f"{self.recipe.attention.method}, after")
             if result is not None:

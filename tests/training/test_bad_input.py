@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -217,25 +215,6 @@ def test_a_folder_that_is_read_only(tmp_path, tiny, refused):
     assert "Permission denied" in refused("run", str(tiny), "--output", str(folder / "run"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """``small_disk(kib)``: a folder with so little room."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(kib: int) -> Path:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="needs mount")
 def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(tmp_path, tiny, refused, run_folder, small_disk, stages):
     one = sum(f.stat().st_size for f in (stages(1)[2].path / "checkpoints/step-000006").rglob("*")) // 1024
     run = run_folder(small_disk(int(one * 1.7)) / "run")
@@ -249,7 +228,6 @@ def test_a_disk_that_fills_up_keeps_the_earlier_checkpoint(tmp_path, tiny, refus
     assert run_folder(tmp_path / "run").values("loss") == stages(1)[2].values("loss")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("mount") is None, reason="needs mount")
 @pytest.mark.parametrize("kib", [0, 24, 100])
 def test_a_disk_that_is_full_from_the_start(tiny, refused, small_disk, kib):
     """Full at the record, at the first export, and at the first checkpoint."""

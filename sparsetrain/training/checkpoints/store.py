@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training.checkpoints.files import checksum_of, write_text
+from sparsetrain.training.checkpoints.files import checksum_of, flush, write_text
 from sparsetrain.training.checkpoints.manifest import Entry, rank_file, read_manifest, unlisted, write_manifest
 from sparsetrain.training.engine import World
 from sparsetrain.training.place import here
@@ -63,16 +63,16 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
     for name, text in texts.items():
         files[name] = write_text(partial / name, text)
     write_manifest(partial, files)
-    _flush(partial)
+    flush(partial)
     # What stands there was passed over by --resume, however whole it looks, and need not be a folder.
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target, ignore_errors=True)
     else:
         target.unlink(missing_ok=True)
     os.replace(partial, target)
-    _flush(target.parent)
+    flush(target.parent)
     write_text(target.parent / LATEST, f"{target.name}\n")
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def prune(newest: Path, keep_last: int) -> None:
@@ -182,12 +182,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _flush(folder: Path) -> None:
-    """fsync a folder: a rename must not outrun the bytes it announces."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
