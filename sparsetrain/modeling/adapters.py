@@ -23,14 +23,38 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsetrain.errors import ModelError, RecipeError
-from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparse_layers
-from sparsetrain.modeling.storage import RECORD_FILE, load_model
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.modeling.layers import new_modules, sparse_layers
+from sparsetrain.modeling.storage import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    load_config,
+    load_model,
+    recorded_attention,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from sparsetrain.recipe.schema import LoraSection, ModelSection
+
+IDENTITY = (
+    "model_type",
+    "tie_word_embeddings",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""Fields of a base's config that its adapters record: tensors of the same shapes fit other models too."""
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""What a base may be loaded in."""
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -120,6 +144,9 @@ def save_adapters(
     )
     config = copy(_config(model))
     config.inference_mode = True
+    folder = Path(str(config.base_model_name_or_path))
+    if folder.is_dir():
+        config.base_model_name_or_path = str(folder.resolve())
     config.save_pretrained(str(path))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -127,14 +154,14 @@ def save_adapters(
     section = base.model_dump(mode="json", exclude_defaults=True)
     if base.path is not None and Path(base.path).expanduser().is_dir():
         section["path"] = str(Path(base.path).expanduser().resolve())
-    about = {**model.config.sparsetrain, "base": section["path"], "model": section, "versions": versions}
-    (path / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    known = {"base": section["path"], "base_config": _identity(model.config), "model": section, "versions": versions}
+    write_record(path, {**model.config.sparsetrain, **known})
 
 
 def load_adapters(
     path: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -143,34 +170,68 @@ def load_adapters(
     Args:
         path: a local folder.
         base: the base where it is not at the recorded place: a Hub id or a folder.
-        dtype: of the weights; by default the one trained in.
+        dtype: of the weights; by default, and with ``"auto"``, the one trained in.
 
     Raises:
         ModelError: the folder or its base cannot be read, or they do not fit each other.
     """
+    path = Path(path)
+    section, attention, trained_on = _read_record(path)
+    changed: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if (path / "tokenizer_config.json").is_file():
+        changed["tokenizer"] = str(path)
+    if base is not None:
+        changed |= {"path": str(base), "revision": None}
+    if dtype not in (None, "auto"):
+        changed["dtype"] = str(dtype).removeprefix("torch.")
+        if changed["dtype"] not in DTYPES:
+            raise ModelError(f"dtype={dtype}: the base of adapters loads in auto, {', '.join(DTYPES)}")
+    section = section.model_copy(update=changed)
+    try:
+        _check_same(trained_on, _identity(load_config(section)), str(section.path))
+        model, _ = load_model(section, attention, seed=0)
+    except ModelError as error:
+        raise ModelError(
+            f"the base of the adapters in {path}: {error} "
+            "(if it has moved, give base=... in Python, --base ... to sparsetrain export)"
+        ) from error
+    read_adapters(model, path)
+    return model.eval()
+
+
+def _read_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:
+    """What a folder of adapters records: its base, the attention method, and what is known of the base's config."""
     from sparsetrain.recipe.schema import ModelSection
 
-    path = Path(path)
     try:
         record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no adapter folder of sparsetrain: {RECORD_FILE}: {error}") from error
-    if record.get("format", 0) > RECORD_FORMAT or "model" not in record:
-        raise ModelError(f"{path} was not written by this version or an older one; upgrade sparsetrain")
-    section = dict(record["model"])
-    if (path / "tokenizer_config.json").is_file():
-        section["tokenizer"] = str(path)
-    if base is not None:
-        section |= {"path": base, "revision": None}
-    if dtype is not None:
-        section["dtype"] = str(dtype).removeprefix("torch.")
-    section["trust_remote_code"] = trust_remote_code
+    attention = recorded_attention(record, path / RECORD_FILE)
     try:
-        model, _ = load_model(ModelSection.model_validate(section), record["attention"], seed=0)
-    except ModelError as error:
-        raise ModelError(f"the base of the adapters in {path}: {error} If it has moved, give base=...") from error
-    read_adapters(model, path)
-    return model.eval()
+        section = ModelSection.model_validate(record.get("model"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path / RECORD_FILE} does not say which model the adapters belong to: its model is "
+            f"{record.get('model')!r:.100}; take the file from the run that wrote the folder"
+        ) from error
+    # Folders of before do not have it.
+    known = record.get("base_config")
+    return section, attention, known if isinstance(known, dict) else {}
+
+
+def _identity(config: PreTrainedConfig) -> dict[str, Any]:
+    decoder = config.get_text_config(decoder=True)
+    fields = {name: getattr(decoder, name, None) for name in IDENTITY}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_same(trained_on: dict[str, Any], found: dict[str, Any], base: str) -> None:
+    # Only what both know: an older transformers may have had no such field.
+    names = [name for name in IDENTITY if name in trained_on and name in found and trained_on[name] != found[name]]
+    if names:
+        faults = (f"{name} is {found[name]!r} instead of {trained_on[name]!r}" for name in names)
+        raise ModelError(f"{base} is not the model that they were trained on, {', '.join(faults)}")
 
 
 def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
@@ -186,11 +247,13 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     try:
         config = LoraConfig.from_pretrained(str(path))
         tensors = load_file(path / WEIGHTS_FILE)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ModelError(f"cannot read the adapters in {path}: {error}") from error
+    if type(config) is not LoraConfig:
+        raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
     try:
         _inject(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapters in {path} do not fit {type(model).__name__}: {error}") from error
     places = {key: model.get_parameter_or_buffer(name) for name, key in adapter_tensors(model).items()}
     shapes = ({key: tuple(tensor.shape) for key, tensor in each.items()} for each in (tensors, places))

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,19 @@ def save(
         tokenizer.save_pretrained(path)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
     about = {**record, "base": model.config._name_or_path, "versions": versions}
-    (path / RECORD_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_record(path, about)
+
+
+def write_record(path: Path, about: Mapping[str, Any]) -> None:
+    """Write ``sparsetrain.json`` as the last file of a folder, and give the weights its mode.
+
+    safetensors makes files that only their owner may read; this one is as the user's umask says.
+    """
+    record = path / RECORD_FILE
+    record.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    for weights in path.glob("*.safetensors"):
+        with suppress(OSError):  # some file systems know no modes
+            weights.chmod(record.stat().st_mode & 0o777)
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -94,7 +106,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read a model from {path}: {_first_line(error)}") from error
-    attention = _recorded_attention(config.get("sparsetrain"), path)
+    attention = recorded_attention(config.get("sparsetrain"), path)
     try:
         with _expecting_new_modules():
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
@@ -239,11 +251,18 @@ def _read_tensors(path: str, names: Iterable[str], hub: dict[str, Any]) -> dict[
     return found
 
 
-def _recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
+def recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
+    """The method that a record names: that of a model's config, or ``sparsetrain.json``.
+
+    Raises:
+        ModelError: there is no record, it is malformed, or a newer sparsetrain wrote it.
+    """
     if record is None:
         raise ModelError(
             f"{path} records no attention method; load it with transformers and call sparsetrain.sparsify(model, ...)"
         )
+    if not isinstance(record, dict) or not isinstance(record.get("format", 0), int):
+        raise ModelError(f"the record of the attention method in {path} is damaged: it is {record!r:.100}")
     if record.get("format", 0) > RECORD_FORMAT:
         raise ModelError(
             f"{path} was written by sparsetrain {record.get('version')} (format {record['format']}); this version "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
@@ -50,6 +50,13 @@ def trained(arguments, shared, run_folder):
 
     folder = shared("lora-runs", make)
     return {name: run_folder(folder / name) for name in ("tied", "untied")}
+
+
+@pytest.fixture
+def attention_adapters(tmp_path, arguments, shared):
+    """A copy of a ``final/`` whose tensors fit every decoder of the size of the base."""
+    made = shared("lora-attention", lambda folder: main(arguments(folder / "run")))
+    return shutil.copytree(made / "run/final", tmp_path / "adapters")
 
 
 @pytest.fixture
@@ -268,6 +275,83 @@ def test_the_base_is_found_where_it_has_moved(trained, pretrained, tmp_path):
     shutil.copytree(pretrained / "untied", tmp_path / "moved")
     assert torch.equal(logits(load_adapters(final, base=str(tmp_path / "moved"))), logits(load_adapters(final)))
     assert load_adapters(final, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8}])
+def test_adapters_are_refused_on_another_base_whose_shapes_fit(attention_adapters, pretrained, tmp_path, change):
+    other = tmp_path / "other"
+    fields = json.loads((pretrained / "untied/config.json").read_text())
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same = {name: fields[name] for name in (*shape, "num_key_value_heads", "model_type", "tie_word_embeddings")}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**same, **change})).save_pretrained(other)
+    name, value = next(iter(change.items()))
+    with pytest.raises(ModelError) as error:
+        sparsetrain.load(attention_adapters, base=other)
+    assert f"{other} is not the model that they were trained on" in str(error.value)
+    assert f"{name} is {value!r} instead of {fields[name]!r}" in str(error.value)
+
+    # A folder of before has no record of its base, and the tensors fit.
+    record = attention_adapters / "sparsetrain.json"
+    about = json.loads(record.read_text())
+    del about["base_config"]
+    record.write_text(json.dumps(about))
+    sparsetrain.load(attention_adapters, base=other)
+
+
+def test_the_dtype_of_adapters_is_given_as_for_a_model(attention_adapters):
+    given = logits(load_adapters(attention_adapters))
+    assert torch.equal(logits(sparsetrain.load(attention_adapters, dtype="auto")), given)
+    exact = logits(sparsetrain.load(attention_adapters, dtype=torch.float64))
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), given, rtol=0, atol=1e-4)
+    with pytest.raises(ModelError, match=r"dtype=torch\.int8: the base of adapters loads in auto, float64, float32"):
+        sparsetrain.load(attention_adapters, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([1], "the record of the attention method in .*sparsetrain.json is damaged"),
+        ({"format": "one"}, "the record of the attention method in .*sparsetrain.json is damaged"),
+        ({"format": 99}, "this version .* reads format 1: upgrade sparsetrain"),
+        ({"attention": None}, "attention=None is no mapping"),
+        ({"attention": {"method": "powder"}}, "there is no 'powder'"),
+        ({"model": None}, "sparsetrain.json does not say which model the adapters belong to"),
+        ({"model": {"path": 7}}, "sparsetrain.json does not say which model the adapters belong to"),
+        ({"model": {"weights": "llama"}}, "sparsetrain.json does not say which model the adapters belong to"),
+    ],
+)
+def test_a_malformed_record_is_told(attention_adapters, change, said):
+    record = attention_adapters / "sparsetrain.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change} if isinstance(change, dict) else change))
+    with pytest.raises(ModelError, match=said):
+        sparsetrain.load(attention_adapters)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, which reads it first
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "IA3"}, "is the IA3Config of peft; sparsetrain loads LoRA alone"),
+        ({"peft_type": "ADALORA"}, "cannot read the adapters|is the AdaLoraConfig of peft"),
+        ({"peft_type": "NONE"}, "cannot read the adapters"),
+        ({"r": "four"}, "do not fit LlamaForCausalLM"),
+        ({"target_modules": 5}, "do not fit LlamaForCausalLM"),
+        ([], "cannot read the adapters"),
+    ],
+)
+def test_an_adapter_config_that_is_not_ours_is_told(attention_adapters, change, said):
+    file = attention_adapters / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change} if isinstance(change, dict) else change))
+    with pytest.raises(ModelError, match=said):
+        sparsetrain.load(attention_adapters)
+
+
+def test_the_base_is_recorded_by_its_absolute_path(tmp_path, arguments, pretrained, monkeypatch):
+    monkeypatch.chdir(pretrained)
+    assert main([*arguments(tmp_path / "run"), "model.path=untied"]) == 0
+    config = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(pretrained / "untied")
 
 
 def test_load_and_eval_take_a_folder_of_adapters(trained, tmp_path, monkeypatch):
