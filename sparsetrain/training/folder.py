@@ -67,6 +67,11 @@ def prepare(folder: Path, recipe: Recipe, resume: bool, occupied: ExitStack) -> 
         raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
 
 
+def label_at_end(recipe: Recipe) -> str:
+    """The name in ``evaluation.json`` of what the trained model reaches."""
+    return f"{recipe.attention.method}, after"
+
+
 @cache
 def environment() -> dict[str, Any]:
     """Versions of Python and the packages that matter, and the git revision of the working directory."""

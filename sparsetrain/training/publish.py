@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 from sparsetrain.errors import CheckpointError
-from sparsetrain.evaluation.report import REPORT_FILE
-from sparsetrain.modeling.adapters import load_adapters, merge_adapters
-from sparsetrain.modeling.storage import ADAPTER_FILE, save
-from sparsetrain.recipe import Recipe, load_recipe
-from sparsetrain.recipe.describe import attention_facts
+from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
+from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE, save
+from sparsetrain.recipe import load_recipe
+from sparsetrain.training.card import model_card
+from sparsetrain.training.checkpoints.files import flush
 
 CARD = "README.md"
+PARTIAL = ".partial"
+"""Where in its folder an export is written before it is complete. Not beside it: the folder may be a mount."""
 
 
-def publish(run: Path, out: Path, *, merge: bool = False) -> Path:
-    """Write what a run trained into ``out``, with a model card.
+def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = None) -> Path:
+    """Write what a run trained into ``out``, with a model card. It is complete, or nothing of it stays.
+
+    A run that ended before its last evaluation may be published; the card says so.
 
     Args:
         run: the run folder.
         out: a new or empty folder.
         merge: fold LoRA adapters into the base, so that an ordinary model comes out.
+        base: the base to fold them into, where it is not at the recorded place: a Hub id or a folder.
 
     Returns:
         The model card.
@@ -39,81 +50,94 @@ def publish(run: Path, out: Path, *, merge: bool = False) -> Path:
             f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
         )
     recipe = load_recipe(run / "recipe.yaml").recipe
-    adapters = (final / ADAPTER_FILE).is_file()
+    adapters = recipe.lora is not None
+    if (fault := _fault(final, adapters)) is not None:
+        raise CheckpointError(f"{final} is not whole: {fault}; continue the run with --resume, which writes it again")
     if merge and not adapters:
         raise CheckpointError(f"{final} holds a whole model, so there is nothing to merge; leave --merge out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already and is not an empty folder; give another name")
-    try:
-        if merge:
-            _merged(final, out)
+    if base is not None and not merge:
+        raise CheckpointError(f"--base {base} names what adapters are merged into; add --merge, or leave it out")
+    _check_place(run, out)
+    card = model_card(recipe, run, adapters=adapters and not merge)
+    model = _merged(final, base) if merge else None
+    with _whole(out) as partial:
+        if model is None:
+            _copy(final, partial)
         else:
-            shutil.copytree(final, out, dirs_exist_ok=True)
+            save(model, partial, AutoTokenizer.from_pretrained(final))
         if (run / "report.png").is_file():
-            shutil.copyfile(run / "report.png", out / "report.png")
-        (out / CARD).write_text(_card(recipe, run, adapters and not merge), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}") from error
+            shutil.copyfile(run / "report.png", partial / "report.png")
+        (partial / CARD).write_text(card, encoding="utf-8")
     return out / CARD
 
 
-def _merged(final: Path, out: Path) -> None:
+def _fault(final: Path, adapters: bool) -> str | None:
+    """What a folder of a trained model lacks, or which of its weights are torn; None if it is whole."""
+    try:
+        weights = [WEIGHTS_FILE] if adapters else _weight_files(final)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error})"
+    for name in (ADAPTER_FILE if adapters else "config.json", *weights, "tokenizer_config.json", RECORD_FILE):
+        if not (final / name).is_file():
+            return f"{name} is missing"
+    for name in weights:
+        try:
+            with safe_open(final / name, framework="pt"):
+                pass  # its header says how long the file is
+        except (OSError, SafetensorError) as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def _weight_files(final: Path) -> list[str]:
+    index = final / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [SAFE_WEIGHTS_NAME]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _check_place(run: Path, out: Path) -> None:
+    for folder in (run / "final", run / "checkpoints"):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{out} lies in {folder}, which belongs to the run; give a folder outside of it")
+    if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+        raise CheckpointError(f"{out} exists already and is not an empty folder; give another name")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder in ``out`` to fill, whose content moves up when all of it is on the disk; otherwise none of it stays."""
+    partial, new = out / PARTIAL, not out.exists()
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        for path in partial.iterdir():
+            path.rename(out / path.name)
+        partial.rmdir()
+        flush(out)
+    except BaseException as error:
+        shutil.rmtree(out if new else partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(
+                f"cannot write {out}: {error}; nothing was left there: give a place that is writable and has the room"
+            ) from error
+        raise
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Contents alone: the modes of a run folder need not be those of one to give away."""
+    for path in source.rglob("*"):
+        if path.is_dir():
+            (target / path.relative_to(source)).mkdir()
+        else:
+            shutil.copyfile(path, target / path.relative_to(source))
+
+
+def _merged(final: Path, base: str | None) -> PreTrainedModel:
     import transformers
-    from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
-    model = merge_adapters(load_adapters(final))
-    save(model, out, AutoTokenizer.from_pretrained(final))
-
-
-def _card(recipe: Recipe, run: Path, adapters: bool) -> str:
-    """The model card in the Hub's format: YAML, then Markdown."""
-    base = recipe.model.path
-    named = base is not None and not base.startswith(("/", ".", "~", "sparsetrain:"))
-    tags = ["sparsetrain", "sparse-attention", recipe.attention.method, *(["lora"] if recipe.lora else [])]
-    head = {
-        **({"base_model": base} if named else {}),
-        "library_name": "peft" if adapters else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": tags,
-    }
-    kind = "LoRA adapters for" if adapters else "A finetune of" if base else "Pretrained from"
-    origin = base or f"random weights ({(recipe.model.architecture or {}).get('model_type')})"
-    what = "the base, its attention method and the adapters" if adapters else "with its attention method"
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    parts = [
-        "---",
-        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
-        "---",
-        "",
-        f"# {recipe.name}",
-        "",
-        f"{kind} {origin} at {recipe.sequence.length:,} tokens: {attention_facts(recipe)}. Made with sparsetrain.",
-        "",
-        "```python",
-        "import sparsetrain",
-        "",
-        f"model = sparsetrain.load(folder)  # {what}",
-        "```",
-        "",
-        *_evaluation(run),
-        "## Recipe",
-        "",
-        f"Trained by this recipe, with Python {environment['python']}, {versions}.",
-        "",
-        "```yaml",
-        (run / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
-        "```",
-        "",
-    ]
-    return "\n".join(parts)
-
-
-def _evaluation(run: Path) -> list[str]:
-    """What the run measured, from its report."""
-    report = run / REPORT_FILE
-    if not report.is_file():
-        return ["## Evaluation", "", "Nothing was measured in the run.", ""]
-    _, *lines = report.read_text(encoding="utf-8").rstrip().splitlines()
-    return ["## Evaluation", *(f"#{line}" if line.startswith("#") else line for line in lines), ""]
+    return merge_adapters(load_adapters(final, base=base))

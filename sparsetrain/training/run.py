@@ -370,7 +370,7 @@ class _Run:
             here.at("exporting the model", self.state.step)
             self._export(self.output / "final", whole=True)
         if self.recipe.eval.at_end:
-            result = self._evaluate(f"{self.recipe.attention.method}, after")
+            result = self._evaluate(folder.label_at_end(self.recipe))
             if result is not None:
                 self.tracker.log(result.metrics(), self.state.step)
                 self.tracker.summary(result.metrics())

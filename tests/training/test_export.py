@@ -1,7 +1,9 @@
-"""A trained model is written whole or not at all."""
+"""A trained model is written whole or not at all, as ``final/`` and as a folder to give away, and its card is true."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 import sparsetrain
 from sparsetrain.cli import main
 
+MEASURE = "eval.perplexity={lengths: [64], tokens: 4096, source: {path: python-stdlib, split: validation}}"
 BLOCK = 4096
 
 
@@ -19,9 +22,36 @@ def finished(tmp_path, stages):
     return shutil.copytree(stages(1)[2].path, tmp_path / "finished")
 
 
+@pytest.fixture(scope="module")
+def made_adapters(tiny, pretrained, shared):
+    """A finished run of adapters."""
+
+    def make(folder):
+        model = json.dumps({"path": str(pretrained / "untied"), "dtype": "float32"})
+        short = ["train.steps=2", "train.global_batch_sequences=2"]
+        run = ["run", str(tiny), f"model={model}", "lora={rank: 4}", *short, "--output", str(folder / "run")]
+        assert main(run) == 0
+
+    return shared("adapters-to-export", make) / "run"
+
+
+@pytest.fixture
+def adapters(tmp_path, made_adapters):
+    """A copy of it."""
+    return shutil.copytree(made_adapters, tmp_path / "adapters")
+
+
 def kib(folder):
     """What a folder takes of a disk that gives files whole blocks."""
     return sum(-(-file.stat().st_size // BLOCK) * BLOCK for file in folder.rglob("*") if file.is_file()) // 1024
+
+
+def modes(folder):
+    return {file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
 
 
 def test_a_model_that_finds_no_room_at_the_end_leaves_no_final_folder(tiny, stages, refused, small_disk, tmp_path):
@@ -50,3 +80,135 @@ def test_a_resumed_run_replaces_what_an_interrupted_export_left(tiny, finished):
     assert not (finished / "final/of-before").exists()
     assert not list((finished / "final").glob("*-of-*"))
     sparsetrain.load(finished / "final")
+
+
+@pytest.mark.parametrize("kind", ["finished", "adapters"])
+@pytest.mark.parametrize("gone", ["config", "weights", "sparsetrain.json", "tokenizer_config.json"])
+def test_a_final_folder_that_lacks_a_file_is_not_exported(kind, gone, request, tmp_path, refused):
+    run = request.getfixturevalue(kind)
+    names = {
+        "finished": ("config.json", "model.safetensors"),
+        "adapters": ("adapter_config.json", "adapter_model.safetensors"),
+    }
+    name = dict(zip(("config", "weights"), names[kind], strict=True)).get(gone, gone)
+    (run / "final" / name).unlink()
+    error = refused("export", str(run), str(tmp_path / "out"))
+    assert f"{run}/final is not whole: {name} is missing; continue the run with --resume" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_torn_and_missing_shards_are_told(finished, tmp_path, refused):
+    weights = finished / "final/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors cannot be read" in refused("export", str(finished), str(tmp_path / "out"))
+    index = finished / "final/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    error = refused("export", str(finished), str(tmp_path / "out"))
+    assert "model-00001-of-00002.safetensors is missing" in error
+    index.write_text("[]")
+    assert "model.safetensors.index.json cannot be read" in refused("export", str(finished), str(tmp_path / "out"))
+
+
+def test_the_card_of_a_run_killed_in_its_last_evaluation_says_that_it_is_missing(tmp_path, start, tiny):
+    run = tmp_path / "run"
+    overrides = [MEASURE, "eval.at_start=true", "eval.at_end=true", "train.steps=2"]
+    ranks = start(run, *overrides)
+    ranks.wait_until((run / "final").is_dir)
+    ranks.kill()
+    assert main(["export", str(run), str(tmp_path / "early")]) == 0
+    card = card_of(tmp_path / "early")
+    assert "| power, before |" in card
+    assert "| power, after |" not in card
+    assert "**The trained model was not evaluated:**" in card
+    assert "Continue it with `--resume`" in card
+
+    assert main(["run", str(tiny), *overrides, "--output", str(run), "--resume"]) == 0
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    card = card_of(tmp_path / "out")
+    assert "| power, after |" in card
+    assert "not evaluated" not in card
+    assert "Nothing was measured" not in card
+
+
+def test_the_card_of_a_run_that_measured_nothing_says_so(finished, tmp_path):
+    assert main(["export", str(finished), str(tmp_path / "out")]) == 0
+    assert "## Evaluation\n\nNothing was measured in the run.\n\n![report](report.png)\n" in card_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["junk", "{}", "[]", None])
+def test_versions_that_were_not_recorded_are_told_in_the_card(finished, tmp_path, damage):
+    record = finished / "environment.json"
+    record.unlink() if damage is None else record.write_text(damage)
+    assert main(["export", str(finished), str(tmp_path / "out")]) == 0
+    assert "the run's environment.json is missing or damaged" in card_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("new", [False, True])
+def test_an_export_that_finds_no_room_leaves_nothing_behind(adapters, tmp_path, refused, small_disk, merge, new):
+    disk = small_disk(12)
+    out = disk / "out"
+    if not new:
+        out.mkdir()
+    flag = ["--merge"] if merge else []
+    error = refused("export", str(adapters), str(out), *flag)
+    assert error.startswith(f"cannot write {out}: ")
+    assert "No space left on device" in error
+    assert "[(" not in error
+    assert "give a place that is writable and has the room" in error
+    assert out.exists() is not new
+    assert not list(disk.rglob("*.*"))
+    assert main(["export", str(adapters), str(tmp_path / "elsewhere"), *flag]) == 0
+    sparsetrain.load(tmp_path / "elsewhere")
+
+
+def test_an_empty_folder_is_filled_and_keeps_its_place(finished, tmp_path, monkeypatch):
+    """It may be a mount, or the working directory."""
+    out = tmp_path / "out"
+    (out / ".partial").mkdir(parents=True)  # of an export that was killed
+    (out / ".partial/torn").touch()
+    node = out.stat().st_ino
+    monkeypatch.chdir(out)
+    assert main(["export", str(finished), "."]) == 0
+    assert out.stat().st_ino == node
+    assert {path.name for path in out.iterdir()} == {
+        *(path.name for path in (finished / "final").iterdir()),
+        "README.md",
+        "report.png",
+    }
+
+
+def test_a_folder_of_the_run_itself_is_refused(finished, tmp_path, refused, monkeypatch):
+    for inside in ("final", "checkpoints"):
+        error = refused("export", str(finished), str(finished / inside / "out"))
+        assert f"lies in {finished}/{inside}, which belongs to the run" in error
+    monkeypatch.chdir(finished / "final")
+    assert "belongs to the run" in refused("export", str(finished), "out")
+    assert not list(finished.rglob("out"))
+
+
+def test_a_base_that_has_moved_is_given_to_the_export(made_adapters, pretrained, tmp_path, refused):
+    run = shutil.copytree(made_adapters, tmp_path / "run")
+    record = run / "final/sparsetrain.json"
+    record.write_text(record.read_text().replace(str(pretrained / "untied"), str(tmp_path / "gone")))
+    merge = ["export", str(run), str(tmp_path / "out"), "--merge"]
+    error = refused(*merge)
+    assert f"{tmp_path}/gone" in error
+    assert "--base" in error
+    assert main([*merge, "--base", str(pretrained / "untied")]) == 0
+    sparsetrain.load(tmp_path / "out")
+    assert "add --merge, or leave it out" in refused("export", str(run), str(tmp_path / "other"), "--base", "there")
+
+
+def test_all_files_have_the_mode_that_the_umask_gives(made_adapters, tiny, tmp_path):
+    former = os.umask(0o027)
+    try:
+        run = tmp_path / "run"
+        assert main(["run", str(tiny), "train.steps=2", "--output", str(run)]) == 0
+        assert modes(run / "final") == {0o640}
+        (run / "final/model.safetensors").chmod(0o600)
+        assert main(["export", str(run), str(tmp_path / "out")]) == 0
+        assert main(["export", str(made_adapters), str(tmp_path / "merged"), "--merge"]) == 0
+    finally:
+        os.umask(former)
+    assert modes(tmp_path / "out") == modes(tmp_path / "merged") == {0o640}

@@ -1,0 +1,93 @@
+"""The model card of a run: what was trained, how, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sparsetrain.evaluation.report import REPORT_FILE, RESULTS_FILE
+from sparsetrain.recipe import Recipe
+from sparsetrain.recipe.describe import attention_facts
+from sparsetrain.training.folder import label_at_end
+
+
+def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
+    """The card in the Hub's format: YAML, then Markdown.
+
+    Args:
+        run: the run folder.
+        adapters: whether the folder holds adapters alone.
+    """
+    base = recipe.model.path
+    named = base is not None and not base.startswith(("/", ".", "~", "sparsetrain:"))
+    tags = ["sparsetrain", "sparse-attention", recipe.attention.method, *(["lora"] if recipe.lora else [])]
+    head = {
+        **({"base_model": base} if named else {}),
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    kind = "LoRA adapters for" if adapters else "A finetune of" if base else "Pretrained from"
+    origin = base or f"random weights ({(recipe.model.architecture or {}).get('model_type')})"
+    what = "the base, its attention method and the adapters" if adapters else "with its attention method"
+    parts = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        f"{kind} {origin} at {recipe.sequence.length:,} tokens: {attention_facts(recipe)}. Made with sparsetrain.",
+        "",
+        "```python",
+        "import sparsetrain",
+        "",
+        f"model = sparsetrain.load(folder)  # {what}",
+        "```",
+        "",
+        *_evaluation(recipe, run),
+        "## Recipe",
+        "",
+        f"Trained by this recipe, {_versions(run)}.",
+        "",
+        "```yaml",
+        (run / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _versions(run: Path) -> str:
+    """What the run recorded of Python and its packages. They are a fact on the card, not worth an export."""
+    try:
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+        return f"with Python {environment['python']}, {versions}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "with versions that are not known: the run's environment.json is missing or damaged"
+
+
+def _evaluation(recipe: Recipe, run: Path) -> list[str]:
+    """What the run measured, from its report, and whether that is all it was to measure."""
+    labels = _labels(run)
+    notes = []
+    if recipe.eval.at_end and not recipe.eval.empty and label_at_end(recipe) not in labels:
+        notes = [
+            "**The trained model was not evaluated:** the run stopped before the evaluation at its end. Continue it "
+            "with `--resume` and export it again to see the result here.",
+            "",
+        ]
+    elif not labels:
+        notes = ["Nothing was measured in the run.", ""]
+    report = run / REPORT_FILE
+    lines = report.read_text(encoding="utf-8").rstrip().splitlines()[2:] if report.is_file() else []
+    return ["## Evaluation", "", *notes, *(f"#{line}" if line.startswith("#") else line for line in lines), ""]
+
+
+def _labels(run: Path) -> set[str]:
+    """Names of the evaluations that the run has finished."""
+    try:
+        return set(json.loads((run / RESULTS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
