@@ -25,6 +25,14 @@ OWNED_BY_RECIPE = {
     "sequence_parallel_size": "sequence.parallel",
     "wandb": "wandb",
 }
+_NOT_ITS = "DeepSpeed's own checkpoints are never written; see checkpoint in the recipe"
+IDLE = {
+    "autotuning": "it starts jobs of its own and ends this one after a few steps",
+    "checkpoint": _NOT_ITS,
+    "use_node_local_storage": _NOT_ITS,
+    "compile": "it waits for a call of engine.compile(), which runs do not make",
+}
+"""Sections of the DeepSpeed JSON that would do nothing, or no training."""
 _LOST = "checkpoints do not find the optimizer's state"
 _UNSEEN = "train.on_nonfinite does not see every gradient that is not finite"
 # Settings under which a run could not keep what its recipe promises: the only value that is accepted, and why.
@@ -36,17 +44,14 @@ FIXED = {
     "bf16.check_grad_overflow": (True, _UNSEEN),
     "zero_optimization.cpu_offload": (None, "deepspeed.offload_optimizer of the recipe is overruled"),
     "zero_optimization.cpu_offload_param": (None, "deepspeed.offload_parameters of the recipe is overruled"),
-    "autotuning.enabled": (False, "DeepSpeed ends the run after a few steps"),
+    "zero_optimization.elastic_checkpoint": (False, f"nothing changes, as {_NOT_ITS}"),
 }
 PASSED_THROUGH = {
     "aio",
     "amp",
-    "autotuning",
     "bf16",
-    "checkpoint",
     "comms_logger",
     "communication_data_type",
-    "compile",
     "csv_monitor",
     "data_types",
     "disable_allgather",
@@ -64,7 +69,6 @@ PASSED_THROUGH = {
     "torch_autocast",
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
-    "use_node_local_storage",
     "wall_clock_breakdown",
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
@@ -160,6 +164,8 @@ def _check_keys(given: dict[str, Any]) -> None:
     for key in given:
         if key in OWNED_BY_RECIPE:
             raise RecipeError(f"deepspeed.config has {key}, which the recipe decides: use {OWNED_BY_RECIPE[key]}")
+        if key in IDLE:
+            raise RecipeError(f"deepspeed.config has {key}, which does not serve a run: {IDLE[key]}; leave it out")
         if key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -171,9 +177,9 @@ def _check_keys(given: dict[str, Any]) -> None:
 def _check_fixed(config: dict[str, Any]) -> None:
     for path, (accepted, why) in FIXED.items():
         *sections, key = path.split(".")
-        holder: Any = config
+        holder = config
         for section in sections:
-            holder = holder.get(section, {})
+            holder = holder[section]
         if (value := holder.get(key, accepted)) != accepted:
             raise RecipeError(f"deepspeed.config: {path} is {value!r}, under which {why}; leave it out")
 

@@ -225,8 +225,8 @@ def _number(value: Any) -> float | int:
 def _step_of(line: str) -> float:
     """The step of a line of metrics; infinite for a torn one, so that it lies after every step."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 

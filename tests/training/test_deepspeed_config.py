@@ -9,7 +9,7 @@ import pytest
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import plan_batch
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.deepspeed_config import OWNED_BY_RECIPE, deepspeed_config
+from sparsetrain.training.deepspeed_config import IDLE, OWNED_BY_RECIPE, deepspeed_config
 
 
 @pytest.fixture
@@ -126,6 +126,11 @@ def test_what_the_recipe_decides_is_refused(refusal, key):
     assert f"has {key}, which the recipe decides: use {OWNED_BY_RECIPE[key]}" in refusal({key: {}})
 
 
+@pytest.mark.parametrize("key", IDLE)
+def test_what_would_do_nothing_is_refused(refusal, key):
+    assert f"has {key}, which does not serve a run: {IDLE[key]}; leave it out" in refusal({key: {}})
+
+
 def test_an_unknown_key_is_answered_with_the_nearest(refusal):
     assert "did you mean zero_optimization?" in refusal({"zero_optimisation": {}})
     message = refusal({"xyzzy": 1})
@@ -174,7 +179,7 @@ def test_it_is_made_without_torch():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"autotuning": {"enabled": True}}, "autotuning.enabled is True, under which DeepSpeed ends the run"),
+        ({"zero_optimization": {"elastic_checkpoint": True}}, "under which nothing changes"),
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is True, under which deepspeed.offload_optimizer"),
         ({"zero_optimization": {"cpu_offload_param": True}}, "under which deepspeed.offload_parameters of the recipe"),
         ({"steps_per_print": 0}, "steps_per_print is 0"),
