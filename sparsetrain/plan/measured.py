@@ -32,8 +32,13 @@ BANDWIDTH_SHARE = 0.70
 LINK_SHARE = 0.67
 """Share of a link's rate that collectives reach: 300 of 450 GB/s on NVLink. An allowance, not measured."""
 
-HIDDEN_COMMUNICATION = 0.8
-"""Share of ZeRO-3's gathers that DeepSpeed hides behind computation. An allowance, not measured."""
+GATHER_WAIT = 0.25e-3
+"""Seconds that computation waits for each matrix that ZeRO-3 gathers, however well it is hidden. This and the next one
+are from profiles of Qwen3-8B with adapters at 32,768 tokens on two H200s, 2026-11-28 (docs/performance.md): 0.15 to
+0.48 s for 897 gathers."""
+
+BESIDE_GATHERS = 0.05
+"""By what share computation is slower while weights are gathered beside it: products 6 to 10 %, the rest 4."""
 
 HOST_OPTIMIZER = 25e9
 """Bytes a second and rank at which the optimizer runs through states in host memory. An allowance, not measured."""

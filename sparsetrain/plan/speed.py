@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from sparsetrain.plan.activations import layer_bytes
 from sparsetrain.plan.measured import (
     BANDWIDTH_SHARE,
+    BESIDE_GATHERS,
     BLOCKS,
     BLOCKS_PLAIN,
     DENSE,
-    HIDDEN_COMMUNICATION,
+    GATHER_WAIT,
     HOST_LINK,
     HOST_OPTIMIZER,
     LINK_SHARE,
@@ -20,6 +21,9 @@ from sparsetrain.plan.measured import (
     AttentionRate,
 )
 from sparsetrain.plan.setting import Setting
+
+MATRICES_A_LAYER = 7
+"""Projections of a decoder layer; ZeRO-3 gathers each for itself."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ def _communication(setting: Setting, computing: float) -> float:
         else:
             gathers = 2 + (setting.checkpointing != "none")
             gathered = gathers * setting.element * parameters.total * share
-            hidden = batch.accumulation * (gathered + trained) / link
-            seconds += max((1 - HIDDEN_COMMUNICATION) * hidden, hidden - computing)
+            moving = batch.accumulation * (gathered + trained) / link
+            waits = GATHER_WAIT * batch.accumulation * gathers * MATRICES_A_LAYER * setting.shape.layers
+            seconds += max(waits + BESIDE_GATHERS * computing, moving - computing)
     if setting.parallel > 1:
         # Queries, keys, values and outputs change places, in each forward pass (selective checkpointing keeps what
         # attention returned, not what was exchanged) and once in backward.
