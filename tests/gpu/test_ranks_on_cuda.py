@@ -33,7 +33,11 @@ BY_TWO = {
     "shared-power": [*FP32, SHARED, "deepspeed.stage=3"],
     "shared-bfloat16": [SHARED, "deepspeed.stage=3"],
     "shared-sparsek": [SPARSEK, SHARED],
-    **({"liger": [*FP32, "deepspeed.stage=3", "train.liger=on"]} if LIGER else {}),
+    **(
+        {"liger": [*FP32, "deepspeed.stage=3", "train.liger=on", "train.activation_checkpointing=layer"]}
+        if LIGER
+        else {}
+    ),
 }
 COMMANDS = """
 import json, sys
