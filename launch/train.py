@@ -11,6 +11,7 @@ too. Installed from a wheel, it is the module ``sparsetrain.launch.train`` (``to
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -25,7 +26,7 @@ EXIT_SECONDS = 60
 def launch(arguments: list[str]) -> int:
     """Run ``sparsetrain run`` as one rank and return its exit code."""
     try:
-        adopt_slurm()
+        adopt_slurm(os.environ)
     except SparsetrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A :class:`SparsetrainError`, or a disk that is full, gone or not writable, becomes a message on stderr;
     ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
     """
-    for note in settle_in():
+    for note in settle_in(os.environ):
         if os.environ.get("RANK", "0") == "0":
             print(f"note: {note}", file=sys.stderr)
     try:

@@ -58,8 +58,8 @@ def init_world(timeout: float = 30.0) -> World:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    adopt_slurm()
-    settle_ranks()
+    adopt_slurm(os.environ)
+    settle_ranks(os.environ)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

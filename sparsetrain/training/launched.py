@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from sparsetrain.errors import TrainingError, first_line
 
 Environment = MutableMapping[str, str]
+"""Always given, and no default: datasets puts a copy in the place of ``os.environ``."""
 
 SLURM_PORTS = range(20000, 30000)
 """Ports at which the ranks of a Slurm job meet where MASTER_PORT is not set; which one follows from the job's id."""
@@ -29,7 +30,7 @@ PATIENCE = timedelta(minutes=1)
 """How long a rank that could not connect waits to hear how the others fared."""
 
 
-def adopt_slurm(environment: Environment = os.environ) -> None:
+def adopt_slurm(environment: Environment) -> None:
     """Under ``srun`` with one task a GPU, say what Slurm says in the variables of torch (RANK and its like).
 
     Does nothing where another launcher has set them, or outside of a job step of several tasks: a batch script has
@@ -62,7 +63,7 @@ def adopt_slurm(environment: Environment = os.environ) -> None:
     environment["LOCAL_WORLD_SIZE"] = str(tasks // nodes)
 
 
-def settle_ranks(environment: Environment = os.environ) -> None:
+def settle_ranks(environment: Environment) -> None:
     """Check what launchers say about the ranks; where none says anything, say that this process is alone.
 
     Raises:

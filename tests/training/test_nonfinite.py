@@ -12,7 +12,7 @@ from sparsetrain.cli import main
 from sparsetrain.training import build
 from sparsetrain.training.checkpoints import read_weights
 
-POISONED = "model.model.layers.1.self_attn.q_proj.weight"
+POISONED = "model.layers.1.self_attn.q_proj.weight"
 
 # One rank's gradient is poisoned: the others must decide alike.
 SKIP_ON_TWO_RANKS = """
@@ -45,7 +45,7 @@ def poison(monkeypatch):
 
     def poisoned(*arguments):
         engine = initialize(*arguments)
-        weight = dict(engine.module.named_parameters())[POISONED]
+        weight = dict(engine.module.named_parameters())[f"model.{POISONED}"]
         weight.register_hook(lambda gradient: gradient * (float("nan") if engine.global_steps == 1 else 1.0))
         return engine
 
