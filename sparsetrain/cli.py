@@ -45,6 +45,8 @@ DISK_FAULTS = {
     errno.EPERM: "make it writable",
     errno.ENOENT: "it was there before; see what removed it",
     errno.ENOTDIR: "see what took the place of a folder",
+    errno.EISDIR: "see what made it a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "look at the disk",
     errno.ESTALE: "look at the mount",
 }

@@ -110,7 +110,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
         with _expecting_new_modules():
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        # The last but one and two are what transformers makes of an argument that it does not know, such as a dtype.
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     sparsify(model, attention)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
@@ -177,6 +178,21 @@ def load_model(
     if path and recorded and recorded.get("attention", {}).get("method") == attention.method:
         _restore_new_modules(model, attention, path, {"revision": section.revision})
     return model, tokenizer
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train with dropout in attention, which no method here computes.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if isinstance(share := getattr(config, name, None), float | int) and share > 0:
+            raise ModelError(
+                f"{name}={share}: attention dropout is not supported; switch it off with "
+                f"model.config_overrides={{{name}: 0.0}}"
+            )
 
 
 def check_positions(model: PreTrainedModel, length: int) -> None:

@@ -169,8 +169,9 @@ def _check_keys(given: dict[str, Any]) -> None:
         if key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise RecipeError(f"deepspeed.config has {key}, which DeepSpeed does not know{hint}")
-    if type(steps := given.get("steps_per_print", 1)) is not int or steps < 1:
+            raise RecipeError(f"deepspeed.config has {key}, which is not supported here{hint}")
+    steps = given.get("steps_per_print", 1)  # infinite for never
+    if isinstance(steps, bool) or not isinstance(steps, int | float) or not steps >= 1:
         raise RecipeError(f"deepspeed.config: steps_per_print is {steps!r} and no number of steps; leave it out")
 
 

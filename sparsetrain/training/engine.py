@@ -107,6 +107,19 @@ def check_config(config: dict[str, Any]) -> None:
         raise RecipeError(f"deepspeed.config is refused by DeepSpeed: {error}") from error
 
 
+def check_offload(recipe: Recipe, device: torch.device) -> None:
+    """Refuse to move off a GPU what is on none.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    if recipe.deepspeed.offload_optimizer == "cpu" and device.type != "cuda":
+        raise RecipeError(
+            "deepspeed.offload_optimizer: cpu moves optimizer state off a GPU, and this machine has none; "
+            "set it to none"
+        )
+
+
 def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world: World) -> Any:
     """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer.
 
@@ -160,8 +173,8 @@ def _announce_dora(deepspeed: Any, module: Any) -> None:
     for layer in module.modules():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
         for name, magnitude in magnitudes.items():
-            deepspeed.zero.register_external_parameter(magnitude, layer.get_base_layer().weight)
-            deepspeed.zero.register_external_parameter(magnitude, layer.lora_A[name].weight)
+            for parameter in (*layer.get_base_layer().parameters(recurse=False), layer.lora_A[name].weight):
+                deepspeed.zero.register_external_parameter(magnitude, parameter)
 
 
 def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
@@ -192,12 +205,8 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
             group = {"params": [], "weight_decay": decay, "lr": peak, "peak_lr": peak}
             groups.setdefault((matrix, id(parameter) in added), group)["params"].append(parameter)
     constants: dict[str, Any] = {"betas": train.optimizer.betas, "eps": train.optimizer.eps}
+    check_offload(recipe, device)
     if recipe.deepspeed.offload_optimizer == "cpu":
-        if device.type != "cuda":
-            raise RecipeError(
-                "deepspeed.offload_optimizer: cpu moves optimizer state off a GPU, and this machine has none; "
-                "set it to none"
-            )
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(list(groups.values()), adamw_mode=True, **constants)

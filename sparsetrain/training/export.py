@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsetrain.durable import make_way
 from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
@@ -78,19 +79,21 @@ def export(
     else:
         weights = full_weights(model, world)
     if world.main:
-        target = folder.with_name(f"{folder.name}.tmp") if whole else folder
-        shutil.rmtree(target, ignore_errors=True)
+        # A link leads to a place with more room, as somebody has arranged it.
+        place = folder.resolve()
+        target = place.with_name(f"{place.name}.tmp") if whole else place
         try:
+            make_way(target)
             if has_adapters(model):
                 assert base is not None
                 save_adapters(model, target, tokenizer, base=base, state_dict=weights)
             else:
                 save(model, target, tokenizer, state_dict=weights)
             if whole:
-                _commit(target, folder)
+                _commit(target, place)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(target, ignore_errors=True)
-            fix = "free some space there" + (" and continue with --resume" if whole else "")
+            fix = "mend that or free some space there" + (" and continue with --resume" if whole else "")
             raise CheckpointError(f"cannot write the model to {folder}: {error}; {fix}") from error
     torch.distributed.barrier()
     return weights
@@ -100,6 +103,6 @@ def _commit(partial: Path, folder: Path) -> None:
     """Give a folder that has been written its name, in the place of an earlier one."""
     for path in (*partial.rglob("*"), partial):
         flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    make_way(folder)
     os.replace(partial, folder)
     flush(folder.parent)

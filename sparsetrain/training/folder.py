@@ -50,21 +50,30 @@ def prepare(folder: Path, recipe: Recipe, resume: bool, occupied: ExitStack) -> 
     Raises:
         CheckpointError: it holds another run, another process is at work in it, or it cannot be written.
     """
-    record = folder / "recipe.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _occupy(folder, occupied)
-        # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
-        if record.exists() and (folder / METRICS_FILE).exists():
+        if (record := _record(folder)) is not None:
             if not resume:
                 raise CheckpointError(
                     f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."
                 )
             _check_same_run(record, recipe)
-        write_whole(record, dump_recipe(recipe))
-        write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
+        _describe(folder, recipe)
     except OSError as error:
         raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
+    """Make the folder again that was deleted under its run.
+
+    Raises:
+        CheckpointError: another process has made it before.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _occupy(folder, occupied)
+    _describe(folder, recipe)
 
 
 def label_at_end(recipe: Recipe) -> str:
@@ -82,6 +91,20 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             packages[name] = None
     return {"python": platform.python_version(), "packages": packages, "git_revision": _git_revision()}
+
+
+def _record(folder: Path) -> Path | None:
+    """What says which recipe the run in a folder follows; None where no run has begun."""
+    record = folder / "recipe.yaml"
+    if record.exists():
+        # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
+        return record if (folder / METRICS_FILE).exists() else None
+    return max((folder / "checkpoints").glob("step-*/recipe.yaml"), default=None)
+
+
+def _describe(folder: Path, recipe: Recipe) -> None:
+    write_whole(folder / "recipe.yaml", dump_recipe(recipe))
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
 def _occupy(folder: Path, occupied: ExitStack) -> None:

@@ -39,12 +39,15 @@ def adopt_slurm(environment: Environment) -> None:
     Raises:
         TrainingError: nobody says where rank 0 is, or which of the tasks this is.
     """
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"):
+        if not environment.get(name, "1").isdecimal():
+            raise TrainingError(f"{name}={environment[name]!r} in the environment is no number, as srun sets it")
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     if lacking := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
-        raise TrainingError(f"SLURM_STEP_NUM_TASKS is set, as by srun, and {' and '.join(lacking)} is not; use srun")
+        raise TrainingError(f"SLURM_STEP_NUM_TASKS is set, as by srun, and {lacking[0]} is not; use srun")
     tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-    if tasks % nodes:
+    if nodes < 1 or tasks % nodes:
         raise TrainingError(f"srun started {tasks} tasks on {nodes} nodes; start as many on each (--ntasks-per-node)")
     if "MASTER_ADDR" not in environment:
         if nodes > 1:
@@ -69,7 +72,7 @@ def settle_ranks(environment: Environment) -> None:
     Raises:
         TrainingError: a variable is missing, or is not what launchers set it to.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         if not environment.get(name, "0").isdecimal():
             raise TrainingError(
                 f"{name}={environment[name]!r} in the environment is no number, as launchers set it; unset or mend it"
@@ -85,8 +88,16 @@ def settle_ranks(environment: Environment) -> None:
         return
     if size is None or int(rank) >= int(size):
         raise TrainingError(f"RANK={rank} is set, and WORLD_SIZE={size} is not larger: it is the number of all ranks")
-    if int(size) > 1 and (lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]):
-        raise TrainingError(f"WORLD_SIZE={size}, but {' and '.join(lacking)} do not say where the ranks meet")
+    if int(size) == 1:
+        environment.setdefault("LOCAL_RANK", "0")
+        return
+    for name, what in (
+        ("LOCAL_RANK", "which rank of its host this is"),
+        ("MASTER_ADDR", "where the ranks meet"),
+        ("MASTER_PORT", "where the ranks meet"),
+    ):
+        if not environment.get(name):
+            raise TrainingError(f"WORLD_SIZE={size}, but {name} does not say {what}; start the run through a launcher")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from sparsetrain.durable import make_way
 from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
 from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE, save
@@ -55,6 +56,8 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
         raise CheckpointError(f"{final} is not whole: {fault}; continue the run with --resume, which writes it again")
     if merge and not adapters:
         raise CheckpointError(f"{final} holds a whole model, so there is nothing to merge; leave --merge out")
+    if base == "":
+        raise CheckpointError("--base is empty; give a Hub id or a folder, or leave it out")
     if base is not None and not merge:
         raise CheckpointError(f"--base {base} names what adapters are merged into; add --merge, or leave it out")
     _check_place(run, out)
@@ -108,18 +111,20 @@ def _check_place(run: Path, out: Path) -> None:
 def _whole(out: Path) -> Iterator[Path]:
     """A folder in ``out`` to fill, whose content moves up when all of it is on the disk; otherwise none of it stays."""
     partial, new = out / PARTIAL, not out.exists()
+    moved: list[Path] = []
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
             flush(path)
-        for path in partial.iterdir():
-            path.rename(out / path.name)
+        for path in sorted(partial.iterdir()):
+            moved.append(path.rename(out / path.name))
         partial.rmdir()
         flush(out)
     except BaseException as error:
-        shutil.rmtree(out if new else partial, ignore_errors=True)
+        for path in (*moved, out if new else partial):
+            make_way(path)
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
                 f"cannot write {out}: {error}; nothing was left there: give a place that is writable and has the room"

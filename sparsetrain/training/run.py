@@ -30,7 +30,15 @@ from sparsetrain.evaluation.pictures import (
 )
 from sparsetrain.evaluation.report import print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.modeling import attention_density, check_positions, load_config, load_model, sparse_layers, sparsify
+from sparsetrain.modeling import (
+    attention_density,
+    check_dropout,
+    check_positions,
+    load_config,
+    load_model,
+    sparse_layers,
+    sparsify,
+)
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
@@ -38,7 +46,7 @@ from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
-from sparsetrain.training.engine import World, check_config, init_world
+from sparsetrain.training.engine import World, check_config, check_offload, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
 from sparsetrain.training.flops import model_flops_per_token, peak_flops
@@ -91,12 +99,14 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
     check_config(deepspeed_config(recipe, batch_shape(recipe, world.size).with_steps(1)))
     check_quantization(recipe.base_bits, world.device)
     check_memory_options(recipe.train, world.device)
+    check_offload(recipe, world.device)
     transformers.set_seed(recipe.train.seed)
     here.at("loading the model")
     if recipe.sequence.parallel > 1:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_positions(model, recipe.sequence.length)
+    check_dropout(model)
     sequence_parallel.check_shareable(model, recipe.sequence.parallel)
     quantize_base(model, recipe.base_bits)
     if not loads_into_shards(recipe):
@@ -104,13 +114,14 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
     here.at("reading the data")
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
-    return _Run(recipe, output, world, watch, model, tokenizer, rows, plan)
+    return _Run(recipe, output, occupied, world, watch, model, tokenizer, rows, plan)
 
 
 @dataclass
 class _Run:
     recipe: Recipe
     output: Path
+    occupied: ExitStack
     world: World
     watch: Watch
     model: PreTrainedModel
@@ -155,7 +166,12 @@ class _Run:
             self.say(f"resumed {start} at step {self.state.step}")
 
         self.tracker = Tracker(
-            recipe, self.output, rank=world.rank, resume_id=self.state.wandb_run_id, say=self.progress.log
+            recipe,
+            self.output,
+            rank=world.rank,
+            resume_id=self.state.wandb_run_id,
+            say=self.progress.log,
+            remake=lambda: folder.remake(self.output, recipe, self.occupied),
         )
         # Not even step 0 is kept of a run that died before its first checkpoint.
         self.tracker.rewind(-1 if start is None else self.state.step)

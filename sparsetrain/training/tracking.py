@@ -38,6 +38,7 @@ class Tracker:
         rank: rank of this process.
         resume_id: W&B id of the run to continue, from its checkpoint.
         say: prints a line for the user; standard error by default.
+        remake: makes the run folder again where it has been deleted.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Tracker:
         rank: int,
         resume_id: str | None = None,
         say: Callable[[str], None] | None = None,
+        remake: Callable[[], None] = lambda: None,
     ) -> None:
         self.run_id = resume_id
         """W&B id of this run, for the checkpoint; None where W&B is disabled or failed, and on other ranks."""
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._remake = remake
         self._file: TextIO | None = None
         self._wandb: Any = None
         if rank != 0:
@@ -80,6 +83,7 @@ class Tracker:
     def _begin_anew(self) -> None:
         self._say(f"warning: {self._path} has gone while the run wrote to it, and begins anew")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._remake()
         self._file = self._path.open("a", encoding="utf-8")
 
     def image(self, name: str, path: str | Path, step: int) -> None:

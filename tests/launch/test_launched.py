@@ -72,6 +72,14 @@ def test_unequal_nodes_are_refused():
         adopt_slurm({**STEP, "SLURM_STEP_NUM_TASKS": "15", "MASTER_ADDR": "node-7"})
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"])
+def test_what_srun_would_not_say_is_refused(name):
+    with pytest.raises(TrainingError, match=f"{name}='abc' in the environment is no number"):
+        adopt_slurm({**STEP, "MASTER_ADDR": "node-7", name: "abc"})
+    with pytest.raises(TrainingError, match="16 tasks on 0 nodes"):
+        adopt_slurm({**STEP, "MASTER_ADDR": "node-7", "SLURM_STEP_NUM_NODES": "0"})
+
+
 def test_a_task_that_does_not_know_its_number_is_refused():
     with pytest.raises(TrainingError, match="SLURM_PROCID is not"):
         adopt_slurm({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
@@ -85,7 +93,9 @@ def test_a_task_that_does_not_know_its_number_is_refused():
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is no number"),
         ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE=None is not larger"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is set, and WORLD_SIZE=2 is not larger"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but MASTER_ADDR do not say where"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but LOCAL_RANK does not say which rank"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR does not say where"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' in the environment is no number"),
     ],
 )
 def test_half_a_launcher_is_refused(environment, said):
@@ -100,10 +110,13 @@ def test_without_a_launcher_a_process_is_alone(environment):
 
 
 def test_what_a_launcher_says_is_left_alone():
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-7", "MASTER_PORT": "29500"}
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node-7", "MASTER_PORT": "29500"}
     before = dict(environment)
     settle_ranks(environment)
     assert environment == before
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    settle_ranks(alone)
+    assert alone["LOCAL_RANK"] == "0"
 
 
 @pytest.fixture

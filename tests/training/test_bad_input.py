@@ -74,6 +74,7 @@ def test_a_pretrained_folder_trains(tmp_path, tiny, checkpoint, run_folder):
         (["deepspeed.config={zero_optimisation: {stage: 2}}"], "did you mean zero_optimization?"),
         (["deepspeed.config=nowhere.json"], "cannot read nowhere.json"),
         (["deepspeed.offload_optimizer=cpu"], "this machine has none"),
+        (["model.architecture.attention_dropout=0.1"], "attention_dropout=0.1: attention dropout is not supported"),
         (["deepspeed.config={prescale_gradients: true}"], "deepspeed.config is refused by DeepSpeed"),
         (["deepspeed.stage=true"], "must be a number, not true"),
         (["deepspeed.timeout=1e300"], "deepspeed.timeout"),
@@ -182,6 +183,14 @@ def test_a_resume_of_a_run_whose_recipe_is_damaged(finished, tiny, refused):
     assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
 
 
+def test_a_resume_without_the_record_of_the_recipe_compares_with_that_of_a_checkpoint(finished, tiny, refused):
+    (finished / "recipe.yaml").unlink()
+    assert "already holds a run" in refused("run", str(tiny), "--output", str(finished))
+    error = refused("run", str(tiny), "train.lr=1", "--output", str(finished), "--resume")
+    assert "train.lr: 0.01 -> 1.0" in error
+    assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
+
+
 def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused):
     """Until that has ended, in whatever way."""
     holder = subprocess.Popen(
@@ -268,6 +277,8 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path, tiny, run_
     assert run.values("step") == [4, 5, 6]
     assert run.checkpoints == ["step-000004", "step-000006"]
     assert run.weights
+    for name in ("recipe.yaml", "environment.json", ".lock"):
+        assert (run.path / name).exists(), name
 
 
 def test_a_metrics_file_torn_within_a_character_is_read_up_to_there(tmp_path, tiny_recipe):

@@ -106,7 +106,17 @@ def test_a_checkpoint_that_was_passed_over_is_not_counted_among_those_to_keep(tm
     assert run.checkpoints == ["step-1000000"]
 
 
-@pytest.mark.parametrize("content", ["[]", '{"state.json": 7}', '{"state.json": {"bytes": 7}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"state.json": 7}',
+        '{"state.json": {"bytes": 7}}',
+        '{"../x": {"bytes": 7, "crc32": ""}}',
+        pytest.param('{"' + 300 * "x" + '": {"bytes": 7, "crc32": ""}}', id="a long name"),
+        pytest.param(100_000 * "[", id="deep"),
+    ],
+)
 def test_a_manifest_that_says_nothing_is_a_fault_of_the_checkpoint(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     assert "no readable manifest" in store.fault(tmp_path)
@@ -133,6 +143,14 @@ def test_files_that_others_left_in_a_checkpoint_are_not_read(tmp_path, tiny, run
     (new / "rank-00000.bak.safetensors").write_bytes(b"no tensors")
     assert main(["run", str(tiny), "checkpoint.keep_last=6", "--output", str(run.path), "--resume"]) == 0
     assert run.values("loss") == every_step.values("loss")
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", pytest.param(400 * "9", id="large"), '"high"'])
+def test_a_best_that_nothing_could_beat_counts_for_nothing(tmp_path, every_step, value):
+    shutil.copytree(every_step.path / "checkpoints", tmp_path / "checkpoints")
+    best = f'{{"checkpoint": "step-000005", "metric": "passkey", "value": {value}}}'
+    (tmp_path / "checkpoints/best.json").write_text(best)
+    assert store.read_best(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize("best", ['{"checkpoint": "step-000005", "value": 1}', '{"checkpoint": 5}', "[]", ""])

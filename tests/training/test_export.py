@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -212,3 +213,37 @@ def test_all_files_have_the_mode_that_the_umask_gives(made_adapters, tiny, tmp_p
     finally:
         os.umask(former)
     assert modes(tmp_path / "out") == modes(tmp_path / "merged") == {0o640}
+
+
+@pytest.mark.parametrize("there", ["a link", "a dangling link", "a file"])
+def test_final_goes_where_a_link_leads_and_in_the_place_of_a_file(finished, tiny, tmp_path, there):
+    final, larger = finished / "final", tmp_path / "larger"
+    if there == "a link":
+        shutil.move(final, larger)
+        final.symlink_to(larger)
+    else:
+        shutil.rmtree(final)
+        final.write_text("") if there == "a file" else final.symlink_to(larger)
+    (finished / "final.tmp").write_text("")
+    assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
+    assert final.is_symlink() == (there != "a file")
+    assert (final / "model.safetensors").is_file()
+    assert not (tmp_path / "larger.tmp").exists()
+
+
+def test_an_export_that_breaks_off_while_it_moves_takes_back_what_it_moved(finished, tmp_path, refused, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    rename, moved = Path.rename, []
+
+    def breaks(path, target):
+        if len(moved) == 2:
+            raise OSError(5, "Input/output error")
+        moved.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", breaks)
+        assert "nothing was left there" in refused("export", str(finished), str(out))
+    assert not list(out.iterdir())
+    assert main(["export", str(finished), str(out)]) == 0

@@ -194,11 +194,26 @@ def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
 
 
-def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_folder):
+@pytest.fixture
+def biased(tmp_path, pretrained):
+    """A base whose projections of queries, keys and values have biases."""
+    fields = {"hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("qwen2", vocab_size=384, num_key_value_heads=2, **fields)
+    folder = tmp_path / "biased"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for file in (pretrained / "untied").glob("*token*"):
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_folder, biased):
     """Its magnitudes read the weights of the modules beside them, of which each rank has a part."""
     overrides = ["lora={rank: 4, targets: linear, dora: true}", "train.activation_checkpointing=layer"]
+    overrides.append(f"model.path={biased}")
     alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
-    commands = [arguments(together.path, *overrides, "deepspeed.stage=3")]
+    # Left to itself DeepSpeed keeps weights as small as these on every rank.
+    sharded = "deepspeed.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    commands = [arguments(together.path, *overrides, "deepspeed.stage=3", sharded)]
     ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
     assert main(arguments(alone.path, *overrides, "deepspeed.stage=2")) == 0
     assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)

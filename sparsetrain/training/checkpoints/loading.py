@@ -38,6 +38,8 @@ def load(
     try:
         saved = json.loads((checkpoint / "state.json").read_text())
         state = TrainState(**{field.name: saved[field.name] for field in fields(TrainState)})
+        if not all(type(count) is int for count in (state.step, state.tokens, state.rows_per_step)):
+            raise ValueError("state.json does not count in whole numbers")
         if state.rows_per_step != rows_per_step:
             raise CheckpointError(
                 f"{checkpoint} was written by {state.ranks} ranks with {state.rows_per_step} rows in a step, and this "

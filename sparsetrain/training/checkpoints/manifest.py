@@ -35,6 +35,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
     files = json.loads((checkpoint / MANIFEST).read_text())
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise ValueError("it does not hold the size and CRC-32 of files")
+    if strange := [name for name in files if "/" in name or len(name) > 100]:
+        raise ValueError(f"it lists {strange[0]!r:.40}, which is no file of a checkpoint")
     return files
 
 

@@ -10,6 +10,7 @@ one with the best evaluation.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparsetrain.durable import make_way
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.files import checksum_of, flush, write_text
 from sparsetrain.training.checkpoints.manifest import Entry, rank_file, read_manifest, unlisted, write_manifest
@@ -40,7 +42,7 @@ def partial_of(folder: Path, step: int) -> Path:
 
 def make_partial(partial: Path) -> None:
     """An empty folder to write a checkpoint to."""
-    shutil.rmtree(partial, ignore_errors=True)
+    make_way(partial)
     partial.mkdir(parents=True)
 
 
@@ -51,6 +53,8 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
         OSError: it cannot be written; nothing has changed.
         CheckpointError: the file of a rank is not there.
     """
+    if not partial.is_dir():
+        raise CheckpointError(f"{partial} has been removed while it was written")
     files: dict[str, Entry] = {}
     for rank in range(ranks):
         record = rank_file(partial, rank, "json")
@@ -65,10 +69,7 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
     write_manifest(partial, files)
     flush(partial)
     # What stands there was passed over by --resume, however whole it looks, and need not be a folder.
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target, ignore_errors=True)
-    else:
-        target.unlink(missing_ok=True)
+    make_way(target)
     os.replace(partial, target)
     flush(target.parent)
     write_text(target.parent / LATEST, f"{target.name}\n")
@@ -99,8 +100,9 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     try:
         best = json.loads((folder / BEST).read_text())
         best = {"checkpoint": best["checkpoint"], "metric": best["metric"], "value": float(best["value"])}
-        return best if fault(folder / best["checkpoint"]) is None else None
-    except (OSError, ValueError, KeyError, TypeError):
+        sound = math.isfinite(best["value"]) and fault(folder / best["checkpoint"]) is None
+        return best if sound else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -135,7 +137,7 @@ def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
     try:
         manifest = read_manifest(checkpoint)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"no readable manifest ({error})"
     for name, entry in manifest.items():
         path = checkpoint / name
