@@ -24,7 +24,7 @@ class Parameters:
     head: int
     """The output projection; 0 where it is the embedding."""
     norms: int
-    """Norms and biases."""
+    biases: int
     adapters: int
     scorers: int
     """What the attention method adds."""
@@ -46,7 +46,7 @@ class Parameters:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.matrices + self.embedding + self.head + self.norms + self.adapters + self.scorers
+        return self.matrices + self.embedding + self.head + self.norms + self.biases + self.adapters + self.scorers
 
     @property
     def trained(self) -> int:
@@ -66,8 +66,8 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
     matrices = shape.layers * layer
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    biases = shape.q_width + 2 * shape.kv_width if shape.qkv_bias else 0
-    norms = shape.layers * (2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0) + biases) + shape.hidden
+    biases = shape.layers * (shape.q_width + 2 * shape.kv_width) if shape.qkv_bias else 0
+    norms = shape.layers * (2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)) + shape.hidden
     scorer_matrices, scorer_gains = _scorers(shape, recipe)
     scorers = scorer_matrices + scorer_gains
 
@@ -84,7 +84,8 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
     trains_head = full or (shape.tied and trains_embedding)
     trains_norms = full or (lora is not None and lora.train_norms)
     decayed = (matrices + head if full else adapters) + scorer_matrices
-    undecayed = (embedding if trains_embedding else 0) + (norms if trains_norms else 0) + scorer_gains
+    undecayed = (embedding if trains_embedding else 0) + (norms if trains_norms else 0) + (biases if full else 0)
+    undecayed += scorer_gains
     largest = max(
         embedding if trains_embedding or trains_head else 0,
         max(rows * columns for rows, columns in sizes.values()) if full else 0,
@@ -96,6 +97,7 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
         embedding=embedding,
         head=head,
         norms=norms,
+        biases=biases,
         adapters=adapters,
         scorers=scorers,
         largest_matrix=max(rows * columns for rows, columns in sizes.values()),

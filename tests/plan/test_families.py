@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sparsetrain
 from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.plan.shape import PLANNED, shape_of_config
-from sparsetrain.training.trainable import total_size, trainable_size
+from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
 
 SIZES = {
     "hidden_size": 256,
@@ -55,4 +55,11 @@ def test_adapters_are_at_the_layers_that_peft_would_choose(kind, targets, settin
         shape=shape_of_config(model.config.to_dict(), kind), lora={"rank": 4, "targets": targets, "dora": True}
     )
     add_adapters(model, planned.recipe.lora)
+    assert planned.parameters.trained == trainable_size(model)
+
+
+def test_norms_are_trained_beside_adapters_and_biases_are_not(setting):
+    model = sparsetrain.sparsify(real_model("qwen2"), {"method": "full"})
+    planned = setting(shape=shape_of_config(model.config.to_dict(), "qwen2"), lora={"rank": 4, "train_norms": True})
+    choose_trainable(model, planned.recipe)
     assert planned.parameters.trained == trainable_size(model)
