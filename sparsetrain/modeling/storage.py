@@ -111,7 +111,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         with _expecting_new_modules():
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        # The last but one and two are what transformers makes of an argument that it does not know, such as a dtype.
+        # TypeError and AttributeError are what transformers makes of an argument it does not know, such as a dtype.
         raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
     sparsify(model, attention)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
