@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling.layers import new_modules, sparse_layers
 from sparsetrain.modeling.storage import (
@@ -33,6 +33,7 @@ from sparsetrain.modeling.storage import (
     recorded_attention,
     write_record,
 )
+from sparsetrain.recipe.lora_targets import layers_named, no_layer, tied_head
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -144,18 +145,21 @@ def save_adapters(
     )
     config = copy(_config(model))
     config.inference_mode = True
-    folder = Path(str(config.base_model_name_or_path))
-    if folder.is_dir():
-        config.base_model_name_or_path = str(folder.resolve())
+    config.base_model_name_or_path = _from_anywhere(str(config.base_model_name_or_path))
     config.save_pretrained(str(path))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     section = base.model_dump(mode="json", exclude_defaults=True)
-    if base.path is not None and Path(base.path).expanduser().is_dir():
-        section["path"] = str(Path(base.path).expanduser().resolve())
+    section["path"] = _from_anywhere(section["path"])
     known = {"base": section["path"], "base_config": _identity(model.config), "model": section, "versions": versions}
     write_record(path, {**model.config.sparsetrain, **known})
+
+
+def _from_anywhere(base: str) -> str:
+    """A folder's absolute path; the id of a model on the Hub as it is."""
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def load_adapters(
@@ -323,31 +327,18 @@ def _targets(model: PreTrainedModel, rule: str | list[str]) -> dict[str, nn.Modu
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in added
     }
-    if isinstance(rule, list):
-        matches = {given: [n for n in linear if n == given or n.endswith(f".{given}")] for given in rule}
-        unmatched = [given for given, names in matches.items() if not names]
-        chosen = set() if unmatched else {name for names in matches.values() for name in names}
-        missed = ", ".join(unmatched)
-    else:
-        if rule == "attention":
-            inside = {id(inner) for _, layer, _ in sparse_layers(model) for inner in layer.modules()}
-        elif rule == "linear":
-            inside = {id(inner) for inner in model.get_decoder().modules()}
-        else:
-            inside = {id(layer) for name, layer in linear.items() if re.fullmatch(rule, name)}
+    kind = type(model).__name__
+    if rule in ("attention", "linear"):
+        attention = (layer for _, layer, _ in sparse_layers(model))
+        roots = attention if rule == "attention" else (model.get_decoder(),)
+        inside = {id(inner) for root in roots for inner in root.modules()}
         chosen = {name for name, layer in linear.items() if id(layer) in inside}
-        missed = rule
-    if not chosen:
-        leaves = sorted({name.rpartition(".")[2] for name in linear})
-        raise RecipeError(
-            f"lora.targets: {missed} matches no linear layer of {type(model).__name__}, whose linear layers are named "
-            f"{', '.join(leaves)} (the first: {next(iter(linear), 'none')})"
-        )
+        if not chosen:
+            raise no_layer(rule, linear, kind)
+    else:
+        chosen = layers_named(rule, linear, kind)
     if _tied(model) and any(linear[name] is model.get_output_embeddings() for name in chosen):
-        raise RecipeError(
-            "lora.targets names the output head, whose weight is the embedding's too (tied): an adapter would change "
-            "only one of them; leave it out, and set lora.train_embeddings to train both"
-        )
+        raise tied_head()
     return {name: linear[name] for name in chosen}
 
 

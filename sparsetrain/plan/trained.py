@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sparsetrain.errors import RecipeError
 from sparsetrain.plan.shape import ModelShape
+from sparsetrain.recipe.lora_targets import layers_named, tied_head
 from sparsetrain.recipe.schema import LoraSection, Recipe
 
 HEAD = "lm_head"
@@ -135,21 +134,9 @@ def _adapted(shape: ModelShape, lora: LoraSection, attention: Collection[str], m
     if lora.targets in ("attention", "linear"):
         return Counter(paths.values())
     paths[HEAD] = HEAD
-    if isinstance(lora.targets, str):
-        matches = {lora.targets: {path for path in paths if re.fullmatch(lora.targets, path)}}
-    else:
-        matches = {given: {path for path in paths if f".{path}".endswith(f".{given}")} for given in lora.targets}
-    if missed := [given for given, found in matches.items() if not found]:
-        raise RecipeError(
-            f"lora.targets: {', '.join(missed)} matches no linear layer of the model, whose linear layers are named "
-            f"{', '.join(sorted(set(paths.values())))} (the first: {next(iter(paths))})"
-        )
-    chosen = set().union(*matches.values())
+    chosen = layers_named(lora.targets, paths, "the model")
     if shape.tied and HEAD in chosen:
-        raise RecipeError(
-            "lora.targets names the output head, whose weight is the embedding's too (tied): an adapter would change "
-            "only one of them; leave it out, and set lora.train_embeddings to train both"
-        )
+        raise tied_head()
     return Counter(paths[path] for path in chosen)
 
 
