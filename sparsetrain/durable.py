@@ -27,6 +27,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def flush(path: Path) -> None:
+    """fsync a file or folder: a rename must not outrun the bytes it announces."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_all(folder: Path) -> None:
+    """fsync a folder and everything below it."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
 def make_way(path: Path) -> None:
     """Remove whatever stands at ``path``: a folder, a file, a link or nothing."""
     if path.is_dir() and not path.is_symlink():

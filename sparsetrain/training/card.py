@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sparsetrain.evaluation.report import REPORT_FILE, RESULTS_FILE
+from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.report import REPORT_FILE, read_results
 from sparsetrain.recipe import Recipe
 from sparsetrain.recipe.describe import attention_facts
 from sparsetrain.training.folder import label_at_end
@@ -70,24 +71,19 @@ def _versions(run: Path) -> str:
 
 def _evaluation(recipe: Recipe, run: Path) -> list[str]:
     """What the run measured, from its report, and whether that is all it was to measure."""
-    labels = _labels(run)
+    try:
+        results = read_results(run)
+    except (CheckpointError, OSError):  # damaged, which counts as missing
+        results = {}
     notes = []
-    if recipe.eval.at_end and not recipe.eval.empty and label_at_end(recipe) not in labels:
+    if recipe.eval.at_end and not recipe.eval.empty and label_at_end(recipe) not in results:
         notes = [
             "**The trained model was not evaluated:** the run stopped before the evaluation at its end. Continue it "
             "with `--resume` and export it again to see the result here.",
             "",
         ]
-    elif not labels:
+    elif not results:
         notes = ["Nothing was measured in the run.", ""]
     report = run / REPORT_FILE
     lines = report.read_text(encoding="utf-8").rstrip().splitlines()[2:] if report.is_file() else []
     return ["## Evaluation", "", *notes, *(f"#{line}" if line.startswith("#") else line for line in lines), ""]
-
-
-def _labels(run: Path) -> set[str]:
-    """Names of the evaluations that the run has finished."""
-    try:
-        return set(json.loads((run / RESULTS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return set()

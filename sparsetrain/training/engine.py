@@ -60,7 +60,7 @@ def init_world(timeout: float = 30.0) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     adopt_slurm(os.environ)
     settle_ranks(os.environ)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -11,12 +11,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsetrain.durable import make_way
+from sparsetrain.durable import flush, flush_all, make_way
 from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
 from sparsetrain.recipe.schema import ModelSection
-from sparsetrain.training.checkpoints.files import flush
 from sparsetrain.training.engine import World
 
 
@@ -101,8 +100,7 @@ def export(
 
 def _commit(partial: Path, folder: Path) -> None:
     """Give a folder that has been written its name, in the place of an earlier one."""
-    for path in (*partial.rglob("*"), partial):
-        flush(path)
+    flush_all(partial)
     make_way(folder)
     os.replace(partial, folder)
     flush(folder.parent)

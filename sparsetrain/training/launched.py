@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -39,9 +39,7 @@ def adopt_slurm(environment: Environment) -> None:
     Raises:
         TrainingError: nobody says where rank 0 is, or which of the tasks this is.
     """
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"):
-        if not environment.get(name, "1").isdecimal():
-            raise TrainingError(f"{name}={environment[name]!r} in the environment is no number, as srun sets it")
+    _check_numbers(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     if lacking := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
@@ -72,11 +70,7 @@ def settle_ranks(environment: Environment) -> None:
     Raises:
         TrainingError: a variable is missing, or is not what launchers set it to.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        if not environment.get(name, "0").isdecimal():
-            raise TrainingError(
-                f"{name}={environment[name]!r} in the environment is no number, as launchers set it; unset or mend it"
-            )
+    _check_numbers(environment, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
     if rank is None:
         if int(size or 1) > 1:
@@ -98,6 +92,14 @@ def settle_ranks(environment: Environment) -> None:
     ):
         if not environment.get(name):
             raise TrainingError(f"WORLD_SIZE={size}, but {name} does not say {what}; start the run through a launcher")
+
+
+def _check_numbers(environment: Environment, names: Sequence[str]) -> None:
+    for name in names:
+        if not environment.get(name, "0").isdecimal():
+            raise TrainingError(
+                f"{name}={environment[name]!r} in the environment is no number, as launchers set it; unset or mend it"
+            )
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparsetrain.durable import make_way
+from sparsetrain.durable import flush, flush_all, make_way
 from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
 from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE, save
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training.card import model_card
-from sparsetrain.training.checkpoints.files import flush
 
 CARD = "README.md"
 PARTIAL = ".partial"
@@ -116,8 +115,7 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            flush(path)
+        flush_all(partial)
         for path in sorted(partial.iterdir()):
             moved.append(path.rename(out / path.name))
         partial.rmdir()

@@ -117,15 +117,6 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
 
 
-def flush(path: Path) -> None:
-    """fsync a file or folder: a rename must not outrun the bytes it announces."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def checksum_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> str:
     """CRC-32 of a file, in hexadecimal; ``on_progress`` is called after each part that was read."""
     checksum = 0

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints import engine_state
 from sparsetrain.training.checkpoints.files import PieceReader
-from sparsetrain.training.checkpoints.manifest import rank_file, tensor_files
+from sparsetrain.training.checkpoints.manifest import STATE, rank_file, tensor_files
 from sparsetrain.training.checkpoints.state import TrainState, draw_random_state, set_random_state
 from sparsetrain.training.engine import World
 
@@ -36,7 +36,7 @@ def load(
         CheckpointError: it belongs to another model or batch, or cannot be read.
     """
     try:
-        saved = json.loads((checkpoint / "state.json").read_text())
+        saved = json.loads((checkpoint / STATE).read_text())
         state = TrainState(**{field.name: saved[field.name] for field in fields(TrainState)})
         if not all(type(count) is int for count in (state.step, state.tokens, state.rows_per_step)):
             raise ValueError("state.json does not count in whole numbers")

@@ -11,7 +11,6 @@ from sparsetrain.training.checkpoints.files import write_text
 MANIFEST = "manifest.json"
 STATE = "state.json"
 
-
 Entry = dict[str, Any]
 """What is known of a file: ``bytes`` and ``crc32``."""
 

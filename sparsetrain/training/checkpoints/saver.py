@@ -25,7 +25,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe.schema import CheckpointSection
 from sparsetrain.training.checkpoints import engine_state, store
 from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
-from sparsetrain.training.checkpoints.manifest import rank_file
+from sparsetrain.training.checkpoints.manifest import STATE, rank_file
 from sparsetrain.training.checkpoints.state import TrainState, random_state
 from sparsetrain.training.engine import World
 from sparsetrain.training.host_memory import available_host_memory
@@ -139,7 +139,7 @@ class Saver:
         if error is not None:
             self._failed(state.step, error)
             return
-        texts = {"state.json": json.dumps({**asdict(state), **engine_state.counters(self._engine)}), **documents}
+        texts = {STATE: json.dumps({**asdict(state), **engine_state.counters(self._engine)}), **documents}
         write = _Write(state.step, texts, best)
         blocks, record = engine_state.blocks(self._engine), {"random": random_state()}
         wait = wait or not self._section.asynchronous

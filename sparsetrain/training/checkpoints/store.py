@@ -19,9 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparsetrain.durable import make_way
+from sparsetrain.durable import flush, make_way
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training.checkpoints.files import checksum_of, flush, write_text
+from sparsetrain.training.checkpoints.files import checksum_of, write_text
 from sparsetrain.training.checkpoints.manifest import Entry, rank_file, read_manifest, unlisted, write_manifest
 from sparsetrain.training.engine import World
 from sparsetrain.training.place import here
