@@ -14,8 +14,9 @@ from filelock import FileLock
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.randomness import generator
-from sparsetrain.data.render import RENDER_VERSION, MalformedRow
+from sparsetrain.data.render import RENDER_VERSION
 from sparsetrain.data.sources import Reader, open_source
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:

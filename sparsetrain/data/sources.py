@@ -21,8 +21,10 @@ from sparsetrain.data.files import (
     stamped,
     stdlib_files,
 )
-from sparsetrain.data.render import MalformedRow, RowForm, render, resolve_form
+from sparsetrain.data.forms import RowForm, resolve_form
+from sparsetrain.data.render import render
 from sparsetrain.data.shards import intact
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:

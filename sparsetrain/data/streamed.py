@@ -8,8 +8,8 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, cut
-from sparsetrain.data.render import MalformedRow
 from sparsetrain.data.sources import open_source, rows_of
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:

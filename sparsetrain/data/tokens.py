@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsetrain.data.encoding import end_of_text, opening
-from sparsetrain.data.render import MalformedRow
 from sparsetrain.data.sources import open_source, rows_of
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sparsetrain.data.render import MalformedRow, render, resolve_form
+from sparsetrain.data.forms import resolve_form
+from sparsetrain.data.render import render
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 from sparsetrain.recipe.schema import DataSource
 
