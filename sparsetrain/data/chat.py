@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
+from sparsetrain.data.chat_template import apply_template, marks_generation
 from sparsetrain.data.encoding import encode, shared_prefix
 from sparsetrain.data.values import MalformedRow
 
@@ -23,16 +22,12 @@ def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
 
     Raises:
         MalformedRow: no turn is the assistant's, or the template refuses the conversation.
+        DataError: the template cannot be compiled, or does not come to an end.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise MalformedRow("no turn is the assistant's, so there is nothing to learn from")
-    try:
-        if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
-            input_ids, targets = _marked_chat(messages, tokenizer)
-        else:
-            input_ids, targets = _prefix_chat(messages, tokenizer)
-    except (TemplateError, TypeError, KeyError) as problem:
-        raise MalformedRow(f"the chat template refuses it: {problem}") from problem
+    render = _marked_chat if marks_generation(tokenizer) else _prefix_chat
+    input_ids, targets = render(messages, tokenizer)
     if not targets:
         raise MalformedRow("the chat template leaves the assistant nothing to say")
     return input_ids, targets
@@ -40,10 +35,17 @@ def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
 
 def _marked_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """The template itself marks the assistant's words with ``{% generation %}``."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-    )
-    marks = np.diff([0, *encoded["assistant_masks"], 0])
+    text, spans = apply_template(tokenizer, messages)
+    if not tokenizer.is_fast:
+        input_ids = encode(tokenizer, text)
+        edges = [tuple(shared_prefix(encode(tokenizer, text[:edge]), input_ids) for edge in span) for span in spans]
+        return input_ids, [(start, stop) for start, stop in edges if start < stop]
+    encoded = tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False)
+    starts, stops = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
+    learned = np.zeros(len(starts), dtype=np.int8)
+    for start, stop in spans:
+        learned[(starts < stop) & (stops > start)] = 1
+    marks = np.diff([0, *learned, 0])
     return encoded["input_ids"], list(zip(np.flatnonzero(marks > 0).tolist(), np.flatnonzero(marks < 0).tolist()))
 
 
@@ -54,7 +56,7 @@ def _prefix_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
     """
 
     def text(turns: int, *, prompt: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=prompt))
+        return apply_template(tokenizer, messages[:turns], prompt=prompt).text
 
     whole = text(len(messages))
     input_ids = encode(tokenizer, whole)

@@ -1,0 +1,192 @@
+"""Evaluating a tokenizer's chat template: bounded in time, memory and length, and never by a traceback.
+
+Templates come with models from outside. Each process that renders rows starts one helper
+(:mod:`sparsetrain.data.template_process`) that evaluates them in transformers' sandbox, and that the kernel ends when a
+conversation takes more than :data:`SECONDS` of processor time; it cannot take more than :data:`MEMORY`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sparsetrain.data.values import MalformedRow
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 3.0
+"""Processor time for a conversation; one of more than 10 MB gets a second for each 10 MB more."""
+MEMORY = 2 * 2**30
+"""Bytes that evaluating may take."""
+OWN_CHARACTERS, GROWTH = 2**20, 16
+"""A text longer than the first, and than so many times what it was made of, is the template's own doing."""
+
+
+class ChatText(NamedTuple):
+    """A conversation as its template writes it."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """Characters within ``{% generation %}``, half-open, ascending; none are empty."""
+
+
+def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's template marks what the assistant says with ``{% generation %}``.
+
+    Raises:
+        DataError: the template cannot be compiled.
+    """
+    return _marked(_template_of(tokenizer, None))
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    prompt: bool = False,
+) -> ChatText:
+    """The text of a conversation.
+
+    Args:
+        messages: its turns.
+        tools: JSON schemas of the tools it may call.
+        prompt: end where the assistant's next turn begins.
+
+    Raises:
+        MalformedRow: the template refuses this conversation, or fails on it.
+        DataError: the template cannot be compiled, or takes more time, memory or room than any conversation needs.
+    """
+    template = _template_of(tokenizer, tools)
+    marked = _marked(template)
+    row = json.dumps({"messages": messages, "tools": tools}, default=lambda value: f"<{type(value).__name__}>")
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    longest = OWN_CHARACTERS + GROWTH * len(row)
+    settings = {"template": template, "marked": marked, "prompt": prompt, "special": special, "longest": longest}
+    seconds = max(SECONDS, len(row) / 1e7)
+    answer = _HELPER.ask(f"{row[:-1]}, {json.dumps(settings)[1:]}", seconds)
+    if answer.get("fault") == "row":
+        raise MalformedRow(f"the chat template refuses it: {answer['error']}")
+    if answer.get("fault") == "length":
+        raise DataError(
+            f"the chat template writes {answer['error']:,} characters for a conversation of {len(row):,}; look for a "
+            f"loop or a repetition in it. {_ELSEWHERE}"
+        )
+    _raise_fault(answer)
+    return ChatText(answer["text"], [(start, stop) for start, stop in answer["spans"] if start < stop])
+
+
+_ELSEWHERE = "The template is chat_template.jinja in the tokenizer's folder, or chat_template in tokenizer_config.json"
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        raise DataError(f"the tokenizer's chat template: {error}") from error
+    if not isinstance(template, str):
+        raise DataError(f"the tokenizer's chat template is of type {type(template).__name__}, not text. {_ELSEWHERE}")
+    return template
+
+
+@lru_cache(maxsize=8)
+def _marked(template: str) -> bool:
+    answer = _HELPER.ask(json.dumps({"template": template}), SECONDS)
+    if answer.get("fault") == "row":
+        raise DataError(f"the chat template cannot be compiled: {answer['error']}. {_ELSEWHERE}")
+    _raise_fault(answer)
+    return bool(answer["marked"])
+
+
+def _raise_fault(answer: dict[str, Any]) -> None:
+    match answer.get("fault"):
+        case "template":
+            raise DataError(f"the chat template cannot be compiled: {answer['error']}. {_ELSEWHERE}")
+        case "memory":
+            raise DataError(
+                f"the chat template needs more than {MEMORY >> 30} GiB of memory for one conversation; look for a "
+                f"repetition in it. {_ELSEWHERE}"
+            )
+        case "time":
+            raise DataError(
+                f"the chat template takes more than {answer['error']:g} s for one conversation; look for a loop "
+                f"in it. {_ELSEWHERE}"
+            )
+        case "crash":
+            raise DataError(f"evaluating the chat template ended its process ({answer['error']}). {_ELSEWHERE}")
+
+
+class _Helper:
+    """The one helper of this process, started when it is first needed, and again when it was ended."""
+
+    def __init__(self) -> None:
+        self._renew()
+        # A fork shares the pipes of its parent, and may have been made while another thread held the lock.
+        os.register_at_fork(after_in_child=self._renew)
+        atexit.register(self._close)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: str, seconds: float) -> dict[str, Any]:
+        """The answer to a request (one line of JSON); that of a helper that did not survive it is a fault as well."""
+        with self._lock:
+            process = self._process = self._process or self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(f"{seconds:.3f} {request}\n".encode())
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = b""
+            if line:
+                return json.loads(line)
+            code = self._close()
+        if code == -signal.SIGPROF:
+            return {"fault": "time", "error": seconds}
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return {"fault": "crash", "error": f"{name}, most likely for want of memory" if code == -9 else name}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        script = Path(__file__).with_name("template_process.py")
+        # -P: the script's folder is not searched for modules. One thread: address space is counted.
+        command = [sys.executable, "-P", str(script), str(MEMORY)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise DataError(f"the process that evaluates chat templates cannot be started: {error.strerror}") from error
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise DataError(f"the process that evaluates chat templates does not start: run {' '.join(command)}")
+        return process
+
+    def _close(self) -> int:
+        """End the helper; its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.communicate()
+        return process.returncode
+
+
+_HELPER = _Helper()
