@@ -29,7 +29,7 @@ from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.chunks import chunks_of
 from sparsetrain.training.engine import FiniteAdamW, World
 from sparsetrain.training.place import here
-from sparsetrain.training.schedule import share_of_peak
+from sparsetrain.training.schedule import peak_lr, share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
 from sparsetrain.training.signals import Outcome, StopSignals
 
@@ -41,6 +41,7 @@ class StepResult:
     loss: float
     """Mean NLL of a target token, in nats, over the global batch."""
     lr: float
+    """Learning rate: of the model or its adapters, or of the new modules where they alone are trained."""
     lr_new_modules: float
     """Of the modules that the attention method adds."""
     grad_norm: float
@@ -157,7 +158,7 @@ class Loop:
         norm = self.engine.get_global_grad_norm()
         result = StepResult(
             loss=loss_value,
-            lr=share * train.lr,
+            lr=share * peak_lr(train)[1],
             lr_new_modules=share * (train.new_modules_lr or train.lr),
             grad_norm=0.0 if norm is None else float(norm),
             tokens=int(tokens),
@@ -215,10 +216,12 @@ class Loop:
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if self.recipe.train.on_nonfinite == "stop":
+            name, rate = peak_lr(self.recipe.train)
             raise TrainingError(
                 f"step {self.state.step + 1}: loss {result.loss} with a gradient norm of {result.grad_norm}; the "
                 f"weights are as they were before it, and the documents of the batch are named in {path}. Lower "
-                f"train.lr ({self.recipe.train.lr}), look at those documents, or set train.on_nonfinite: skip"
+                f"train.{name} ({rate}), look at those documents, or set train.on_nonfinite: skip; with either "
+                "changed, --resume goes on from the last checkpoint"
             )
 
 

@@ -20,3 +20,11 @@ def share_of_peak(train: TrainSection, step: int, steps: int, warmup_steps: int)
     progress = min(1.0, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
     shape = 1.0 - progress if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape
+
+
+def peak_lr(train: TrainSection) -> tuple[str, float]:
+    """Name and value of the peak learning rate that stands for a run: where the new modules alone are trained, and have
+    a rate of their own, nothing is trained at ``lr``."""
+    if train.parameters == "new_modules" and train.new_modules_lr is not None:
+        return "new_modules_lr", train.new_modules_lr
+    return "lr", train.lr

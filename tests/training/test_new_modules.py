@@ -42,9 +42,10 @@ def scorers(arguments, shared, ranks_of, run_folder):
     """Scorers trained alone by two ranks under ZeRO-3, resumed once, and by one rank without ZeRO."""
 
     def make(folder):
-        alone = [*arguments(folder / "alone", "train.parameters=new_modules", "deepspeed.stage=0")]
+        own = ["train.parameters=new_modules", "train.new_modules_lr=0.02", "train.warmup=0"]
+        alone = arguments(folder / "alone", *own, "deepspeed.stage=0")
         assert main(alone) == 0
-        overrides = ["train.parameters=new_modules", "train.activation_checkpointing=layer", "deepspeed.stage=3"]
+        overrides = [*own, "train.activation_checkpointing=layer", "deepspeed.stage=3"]
         sharded = arguments(folder / "sharded", *overrides, "checkpoint.every=1")
         ranks_of([sys.executable, "-c", RUN, json.dumps([sharded])], folder / "log", 2).wait()
         (folder / "sharded/final").rename(folder / "first-final")
@@ -173,6 +174,11 @@ def test_new_modules_learn_at_a_rate_of_their_own(tmp_path, arguments, run_folde
     assert run.values("lr_new_modules") == [5e-2, 2.5e-2]
     rates = {group["peak_lr"]: group["lr"] for group in seen[0].optimizer.param_groups}
     assert rates == {1e-2: 5e-3, 5e-2: 2.5e-2}
+
+
+def test_the_rate_shown_is_the_one_that_something_is_trained_at(scorers):
+    for run in scorers[:2]:
+        assert run.values("lr") == run.values("lr_new_modules") == [0.02, 0.002]
 
 
 def test_the_groups_hold_every_parameter_once(tiny_recipe, pretrained, world):
