@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from filelock import FileLock
 
+from sparsetrain.cache_folder import cache_fault
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.randomness import generator
@@ -170,17 +171,22 @@ def tokenized(
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
     processes = min(num_workers, len(rows))
     # One rank of a machine tokenises; the others wait and read what it wrote.
-    with FileLock(Path(datasets.config.HF_DATASETS_CACHE) / f"sparsetrain-{fingerprint}.lock"):
-        return rows.map(
-            tokenize_rows,
-            batched=True,
-            with_indices=True,
-            batch_size=ROWS_AT_ONCE,
-            writer_batch_size=ROWS_AT_ONCE,
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            fn_kwargs={"tokenizer": tokenizer, "reader": opened.reader},
-            num_proc=processes if processes > 1 else None,
-            new_fingerprint=fingerprint,
-            desc=f"tokenising {source.label}",
-        )
+    try:
+        with FileLock(Path(datasets.config.HF_DATASETS_CACHE) / f"sparsetrain-{fingerprint}.lock"):
+            return rows.map(
+                tokenize_rows,
+                batched=True,
+                with_indices=True,
+                batch_size=ROWS_AT_ONCE,
+                writer_batch_size=ROWS_AT_ONCE,
+                remove_columns=rows.column_names,
+                features=FEATURES,
+                fn_kwargs={"tokenizer": tokenizer, "reader": opened.reader},
+                num_proc=processes if processes > 1 else None,
+                new_fingerprint=fingerprint,
+                desc=f"tokenising {source.label}",
+            )
+    except OSError as problem:
+        if (fault := cache_fault(problem, (str(datasets.config.HF_DATASETS_CACHE),))) is None:
+            raise
+        raise DataError(f"data source {source.label!r}: {fault}") from problem

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 
+from sparsetrain.cache_folder import cache_fault
 from sparsetrain.data.files import (
     DAMAGED,
     Kind,
@@ -192,6 +193,8 @@ def _unreadable(source: DataSource, problem: BaseException) -> DataError:
     """The library's failure with its root cause, and what to do about it."""
     if isinstance(problem, DataError):
         return problem
+    if (fault := cache_fault(problem, (str(datasets.config.HF_DATASETS_CACHE),))) is not None:
+        return DataError(f"data source {source.label!r}: {fault}")
     cause = problem
     while cause.__cause__ is not None and not isinstance(cause, DataError):
         cause = cause.__cause__

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sparsetrain import __version__
+from sparsetrain.cache_folder import cache_fault
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import METHODS, parse_attention
@@ -400,6 +401,8 @@ def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dt
 
 
 def _unloadable(field: str, name: str | None, error: Exception) -> ModelError:
+    if (fault := cache_fault(error)) is not None:
+        return ModelError(f"{field}={name!r} cannot be loaded: {fault}")
     if Path(str(name)).is_dir():
         needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
         fix = f"The folder must hold {needed}, complete and readable."

@@ -35,17 +35,43 @@ def test_without_a_home_caches_go_to_a_folder_of_their_own(home, tmp_path, monke
         assert environment[variable].startswith(str(tmp_path))
 
 
-def test_a_folder_of_somebody_else_is_not_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("taken_by", ["another user", "a file", "a link", "a dangling link", "all may write"])
+def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path, monkeypatch, taken_by):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     user = os.getuid()
-    taken = tmp_path / f"sparsetrain-{user + 1}"
-    taken.mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path / "fresh"))
-    (tmp_path / "fresh").mkdir()
+    taken = tmp_path / f"sparsetrain-{user}"
+    if taken_by == "a file":
+        taken.touch()
+    elif "link" in taken_by:
+        (tmp_path / "elsewhere").mkdir()
+        taken.symlink_to(tmp_path / ("nowhere" if taken_by == "a dangling link" else "elsewhere"))
+    elif taken_by == "all may write":
+        taken.mkdir()
+        taken.chmod(0o777)
+    else:
+        (tmp_path / f"sparsetrain-{user + 1}").mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
     environment = {"HOME": "/nonexistent"}
     settle_in(environment)
-    assert environment["XDG_CACHE_HOME"] == str(tmp_path / "fresh")
+    folder = Path(environment["XDG_CACHE_HOME"])
+    assert folder.parent == tmp_path
+    assert folder not in (taken, tmp_path / f"sparsetrain-{user + 1}", tmp_path / "elsewhere")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_of_our_own_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = {"HOME": "/nonexistent"}, {"HOME": "/nonexistent"}
+    settle_in(first)
+    settle_in(second)
+    assert first == second
+
+
+def test_without_a_place_for_temporary_files_a_note_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    environment = {"HOME": "/nonexistent"}
+    (note,) = settle_in(environment)
+    assert "set HF_HOME and TMPDIR" in note
 
 
 def test_a_user_that_the_system_does_not_know_gets_a_name(monkeypatch, tmp_path):
