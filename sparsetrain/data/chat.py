@@ -8,6 +8,7 @@ import numpy as np
 
 from sparsetrain.data.chat_template import apply_template, marks_generation
 from sparsetrain.data.encoding import encode, shared_prefix
+from sparsetrain.data.ending import with_end_tokens
 from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Rendered = tuple[list[int], list[tuple[int, int]]]
 
 
 def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Loss on what the assistant says, and on the token that ends its turn where the template counts it in.
+    """Loss on what the assistant says, and on the token that ends its turn.
 
     Raises:
         MalformedRow: no turn is the assistant's, or the template refuses the conversation.
@@ -27,7 +28,7 @@ def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
     if not any(message["role"] == "assistant" for message in messages):
         raise MalformedRow("no turn is the assistant's, so there is nothing to learn from")
     render = _marked_chat if marks_generation(tokenizer) else _prefix_chat
-    input_ids, targets = render(messages, tokenizer)
+    input_ids, targets = with_end_tokens(render(messages, tokenizer), tokenizer)
     if not targets:
         raise MalformedRow("the chat template leaves the assistant nothing to say")
     return input_ids, targets

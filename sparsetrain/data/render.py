@@ -17,7 +17,7 @@ from sparsetrain.data.values import MalformedRow, string
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Raised whenever the same row would give other tokens, so that nothing cached before is used."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -1,0 +1,134 @@
+"""How an assistant's turn ends: the token that a model must learn to write, so that generation stops there."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsetrain.data.chat_template import apply_template, marks_generation
+from sparsetrain.data.encoding import encode
+from sparsetrain.data.values import MalformedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.data.chat import Rendered
+
+# What a template is tried with: words that it does not write itself.
+_QUESTIONS, _ANSWERS = ("Quokka?", "Quetzal?"), ("Aardvark.", "Axolotl.")
+_LOOKS_LIKE_A_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_[a-z_]+>|</?s>|<(?:bos|eos|pad|unk)>")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a chat template writes around and behind an assistant's turn."""
+
+    kind: Literal["learned", "left out", "next role", "none", "unknown"]
+    """The end token is part of the turn; stands behind the words that ``{% generation %}`` marks; is that with which
+    the next role's turn begins; there is none; or the template refused the conversation that it was tried with."""
+    token: int | None = None
+    """The end token."""
+    others: tuple[int, ...] = ()
+    """Other end tokens: that with which a tool's turn begins, where it is another than the user's."""
+    gap: tuple[int, ...] = ()
+    """Tokens between the turn and its end token, where that is not part of it."""
+    header: int | None = None
+    """The control token with which an assistant's turn begins."""
+    control: tuple[int, ...] = ()
+    """All control tokens that the template writes, ascending."""
+    in_pieces: tuple[tuple[str, int], ...] = ()
+    """What looks like a control token and is none: the text, and how many tokens it takes."""
+
+
+@lru_cache(maxsize=8)
+def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
+    """Cached for the template as well, which may be replaced."""
+    turns = [
+        {"role": role, "content": content}
+        for pair in zip(_QUESTIONS, _ANSWERS)
+        for role, content in zip(("user", "assistant"), pair)
+    ]
+    try:
+        text, spans = apply_template(tokenizer, turns)
+        asked = apply_template(tokenizer, turns[:1]).text
+        prompt = apply_template(tokenizer, turns[:1], prompt=True).text
+    except MalformedRow:
+        return Ending("unknown")
+    if any(text.count(word) != 1 for word in (*_QUESTIONS, *_ANSWERS)):
+        return Ending("unknown")
+    tokens = control_tokens(tokenizer)
+    written = [token for token in encode(tokenizer, text) if token in tokens]
+    pieces = ((each, len(encode(tokenizer, each))) for each in sorted(set(_LOOKS_LIKE_A_TOKEN.findall(text))))
+    known: dict[str, Any] = {
+        "control": tuple(sorted(set(written))),
+        "in_pieces": tuple((each, count) for each, count in pieces if count > 1),
+        "header": _first(encode(tokenizer, prompt.removeprefix(asked)), tokens)[1],
+    }
+    stop = text.index(_ANSWERS[1]) + len(_ANSWERS[1])
+    gap, token = _first(encode(tokenizer, text[stop:]), tokens)
+    if token is not None:
+        marked = text[stop : spans[-1][1]] if spans else text[stop:]
+        learned = _first(encode(tokenizer, marked), tokens)[1] == token
+        return Ending("learned" if learned else "left out", token, (), gap, **known)
+    gap, token = _opening(text, tokenizer, tokens)
+    if token is None or str(tokenizer.decode(list(gap))).strip():
+        return Ending("none", **known)
+    others: set[int | None] = set()
+    with suppress(MalformedRow):
+        turns[2]["role"] = "tool"
+        others = {_opening(apply_template(tokenizer, turns).text, tokenizer, tokens)[1]} - {
+            token,
+            None,
+            known["header"],
+        }
+    return Ending("next role", token, tuple(filter(None, others)), gap, **known)
+
+
+def _opening(text: str, tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> tuple[tuple[int, ...], int | None]:
+    """The control token between the first answer and what follows it, and what stands before that token."""
+    begin = text.index(_ANSWERS[0]) + len(_ANSWERS[0])
+    return _first(encode(tokenizer, text[begin : text.find(_QUESTIONS[1], begin)]), tokens)
+
+
+def turn_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
+    """How assistants' turns end by the tokenizer's chat template.
+
+    Raises:
+        DataError: the template cannot be compiled.
+    """
+    marks_generation(tokenizer)
+    return _ending(tokenizer, str(tokenizer.chat_template))
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that no text is cut into: special ones, and others that were added to the vocabulary."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """A chat in which every turn that is learned is learned with its end token.
+
+    Where that opens the turn of the next role, the last turn of the conversation lacks it and gets it.
+    """
+    ending = turn_ending(tokenizer)
+    if ending.token is None or ending.kind == "learned":
+        return rendered
+    input_ids, targets = list(rendered[0]), []
+    tokens = control_tokens(tokenizer)
+    for start, stop in rendered[1]:
+        if stop == len(input_ids) and ending.kind == "next role":
+            input_ids += [*ending.gap, ending.token]
+        # Among as many tokens as the gap had: white space may be cut in another way behind other words.
+        gap, token = _first(input_ids[stop : stop + len(ending.gap) + 2], tokens)
+        ends = token in (ending.token, *ending.others)
+        targets.append((start, stop + len(gap) + 1 if ends else stop))
+    return input_ids, targets
+
+
+def _first(input_ids: list[int], wanted: set[int]) -> tuple[tuple[int, ...], int | None]:
+    """The first of the wanted tokens, and what stands before it; all of it where there is none."""
+    place = next((place for place, token in enumerate(input_ids) if token in wanted), None)
+    return (tuple(input_ids), None) if place is None else (tuple(input_ids[:place]), input_ids[place])
