@@ -103,6 +103,37 @@ def turn_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
     return _ending(tokenizer, str(tokenizer.chat_template))
 
 
+def remarks(ending: Ending, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the user should know of the template's tokens, a sentence each."""
+    name = None if ending.token is None else repr(tokenizer.convert_ids_to_tokens(ending.token))
+    lines = [
+        f"the chat template writes {text!r}, which is no token of this tokenizer: it is cut into {count}. Take the "
+        "tokenizer that the template belongs to (model.tokenizer)"
+        for text, count in ending.in_pieces
+    ]
+    match ending.kind:
+        case "left out":
+            lines.append(
+                f"the marks of {{% generation %}} leave out {name}, which ends the turn; it is learned as well"
+            )
+        case "next role":
+            lines.append(
+                f"the chat template ends an assistant's turn with {name}, where the next one begins; it is learned "
+                "there, and put behind the last turn of a conversation"
+            )
+        case "none":
+            lines.append(
+                "the chat template ends an assistant's turn with no control token, so the model does not learn to "
+                "stop; write the EOS token behind the assistant's content in the template"
+            )
+        case "unknown":
+            lines.append(
+                "the chat template refuses a plain conversation of user and assistant, so it is not known whether the "
+                "token that ends a turn is learned"
+            )
+    return lines
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that no text is cut into: special ones, and others that were added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

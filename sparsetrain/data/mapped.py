@@ -16,7 +16,7 @@ from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.randomness import generator
 from sparsetrain.data.render import RENDER_VERSION
-from sparsetrain.data.sources import Reader, open_source
+from sparsetrain.data.sources import OpenSource, Reader, open_source
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
@@ -90,7 +90,9 @@ class MappedSource:
     ) -> None:
         self.label = source.label
         stop = data.on_malformed == "stop"
-        self._rows = tokenized(source, tokenizer, data.num_workers, skip_damaged=not stop).with_format("numpy")
+        opened = open_source(source, tokenizer, streaming=False, skip_damaged=not stop)
+        self.chat = opened.reader.chat
+        self._rows = tokenized(source, opened, tokenizer, data.num_workers).with_format("numpy")
         lengths = self._rows["length"][:]
         malformed = np.flatnonzero(lengths == MALFORMED)
         self.malformed = len(malformed)
@@ -159,13 +161,12 @@ class MappedSource:
 
 
 def tokenized(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, num_workers: int, *, skip_damaged: bool = False
+    source: DataSource, opened: OpenSource, tokenizer: PreTrainedTokenizerBase, num_workers: int
 ) -> datasets.Dataset:
     """The rows of a source, tokenised or taken from the cache.
 
     The cache is keyed by the rows, the tokenizer's content, the form and the version of our rendering.
     """
-    opened = open_source(source, tokenizer, streaming=False, skip_damaged=skip_damaged)
     rows = opened.open()
     identity = (rows._fingerprint, tokenizer_fingerprint(tokenizer), opened.reader, RENDER_VERSION)
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]

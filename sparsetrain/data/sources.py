@@ -51,6 +51,8 @@ class Reader:
 
     layout: Layout
     form: RowForm
+    chat: bool
+    """Whether rows go through the tokenizer's chat template."""
 
     def place(self, raw: Mapping[str, Any], index: int) -> str:
         """Where a row stands: its file and line, or its number."""
@@ -90,7 +92,8 @@ def open_source(
     layout, opened = _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
     rows = opened()
     form = resolve_form(source, _columns(source, rows, layout), tokenizer)
-    return OpenSource(opened, Reader(layout, form))
+    chat = form.kind == "chat" or (form.kind == "alpaca" and bool(tokenizer.chat_template))
+    return OpenSource(opened, Reader(layout, form, chat))
 
 
 def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:

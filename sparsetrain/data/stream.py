@@ -25,6 +25,8 @@ class DocumentSource(Protocol):
     """A source of the mixture: an endless, resumable sequence of documents, cut into pieces that fit a row."""
 
     label: str
+    chat: bool
+    """Whether its rows go through the tokenizer's chat template."""
 
     @property
     def size(self) -> int | None:
@@ -111,6 +113,11 @@ class RowStream:
     def skip(self) -> None:
         """Pass over the next row; mapped sources do not even read it."""
         self._advance()
+
+    @property
+    def chat(self) -> bool:
+        """Whether rows of any source go through the tokenizer's chat template."""
+        return any(source.chat for source in self._sources)
 
     @property
     def malformed(self) -> dict[str, int]:

@@ -46,6 +46,7 @@ class StreamedSource:
         self._tokenizer = tokenizer
         self._cut = (row_length, data.long_documents)
         self._opened = open_source(source, tokenizer, streaming=True, skip_damaged=not self._stop)
+        self.chat = self._opened.reader.chat
         self._dataset: Any = None
         self._resumed: dict[str, Any] | None = None
         """State of the dataset as loaded; the dataset itself only knows it once a row is read."""

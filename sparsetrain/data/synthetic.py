@@ -283,6 +283,7 @@ class SyntheticSource:
 
     size = 0
     malformed = 0
+    chat = False
 
     def __init__(
         self, source: DataSource, tokenizer: PreTrainedTokenizerBase, row_length: int, seed: int, index: int

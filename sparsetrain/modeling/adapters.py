@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from sparsetrain.errors import ModelError
+from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling.layers import new_modules, sparse_layers
 from sparsetrain.modeling.storage import (
@@ -149,6 +150,8 @@ def save_adapters(
     config.save_pretrained(str(path))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+    if model.generation_config is not None:
+        model.generation_config.to_json_file(path / GENERATION_CONFIG_NAME)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     section = base.model_dump(mode="json", exclude_defaults=True)
     section["path"] = _from_anywhere(section["path"])
@@ -200,7 +203,18 @@ def load_adapters(
             "(if it has moved, give base=... in Python, --base ... to sparsetrain export)"
         ) from error
     read_adapters(model, path)
+    _stop_as_trained(model, path)
     return model.eval()
+
+
+def _stop_as_trained(model: PreTrainedModel, path: Path) -> None:
+    """Take the end tokens that the adapters have learned; folders of before do not say."""
+    if model.generation_config is None or not (path / GENERATION_CONFIG_NAME).is_file():
+        return
+    try:
+        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path / GENERATION_CONFIG_NAME} cannot be read: {first_line(error)}") from error
 
 
 def _read_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:

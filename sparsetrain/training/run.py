@@ -44,6 +44,7 @@ from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
 from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
+from sparsetrain.training.chat_tokens import settle_chat
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
 from sparsetrain.training.engine import World, check_config, check_offload, init_world
@@ -135,6 +136,9 @@ class _Run:
         self.say = self.progress.log
         self.results: dict[str, EvalResult] = {}
         self.say(f"batch: {self.plan.describe()}")
+        if self.rows.chat:
+            for line in settle_chat(self.model, self.tokenizer, recipe.lora):
+                self.say(line)
         self.costs = _Costs.of(self.model, recipe, world)
         self.say(self.costs.describe())
 

@@ -6,9 +6,14 @@ import pytest
 
 from sparsetrain.data import render
 from sparsetrain.data.mapped import tokenized
+from sparsetrain.data.sources import open_source
 from sparsetrain.recipe.schema import DataSource
 
 ROWS = [{"text": f"row {i}", "other": f"another {i}"} for i in range(40)]
+
+
+def _tokenized(source, tokenizer, num_workers):
+    return tokenized(source, open_source(source, tokenizer, streaming=False), tokenizer, num_workers)
 
 
 @pytest.fixture
@@ -16,7 +21,7 @@ def cache_file(write_jsonl):
     path = write_jsonl(ROWS)
 
     def build(tokenizer, *, num_workers=1, **source):
-        files = tokenized(DataSource(path=path, **source), tokenizer, num_workers).cache_files
+        files = _tokenized(DataSource(path=path, **source), tokenizer, num_workers).cache_files
         return [file["filename"] for file in files]
 
     return build
@@ -69,6 +74,6 @@ def test_a_changed_file_is_read_again(write_jsonl, stream, tokenizer):
 
 def test_several_processes_give_the_same_rows(cache_file, write_jsonl, tokenizer, monkeypatch, tmp_path_factory):
     source = DataSource(path=write_jsonl(ROWS))
-    alone = tokenized(source, tokenizer, 1)[:]
+    alone = _tokenized(source, tokenizer, 1)[:]
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("other"))
-    assert tokenized(source, tokenizer, 2)[:] == alone
+    assert _tokenized(source, tokenizer, 2)[:] == alone

@@ -1,0 +1,91 @@
+"""The tokens that a chat template writes, against the model that is trained with them: found before step 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsetrain.data.ending import Ending, remarks, turn_ending
+from sparsetrain.recipe.schema import LoraSection
+
+UNTRAINED = 0.05
+"""A row of an embedding whose norm is below this share of the median was never trained."""
+SAMPLED = 2048
+"""Rows that the median is taken of."""
+COMPARED = 8
+"""Elements by which equal rows are looked for, before they are compared whole."""
+
+
+def settle_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection | None) -> list[str]:
+    """Make the model stop at the tokens that end its turns in the data; say that, and what of the tokens cannot work.
+
+    The end tokens join ``generation_config.eos_token_id``, which is written with the model.
+
+    Args:
+        model: as it was loaded, its weights in full.
+        lora: the recipe's section, if adapters are trained: what they leave frozen stays as it is.
+    """
+    ending = turn_ending(tokenizer)
+    lines = [f"warning: {remark}" for remark in remarks(ending, tokenizer)]
+    if ending.token is not None:
+        lines += _stop_at([ending.token, *ending.others], model, tokenizer)
+    return lines + ([] if lora is None else _frozen(model, tokenizer, lora, ending))
+
+
+def _stop_at(tokens: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    config = model.generation_config
+    if config is None:
+        return []
+    listed = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    known = [listed] if isinstance(listed, int) else list(listed or [])
+    added = [token for token in tokens if token not in known]
+    if not added:
+        return []
+    config.eos_token_id = [*known, *added]
+    names = _names(added, tokenizer)
+    return [f"chat: turns end with {names}, which joins eos_token_id in generation_config: generation stops there"]
+
+
+def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection, ending: Ending) -> list[str]:
+    """Control tokens whose rows the base never trained, and that adapters leave as they are."""
+    lines = []
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    unread = _untrained(embedding.weight, ending.control) if not lora.train_embeddings else []
+    if unread:
+        lines.append(
+            f"warning: the base never trained the embedding of {_names(unread, tokenizer)}, which the chat template "
+            "writes, and lora leaves it frozen: the model cannot tell what it means. Set lora.train_embeddings: true, "
+            "or start from an instruction-tuned model"
+        )
+    learned = [] if ending.token is None else [ending.token, *ending.others]
+    adapted = isinstance(lora.targets, list) and any(target.endswith("lm_head") for target in lora.targets)
+    unwritten = [] if tied or adapted else _untrained(head.weight, learned)
+    if unwritten:
+        lines.append(
+            f"warning: the base never trained the output row of {_names(unwritten, tokenizer)}, which ends turns, and "
+            "lora leaves it frozen: the model will not learn to stop. Start from an instruction-tuned model, train "
+            "without lora, or name lm_head in lora.targets"
+        )
+    return lines
+
+
+@torch.no_grad()
+def _untrained(weight: torch.Tensor, tokens: list[int] | tuple[int, ...]) -> list[int]:
+    """Those of the tokens whose rows of ``weight`` ([rows, width]) are about zero, or equal to another token's."""
+    sample = weight[:: max(1, len(weight) // SAMPLED)].float().norm(dim=-1)
+    typical = sample[sample > 0].median() if (sample > 0).any() else sample.new_tensor(1.0)
+
+    def untrained(token: int) -> bool:
+        row = weight[token]
+        alike = (weight[:, :COMPARED] == row[:COMPARED]).all(-1).nonzero().flatten()
+        return bool(row.float().norm() < UNTRAINED * typical) or int((weight[alike] == row).all(-1).sum()) > 1
+
+    return [token for token in tokens if token < len(weight) and untrained(token)]
+
+
+def _names(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return ", ".join(repr(name) for name in tokenizer.convert_ids_to_tokens(tokens))
