@@ -85,7 +85,8 @@ def _check(layer: Any, layer_index: int) -> None:
 def _model_weight(layer: Any, layer_index: int) -> torch.Tensor:
     """A weight that tells device and dtype of the layer (quantised ones are not in its dtype)."""
     weights = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
-    if any(weight.is_meta for weight in layer.parameters()):
+    # Where everything is made without storage nothing is offloaded.
+    if torch.get_default_device().type != "meta" and any(weight.is_meta for weight in layer.parameters()):
         raise ModelError(
             f"the weights of layer {layer_index} are offloaded; load the model onto devices only (device_map) before "
             "it takes SparseK"

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.modeling.layers import new_modules, sparse_layers
+from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
 from sparsetrain.modeling.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -252,6 +252,19 @@ def _check_same(trained_on: dict[str, Any], found: dict[str, Any], base: str) ->
         raise ModelError(f"{base} is not the model that they were trained on, {', '.join(faults)}")
 
 
+def load_alone(path: str | Path, adapted: PreTrainedModel) -> PreTrainedModel:
+    """The adapters of a folder in a model like the one given, but for its other weights, which take no memory.
+
+    Raises:
+        ModelError: as :func:`read_adapters`.
+    """
+    with torch.device("meta"):
+        model = type(adapted)(deepcopy(adapted.config))
+        sparsify(model, model.config.sparsetrain["attention"])
+        read_adapters(model, path)
+    return model
+
+
 def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     """Put the adapters of a folder into a sparsified model.
 
@@ -291,7 +304,8 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
             f"{'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
         )
     # Not copied into place: a module is told of the weights that it loads, and one may wait for them.
-    model.load_state_dict({name: tensors[key] for name, key in adapter_tensors(model).items()}, strict=False)
+    found = {name: tensors[key] for name, key in adapter_tensors(model).items()}
+    model.load_state_dict(found, strict=False, assign=model.device.type == "meta")
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:

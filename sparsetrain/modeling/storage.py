@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -222,7 +223,8 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     """
     added = new_modules(model, attention)
     wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
-    saved = _read_tensors(path, wanted.keys(), hub)
+    places = {place: name for name, tensor in wanted.items() for place in _names_on_disk(model, name, tensor)}
+    saved = {places[place]: tensor for place, tensor in _read_tensors(path, places.keys(), hub).items()}
     if not saved:
         return not wanted
     for name, tensor in wanted.items():
@@ -235,6 +237,11 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     for name, module in added.items():
         module.load_state_dict({key: saved[f"{name}.{key}"] for key in module.state_dict()})
     return True
+
+
+def _names_on_disk(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> set[str]:
+    """What a tensor may be called in a checkpoint: as in the model, and as transformers renames it when it saves."""
+    return {name, *revert_weight_conversion(model, {name: tensor})}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -19,35 +19,46 @@ from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.training.engine import World
 
 
-def full_weights(model: PreTrainedModel, world: World, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers in full, on the CPU of rank 0; empty on the other ranks.
+def each_tensor(
+    model: PreTrainedModel, world: World, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers in full, one after another, on rank 0; nothing on the other ranks, which must
+    all come to the end of it.
 
     Under ZeRO-3 a parameter is a shard and saves as an empty tensor, so each is gathered in turn by all ranks together.
 
     Args:
         names: which; by default all of them, and of tied ones the first.
-
-    Raises:
-        TrainingError: a tensor is empty all the same.
     """
-    weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=names is None):
         if names is not None and name not in names:
             continue
         if hasattr(parameter, "ds_id"):
             from deepspeed.runtime.zero import GatheredParameters
 
+            full = None
             with GatheredParameters([parameter]):
                 if world.main:
-                    weights[name] = parameter.detach().cpu().clone()
+                    full = parameter.detach().cpu().clone()
+            if full is not None:
+                yield name, full
         elif world.main:
-            weights[name] = parameter.detach().cpu()
+            yield name, parameter.detach()
     if world.main:
         wanted = model.state_dict().keys() if names is None else names
-        weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in wanted}
-        empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
-        if empty:
-            raise TrainingError(f"{len(empty)} tensors would be saved empty, among them {empty[0]}")
+        yield from ((name, buffer) for name, buffer in model.named_buffers() if name in wanted)
+
+
+def full_weights(model: PreTrainedModel, world: World, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """What :func:`each_tensor` gives, on the CPU of rank 0; empty on the other ranks.
+
+    Raises:
+        TrainingError: a tensor is empty all the same.
+    """
+    weights = {name: tensor.cpu() for name, tensor in each_tensor(model, world, names)}
+    empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
+    if empty:
+        raise TrainingError(f"{len(empty)} tensors would be saved empty, among them {empty[0]}")
     return weights
 
 
@@ -59,15 +70,12 @@ def export(
     base: ModelSection | None = None,
     *,
     whole: bool = False,
-) -> dict[str, torch.Tensor]:
+) -> None:
     """Write the model, or its adapters where it has some, with tokenizer and attention record into ``folder``.
 
     Args:
         base: the recipe's model section, which an adapter folder records.
         whole: write aside, flush and rename, so that ``folder`` is complete or as it was.
-
-    Returns:
-        On rank 0 the weights written, by their names in the folder.
 
     Raises:
         CheckpointError: the disk is full or not writable; nothing of what was written stays.
@@ -95,7 +103,6 @@ def export(
             fix = "mend that or free some space there" + (" and continue with --resume" if whole else "")
             raise CheckpointError(f"cannot write the model to {folder}: {error}; {fix}") from error
     torch.distributed.barrier()
-    return weights
 
 
 def _commit(partial: Path, folder: Path) -> None:

@@ -57,6 +57,7 @@ from sparsetrain.training.memory import check_memory_options
 from sparsetrain.training.place import here
 from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
+from sparsetrain.training.round_trip import check_round_trip
 from sparsetrain.training.signals import Outcome, StopSignals
 from sparsetrain.training.tracking import Tracker
 from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
@@ -298,13 +299,20 @@ class _Run:
             selfcheck.check_document_isolation(self.model, batch, self.world, self.ulysses),
             *selfcheck.check_shared_sequence(self.model, batch, self.world, self.ulysses),
             selfcheck.check_against_oracle(self.model, batch, self.world, self.ulysses),
-            selfcheck.check_round_trip(self.model, self.output, self._export, self.world),
+            check_round_trip(
+                self.model,
+                self.output,
+                self._export,
+                batch.input_ids,
+                self.world,
+                trust_remote_code=self.recipe.model.trust_remote_code,
+            ),
             self.saver.check(),
         ):
             self.say(f"self-check: {line}")
 
-    def _export(self, target: Path, *, whole: bool = False) -> dict[str, torch.Tensor]:
-        return export(self.model, self.tokenizer, target, self.world, self.recipe.model, whole=whole)
+    def _export(self, target: Path, *, whole: bool = False) -> None:
+        export(self.model, self.tokenizer, target, self.world, self.recipe.model, whole=whole)
 
     def _train(self, signals: StopSignals) -> Outcome:
         loader = StepLoader(self.rows, self.plan, self.world.rank)

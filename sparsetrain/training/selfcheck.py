@@ -5,15 +5,12 @@ A failure raises TrainingError with the reason, on all ranks alike.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,12 +19,9 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
-from sparsetrain.modeling.adapters import adapter_tensors, has_adapters
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.engine import World
 from sparsetrain.training.oracle import expected, has_oracle
-
-Weights = dict[str, torch.Tensor]
 
 SHARED_TOKENS = 8192
 """How much of a row is computed both by one rank alone and by all that share it."""
@@ -113,31 +107,6 @@ def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, uly
     reason = f"layer {index} differs from its oracle by {error:.3g} (relative RMS, limit {limit:g})"
     _agree(error <= limit, reason, world)
     return f"layer {index} equals its oracle on {len(rows):,} tokens: relative RMS error {error:.1e}"
-
-
-def check_round_trip(model: PreTrainedModel, folder: Path, export: Callable[[Path], Weights], world: World) -> str:
-    """What training changes survives being saved: every trainable tensor is written, read back and compared.
-
-    Args:
-        export: writes the model into a folder and returns the weights it wrote, by their names there (rank 0 only).
-    """
-    target = folder / "selfcheck.tmp"
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if has_adapters(model):
-        names_there = adapter_tensors(model)
-        trainable = [names_there[name] for name in trainable]
-    weights = export(target)
-    fault = ""
-    if world.main:
-        saved = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        shutil.rmtree(target)
-        for name in trainable:
-            if name not in saved:
-                fault = f"trainable tensor {name} is not in the saved model"
-            elif not torch.equal(saved[name], weights[name]):
-                fault = f"trainable tensor {name} comes back different from what was saved"
-    _agree(not fault, fault, world)
-    return f"saved and reloaded bit for bit: {len(trainable)} trainable tensors"
 
 
 class GradientWatch:

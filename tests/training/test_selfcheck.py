@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from sparsetrain.data import Row, build_rows, collate
 from sparsetrain.errors import TrainingError
@@ -13,7 +12,6 @@ from sparsetrain.modeling import load_model, sparse_layers
 from sparsetrain.patterns import SlidingPattern
 from sparsetrain.training import run as training
 from sparsetrain.training import selfcheck
-from sparsetrain.training.export import export
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def attend(monkeypatch):
     return replace
 
 
-def test_a_sound_model_passes_and_says_what_was_found(model, loaded, packed, single, world, tmp_path):
+def test_a_sound_model_passes_and_says_what_was_found(model, packed, single, world):
     documents = len(packed.cu_seqlens) - 1
     line = selfcheck.check_document_isolation(model, packed, world)
     assert f"{documents} in the row, largest change of the others 0.0e+00" in line
@@ -68,9 +66,6 @@ def test_a_sound_model_passes_and_says_what_was_found(model, loaded, packed, sin
     assert "layer 0 equals its oracle on 200 tokens" in selfcheck.check_against_oracle(model, single, world)
     longest = int(packed.cu_seqlens.diff().max())
     assert f"on {longest} tokens" in selfcheck.check_against_oracle(model, packed, world)
-    line = selfcheck.check_round_trip(model, tmp_path, lambda target: export(*loaded, target, world), world)
-    assert line == f"saved and reloaded bit for bit: {len(list(model.parameters()))} trainable tensors"
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("scores", ["head", "layer"])
@@ -133,39 +128,22 @@ def test_weights_that_are_not_finite_are_called_so(model, world, packed):
         selfcheck.check_document_isolation(model, packed, world)
 
 
-def test_an_export_that_drops_a_tensor_is_stopped(model, loaded, world, tmp_path):
-    def dropping(target):
-        name = "model.layers.1.self_attn.q_proj.weight"
-        parameter = model.get_parameter(name)
-        model.get_submodule("model.layers.1.self_attn").q_proj.weight = None
-        weights = export(*loaded, target, world)
-        model.get_submodule("model.layers.1.self_attn").q_proj.weight = parameter
-        return weights
-
-    with pytest.raises(TrainingError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight is not in the saved model"):
-        selfcheck.check_round_trip(model, tmp_path, dropping, world)
-
-
-def test_an_export_of_other_values_is_stopped(model, loaded, world, tmp_path):
-    def altered(target):
-        weights = export(*loaded, target, world)
-        return {name: tensor + 1 for name, tensor in weights.items()}
-
-    with pytest.raises(TrainingError, match="comes back different from what was saved"):
-        selfcheck.check_round_trip(model, tmp_path, altered, world)
-
-
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_parameter_the_loss_does_not_reach_stops_the_run(tmp_path, tiny, refused, monkeypatch, stage):
     def load_with_idle(*arguments, **settings):
         model, tokenizer = load_model(*arguments, **settings)
-        model.model.layers[1].idle = nn.Linear(4, 4)
+        norm = model.model.layers[1].input_layernorm
+
+        def detached(hidden):
+            scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+            return norm.weight.detach() * (hidden * scale)
+
+        norm.forward = detached
         return model, tokenizer
 
     monkeypatch.setattr(training, "load_model", load_with_idle)
     error = refused("run", str(tiny), f"deepspeed.stage={stage}", "--output", str(tmp_path / "run"), code=3)
-    assert "2 of 23 trainable parameters got no gradient" in error
-    assert "model.model.layers.1.idle.bias, model.model.layers.1.idle.weight" in error
+    assert "1 of 21 trainable parameters got no gradient (model.model.layers.1.input_layernorm.weight)" in error
 
 
 def test_a_run_that_leaks_never_takes_a_step(tmp_path, tiny, refused, attend, run_folder):
