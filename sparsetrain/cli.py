@@ -16,6 +16,7 @@ import typer
 from sparsetrain import __version__
 from sparsetrain.container import settle_in
 from sparsetrain.errors import ModelError, RecipeError, SparsetrainError
+from sparsetrain.streams import forgiving
 
 if TYPE_CHECKING:
     from sparsetrain.recipe import LoadedRecipe
@@ -67,13 +68,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     A :class:`SparsetrainError`, or a disk that is full, gone or not writable, becomes a message on stderr;
-    ``SPARSETRAIN_TRACEBACK=1`` shows where it came from.
+    ``SPARSETRAIN_TRACEBACK=1`` shows where it came from. Standard output that cannot be written is an error where it is
+    what the command is for.
     """
-    for note in settle_in(os.environ):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"note: {note}", file=sys.stderr)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with forgiving() as streams:
+        code = _answer(given)
+        sys.stdout.flush()
+        if code == 0 and streams.lost_output is not None and not _only_tells(given):
+            print(f"error: standard output cannot be written: {_reason(streams.lost_output)}", file=sys.stderr)
+            return SparsetrainError.exit_code
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="sparsetrain")
+        for note in settle_in(os.environ):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"note: {note}", file=sys.stderr)
+        app(args=arguments, prog_name="sparsetrain")
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -85,6 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
         print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
+
+
+def _only_tells(arguments: Sequence[str]) -> bool:
+    """Whether what a command is for is on the disk, and standard output only tells of it."""
+    writes = any(argument.partition("=")[0] == "--output" for argument in arguments)
+    return arguments[:1] in (["run"], ["export"]) or arguments[:2] == ["recipe", "copy"] or writes
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, UnicodeEncodeError):
+        letters = fault.object[fault.start : fault.end]
+        return f"its encoding, {fault.encoding}, has no {letters!a}; set PYTHONIOENCODING=utf-8"
+    return str(fault)
 
 
 def script() -> NoReturn:

@@ -32,6 +32,7 @@ from sparsetrain.training.place import here
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
 from sparsetrain.training.signals import Outcome, StopSignals
+from sparsetrain.training.telling import attempt
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,7 @@ class Loop:
         record = {"step": self.state.step + 1, "loss": str(result.loss), "documents_by_rank": origins}
         path = self.folder / "nonfinite.jsonl"
         if self.world.main:
-            with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            attempt(f"{path} cannot be written", lambda: _append(path, record), self.say, f"it would hold {record}")
         if self.recipe.train.on_nonfinite == "stop":
             name, rate = peak_lr(self.recipe.train)
             raise TrainingError(
@@ -223,6 +223,11 @@ class Loop:
                 f"train.{name} ({rate}), look at those documents, or set train.on_nonfinite: skip; with either "
                 "changed, --resume goes on from the last checkpoint"
             )
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -84,9 +84,10 @@ class Progress:
         parts.append(f"left {_clock_time(self.seconds_left)}")
         status = "  ".join(parts)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
+            with suppress(Exception):
+                self._bar.update(self._task, completed=step, status=status)
         else:
-            self._console.print(f"step {step}/{self.total_steps}  {status}", markup=False)
+            self.log(f"step {step}/{self.total_steps}  {status}")
 
     def restart_clock(self) -> None:
         """Call after an evaluation or a checkpoint: the time since the last update was not spent training."""
@@ -95,7 +96,9 @@ class Progress:
     def log(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._console is not None:
-            self._console.print(text, markup=False)
+            # What cannot be shown must not end the run, and there is no place left to say so.
+            with suppress(Exception):
+                self._console.print(text, markup=False)
 
     @contextmanager
     def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:

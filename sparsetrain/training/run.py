@@ -21,13 +21,6 @@ from sparsetrain.data import RowStream, StepLoader, build_rows, collate
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError, SparsetrainError
 from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
-from sparsetrain.evaluation.pictures import (
-    attention_picture,
-    loss_curve,
-    passkey_heatmaps,
-    report_picture,
-    selection_picture,
-)
 from sparsetrain.evaluation.report import print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import (
@@ -36,7 +29,6 @@ from sparsetrain.modeling import (
     check_positions,
     load_config,
     load_model,
-    sparse_layers,
     sparsify,
 )
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
@@ -47,6 +39,7 @@ from sparsetrain.training.build import build_engine
 from sparsetrain.training.chat_tokens import settle_chat
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
+from sparsetrain.training.drawing import draw_run
 from sparsetrain.training.engine import World, check_config, check_offload, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
@@ -59,6 +52,7 @@ from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
 from sparsetrain.training.round_trip import check_round_trip
 from sparsetrain.training.signals import Outcome, StopSignals
+from sparsetrain.training.telling import attempt
 from sparsetrain.training.tracking import Tracker
 from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
 from sparsetrain.training.watch import Watch
@@ -158,7 +152,8 @@ class _Run:
         self.costs = _Costs.of(self.model, recipe, world)
         config = deepspeed_config(recipe, self.plan, trainable_size(self.model))
         if world.main:
-            write_whole(self.output / "deepspeed.json", json.dumps(config, indent=1))
+            text = json.dumps(config, indent=1)
+            self._record("deepspeed.json", lambda: write_whole(self.output / "deepspeed.json", text))
         self.engine, self.ulysses = build_engine(self.model, recipe, self.plan, config, world, self.say)
         self.state = TrainState(ranks=world.size, rows_per_step=self.plan.global_batch_sequences)
         self.saver = Saver(self.engine, self._checkpoints, recipe.checkpoint, world, self._say, self._save_failed)
@@ -280,15 +275,13 @@ class _Run:
             )
         self.results[label] = result
         if self.world.main:
-            self._record(lambda: write_report(self.results, self.output, title=f"Evaluation of {self.recipe.name}"))
+            title = f"Evaluation of {self.recipe.name}"
+            self._record("the report", lambda: write_report(self.results, self.output, title=title))
         return result
 
-    def _record(self, write: Callable[[], Any]) -> None:
-        """Write what tells of the run and is no part of it: a disk that refuses it does not end the run."""
-        try:
-            write()
-        except OSError as error:
-            self.say(f"warning: the report in {self.output} cannot be written ({error}); the run goes on without it")
+    def _record(self, what: str, write: Callable[[], Any]) -> bool:
+        """Write what tells of the run and is no part of it."""
+        return attempt(f"{what} in {self.output} cannot be written", write, self.say, "the run goes on without it")
 
     def _self_check(self) -> None:
         """The contract: prove on the first batch that the run does what its recipe says."""
@@ -406,45 +399,19 @@ class _Run:
                     self.saver.crown()
         here.at("drawing", self.state.step)
         if self.world.main:
-            self._record(self._draw)
-            print_results(self.results)
+            title = f"{self.recipe.name}: {self.recipe.attention.method} at {self.recipe.sequence.length:,} tokens"
+            drawn = list(draw_run(self.model, self.recipe, self.output, self.results, title, self._record))
+            for picture in drawn:
+                self.tracker.image(picture.stem, picture, self.state.step)
+            shown = [picture for picture in drawn if picture.stem == "report"]
+            self._record("the report", lambda: write_report(self.results, self.output, title=title, pictures=shown))
+            self._record("the results", lambda: print_results(self.results))
             self.say(f"run folder: {self.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
             if self.recipe.checkpoint.export:
                 final = self.output / "final"
                 kind = "trained model" if self.recipe.lora is None else "trained adapters"
                 self.say(f"{kind}: {final}; load with sparsetrain.load({str(final)!r})")
         dist.barrier()
-
-    def _draw(self) -> None:
-        text_config = self.model.config.get_text_config()
-        shape = {
-            "length": self.recipe.sequence.length,
-            "num_layers": text_config.num_hidden_layers,
-            "num_kv_heads": getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads,
-        }
-        metrics = self.output / "metrics.jsonl"
-        title = f"{self.recipe.name}: {self.recipe.attention.method} at {self.recipe.sequence.length:,} tokens"
-        pictures = [
-            loss_curve(metrics, self.output / "loss.png"),
-            attention_picture(self.recipe.attention, self.output / "attention.png", **shape),
-            report_picture(
-                self.output / "report.png",
-                title=title,
-                metrics=metrics,
-                results=self.results,
-                attention=self.recipe.attention,
-                **shape,
-            ),
-        ]
-        if any(result.passkey for result in self.results.values()):
-            pictures.append(passkey_heatmaps(self.results, self.output / "passkey.png"))
-        methods = [method for _, _, method in sparse_layers(self.model) if method is not None]
-        lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
-        if lifetimes:
-            pictures.append(selection_picture(lifetimes, self.output / "selection.png"))
-        for picture in pictures:
-            self.tracker.image(picture.stem, picture, self.state.step)
-        write_report(self.results, self.output, title=title, pictures=[self.output / "report.png"])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
+from sparsetrain.training.telling import attempt, brief
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe
@@ -57,34 +58,48 @@ class Tracker:
         self._remake = remake
         self._file: TextIO | None = None
         self._wandb: Any = None
+        self._rank = rank
         if rank != 0:
             return
         self._path = Path(run_dir) / METRICS_FILE
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._open()
         if recipe.wandb.mode != "disabled":
             self._start_wandb(recipe, Path(run_dir))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers (Python, numpy or one-element tensors) at ``step``. A non-finite one is written as null."""
-        if self._file is None:
+        if self._rank != 0:
             return
         values = {name: _number(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            if not self._path.exists():
+            if self._file is None or not self._path.exists():
                 self._begin_anew()
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._say(f"warning: {self._path} cannot be written ({error.strerror})")
+            if self._file is not None:
+                self._file.write(json.dumps({"step": step, **finite}) + "\n")
+                self._file.flush()
+        except (OSError, ValueError) as error:
+            self._warn(error)
         self._try("log", lambda: self._wandb.log({"step": step, **values}))
 
+    def _open(self) -> None:
+        """Open the file of metrics, or do without."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            self._file = None
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        self._say(f"warning: {self._path} cannot be written ({getattr(error, 'strerror', None) or error})")
+
     def _begin_anew(self) -> None:
-        self._say(f"warning: {self._path} has gone while the run wrote to it, and begins anew")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._remake()
-        self._file = self._path.open("a", encoding="utf-8")
+        if self._file is not None:
+            self._say(f"warning: {self._path} has gone while the run wrote to it, and begins anew")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._remake()
+        self._open()
 
     def image(self, name: str, path: str | Path, step: int) -> None:
         """Show a PNG in W&B."""
@@ -111,11 +126,15 @@ class Tracker:
         """
         if self._file is None:
             return
-        self._file.close()
-        # A crash may have torn a character too.
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-        write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
-        self._file = self._path.open("a", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            self._file.close()
+        try:
+            # A crash may have torn a character too.
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        except OSError as error:
+            self._warn(error)
+        self._open()
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run, waiting at most a minute for the last upload. Safe to call twice."""
@@ -143,15 +162,15 @@ class Tracker:
                     copy = self._wandb.settings.sync_dir
                     self._say(f"W&B: {self._wandb.url}  (if an upload fails: `wandb sync {copy}`)")
                     return
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     self._say(
                         f"warning: W&B cannot be used online ({_refusal(error)}), so this run is recorded offline"
                     )
                     _wandb().teardown()
             self._init_wandb("offline", recipe, run_dir)
             self._say(f"W&B: offline; upload later with `wandb sync {self._wandb.settings.sync_dir}`")
-        except Exception as error:
-            self._say(f"warning: W&B cannot be used ({_brief(error)}); metrics go to {self._path} alone")
+        except (Exception, SystemExit) as error:
+            self._say(f"warning: W&B cannot be used ({brief(error)}); metrics go to {self._path} alone")
 
     def _init_wandb(self, mode: str, recipe: Recipe, run_dir: Path) -> None:
         wandb = _wandb()
@@ -183,11 +202,8 @@ class Tracker:
     def _try(self, what: str, act: Callable[[], Any]) -> None:
         if self._wandb is None:
             return
-        try:
-            act()
-        except Exception as error:
+        if not attempt(f"W&B could not {what}", act, self._say, f"metrics go to {self._path} alone from here on"):
             self._wandb = None
-            self._say(f"warning: W&B could not {what} ({_brief(error)}); metrics go to {self._path} alone from here on")
 
 
 def find_wandb_login() -> str | None:
@@ -234,16 +250,11 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(error: BaseException) -> str:
     """Why a run could not be started online, in words that say what to do."""
     said, server = str(error), _wandb().setup().settings.base_url
     if "error 401" in said or "error 403" in said:
-        return f"{server} refuses the login; `wandb login --relogin`, or mend wandb.entity: {_brief(error)}"
+        return f"{server} refuses the login; `wandb login --relogin`, or mend wandb.entity: {brief(error)}"
     if "deadline exceeded" in said or "timed out" in said.lower() or "timeout" in said.lower():
         return f"{server} gave no usable answer within {INIT_TIMEOUT:g} seconds"
-    return _brief(error)
-
-
-def _brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return brief(error)

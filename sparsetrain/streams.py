@@ -1,0 +1,121 @@
+"""Standard output and standard error that raise nothing: a reader that went away must not end what is under way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ESTALE)
+"""What a reader, terminal or file leaves that will not come back."""
+
+
+class Stream:
+    """A text stream whose faults are noted instead of raised; anything but writing is that of the stream below.
+
+    Text that its encoding does not know is written in escapes. After an error that may pass (a full disk), the next
+    text is tried again; where the other side has gone, what is written from then on goes nowhere.
+    """
+
+    def __init__(self, below: Any) -> None:
+        self._below = below
+        self.fault: Exception | None = None
+        """The first thing that could not be written as it was."""
+
+    def write(self, text: str) -> int:
+        """Write, or do without."""
+        with self._faults_noted():
+            try:
+                self._below.write(text)
+            except UnicodeEncodeError as fault:
+                self.fault = self.fault or fault
+                encoding = self._below.encoding
+                self._below.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each of them, or do without."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush, or do without."""
+        with self._faults_noted():
+            self._below.flush()
+
+    def settle(self) -> None:
+        """Flush for the last time. What is left in buffers of a stream that takes none must not fail at exit."""
+        fault, self.fault = self.fault, None
+        self.flush()
+        if self.fault is not None:
+            self._leave()
+        self.fault = fault or self.fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
+
+    @contextmanager
+    def _faults_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as fault:  # a ValueError from a file that is closed
+            self.fault = self.fault or fault
+            if isinstance(fault, ValueError) or fault.errno in GONE:
+                self._leave()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            number = self._below.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Both of them."""
+
+    out: Stream
+    err: Stream
+
+    @property
+    def lost_output(self) -> Exception | None:
+        """Why standard output does not hold all that was printed. A reader that has read enough is no reason."""
+        fault = self.out.fault
+        return None if isinstance(fault, BrokenPipeError) else fault
+
+
+@contextmanager
+def forgiving() -> Iterator[Streams]:
+    """Inside of it nothing that is printed raises; afterwards all that can be written has been."""
+    _open_standard_files()
+    former = sys.stdout, sys.stderr
+    streams = Streams(Stream(sys.stdout), Stream(sys.stderr))
+    sys.stdout, sys.stderr = streams.out, streams.err
+    try:
+        yield streams
+    finally:
+        streams.out.settle()
+        streams.err.settle()
+        sys.stdout, sys.stderr = former
+
+
+def _open_standard_files() -> None:
+    """Open nothing in the place of what was closed before the start: else the first file that a run opens, such as a
+    checkpoint, would get its number, and whatever a library prints."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))

@@ -1,0 +1,67 @@
+"""The pictures at the end of a run, each drawn by itself: one that fails leaves the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsetrain.evaluation import EvalResult
+from sparsetrain.evaluation.pictures import (
+    attention_picture,
+    loss_curve,
+    passkey_heatmaps,
+    report_picture,
+    selection_picture,
+)
+from sparsetrain.modeling import sparse_layers
+from sparsetrain.recipe import Recipe
+from sparsetrain.training.tracking import METRICS_FILE
+
+
+def draw_run(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    folder: Path,
+    results: Mapping[str, EvalResult],
+    title: str,
+    attempt: Callable[[str, Callable[[], Any]], bool],
+) -> Iterator[Path]:
+    """Draw loss, attention, passkeys, selection, and all of them as ``report.png``, into the run folder.
+
+    Args:
+        attempt: is given what a picture shows and what draws it, and returns whether that went well.
+
+    Yields:
+        The PNG files, each as soon as it is drawn.
+    """
+    metrics, attention = folder / METRICS_FILE, recipe.attention
+    text_config = model.config.get_text_config()
+    shape = {
+        "length": recipe.sequence.length,
+        "num_layers": text_config.num_hidden_layers,
+        "num_kv_heads": getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads,
+    }
+    drawings: dict[str, Callable[[Path], Any]] = {
+        "loss": lambda out: loss_curve(metrics, out),
+        "attention": lambda out: attention_picture(attention, out, **shape),
+        "report": lambda out: report_picture(
+            out, title=title, metrics=metrics, results=results, attention=attention, **shape
+        ),
+    }
+    if any(result.passkey for result in results.values()):
+        drawings["passkey"] = lambda out: passkey_heatmaps(results, out)
+    methods = [method for _, _, method in sparse_layers(model) if method is not None]
+    lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
+    if lifetimes:
+        drawings["selection"] = lambda out: selection_picture(lifetimes, out)
+    for name, draw in drawings.items():
+        out = folder / f"{name}.png"
+
+        def drawn(draw: Callable[[Path], Any] = draw, out: Path = out) -> None:
+            draw(out)
+
+        if attempt(f"the picture {out.name}", drawn):
+            yield out
