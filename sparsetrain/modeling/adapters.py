@@ -25,11 +25,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
+from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
 from sparsetrain.modeling.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
-    load_config,
     load_model,
     recorded_attention,
     write_record,

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib import resources
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sparsetrain import __version__
-from sparsetrain.cache_folder import cache_fault
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.registry import METHODS, parse_attention
+from sparsetrain.methods.registry import parse_attention
+from sparsetrain.modeling.boundary import explained
+from sparsetrain.modeling.configs import config_source, saved_source, take_special_tokens
 from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.modeling.weights import load_weights, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,9 +37,6 @@ ADAPTER_FILE = "adapter_config.json"
 
 HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
 """Arguments of ``from_pretrained`` that say where a checkpoint lies."""
-
-OWN_MODELS = "sparsetrain:"
-"""Prefix of the checkpoints that ship with the package."""
 
 
 def save(
@@ -101,22 +98,16 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if "attn_implementation" in kwargs:
         raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
-    path = _resolve(str(path), "path")
+    path = resolve(str(path), "path")
     if (Path(path) / ADAPTER_FILE).is_file():
         return _load_adapters(path, kwargs)
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a model from {path}: {_first_line(error)}") from error
-    attention = recorded_attention(config.get("sparsetrain"), path)
-    try:
-        with _expecting_new_modules():
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        # TypeError and AttributeError are what transformers makes of an argument it does not know, such as a dtype.
-        raise ModelError(f"cannot load the model in {path}: {_first_line(error)}") from error
-    sparsify(model, attention)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+    code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    source = saved_source(path, "path", **hub, **code)
+    attention = recorded_attention(source.values.get("sparsetrain"), path)
+    source.skeleton(source.config(), **code)
+    model = load_weights(path, "path", **kwargs)
+    sparsify(model, attention)
     if not _restore_new_modules(model, attention, path, hub):
         raise ModelError(
             f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
@@ -132,18 +123,6 @@ def _load_adapters(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     for name in kwargs.keys() - set(accepted):
         raise ModelError(f"{path} holds adapters, which load without {name}; they take {', '.join(accepted)}")
     return load_adapters(path, **kwargs)
-
-
-def load_config(section: ModelSection) -> Any:
-    """The transformers config of the model a recipe names, without its weights.
-
-    Raises:
-        ModelError: it cannot be read, or has no such field as the recipe sets.
-    """
-    path = None if section.path is None else _resolve(section.path, "model.path")
-    config = _pretrained_config(path, section) if path else _new_config(section.architecture or {})
-    _override(config, section.config_overrides)
-    return config
 
 
 def load_model(
@@ -163,52 +142,39 @@ def load_model(
         ModelError: the model or tokenizer cannot be loaded, they do not fit each other, or the model cannot take the
             method.
     """
-    path = None if section.path is None else _resolve(section.path, "model.path")
-    config = load_config(section)
-    tokenizer = _load_tokenizer(path, section)
-    _check_vocabulary(tokenizer, config)
-    dtype = getattr(torch, section.dtype)
+    path = None if section.path is None else resolve(section.path, "model.path")
+    source = config_source(section)
+    config = source.config()
+    tokenizer = recipe_tokenizer(section)
+    check_vocabulary(tokenizer, config)
+    dtype, code = getattr(torch, section.dtype), {"trust_remote_code": section.trust_remote_code}
+    if not path:
+        take_special_tokens(config, tokenizer, section.architecture or {})
+    skeleton = source.skeleton(config, **code)
     if path:
-        model = _load_weights(path, section, config, dtype)
+        options = {"revision": section.revision, "use_safetensors": True, **code}
+        cut = "num_hidden_layers" in section.config_overrides
+        model = load_weights(path, "model.path", cut=cut, config=config, dtype=dtype, **options)
     else:
-        _take_special_tokens(config, tokenizer, section.architecture or {})
-        with torch.random.fork_rng(devices=[]):
+        _check_memory(skeleton, dtype)
+        with torch.random.fork_rng(devices=[]), explained("model.architecture"):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     attention, recorded = parse_attention(attention), getattr(config, "sparsetrain", None)
     sparsify(model, attention)
-    if path and recorded and recorded.get("attention", {}).get("method") == attention.method:
+    if path and _names(recorded, attention):
         _restore_new_modules(model, attention, path, {"revision": section.revision})
     return model, tokenizer
 
 
-def check_dropout(model: PreTrainedModel) -> None:
-    """Refuse to train with dropout in attention, which no method here computes.
-
-    Raises:
-        ModelError: names the setting.
-    """
-    config = model.config.get_text_config(decoder=True)
-    for name in ("attention_dropout", "attn_pdrop"):
-        if isinstance(share := getattr(config, name, None), float | int) and share > 0:
-            raise ModelError(
-                f"{name}={share}: attention dropout is not supported; switch it off with "
-                f"model.config_overrides={{{name}: 0.0}}"
-            )
-
-
-def check_positions(model: PreTrainedModel, length: int) -> None:
-    """Refuse rows longer than the model's config says it can read: rotary positions would go on, but what is exported
-    would not say so, and learned positions would run out.
-
-    Raises:
-        ModelError: names both numbers and the setting.
-    """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length > limit:
+def _check_memory(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse random weights that this host cannot hold: the system would kill the process without a word."""
+    needed = skeleton.num_parameters() * dtype.itemsize
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
         raise ModelError(
-            f"sequence.length={length} is beyond the model's max_position_embeddings={limit}; to train it for longer "
-            f"contexts say so: model.config_overrides={{max_position_embeddings: {length}}}"
+            f"model.architecture: {skeleton.num_parameters():,} random weights take {needed / 2**30:,.0f} GiB, and "
+            f"this host has {held / 2**30:,.0f} GiB of memory; make the model smaller"
         )
 
 
@@ -224,7 +190,7 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     added = new_modules(model, attention)
     wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
     places = {place: name for name, tensor in wanted.items() for place in _names_on_disk(model, name, tensor)}
-    saved = {places[place]: tensor for place, tensor in _read_tensors(path, places.keys(), hub).items()}
+    saved = {places[place]: tensor for place, tensor in read_tensors(path, places.keys(), hub).items()}
     if not saved:
         return not wanted
     for name, tensor in wanted.items():
@@ -244,35 +210,10 @@ def _names_on_disk(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> s
     return {name, *revert_weight_conversion(model, {name: tensor})}
 
 
-@contextmanager
-def _expecting_new_modules() -> Iterator[None]:
-    """Keep transformers from reporting what methods add to a model as unexpected: it is read afterwards."""
-    names = {name for config in METHODS.values() for name in config.new_modules}
-    former = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [rf"\.{name}\." for name in sorted(names)]
-    try:
-        yield
-    finally:
-        PreTrainedModel._keys_to_ignore_on_load_unexpected = former
-
-
-def _read_tensors(path: str, names: Iterable[str], hub: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Those of the tensors that a checkpoint holds, local or on the Hub, in one safetensors file or in several."""
-
-    def locate(file: str) -> str | None:
-        return cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
-
-    index, wanted = locate(SAFE_WEIGHTS_INDEX_NAME), set(names)
-    if index is None:
-        files = {SAFE_WEIGHTS_NAME} if wanted else set()
-    else:
-        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        files = {shards[name] for name in wanted & shards.keys()}
-    found: dict[str, torch.Tensor] = {}
-    for file in filter(None, map(locate, files)):
-        with safe_open(file, framework="pt") as weights:
-            found |= {name: weights.get_tensor(name) for name in wanted & set(weights.keys())}
-    return found
+def _names(record: Any, attention: MethodConfig) -> bool:
+    """Whether a record, which may be anything, is of the same method."""
+    section = record.get("attention") if isinstance(record, dict) else None
+    return isinstance(section, dict) and section.get("method") == attention.method
 
 
 def recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
@@ -296,137 +237,3 @@ def recorded_attention(record: dict[str, Any] | None, path: str | Path) -> Metho
         return parse_attention(record.get("attention", {}))
     except ModelError as error:
         raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None
-
-
-def _resolve(name: str, field: str) -> str:
-    """A local folder as a path, a Hub id as it is."""
-    if name.startswith(OWN_MODELS):
-        folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
-        if not folder.is_dir():
-            shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
-            raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
-        return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"{field}={name!r}: there is no such folder")
-    return name
-
-
-def _pretrained_config(path: str, section: ModelSection) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise _unloadable("model.path", section.path, error) from error
-
-
-def _new_config(architecture: dict[str, Any]) -> Any:
-    fields = dict(architecture)
-    model_type = fields.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"model.architecture.model_type={model_type!r} is unknown{_nearest(model_type, CONFIG_MAPPING)}"
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    _check_fields(config_class(), fields, "model.architecture")
-    try:
-        return config_class(**fields)
-    except Exception as error:  # each config class validates in its own way, with its own exceptions
-        raise ModelError(f"model.architecture: {_first_line(error)}") from error
-
-
-def _override(config: Any, overrides: dict[str, Any]) -> None:
-    """Set fields of the config, or of its text part in a multimodal model."""
-    text_config = config.get_text_config(decoder=True)
-    targets = {name: config if hasattr(config, name) else text_config for name in overrides}
-    for name, value in overrides.items():
-        _check_fields(targets[name], {name: value}, "model.config_overrides")
-        try:
-            setattr(targets[name], name, value)
-        except Exception as error:  # transformers' strict configs raise their own exceptions
-            raise ModelError(f"model.config_overrides.{name}={value!r}: {_first_line(error)}") from error
-
-
-def _check_fields(config: Any, fields: dict[str, Any], section: str) -> None:
-    for name in fields:
-        if not hasattr(config, name):
-            known = [*config.to_dict(), *config.attribute_map]
-            raise ModelError(f"{section}.{name}: {type(config).__name__} has no such field{_nearest(name, known)}")
-
-
-def _load_tokenizer(path: str | None, section: ModelSection) -> PreTrainedTokenizerBase:
-    own = section.tokenizer is None
-    source = path if own else _resolve(str(section.tokenizer), "model.tokenizer")
-    field = "model.path (tokenizer)" if own else "model.tokenizer"
-    try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=section.revision if own else None, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unloadable(field, source, error) from error
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    needed, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config(decoder=True).vocab_size
-    if needed > rows:
-        raise ModelError(
-            f"the tokenizer has {needed} token ids but the model's embedding only {rows} rows; use the model's own "
-            "tokenizer (model.tokenizer), or for random weights set vocab_size in model.architecture"
-        )
-
-
-def _take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, architecture: dict[str, Any]) -> None:
-    """A config class's default special tokens belong to another tokenizer."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if name not in architecture:
-            setattr(config, name, getattr(tokenizer, name))
-
-
-def _load_weights(path: str, section: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with _expecting_new_modules():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                revision=section.revision,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=section.trust_remote_code,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise _unloadable("model.path", section.path, error) from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model.path={section.path!r} lacks {len(missing)} weights that {type(model).__name__} needs: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
-    return model
-
-
-def _unloadable(field: str, name: str | None, error: Exception) -> ModelError:
-    if (fault := cache_fault(error)) is not None:
-        return ModelError(f"{field}={name!r} cannot be loaded: {fault}")
-    if Path(str(name)).is_dir():
-        needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
-        fix = f"The folder must hold {needed}, complete and readable."
-    else:
-        fix = (
-            f"If it is a Hub id, check its spelling, that this machine reaches the Hub (or download it before: "
-            f"hf download {name}), and that you are logged in if it is gated (hf auth login)."
-        )
-    return ModelError(f"{field}={name!r} cannot be loaded: {_first_line(error)} {fix}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # transformers puts the reason on the line after "Validation error for field 'hidden_size':".
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _nearest(name: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""

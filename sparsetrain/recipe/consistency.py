@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from sparsetrain.errors import ModelError
-from sparsetrain.recipe.heads import attention_heads, heads_fault
-from sparsetrain.recipe.local_model import num_layers
+from sparsetrain.recipe.heads import attention_heads, heads_fault, positions_fault
+from sparsetrain.recipe.local_model import decoder_config, num_layers
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.yaml_source import KeyPath
 
@@ -76,6 +76,9 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("attention", "block"),
             f"a block of {block} tokens is longer than sequence.length={length}; lower the one or raise the other",
         )
+    beyond = positions_fault(length, decoder_config(recipe.model).get("max_position_embeddings"))
+    if beyond is not None:
+        yield ("sequence", "length"), beyond
     for index, source in enumerate(recipe.data.sources):
         too_long = [tokens for tokens in source.lengths if tokens > length]
         if too_long:

@@ -54,3 +54,13 @@ def _rope_types(parameters: Any) -> Iterator[str]:
                 yield parameters[name]
         for inner in parameters.values():
             yield from _rope_types(inner)
+
+
+def positions_fault(length: int, limit: Any) -> str | None:
+    """Why rows of a length do not suit a model with so many positions; None if they do, or it does not say."""
+    if not isinstance(limit, int) or length <= limit:
+        return None
+    return (
+        f"{length} is beyond the model's max_position_embeddings={limit}; to train it for longer contexts say so: "
+        f"model.config_overrides={{max_position_embeddings: {length}}}"
+    )

@@ -1,0 +1,87 @@
+"""Where other libraries build something from a user's values: whatever they raise becomes one message."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sparsetrain.cache_folder import cache_fault
+from sparsetrain.errors import ModelError, SparsetrainError
+
+SEARCH_SECONDS = 3.0
+"""How long the value to blame is looked for."""
+
+_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def explained(what: str | Callable[[BaseException], str], fix: str = "") -> Iterator[None]:
+    """Turn any error of a library into a :class:`ModelError` with the library's own words.
+
+    Errors of our own, an interrupt, and memory that ran out pass as they are.
+
+    Args:
+        what: what was being done with which file or setting, the beginning of the message; a function of the
+            error where it takes time to find out.
+        fix: what helps, the end of the message.
+
+    Raises:
+        ModelError: for every other error inside.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        begun = what if isinstance(what, str) else what(error)
+        known = cache_fault(error)
+        raise ModelError(f"{begun}: {known or words(error)}{f' {fix}' if fix and not known else ''}") from error
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error says that a library was given what it cannot use.
+
+    The panics of libraries written in Rust (tokenizers, safetensors) are no ``Exception``.
+    """
+    if isinstance(error, SparsetrainError | MemoryError | torch.OutOfMemoryError):
+        return False
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MEMORY_SIGNS):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def words(error: BaseException) -> str:
+    """What an error says, in one line; with its class where it says no more than a name, as ``KeyError`` does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # transformers puts the reason on the line after "Validation error for field 'hidden_size':".
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if " " in text and (isinstance(error, OSError | ValueError | ImportError) or "validation error" in text.lower()):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def to_blame(values: Mapping[str, Any], build: Callable[[dict[str, Any]], object]) -> str | None:
+    """The name of the one value without which ``build`` raises nothing; None if there is no such value."""
+    end = time.monotonic() + SEARCH_SECONDS
+    for name in values:
+        if time.monotonic() > end:
+            break
+        try:
+            build({other: value for other, value in values.items() if other != name})
+        except BaseException as error:
+            if not isinstance(error, SparsetrainError) and not is_fault(error):
+                raise
+        else:
+            return name
+    return None
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` where a known name is like the one given."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -1,0 +1,114 @@
+"""Values of a transformers config that have the right type and cannot be meant. Its class lets them pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sparsetrain.modeling.boundary import nearest
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+)
+"""Fields that count something of which there is at least one."""
+
+LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "head_dim": 2**20, "hidden_size": 2**24}
+"""Beyond these a number is a mistake, and building the model would take for ever."""
+LARGEST_SIZE = 2**40
+
+
+def config_faults(config: Any) -> Iterator[tuple[str, str]]:
+    """Values that have the right type and cannot be meant: name, and what is wrong."""
+    decoder = config.get_text_config(decoder=True)
+    for part in (decoder,) if decoder is config else (config, decoder):
+        for name in SIZES:
+            value = getattr(part, name, None)
+            limit = LARGEST.get(name, LARGEST_SIZE)
+            if isinstance(value, int) and not 1 <= value <= limit:
+                yield name, f"{name}={value} is not between 1 and {limit}"
+    heads, kv_heads = getattr(decoder, "num_attention_heads", None), getattr(decoder, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        yield (
+            "num_key_value_heads",
+            f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; every key/value head serves "
+            "equally many query heads",
+        )
+    yield from _wrong_numbers(decoder)
+    yield from _wrong_activation(decoder)
+    yield from _wrong_rope(decoder)
+    yield from _wrong_tokens(decoder)
+
+
+def _wrong_numbers(config: Any) -> Iterator[tuple[str, str]]:
+    for name, value in config.to_dict().items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isnan(value):
+            yield name, f"{name} is not a number (NaN)"
+        elif name.endswith(("_eps", "_epsilon")) and not 0 <= value < 1:
+            yield name, f"{name}={value} is not at least 0 and below 1"
+        elif (name.endswith("dropout") or name.endswith("pdrop")) and not 0 <= value <= 1:
+            yield name, f"{name}={value} is a share: between 0 and 1"
+        elif name == "initializer_range" and not 0 <= value <= 100:
+            yield name, f"{name}={value} is a standard deviation: between 0 and 100"
+
+
+def _wrong_activation(config: Any) -> Iterator[tuple[str, str]]:
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value not in ACT2FN:
+            yield name, f"{name}={value!r} is no activation that transformers knows{nearest(value, ACT2FN)}"
+
+
+def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return
+    nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    for kind, each in (nested or {"": parameters}).items():
+        where = f"rope_parameters.{kind}." if kind else "rope_parameters."
+        rope_type = each.get("rope_type")
+        if rope_type == "default" and "factor" in each:
+            yield "rope_parameters", f"{where}factor={each['factor']!r:.60} has no effect with rope_type=default"
+        own = hasattr(config, f"_validate_{rope_type}_rope_parameters")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS and not own:
+            names = ["default", *ROPE_INIT_FUNCTIONS]
+            yield (
+                "rope_parameters",
+                f"{where}rope_type={rope_type!r} is not one of {', '.join(names)}{nearest(rope_type, names)}",
+            )
+        for name, least, most in (
+            ("rope_theta", 0, math.inf),
+            ("factor", 1, math.inf),
+            ("partial_rotary_factor", 0, 1),
+            ("original_max_position_embeddings", 1, math.inf),
+        ):
+            value: Any = each.get(name)
+            if name not in each or (value is None and name != "rope_theta"):
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not least <= value <= most or value in (0, math.inf):
+                bound = ("of at least 1" if least else "above 0") + (" and at most 1" if most == 1 else "")
+                yield "rope_parameters", f"{where}{name}={value!r:.60} is not a number {bound}"
+
+
+def _wrong_tokens(config: Any) -> Iterator[tuple[str, str]]:
+    """Ids below 0. Those beyond the vocabulary are common in small models, and transformers warns of them."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            # -1 is how some models on the Hub say that they have none.
+            if isinstance(token, int) and token < (-1 if name == "pad_token_id" else 0):
+                yield name, f"{name}={token} is no token"

@@ -1,0 +1,210 @@
+"""The transformers config of a model: from its files or from the recipe, with overrides, checked before it is used."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling.boundary import explained, is_fault, nearest, to_blame
+from sparsetrain.modeling.config_faults import config_faults
+from sparsetrain.modeling.config_overrides import check_name, overridden
+from sparsetrain.modeling.places import resolve, unloadable
+from sparsetrain.recipe.heads import positions_fault
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import ModelSection
+
+ARCHITECTURE = "model.architecture"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """The values that a config is made of, and where each of them came from."""
+
+    values: dict[str, Any]
+    """As in ``config.json`` or ``model.architecture``, with the overrides merged in."""
+    origin: str
+    """The file or the section."""
+    places: Mapping[str, str]
+    """Where those values were set that the recipe overrides."""
+    make: Callable[[dict[str, Any]], Any]
+    """The config of such values."""
+
+    def config(self) -> Any:
+        """The config, checked.
+
+        Raises:
+            ModelError: the family's config class refuses a value, or it can make no model.
+        """
+        with explained(partial(self.blame, self.make)):
+            config = self.make(copy.deepcopy(self.values))
+        for name, fault in config_faults(config):
+            raise ModelError(f"{self.place(name)}: {fault}")
+        return config
+
+    def skeleton(self, config: Any, **options: Any) -> PreTrainedModel:
+        """The model of the config without storage for its weights.
+
+        Raises:
+            ModelError: it cannot be built; names the value to blame if there is one.
+        """
+
+        def build(config: Any) -> Any:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, **options)
+
+        with explained(partial(self.blame, lambda values: build(self.make(values)))):
+            model: PreTrainedModel = build(copy.deepcopy(config))
+        return model
+
+    def blame(self, build: Callable[[dict[str, Any]], object], error: BaseException) -> str:
+        """Where the value stands that makes ``build`` raise an error, and the value."""
+        named = re.match(r"Validation error for field '(\w+)'", str(error))
+        if named is not None and named[1] in self.values:
+            name: str | None = named[1]
+        else:
+            # Overrides first: what the user wrote is more often to blame than what came with the model.
+            ordered = {**{name: self.values[name] for name in self.places if name in self.values}, **self.values}
+            name = to_blame(ordered, lambda values: build(copy.deepcopy(values)))
+        return self.origin if name is None else f"{self.place(name)}={self.values[name]!r:.200}"
+
+    def place(self, name: str) -> str:
+        """Where a field was set: the file and its name, or the override."""
+        if name in self.places:
+            return self.places[name]
+        return f"{ARCHITECTURE}.{name}" if self.origin == ARCHITECTURE else f"{self.origin}: {name}"
+
+
+def load_config(section: ModelSection) -> Any:
+    """The transformers config of the model a recipe names, without its weights.
+
+    Raises:
+        ModelError: it cannot be read, has no such field as the recipe sets, or describes no model.
+    """
+    return config_source(section).config()
+
+
+def config_source(section: ModelSection) -> ConfigSource:
+    """What the config of a recipe's model is made of.
+
+    Raises:
+        ModelError: it cannot be read, or has no such field as the recipe sets.
+    """
+    if section.path is None:
+        source = _new_source(section.architecture or {})
+    else:
+        source = saved_source(
+            resolve(section.path, "model.path"),
+            "model.path",
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    if not section.config_overrides:
+        return source
+    values, places = overridden(source.values, source.config(), section.config_overrides)
+    return dataclasses.replace(source, values=values, places=places)
+
+
+def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
+    """What the ``config.json`` of a folder or Hub id holds.
+
+    Args:
+        field: what to call the model in an error.
+        options: of ``from_pretrained``, where and how to read.
+    """
+    file = Path(path) / "config.json"
+    origin = str(file) if file.is_file() else f"config.json of {path}"
+    where = {name: value for name, value in options.items() if name != "trust_remote_code"}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path, **where)
+    except Exception as error:
+        if not is_fault(error):
+            raise
+        raise unloadable(field, path, error) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{origin} holds {values!r:.60}, and a config is an object")
+    kind = values.get("model_type")
+    remote = options.get("trust_remote_code") and values.get("auto_map")
+    if not remote and "model_type" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise ModelError(
+            f"{origin}: model_type={kind!r} is no family that transformers knows{nearest(kind, CONFIG_MAPPING)}"
+        )
+
+    def make(values: dict[str, Any]) -> Any:
+        config = config_class.from_dict(values)
+        config._name_or_path = path
+        return config
+
+    try:
+        config_class = type(AutoConfig.from_pretrained(path, **options))
+    except Exception as error:
+        if not is_fault(error):
+            raise
+        # Said by the value to blame, where the class is one of transformers' own.
+        if not isinstance(kind, str) or remote or kind not in CONFIG_MAPPING:
+            raise unloadable(field, path, error) from error
+        config_class = CONFIG_MAPPING[kind]
+    return ConfigSource(values, origin, {}, make)
+
+
+def _new_source(architecture: Mapping[str, Any]) -> ConfigSource:
+    fields = dict(architecture)
+    model_type = fields.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(f"{ARCHITECTURE}.model_type={model_type!r} is unknown{nearest(model_type, CONFIG_MAPPING)}")
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    for name, value in fields.items():
+        check_name(name, value, default, ARCHITECTURE)
+    # A class's own special tokens belong to another tokenizer.
+    none = dict.fromkeys(SPECIAL_TOKENS)
+    return ConfigSource(fields, ARCHITECTURE, {}, lambda values: config_class(**{**none, **values}))
+
+
+def take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:
+    """Give a config of random weights the special tokens of its tokenizer, but for those that the recipe gives."""
+    for name in SPECIAL_TOKENS:
+        if name not in architecture:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train with dropout in attention, which no method here computes.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if isinstance(share := getattr(config, name, None), float | int) and share > 0:
+            raise ModelError(
+                f"{name}={share}: attention dropout is not supported; switch it off with "
+                f"model.config_overrides={{{name}: 0.0}}"
+            )
+
+
+def check_positions(model: PreTrainedModel, length: int) -> None:
+    """Refuse rows longer than the model's config says it can read: rotary positions would go on, but what is exported
+    would not say so, and learned positions would run out.
+
+    Raises:
+        ModelError: names both numbers and the setting.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    fault = positions_fault(length, limit)
+    if fault is not None:
+        raise ModelError(f"sequence.length={fault}")

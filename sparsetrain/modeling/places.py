@@ -1,0 +1,54 @@
+"""Where a model lies: a local folder, the Hub, or this package; and what to say where it cannot be read."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from sparsetrain.cache_folder import cache_fault
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling.boundary import words
+
+OWN_MODELS = "sparsetrain:"
+"""Prefix of the checkpoints that ship with the package."""
+
+
+def resolve(name: str, field: str) -> str:
+    """A local folder as a path, a Hub id as it is.
+
+    Args:
+        field: what to call it in an error.
+
+    Raises:
+        ModelError: it is a path, and there is no such folder.
+    """
+    if name.startswith(OWN_MODELS):
+        folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
+        if not folder.is_dir():
+            shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+            raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists():
+        raise ModelError(f"{field}={name!r}: there is no such folder")
+    return name
+
+
+def unloadable(field: str, name: str | None, error: BaseException) -> ModelError:
+    """The error of a model or tokenizer that a library cannot read, with what helps."""
+    if (fault := cache_fault(error)) is not None:
+        return ModelError(f"{field}={name!r} cannot be loaded: {fault}")
+    return ModelError(f"{field}={name!r} cannot be loaded: {words(error)} {remedy(field, name)}")
+
+
+def remedy(field: str, name: str | None) -> str:
+    """What helps where a model or tokenizer cannot be read."""
+    if Path(str(name)).is_dir():
+        needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
+        return f"The folder must hold {needed}, complete and readable."
+    return (
+        f"If it is a Hub id, check its spelling, that this machine reaches the Hub (or download it before: "
+        f"hf download {name}), and that you are logged in if it is gated (hf auth login)."
+    )

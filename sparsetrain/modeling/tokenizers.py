@@ -1,0 +1,90 @@
+"""The tokenizer of a model: loaded, tried, and compared with the model's vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling.boundary import explained, words
+from sparsetrain.modeling.places import remedy, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import ModelSection
+
+SAMPLE = "A line of text, 12 + 34.\n"
+
+
+def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer a recipe names: its own, or the one beside the model.
+
+    Raises:
+        ModelError: it cannot be loaded, or cannot encode.
+    """
+    if section.tokenizer is not None:
+        path = resolve(section.tokenizer, "model.tokenizer")
+        return load_tokenizer(path, "model.tokenizer", trust_remote_code=section.trust_remote_code)
+    path = resolve(str(section.path), "model.path")
+    return load_tokenizer(
+        path, "model.path (tokenizer)", revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+
+
+def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder or the Hub, after it has encoded a line.
+
+    Args:
+        field: what to call it in an error.
+        options: of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be loaded, or cannot encode.
+    """
+    name = str(path)
+    with explained(lambda _: f"{_blame(name, field)} cannot be loaded", remedy(field, name)):
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
+    limit = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
+        raise ModelError(f"{field}={name!r}: model_max_length={limit!r:.60} of its tokenizer_config.json is no length")
+    with explained(f"{field}={name!r}: the tokenizer cannot encode a line of text"):
+        ids = tokenizer(SAMPLE)["input_ids"]
+        tokenizer.decode(ids)
+        vocabulary = tokenizer.get_vocab()
+    if not ids or not vocabulary:
+        raise ModelError(f"{field}={name!r}: the tokenizer makes no tokens of a line of text")
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        ModelError: names both numbers.
+    """
+    needed, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config(decoder=True).vocab_size
+    if needed > rows:
+        raise ModelError(
+            f"the tokenizer has {needed} token ids but the model's embedding only {rows} rows; use the model's own "
+            "tokenizer (model.tokenizer), or for random weights set vocab_size in model.architecture"
+        )
+
+
+def _blame(name: str, field: str) -> str:
+    """The field, and the file to blame where that can be told."""
+    file = Path(name) / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(file))
+        except BaseException as error:  # its panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            return f"{field}={name!r}: {file.name} ({words(error):.200})"
+        return f"{field}={name!r}: tokenizer_config.json or what stands beside it"
+    return f"{field}={name!r}"

@@ -1,0 +1,126 @@
+"""The weights of a checkpoint: read, and compared with what the model needs. Nothing is made up where they lack."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.registry import METHODS
+from sparsetrain.modeling.boundary import explained
+from sparsetrain.modeling.places import remedy
+
+NAMED = 3
+"""How many tensors a message names."""
+
+
+def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) -> PreTrainedModel:
+    """A model with the weights of its checkpoint, all of them and nothing else in their place.
+
+    Args:
+        field: what to call the model in an error.
+        cut: whether the model is meant to have fewer layers than its checkpoint.
+        options: of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ModelError: a file cannot be read, a tensor is missing, of another shape or not finite, or the config ties
+            embeddings that the checkpoint holds twice.
+    """
+    with explained(f"{field}={path!r} cannot be loaded", remedy(field, path)), _expecting_new_modules():
+        # Told of what does not fit, not stopped by it: its own error names no tensor.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    model, info = loaded
+    name = type(model).__name__
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{field}={path!r} lacks {len(missing)} weights that {name} needs: {_some(missing)}")
+    if misfits := sorted(info["mismatched_keys"]):
+        shapes = [f"{tensor} is {list(found)} instead of {list(wanted)}" for tensor, found, wanted in misfits]
+        raise ModelError(
+            f"{field}={path!r} holds {len(misfits)} weights of another shape than its config (or "
+            f"model.config_overrides) makes {name}: {_some(shapes)}"
+        )
+    if not cut and (left := _of_more_layers(model, info["unexpected_keys"])):
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        raise ModelError(
+            f"{field}={path!r} holds {len(left)} weights of layers that {name} with num_hidden_layers={layers} does "
+            f"not have: {_some(left)}"
+        )
+    _check_tied(model, f"{field}={path!r}")
+    if broken := [tensor for tensor, weights in model.named_parameters() if not _finite(weights)]:
+        raise ModelError(f"{field}={path!r} holds weights that are not finite (NaN or infinity): {_some(broken)}")
+    return model
+
+
+def read_tensors(path: str, names: Iterable[str], hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of the tensors that a checkpoint holds, local or on the Hub, in one safetensors file or in several.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+
+    def locate(file: str) -> str | None:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
+
+    found: dict[str, torch.Tensor] = {}
+    with explained(f"cannot read the weights in {path}"):
+        index, wanted = locate(SAFE_WEIGHTS_INDEX_NAME), set(names)
+        if index is None:
+            files = {SAFE_WEIGHTS_NAME} if wanted else set()
+        else:
+            shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            files = {shards[name] for name in wanted & shards.keys()}
+        for file in filter(None, map(locate, files)):
+            with safe_open(file, framework="pt") as weights:
+                found |= {name: weights.get_tensor(name) for name in wanted & set(weights.keys())}
+    return found
+
+
+@contextmanager
+def _expecting_new_modules() -> Iterator[None]:
+    """Keep transformers from reporting what methods add to a model as unexpected: it is read afterwards."""
+    names = {name for config in METHODS.values() for name in config.new_modules}
+    former = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [rf"\.{name}\." for name in sorted(names)]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = former
+
+
+def _of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """What is like the weights of the model's layers, and of a layer beyond them: a config that does not belong."""
+    layers = {re.sub(r"\.\d+\.", ".N.", name, count=1) for name in model.state_dict() if re.search(r"\.\d+\.", name)}
+    return sorted(name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name, count=1) in layers)
+
+
+def _check_tied(model: PreTrainedModel, what: str) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if not tied or not model._tied_weights_keys or head is None or embedding is None:
+        return
+    if head.weight is not embedding.weight:
+        raise ModelError(
+            f"{what}: its config says tie_word_embeddings=true, and its weights hold an output head that is not the "
+            "embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
+        )
+
+
+def _finite(weights: torch.Tensor) -> bool:
+    if weights.is_meta or weights.numel() == 0 or not weights.is_floating_point() or weights.element_size() == 1:
+        return True
+    low, high = weights.detach().aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
