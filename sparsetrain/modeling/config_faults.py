@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -20,7 +20,6 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
-    "sliding_window",
 )
 """Fields that count something of which there is at least one."""
 
@@ -30,29 +29,42 @@ LARGEST_SIZE = 2**40
 
 
 def config_faults(config: Any) -> Iterator[tuple[str, str]]:
-    """Values that have the right type and cannot be meant: name, and what is wrong."""
+    """Each value of a config, or of its decoder's part, that cannot be meant: the field, and what is wrong."""
     decoder = config.get_text_config(decoder=True)
     for part in (decoder,) if decoder is config else (config, decoder):
-        for name in SIZES:
-            value = getattr(part, name, None)
-            limit = LARGEST.get(name, LARGEST_SIZE)
-            if isinstance(value, int) and not 1 <= value <= limit:
-                yield name, f"{name}={value} is not between 1 and {limit}"
-    heads, kv_heads = getattr(decoder, "num_attention_heads", None), getattr(decoder, "num_key_value_heads", None)
+        yield from _wrong_sizes(_fields(part))
+    fields = _fields(decoder)
+    yield from _wrong_numbers(fields)
+    yield from _wrong_activation(fields)
+    yield from _wrong_rope(decoder)
+    yield from _wrong_tokens(fields)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a config holds, under the names that all families share. Not its attributes, which may differ by layer."""
+    values: dict[str, Any] = config.to_dict()
+    return values | {common: values[own] for common, own in type(config).attribute_map.items() if own in values}
+
+
+def _wrong_sizes(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in SIZES:
+        value, limit = fields.get(name), LARGEST.get(name, LARGEST_SIZE)
+        if isinstance(value, int) and not 1 <= value <= limit:
+            yield name, f"{name}={value} is not between 1 and {limit}"
+    window = fields.get("sliding_window")
+    if isinstance(window, int) and window < 0:  # some families say none by 0
+        yield "sliding_window", f"sliding_window={window} is below 0"
+    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         yield (
             "num_key_value_heads",
             f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; every key/value head serves "
             "equally many query heads",
         )
-    yield from _wrong_numbers(decoder)
-    yield from _wrong_activation(decoder)
-    yield from _wrong_rope(decoder)
-    yield from _wrong_tokens(decoder)
 
 
-def _wrong_numbers(config: Any) -> Iterator[tuple[str, str]]:
-    for name, value in config.to_dict().items():
+def _wrong_numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if math.isnan(value):
@@ -65,9 +77,9 @@ def _wrong_numbers(config: Any) -> Iterator[tuple[str, str]]:
             yield name, f"{name}={value} is a standard deviation: between 0 and 100"
 
 
-def _wrong_activation(config: Any) -> Iterator[tuple[str, str]]:
+def _wrong_activation(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = getattr(config, name, None)
+        value = fields.get(name)
         if isinstance(value, str) and value not in ACT2FN:
             yield name, f"{name}={value!r} is no activation that transformers knows{nearest(value, ACT2FN)}"
 
@@ -83,7 +95,7 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
         if rope_type == "default" and "factor" in each:
             yield "rope_parameters", f"{where}factor={each['factor']!r:.60} has no effect with rope_type=default"
         own = hasattr(config, f"_validate_{rope_type}_rope_parameters")
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS and not own:
+        if rope_type not in (None, "default") and rope_type not in ROPE_INIT_FUNCTIONS and not own:
             names = ["default", *ROPE_INIT_FUNCTIONS]
             yield (
                 "rope_parameters",
@@ -104,10 +116,10 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
                 yield "rope_parameters", f"{where}{name}={value!r:.60} is not a number {bound}"
 
 
-def _wrong_tokens(config: Any) -> Iterator[tuple[str, str]]:
+def _wrong_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Ids below 0. Those beyond the vocabulary are common in small models, and transformers warns of them."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name, None)
+        value = fields.get(name)
         for token in value if isinstance(value, list) else [value]:
             # -1 is how some models on the Hub say that they have none.
             if isinstance(token, int) and token < (-1 if name == "pad_token_id" else 0):
