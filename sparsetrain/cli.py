@@ -431,7 +431,7 @@ def validate(
         ),
     ] = None,
 ) -> None:
-    """Check recipes without loading a model, and print what follows from them.
+    """Check recipes and the first row of their local data without loading a model, and print what follows from them.
 
     \b
     Examples:
@@ -439,6 +439,7 @@ def validate(
       sparsetrain recipe validate recipes/*.yaml --ranks 8
       sparsetrain recipe validate my.yaml train.lr=2e-5
     """
+    from sparsetrain.data.check import check_data
     from sparsetrain.recipe import load_recipe
     from sparsetrain.recipe.describe import attention_facts, batch_facts
 
@@ -453,12 +454,16 @@ def validate(
             gpus = ranks or loaded.recipe.sequence.parallel
             facts = f"{batch_facts(loaded.recipe, gpus)}; {attention_facts(loaded.recipe)}"
             _check_deepspeed(loaded, gpus)
+            data = check_data(loaded.recipe)
         except SparsetrainError as error:
             failures += 1
             print(f"error: {error}", file=sys.stderr)
         else:
-            print(f"{name}: valid: {facts}")
+            unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
+            print(f"{name}: valid: {facts}{unseen}")
             _print_notes(loaded)
+            for remark in data.remarks:
+                print(f"note: {remark}", file=sys.stderr)
     if failures:
         raise typer.Exit(RecipeError.exit_code)
 

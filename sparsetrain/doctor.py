@@ -19,6 +19,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsetrain.data.check import check_data
+from sparsetrain.errors import DataError
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import Recipe
 
@@ -88,7 +90,7 @@ def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
         ("W&B", lambda: check_wandb(recipe)),
     ]
     if recipe is not None:
-        checks.append(("disk", lambda: check_disk(recipe)))
+        checks += [("disk", lambda: check_disk(recipe)), ("data", lambda: check_recipe_data(recipe))]
     for name, check in checks:
         try:
             result = check()
@@ -320,6 +322,17 @@ def check_disk(recipe: Recipe) -> Finding:
     if needed > 0.8 * free:
         return Finding("warn", "disk", found, "little is left over; other writers on this disk may stop the run")
     return Finding("ok", "disk", found)
+
+
+def check_recipe_data(recipe: Recipe) -> Finding | list[Finding]:
+    """The files, columns and first rows of a recipe's data, and what its chat template writes."""
+    try:
+        data = check_data(recipe)
+    except DataError as error:
+        return Finding("fail", "data", str(error))
+    unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
+    warned = [Finding("warn", "chat template", remark) for remark in data.remarks]
+    return [Finding("ok", "data", f"what is on this machine can be read{unseen}"), *warned]
 
 
 def count_parameters(recipe: Recipe) -> tuple[int, str] | None:

@@ -27,6 +27,7 @@ train: {steps: 30, lr: 2e-5, global_batch_sequences: 4}
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(RECIPE)
+    Path("corpus.jsonl").write_text('{"text": "a line"}\n')
     return "run.yaml"
 
 
@@ -100,6 +101,7 @@ def test_validate_prints_one_line_a_recipe(call, recipe):
     assert first.startswith("run.yaml: valid: 1 row x 2 accumulation x 2 ranks = 4 rows = 512 tokens a step; 30 steps")
     assert "power attention, 78.3% of causal pairs" in first
     assert second.startswith("qwen3-0.6b-power-32k: valid: 1 row x 16 accumulation x 2 ranks")
+    assert second.endswith("not looked at: the tokenizer of Qwen/Qwen3-0.6B-Base, the Hub dataset emozilla/pg19")
 
 
 def test_validate_reports_every_broken_recipe_and_goes_on(call, recipe):

@@ -1,11 +1,20 @@
-"""Training data: sources, tokenisation, synthetic tasks, packing, and a stream of rows that resumes exactly."""
+"""Training data: sources, tokenisation, synthetic tasks, packing, and a stream of rows that resumes exactly.
 
-from sparsetrain.data.batch import Batch, Row, Step, collate
-from sparsetrain.data.build import build_rows
-from sparsetrain.data.loader import StepLoader
-from sparsetrain.data.stream import RowStream
-from sparsetrain.data.synthetic import RetrievalPrompt, multikey_prompt, passkey_prompt
-from sparsetrain.data.tokens import token_stream
+What is named here is imported when it is first asked for, so that a recipe's data can be looked at without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsetrain.data.batch import Batch, Row, Step, collate
+    from sparsetrain.data.build import build_rows
+    from sparsetrain.data.loader import StepLoader
+    from sparsetrain.data.stream import RowStream
+    from sparsetrain.data.synthetic import RetrievalPrompt, multikey_prompt, passkey_prompt
+    from sparsetrain.data.tokens import token_stream
 
 __all__ = [
     "Batch",
@@ -20,3 +29,19 @@ __all__ = [
     "passkey_prompt",
     "token_stream",
 ]
+
+_MODULES = {
+    "batch": ("Batch", "Row", "Step", "collate"),
+    "build": ("build_rows",),
+    "loader": ("StepLoader",),
+    "stream": ("RowStream",),
+    "synthetic": ("RetrievalPrompt", "multikey_prompt", "passkey_prompt"),
+    "tokens": ("token_stream",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-IGNORE = -100
-"""Label of a token that carries no loss."""
+from sparsetrain.data.document import IGNORE as IGNORE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sparsetrain.data.batch import IGNORE
+IGNORE = -100
+"""Label of a token that carries no loss."""
 
 LongDocuments = Literal["split", "truncate", "drop"]
 

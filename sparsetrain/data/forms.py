@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sparsetrain.recipe.schema import DataSource
 
 
@@ -25,7 +23,15 @@ class RowForm:
     """The columns read, in the order the kind needs them."""
 
 
-def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> RowForm:
+class HasChatTemplate(Protocol):
+    """What is asked of a tokenizer here."""
+
+    @property
+    def chat_template(self) -> Any:
+        """The template, or several by name; None without one."""
+
+
+def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatTemplate) -> RowForm:
     """The form of a source with these columns.
 
     ``auto`` takes the first that fits of chat messages (also ShareGPT's ``conversations``), prompt + completion,

@@ -76,10 +76,23 @@ def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Dama
     return None
 
 
-def _parquet_batches(file: str, whole: bool) -> Iterator[pa.RecordBatch]:
+def first_batch(kind: Literal["parquet", "arrow"], file: str) -> pa.RecordBatch | None:
+    """The first rows of a file, None where it has none.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    batches = _parquet_batches(file, True, rows=1) if kind == "parquet" else _arrow_batches(file)
+    try:
+        return next((batch for batch in batches if batch.num_rows), None)
+    except (pa.ArrowException, EOFError) as problem:
+        raise DataError(f"{file} is damaged: {' '.join(str(problem).split())}") from problem
+
+
+def _parquet_batches(file: str, whole: bool, rows: int = 256) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(file) as opened:
         if whole:
-            yield from opened.iter_batches(batch_size=256)
+            yield from opened.iter_batches(batch_size=rows)
 
 
 def _arrow_batches(file: str) -> Iterator[pa.RecordBatch]:

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 
 from sparsetrain.cache_folder import cache_fault
-from sparsetrain.data.files import (
-    DAMAGED,
-    Kind,
-    find_files,
-    is_local,
-    parse_line,
-    read_documents,
-    read_lines,
-    stamped,
-    stdlib_files,
+from sparsetrain.data.columns import (
+    ROWS_TRIED,
+    STDLIB,
+    Layout,
+    fields_of,
+    layout_of,
+    local_files,
+    refuse_hub_settings,
 )
+from sparsetrain.data.files import Kind, find_files, is_local, read_documents, read_lines, stamped, stdlib_files
 from sparsetrain.data.forms import RowForm, resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.shards import intact
@@ -37,12 +36,6 @@ if TYPE_CHECKING:
 datasets.utils.logging.set_verbosity_error()
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
-
-Layout = Literal["lines", "documents", "table"]
-"""What a raw row is: an unparsed line of JSON, a whole file, or the columns of a table."""
-
-ROWS_TRIED = 1000
-"""Lines looked at to find the first that parses, whose keys are taken for the columns."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Reader:
         Raises:
             MalformedRow: it cannot be read.
         """
-        return render(_fields(raw, self.layout), self.form, tokenizer)
+        return render(fields_of(raw, self.layout), self.form, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -107,13 +100,13 @@ def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDatase
 
 def _is_on_disk(source: DataSource) -> bool:
     assert source.path is not None
-    return source.path == "python-stdlib" or is_local(source.path)
+    return source.path == STDLIB or is_local(source.path)
 
 
 def _name_damage(source: DataSource) -> None:
     """Raise a :class:`DataError` that names the damaged file and row of a local table, if there is one."""
     assert source.path is not None
-    if _is_on_disk(source) and source.path != "python-stdlib":
+    if _is_on_disk(source) and source.path != STDLIB:
         kind, files = find_files(source.label, source.path)
         if kind in ("parquet", "arrow"):
             intact(source.label, kind, files, skip=False, whole=True)
@@ -121,22 +114,15 @@ def _name_damage(source: DataSource) -> None:
 
 def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> tuple[Layout, Callable[[], Any]]:
     assert source.path is not None
-    hub_only = [name for name in ("subset", "revision") if getattr(source, name) is not None]
     kind: Kind
-    if source.path == "python-stdlib":
+    if source.path == STDLIB:
+        refuse_hub_settings(source)
         kind, files = "documents", stdlib_files(source.label, source.split)
     else:
-        if source.split != "train":
-            hub_only.append("split")
-        kind, files = find_files(source.label, source.path)
-    if hub_only:
-        raise DataError(
-            f"data source {source.label!r}: {hub_only[0]} belongs to Hub datasets; {source.path} is local, so let path "
-            "name the files wanted"
-        )
+        kind, files = local_files(source)
     if kind in ("parquet", "arrow"):
         return "table", _table(source, kind, files, streaming, skip_damaged)
-    layout: Layout = "lines" if kind == "lines" else "documents"
+    layout = layout_of(kind)
     return layout, lambda: _generated(source, layout, stamped(files), streaming)
 
 
@@ -218,22 +204,9 @@ def _columns(source: DataSource, rows: datasets.Dataset | datasets.IterableDatas
     problem = ""
     for raw in islice(rows_of(source, rows), ROWS_TRIED):
         try:
-            return list(_fields(raw, layout))
+            return list(fields_of(raw, layout))
         except MalformedRow as malformed:
             problem = problem or f": {raw['place']}: {malformed}"
     if problem:
         raise DataError(f"data source {source.label!r} holds no row that can be read{problem}")
     raise _empty(source)
-
-
-def _fields(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
-    if layout == "table":
-        return raw
-    if layout == "documents":
-        if raw["text"].startswith(DAMAGED):
-            raise MalformedRow(raw["text"].removeprefix(DAMAGED))
-        return {"text": raw["text"]}
-    try:
-        return parse_line(raw["text"])
-    except ValueError as problem:
-        raise MalformedRow(str(problem)) from problem

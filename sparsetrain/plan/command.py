@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparsetrain.data.check import check_data
 from sparsetrain.errors import RecipeError
 from sparsetrain.plan.devices import find_device, parse_memory
 from sparsetrain.plan.estimate import Plan, plan_recipe
@@ -47,7 +48,7 @@ def run_plan(
     """Print the plan of a recipe, or of all the shipped ones.
 
     Raises:
-        SparsetrainError: an option, the recipe or the shape of its model is not valid.
+        SparsetrainError: an option, the recipe, the shape of its model or its data is not valid.
     """
     if all_recipes:
         if name is not None or in_json or not as_markdown:
@@ -59,6 +60,7 @@ def run_plan(
     if as_markdown and in_json:
         raise RecipeError("--markdown and --json are two forms of one answer; give one of them")
     plan = make_plan(name, overrides, gpus=gpus, device=device, memory=memory, config=config, liger=liger)
+    check_data(plan.setting.recipe)
     if in_json:
         print(json.dumps(as_json(plan), indent=2))
     elif as_markdown:

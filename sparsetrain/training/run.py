@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data import RowStream, StepLoader, build_rows, collate
+from sparsetrain.data.check import check_data
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError, SparsetrainError
 from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
@@ -96,6 +97,7 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
     check_quantization(recipe.base_bits, world.device)
     check_memory_options(recipe.train, world.device)
     check_offload(recipe, world.device)
+    _on_main(world, lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)
     here.at("loading the model")
     if recipe.sequence.parallel > 1:

@@ -1,0 +1,174 @@
+"""What can be known of a recipe's data before anything is loaded: no model, no torch, the first row of local files.
+
+``sparsetrain recipe validate``, ``plan``, ``doctor`` and ``run`` all begin with this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sparsetrain.data.columns import STDLIB, first_row, local_files, refuse_hub_settings
+from sparsetrain.data.files import is_local
+from sparsetrain.data.forms import RowForm, resolve_form
+from sparsetrain.data.values import MalformedRow
+from sparsetrain.errors import DataError, first_line
+from sparsetrain.recipe.local_model import model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import DataSource, Recipe
+
+LARGEST_ROW = 2**20
+"""Characters of a first row that is still rendered."""
+ROOM = 2**17
+"""Tokens in which every synthetic task has room."""
+
+
+@dataclass
+class DataCheck:
+    """What was found of data that a run can start with."""
+
+    unseen: list[str] = field(default_factory=list)
+    """What could not be looked at, so that only the run finds out."""
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know, a sentence each."""
+
+
+@dataclass(frozen=True)
+class _AnyTemplate:
+    """Stands for a tokenizer that could not be looked at: it may have a chat template."""
+
+    chat_template: Any = "unknown"
+
+
+def check_data(recipe: Recipe) -> DataCheck:
+    """Look at files, columns, the first row of each source, the room for synthetic tasks, and the chat template.
+
+    Nothing of the Hub is read. The tokenizer is read where it lies in a local folder and something depends on it.
+
+    Raises:
+        DataError: with every fault that would stop the run, a line each.
+    """
+    check = DataCheck()
+    faults: list[str] = []
+    tokenizer = _tokenizer(recipe, check)
+    chat = False
+    for name, source, skip in _sources(recipe):
+        with _collected(faults, name):
+            form = _check_source(source, tokenizer, check, skip)
+            chat |= form is not None and form.kind in ("chat", "alpaca")
+    if tokenizer is not None:
+        _check_room(recipe, tokenizer, faults)
+        if chat and tokenizer.chat_template:
+            from sparsetrain.data.ending import remarks, turn_ending
+
+            with _collected(faults, "model.tokenizer"):
+                check.remarks += remarks(turn_ending(tokenizer), tokenizer)
+    if faults:
+        raise DataError("\n".join(dict.fromkeys(faults)))
+    check.unseen = list(dict.fromkeys(check.unseen))
+    return check
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
+    """Every source with rows, the field it stands in, and whether malformed rows of it are skipped."""
+    for index, source in enumerate(recipe.data.sources):
+        if source.path is not None:
+            yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip"
+    if recipe.eval.perplexity is not None:
+        yield "eval.perplexity.source", recipe.eval.perplexity.source, False
+
+
+def _check_source(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool
+) -> RowForm | None:
+    """The form of a source's rows; None of one that cannot be looked at.
+
+    Raises:
+        DataError: it has no rows that a run could read.
+    """
+    if source.path is None:
+        raise DataError(f"data source {source.label!r}: perplexity is measured on text, not on a synthetic task")
+    seen = tokenizer or _AnyTemplate()
+    if source.path == STDLIB:
+        refuse_hub_settings(source)
+        if source.split not in ("train", "validation"):
+            raise DataError(f"data source {source.label!r}: {STDLIB} has the splits train and validation")
+        return resolve_form(source, ["text"], seen)
+    if not is_local(source.path):
+        check.unseen.append(f"the Hub dataset {source.path}")
+        return None
+    kind, files = local_files(source)
+    place, row = first_row(source, kind, files, skip=skip)
+    form = resolve_form(source, list(row), seen)
+    if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:
+        from sparsetrain.data.render import render
+
+        try:
+            render(row, form, tokenizer)
+        except MalformedRow as problem:
+            raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
+    return form
+
+
+def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:
+    """Note the synthetic tasks that their shortest document has no room for."""
+    from sparsetrain.data.randomness import generator
+    from sparsetrain.data.synthetic import passkey_prompt, synthetic_task
+
+    asked = [(f"data.sources.{index}", source) for index, source in enumerate(recipe.data.sources) if source.synthetic]
+    if recipe.eval.recall is not None:
+        asked.append(("eval.recall.source", recipe.eval.recall.source))
+    for name, source in asked:
+        with _collected(faults, name):
+            shortest = min(source.lengths, default=recipe.sequence.length)
+            synthetic_task(source, tokenizer).document(min(shortest, ROOM), generator(0))
+    passkey = recipe.eval.passkey
+    if passkey is not None:
+        with _collected(faults, "eval.passkey.lengths"):
+            passkey_prompt(tokenizer, min(*passkey.lengths, ROOM), 0.5, generator(0), passkey.digits)
+
+
+def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | None:
+    """The recipe's tokenizer, if it lies in a local folder and something is to be tried with it.
+
+    What is wrong with it is told where the model is looked at.
+    """
+    sources, evaluation = recipe.data.sources, recipe.eval
+    texts = [*sources, *([evaluation.perplexity.source] if evaluation.perplexity else [])]
+    tried = any(source.path != STDLIB and (source.synthetic or is_local(str(source.path))) for source in texts)
+    if not (tried or evaluation.passkey or evaluation.recall):
+        return None
+    name = recipe.model.tokenizer or recipe.model.path
+    folder = model_folder(recipe.model.model_copy(update={"path": name}))
+    if folder is None:
+        check.unseen.append(f"the tokenizer of {name}")
+        return None
+    # Not AutoTokenizer, which takes seconds to import torch.
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    except BaseException as error:
+        # The panics of a library written in Rust are no Exception.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        check.unseen.append(f"the tokenizer in {folder} ({first_line(error)})")
+        return None
+    finally:
+        logging.set_verbosity(said)
+
+
+@contextmanager
+def _collected(faults: list[str], name: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        faults.append(f"{name}: {error}")

@@ -1,0 +1,109 @@
+"""The files of a local source and the first row of them, without the libraries that read them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparsetrain.data.files import DAMAGED, Kind, find_files, parse_line, read_documents, read_lines, stamped
+from sparsetrain.data.values import MalformedRow
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from sparsetrain.recipe.schema import DataSource
+
+Layout = Literal["lines", "documents", "table"]
+"""What a raw row is: an unparsed line of JSON, a whole file, or the columns of a table."""
+
+STDLIB = "python-stdlib"
+ROWS_TRIED = 1000
+"""Lines looked at to find the first that parses, whose keys are taken for the columns."""
+
+
+def local_files(source: DataSource) -> tuple[Kind, list[str]]:
+    """What kind of files a source names, and which.
+
+    Raises:
+        DataError: none, several kinds or an unknown one, or the source has settings of a Hub dataset.
+    """
+    assert source.path is not None
+    refuse_hub_settings(source)
+    return find_files(source.label, source.path)
+
+
+def refuse_hub_settings(source: DataSource) -> None:
+    """Refuse what only a Hub dataset would read.
+
+    Raises:
+        DataError: names the setting.
+    """
+    settings = ["subset", "revision"] if source.path == STDLIB else ["subset", "revision", "split"]
+    for name in settings:
+        if getattr(source, name) != type(source).model_fields[name].default:
+            raise DataError(
+                f"data source {source.label!r}: {name} belongs to Hub datasets; {source.path} is local, so let path "
+                "name the files wanted"
+            )
+
+
+def layout_of(kind: Kind) -> Layout:
+    """How files of this kind give their rows."""
+    return "table" if kind in ("parquet", "arrow") else "lines" if kind == "lines" else "documents"
+
+
+def fields_of(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+    """The columns of a raw row.
+
+    Raises:
+        MalformedRow: it is no JSON object, or stands for what could not be read.
+    """
+    if layout == "table":
+        return raw
+    if layout == "documents":
+        if raw["text"].startswith(DAMAGED):
+            raise MalformedRow(raw["text"].removeprefix(DAMAGED))
+        return {"text": raw["text"]}
+    try:
+        return parse_line(raw["text"])
+    except ValueError as problem:
+        raise MalformedRow(str(problem)) from problem
+
+
+def first_row(source: DataSource, kind: Kind, files: list[str], *, skip: bool) -> tuple[str, Mapping[str, Any]]:
+    """Where the first row that can be read stands, and its columns.
+
+    Args:
+        skip: pass over rows and files that cannot be read; else refuse them.
+
+    Raises:
+        DataError: there is no such row.
+    """
+    layout, problem = layout_of(kind), ""
+    rows = _table(source, kind, files, skip) if layout == "table" else _lines(kind, files)
+    for raw in islice(rows, ROWS_TRIED):
+        place = raw["place"]
+        try:
+            return place, fields_of(raw["row"] if layout == "table" else raw, layout)
+        except MalformedRow as malformed:
+            problem = problem or f": {place}: {malformed}"
+            if not skip:
+                break
+    if problem:
+        raise DataError(f"data source {source.label!r} holds no row that can be read{problem}")
+    raise DataError(f"data source {source.label!r} is empty: {source.path} has no rows")
+
+
+def _lines(kind: Kind, files: list[str]) -> Iterator[dict[str, Any]]:
+    return (read_lines if kind == "lines" else read_documents)(stamped(files))
+
+
+def _table(source: DataSource, kind: Kind, files: list[str], skip: bool) -> Iterator[dict[str, Any]]:
+    from sparsetrain.data.shards import first_batch, intact
+
+    assert kind in ("parquet", "arrow")
+    for file in intact(source.label, kind, files, skip=skip, whole=False):
+        batch = first_batch(kind, file)
+        if batch is not None and batch.num_rows:
+            yield {"place": f"{file}, row 0", "row": batch.slice(0, 1).to_pylist()[0]}
+            return
