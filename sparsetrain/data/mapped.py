@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ import numpy as np
 from filelock import FileLock
 
 from sparsetrain.cache_folder import cache_fault
+from sparsetrain.data.content import content_of
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
+from sparsetrain.data.position import Drawn, read_position
 from sparsetrain.data.randomness import generator
 from sparsetrain.data.render import RENDER_VERSION
 from sparsetrain.data.sources import OpenSource, Reader, open_source
@@ -122,6 +125,11 @@ class MappedSource:
         """Pieces in an epoch: documents, or the parts of longer ones."""
         return int(self._pieces_up_to[-1])
 
+    @cached_property
+    def content(self) -> str:
+        """Equal for equal documents, wherever they lie."""
+        return content_of(self._rows, self._usable, self.lengths)
+
     def draw(self) -> list[Piece]:
         """The next piece of this epoch, or the first of the next one."""
         epoch, place = divmod(self._drawn, self.size)
@@ -141,7 +149,7 @@ class MappedSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the pieces drawn."""
-        self._drawn = state["drawn"]
+        self._drawn = read_position(state, Drawn).drawn
 
     def _read(self, row: int) -> Tokens:
         columns = self._rows[row]

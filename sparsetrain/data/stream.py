@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsetrain.data.batch import Row
 from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece
+from sparsetrain.data.position import Position, read_position
 from sparsetrain.data.randomness import generator, uniform
 from sparsetrain.errors import DataError
 
@@ -35,6 +36,10 @@ class DocumentSource(Protocol):
     @property
     def malformed(self) -> int:
         """Rows that could not be read, so far."""
+
+    @property
+    def content(self) -> str | None:
+        """Equal for equal documents, wherever they lie; None for a synthetic source or a stream, which cannot know."""
 
     def draw(self) -> list[Piece]:
         """The next piece; of a stream, all pieces of the next document."""
@@ -88,6 +93,8 @@ class RowStream:
         self._epoch = sum(source.size or 0 for source in sources)
         self._draws = 0
         self._mapped_draws = 0
+        self.given = 0
+        """Rows given since the beginning, in all runs."""
         self._window: list[list[Piece]] = []
         self._row = 0
         self._window_start = self._position()
@@ -136,22 +143,27 @@ class RowStream:
 
         Raises:
             DataError: it was saved by another mixture, row length or seed, where it would mean other rows.
+            ValueError: it is no position of any.
         """
-        mine, theirs = self._mixture(), state["mixture"]
-        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        saved = read_position(state, Position)
+        mine, theirs = self._mixture(), saved.mixture
+        changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if changed:
             raise DataError(
                 f"the data position to resume from was saved with {changed[0]} {theirs.get(changed[0])}, and the "
-                f"recipe now gives {mine[changed[0]]}; resume with the recipe and the data of that run"
+                f"recipe now gives {mine.get(changed[0])}; resume with the recipe and the data of that run"
             )
-        self._draws = state["draws"]
-        self._mapped_draws = state["mapped_draws"]
-        for source, position in zip(self._sources, state["sources"]):
+        saved.check(len(self._sources))
+        self.given, self._draws, self._mapped_draws = saved.rows, saved.draws, saved.mapped_draws
+        for source, position in zip(self._sources, saved.sources, strict=True):
             source.load_state_dict(position)
         self._window_start = self._position()
-        self._window, self._row = [], state["row"]
+        self._window, self._row = [], saved.row
+        self.given += saved.row
         if self._row:
             self._window = self._pack()
+        if self._row > len(self._window):
+            raise ValueError(f"row {self._row} of {len(self._window)} that were packed together")
 
     def rows_per_epoch(self) -> int:
         """Rows of the first epoch, counted by packing it. The order of later epochs may make a row more or less.
@@ -177,6 +189,7 @@ class RowStream:
             self._window_start = self._position()
             self._window, self._row = self._pack(), 0
         self._row += 1
+        self.given += 1
         return self._window[self._row - 1]
 
     def _pack(self) -> list[list[Piece]]:
@@ -228,6 +241,7 @@ class RowStream:
 
     def _position(self) -> dict[str, Any]:
         return {
+            "rows": self.given,
             "draws": self._draws,
             "mapped_draws": self._mapped_draws,
             "sources": [source.state_dict() for source in self._sources],
@@ -241,5 +255,6 @@ class RowStream:
             "sequence.packing": self._packing,
             "data.long_documents": self._long_documents,
             "pieces in each source": [source.size for source in self._sources],
+            "tokens of each source": [source.content for source in self._sources],
             "cumulative weights": self._shares,
         }

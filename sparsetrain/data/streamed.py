@@ -8,9 +8,10 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, cut
+from sparsetrain.data.position import Streamed, read_position
 from sparsetrain.data.sources import open_source, rows_of
 from sparsetrain.data.values import MalformedRow
-from sparsetrain.errors import DataError
+from sparsetrain.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class StreamedSource:
     """
 
     size = None
+    content = None
 
     def __init__(
         self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, row_length: int
@@ -98,12 +100,16 @@ class StreamedSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the stream stood."""
+        saved = read_position(state, Streamed)
         self._rewind()
-        self._passes, self._row = state["passes"], state["row"]
-        self._documents, self.malformed = state["documents"], state["malformed"]
-        self._resumed = state["dataset"]
+        self._passes, self._row = saved.passes, saved.row
+        self._documents, self.malformed = saved.documents, saved.malformed
+        self._resumed = saved.dataset
         if self._resumed is not None:
-            self._dataset.load_state_dict(deepcopy(self._resumed))
+            try:
+                self._dataset.load_state_dict(deepcopy(self._resumed))
+            except Exception as error:  # the library trusts it
+                raise ValueError(f"the position in {self.label!r} is none ({first_line(error)})") from error
 
     def _rewind(self) -> None:
         # A new dataset each pass: one that resumed in the middle would start its next pass there again.

@@ -22,6 +22,7 @@ import numpy as np
 
 from sparsetrain.data.document import Document, Piece, Tokens
 from sparsetrain.data.encoding import encode, encode_after, opening, shared_prefix
+from sparsetrain.data.position import Drawn, read_position
 from sparsetrain.data.randomness import generator
 from sparsetrain.data.recall import Recall
 from sparsetrain.errors import DataError
@@ -283,6 +284,7 @@ class SyntheticSource:
 
     size = 0
     malformed = 0
+    content = None
     chat = False
 
     def __init__(
@@ -314,4 +316,4 @@ class SyntheticSource:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the documents drawn."""
-        self._drawn = state["drawn"]
+        self._drawn = read_position(state, Drawn).drawn

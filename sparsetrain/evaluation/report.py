@@ -43,11 +43,19 @@ def print_results(results: Mapping[str, EvalResult], console: Console | None = N
         console.print(_table("Answers found in held-out documents", recall))
 
 
-def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str, pictures: Sequence[Path] = ()) -> Path:
+def write_report(
+    results: Mapping[str, EvalResult],
+    folder: Path,
+    *,
+    title: str,
+    pictures: Sequence[Path] = (),
+    history: Sequence[str] = (),
+) -> Path:
     """Write ``evaluation.json`` (read back by :func:`read_results`) and ``report.md``; return the latter.
 
     Args:
         pictures: PNG files inside ``folder`` to show at the end.
+        history: lines about what was changed when the run was resumed.
 
     Raises:
         OSError: one of them cannot be written, and is what it was.
@@ -73,6 +81,8 @@ def write_report(results: Mapping[str, EvalResult], folder: Path, *, title: str,
         parts += [f"### {label}, by depth of the key", _markdown(depth_rows(passkey))]
     if recall := recall_rows(results):
         parts += ["## Recall", "Answers found in held-out documents of the synthetic task.", _markdown(recall)]
+    if history:
+        parts += ["## Changed on the way", "\n".join(f"- {line}" for line in history)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]
     report = folder / REPORT_FILE
     write_whole(report, "\n\n".join(parts) + "\n")

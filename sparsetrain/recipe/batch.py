@@ -112,10 +112,15 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
         steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
     else:
         raise RecipeError("train.epochs needs a source whose rows can be counted; give train.steps or train.tokens")
-    return shape.with_steps(steps, _warmup_steps(train.warmup, steps))
+    return shape.with_steps(steps, steps_of_warmup(train.warmup, steps))
 
 
-def _warmup_steps(warmup: float, steps: int) -> int:
+def steps_of_warmup(warmup: float, steps: int) -> int:
+    """What ``train.warmup`` means in a run of so many steps.
+
+    Raises:
+        RecipeError: it is longer.
+    """
     if warmup > steps:
         raise RecipeError(
             f"train.warmup={warmup:g} steps is longer than the run, which has {steps} steps; make it a share"

@@ -9,7 +9,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import REPORT_FILE, read_results
 from sparsetrain.recipe import Recipe
 from sparsetrain.recipe.describe import attention_facts
-from sparsetrain.training.folder import label_at_end
+from sparsetrain.training.folder import label_at_end, read_history
 
 
 def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
@@ -55,8 +55,15 @@ def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
         (run / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
         "```",
         "",
+        *_history(run),
     ]
     return "\n".join(parts)
+
+
+def _history(run: Path) -> list[str]:
+    """What the recipe was before the run was resumed."""
+    lines = read_history(run)
+    return ["Changed on the way:", "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _versions(run: Path) -> str:

@@ -1,7 +1,7 @@
 """The run folder: whose run it holds, and the record of what produced it.
 
-``recipe.yaml`` (resolved), ``deepspeed.json``, ``environment.json``, ``metrics.jsonl``, ``evaluation.json``,
-``report.md``, the pictures, ``checkpoints/`` and ``final/``.
+``recipe.yaml`` (resolved), ``deepspeed.json``, ``environment.json``, ``history.json`` (of a run that was resumed with
+changes), ``metrics.jsonl``, ``evaluation.json``, ``report.md``, the pictures, ``checkpoints/`` and ``final/``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from importlib import metadata
@@ -18,50 +19,94 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.durable import write_whole
-from sparsetrain.errors import CheckpointError, RecipeError, first_line
+from sparsetrain.errors import CheckpointError, RecipeError
+from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
+from sparsetrain.training import checkpoints
+from sparsetrain.training.belongings import enclosing_run, listed, of_a_run, of_others
+from sparsetrain.training.changes import Change, Resumption, changes, told
 from sparsetrain.training.tracking import METRICS_FILE
 
-# What a resumed run may change: nothing that decides which weights come out.
-FREE_TO_CHANGE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every")
-# Nor what decides them by rounding alone, as other devices need: how the batch is cut and where things are kept.
-ROUNDING_ALONE = (
-    "deepspeed",
-    "sequence.parallel",
-    "train.micro_batch",
-    "train.global_batch",  # said another way, or said at last: its rows are compared with those of the checkpoint
-    "train.activation_checkpointing",
-    "train.offload_activations",
-    "train.mlp_chunk",
-    "train.loss_chunk",
-    "train.liger",
-)
+HISTORY_FILE = "history.json"
+"""What was changed when the run was resumed."""
+AFTER = ", after"
 LOCK_FILE = ".lock"
 """Locked while a process trains in the folder. It stays there."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
-def prepare(folder: Path, recipe: Recipe, resume: bool, occupied: ExitStack) -> None:
+def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) -> None:
     """Make the run folder, or check that it holds the run to be resumed, and keep other processes out of it.
 
+    What is in danger decides, not the records beside it: nothing is begun over checkpoints, results or models, nor over
+    the files of somebody else.
+
     Args:
-        occupied: lets them in again when it is left.
+        occupied: lets other processes in again when it is left.
 
     Raises:
         CheckpointError: it holds another run, another process is at work in it, or it cannot be written.
     """
     try:
+        if (part := enclosing_run(folder)) is not None:
+            raise CheckpointError(f"{folder} lies in {part}, which belongs to another run; choose another output=...")
         folder.mkdir(parents=True, exist_ok=True)
         _occupy(folder, occupied)
-        if (record := _record(folder)) is not None:
-            if not resume:
-                raise CheckpointError(
-                    f"{folder} already holds a run; continue it with --resume, or choose another folder with output=..."
-                )
-            _check_same_run(record, recipe)
-        _describe(folder, recipe)
+        if resumed:
+            _check_resumed(folder, recipe)
+            return
+        if found := of_a_run(folder):
+            raise CheckpointError(
+                f"{folder} already holds a run; continue it with --resume, or choose another folder with output=... "
+                f"(it holds {listed(found)})"
+            )
+        if found := of_others(folder):
+            raise CheckpointError(
+                f"{folder} holds {listed(found)}, which this run would write over; move that away, or choose another "
+                "folder with output=..."
+            )
+        describe(folder, recipe)
     except OSError as error:
         raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+
+
+def resume(folder: Path, checkpoint: Path, recipe: Recipe) -> Resumption:
+    """What the recipe changes in the run that wrote a checkpoint, as the checkpoint itself tells.
+
+    Raises:
+        CheckpointError: it changes what must stay.
+    """
+    before = checkpoints.recorded_recipe(checkpoint)
+    return Resumption(before, _checked(folder, before, recipe, checkpoint.name))
+
+
+def _checked(folder: Path, before: Recipe, after: Recipe, since: str) -> list[Change]:
+    recorded, refused = changes(before, after)
+    if refused:
+        raise CheckpointError(
+            f"--resume continues the run in {folder}, but the recipe has changed since {since}:\n  "
+            + "\n  ".join(refused)
+            + "\nundo that, or start a new run with output=..."
+        )
+    return recorded
+
+
+def refuse_to_start_over(folder: Path, skipped: Sequence[str]) -> None:
+    """Refuse to begin at step 0 where checkpoints, which are damaged, or a trained model would be written over.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    found = [name for name in of_a_run(folder) if name != METRICS_FILE]
+    if RESULTS_FILE in found and not _is_evaluated(folder):
+        # Measured before the first checkpoint, and measured again.
+        found.remove(RESULTS_FILE)
+    if found:
+        raise CheckpointError(
+            f"there is no whole checkpoint in {folder} to resume from, and a run from step 0 would write over "
+            f"{listed(found)}; move that away, or choose another folder with output=..."
+            + "".join(f"\n  {line}" for line in skipped)
+        )
 
 
 def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
@@ -73,12 +118,12 @@ def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _occupy(folder, occupied)
-    _describe(folder, recipe)
+    describe(folder, recipe)
 
 
 def label_at_end(recipe: Recipe) -> str:
     """The name in ``evaluation.json`` of what the trained model reaches."""
-    return f"{recipe.attention.method}, after"
+    return f"{recipe.attention.method}{AFTER}"
 
 
 @cache
@@ -93,18 +138,47 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages, "git_revision": _git_revision()}
 
 
-def _record(folder: Path) -> Path | None:
-    """What says which recipe the run in a folder follows; None where no run has begun."""
-    record = folder / "recipe.yaml"
-    if record.exists():
-        # Without metrics it was refused or interrupted before its first step, and there is nothing to lose.
-        return record if (folder / METRICS_FILE).exists() else None
-    return max((folder / "checkpoints").glob("step-*/recipe.yaml"), default=None)
+def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = ()) -> None:
+    """Write down what produces the run: recipe, versions, and what was changed when it was resumed.
 
-
-def _describe(folder: Path, recipe: Recipe) -> None:
+    Raises:
+        OSError: the folder cannot be written.
+    """
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
+    if history:
+        write_whole(folder / HISTORY_FILE, json.dumps(list(history), indent=1))
+
+
+def read_history(folder: Path) -> list[str]:
+    """What was changed when the run in a folder was resumed, a line each; nothing where nothing readable says so."""
+    try:
+        return [told(line) for line in json.loads((folder / HISTORY_FILE).read_bytes())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _check_resumed(folder: Path, recipe: Recipe) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    newest, skipped = checkpoints.newest(folder / "checkpoints")
+    if newest is not None:
+        resume(folder, newest, recipe)
+        return
+    refuse_to_start_over(folder, skipped)
+    if METRICS_FILE in of_a_run(folder) and (folder / "recipe.yaml").is_file():
+        try:
+            before = load_recipe(folder / "recipe.yaml").recipe
+        except RecipeError:
+            return  # there is nothing to lose but a few lines of metrics
+        _checked(folder, before, recipe, "it began")
+
+
+def _is_evaluated(folder: Path) -> bool:
+    """Whether the results in a folder are those of a run that came to its end."""
+    try:
+        return any(label.endswith(AFTER) for label in read_results(folder))
+    except (CheckpointError, OSError):
+        return False
 
 
 def _occupy(folder: Path, occupied: ExitStack) -> None:
@@ -119,36 +193,6 @@ def _occupy(folder: Path, occupied: ExitStack) -> None:
                 "(if these are the ranks of one run, their launcher does not tell them so)"
             ) from error
         # A file system that knows no locks.
-
-
-def _check_same_run(record: Path, recipe: Recipe) -> None:
-    try:
-        before = _flat(load_recipe(record).recipe.model_dump(mode="json"))
-    except RecipeError as error:
-        raise CheckpointError(
-            f"{record}, which says what recipe this run follows, is damaged ({first_line(error)}); every checkpoint "
-            "holds a copy: put the newest in its place"
-        ) from error
-    after = _flat(recipe.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith((*FREE_TO_CHANGE, *ROUNDING_ALONE))
-    ]
-    if changed:
-        raise CheckpointError(
-            f"--resume continues the run in {record.parent}, but the recipe has changed:\n  "
-            + "\n  ".join(changed)
-            + "\nundo the change, or start a new run with output=..."
-        )
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {key: leaf for name, value in tree.items() for key, leaf in _flat(value, f"{path}{name}.").items()}
-    if isinstance(tree, list) and tree:
-        return {key: leaf for i, value in enumerate(tree) for key, leaf in _flat(value, f"{path}{i}.").items()}
-    return {path.rstrip("."): tree}
 
 
 def _git_revision() -> str | None:

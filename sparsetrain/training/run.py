@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +37,7 @@ from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
 from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
+from sparsetrain.training.changes import told
 from sparsetrain.training.chat_tokens import settle_chat
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
@@ -132,6 +133,8 @@ class _Run:
         self.progress = Progress(self.plan.steps, 0, self.plan.tokens_per_step, rank=world.rank)
         self.say = self.progress.log
         self.results: dict[str, EvalResult] = {}
+        rows = self.plan.global_batch_sequences
+        self.state = TrainState(ranks=world.size, rows_per_step=rows, steps=self.plan.steps)
         self.say(f"batch: {self.plan.describe()}")
         if self.rows.chat:
             for line in settle_chat(self.model, self.tokenizer, recipe.lora):
@@ -157,15 +160,17 @@ class _Run:
             text = json.dumps(config, indent=1)
             self._record("deepspeed.json", lambda: write_whole(self.output / "deepspeed.json", text))
         self.engine, self.ulysses = build_engine(self.model, recipe, self.plan, config, world, self.say)
-        self.state = TrainState(ranks=world.size, rows_per_step=self.plan.global_batch_sequences)
         self.saver = Saver(self.engine, self._checkpoints, recipe.checkpoint, world, self._say, self._save_failed)
         if start is None:
             self._self_check()
         else:
-            rows, seed = self.plan.global_batch_sequences, recipe.train.seed
-            self.state = checkpoints.load(self.engine, start, world, rows_per_step=rows, seed=seed, say=self.say)
-            self.rows.load_state_dict(self.state.data)
+            seed = recipe.train.seed
+            self.state = checkpoints.load(self.engine, start, world, self.plan, self.rows, seed=seed, say=self.say)
             self.say(f"resumed {start} at step {self.state.step}")
+            for line in self.resumption.record(self.state, self.plan, recipe):
+                self.say(line)
+        if resume:
+            _on_main(world, lambda: folder.describe(self.output, recipe, self.state.history))
 
         self.tracker = Tracker(
             recipe,
@@ -209,7 +214,10 @@ class _Run:
         for line in skipped:
             self.say(line)
         if newest is None:
+            _on_main(self.world, lambda: folder.refuse_to_start_over(self.output, skipped))
             self.say(f"nothing to resume in {self.output}; starting from step 0")
+        else:
+            self.resumption = _on_main(self.world, lambda: folder.resume(self.output, newest, self.recipe))
         return newest
 
     def _calibrate(self) -> None:
@@ -278,8 +286,15 @@ class _Run:
         self.results[label] = result
         if self.world.main:
             title = f"Evaluation of {self.recipe.name}"
-            self._record("the report", lambda: write_report(self.results, self.output, title=title))
+            self._write_report(title)
         return result
+
+    def _write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:
+        history = [told(line) for line in self.state.history]
+        self._record(
+            "the report",
+            lambda: write_report(self.results, self.output, title=title, pictures=pictures, history=history),
+        )
 
     def _record(self, what: str, write: Callable[[], Any]) -> bool:
         """Write what tells of the run and is no part of it."""
@@ -406,7 +421,7 @@ class _Run:
             for picture in drawn:
                 self.tracker.image(picture.stem, picture, self.state.step)
             shown = [picture for picture in drawn if picture.stem == "report"]
-            self._record("the report", lambda: write_report(self.results, self.output, title=title, pictures=shown))
+            self._write_report(title, shown)
             self._record("the results", lambda: print_results(self.results))
             self.say(f"run folder: {self.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
             if self.recipe.checkpoint.export:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training.checkpoints.files import Block, PieceReader, Slice
+from sparsetrain.training.checkpoints.files import DTYPES, Block, PieceReader, Slice
+from sparsetrain.training.checkpoints.schema import EngineCounters, LossScale
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -73,12 +74,16 @@ def fill(engine: Any, reader: PieceReader) -> None:
 
     Raises:
         CheckpointError: it holds other parameters than the engine trains.
+        ValueError: it holds numbers that no training leaves.
     """
     _check_same_parameters(engine, reader)
+    _check_same_buffers(engine, reader)
     optimizer = engine.basic_optimizer
     moments = [kind for kind in ("exp_avg", "exp_avg_sq") if reader.names(kind)]
     for flat in _flats(engine):
         _read_flat(flat.master, "weight", flat, reader)
+        if not bool(flat.master.detach().isfinite().all()):
+            raise ValueError("weights are not finite")
         if not moments or not flat.pieces:
             continue  # no step had been applied
         step = torch.zeros(1)
@@ -102,13 +107,14 @@ def counters(engine: Any) -> dict[str, Any]:
     }
 
 
-def set_counters(engine: Any, saved: dict[str, Any]) -> None:
+def set_counters(engine: Any, counts: EngineCounters, loss_scale: LossScale) -> None:
     """Undo :func:`counters`."""
-    for name, value in saved["engine"].items():
-        setattr(engine, name, value)
+    for name in COUNTERS:
+        setattr(engine, name, getattr(counts, name))
     scaler = _scaler(engine)
-    for name, value in saved["loss_scale"].items():
-        if hasattr(scaler, name):
+    for name in SCALER:
+        value = getattr(loss_scale, name)
+        if value is not None and hasattr(scaler, name):
             setattr(scaler, name, value)
 
 
@@ -227,3 +233,13 @@ def _check_same_parameters(engine: Any, reader: PieceReader) -> None:
             raise CheckpointError(
                 f"the checkpoint belongs to another model: {name} has {there[name]:,} elements there and {numel:,} here"
             )
+
+
+def _check_same_buffers(engine: Any, reader: PieceReader) -> None:
+    here = {name: (buffer.numel(), DTYPES.get(buffer.dtype)) for name, buffer in _buffers(engine.module)}
+    there = {name: (reader.numel("buffer", name), reader.dtype("buffer", name)) for name in reader.names("buffer")}
+    if changed := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        name = changed[0]
+        raise CheckpointError(
+            f"the checkpoint belongs to another model: its buffer {name} is {there.get(name)}, here {here.get(name)}"
+        )

@@ -34,6 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "step", "buffer")
 CHUNK = 1 << 26
 """Bytes that are written, or read to be summed, at a time."""
 
@@ -43,7 +44,7 @@ class Slice:
     """A part of a block under the name it is saved by."""
 
     kind: str
-    """``weight``, ``exp_avg``, ``exp_avg_sq``, ``step`` or ``buffer``."""
+    """One of :data:`KINDS`."""
     name: str
     """Of the parameter."""
     start: int
@@ -141,19 +142,41 @@ class PieceReader:
 
     Args:
         files: those of one complete checkpoint.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read.
+        ValueError: a tensor is none of a checkpoint, or the pieces do not hold each element once.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._checkpoint = files[0].parent
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._dtypes: dict[tuple[str, str], str] = {}
         for file in files:
             handle = safe_open(file, framework="pt")
             for key in handle.keys():  # noqa: SIM118 (the handle is no mapping)
-                kind, start, name = key.split("/", 2)
-                numel = handle.get_slice(key).get_shape()[0]
-                self._pieces.setdefault((kind, name), []).append((int(start), numel, handle, key))
-        for pieces in self._pieces.values():
+                self._add(file, handle, key)
+        for (kind, name), pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[:2])
+            position = 0
+            for start, numel, _, _ in pieces:
+                if start != position:
+                    fault = "is missing" if start > position else "is there twice"
+                    raise ValueError(f"element {min(start, position)} of {kind} of {name} {fault}")
+                position += numel
+
+    def _add(self, file: Path, handle: Any, key: str) -> None:
+        kind, _, rest = key.partition("/")
+        start, _, name = rest.partition("/")
+        piece = handle.get_slice(key)
+        shape, dtype = piece.get_shape(), piece.get_dtype()
+        if kind not in KINDS or not (start.isascii() and start.isdecimal()) or not name or len(shape) != 1:
+            raise ValueError(f"{file.name} holds {key!r:.80} of shape {shape}, which is no tensor of a checkpoint")
+        if dtype not in DTYPES.values() or (kind != "buffer" and dtype != "F32"):
+            raise ValueError(f"{file.name} holds {kind} of {name} in {dtype}; checkpoints keep it in F32")
+        if self._dtypes.setdefault((kind, name), dtype) != dtype:
+            raise ValueError(f"{kind} of {name} is kept in {self._dtypes[kind, name]} and in {dtype}")
+        self._pieces.setdefault((kind, name), []).append((int(start), shape[0], handle, key))
 
     def names(self, kind: str) -> set[str]:
         """Of the parameters that have anything of ``kind``."""
@@ -162,6 +185,10 @@ class PieceReader:
     def numel(self, kind: str, name: str) -> int:
         """Elements of a parameter, laid out flat."""
         return max(start + numel for start, numel, _, _ in self._pieces[kind, name])
+
+    def dtype(self, kind: str, name: str) -> str:
+        """Of a parameter, as safetensors names it."""
+        return self._dtypes[kind, name]
 
     def read_into(self, out: torch.Tensor, kind: str, name: str, start: int) -> None:
         """Fill ``out`` (one-dimensional, any device) with the elements of a parameter from ``start`` on.

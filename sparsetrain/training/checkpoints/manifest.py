@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.training.checkpoints.files import write_text
+from sparsetrain.training.checkpoints.schema import Entry, Manifest, StateFile, read
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-
-Entry = dict[str, Any]
-"""What is known of a file: ``bytes`` and ``crc32``."""
+RECIPE = "recipe.yaml"
 
 
 def rank_file(checkpoint: Path, rank: int, suffix: str) -> Path:
@@ -20,8 +19,8 @@ def rank_file(checkpoint: Path, rank: int, suffix: str) -> Path:
     return checkpoint / f"rank-{rank:05d}.{suffix}"
 
 
-def write_manifest(checkpoint: Path, files: dict[str, Entry]) -> None:
-    """Say what a checkpoint consists of."""
+def write_manifest(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Say what a checkpoint consists of: ``bytes`` and ``crc32`` by file."""
     write_text(checkpoint / MANIFEST, json.dumps(files, indent=1))
 
 
@@ -31,19 +30,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Entry]:
     Raises:
         OSError, ValueError: there is no manifest.
     """
-    files = json.loads((checkpoint / MANIFEST).read_text())
-    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
-        raise ValueError("it does not hold the size and CRC-32 of files")
-    if strange := [name for name in files if "/" in name or len(name) > 100]:
-        raise ValueError(f"it lists {strange[0]!r:.40}, which is no file of a checkpoint")
-    return files
+    return read(checkpoint / MANIFEST, Manifest).root
 
 
 def unlisted(checkpoint: Path, files: dict[str, Entry]) -> str | None:
-    """A file that the checkpoint must have and its manifest leaves out, whose bytes nobody would compare."""
-    if STATE not in files:
-        return STATE
-    ranks = range(_ranks(checkpoint))
+    """A file that the checkpoint must have and its manifest leaves out, whose bytes nobody would compare.
+
+    Raises:
+        OSError, ValueError: ``state.json`` does not say how many ranks wrote it.
+    """
+    if lacking := [name for name in (STATE, RECIPE) if name not in files]:
+        return lacking[0]
+    ranks = range(read(checkpoint / STATE, StateFile).ranks)
     wanted = (rank_file(checkpoint, rank, suffix).name for rank in ranks for suffix in ("safetensors", "json"))
     return next((name for name in wanted if name not in files), None)
 
@@ -54,16 +52,5 @@ def tensor_files(checkpoint: Path) -> list[Path]:
     Raises:
         OSError, ValueError: ``state.json`` does not say how many they were.
     """
-    return [rank_file(checkpoint, rank, "safetensors") for rank in range(_ranks(checkpoint))]
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("crc32"), str)
-
-
-def _ranks(checkpoint: Path) -> int:
-    state = json.loads((checkpoint / STATE).read_text())
-    ranks = state.get("ranks") if isinstance(state, dict) else None
-    if type(ranks) is not int or ranks < 1:
-        raise ValueError(f"{STATE} does not say how many ranks wrote it")
-    return ranks
+    ranks = range(read(checkpoint / STATE, StateFile).ranks)
+    return [rank_file(checkpoint, rank, "safetensors") for rank in ranks]

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsetrain.errors import first_line
+from sparsetrain.training.checkpoints.schema import RandomState
+
 
 @dataclass
 class TrainState:
@@ -22,9 +25,13 @@ class TrainState:
     """Ranks of the run that wrote it."""
     rows_per_step: int = 0
     """Rows of the global batch, which the number of ranks must not change."""
+    steps: int = 0
+    """Steps of the whole run, as planned."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position in the stream of training rows."""
     wandb_run_id: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed when the run was resumed: ``step``, ``key``, ``before`` and ``after`` of each."""
 
 
 def random_state() -> dict[str, Any]:
@@ -40,15 +47,22 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo :func:`random_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+def set_random_state(state: RandomState) -> None:
+    """Undo :func:`random_state`.
+
+    Raises:
+        ValueError: a generator does not take it.
+    """
+    version, words, gauss = state.python
+    name, numbers, position, has_gauss, gaussian = state.numpy
+    try:
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state((name, np.array(numbers, dtype=np.uint32), position, has_gauss, gaussian))
+        torch.set_rng_state(_bytes(state.torch))
+        if state.cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_bytes(state.cuda))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the random state is none ({first_line(error)})") from error
 
 
 def draw_random_state(seed: int, step: int, rank: int) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch.distributed as dist
 
 from sparsetrain.durable import flush, make_way
 from sparsetrain.errors import CheckpointError
+from sparsetrain.training.checkpoints.content import content_fault
 from sparsetrain.training.checkpoints.files import checksum_of, write_text
-from sparsetrain.training.checkpoints.manifest import Entry, rank_file, read_manifest, unlisted, write_manifest
+from sparsetrain.training.checkpoints.manifest import rank_file, read_manifest, unlisted, write_manifest
+from sparsetrain.training.checkpoints.schema import read_bytes
 from sparsetrain.training.engine import World
 from sparsetrain.training.place import here
 
@@ -55,7 +58,7 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
     """
     if not partial.is_dir():
         raise CheckpointError(f"{partial} has been removed while it was written")
-    files: dict[str, Entry] = {}
+    files: dict[str, dict[str, Any]] = {}
     for rank in range(ranks):
         record = rank_file(partial, rank, "json")
         if not record.is_file():
@@ -98,11 +101,12 @@ def prune(newest: Path, keep_last: int) -> None:
 def read_best(folder: Path) -> dict[str, Any] | None:
     """``best.json``: ``checkpoint``, ``metric`` and ``value``; None while there is none that is complete."""
     try:
-        best = json.loads((folder / BEST).read_text())
+        best = json.loads(read_bytes(folder / BEST))
         best = {"checkpoint": best["checkpoint"], "metric": best["metric"], "value": float(best["value"])}
-        sound = math.isfinite(best["value"]) and fault(folder / best["checkpoint"]) is None
+        named = re.fullmatch(r"step-\d+", best["checkpoint"]) is not None
+        sound = named and math.isfinite(best["value"]) and fault(folder / best["checkpoint"]) is None
         return best if sound else None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -118,33 +122,33 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
     """
     skipped: list[str] = []
     while True:
-        newest: list[Any] = [None]
+        found: list[Any] = [None]
         if world.main:
-            newest[0] = _newest_complete(folder, skipped)
-        dist.broadcast_object_list(newest, src=0)
-        candidate, skipped = newest[0]
+            found[0] = newest(folder, skipped)
+        dist.broadcast_object_list(found, src=0)
+        candidate, skipped = found[0]
         if candidate is None:
             return None, skipped
         faults: list[Any] = [None] * world.size
         dist.all_gather_object(faults, _damage(candidate, world))
-        found = next((each for each in faults if each), None)
-        if found is None:
+        damage = next((each for each in faults if each), None)
+        if damage is None:
             return candidate, skipped
-        skipped.append(f"skipping {candidate.name}: {found}")
+        skipped.append(f"skipping {candidate.name}: {damage}")
 
 
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
     try:
         manifest = read_manifest(checkpoint)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return f"no readable manifest ({error})"
     for name, entry in manifest.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        if path.stat().st_size != entry.bytes:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}"
     try:
         left_out = unlisted(checkpoint, manifest)
     except (OSError, ValueError) as error:
@@ -152,13 +156,18 @@ def fault(checkpoint: Path) -> str | None:
     return None if left_out is None else f"its manifest does not list {left_out}"
 
 
-def _newest_complete(folder: Path, skipped: list[str]) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, skipped: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that looks whole without reading its tensors, and a line for each newer one that does not.
+
+    Args:
+        skipped: lines about those to pass over whatever they look like; they come first.
+    """
     lines = list(skipped)
     told = {line.split(":")[0] for line in lines}
     for candidate in reversed(_checkpoints(folder)):
         if f"skipping {candidate.name}" in told:
             continue
-        found = fault(candidate)
+        found = fault(candidate) or content_fault(candidate)
         if found is None:
             return candidate, lines
         lines.append(f"skipping {candidate.name}: {found}")
@@ -170,7 +179,7 @@ def _damage(checkpoint: Path, world: World) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
         for index, (name, entry) in enumerate(sorted(manifest.items())):
-            if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry["crc32"]:
+            if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry.crc32:
                 return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
     except (OSError, ValueError) as error:
         return f"rank {world.rank} cannot read it ({error})"

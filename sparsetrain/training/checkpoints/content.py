@@ -1,0 +1,70 @@
+"""Whether the content of a checkpoint makes sense, told before its tensors are read and without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sparsetrain.errors import RecipeError, first_line
+from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.training.checkpoints.files import PieceReader
+from sparsetrain.training.checkpoints.manifest import RECIPE, STATE, rank_file, read_manifest, tensor_files
+from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read, read_bytes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def content_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint whose files are all there and listed; None if nothing is."""
+    try:
+        state = read(checkpoint / STATE, StateFile)
+        if checkpoint.name != (name := f"step-{state.step:06d}"):
+            return f"it holds the state of {name}"
+        if state.step > state.steps:
+            return f"it is at step {state.step} of a run of {state.steps}"
+        if state.engine.global_steps != state.step:
+            return f"its engine counts {state.engine.global_steps} steps, and its run {state.step}"
+        written = read_manifest(checkpoint)
+        for rank in range(state.ranks):
+            record, tensors = (rank_file(checkpoint, rank, suffix) for suffix in ("json", "safetensors"))
+            if read(record, RankFile).file != written[tensors.name]:
+                return f"{record.name} belongs to another {tensors.name}"
+        recorded_recipe(checkpoint)
+        return _tensors_fault(PieceReader(tensor_files(checkpoint)), state)
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    except RecipeError as error:
+        return f"its {RECIPE} cannot be read ({first_line(error)})"
+
+
+def recorded_recipe(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint was trained by.
+
+    Raises:
+        OSError, ValueError, RecipeError: it cannot be read.
+    """
+    read_bytes(checkpoint / RECIPE)
+    return load_recipe(checkpoint / RECIPE).recipe
+
+
+def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
+    """What the names and shapes of the tensors say of them, and the counts of steps."""
+    weights = {name: reader.numel("weight", name) for name in reader.names("weight")}
+    if not weights:
+        return "it holds no weights"
+    moments = {kind: {name: reader.numel(kind, name) for name in reader.names(kind)} for kind in MOMENTS}
+    counts = {name: reader.numel("step", name) for name in reader.names("step")}
+    if state.engine.global_steps == state.engine.skipped_steps and not any((*moments.values(), counts)):
+        return None  # no step has been applied
+    for kind in MOMENTS:
+        if moments[kind] != weights:
+            name = next(iter(sorted({*moments[kind].items()} ^ {*weights.items()})))[0]
+            return f"its {kind} does not fit its weights, at {name}"
+    if counts != dict.fromkeys(weights, 1):
+        return "it does not count the steps of every weight"
+    for name in counts:
+        count = reader.whole("step", name).item()
+        if not (0 <= count <= state.step and count == int(count)):
+            return f"it counts {count:g} steps of {name}, and its run {state.step}"
+    return None
