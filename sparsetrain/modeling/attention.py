@@ -1,4 +1,4 @@
-"""The attention function transformers calls for every layer of a sparsified model, and its mask function.
+"""The attention function transformers calls for every layer of a sparsified model.
 
 transformers dispatches attention by name: a layer has rotated its queries and keys and updated its cache, then calls
 the function registered under ``config._attn_implementation``. Ours finds out which keys belong to which document, and
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from sparsetrain_kernels.dense import causal_attention
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DecodeState, Method
+from sparsetrain.modeling.documents import documents_of, explicit_documents
+from sparsetrain.modeling.mask import MaskRequest, mask_of_requests, received
 from sparsetrain.modeling.ulysses import Ulysses
 
 ATTENTION_NAME = "sparsetrain"
@@ -50,14 +51,26 @@ def registered_attention(
     sparsetrain_ulysses: Ulysses | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """:func:`attention_forward`, or what ``sparsetrain_ulysses`` makes of it where ranks share the sequence."""
-    if sparsetrain_ulysses is None:
-        return attention_forward(module, query, key, value, attention_mask, **kwargs)
+    """:func:`attention_forward`, or what ``sparsetrain_ulysses`` makes of it where ranks share the sequence.
+
+    Args:
+        attention_mask: the padding, and the request of :func:`~sparsetrain.modeling.mask.mask_of_requests`.
+
+    Raises:
+        ModelError: the layer has no plan, or is asked for what is not in it.
+    """
     plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
-    extra = plan.method.extra_inputs if plan is not None and plan.method is not None else frozenset()
-    return sparsetrain_ulysses(
-        attention_forward, module, query, key, value, attention_mask, extra_inputs=extra, **kwargs
-    )
+    if plan is None:
+        raise ModelError(
+            f"{type(module).__name__} has no attention method; call sparsetrain.sparsify(model, ...) first"
+        )
+    padding, request = received(attention_mask)
+    _check_window(plan, module, request, kwargs.pop("sliding_window", None))
+    if sparsetrain_ulysses is None:
+        packed = request is not None and request.packed
+        return attention_forward(module, query, key, value, padding, packed=packed, **kwargs)
+    extra = plan.method.extra_inputs if plan.method is not None else frozenset()
+    return sparsetrain_ulysses(attention_forward, module, query, key, value, padding, extra_inputs=extra, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,23 @@ class LayerPlan:
     """The model also mixes tokens outside attention (state-space or convolution layers), which packing cannot stop."""
 
 
+def _check_window(plan: LayerPlan, module: nn.Module, request: MaskRequest | None, window: int | None) -> None:
+    """Refuse a sliding window that is not the layer's: models ask for it in the call, in the mask, or in both."""
+    name = type(module).__name__
+    if request is not None:
+        if window is not None and window != request.window:
+            raise ModelError(
+                f"{name} asks for a sliding window of {window} tokens in layer {plan.index}, and its mask for "
+                f"{request.window}: which is meant cannot be told; not supported"
+            )
+        window = request.window
+    if window != plan.window:
+        raise ModelError(
+            f"layer {plan.index} was built with a sliding window of {plan.window} tokens, but {name} asks for {window} "
+            "in its call or its mask; not supported"
+        )
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -83,11 +113,11 @@ def attention_forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
+    packed: bool = False,
     sparsetrain_state: DecodeState | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -97,12 +127,12 @@ def attention_forward(
         module: the attention module; :func:`~sparsetrain.modeling.sparsify` has left its plan on it.
         query: ``[B, Hq, N, D]``.
         key, value: ``[B, Hkv, M, D]``; with a cache ``M > N``.
-        attention_mask: bool ``[B, M]``, False on padding, from :func:`padding_mask`; None without padding.
+        attention_mask: bool ``[B, M]``, False on padding; None without padding.
         scaling: factor on the logits; by default ``D ** -0.5``.
         dropout: must be 0.
-        sliding_window: the window of this layer in tokens, in models that have one.
         softcap: soft cap of the logits (Gemma-2).
         s_aux: ``[Hq]`` learned sink logits (gpt-oss).
+        packed: the model's mask keeps documents apart, so there must be some.
         sparsetrain_state: what the layer remembers in place of a cache, from :mod:`sparsetrain.modeling.cache`;
             then ``M == N``.
         kwargs: ``cu_seqlens`` (int32 ``[documents + 1]``; transformers' ``cu_seq_lens_q`` means the same) or else
@@ -115,11 +145,7 @@ def attention_forward(
     Raises:
         ModelError: anything asked for that this attention would have to ignore.
     """
-    plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
-    if plan is None:
-        raise ModelError(
-            f"{type(module).__name__} has no attention method; call sparsetrain.sparsify(model, ...) first"
-        )
+    plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
     if dropout > 0:
         raise ModelError(
             f"attention dropout of {dropout} is not supported; set the model's attention_dropout (attn_pdrop in GPT-2) "
@@ -129,11 +155,6 @@ def attention_forward(
         raise ModelError("is_causal=False: only causal attention is supported")
     if output_attentions:
         raise ModelError("output_attentions=True: attention weights are never formed; load the dense model to see them")
-    if sliding_window != plan.window:
-        raise ModelError(
-            f"layer {plan.index} was built with a sliding window of {plan.window} tokens, but {type(module).__name__} "
-            f"asks for {sliding_window}; not supported"
-        )
     extra_names = plan.method.extra_inputs if plan.method else frozenset()
     extra = {name: kwargs.pop(name) for name in extra_names & kwargs.keys()}
     for name in kwargs.keys() - HARMLESS_ARGUMENTS:
@@ -161,36 +182,8 @@ def attention_forward(
     elif attention_mask is not None:
         out = _attend_padded(attend, query, key, value, extra, attention_mask, kwargs, training=module.training)
     else:
-        out = _attend_packed(attend, plan, query, key, value, extra, kwargs, training=module.training)
+        out = _attend_packed(attend, query, key, value, extra, kwargs, packed=packed, training=module.training)
     return out.transpose(1, 2).contiguous(), None
-
-
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable | None = None,
-    attention_mask: torch.Tensor | None = None,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask transformers hands to :func:`attention_forward`: bool ``[B, M]``, or None without padding.
-
-    Causality, windows and documents need no mask here, so those requests are dropped; anything beyond them raises.
-    """
-    if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":
-        raise ModelError(
-            "the model adds a mask of its own (bidirectional image or prefix tokens), which is not supported"
-        )
-    if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
-        raise ModelError(
-            "static caches are not supported; generate with a DynamicCache (cache_implementation='dynamic')"
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask
 
 
 def _check_cache_is_whole(
@@ -254,15 +247,7 @@ def _real_tokens(
     mask: torch.Tensor, num_queries: int, num_keys: int, kwargs: dict[str, Any], *, training: bool
 ) -> tuple[list[int], list[int]]:
     """Index of the first and the last real token of each row among its keys, once it is sure that all between are."""
-    if training:
-        raise ModelError(
-            "the batch is padded; pack documents into one row (position_ids that restart, or cu_seqlens) instead"
-        )
-    if mask.ndim != 2:
-        raise ModelError(
-            f"an attention mask with {mask.ndim} dimensions is not supported; pass [batch, tokens] or none"
-        )
-    if _explicit_documents(kwargs) is not None:
+    if explicit_documents(kwargs) is not None:
         raise ModelError("cu_seqlens is for packed rows without padding; drop the attention mask")
     if mask.shape[1] < num_keys:
         raise ModelError(f"the attention mask covers {mask.shape[1]} tokens, but there are {num_keys} keys")
@@ -270,8 +255,19 @@ def _real_tokens(
     first = mask.argmax(dim=1)
     last = num_keys - 1 - mask.flip(1).argmax(dim=1)
     real = mask.sum(dim=1)
-    if bool(((real > 0) & (real != last - first + 1)).any()):
-        raise ModelError("the attention mask has padding between real tokens; pad on the left or on the right only")
+    holey = (real > 0) & (real != last - first + 1)
+    if bool(holey.any()):
+        row = int(holey.nonzero()[0])
+        hole = int(first[row]) + int(mask[row, first[row] :].argmin())
+        raise ModelError(
+            f"the attention mask has zeros between real tokens (row {row}, at token {hole}), and no key is left out in "
+            "the middle of a row; leave such tokens out of the row, keep documents apart by position_ids that restart "
+            "or cu_seqlens, and pad on the left or on the right only"
+        )
+    if training:
+        raise ModelError(
+            "the batch is padded; pack documents into one row (position_ids that restart, or cu_seqlens) instead"
+        )
     position_ids = kwargs.get("position_ids")
     if position_ids is not None:
         both_real = mask[:, 1:].logical_and(mask[:, :-1])[:, 1 - num_queries :]
@@ -305,8 +301,8 @@ def _attend_remembering(
                 "the batch is padded on the right, and what follows would see the padding; pad on the left"
             )
     elif mask is None and tokens > 1:
-        explicit = _explicit_documents(kwargs)
-        documents = [explicit] if explicit is not None else _documents(kwargs, query, training)
+        explicit = explicit_documents(kwargs)
+        documents = [explicit] if explicit is not None else documents_of(kwargs, query, training)
         if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
             raise ModelError("packed documents cannot share a key/value cache; pass use_cache=False")
     return attend(query, key, value, starts=starts)
@@ -314,32 +310,32 @@ def _attend_remembering(
 
 def _attend_packed(
     attend: Attend,
-    plan: LayerPlan,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     extra: dict[str, torch.Tensor],
     kwargs: dict[str, Any],
     *,
+    packed: bool,
     training: bool,
 ) -> torch.Tensor:
     """Attention of rows without padding, each of one document or of several."""
     batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    explicit = _explicit_documents(kwargs)
+    explicit = explicit_documents(kwargs)
     if explicit is not None and batch > 1:
         raise ModelError(f"cu_seqlens describes one packed row, but the batch has {batch}; join the rows into one")
-    documents = [explicit] if explicit is not None else _documents(kwargs, query, training)
+    documents = [explicit] if explicit is not None else documents_of(kwargs, query, training)
     if documents is None:
+        if packed:
+            raise ModelError(
+                "position_ids restart, and the model's mask keeps the documents apart, but its attention is not told "
+                "where they end; pass it cu_seqlens"
+            )
         return attend(query, key, value, cu_seqlens=None, q_start=None, **extra)
 
     several = any(cu_seqlens.numel() > 2 for cu_seqlens in documents)
     if num_keys > num_queries or (several and kwargs.get("use_cache")):
         raise ModelError("packed documents cannot share a key/value cache; pass use_cache=False")
-    if several and plan.leaks_between_documents:
-        raise ModelError(
-            "this model also mixes tokens outside attention (state-space, convolution or linear attention layers), so "
-            "packed documents would leak into each other; set sequence.packing: false and train.micro_batch: 1"
-        )
     rows = []
     for i, cu_seqlens in enumerate(documents):
         q, k, v = (tensor[i : i + 1] for tensor in (query, key, value))
@@ -348,45 +344,5 @@ def _attend_packed(
     return torch.cat(rows)
 
 
-def _explicit_documents(kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """``cu_seqlens`` as the caller gave it, under our name or transformers' own."""
-    given = kwargs.get("cu_seqlens")
-    if given is None and kwargs.get("cu_seq_lens_q") is not None:
-        given = kwargs["cu_seq_lens_q"].int()
-    return given
-
-
-def _documents(kwargs: dict[str, Any], query: torch.Tensor, training: bool) -> list[torch.Tensor] | None:
-    """``cu_seqlens`` of each row, from where its positions restart; None if every row is one document."""
-    batch, num_queries = query.shape[0], query.shape[2]
-    position_ids = kwargs.get("position_ids")
-    # Models with three-dimensional positions (Qwen2.5-VL) pass None for the text's own; elsewhere that is no answer.
-    if num_queries == 1 or (position_ids is None and "position_ids" in kwargs and not training):
-        return None
-    if position_ids is None or position_ids.ndim != 2:
-        given = "no position_ids" if position_ids is None else f"position_ids of shape {list(position_ids.shape)}"
-        raise ModelError(f"this model hands its attention {given}, which tells no documents apart; pass it cu_seqlens")
-    return _bounds(position_ids, batch)
-
-
-_KNOWN_BOUNDS = WeakIdKeyDictionary()
-"""What :func:`_bounds` found in the positions of the passes in flight."""
-
-
-def _bounds(position_ids: torch.Tensor, batch: int) -> list[torch.Tensor] | None:
-    """``cu_seqlens`` of each row. Every layer of a pass asks with the same tensor, and each answer stops the device."""
-    state = None if position_ids.is_inference() else (position_ids._version, batch)
-    known, found = _KNOWN_BOUNDS.get(position_ids, (None, None))
-    if state is None or state != known:
-        restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
-        found = None
-        if bool(restarts.any()):
-            ends = torch.ones_like(restarts[:, :1])
-            rows = zip(restarts, ends, strict=True)
-            found = [torch.cat([end, row, end]).nonzero().flatten().int() for row, end in rows]
-        _KNOWN_BOUNDS[position_ids] = state, found
-    return found
-
-
 AttentionInterface.register(ATTENTION_NAME, registered_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, mask_of_requests)

@@ -15,6 +15,9 @@ from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import forget_state, keep_state
+from sparsetrain.modeling.decoder import decoder_holding
+from sparsetrain.modeling.documents import guard_documents
+from sparsetrain.modeling.rotary import rotate_each_document
 
 RECORD_FORMAT = 1
 """Raised when an older sparsetrain would misread the record in a model's config."""
@@ -49,14 +52,19 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
     config = parse_attention(attention)
     modules = _attention_modules(model)
     text_config = modules[0].config
-    plans = _plan_layers(model, modules, text_config, config)
+    decoder = decoder_holding(model, modules)
+    if decoder is None:
+        raise ModelError(f"{type(model).__name__} holds no transformers model that owns its attention layers")
+    plans = _plan_layers(decoder, modules, text_config, config)
 
     owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text_config), None)
     if owner is None:
-        raise ModelError(f"{type(model).__name__} holds no transformers model that owns its attention layers")
+        raise ModelError(f"{type(model).__name__} holds no transformers model that has the config of its decoder")
     owner.set_attn_implementation(ATTENTION_NAME)
     for module, plan in zip(modules, plans, strict=True):
         put_method(module, plan)
+    guard_documents(decoder, leaks=plans[0].leaks_between_documents)
+    rotate_each_document(decoder)
     model.config.sparsetrain = {  # type: ignore[union-attr]
         "format": RECORD_FORMAT,
         "version": __version__,
@@ -154,9 +162,9 @@ def _attention_modules(model: nn.Module) -> list[Any]:
     return modules
 
 
-def _plan_layers(model: nn.Module, modules: list[Any], text_config: Any, config: MethodConfig) -> list[LayerPlan]:
+def _plan_layers(decoder: nn.Module, modules: list[Any], text_config: Any, config: MethodConfig) -> list[LayerPlan]:
     """What each layer does: take the method, or stay as the model made it."""
-    name, num_layers = type(model).__name__, text_config.num_hidden_layers
+    name, num_layers = type(decoder).__name__, text_config.num_hidden_layers
     indices = {m.layer_idx for m in modules}
     dense = config.resolve_dense_layers(num_layers)
     if not isinstance(config.dense_layers, DenseLayerRule) and dense - indices:
@@ -165,7 +173,8 @@ def _plan_layers(model: nn.Module, modules: list[Any], text_config: Any, config:
     if layer_types and "chunked_attention" in layer_types:
         raise ModelError(f"{name} has layers with chunked attention, which are not supported")
 
-    windows = [_window(module, text_config, layer_types) for module in modules]
+    masks_windows = "create_sliding_window_causal_mask" in _forward_code(decoder).co_names
+    windows = [_window(module, text_config, layer_types, masks_windows) for module in modules]
     takes = [
         module.layer_idx not in dense and (window is None or config.replace_sliding_layers)
         for module, window in zip(modules, windows, strict=True)
@@ -180,22 +189,22 @@ def _plan_layers(model: nn.Module, modules: list[Any], text_config: Any, config:
         )
     num_kv_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     method = config.build(num_kv_heads)
-    leaks = len(modules) < num_layers or any(isinstance(m, nn.Conv1d) for m in model.modules())
+    leaks = len(modules) < num_layers or any(isinstance(m, nn.Conv1d) for m in decoder.modules())
     return [
         LayerPlan(module.layer_idx, method if take else None, window, leaks)
         for module, window, take in zip(modules, windows, takes, strict=True)
     ]
 
 
-def _window(module: Any, text_config: Any, layer_types: list[str] | None) -> int | None:
-    """The sliding window this layer passes to its attention function."""
+def _window(module: Any, text_config: Any, layer_types: list[str] | None, masks_windows: bool) -> int | None:
+    """The sliding window this layer asks for, in the call of its attention function or in the mask alone."""
     if layer_types:
         slides = layer_types[module.layer_idx] == "sliding_attention"
     else:
         slides = getattr(module, "is_sliding", True)
-    passes_window = "sliding_window" in _constants(module) | set(_forward_code(module).co_names)
+    asks = masks_windows or "sliding_window" in _constants(module) | set(_forward_code(module).co_names)
     window = getattr(module, "sliding_window", getattr(text_config, "sliding_window", None))
-    return window if slides and (passes_window or layer_types) else None
+    return window if slides and (asks or layer_types) else None
 
 
 def _forward_code(module: nn.Module) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral import modeling_mistral
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers, sparsify
@@ -122,11 +128,56 @@ def test_attention_that_biases_its_logits_is_refused(tiny):
         sparsify(model, POWER)
 
 
-def test_a_model_that_only_masks_its_sliding_window_is_refused(tokens):
-    config = AutoConfig.for_model("qwen2_moe", **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1)
-    model = sparsify(AutoModelForCausalLM.from_config(config), POWER)
-    with pytest.raises(ModelError, match="sliding window of 7 tokens, but Qwen2MoeAttention asks for None"):
+def test_a_window_in_the_call_that_the_mask_does_not_have_is_refused(tiny, tokens, monkeypatch):
+    model = sparsify(tiny("mistral", sliding_window=7), {"method": "full"})
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", create_causal_mask)
+    with pytest.raises(ModelError, match="asks for a sliding window of 7 tokens in layer 0, and its mask for None"):
         model(tokens(20))
+
+
+@pytest.mark.parametrize(
+    ("request_of_mask", "reason"),
+    [
+        ({"or_mask_function": lambda b, h, q, k: k < 3}, "bidirectional image or prefix tokens"),
+        ({"and_mask_function": lambda b, h, q, k: k % 2 == 0}, r"a mask of its own \(.*lambda"),
+        ({"block_sequence_ids": torch.zeros(1, 20, dtype=torch.long)}, "a mask of its own beside the causal one"),
+    ],
+    ids=["or", "and", "blocks"],
+)
+def test_a_request_that_only_the_mask_carries_is_refused(request_of_mask, reason, tiny, tokens, monkeypatch):
+    model = sparsify(tiny("llama"), POWER)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", partial(create_causal_mask, **request_of_mask))
+    with pytest.raises(ModelError, match=reason):
+        model(tokens(20))
+
+
+@pytest.mark.parametrize("make", [create_chunked_causal_mask, create_bidirectional_mask])
+def test_masks_of_chunks_and_of_both_directions_are_refused(make, tiny, tokens, monkeypatch):
+    model = sparsify(tiny("llama"), POWER)
+    model.config.attention_chunk_size = 8
+
+    def wanted(**arguments):
+        return make(**{name: arguments[name] for name in inspect.signature(make).parameters if name in arguments})
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", wanted)
+    with pytest.raises(ModelError, match=r"within chunks|in both directions"):
+        model(tokens(20))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (torch.tensor([[1] * 5 + [0] * 3 + [1] * 12]), r"zeros between real tokens \(row 0, at token 5\)"),
+        (torch.zeros(1, 1, 20, 20), r"shape \[1, 1, 20, 20\] \(4 dimensions"),
+        (torch.ones(1, 20, 20, dtype=torch.bool), "dimensions"),
+    ],
+    ids=["holey", "4-D", "3-D"],
+)
+def test_masks_that_are_no_padding_are_called_what_they_are(mask, reason, training, tiny, tokens):
+    model = sparsify(tiny("llama"), POWER).train(training)
+    with pytest.raises(ModelError, match=reason):
+        model(tokens(20), attention_mask=mask, use_cache=False)
 
 
 def test_a_model_that_hides_positions_from_its_attention_needs_cu_seqlens(tokens):

@@ -1,0 +1,90 @@
+"""Which tokens of a packed row belong to one document, and which models cannot keep documents apart."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsetrain.errors import ModelError
+
+HOOK_ATTRIBUTE = "sparsetrain_documents_hook"
+
+
+def guard_documents(decoder: nn.Module, *, leaks: bool) -> None:
+    """Make a decoder refuse rows of several documents where it would compute something else than for each alone.
+
+    Args:
+        leaks: it also mixes tokens outside attention.
+    """
+    hook = decoder.__dict__.pop(HOOK_ATTRIBUTE, None)
+    if hook is not None:
+        hook.remove()
+    fault = ""
+    if leaks:
+        fault = (
+            "this model also mixes tokens outside attention (state-space, convolution or linear attention layers), so "
+            "packed documents would leak into each other"
+        )
+    elif "position_ids" not in inspect.signature(decoder.forward).parameters:
+        fault = f"{type(decoder).__name__} counts positions by itself, so those of packed documents would not restart"
+    if fault:
+        hook = decoder.register_forward_pre_hook(partial(_refuse_several, fault), with_kwargs=True)
+        setattr(decoder, HOOK_ATTRIBUTE, hook)
+
+
+def _refuse_several(fault: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    explicit, positions = explicit_documents(kwargs), kwargs.get("position_ids")
+    documents: list[torch.Tensor] | None = None
+    if explicit is not None:
+        documents = [explicit]
+    elif positions is not None and positions.ndim == 2 and positions.shape[1] > 1:
+        # A padded row's positions restart behind the padding.
+        mask = kwargs.get("attention_mask")
+        documents = bounds(positions, positions.shape[0]) if mask is None or bool(mask.all()) else None
+    if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
+        raise ModelError(f"{fault}; set sequence.packing: false and train.micro_batch: 1")
+
+
+def explicit_documents(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """``cu_seqlens`` as the caller gave it, under our name or transformers' own."""
+    given = kwargs.get("cu_seqlens")
+    if given is None and kwargs.get("cu_seq_lens_q") is not None:
+        given = kwargs["cu_seq_lens_q"].int()
+    return given
+
+
+def documents_of(kwargs: dict[str, Any], query: torch.Tensor, training: bool) -> list[torch.Tensor] | None:
+    """``cu_seqlens`` of each row, from where its positions restart; None if every row is one document."""
+    batch, num_queries = query.shape[0], query.shape[2]
+    position_ids = kwargs.get("position_ids")
+    # Models with three-dimensional positions (Qwen2.5-VL) pass None for the text's own; elsewhere that is no answer.
+    if num_queries == 1 or (position_ids is None and "position_ids" in kwargs and not training):
+        return None
+    if position_ids is None or position_ids.ndim != 2:
+        given = "no position_ids" if position_ids is None else f"position_ids of shape {list(position_ids.shape)}"
+        raise ModelError(f"this model hands its attention {given}, which tells no documents apart; pass it cu_seqlens")
+    return bounds(position_ids, batch)
+
+
+_KNOWN_BOUNDS = WeakIdKeyDictionary()
+"""What :func:`bounds` found in the positions of the passes in flight."""
+
+
+def bounds(position_ids: torch.Tensor, batch: int) -> list[torch.Tensor] | None:
+    """``cu_seqlens`` of each row. Every layer of a pass asks with the same tensor, and each answer stops the device."""
+    state = None if position_ids.is_inference() else (position_ids._version, batch)
+    known, found = _KNOWN_BOUNDS.get(position_ids, (None, None))
+    if state is None or state != known:
+        restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+        found = None
+        if bool(restarts.any()):
+            ends = torch.ones_like(restarts[:, :1])
+            rows = zip(restarts, ends, strict=True)
+            found = [torch.cat([end, row, end]).nonzero().flatten().int() for row, end in rows]
+        _KNOWN_BOUNDS[position_ids] = state, found
+    return found
