@@ -212,19 +212,16 @@ def evaluate_folder(
     import torch
     from rich.console import Console
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from sparsetrain.evaluation import evaluate
     from sparsetrain.evaluation.report import print_results
     from sparsetrain.modeling import load
+    from sparsetrain.modeling.tokenizers import load_tokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder)
     model.to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that can be loaded; copy the one it was trained with") from error
+    tokenizer = load_tokenizer(folder, "FOLDER (its tokenizer)")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
         result = evaluate(

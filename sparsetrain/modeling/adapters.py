@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling.configs import load_config
+from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
 from sparsetrain.modeling.storage import (
     ADAPTER_FILE,
@@ -277,11 +278,13 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     path = Path(path)
     try:
         config = LoraConfig.from_pretrained(str(path))
+        check_adapter_files(path)
         tensors = load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise ModelError(f"cannot read the adapters in {path}: {error}") from error
     if type(config) is not LoraConfig:
         raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
+    check_adapter_config(config, path)
     try:
         _inject(model, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
