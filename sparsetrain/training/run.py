@@ -105,6 +105,8 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_positions(model, recipe.sequence.length)
+    # It is written with the model, and others cut their texts at it.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.sequence.length)
     check_dropout(model)
     sequence_parallel.check_shareable(model, recipe.sequence.parallel)
     quantize_base(model, recipe.base_bits)
