@@ -73,6 +73,7 @@ _COLUMNS = {
     "text_field": "text",
     "prompt_field": "prompt_completion",
     "completion_field": "prompt_completion",
+    "separator": "prompt_completion",
     "messages_field": "chat",
 }
 
@@ -88,17 +89,23 @@ class DataSource(Section):
     synthetic: Literal["passkey", "multikey", "recall"] | None = None
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
-    form: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
-    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), or chat messages (loss on
-    the assistant's turns, by the tokenizer's chat template). ``auto`` decides by the columns of the first row."""
+    form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
+    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), chat messages (loss on the
+    assistant's turns, by the tokenizer's chat template), or ``input_ids`` and ``labels`` as they are. ``auto`` decides
+    by the columns of the first row."""
     text_field: str = "text"
     """Column that holds the text (form ``text``)."""
     prompt_field: str = "prompt"
     """Column that holds the prompt (form ``prompt_completion``)."""
     completion_field: str = "completion"
     """Column that holds the completion (form ``prompt_completion``)."""
+    separator: str = ""
+    """Text between a prompt and its completion, which belongs to the prompt (form ``prompt_completion``)."""
     messages_field: str = "messages"
     """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
+    ignore: list[str] = []
+    """Columns, and keys of turns, that have a meaning and are left out all the same, such as ``[rejected]``. Otherwise
+    a row that says what cannot be honoured is refused."""
     subset: str | None = None
     """Configuration name of a Hub dataset."""
     revision: str | None = None
@@ -136,14 +143,14 @@ class DataSource(Section):
         kinds = {
             "sources with a path": (
                 self.synthetic is None,
-                ("form", *_COLUMNS, "subset", "revision", "split", "streaming", "shuffle"),
+                ("form", *_COLUMNS, "ignore", "subset", "revision", "split", "streaming", "shuffle"),
             ),
             "synthetic sources": (self.synthetic is not None, ("lengths",)),
             "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
             "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
         } | {
             f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
-            for form in ("text", "prompt_completion", "chat")
+            for form in ("text", "prompt_completion", "chat", "tokens")
         }
         for kind, (holds, names) in kinds.items():
             for name in names:
