@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Mapping
 from copy import copy, deepcopy
@@ -25,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
+from sparsetrain.modeling.adapter_expressions import bound_expressions
 from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
@@ -162,8 +164,8 @@ def save_adapters(
 
 def _from_anywhere(base: str) -> str:
     """A folder's absolute path; the id of a model on the Hub as it is."""
-    folder = Path(base).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
+    folder = Path(os.path.expanduser(base))
+    return str(folder.resolve()) if os.path.isdir(folder) else base
 
 
 def load_adapters(
@@ -285,6 +287,7 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     if type(config) is not LoraConfig:
         raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
     check_adapter_config(config, path)
+    bound_expressions(config, [name for name, _ in model.named_modules()], path)
     try:
         _inject(model, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
