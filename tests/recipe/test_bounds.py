@@ -83,7 +83,7 @@ def test_segments_that_never_repeat_are_refused(refuse, minimal, within):
 
 def test_long_runs_are_legitimate_and_answered_at_once(minimal, tmp_path, capsys, within):
     file = tmp_path / "run.yaml"
-    file.write_text(minimal)
+    file.write_text(minimal.replace("path: corpus.jsonl", "synthetic: passkey"))
     assert main(["recipe", "validate", str(file), "train.tokens=1e15", "sequence.length=16777216"]) == 0
     assert "of causal pairs at 16,777,216 tokens" in capsys.readouterr().out
     overrides = ["train.global_batch_sequences=16777215", "train.micro_batch=65536"]
