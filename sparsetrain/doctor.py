@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrain.data.check import check_data
-from sparsetrain.errors import DataError
+from sparsetrain.errors import DataError, ModelError, SparsetrainError, first_line
 from sparsetrain.recipe.local_model import model_folder
-from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.schema import ModelSection, Recipe
 
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.6", "2.13"),
@@ -90,11 +90,17 @@ def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
         ("W&B", lambda: check_wandb(recipe)),
     ]
     if recipe is not None:
-        checks += [("disk", lambda: check_disk(recipe)), ("data", lambda: check_recipe_data(recipe))]
+        checks += [
+            ("model", lambda: check_model(recipe)),
+            ("disk", lambda: check_disk(recipe)),
+            ("data", lambda: check_recipe_data(recipe)),
+        ]
     for name, check in checks:
         try:
             result = check()
             yield from [result] if isinstance(result, Finding) else list(result)
+        except SparsetrainError as error:
+            yield Finding("fail", name, str(error))
         except Exception as error:
             yield Finding("fail", name, f"the check itself failed: {type(error).__name__}: {error}")
 
@@ -298,6 +304,16 @@ def check_wandb(recipe: Recipe | None = None) -> Finding:
     return Finding("ok", "W&B", "no login found: runs are recorded offline (`wandb login` puts them online)")
 
 
+def check_model(recipe: Recipe) -> Finding:
+    """Whether a model that is on this machine can be built as the recipe says, and its files can be read."""
+    from sparsetrain.training import ready
+
+    if model_folder(recipe.model) is None and recipe.model.architecture is None:
+        return Finding("ok", "model", f"{recipe.model.path} is looked at when the run starts")
+    ready.check_model(recipe)
+    return Finding("ok", "model", "it can be built as the recipe says, and its files can be read")
+
+
 def check_disk(recipe: Recipe) -> Finding:
     """Room for the checkpoints of a recipe: fp32 masters and two moments, one more copy than is kept."""
     folder = Path(recipe.output or "runs").absolute()
@@ -339,14 +355,16 @@ def count_parameters(recipe: Recipe) -> tuple[int, str] | None:
     """Parameters of a recipe's model without loading it, and how that is known; None where it is not."""
     section = recipe.model
     if section.architecture is not None:
-        return _count_built(section.architecture), "by its architecture"
+        return _count_built(section), "by its architecture"
     path = str(section.path)
     folder = model_folder(section)
     if folder is not None and (shards := list(folder.glob("model*.safetensors"))):
         return sum(map(_count_stored, shards)), "counted in its files"
-    config = _cached_config(path, section.revision) if folder is None else folder / "config.json"
-    if config is not None and config.is_file():
-        return _count_built(json.loads(config.read_text(encoding="utf-8"))), "by its config"
+    cached = None if folder is not None else _cached_config(path, section.revision)
+    known = folder if cached is None else cached.parent
+    if known is not None:
+        local = section.model_copy(update={"path": str(known), "revision": None})
+        return _count_built(local), "by its config"
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![a-zA-Z0-9])", path.rsplit("/", 1)[-1])
     if named:
         return int(float(named[1]) * (1e9 if named[2] in "Bb" else 1e6)), "by its name"
@@ -362,22 +380,28 @@ def _cached_config(path: str, revision: str | None) -> Path | None:
 
 
 def _count_stored(file: Path) -> int:
-    """Parameters of a safetensors file by its header: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(length))
-    return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    """Parameters of a safetensors file by its header: 8 bytes of length, then JSON.
+
+    Raises:
+        ModelError: the header is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise ModelError(f"{file} is no whole safetensors file: {first_line(error)}") from error
 
 
-def _count_built(config: dict[str, Any]) -> int:
-    """Parameters of a transformers config, built without storage."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _count_built(section: ModelSection) -> int:
+    """Parameters of a recipe's model, built without storage."""
+    from sparsetrain.modeling.configs import config_source
 
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-    return sum(parameter.numel() for parameter in model.parameters())
+    source = config_source(section)
+    return source.skeleton(source.config(), trust_remote_code=section.trust_remote_code).num_parameters()
 
 
 def _gib(size: float) -> str:

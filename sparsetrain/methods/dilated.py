@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import PositiveInt
+
 from sparsetrain.methods.static import StaticConfig
-from sparsetrain.section import Blocks
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import DilatedPattern
@@ -16,9 +17,9 @@ class DilatedConfig(StaticConfig):
 
     method: Literal["dilated"] = "dilated"
     """Dilated window."""
-    window: Blocks = 10
+    window: PositiveInt = 10
     """Blocks read, the query's own included."""
-    dilation: Blocks = 2
+    dilation: PositiveInt = 2
     """Distance in blocks between neighbours in the list."""
 
     def pattern(self, num_kv_heads: int = 1) -> DilatedPattern:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from sparsetrain.methods.static import StaticConfig
-from sparsetrain.section import Blocks, BlocksOrNone
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import PowerPattern
@@ -20,9 +21,9 @@ class PowerConfig(StaticConfig):
 
     method: Literal["power"] = "power"
     """PowerAttention."""
-    window: Blocks = 5
+    window: PositiveInt = 5
     """Blocks in the local window, the query's own included."""
-    sinks: BlocksOrNone = 1
+    sinks: NonNegativeInt = 1
     """Blocks at the start of each document that every query reads."""
 
     def pattern(self, num_kv_heads: int = 1) -> PowerPattern:

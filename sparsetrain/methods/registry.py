@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -36,8 +37,11 @@ METHODS: dict[str, type[MethodConfig]] = {
 """The config of each method by name."""
 
 
-def parse_attention(attention: Mapping[str, Any] | MethodConfig) -> MethodConfig:
+def parse_attention(attention: Mapping[str, Any] | MethodConfig, *, strict: bool = False) -> MethodConfig:
     """The typed config of an ``attention`` mapping such as ``{"method": "power", "block": 256}``.
+
+    Args:
+        strict: take values as JSON has them: ``"4"`` is no number, and ``true`` is not 1.
 
     Raises:
         ModelError: no method, an unknown one, or a parameter that is unknown or out of range.
@@ -47,10 +51,12 @@ def parse_attention(attention: Mapping[str, Any] | MethodConfig) -> MethodConfig
     if not isinstance(attention, Mapping):
         raise ModelError(f"attention={attention!r} is no mapping such as {{'method': 'power', 'block': 256}}")
     method = attention.get("method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ModelError(f"attention.method: {_unknown(method, METHODS)}")
     config = METHODS[method]
     try:
+        if strict:
+            return config.model_validate_json(json.dumps(dict(attention)), strict=True)
         return config.model_validate(dict(attention))
     except ValidationError as error:
         problems = "; ".join(_explain(problem, config) for problem in error.errors())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from sparsetrain.methods.static import StaticConfig
-from sparsetrain.section import Blocks, BlocksOrNone
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import SlidingPattern
@@ -16,9 +17,9 @@ class SlidingConfig(StaticConfig):
 
     method: Literal["sliding"] = "sliding"
     """Sliding window with sinks."""
-    window: Blocks = 9
+    window: PositiveInt = 9
     """Blocks in the local window, the query's own included."""
-    sinks: BlocksOrNone = 1
+    sinks: NonNegativeInt = 1
     """Blocks at the start of each document that every query reads."""
 
     def pattern(self, num_kv_heads: int = 1) -> SlidingPattern:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Unpack
 
+from pydantic import PositiveInt
+
 from sparsetrain.methods.base import Method, MethodConfig
-from sparsetrain.section import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class StaticConfig(MethodConfig):
     """A method whose visible blocks are known before training."""
 
-    block: Tokens = 256
+    block: PositiveInt = 256
     """Tokens in a block. Blocks count from the start of each document; the paper uses 256 for every pattern."""
 
     @abstractmethod

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from sparsetrain.methods.static import StaticConfig
-from sparsetrain.section import Blocks, BlocksOrNone
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import StridePattern
@@ -16,11 +17,11 @@ class StrideConfig(StaticConfig):
 
     method: Literal["stride"] = "stride"
     """Strided slash."""
-    window: Blocks = 6
+    window: PositiveInt = 6
     """Blocks in the local window, the query's own included."""
-    sinks: BlocksOrNone = 1
+    sinks: NonNegativeInt = 1
     """Blocks at the start of each document that every query reads."""
-    stride: Blocks = 32
+    stride: PositiveInt = 32
     """Distance in blocks between the slashes: the blocks at distance ``stride``, ``2 * stride``, ... are read."""
 
     def pattern(self, num_kv_heads: int = 1) -> StridePattern:

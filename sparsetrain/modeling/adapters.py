@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Mapping
 from copy import copy, deepcopy
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -26,10 +24,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.modeling.adapter_expressions import bound_expressions
+from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
-from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
+from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
 from sparsetrain.modeling.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -164,8 +162,8 @@ def save_adapters(
 
 def _from_anywhere(base: str) -> str:
     """A folder's absolute path; the id of a model on the Hub as it is."""
-    folder = Path(os.path.expanduser(base))
-    return str(folder.resolve()) if os.path.isdir(folder) else base
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def load_adapters(
@@ -186,6 +184,7 @@ def load_adapters(
         ModelError: the folder or its base cannot be read, or they do not fit each other.
     """
     path = Path(path)
+    check_side_files(str(path))
     section, attention, trained_on = _read_record(path)
     changed: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (path / "tokenizer_config.json").is_file():
@@ -226,19 +225,21 @@ def _read_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]
 
     try:
         record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no adapter folder of sparsetrain: {RECORD_FILE}: {error}") from error
     attention = recorded_attention(record, path / RECORD_FILE)
     try:
-        section = ModelSection.model_validate(record.get("model"))
+        section = ModelSection.model_validate_json(json.dumps(record.get("model")), strict=True)
     except ValueError as error:
         raise ModelError(
             f"{path / RECORD_FILE} does not say which model the adapters belong to: its model is "
             f"{record.get('model')!r:.100}; take the file from the run that wrote the folder"
         ) from error
     # Folders of before do not have it.
-    known = record.get("base_config")
-    return section, attention, known if isinstance(known, dict) else {}
+    known = record.get("base_config", {})
+    if not isinstance(known, dict):
+        raise ModelError(f"{path / RECORD_FILE}: base_config={known!r:.100} is no mapping")
+    return section, attention, known
 
 
 def _identity(config: PreTrainedConfig) -> dict[str, Any]:
@@ -278,20 +279,18 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     from peft import LoraConfig
 
     path = Path(path)
+    check_adapter_values(path / ADAPTER_FILE)
     try:
         config = LoraConfig.from_pretrained(str(path))
-        check_adapter_files(path)
         tensors = load_file(path / WEIGHTS_FILE)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"cannot read the adapters in {path}: {error}") from error
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise ModelError(f"cannot read the adapters in {path}: {words(error)}") from error
     if type(config) is not LoraConfig:
         raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
-    check_adapter_config(config, path)
-    bound_expressions(config, [name for name, _ in model.named_modules()], path)
-    try:
+    with explained(f"the adapters in {path} do not fit {type(model).__name__}"):
         _inject(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"the adapters in {path} do not fit {type(model).__name__}: {error}") from error
     places = {key: model.get_parameter_or_buffer(name) for name, key in adapter_tensors(model).items()}
     shapes = ({key: tuple(tensor.shape) for key, tensor in each.items()} for each in (tensors, places))
     given, wanted = shapes

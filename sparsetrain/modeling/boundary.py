@@ -16,6 +16,9 @@ from sparsetrain.errors import ModelError, SparsetrainError
 SEARCH_SECONDS = 3.0
 """How long the value to blame is looked for."""
 
+SPEAKING = (Exception, ValueError, ImportError)
+"""Errors whose class adds nothing to what they say."""
+
 _MEMORY_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -60,7 +63,7 @@ def words(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # transformers puts the reason on the line after "Validation error for field 'hidden_size':".
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    if " " in text and (isinstance(error, OSError | ValueError | ImportError) or "validation error" in text.lower()):
+    if " " in text and (type(error) in SPEAKING or isinstance(error, OSError) or "validation error" in text.lower()):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -95,7 +95,8 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
         if rope_type == "default" and "factor" in each:
             yield "rope_parameters", f"{where}factor={each['factor']!r:.60} has no effect with rope_type=default"
         own = hasattr(config, f"_validate_{rope_type}_rope_parameters")
-        if rope_type not in (None, "default") and rope_type not in ROPE_INIT_FUNCTIONS and not own:
+        named = isinstance(rope_type, str) and (rope_type in ROPE_INIT_FUNCTIONS or own)
+        if rope_type not in (None, "default") and not named:
             names = ["default", *ROPE_INIT_FUNCTIONS]
             yield (
                 "rope_parameters",
@@ -120,6 +121,8 @@ def _wrong_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Ids below 0. Those beyond the vocabulary are common in small models, and transformers warns of them."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields.get(name)
+        if value == []:
+            yield name, f"{name}=[] names no token; null says that there is none"
         for token in value if isinstance(value, list) else [value]:
             # -1 is how some models on the Hub say that they have none.
             if isinstance(token, int) and token < (-1 if name == "pad_token_id" else 0):

@@ -22,7 +22,8 @@ from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, saved_source, take_special_tokens
 from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
-from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weights import load_weights, read_tensors
 
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import ModelSection
 
 RECORD_FILE = "sparsetrain.json"
+ADAPTER_FILE = "adapter_config.json"
+"""What peft writes into a folder of adapters."""
+
+HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
+"""Arguments of ``from_pretrained`` that say where a checkpoint lies."""
 
 
 def save(
@@ -97,12 +103,12 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(path) / ADAPTER_FILE).is_file():
         return _load_adapters(path, kwargs)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
-    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    check_side_files(path)
     source = saved_source(path, "path", **hub, **code)
     attention = recorded_attention(source.values.get("sparsetrain"), path)
-    config = source.config()
-    source.skeleton(config, **code)
-    model = load_weights(path, "path", **{"config": config, **kwargs})
+    source.skeleton(source.config(), **code)
+    model = load_weights(path, "path", **kwargs)
     sparsify(model, attention)
     if not _restore_new_modules(model, attention, path, hub):
         raise ModelError(
@@ -139,6 +145,8 @@ def load_model(
             method.
     """
     path = None if section.path is None else resolve(section.path, "model.path")
+    if path:
+        check_side_files(path)
     source = config_source(section)
     config = source.config()
     tokenizer = recipe_tokenizer(section)
@@ -148,7 +156,7 @@ def load_model(
         take_special_tokens(config, tokenizer, section.architecture or {})
     skeleton = source.skeleton(config, **code)
     if path:
-        options = {"revision": section.revision, **code}
+        options = {"revision": section.revision, "use_safetensors": True, **code}
         cut = "num_hidden_layers" in section.config_overrides
         model = load_weights(path, "model.path", cut=cut, config=config, dtype=dtype, **options)
     else:
@@ -222,14 +230,15 @@ def recorded_attention(record: dict[str, Any] | None, path: str | Path) -> Metho
         raise ModelError(
             f"{path} records no attention method; load it with transformers and call sparsetrain.sparsify(model, ...)"
         )
-    if not isinstance(record, dict) or not isinstance(record.get("format", 0), int):
+    written = record.get("format", RECORD_FORMAT) if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(written, int) or isinstance(written, bool) or written < 1:
         raise ModelError(f"the record of the attention method in {path} is damaged: it is {record!r:.100}")
-    if record.get("format", 0) > RECORD_FORMAT:
+    if written > RECORD_FORMAT:
         raise ModelError(
             f"{path} was written by sparsetrain {record.get('version')} (format {record['format']}); this version "
             f"({__version__}) reads format {RECORD_FORMAT}: upgrade sparsetrain"
         )
     try:
-        return parse_attention(record.get("attention", {}))
+        return parse_attention(record.get("attention", {}), strict=True)
     except ModelError as error:
         raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None

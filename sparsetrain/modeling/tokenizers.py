@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling.boundary import explained, words
+from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.places import remedy, resolve
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTo
         ModelError: it cannot be loaded, or cannot encode.
     """
     name = str(path)
-    options.setdefault("trust_remote_code", False)  # without it a question may wait for an answer
-    with explained(partial(_fault, name, field), remedy(field, name)):
+    with explained(lambda _: f"{_blame(name, field)} cannot be loaded", remedy(field, name)):
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
@@ -76,11 +74,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
         )
 
 
-def _fault(name: str, field: str, error: BaseException) -> str:
-    own = ", it comes with code of its own, which runs with trust_remote_code alone"
-    return f"{_blame(name, field)} cannot be loaded{own if 'trust_remote_code' in str(error) else ''}"
-
-
 def _blame(name: str, field: str) -> str:
     """The field, and the file to blame where that can be told."""
     file = Path(name) / "tokenizer.json"
@@ -92,6 +85,6 @@ def _blame(name: str, field: str) -> str:
         except BaseException as error:  # its panics are no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
-            return f"{field}={name!r}: {file.name} ({words(error):.200})"
+            return f"{field}={name!r}: {file.name}"
         return f"{field}={name!r}: tokenizer_config.json or what stands beside it"
     return f"{field}={name!r}"

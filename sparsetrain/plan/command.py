@@ -16,6 +16,7 @@ from sparsetrain.plan.estimate import Plan, plan_recipe
 from sparsetrain.plan.report import as_json, markdown, print_plan
 from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import load_recipe, shipped_recipes
+from sparsetrain.recipe.local_model import is_own
 from sparsetrain.recipe.schema import Recipe
 
 COMMAND = "sparsetrain plan"
@@ -60,6 +61,10 @@ def run_plan(
     if as_markdown and in_json:
         raise RecipeError("--markdown and --json are two forms of one answer; give one of them")
     plan = make_plan(name, overrides, gpus=gpus, device=device, memory=memory, config=config, liger=liger)
+    if is_own(plan.setting.recipe.model):
+        from sparsetrain.training.ready import check_model  # imports torch, which other plans do without
+
+        check_model(plan.setting.recipe)
     check_data(plan.setting.recipe)
     if in_json:
         print(json.dumps(as_json(plan), indent=2))
@@ -80,22 +85,20 @@ def make_plan(
     liger: bool = False,
 ) -> Plan:
     """The plan of a recipe given by name or file, on ``gpus`` GPUs or as many as share a row."""
-    loaded = load_recipe(name, overrides)
-    recipe = loaded.recipe
+    recipe = load_recipe(name, overrides).recipe
 
     def reload(more: list[str]) -> Recipe:
         return load_recipe(name, [*overrides, *more]).recipe
 
-    with loaded.naming_places():
-        return plan_recipe(
-            recipe,
-            find_shape(recipe.model, config),
-            ranks=gpus or recipe.sequence.parallel,
-            device=find_device(device),
-            capacity=None if memory is None else parse_memory(memory),
-            liger=liger,
-            reload=reload,
-        )
+    return plan_recipe(
+        recipe,
+        find_shape(recipe.model, config),
+        ranks=gpus or recipe.sequence.parallel,
+        device=find_device(device),
+        capacity=None if memory is None else parse_memory(memory),
+        liger=liger,
+        reload=reload,
+    )
 
 
 def shipped_page() -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.errors import ModelError
 from sparsetrain.recipe.schema import ModelSection
-from sparsetrain.textfile import read_text
 
 OWN_MODELS = "sparsetrain:"
 
@@ -21,8 +18,18 @@ def model_folder(section: ModelSection) -> Path | None:
     if section.path.startswith(OWN_MODELS):
         folder = Path(__file__).parents[1] / "assets" / section.path.removeprefix(OWN_MODELS)
     else:
-        folder = Path(os.path.expanduser(section.path))
-    return folder if os.path.isdir(folder) else None
+        folder = Path(section.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def is_own(section: ModelSection) -> bool:
+    """Whether the model can be looked at here and may be wrong: a local folder, or a shape that the recipe gives.
+
+    What ships with the package is known to be right, with more positions too.
+    """
+    if section.path is not None and section.path.startswith(OWN_MODELS):
+        return not section.config_overrides.keys() <= {"max_position_embeddings"} or section.tokenizer is not None
+    return section.architecture is not None or model_folder(section) is not None
 
 
 def model_config(section: ModelSection) -> dict[str, Any]:
@@ -30,11 +37,11 @@ def model_config(section: ModelSection) -> dict[str, Any]:
     if section.architecture is not None:
         return section.architecture
     folder = model_folder(section)
-    if folder is None:
+    if folder is None or not (folder / "config.json").is_file():
         return {}
     try:
-        config = json.loads(read_text(folder / "config.json", "config.json", ModelError))
-    except (ModelError, ValueError, RecursionError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}  # loading the model reports what is wrong with it
     return config if isinstance(config, dict) else {}
 

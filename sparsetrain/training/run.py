@@ -26,8 +26,6 @@ from sparsetrain.evaluation.report import print_results, read_results, write_rep
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import (
     attention_density,
-    check_dropout,
-    check_positions,
     load_config,
     load_model,
     sparsify,
@@ -52,6 +50,7 @@ from sparsetrain.training.memory import check_memory_options
 from sparsetrain.training.place import here
 from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
+from sparsetrain.training.ready import check_fit
 from sparsetrain.training.round_trip import check_round_trip
 from sparsetrain.training.signals import Outcome, StopSignals
 from sparsetrain.training.telling import attempt
@@ -104,11 +103,7 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
     if recipe.sequence.parallel > 1:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
-    check_positions(model, recipe.sequence.length)
-    # It is written with the model, and others cut their texts at it.
-    tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.sequence.length)
-    check_dropout(model)
-    sequence_parallel.check_shareable(model, recipe.sequence.parallel)
+    check_fit(model, recipe)
     quantize_base(model, recipe.base_bits)
     if not loads_into_shards(recipe):
         model.to(world.device)  # type: ignore[arg-type]

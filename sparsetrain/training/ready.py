@@ -1,0 +1,85 @@
+"""What can be known of a run's model before its weights are read: the same checks, in the same words, as in the run.
+
+``sparsetrain recipe validate``, ``plan`` and ``doctor`` ask :func:`check_model`; ``run`` asks the functions under it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling import check_dropout, check_positions, sparsify
+from sparsetrain.modeling.boundary import explained
+from sparsetrain.modeling.configs import config_source, take_special_tokens
+from sparsetrain.modeling.side_files import check_side_files
+from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.recipe.local_model import model_folder
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.trainable import choose_trainable
+
+
+def check_model(recipe: Recipe) -> None:
+    """Build a recipe's model without storage, put its method and adapters in, and open its files.
+
+    Nothing of the Hub is read: a model that does not lie in a local folder passes.
+
+    Raises:
+        SparsetrainError: what would stop the run.
+    """
+    section = recipe.model
+    folder = model_folder(section)
+    if folder is None and section.architecture is None:
+        return
+    if folder is not None:
+        check_side_files(str(folder))
+    source = config_source(section)
+    config = source.config()
+    if section.tokenizer is None or model_folder(section.model_copy(update={"path": section.tokenizer})) is not None:
+        tokenizer = recipe_tokenizer(section)
+        check_vocabulary(tokenizer, config)
+        if folder is None:
+            take_special_tokens(config, tokenizer, section.architecture or {})
+    if recipe.sequence.parallel > 1:
+        from sparsetrain.training import sequence_parallel  # imports DeepSpeed, which takes seconds
+
+        sequence_parallel.check_config(config, recipe.sequence.parallel)
+    model = source.skeleton(config, trust_remote_code=section.trust_remote_code)
+    if folder is not None:
+        open_weights(folder)
+    with torch.device("meta"):
+        sparsify(model, recipe.attention)
+        check_fit(model, recipe)
+        with torch.random.fork_rng(devices=[]):
+            choose_trainable(model, recipe)
+
+
+def check_fit(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuse a sparsified model that cannot take the recipe's rows.
+
+    Raises:
+        ModelError: its positions, its dropout, or what it computes between tokens.
+    """
+    check_positions(model, recipe.sequence.length)
+    check_dropout(model)
+    if recipe.sequence.parallel > 1:
+        from sparsetrain.training import sequence_parallel
+
+        sequence_parallel.check_shareable(model, recipe.sequence.parallel)
+
+
+def open_weights(folder: Path) -> None:
+    """Read the headers of the safetensors files of a folder.
+
+    Raises:
+        ModelError: there are none, or one is not whole.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model.path={str(folder)!r} holds no weights (*.safetensors)")
+    for file in files:
+        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
+            weights.keys()
