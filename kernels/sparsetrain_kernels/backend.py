@@ -14,6 +14,9 @@ BACKENDS = ("auto", "gluon", "triton", "reference")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run on the CPU, one operation at a time: for tests."""
+KERNELS_ON_CPU = False
+"""Whether ``auto`` takes kernels on a CPU too, in Triton's interpreter. Tests of whole models set it: nothing else runs
+a model's kernels without a GPU."""
 TESTED_GLUON = ((3, 6), (3, 9))
 """Oldest and newest Triton whose Gluon, still experimental there, the Hopper kernels were compiled with."""
 
@@ -21,7 +24,7 @@ TESTED_GLUON = ((3, 6), (3, 9))
 def choose_backend(backend: str, tensor: torch.Tensor, refusals: Mapping[str, str | None]) -> str:
     """``"gluon"`` (Triton's language for Hopper), ``"triton"`` (plain) or ``"reference"`` (plain PyTorch).
 
-    ``auto`` takes the first of these that can run the call; on a CPU, always the last.
+    ``auto`` takes the first of these that can run the call; on a CPU the last, unless :data:`KERNELS_ON_CPU`.
 
     Args:
         backend: one of :data:`BACKENDS`.
@@ -33,7 +36,7 @@ def choose_backend(backend: str, tensor: torch.Tensor, refusals: Mapping[str, st
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
+    if backend == "reference" or (backend == "auto" and not tensor.is_cuda and not KERNELS_ON_CPU):
         return "reference"
     for candidate in ("gluon", "triton") if backend == "auto" else (backend,):
         refusal = refusals[candidate] or _unavailable(candidate, tensor)

@@ -39,6 +39,15 @@ def consecutive_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def row_major(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor, or a copy whose elements follow one another as its shape says, for kernels that take no strides.
+
+    ``sort``, ``cumsum``, ``where``, ``nan_to_num`` and ``empty_like`` keep the strides of their input: what is made of
+    a transposed tensor is transposed too. So this comes before them.
+    """
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def document_bounds(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the document of each token starts and ends, int32 ``[N]`` each. Without ``cu_seqlens`` there is one."""
     if cu_seqlens is None:
@@ -111,6 +120,7 @@ def check_inputs(
             )
     else:
         _check_packed(query, cu_seqlens, batch, keys, q_start)
+        (cu_seqlens,) = row_major(cu_seqlens)
         q_start = 0
 
     check_factors(scale, softcap)
@@ -120,6 +130,7 @@ def check_inputs(
             raise ValueError(
                 f"sink_logits has shape {tuple(sink_logits.shape)}, expected one logit a query head: ({query_heads},)"
             )
+        (sink_logits,) = row_major(sink_logits)
     scale = head_dim**-0.5 if scale is None else float(scale)
     return AttentionInputs(query, key, value, cu_seqlens, q_start, scale, softcap, sink_logits)
 

@@ -255,17 +255,6 @@ def test_runs_repeat_bit_for_bit(sparse, device: str, make_inputs, outputs_and_g
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_memory_layout_of_inputs_and_gradients_does_not_matter(make_inputs) -> None:
-    tensors = make_inputs(4, 2, 77)
-    copies = [t.detach().contiguous().requires_grad_() for t in tensors]
-    out, same = (block_pattern_attention(*args, POWER) for args in (tensors, copies))
-    assert torch.equal(out, same)
-    # The gradient of a sum arrives as one number with stride 0.
-    expanded = torch.autograd.grad(out.sum(), tensors)
-    full = torch.autograd.grad(same, copies, torch.ones(out.shape))
-    assert all(torch.equal(a, b) for a, b in zip(expanded, full, strict=True))
-
-
 def test_autocast_changes_the_inputs_dtype_and_nothing_else(make_inputs) -> None:
     tensors = make_inputs(4, 2, 77)
     low = [t.detach().bfloat16().requires_grad_() for t in tensors]

@@ -470,21 +470,6 @@ def test_runs_repeat_bit_for_bit(attention) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_memory_layout_of_inputs_and_gradients_does_not_matter(attention) -> None:
-    case = make_case(tokens=90)
-    leaves = case.leaves()
-    # Scattered elements in a row, and numbers a token that lie as [N, H].
-    scattered = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in leaves]
-    assert all(tensor.stride(-1) != 1 for tensor in scattered)
-    out, _ = attention(*leaves, case.exit, **case.options)
-    same, _ = attention(*scattered, case.exit.mT.contiguous().mT, **case.options)
-    assert torch.equal(out, same)
-    full = torch.autograd.grad(out, leaves, torch.ones_like(out))
-    # The gradient of a sum arrives as one number with stride 0.
-    expanded = torch.autograd.grad(same.sum(), scattered)
-    assert all(torch.equal(a, b) for a, b in zip(full, expanded, strict=True))
-
-
 def test_scores_may_be_expanded_over_the_heads(attention) -> None:
     case = make_case(shared=True)
     *tensors, scores, threshold = case.trained

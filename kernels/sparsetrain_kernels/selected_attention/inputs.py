@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.arguments import check_count, check_tensors
-from sparsetrain_kernels.inputs import AttentionInputs, Document, check_inputs, consecutive_rows
+from sparsetrain_kernels.inputs import AttentionInputs, Document, check_inputs, consecutive_rows, row_major
 
 GATES = ("value", "log", "straight")
 
@@ -104,9 +104,7 @@ def check_selected_inputs(
         consecutive_rows(query),
         consecutive_rows(key),
         consecutive_rows(value),
-        scores.contiguous(),
-        threshold.contiguous(),
-        exit.contiguous(),
+        *row_major(scores, threshold, exit),
         None if cu_seqlens is None else cu_seqlens.to(query.device),
         scale,
         topk,

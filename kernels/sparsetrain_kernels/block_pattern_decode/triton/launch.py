@@ -18,6 +18,7 @@ from sparsetrain_kernels.block_pattern_decode.triton.configs import (
     choose_splits,
     multiprocessors,
 )
+from sparsetrain_kernels.inputs import consecutive_rows, row_major
 from sparsetrain_kernels.launching import on_device, pad_head_dim
 
 NUM_WARPS = 4
@@ -75,13 +76,14 @@ def _attend(
 ) -> None:
     """Attention of every share, into ``out`` and ``lse`` with a place for each split of a row."""
     query, key, value = call.query, call.key_cache, call.value_cache
-    query = query if query.stride(3) == 1 else query.contiguous()
+    query = consecutive_rows(query)
     batch, heads, rows, head_dim = query.shape
     kv_heads, page_size = key.shape[1:3]
-    lengths = call.lengths.contiguous()
+    (lengths,) = row_major(call.lengths)
     table = call.block_table
-    if table is not None and table.stride(1) != 1:
-        table = table.contiguous()
+    if table is not None:
+        table = consecutive_rows(table)
+    sinks = None if call.sink_logits is None else row_major(call.sink_logits)[0]
     far = far_table(lists.far, query.device)
     kernels.decode_kernel[(batch * kv_heads * splits * row_tiles,)](
         query,
@@ -92,7 +94,7 @@ def _attend(
         lengths,
         # Without a table its pointer is moved and never read.
         lengths if table is None else table,
-        call.sink_logits,
+        sinks,
         far,
         *query.stride()[:3],
         *key.stride()[:3],

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.triton import kernels
 
@@ -29,7 +30,7 @@ def project(z: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def project_backward(grad: Tensor, z: Tensor, tau: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`sparsetrain_kernels.sparsek.reference.project_backward`."""
     rows, entries = z.shape
-    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    grad = consecutive_rows(grad)
     grad_z = torch.empty((rows, entries), dtype=z.dtype, device=z.device)
     grad_k = torch.empty_like(tau)
     with on_device(z):

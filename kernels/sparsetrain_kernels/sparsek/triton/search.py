@@ -11,6 +11,8 @@ from sparsetrain_kernels.sparsek.triton import crossing
 
 SHORT = 2**14
 """Rows up to which a small grid is faster: fewer steps one after the other, at more corners."""
+STEPS = (32, 64)
+"""Rows and points of a fine cell, and fine cells in a coarse one, up to ``SHORT`` rows and for more."""
 NEVER, BEYOND_ROWS = crossing.NEVER.value, crossing.BEYOND_ROWS.value
 WARPS = 8
 
@@ -31,7 +33,7 @@ def find_first_rows(
     """
     heads, rows = arrival.shape
     points = point.shape[1]
-    step = 32 if rows <= SHORT else 64
+    step = STEPS[rows > SHORT]
     chunk = step * step
     row_chunks, point_chunks = triton.cdiv(rows, chunk), triton.cdiv(points, chunk)
     diagonals = row_chunks + point_chunks

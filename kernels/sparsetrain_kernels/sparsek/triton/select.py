@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.inputs import row_major
 from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.causal_line import ONE, with_one_nan
 from sparsetrain_kernels.sparsek.triton import selection
@@ -20,11 +21,12 @@ BLOCK = 256
 
 def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """The fields of :class:`~sparsetrain_kernels.sparsek.causal_selection.CausalSelection`."""
+    (scores,) = row_major(scores)
     tokens, line, device = scores.shape[2], scores.numel(), scores.device
     topk, window, sinks = (min(number, tokens) for number in (topk, window, sinks))
     heads = line // tokens
     with on_device(scores):
-        ordered, order, doc_start, doc_end = _sort(scores.reshape(heads, tokens), cu_seqlens)
+        ordered, order, doc_start, doc_end = _sort(scores.view(heads, tokens), cu_seqlens)
         packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
         grid = (triton.cdiv(line, BLOCK),)
         axis = torch.empty(line, dtype=torch.int64, device=device)
@@ -117,7 +119,7 @@ def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Te
         return *with_one_nan(scores).sort(dim=-1, stable=True), None, None
     start, end = known_bounds(scores.shape[1], cu_seqlens, scores.device)
     if scores.dtype == torch.float32:
-        scores, line = scores.contiguous(), scores.numel()
+        line = scores.numel()
         key = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
         grid = (triton.cdiv(line, BLOCK),)
         selection.selection_keys_kernel[grid](scores, start, key, line, scores.shape[1], BLOCK=BLOCK)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsetrain_kernels.inputs import row_major
 from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.triton import shares
 
@@ -21,7 +22,9 @@ def threshold_gradient(
     grad_threshold: Tensor, interior_start: Tensor, interior_end: Tensor, interior_size: Tensor
 ) -> Tensor:
     """As :func:`sparsetrain_kernels.sparsek.causal_selection.threshold_gradient`."""
-    grad_threshold = grad_threshold.contiguous()
+    grad_threshold, interior_start, interior_end, interior_size = row_major(
+        grad_threshold, interior_start, interior_end, interior_size
+    )
     line, tokens = grad_threshold.numel(), grad_threshold.shape[2]
     blocks = triton.cdiv(line, BLOCK)
     sizes: dict[str, Any] = {

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.inputs import row_major
 from sparsetrain_kernels.launching import on_device
 from sparsetrain_kernels.sparsek.causal_selection import CausalSelection
 from sparsetrain_kernels.sparsek.triton import statistics
@@ -27,19 +28,20 @@ def summarize(
     ages: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     """The numbers of :func:`~sparsetrain_kernels.sparsek.topk_statistics` in their order."""
+    scores, threshold, *integers = row_major(scores, *selection)
     line, tokens, device = scores.numel(), scores.shape[2], scores.device
     parts = min(PARTS, triton.next_power_of_2(triton.cdiv(line, BLOCK)))
     sums = torch.empty((7, parts), dtype=torch.float64, device=device)
     means = torch.empty(6, dtype=torch.float64, device=device)
     start, end = (None, None) if cu_seqlens is None else known_bounds(tokens, cu_seqlens, device)
     nan, infinity = float("nan"), float("inf")
-    full = selection.threshold.nan_to_num(nan=nan, posinf=infinity, neginf=0.0)
+    full = threshold.nan_to_num(nan=nan, posinf=infinity, neginf=0.0)
     with on_device(scores):
         statistics.statistics_sums_kernel[(parts,)](
-            scores.contiguous(),
-            selection.threshold,
+            scores,
+            threshold,
             full.cumsum(-1, dtype=torch.float64),
-            *selection[1:],
+            *integers,
             start,
             end,
             sums,
