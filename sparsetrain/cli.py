@@ -37,6 +37,9 @@ benchmarks = typer.Typer(
 )
 app.add_typer(benchmarks, name="bench")
 
+MOST_GPUS = 2**17
+"""GPUs that a batch or a plan is computed for."""
+
 DISK_FAULTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -86,6 +89,9 @@ def _answer(arguments: list[str]) -> int:
         for note in settle_in(os.environ):
             if os.environ.get("RANK", "0") == "0":
                 print(f"note: {note}", file=sys.stderr)
+        for argument in arguments:
+            if not argument.isprintable():
+                _refuse_unprintable(argument)
         app(args=arguments, prog_name="sparsetrain")
         return 0
     except SystemExit as stop:
@@ -111,6 +117,15 @@ def _reason(fault: Exception) -> str:
         letters = fault.object[fault.start : fault.end]
         return f"its encoding, {fault.encoding}, has no {letters!a}; set PYTHONIOENCODING=utf-8"
     return str(fault)
+
+
+def _refuse_unprintable(argument: str) -> None:
+    """Bytes that are not UTF-8 arrive as characters that nothing can write again, a recipe or a log least of all."""
+    from sparsetrain.recipe.yaml_source import text_fault
+
+    fault = text_fault(argument)
+    if fault is not None:
+        raise RecipeError(f"the argument {argument!r:.200} {fault}")
 
 
 def script() -> NoReturn:
@@ -166,13 +181,15 @@ def run(
     """
     from sparsetrain.recipe import load_recipe
 
-    loaded = load_recipe(recipe, [*(overrides or []), *([f"output={json.dumps(output)}"] if output else [])])
+    loaded = load_recipe(recipe, overrides or [], output)
     if os.environ.get("RANK", "0") == "0":
         _print_notes(loaded)
     from sparsetrain.training.run import run as train
     from sparsetrain.training.signals import PREEMPTED_EXIT_CODE, Outcome
 
-    if train(loaded.recipe, resume=resume) is Outcome.PREEMPTED:
+    with loaded.naming_places():
+        outcome = train(loaded.recipe, resume=resume)
+    if outcome is Outcome.PREEMPTED:
         raise typer.Exit(PREEMPTED_EXIT_CODE)
 
 
@@ -212,19 +229,16 @@ def evaluate_folder(
     import torch
     from rich.console import Console
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from sparsetrain.evaluation import evaluate
     from sparsetrain.evaluation.report import print_results
     from sparsetrain.modeling import load
+    from sparsetrain.modeling.tokenizers import load_tokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder)
     model.to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that can be loaded; copy the one it was trained with") from error
+    tokenizer = load_tokenizer(folder, "FOLDER (its tokenizer)")
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
         result = evaluate(
@@ -277,7 +291,9 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs, one process each; one, or sequence.parallel of them.", show_default=False),
+        typer.Option(
+            min=1, max=MOST_GPUS, help="GPUs, one process each; one, or sequence.parallel of them.", show_default=False
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="h100, h200, b200, a100, a100-40gb, l40s or 4090.")] = "h100",
     memory: Annotated[
@@ -427,7 +443,10 @@ def validate(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="GPUs to resolve the batch for; one, or sequence.parallel of them.", show_default=False
+            min=1,
+            max=MOST_GPUS,
+            help="GPUs to resolve the batch for; one, or sequence.parallel of them.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -443,7 +462,7 @@ def validate(
     from sparsetrain.recipe import load_recipe
     from sparsetrain.recipe.describe import attention_facts, batch_facts
 
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
+    overrides = [argument for argument in arguments if "=" in argument and not os.path.isfile(argument)]
     names = [argument for argument in arguments if argument not in overrides]
     if not names:
         raise RecipeError("name at least one recipe to validate")
@@ -452,10 +471,11 @@ def validate(
         try:
             loaded = load_recipe(name, overrides)
             gpus = ranks or loaded.recipe.sequence.parallel
-            facts = f"{batch_facts(loaded.recipe, gpus)}; {attention_facts(loaded.recipe)}"
-            _check_deepspeed(loaded, gpus)
-            _check_model(loaded)
-            data = check_data(loaded.recipe)
+            with loaded.naming_places():
+                facts = f"{batch_facts(loaded.recipe, gpus)}; {attention_facts(loaded.recipe)}"
+                _check_deepspeed(loaded, gpus)
+                _check_model(loaded)
+                data = check_data(loaded.recipe)
         except SparsetrainError as error:
             failures += 1
             print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -48,3 +49,18 @@ def make_way(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def copy_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
+    """Copy what a folder holds, but for some names, into another one.
+
+    Contents alone: the modes of a run folder need not be those of one to give away.
+    """
+    for path in source.rglob("*"):
+        place = path.relative_to(source)
+        if place.parts[0] in leave_out:
+            continue
+        if path.is_dir():
+            (target / place).mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, target / place)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,10 @@ class Pattern(ABC):
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
         """The transposed list: the query blocks, of ``num_blocks``, that read ``key_block``. Ascending and unique."""
 
+    @abstractmethod
+    def listed(self, num_blocks: int, head: int = 0) -> int:
+        """How many key blocks the first ``num_blocks`` query blocks read in all, counted without listing them."""
+
     def max_key_blocks(self, num_blocks: int) -> int:
         """The longest list among the first ``num_blocks`` query blocks."""
         return max(len(self.key_blocks(t, head)) for head in self.heads for t in range(num_blocks))
@@ -98,10 +104,12 @@ class Pattern(ABC):
     def density(self, length: int, head: int = 0) -> float:
         """The share of causal (query, key) token pairs that a sequence of ``length`` tokens computes."""
         _check("length", length, 1)
-        pairs = 0
-        for t in range(-(-length // self.block)):
-            rows = min(self.block, length - t * self.block)
-            pairs += rows * self.block * (len(self.key_blocks(t, head)) - 1) + rows * (rows + 1) // 2
+        whole, rows = divmod(length - 1, self.block)  # the blocks before the last one, and its rows less one
+        rows += 1
+        before = self.listed(whole, head)
+        last = self.listed(whole + 1, head) - before
+        pairs = self.block**2 * (before - whole) + whole * (self.block * (self.block + 1) // 2)
+        pairs += rows * self.block * (last - 1) + rows * (rows + 1) // 2
         return pairs / (length * (length + 1) // 2)
 
     def reach(self, num_blocks: int, num_layers: int, dense_layers: Collection[int] = ()) -> np.ndarray:
@@ -149,13 +157,26 @@ class Pattern(ABC):
 class _OffsetPattern(Pattern):
     """A pattern made of block distances, the same for every query block, and of the first ``sinks`` blocks."""
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
+    @abstractmethod
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
         """The block distances of KV head ``head`` below ``limit``, ascending from 0, the own block."""
-        raise NotImplementedError
+
+    def _offsets(self, limit: int, head: int) -> Iterable[int]:
+        return chain.from_iterable(self._spans(limit, head))
+
+    def listed(self, num_blocks: int, head: int = 0) -> int:
+        sinks = min(self.num_sinks, num_blocks)
+        # Every block reads the sinks up to itself; a distance is read by the blocks that lie so far behind the sinks.
+        total = sinks * (sinks + 1) // 2 + (num_blocks - sinks) * sinks
+        limit = num_blocks - self.num_sinks
+        for span in self._spans(max(limit, 0), head):
+            if span:
+                total += len(span) * limit - len(span) * (span[0] + span[-1]) // 2
+        return total
 
     def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
         sinks = self.num_sinks
-        offsets = self._offsets(max(query_block - sinks + 1, 0), head)
+        offsets = tuple(self._offsets(max(query_block - sinks + 1, 0), head))
         return (*range(min(sinks, query_block + 1)), *(query_block - offset for offset in reversed(offsets)))
 
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
@@ -168,8 +189,8 @@ class _OffsetPattern(Pattern):
 class FullPattern(_OffsetPattern):
     """Every earlier block: dense causal attention."""
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
-        return tuple(range(limit))
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
+        return (range(limit),)
 
 
 @dataclass(frozen=True)
@@ -190,10 +211,10 @@ class SlidingPattern(_OffsetPattern):
     def num_sinks(self) -> int:
         return self.sinks
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
-        return (*range(min(self.window, limit)), *self._far(limit))
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
+        return (range(min(self.window, limit)), *self._far(limit))
 
-    def _far(self, limit: int) -> Iterable[int]:
+    def _far(self, limit: int) -> Iterable[range]:
         """Distances of ``window`` or more, below ``limit``, ascending."""
         return ()
 
@@ -209,9 +230,9 @@ class PowerPattern(SlidingPattern):
     window: int = 5
     sinks: int = 1
 
-    def _far(self, limit: int) -> Iterable[int]:
+    def _far(self, limit: int) -> Iterable[range]:
         first, end = (self.window - 1).bit_length(), max(limit - 1, 0).bit_length()
-        return (1 << exponent for exponent in range(first, end))
+        return (_one(1 << exponent) for exponent in range(first, end))
 
 
 @dataclass(frozen=True)
@@ -225,8 +246,8 @@ class StridePattern(SlidingPattern):
         super().__post_init__()
         _check("stride", self.stride, 1)
 
-    def _far(self, limit: int) -> Iterable[int]:
-        return range(-(-self.window // self.stride) * self.stride, limit, self.stride)
+    def _far(self, limit: int) -> Iterable[range]:
+        return (range(-(-self.window // self.stride) * self.stride, limit, self.stride),)
 
 
 @dataclass(frozen=True)
@@ -243,8 +264,8 @@ class DilatedPattern(_OffsetPattern):
         _check("window", self.window, 1)
         _check("dilation", self.dilation, 1)
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
-        return tuple(range(0, min(self.window * self.dilation, limit), self.dilation))
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
+        return (range(0, min(self.window * self.dilation, limit), self.dilation),)
 
 
 @dataclass(frozen=True)
@@ -265,8 +286,8 @@ class DistancePattern(_OffsetPattern):
     def num_sinks(self) -> int:
         return self.sinks
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
-        return tuple(distance for distance in self.distances if distance < limit)
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
+        return (_one(distance) for distance in self.distances if distance < limit)
 
 
 @dataclass(frozen=True)
@@ -298,8 +319,8 @@ class HeadDistancePattern(_OffsetPattern):
     def num_sinks(self) -> int:
         return self.sinks
 
-    def _offsets(self, limit: int, head: int) -> tuple[int, ...]:
-        return tuple(distance for distance in self.distances[head] if distance < limit)
+    def _spans(self, limit: int, head: int) -> Iterable[range]:
+        return (_one(distance) for distance in self.distances[head] if distance < limit)
 
 
 @dataclass(frozen=True)
@@ -348,6 +369,9 @@ class LongNetPattern(Pattern):
                 keys.update(range(segment + (shift - segment) % rate, query_block + 1, rate))
         return tuple(sorted(keys))
 
+    def listed(self, num_blocks: int, head: int = 0) -> int:
+        return _listed(self, num_blocks, head)
+
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
         queries: set[int] = set()
         for length, rate, shift in self._levels(head):
@@ -358,3 +382,17 @@ class LongNetPattern(Pattern):
 
     def _levels(self, head: int) -> list[tuple[int, int, int]]:
         return [(length, rate, head % rate if self.head_shift else 0) for length, rate in self.segments]
+
+
+def _one(distance: int) -> range:
+    return range(distance, distance + 1)
+
+
+@lru_cache(maxsize=256)
+def _listed(pattern: LongNetPattern, num_blocks: int, head: int) -> int:
+    """Every segment begins a multiple of the period behind a block that begins all, so the lists repeat from there."""
+    periods, rest = divmod(num_blocks, pattern.period)
+    total = sum(len(pattern.key_blocks(t, head)) for t in range(rest))
+    if periods:
+        total += periods * sum(len(pattern.key_blocks(t, head)) for t in range(pattern.period))
+    return total

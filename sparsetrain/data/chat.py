@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsetrain.data.chat_template import apply_template, marks_generation
+from sparsetrain.data.chat_template import marks_generation
+from sparsetrain.data.conversation import Conversation
 from sparsetrain.data.encoding import encode, shared_prefix
 from sparsetrain.data.ending import with_end_tokens
+from sparsetrain.data.unsaid import check_all_is_said
 from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
@@ -18,25 +20,32 @@ Rendered = tuple[list[int], list[tuple[int, int]]]
 """Tokens, and the half-open spans of them that carry loss."""
 
 
-def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Loss on what the assistant says, and on the token that ends its turn.
+def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Loss on what the assistant says, and on the token that ends its turn; or on what the row chooses itself.
+
+    Nothing where the row says that nothing of it is learned.
 
     Raises:
-        MalformedRow: no turn is the assistant's, or the template refuses the conversation.
+        MalformedRow: no turn is the assistant's, or the template refuses the conversation or leaves some of it out.
         DataError: the template cannot be compiled, or does not come to an end.
     """
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == "assistant" for message in conversation.messages):
         raise MalformedRow("no turn is the assistant's, so there is nothing to learn from")
-    render = _marked_chat if marks_generation(tokenizer) else _prefix_chat
-    input_ids, targets = with_end_tokens(render(messages, tokenizer), tokenizer)
+    if not any(conversation.learns(turn) for turn in range(len(conversation.messages))):
+        return [], []
+    render = _marked_chat if marks_generation(tokenizer, conversation.tools) else _prefix_chat
+    input_ids, targets = with_end_tokens(render(conversation, tokenizer), tokenizer)
     if not targets:
         raise MalformedRow("the chat template leaves the assistant nothing to say")
     return input_ids, targets
 
 
-def _marked_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """The template itself marks the assistant's words with ``{% generation %}``."""
-    text, spans = apply_template(tokenizer, messages)
+    text, spans = conversation.written(tokenizer)
+    check_all_is_said(conversation, tokenizer, text)
+    if conversation.chosen:
+        spans = _chosen_spans(conversation, tokenizer, text, spans)
     if not tokenizer.is_fast:
         input_ids = encode(tokenizer, text)
         edges = [tuple(shared_prefix(encode(tokenizer, text[:edge]), input_ids) for edge in span) for span in spans]
@@ -50,28 +59,85 @@ def _marked_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
     return encoded["input_ids"], list(zip(np.flatnonzero(marks > 0).tolist(), np.flatnonzero(marks < 0).tolist()))
 
 
-def _prefix_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def _chosen_spans(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, marked: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Those of the template's marks, or parts of them, that belong to what the row chooses.
+
+    The marks of a turn are those that the conversation gains by it.
+    """
+    chosen: list[tuple[int, int]] = []
+    known = 0
+    for turn, message in enumerate(conversation.messages):
+        count = len(conversation.written(tokenizer, turn + 1).spans)
+        own, known = marked[known:count], max(known, count)
+        learned = conversation.learns(turn)
+        if not learned:
+            continue
+        if message["role"] != "assistant":
+            chosen += _learned_spans(conversation, turn, text, _added(conversation, tokenizer, turn, text))
+            continue
+        for span in own:
+            chosen += _learned_spans(conversation, turn, text, span) if learned is not True else [span]
+    if known != len(marked):
+        raise MalformedRow(
+            "the chat template marks other words once the conversation goes on, so the turns that are not to be "
+            "learned cannot be told from the others"
+        )
+    return sorted(chosen)
+
+
+def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """An assistant's turn is what the conversation gains by it, as long as nothing before it changes.
 
     As in a completion, a token that reaches from the prompt into the turn counts to the turn.
     """
-
-    def text(turns: int, *, prompt: bool = False) -> str:
-        return apply_template(tokenizer, messages[:turns], prompt=prompt).text
-
-    whole = text(len(messages))
+    whole = conversation.written(tokenizer).text
+    check_all_is_said(conversation, tokenizer, whole)
     input_ids = encode(tokenizer, whole)
     targets = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for turn in range(len(conversation.messages)):
+        if not conversation.learns(turn):
             continue
-        before, after = text(turn, prompt=True) if turn else "", text(turn + 1)
-        if not (whole.startswith(before) and whole.startswith(after)):
-            raise MalformedRow(
-                f"the chat template writes the conversation up to turn {turn + 1} differently once it goes on, so the "
-                "assistant's tokens cannot be told apart; mark them in the template with {% generation %}"
-            )
-        start, stop = (shared_prefix(encode(tokenizer, part), input_ids) for part in (before, after))
-        if start < stop:
-            targets.append((start, stop))
+        added = _added(conversation, tokenizer, turn, whole)
+        for edges in _learned_spans(conversation, turn, whole, added):
+            start, stop = (shared_prefix(encode(tokenizer, whole[:edge]), input_ids) for edge in edges)
+            if start < stop:
+                targets.append((start, stop))
     return input_ids, targets
+
+
+def _added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, whole: str) -> tuple[int, int]:
+    """The characters of ``whole`` that a turn adds; of an assistant's, those behind what it is prompted with."""
+    prompt = conversation.messages[turn]["role"] == "assistant"
+    before = conversation.written(tokenizer, turn, prompt=prompt).text if turn else ""
+    after = conversation.written(tokenizer, turn + 1).text
+    if not (whole.startswith(before) and whole.startswith(after)):
+        raise MalformedRow(
+            f"the chat template writes the conversation up to turn {turn + 1} differently once it goes on, so the "
+            "assistant's tokens cannot be told apart; mark them in the template with {% generation %}"
+        )
+    return len(before), len(after)
+
+
+def _learned_spans(conversation: Conversation, turn: int, text: str, added: tuple[int, int]) -> list[tuple[int, int]]:
+    """What is learned of a turn, in characters of the whole text.
+
+    Of an assistant's turn all that it adds; of another, which nothing prompts, its content and what ends it; of a turn
+    in parts, these, the last of them with what ends the turn.
+    """
+    learned = conversation.learns(turn)
+    message = conversation.messages[turn]
+    if learned is True and message["role"] == "assistant":
+        return [added]
+    start, stop = added
+    content = message["content"].strip()
+    place = text.find(content, start, stop)
+    if not content or place < 0:
+        raise MalformedRow(f"the chat template changes the content of turn {turn + 1}: its parts cannot be found")
+    if learned is True:
+        return [(place, stop)]
+    assert isinstance(learned, tuple)
+    cut = len(message["content"]) - len(message["content"].lstrip())
+    spans = [(max(0, first - cut), min(last - cut, len(content))) for first, last in learned]
+    return [(place + first, stop if last == len(content) else place + last) for first, last in spans if first < last]

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,13 +41,14 @@ class ChatText(NamedTuple):
     """Characters within ``{% generation %}``, half-open, ascending; none are empty."""
 
 
-def marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's template marks what the assistant says with ``{% generation %}``.
+def marks_generation(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None = None) -> bool:
+    """Whether the tokenizer's template (with ``tools`` that for tools) marks what the assistant says with
+    ``{% generation %}``.
 
     Raises:
         DataError: the template cannot be compiled.
     """
-    return _marked(_template_of(tokenizer, None))
+    return _marked(_template_of(tokenizer, tools))
 
 
 def apply_template(
@@ -54,6 +56,7 @@ def apply_template(
     messages: list[dict[str, Any]],
     *,
     tools: list[dict[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
     prompt: bool = False,
 ) -> ChatText:
     """The text of a conversation.
@@ -61,6 +64,7 @@ def apply_template(
     Args:
         messages: its turns.
         tools: JSON schemas of the tools it may call.
+        settings: more variables of the template; they hide special tokens of the same name.
         prompt: end where the assistant's next turn begins.
 
     Raises:
@@ -69,12 +73,13 @@ def apply_template(
     """
     template = _template_of(tokenizer, tools)
     marked = _marked(template)
-    row = json.dumps({"messages": messages, "tools": tools}, default=lambda value: f"<{type(value).__name__}>")
+    content = {"messages": messages, "tools": tools, "settings": dict(settings or {})}
+    row = json.dumps(content, default=lambda value: f"<{type(value).__name__}>")
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     longest = OWN_CHARACTERS + GROWTH * len(row)
-    settings = {"template": template, "marked": marked, "prompt": prompt, "special": special, "longest": longest}
+    rest = {"template": template, "marked": marked, "prompt": prompt, "special": special, "longest": longest}
     seconds = max(SECONDS, len(row) / 1e7)
-    answer = _HELPER.ask(f"{row[:-1]}, {json.dumps(settings)[1:]}", seconds)
+    answer = _HELPER.ask(f"{row[:-1]}, {json.dumps(rest)[1:]}", seconds)
     if answer.get("fault") == "row":
         raise MalformedRow(f"the chat template refuses it: {answer['error']}")
     if answer.get("fault") == "length":

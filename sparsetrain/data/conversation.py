@@ -1,38 +1,176 @@
-"""The turns of a conversation, from any of the formats that write them."""
+"""A conversation, from any of the formats that write them: OpenAI's, ShareGPT's, TRL's and axolotl's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from sparsetrain.data.values import MalformedRow, described, text_value, value_of
+from sparsetrain.data.chat_template import ChatText, apply_template
+from sparsetrain.data.marks import Learned, learned_of
+from sparsetrain.data.tools import call_of, calls_of
+from sparsetrain.data.values import MalformedRow, described, plain, text_value
 
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-"""ShareGPT's names for the roles of a conversation."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
+}
+"""The names of roles, and what chat templates call them."""
+
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles of turns whose text is the JSON of a call, or of a list of them."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what an assistant thinks before it answers."""
+
+REFUSED = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "models are trained on text alone"),
+    "refusal": "write it as content, if it is to be learned",
+}
+"""Keys of turns, and columns, with a meaning that no setting here can give them."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def messages_of(row: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    """The turns in a column, as ``{role, content}``.
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given, and which turns are learned."""
+
+    messages: list[dict[str, Any]]
+    """Turns: ``role``, ``content`` (text), ``tool_calls`` with arguments as objects, and whatever else they hold."""
+    learned: list[Learned] = field(default_factory=list)
+    """What is learned of each turn; empty = all that the assistant says."""
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of the tools that may be called."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """More variables of the template (``chat_template_kwargs``, ``documents``)."""
+
+    def written(
+        self, tokenizer: PreTrainedTokenizerBase, turns: int | None = None, *, prompt: bool = False
+    ) -> ChatText:
+        """The text of the first ``turns`` turns, by default of all (:func:`apply_template`)."""
+        return apply_template(tokenizer, self.messages[:turns], tools=self.tools, settings=self.settings, prompt=prompt)
+
+    def learns(self, turn: int) -> Learned:
+        """What is learned of a turn."""
+        return self.learned[turn] if self.learned else self.messages[turn]["role"] == "assistant"
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the row itself says what is learned, other than all that the assistant says."""
+        return any(self.learns(turn) != (each["role"] == "assistant") for turn, each in enumerate(self.messages))
+
+    def behind(self, system: str | None) -> Conversation:
+        """The conversation behind a system prompt that the row holds in a column of its own.
+
+        Raises:
+            MalformedRow: it has another one already.
+        """
+        if not system or not system.strip():
+            return self
+        if self.messages[0]["role"] in ("system", "developer"):
+            if self.messages[0]["content"] == system:
+                return self
+            raise MalformedRow("its system column and its first turn are two different system prompts")
+        learned = [False, *self.learned] if self.learned else []
+        return replace(self, messages=[{"role": "system", "content": system}, *self.messages], learned=learned)
+
+
+def conversation_of(turns: Any, name: str, ignore: Collection[str] = ()) -> Conversation:
+    """The turns of a list.
+
+    Args:
+        name: where the list stands.
+        ignore: keys of turns that are left unread.
 
     Raises:
-        MalformedRow: it holds no list of turns, or one of them has no known role or no content.
+        MalformedRow: it is no list of turns, one of them cannot be read, or says what cannot be honoured.
     """
-    turns = value_of(row, field)
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise MalformedRow(f"{field!r} is {described(turns)}, not a list of turns")
-    return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+        raise MalformedRow(f"{name} is {described(turns)}, not a list of turns")
+    read = [_turn(turn, f"turn {number}", ignore) for number, turn in enumerate(turns, start=1)]
+    return Conversation([message for message, _ in read], [learned for _, learned in read])
 
 
-def _message(turn: Any, number: int) -> dict[str, Any]:
-    """``{role, content}``, from that or from ShareGPT's ``{from, value}``."""
+def _turn(turn: Any, name: str, ignore: Collection[str]) -> tuple[dict[str, Any], Learned]:
+    """``{role, content, ...}``, from that or from ShareGPT's ``{from, value}``, and what is learned of it."""
     if not isinstance(turn, Mapping):
-        raise MalformedRow(f"turn {number} is {described(turn)}, not a mapping with role and content")
-    present = {key: value for key, value in turn.items() if value is not None}
-    role = present.pop("role", None) or present.pop("from", None)
-    content = present.pop("content", None) if "content" in present else present.pop("value", None)
-    if not isinstance(role, str):
-        raise MalformedRow(f"turn {number} has no role")
-    role = ROLES.get(role, role)
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise MalformedRow(f"turn {number} has the unknown role {role!r}")
-    return {**present, "role": role, "content": text_value(content, f"the content of turn {number}")}
+        raise MalformedRow(f"{name} is {described(turn)}, not a mapping with role and content")
+    keys = {key: value for key, value in turn.items() if value is not None and key not in ignore}
+    named = _one_of(keys, ("role", "from"), name)
+    if not isinstance(named, str):
+        raise MalformedRow(f"{name} has no role")
+    if named not in ROLES:
+        raise MalformedRow(f"{name} has the unknown role {named!r}")
+    for key, reason in REFUSED.items():
+        # An empty list is what some writers put where there is none.
+        if keys.get(key):
+            raise MalformedRow(f"{name} has {key!r}, and {reason}; ignore: [{key}] trains without it")
+        keys.pop(key, None)
+    role = ROLES[named]
+    content = _content(_one_of(keys, ("content", "value"), name), f"the content of {name}")
+    calls = calls_of(keys, name)
+    if named in CALL_ROLES:
+        if calls:
+            raise MalformedRow(f"{name} is a {named}, and has tool_calls beside it")
+        calls, content = call_of(content, f"the content of {name}, a {named},"), ""
+    if calls and role != "assistant":
+        raise MalformedRow(f"{name} calls a tool, and is the {role}'s")
+    if content is None and not calls:
+        raise MalformedRow(f"the content of {name} is null, not a string")
+    learned = learned_of(keys, role, content or "", name)
+    thoughts = _thoughts(keys, role, name)
+    # Templates differ in what they make of a missing content; an empty one is nothing to all of them.
+    message = {"role": role, "content": content or "", **({"tool_calls": calls} if calls else {})}
+    return {**message, **thoughts, **plain(keys, name)}, learned
+
+
+def _thoughts(keys: dict[str, Any], role: str, turn: str) -> dict[str, str]:
+    """What the assistant thinks, under both names by which templates read it."""
+    said = {key: value for key in REASONING if (value := keys.pop(key, None))}
+    if not said:
+        return {}
+    if role != "assistant" or len(set(map(str, said.values()))) > 1:
+        whose = "which differ" if role == "assistant" else f"and is the {role}'s"
+        raise MalformedRow(f"{turn} has {' and '.join(said)}, {whose}")
+    key, value = next(iter(said.items()))
+    return dict.fromkeys(("reasoning_content", "thinking"), text_value(value, f"{key} of {turn}"))
+
+
+def _one_of(keys: dict[str, Any], names: tuple[str, str], turn: str) -> Any:
+    """The value under one of two names, which are taken out."""
+    first, second = (keys.pop(name, None) for name in names)
+    if first is not None and second is not None and first != second:
+        raise MalformedRow(f"{turn} has both {names[0]} and {names[1]}, and they differ")
+    return second if first is None else first
+
+
+def _content(value: Any, name: str) -> str | None:
+    """The text of a content, which may come in parts."""
+    if value is None or isinstance(value, str):
+        return None if value is None else text_value(value, name)
+    if not isinstance(value, Sequence):
+        raise MalformedRow(f"{name} is {described(value)}, not a string")
+    return "".join(_part(part, f"part {number} of {name}") for number, part in enumerate(value, start=1))
+
+
+def _part(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return text_value(part, name)
+    if not isinstance(part, Mapping):
+        raise MalformedRow(f"{name} is {described(part)}, not a text")
+    kind = part.get("type", "text")
+    if kind not in TEXT_PARTS:
+        raise MalformedRow(f"{name} is of type {kind!r}; only parts of type text can be trained on")
+    rest = [key for key, value in part.items() if value is not None and key in REFUSED]
+    if rest:
+        raise MalformedRow(f"{name} has {rest[0]!r}, and {REFUSED[rest[0]]}")
+    return text_value(part.get("text"), f"the text of {name}")

@@ -4,18 +4,116 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PIECE = 2**20
+"""Characters tokenised at once. A tokenizer takes hundreds of bytes for each, and ends the process if it gets none."""
+CONTEXT = 2**12
+"""Characters around a cut that show whether tokens reach over it."""
+LONGEST = 2**30
+"""Characters of a document; a longer one is refused."""
+
+# Between words, or where a line begins.
+_CUTS = re.compile(r"(?<=\S)(?=\s)|(?<=\n)(?=\S)")
+_CUTS_TRIED = 100
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of ``text`` alone: no BOS, no EOS, nothing cut."""
+    """The tokens of ``text`` alone: no BOS, no EOS, nothing left out.
+
+    Raises:
+        MalformedRow: it is longer than :data:`LONGEST`, or has so long a stretch without white space that it can be
+            tokenised neither whole nor in pieces.
+    """
+    if len(text) <= PIECE:
+        return _encode(tokenizer, text)
+    if len(text) > LONGEST:
+        raise MalformedRow(f"a document of {len(text):,} characters; cut it into ones of at most {LONGEST:,}")
+    input_ids: list[int] = []
+    start = 0
+    for stop in _cuts(tokenizer, text):
+        before = text[max(0, start - CONTEXT) : start]
+        input_ids += _encode_behind(tokenizer, before, text[start:stop])
+        start = stop
+    return input_ids
+
+
+def _cuts(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[int]:
+    """Places about :data:`PIECE` apart over which no token reaches, and the end of the text."""
+    start = 0
+    while len(text) - start > PIECE:
+        start = _cut(tokenizer, text, start)
+        yield start
+    yield len(text)
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
+    end = start + PIECE
+    for low, high in ((end - 16 * CONTEXT, end), (start + PIECE // 2, end), (end, end + 3 * PIECE)):
+        places = [low + match.start() for match in _CUTS.finditer(text[low:high])]
+        for place in places[: -_CUTS_TRIED - 1 : -1]:
+            before, behind = text[place - CONTEXT : place], text[place : place + CONTEXT]
+            known, whole = (_encode(tokenizer, part) for part in (before, before + behind))
+            if whole[: len(known)] == known:
+                return place
+    if len(text) - start <= 4 * PIECE:
+        return len(text)
+    raise MalformedRow(
+        f"the {4 * PIECE:,} characters from character {start:,} on have no white space at which they could be cut, and "
+        f"no more than {PIECE:,} are tokenised at once"
+    )
+
+
+def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """The tokens of ``text`` where ``before`` stands before it, and no token reaches over the place between them."""
+    return _encode(tokenizer, before + text)[len(_encode(tokenizer, before)) :] if before else _encode(tokenizer, text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+class Bare(NamedTuple):
+    """A text, and which of the tokens at its ends it writes itself."""
+
+    text: str
+    """With no more than one BOS at its beginning and one EOS at its end."""
+    opened: bool
+    """Whether it begins with BOS."""
+    ended: bool
+    """Whether it ends with EOS."""
+
+
+def bare(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> Bare:
+    """A text that may have been rendered before, without BOS and EOS that are doubled, and the space outside of them.
+
+    Args:
+        end: whether the text is the end of its document; otherwise an EOS at its end is left alone.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    opened = bool(bos) and text.lstrip().startswith(bos) and _is_token(tokenizer, bos)
+    while opened and (behind := text.lstrip()[len(bos) :].lstrip()).startswith(bos):
+        text = behind
+    text = text.lstrip() if opened else text
+    ended = end and bool(eos) and text.rstrip().endswith(eos) and _is_token(tokenizer, eos)
+    while ended and (before := text.rstrip().removesuffix(eos).rstrip()).endswith(eos):
+        text = before
+    return Bare(text.rstrip() if ended else text, opened, ended)
+
+
+def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer takes this text for one special token."""
+    found = _encode(tokenizer, text)
+    return len(found) == 1 and found[0] in tokenizer.all_special_ids
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> list[int]:

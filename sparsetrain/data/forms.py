@@ -5,22 +5,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from sparsetrain.data.conversation import REASONING, REFUSED
+from sparsetrain.data.marks import DETAILS, SWITCHES
+from sparsetrain.data.meanings import Kind, read_columns
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import DataSource
 
+_FIELD_SETTINGS: dict[Kind, str] = {
+    "text": "text_field",
+    "prompt_completion": "prompt_field and completion_field",
+    "chat": "messages_field",
+    "alpaca": "form",
+    "tokens": "form",
+}
+_FORM_OF_FIELD: dict[str, Kind] = {
+    "text_field": "text",
+    "prompt_field": "prompt_completion",
+    "completion_field": "prompt_completion",
+    "separator": "prompt_completion",
+    "messages_field": "chat",
+}
+_KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, "name", "id", "tool_call_id", "tool_calls")
+
 
 @dataclass(frozen=True)
 class RowForm:
     """How the rows of one source become tokens."""
 
-    kind: Literal["text", "prompt_completion", "chat", "alpaca"]
+    kind: Kind
     fields: tuple[str, ...]
-    """The columns read, in the order the kind needs them."""
+    """The columns needed, in the order the kind needs them."""
+    optional: tuple[str, ...] = ()
+    """Other columns that are read where a row has them."""
+    unread: tuple[str, ...] = ()
+    """The source's other columns."""
+    ignore: tuple[str, ...] = ()
+    """Columns and keys of turns that the recipe leaves out."""
+    separator: str = ""
+    """What stands between a prompt and its completion."""
+
+    def describe(self) -> str:
+        """The form and its columns in a line."""
+        parts = [f"{self.kind.replace('_', ' + ')} from {listed((*self.fields, *self.optional))}"]
+        if self.separator:
+            parts.append(f"joined with {self.separator!r}")
+        if self.unread:
+            parts.append(f"not read: {listed(self.unread)}")
+        return ", ".join(parts)
 
 
 class HasChatTemplate(Protocol):
@@ -34,11 +70,12 @@ class HasChatTemplate(Protocol):
 def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatTemplate) -> RowForm:
     """The form of a source with these columns.
 
-    ``auto`` takes the first that fits of chat messages (also ShareGPT's ``conversations``), prompt + completion,
-    Alpaca's ``instruction`` + ``output``, and text.
+    ``auto`` takes the form whose column the recipe names, else the first that fits of chat messages (also ShareGPT's
+    ``conversations``), prompt + completion, Alpaca's ``instruction`` + ``output``, text, and tokens.
 
     Raises:
-        DataError: a column is missing, no form fits, or chat is asked of a tokenizer without a chat template.
+        DataError: a column is missing, no form fits, chat is asked of a tokenizer without a chat template, or a setting
+            has no effect on this form.
     """
     kind, fields = _kind_and_fields(source, columns)
     missing = [field for field in fields if field not in columns]
@@ -49,35 +86,47 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
             f"data source {source.label!r}: form {kind} needs a column {missing[0]!r}{hint}; "
             f"it has {listed(columns)}. Name the column with {_FIELD_SETTINGS[kind]}"
         )
-    if kind == "alpaca" and "input" in columns:
-        fields = (*fields, "input")
+    _check_ignored(source, columns, fields)
     if kind == "chat" and not tokenizer.chat_template:
         raise DataError(
             f"data source {source.label!r} holds chat messages, but the tokenizer has no chat template; set "
             "model.tokenizer to an instruction-tuned model's, or train on form text or prompt_completion"
         )
-    return RowForm(kind, fields)
+    optional = read_columns(kind, columns, source.ignore)
+    read = {*fields, *optional}
+    unread = tuple(column for column in columns if column not in read)
+    return RowForm(kind, fields, optional, unread, tuple(source.ignore), source.separator)
 
 
-_FIELD_SETTINGS = {
-    "text": "text_field",
-    "prompt_completion": "prompt_field and completion_field",
-    "chat": "messages_field",
-    "alpaca": "form",
-}
+def _check_ignored(source: DataSource, columns: Sequence[str], fields: Sequence[str]) -> None:
+    for name in source.ignore:
+        if name in fields:
+            raise DataError(f"data source {source.label!r}: ignore names {name!r}, which its form reads")
+        if name not in columns and name not in _KEYS_OF_TURNS:
+            raise DataError(
+                f"data source {source.label!r}: ignore names {name!r}, which is none of its columns "
+                f"({listed(columns)}) and no key of a turn that is read"
+            )
 
 
-def _kind_and_fields(
-    source: DataSource, columns: Sequence[str]
-) -> tuple[Literal["text", "prompt_completion", "chat", "alpaca"], tuple[str, ...]]:
+def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
     pair = (source.prompt_field, source.completion_field)
-    match source.form:
-        case "text":
-            return "text", (source.text_field,)
-        case "prompt_completion":
-            return "prompt_completion", pair
-        case "chat":
-            return "chat", (source.messages_field,)
+    fields: dict[Kind, tuple[str, ...]] = {
+        "text": (source.text_field,),
+        "prompt_completion": pair,
+        "chat": (source.messages_field,),
+        "tokens": ("input_ids",),
+    }
+    if source.form != "auto":
+        return source.form, fields[source.form]
+    named = {name: kind for name, kind in _FORM_OF_FIELD.items() if _is_set(source, name)}
+    if len(set(named.values())) > 1:
+        raise DataError(
+            f"data source {source.label!r}: {' and '.join(named)} belong to different forms; set form to say which"
+        )
+    if named:
+        kind = next(iter(named.values()))
+        return kind, fields[kind]
     if source.messages_field in columns:
         return "chat", (source.messages_field,)
     if "conversations" in columns:
@@ -88,9 +137,21 @@ def _kind_and_fields(
         return "alpaca", ("instruction", "output")
     if source.text_field in columns:
         return "text", (source.text_field,)
+    if "input_ids" in columns:
+        return "tokens", ("input_ids",)
+    if "chosen" in columns:
+        raise DataError(
+            f"data source {source.label!r} holds preference data (chosen, rejected); to train on the better answers, "
+            "set form: prompt_completion and completion_field: chosen (or form: chat and messages_field: chosen), and "
+            "ignore: [rejected]"
+        )
     near = get_close_matches(source.text_field, columns, n=1)
     hint = f" (did you mean text_field: {near[0]}?)" if near else ""
     raise DataError(
         f"data source {source.label!r}: its columns {listed(columns)} fit no known form{hint}. Set form, and "
         "text_field, prompt_field and completion_field, or messages_field, to say how a row becomes tokens"
     )
+
+
+def _is_set(source: DataSource, name: str) -> bool:
+    return getattr(source, name) != type(source).model_fields[name].default

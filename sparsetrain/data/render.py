@@ -2,71 +2,188 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsetrain.data.chat import Rendered, render_chat
-from sparsetrain.data.conversation import messages_of
+from sparsetrain.data.conversation import Conversation, conversation_of
 from sparsetrain.data.document import Tokens
-from sparsetrain.data.encoding import encode, end_of_text, opening, shared_prefix
+from sparsetrain.data.encoding import Bare, bare, encode, end_of_text, opening, shared_prefix
 from sparsetrain.data.forms import RowForm
-from sparsetrain.data.values import MalformedRow, string
+from sparsetrain.data.meanings import SETTINGS, SYSTEM, TOOLS, check_columns
+from sparsetrain.data.pretokenized import read_tokens
+from sparsetrain.data.tools import tools_of
+from sparsetrain.data.values import MalformedRow, described, parsed, string, text_value, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Raised whenever the same row would give other tokens, so that nothing cached before is used."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 """Prompt of an Alpaca row where the tokenizer has no chat template."""
 
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message")
+_USUAL: dict[str, Any] = {"tool_choice": "auto", "parallel_tool_calls": True}
+
 
 def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokens of one row; none for an empty text.
+    """Tokens of one row; none for an empty text, or where the row says that nothing of it is learned.
 
-    Text and prompt + completion begin with BOS where the tokenizer puts one and end with EOS; a chat begins and ends
-    as its template says.
+    Text and prompt + completion begin with BOS where the tokenizer puts one and end with EOS, each of them once, also
+    where the text holds them already; a chat begins and ends as its template says; tokens are taken as they are.
 
     Raises:
-        MalformedRow: a column is missing or of the wrong type, the completion is empty, no turn is the assistant's, or
-            the chat template refuses the conversation.
+        MalformedRow: a column is missing or of the wrong type, says what cannot be honoured, the completion is empty,
+            no turn is the assistant's, or the chat template refuses the conversation or leaves some of it out.
     """
-    match form.kind:
-        case "text":
-            input_ids, targets = _text(string(row, form.fields[0]), tokenizer)
-        case "prompt_completion":
-            input_ids, targets = _completion(string(row, form.fields[0]), string(row, form.fields[1]), tokenizer)
-        case "chat":
-            input_ids, targets = render_chat(messages_of(row, form.fields[0]), tokenizer)
-        case "alpaca":
-            input_ids, targets = _alpaca(row, form, tokenizer)
+    check_columns(row, form.kind, form.fields, form.ignore)
+    try:
+        input_ids, targets = _rendered(row, form, tokenizer)
+    except RecursionError as problem:
+        raise MalformedRow("it is nested too deeply") from problem
     return Tokens(np.array(input_ids, dtype=np.int32), targets)
 
 
+def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    match form.kind:
+        case "text":
+            return _text(string(row, form.fields[0]), tokenizer)
+        case "prompt_completion":
+            return _prompt_completion(row, form, tokenizer)
+        case "chat":
+            turns = value_of(row, form.fields[0])
+            if isinstance(turns, str) and turns.lstrip().startswith("["):
+                turns = parsed(turns, repr(form.fields[0]))
+            conversation = conversation_of(turns, repr(form.fields[0]), form.ignore)
+            return render_chat(_with_columns(conversation, row, form), tokenizer)
+        case "alpaca":
+            return _alpaca(row, form, tokenizer)
+        case "tokens":
+            return read_tokens(row, form.fields[0], form.optional, len(tokenizer))
+
+
 def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if not text.strip():
+    own = bare(text, tokenizer)
+    if not own.text.strip():
         return [], []
-    input_ids = [*opening(tokenizer), *encode(tokenizer, text), end_of_text(tokenizer)]
+    input_ids = _whole(own, encode(tokenizer, own.text), tokenizer)
     return input_ids, [(1, len(input_ids))]
+
+
+def _whole(own: Bare, input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document with the one BOS and the one EOS that it should have."""
+    start = [] if own.opened else opening(tokenizer)
+    return [*start, *input_ids] if own.ended else [*start, *input_ids, end_of_text(tokenizer)]
+
+
+def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    prompt, completion = (value_of(row, field) for field in form.fields)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        _no_conversation(row, form, "its prompt and completion are plain text")
+        names = (repr(field) for field in form.fields)
+        prompt, completion = (text_value(value, name) for value, name in zip((prompt, completion), names))
+        return _completion(prompt + form.separator, completion, tokenizer)
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        wrong = next(field for field in form.fields if not isinstance(row[field], str))
+        raise MalformedRow(f"{wrong!r} is {described(row[wrong])}, not a string, and not both are lists of turns")
+    if form.separator:
+        raise MalformedRow("separator has no effect on prompts and completions that are lists of turns")
+    _needs_template(tokenizer, "its prompt and completion are lists of turns")
+    asked, answered = (conversation_of(value_of(row, field), repr(field), form.ignore) for field in form.fields)
+    if not any(message["role"] == "assistant" for message in answered.messages):
+        raise MalformedRow("no turn of the completion is the assistant's, so there is nothing to learn from")
+    learned = [False] * len(asked.messages) + answered.learned
+    conversation = Conversation(asked.messages + answered.messages, learned)
+    return render_chat(_with_columns(conversation, row, form), tokenizer)
 
 
 def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Loss on the completion and EOS. A token that reaches over the boundary counts to the completion."""
-    if not completion.strip():
+    answer = bare(completion, tokenizer)
+    if not answer.text.strip():
         raise MalformedRow("the completion is empty")
-    start = opening(tokenizer)
-    asked = start + encode(tokenizer, prompt)
-    input_ids = [*start, *encode(tokenizer, prompt + completion), end_of_text(tokenizer)]
+    own = bare(prompt, tokenizer, end=False)
+    text = answer.text
+    if answer.opened and own.text:
+        # It would stand inside of the document.
+        text = text.removeprefix(str(tokenizer.bos_token))
+    opened = own.opened or (answer.opened and not own.text)
+    asked = ([] if opened else opening(tokenizer)) + encode(tokenizer, own.text)
+    input_ids = _whole(Bare("", opened, answer.ended), encode(tokenizer, own.text + text), tokenizer)
     return input_ids, [(max(1, shared_prefix(asked, input_ids)), len(input_ids))]
 
 
 def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     instruction, answer = string(row, "instruction"), string(row, "output")
-    if "input" in form.fields and row.get("input"):
+    if "input" in form.optional and row.get("input"):
         instruction = f"{instruction}\n\n{string(row, 'input')}"
+    history = _history(row) if "history" in form.optional else []
     if not tokenizer.chat_template:
-        return _completion(ALPACA_PROMPT.format(instruction=instruction), answer, tokenizer)
-    return render_chat([{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}], tokenizer)
+        _no_conversation(row, form, "without a chat template there is no place for it", allowed=SYSTEM)
+        if history:
+            raise MalformedRow("column 'history' cannot be honoured: the tokenizer has no chat template")
+        system = _system(row, form)
+        prompt = ALPACA_PROMPT.format(instruction=instruction)
+        return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, tokenizer)
+    pairs = [*history, (instruction, answer)]
+    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
+    conversation = Conversation([{"role": role, "content": content} for role, content in turns])
+    return render_chat(_with_columns(conversation, row, form), tokenizer)
+
+
+def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Alpaca's earlier turns: ``[[instruction, answer], ...]``."""
+    pairs = parsed(row.get("history"), "'history'") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise MalformedRow("'history' is no list of pairs of instruction and answer")
+    return [(text_value(asked, "'history'"), text_value(answered, "'history'")) for asked, answered in pairs]
+
+
+def _with_columns(conversation: Conversation, row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """A conversation with what its row says in other columns."""
+    tools = [found for name in form.optional if name in TOOLS if (found := tools_of(row.get(name), repr(name)))]
+    if len(tools) > 1:
+        raise MalformedRow("it has both tools and functions")
+    settings = dict(pair for column in form.optional if column in SETTINGS for pair in _settings(row, column))
+    return replace(conversation, tools=tools[0] if tools else None, settings=settings).behind(_system(row, form))
+
+
+def _settings(row: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
+    """More variables of the template, that a column holds or is."""
+    if column != "chat_template_kwargs":
+        value = parsed(row.get(column), repr(column)) if column == "documents" else row.get(column)
+        # What models do unless they are told otherwise needs no template that reads it.
+        if value not in (None, "", [], _USUAL.get(column)):
+            yield column, value
+        return
+    value = parsed(row.get(column), repr(column))
+    if value is not None and not isinstance(value, Mapping):
+        raise MalformedRow(f"{column!r} is {described(value)}, not a mapping")
+    for name, setting in (value or {}).items():
+        if name in _OWN_VARIABLES:
+            raise MalformedRow(f"{column!r} sets {name!r}, which is not a row's to set")
+        yield name, setting
+
+
+def _system(row: Mapping[str, Any], form: RowForm) -> str | None:
+    said = {name: string(row, name) for name in form.optional if name in SYSTEM and row.get(name) not in (None, "")}
+    if len(set(said.values())) > 1:
+        raise MalformedRow(f"it has two different system prompts, in {' and '.join(map(repr, said))}")
+    return next(iter(said.values()), None)
+
+
+def _no_conversation(row: Mapping[str, Any], form: RowForm, reason: str, allowed: tuple[str, ...] = ()) -> None:
+    """Refuse what belongs to a conversation, where there is none."""
+    for name in form.optional:
+        if name in (*SYSTEM, *TOOLS, *SETTINGS) and name not in allowed and row.get(name) not in (None, "", [], {}):
+            raise MalformedRow(f"column {name!r} cannot be honoured: {reason}; ignore: [{name}] trains without it")
+
+
+def _needs_template(tokenizer: PreTrainedTokenizerBase, reason: str) -> None:
+    if not tokenizer.chat_template:
+        raise MalformedRow(f"{reason}, but the tokenizer has no chat template")

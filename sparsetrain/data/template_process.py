@@ -36,7 +36,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             chat_template=template,
             return_assistant_tokens_mask=request["marked"],
             add_generation_prompt=request["prompt"],
-            **request["special"],
+            **{**request["special"], **request["settings"]},
         )
     except (TemplateSyntaxError, TemplateAssertionError) as error:
         return {"fault": "template", "error": f"line {error.lineno}: {error.message}"}

@@ -1,7 +1,8 @@
-"""One value of a row: there, and of the right type."""
+"""One value of a row: there, of the right type, and free of what only a table's schema put there."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,49 @@ def value_of(row: Mapping[str, Any], field: str) -> Any:
     if field not in row:
         raise MalformedRow(f"it has no {field!r}, only {listed(list(row))}")
     return row[field]
+
+
+def plain(value: Any, name: str) -> Any:
+    """``value`` without keys that are null, at every depth; nulls in lists stay.
+
+    A table has the same keys in every row and fills those that a row lacks with nulls, so that a null key and a
+    missing one are the same thing here, whatever the file.
+
+    Raises:
+        MalformedRow: some text in it is no valid Unicode; ``name`` says where ``value`` stands.
+    """
+    if isinstance(value, str):
+        return text_value(value, name)
+    if isinstance(value, Mapping):
+        return {
+            text_value(key, f"a key of {name}"): plain(item, f"{name}.{key}")
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{name}[{place}]") for place, item in enumerate(value)]
+    return value
+
+
+def parsed(value: Any, name: str) -> Any:
+    """What a value holds that may be JSON in a string; ``None`` for an empty string.
+
+    Nulls within a string of JSON were written by somebody, and stay.
+
+    Raises:
+        MalformedRow: the string is not JSON, or some text in the value is no valid Unicode.
+    """
+    if not isinstance(value, str):
+        return plain(value, name)
+    if not value.strip():
+        return None
+    try:
+        content = json.loads(value)
+    except ValueError as problem:
+        raise MalformedRow(f"{name} is not valid JSON: {problem}") from problem
+    # For its texts alone: escapes of JSON hide halves of pairs.
+    plain(content, name)
+    return content
 
 
 def described(value: Any) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import PositiveInt
-
 from sparsetrain.methods.static import StaticConfig
+from sparsetrain.section import Blocks
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import DilatedPattern
@@ -17,9 +16,9 @@ class DilatedConfig(StaticConfig):
 
     method: Literal["dilated"] = "dilated"
     """Dilated window."""
-    window: PositiveInt = 10
+    window: Blocks = 10
     """Blocks read, the query's own included."""
-    dilation: PositiveInt = 2
+    dilation: Blocks = 2
     """Distance in blocks between neighbours in the list."""
 
     def pattern(self, num_kv_heads: int = 1) -> DilatedPattern:

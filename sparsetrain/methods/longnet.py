@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsetrain.methods.static import StaticConfig
+from sparsetrain.section import Blocks
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import LongNetPattern
 
-Segment = tuple[PositiveInt, PositiveInt]
+Segment = tuple[Blocks, Blocks]
+
+MOST_LISTED = 2**22
+"""Entries of the lists of all blocks until they repeat."""
 
 
 class LongNetConfig(StaticConfig):
@@ -19,7 +24,13 @@ class LongNetConfig(StaticConfig):
 
     method: Literal["longnet"] = "longnet"
     """LongNet's dilated segments."""
-    segments: Annotated[tuple[Segment, ...], Field(min_length=1)] = ((8, 1), (16, 2), (32, 4), (64, 8), (128, 16))
+    segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=16)] = (
+        (8, 1),
+        (16, 2),
+        (32, 4),
+        (64, 8),
+        (128, 16),
+    )
     """Pairs of segment length in blocks and dilation rate, one of them with rate 1; a block reads their union."""
     head_shift: bool = False
     """Give each key/value head its own offset within the dilation, as LongNet does; the paper's baseline has none."""
@@ -33,6 +44,18 @@ class LongNetConfig(StaticConfig):
         if all(rate > 1 for _, rate in segments):
             raise ValueError("one segment needs rate 1, so that every block reads itself")
         return segments
+
+    @model_validator(mode="after")
+    def _lists_fit(self) -> LongNetConfig:
+        period = lcm(*(number for segment in self.segments for number in segment))
+        listed = period * sum(-(-length // rate) for length, rate in self.segments)
+        most = MOST_LISTED // 32 if self.head_shift else MOST_LISTED  # a list for each head
+        if listed > most:
+            raise ValueError(
+                f"segments: together they repeat only every {period:,} blocks, so that lists of {listed:,} blocks "
+                f"would be made, and {most:,} is the most; choose shorter segments, or numbers that divide one another"
+            )
+        return self
 
     def pattern(self, num_kv_heads: int = 1) -> LongNetPattern:
         """The segments as block lists, one list a head with ``head_shift``."""

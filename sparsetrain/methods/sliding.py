@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
-
 from sparsetrain.methods.static import StaticConfig
+from sparsetrain.section import Blocks, BlocksOrNone
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import SlidingPattern
@@ -17,9 +16,9 @@ class SlidingConfig(StaticConfig):
 
     method: Literal["sliding"] = "sliding"
     """Sliding window with sinks."""
-    window: PositiveInt = 9
+    window: Blocks = 9
     """Blocks in the local window, the query's own included."""
-    sinks: NonNegativeInt = 1
+    sinks: BlocksOrNone = 1
     """Blocks at the start of each document that every query reads."""
 
     def pattern(self, num_kv_heads: int = 1) -> SlidingPattern:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Unpack
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.section import MOST_STEPS, Bounds, Tokens, TokensOrNone
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,11 @@ class SparseKConfig(MethodConfig):
 
     method: Literal["sparsek"] = "sparsek"
     """SparseK."""
-    topk: PositiveInt = 1024
+    topk: Tokens = 1024
     """Earlier tokens that each token reads besides its window and the sinks: those with the largest scores."""
-    window: PositiveInt = 1024
+    window: Tokens = 1024
     """Tokens in the local window, the query's own included. A token starts to compete when it leaves the window."""
-    sinks: NonNegativeInt = 4
+    sinks: TokensOrNone = 4
     """Tokens at the start of each document that every query reads; they do not compete."""
     gate: Literal["value", "log", "straight"] = "value"
     """How the soft selection ``p = clip(score - threshold, 0, 1)`` reaches the output: ``value`` multiplies the values
@@ -54,18 +55,18 @@ class SparseKConfig(MethodConfig):
     normalize: bool = True
     """Normalise scores by the mean and variance of all scores so far in the document (timestep normalisation), with a
     learned gain: thresholds then mean the same at every length."""
-    slope: Annotated[float, Field(ge=0)] = 1e-4
+    slope: Annotated[float, Field(ge=0), Bounds(1e6, "scores are fp32")] = 1e-4
     """Added to the score for every position: newer tokens win over older ones. With ``normalize`` its unit is one
     standard deviation of the scores: at 1e-4 a token must stand out by one more to live 10,000 tokens longer."""
     init: Literal["normal", "zeros", "attention"] | None = None
     """How the network starts: ``normal`` (also null) at random; ``zeros`` leaves the selection to ``slope``, a longer
     window at first; ``attention`` is fitted, in closed form and on text, to the attention that keys receive from behind
     their window: a run does so on its first rows, elsewhere ``sparsetrain.modeling.calibrate_scorers`` does."""
-    topk_start: PositiveInt | None = None
+    topk_start: Tokens | None = None
     """Start training with this many places and shrink to ``topk`` over ``topk_steps``; null = ``topk`` throughout."""
-    topk_steps: Annotated[float, Field(gt=0)] | None = None
+    topk_steps: Annotated[float, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")] | None = None
     """Length of that warm-up: a number of steps if 1 or more, a share of all steps if below 1."""
-    score_buffer: PositiveInt | None = None
+    score_buffer: Tokens | None = None
     """Scores that generation remembers for each head, to place the threshold: tokens that lost their place still count
     there. null = ``4 * topk``."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Unpack
 
-from pydantic import PositiveInt
-
 from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.section import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class StaticConfig(MethodConfig):
     """A method whose visible blocks are known before training."""
 
-    block: PositiveInt = 256
+    block: Tokens = 256
     """Tokens in a block. Blocks count from the start of each document; the paper uses 256 for every pattern."""
 
     @abstractmethod

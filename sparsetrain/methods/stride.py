@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
-
 from sparsetrain.methods.static import StaticConfig
+from sparsetrain.section import Blocks, BlocksOrNone
 
 if TYPE_CHECKING:
     from sparsetrain.patterns import StridePattern
@@ -17,11 +16,11 @@ class StrideConfig(StaticConfig):
 
     method: Literal["stride"] = "stride"
     """Strided slash."""
-    window: PositiveInt = 6
+    window: Blocks = 6
     """Blocks in the local window, the query's own included."""
-    sinks: NonNegativeInt = 1
+    sinks: BlocksOrNone = 1
     """Blocks at the start of each document that every query reads."""
-    stride: PositiveInt = 32
+    stride: Blocks = 32
     """Distance in blocks between the slashes: the blocks at distance ``stride``, ``2 * stride``, ... are read."""
 
     def pattern(self, num_kv_heads: int = 1) -> StridePattern:

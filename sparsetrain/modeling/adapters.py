@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Mapping
 from copy import copy, deepcopy
@@ -24,8 +25,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
+from sparsetrain.modeling.adapter_expressions import bound_expressions
 from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
+from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
 from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
 from sparsetrain.modeling.storage import (
@@ -162,8 +165,8 @@ def save_adapters(
 
 def _from_anywhere(base: str) -> str:
     """A folder's absolute path; the id of a model on the Hub as it is."""
-    folder = Path(base).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
+    folder = Path(os.path.expanduser(base))
+    return str(folder.resolve()) if os.path.isdir(folder) else base
 
 
 def load_adapters(
@@ -282,6 +285,7 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     check_adapter_values(path / ADAPTER_FILE)
     try:
         config = LoraConfig.from_pretrained(str(path))
+        check_adapter_files(path)
         tensors = load_file(path / WEIGHTS_FILE)
     except BaseException as error:
         if not is_fault(error):
@@ -289,6 +293,8 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
         raise ModelError(f"cannot read the adapters in {path}: {words(error)}") from error
     if type(config) is not LoraConfig:
         raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
+    check_adapter_config(config, path)
+    bound_expressions(config, [name for name, _ in model.named_modules()], path)
     with explained(f"the adapters in {path} do not fit {type(model).__name__}"):
         _inject(model, config)
     places = {key: model.get_parameter_or_buffer(name) for name, key in adapter_tensors(model).items()}

@@ -19,6 +19,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling.boundary import explained, is_fault, nearest, to_blame
 from sparsetrain.modeling.config_faults import config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
+from sparsetrain.modeling.foreign import disarmed
 from sparsetrain.modeling.places import resolve, unloadable
 from sparsetrain.recipe.heads import positions_fault
 
@@ -126,6 +127,7 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
         field: what to call the model in an error.
         options: of ``from_pretrained``, where and how to read.
     """
+    options.setdefault("trust_remote_code", False)
     file = Path(path) / "config.json"
     origin = str(file) if file.is_file() else f"config.json of {path}"
     where = {name: value for name, value in options.items() if name != "trust_remote_code"}
@@ -138,10 +140,13 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
     if not isinstance(values, dict):
         raise ModelError(f"{origin} holds {values!r:.60}, and a config is an object")
     kind = values.get("model_type")
-    remote = options.get("trust_remote_code") and values.get("auto_map")
+    trusted, brings_code = bool(options["trust_remote_code"]), "auto_map" in values
+    remote = trusted and brings_code
+    values = disarmed(values, trust_remote_code=trusted)
     if not remote and "model_type" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise ModelError(
             f"{origin}: model_type={kind!r} is no family that transformers knows{nearest(kind, CONFIG_MAPPING)}"
+            f"{'; it comes with code of its own, which runs with trust_remote_code alone' if brings_code else ''}"
         )
 
     def make(values: dict[str, Any]) -> Any:

@@ -12,6 +12,12 @@ from sparsetrain.modeling.boundary import words
 OWN_MODELS = "sparsetrain:"
 """Prefix of the checkpoints that ship with the package."""
 
+ADAPTER_FILE = "adapter_config.json"
+"""What peft writes into a folder of adapters."""
+
+HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
+"""Arguments of ``from_pretrained`` that say where a checkpoint lies."""
+
 
 def resolve(name: str, field: str) -> str:
     """A local folder as a path, a Hub id as it is.
@@ -20,7 +26,7 @@ def resolve(name: str, field: str) -> str:
         field: what to call it in an error.
 
     Raises:
-        ModelError: it is a path, and there is no such folder.
+        ModelError: it is a path, and there is no such folder, or it is that of a run or of a checkpoint in one.
     """
     if name.startswith(OWN_MODELS):
         folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
@@ -30,10 +36,30 @@ def resolve(name: str, field: str) -> str:
         return str(folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_holds_model(folder, f"{field}={name!r}")
         return str(folder)
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists():
         raise ModelError(f"{field}={name!r}: there is no such folder")
     return name
+
+
+def _check_holds_model(folder: Path, what: str) -> None:
+    """Refuse a folder of a run in the place of the model that lies in it."""
+    if any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE, "tokenizer_config.json")):
+        return
+    checkpoint = (folder / "state.json").is_file() and (folder / "manifest.json").is_file()
+    run = next((run for run in (folder, *folder.absolute().parents[:2]) if (run / "recipe.yaml").is_file()), None)
+    if run is None and not checkpoint:
+        return
+    kind = "a checkpoint, from which a run goes on" if checkpoint else "the folder of a run" if run == folder else None
+    if kind is None:
+        return
+    if run is not None and (run / "final").is_dir():
+        raise ModelError(f"{what} is {kind}; the model that it trained is {run / 'final'}")
+    raise ModelError(
+        f"{what} is {kind}, and has no model yet: let the run finish (--resume), which writes final/, or take "
+        "sparsetrain export to give it away"
+    )
 
 
 def unloadable(field: str, name: str | None, error: BaseException) -> ModelError:

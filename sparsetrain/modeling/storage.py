@@ -22,7 +22,7 @@ from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, saved_source, take_special_tokens
 from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
-from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weights import load_weights, read_tensors
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import ModelSection
 
 RECORD_FILE = "sparsetrain.json"
-ADAPTER_FILE = "adapter_config.json"
-"""What peft writes into a folder of adapters."""
-
-HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
-"""Arguments of ``from_pretrained`` that say where a checkpoint lies."""
 
 
 def save(
@@ -103,12 +98,13 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if (Path(path) / ADAPTER_FILE).is_file():
         return _load_adapters(path, kwargs)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
-    code = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     check_side_files(path)
     source = saved_source(path, "path", **hub, **code)
     attention = recorded_attention(source.values.get("sparsetrain"), path)
-    source.skeleton(source.config(), **code)
-    model = load_weights(path, "path", **kwargs)
+    config = source.config()
+    source.skeleton(config, **code)
+    model = load_weights(path, "path", **{"config": config, **kwargs})
     sparsify(model, attention)
     if not _restore_new_modules(model, attention, path, hub):
         raise ModelError(
@@ -156,7 +152,7 @@ def load_model(
         take_special_tokens(config, tokenizer, section.architecture or {})
     skeleton = source.skeleton(config, **code)
     if path:
-        options = {"revision": section.revision, "use_safetensors": True, **code}
+        options = {"revision": section.revision, **code}
         cut = "num_hidden_layers" in section.config_overrides
         model = load_weights(path, "model.path", cut=cut, config=config, dtype=dtype, **options)
     else:

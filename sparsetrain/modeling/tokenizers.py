@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTo
         ModelError: it cannot be loaded, or cannot encode.
     """
     name = str(path)
-    with explained(lambda _: f"{_blame(name, field)} cannot be loaded", remedy(field, name)):
+    options.setdefault("trust_remote_code", False)  # without it a question may wait for an answer
+    with explained(partial(_fault, name, field), remedy(field, name)):
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
@@ -72,6 +74,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
             f"the tokenizer has {needed} token ids but the model's embedding only {rows} rows; use the model's own "
             "tokenizer (model.tokenizer), or for random weights set vocab_size in model.architecture"
         )
+
+
+def _fault(name: str, field: str, error: BaseException) -> str:
+    own = ", it comes with code of its own, which runs with trust_remote_code alone"
+    return f"{_blame(name, field)} cannot be loaded{own if 'trust_remote_code' in str(error) else ''}"
 
 
 def _blame(name: str, field: str) -> str:

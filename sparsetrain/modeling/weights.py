@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.registry import METHODS
 from sparsetrain.modeling.boundary import explained
-from sparsetrain.modeling.places import remedy
+from sparsetrain.modeling.foreign import check_weight_files
+from sparsetrain.modeling.places import HUB_ARGUMENTS, remedy
+from sparsetrain.modeling.quantized import check_nothing_packed, finish_unpacking, unpack_when_loaded
 
 NAMED = 3
 """How many tensors a message names."""
@@ -29,35 +32,50 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
     Args:
         field: what to call the model in an error.
         cut: whether the model is meant to have fewer layers than its checkpoint.
-        options: of ``AutoModelForCausalLM.from_pretrained``.
+        options: of ``AutoModelForCausalLM.from_pretrained``, with the config.
 
     Raises:
-        ModelError: a file cannot be read, a tensor is missing, of another shape or not finite, or the config ties
-            embeddings that the checkpoint holds twice.
+        ModelError: a file cannot be read or is no safetensors, a tensor is missing, of another shape or not finite, the
+            config ties embeddings that the checkpoint holds twice, or the weights are packed and cannot be unpacked.
     """
-    with explained(f"{field}={path!r} cannot be loaded", remedy(field, path)), _expecting_new_modules():
+    what = f"{field}={path!r}"
+    options = {"trust_remote_code": False, "use_safetensors": True, **options}
+    if not options["use_safetensors"]:
+        raise ModelError("use_safetensors=False: weights are read from safetensors alone; leave it out")
+    config = options["config"] = copy.deepcopy(options["config"])
+    hub = {name: options[name] for name in HUB_ARGUMENTS & options.keys()}
+    with explained(f"{what} cannot be loaded", remedy(field, path)):
+        check_weight_files(path, getattr(config, "transformers_weights", None), options.get("variant"), **hub)
+        packed = options.get("quantization_config") is None and unpack_when_loaded(config, what)
+    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
         # Told of what does not fit, not stopped by it: its own error names no tensor.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     model, info = loaded
     name = type(model).__name__
+    check_nothing_packed(info["unexpected_keys"], what)
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{field}={path!r} lacks {len(missing)} weights that {name} needs: {_some(missing)}")
+        raise ModelError(f"{what} lacks {len(missing)} weights that {name} needs: {_some(missing)}")
     if misfits := sorted(info["mismatched_keys"]):
         shapes = [f"{tensor} is {list(found)} instead of {list(wanted)}" for tensor, found, wanted in misfits]
         raise ModelError(
-            f"{field}={path!r} holds {len(misfits)} weights of another shape than its config (or "
+            f"{what} holds {len(misfits)} weights of another shape than its config (or "
             f"model.config_overrides) makes {name}: {_some(shapes)}"
         )
     if not cut and (left := _of_more_layers(model, info["unexpected_keys"])):
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         raise ModelError(
-            f"{field}={path!r} holds {len(left)} weights of layers that {name} with num_hidden_layers={layers} does "
+            f"{what} holds {len(left)} weights of layers that {name} with num_hidden_layers={layers} does "
             f"not have: {_some(left)}"
         )
-    _check_tied(model, f"{field}={path!r}")
+    if left := _beside_weights(model, info["unexpected_keys"]):
+        raise ModelError(f"{what} holds {len(left)} weights that the config of {name} leaves out: {_some(left)}")
+    if packed:
+        with explained(f"{what} cannot be unpacked"):
+            model = finish_unpacking(model, what)
+    _check_tied(model, what)
     if broken := [tensor for tensor, weights in model.named_parameters() if not _finite(weights)]:
-        raise ModelError(f"{field}={path!r} holds weights that are not finite (NaN or infinity): {_some(broken)}")
+        raise ModelError(f"{what} holds weights that are not finite (NaN or infinity): {_some(broken)}")
     return model
 
 
@@ -101,6 +119,12 @@ def _of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[s
     """What is like the weights of the model's layers, and of a layer beyond them: a config that does not belong."""
     layers = {re.sub(r"\.\d+\.", ".N.", name, count=1) for name in model.state_dict() if re.search(r"\.\d+\.", name)}
     return sorted(name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name, count=1) in layers)
+
+
+def _beside_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """What belongs to a module that has weights, as a bias does that the config says there is none of."""
+    owners = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    return sorted(name for name in unexpected if name.rpartition(".")[0] in owners)
 
 
 def _check_tied(model: PreTrainedModel, what: str) -> None:

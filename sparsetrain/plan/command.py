@@ -85,20 +85,22 @@ def make_plan(
     liger: bool = False,
 ) -> Plan:
     """The plan of a recipe given by name or file, on ``gpus`` GPUs or as many as share a row."""
-    recipe = load_recipe(name, overrides).recipe
+    loaded = load_recipe(name, overrides)
+    recipe = loaded.recipe
 
     def reload(more: list[str]) -> Recipe:
         return load_recipe(name, [*overrides, *more]).recipe
 
-    return plan_recipe(
-        recipe,
-        find_shape(recipe.model, config),
-        ranks=gpus or recipe.sequence.parallel,
-        device=find_device(device),
-        capacity=None if memory is None else parse_memory(memory),
-        liger=liger,
-        reload=reload,
-    )
+    with loaded.naming_places():
+        return plan_recipe(
+            recipe,
+            find_shape(recipe.model, config),
+            ranks=gpus or recipe.sequence.parallel,
+            device=find_device(device),
+            capacity=None if memory is None else parse_memory(memory),
+            liger=liger,
+            reload=reload,
+        )
 
 
 def shipped_page() -> str:

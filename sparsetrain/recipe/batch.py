@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.schema import MOST_SHARING, Recipe
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
     if train.steps is not None:
         steps = train.steps
     elif train.tokens is not None:
-        steps = math.ceil(train.tokens / shape.tokens_per_step)
+        steps = -(-train.tokens // shape.tokens_per_step)
     elif train.epochs is not None and rows_per_epoch is not None:
         steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
     else:
@@ -138,7 +138,9 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
     )
     nearest = [multiple * once * unit for multiple in (rows // once, rows // once + 1) if multiple]
     fixes = [f"train.{field}={' or '.join(str(value) for value in nearest)}"]
-    micro_batches = [size for size in range(1, rows // ranks + 1) if rows % (size * ranks) == 0]
+    micro_batches = [
+        size for size in range(1, min(rows // ranks, 2 * train.micro_batch) + 1) if rows % (size * ranks) == 0
+    ]
     if micro_batches:
         best = min(micro_batches, key=lambda size: (abs(size - train.micro_batch), size))
         fixes.append(f"train.micro_batch={best}")
@@ -150,7 +152,7 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
 
 
 def _undivided_ranks(parallel: int, ranks: int) -> str:
-    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    divisors = [size for size in range(1, min(ranks, MOST_SHARING) + 1) if ranks % size == 0]
     fixes = f"set it to {' or '.join(map(str, divisors))}, or start a multiple of {parallel} ranks"
     return f"sequence.parallel={parallel} ranks that share a sequence do not divide {_count(ranks, 'rank')}; {fixes}"
 

@@ -6,14 +6,27 @@ import math
 from collections.abc import Iterator
 
 from sparsetrain.errors import ModelError
+from sparsetrain.recipe.expressions import matching
 from sparsetrain.recipe.heads import attention_heads, heads_fault, positions_fault
 from sparsetrain.recipe.local_model import decoder_config, num_layers
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.sizes import too_large
 from sparsetrain.recipe.yaml_source import KeyPath
+
+_USUAL_NAMES = tuple(
+    f"model.layers.{layer}.{part}"
+    for layer in (0, 31)
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.experts.127.down_proj")
+)
+"""Names of linear layers, to find out whether an expression ever ends, before the model's own are known."""
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """The contradictions of a recipe: the field to blame and a sentence naming both sides."""
+    oversized = list(too_large(recipe))
+    if oversized:  # the other rules count what is too much to count
+        yield from oversized
+        return
     yield from _lengths(recipe)
     yield from _batch(recipe)
     yield from _layers(recipe)
@@ -61,7 +74,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block
-        if len(pattern.key_blocks(last)) == last + 1:
+        if pattern.listed(last + 1) - pattern.listed(last) == last + 1:
             notes.append(
                 f"sequence.length={length} is {last + 1} blocks of {pattern.block}, which the pattern covers: "
                 "every row is trained densely"
@@ -193,6 +206,11 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             "freezes the model, but model.architecture starts it from random weights, which nothing keeps; give "
             "model.path",
         )
+    if lora is not None and isinstance(lora.targets, str) and lora.targets not in ("attention", "linear"):
+        try:
+            matching(lora.targets, _USUAL_NAMES)
+        except ValueError as error:
+            yield ("lora", "targets"), str(error)
     if lora is not None and lora.quantize_base != "none" and recipe.deepspeed.stage == 3:
         yield (
             ("lora", "quantize_base"),

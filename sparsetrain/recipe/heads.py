@@ -14,7 +14,9 @@ def attention_heads(section: ModelSection) -> tuple[int, int] | None:
     config = decoder_config(section)
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
-    return (heads, kv_heads) if isinstance(heads, int) and isinstance(kv_heads, int) else None
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or min(heads, kv_heads) < 1:
+        return None  # building the model says what is wrong with them
+    return heads, kv_heads
 
 
 def shares_heads(parallel: int, heads: int, kv_heads: int) -> bool:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sparsetrain.errors import RecipeError
+from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.recipe import problems
 from sparsetrain.recipe.consistency import contradictions, without_effect
+from sparsetrain.recipe.layers import Layer, make_room
 from sparsetrain.recipe.overrides import apply_overrides
 from sparsetrain.recipe.schema import SCHEMA_VERSION, Recipe
-from sparsetrain.recipe.shipped import find_recipe, recipes_folder, shipped_recipes
-from sparsetrain.recipe.yaml_source import KeyPath, Problem, Source, dump_yaml, parse_yaml
+from sparsetrain.recipe.shipped import LONGEST_NAME, find_recipe, recipes_folder, shipped_recipes
+from sparsetrain.recipe.yaml_source import LARGEST, KeyPath, Problem, Source, dump_yaml, parse_yaml, text_fault
+from sparsetrain.textfile import read_text
+
+LARGEST_FILE = 2**18
+"""Bytes of a recipe; the longest that ships has three thousand."""
+
+MOST_BASES = 16
+"""Recipes in a chain of bases."""
+
+SHOWN = 20
+"""Problems that are listed; of more the number is told."""
 
 NOT_INHERITED = ("name", "output")
 """What a recipe never takes from its base: two runs must not share a name or a folder."""
@@ -31,22 +44,33 @@ class LoadedRecipe:
     path: Path
     notes: list[str]
     """What was replaced or has no effect, one sentence each. To be printed, not to be ignored."""
+    places: dict[KeyPath, str]
+    """Where each setting is written: file and line, of this recipe or of a base, or the override."""
 
     @property
     def resolved(self) -> dict[str, Any]:
         """The whole recipe, defaults included, as plain values."""
         return self.recipe.model_dump(mode="json")
 
+    @contextmanager
+    def naming_places(self) -> Iterator[None]:
+        """Add to an error where the settings are written that it names, if not in the recipe's own file."""
+        try:
+            yield
+        except SparsetrainError as error:
+            error.args = (f"{error}{problems.elsewhere(str(error), self.places, (str(self.path),))}",)
+            raise
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | None = None) -> LoadedRecipe:
     """Read, merge and validate a recipe.
 
     Args:
         path: a YAML file, or the name of a shipped recipe such as ``quickstart``.
         overrides: ``key=value`` settings laid over the file: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``,
-            ``eval.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's. ``attention.method``
-            replaces the section by the new method's defaults, except what both methods have (``dense_layers``, and
-            ``block`` between block patterns).
+            ``eval.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's, and take the place
+            of what excludes them as a file does over its base (:mod:`sparsetrain.recipe.layers`).
+        output: the run folder, in place of the recipe's; a plain name, not YAML.
 
     Raises:
         RecipeError: with every mistake of the recipe, one line each, naming the file and line or the override.
@@ -54,12 +78,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     file = find_recipe(path)
     notes: list[str] = []
     source = _read_with_bases(file, notes, ())
-    notes += apply_overrides(source, overrides)
+    notes += apply_overrides(source, overrides, output)
     _refuse_newer(source)
+    fault = text_fault(file.stem) or ("holds ${" if "${" in file.stem else None)
+    if fault is not None and not source.data.get("name"):
+        raise RecipeError(f"{str(file)!r:.300}: the name of the file {fault}; rename it, or give the recipe a name")
     source.data["name"] = source.data.get("name") or file.stem
     source.data["output"] = source.data.get("output") or f"runs/{source.data['name']}"
     recipe = _validate(source, file)
-    return LoadedRecipe(recipe, file, notes + without_effect(recipe))
+    return LoadedRecipe(recipe, file, notes + without_effect(recipe), source.places)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -68,27 +95,28 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _read(file: Path) -> Source:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{file}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from error
-    source = parse_yaml(text, str(file))
+    called = _called(file)
+    source = parse_yaml(read_text(file, called, RecipeError, LARGEST_FILE), called)
     if source.data is None:
-        raise RecipeError(f"{file}: is empty; start from `sparsetrain recipe copy quickstart`")
+        raise RecipeError(f"{called}: is empty; start from `sparsetrain recipe copy quickstart`")
     if not isinstance(source.data, dict):
         raise RecipeError(
-            f"{file}: a recipe is a mapping of sections (model:, attention:, data:, ...), "
+            f"{called}: a recipe is a mapping of sections (model:, attention:, data:, ...), "
             f"not a {type(source.data).__name__}"
         )
     _refuse_newer(source)
     return source
 
 
+def _called(file: Path) -> str:
+    """What errors call a recipe: its path, or its name where it comes with the package and not from a path."""
+    folder = recipes_folder()
+    return f"shipped recipe {file.relative_to(folder)}" if file.is_relative_to(folder) else str(file)
+
+
 def _refuse_newer(source: Source) -> None:
     version = source.data.get("version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int | float) and version > SCHEMA_VERSION:
         raise RecipeError(
             f"{source.place(('version',))}: the recipe is written for schema version {version}, and this sparsetrain "
             f"reads versions up to {SCHEMA_VERSION}; upgrade it: pip install --upgrade sparsetrain"
@@ -99,17 +127,21 @@ def _read_with_bases(file: Path, notes: list[str], children: tuple[Path, ...]) -
     if file.resolve() in children:
         chain = " -> ".join(path.name for path in (*children, file))
         raise RecipeError(f"{file}: base recipes form a cycle: {chain}")
+    if len(children) > MOST_BASES:
+        raise RecipeError(f"{file}: more than {MOST_BASES} recipes are based on one another; join some of them")
     source = _read(file)
     place = source.place(("base",))
+    waiting = source.unreadable.pop(("base",), None)
+    if waiting is not None:
+        raise RecipeError(str(waiting))
     base = source.data.pop("base", None)
     if base is None:
         return source
-    if not isinstance(base, str):
-        raise RecipeError(f"{place}: base: expected the path or name of one recipe, got {base!r}")
+    if not isinstance(base, str) or not base:
+        raise RecipeError(f"{place}: base: expected the path or name of one recipe, got {base!r:.100}")
     parent = _read_with_bases(_find_base(base, file, place), notes, (*children, file.resolve()))
     for key in NOT_INHERITED:
-        parent.data.pop(key, None)
-        parent.settle((key,))
+        parent.forget((key,), parent.data.pop(key, None))
     _lay_over(parent, source, notes)
     return parent
 
@@ -117,59 +149,76 @@ def _read_with_bases(file: Path, notes: list[str], children: tuple[Path, ...]) -
 def _find_base(base: str, file: Path, place: str) -> Path:
     for folder in (file.parent, recipes_folder()):
         for name in (base, f"{base}.yaml"):
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
-    nearest = difflib.get_close_matches(Path(base).stem, shipped_recipes(), n=1)
+    if os.path.exists(file.parent / base):
+        raise RecipeError(f"{place}: base: {base} is no file; a recipe is a YAML file")
+    nearest = difflib.get_close_matches(Path(base).stem[:LONGEST_NAME], shipped_recipes(), n=1)
     guess = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise RecipeError(f"{place}: base: there is no recipe {base} beside this file or among the shipped ones{guess}")
+    raise RecipeError(
+        f"{place}: base: there is no recipe {base[:LONGEST_NAME]} beside this file or among the shipped ones{guess}"
+    )
 
 
 def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
     """Merge ``child`` into ``parent``: mappings deeply, everything else by replacement."""
+    notes += make_room(parent, _layer(child))
 
     def merge(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> None:
         for key, value in above.items():
             here = (*path, key)
             old = below.get(key)
-            if isinstance(value, dict) and isinstance(old, dict) and not changes_method(here, old, value):
+            if isinstance(value, dict) and isinstance(old, dict):
                 merge(old, value, here)
             else:
-                parent.settle(here)
+                parent.forget(here, old)
                 below[key] = value
-
-    def changes_method(path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> bool:
-        changed = path == ("attention",) and new.get("method", old.get("method")) != old.get("method")
-        if changed:
-            notes.append(
-                f"{child.place(('attention', 'method'))}: attention.method is {new['method']} here and "
-                f"{old.get('method')} in the base, so the base's attention section is not inherited"
-            )
-        return changed
 
     merge(parent.data, child.data, ())
     parent.places.update(child.places)
     parent.problems += child.problems
-    parent.unset.update(child.unset)
+    parent.unreadable.update(child.unreadable)
+
+
+def _layer(child: Source) -> Layer:
+    """What a file gives. Its lists replace those of the base, so nothing inside them is laid over anything."""
+
+    def section(path: KeyPath) -> dict[str, Any]:
+        value = child.data
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+
+    return Layer(
+        lambda path: section(path[:-1]).get(str(path[-1])), lambda path: path[-1] in section(path[:-1]), child.place
+    )
 
 
 def _validate(source: Source, file: Path) -> Recipe:
-    found = source.problems + list(source.unset.values())
+    found = source.problems + list(source.unreadable.values())
     result = _parse(source.data)
     if isinstance(result, Recipe):
         found += [Problem(source.place(path), path, text) for path, text in contradictions(result)]
     else:
         # A value that waits for a variable is null until then; neither it nor its section is judged.
-        waiting = {path[:length] for path in source.unset for length in range(1, len(path) + 1)}
+        waiting = {path[:length] for path in source.unreadable for length in range(1, len(path) + 1)}
         found += [problem for problem in problems.explain(result, source) if problem.path not in waiting]
     if found or not isinstance(result, Recipe):
-        lines = "\n".join(f"  {problem}" for problem in sorted(found, key=_in_order))
-        raise RecipeError(f"{file} has {len(found)} problem{'s' if len(found) > 1 else ''}:\n{lines}")
+        lines = [f"  {problem}{_elsewhere(problem, source)}" for problem in sorted(found, key=_in_order)[:SHOWN]]
+        if len(found) > SHOWN:
+            lines.append(f"  and {len(found) - SHOWN} more")
+        raise RecipeError(f"{file} has {len(found)} problem{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines))
     return result
+
+
+def _elsewhere(problem: Problem, source: Source) -> str:
+    """The places of the other settings that a problem names."""
+    return problems.elsewhere(problem.text, source.places, (problem.place.rpartition(":")[0], problem.place))
 
 
 def _in_order(problem: Problem) -> tuple[str, int]:
     file, _, line = problem.place.rpartition(":")
-    return (file, int(line)) if line.isdigit() else (problem.place, 0)
+    return (file, int(line)) if line.isdecimal() and len(line) < 10 else (problem.place, 0)
 
 
 def _parse(data: dict[str, Any]) -> Recipe | list[Any]:
@@ -190,4 +239,4 @@ def _parse(data: dict[str, Any]) -> Recipe | list[Any]:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
+    return isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.errors import ModelError
 from sparsetrain.recipe.schema import ModelSection
+from sparsetrain.textfile import read_text
 
 OWN_MODELS = "sparsetrain:"
 
@@ -18,8 +21,8 @@ def model_folder(section: ModelSection) -> Path | None:
     if section.path.startswith(OWN_MODELS):
         folder = Path(__file__).parents[1] / "assets" / section.path.removeprefix(OWN_MODELS)
     else:
-        folder = Path(section.path).expanduser()
-    return folder if folder.is_dir() else None
+        folder = Path(os.path.expanduser(section.path))
+    return folder if os.path.isdir(folder) else None
 
 
 def is_own(section: ModelSection) -> bool:
@@ -37,11 +40,11 @@ def model_config(section: ModelSection) -> dict[str, Any]:
     if section.architecture is not None:
         return section.architecture
     folder = model_folder(section)
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None:
         return {}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(read_text(folder / "config.json", "config.json", ModelError))
+    except (ModelError, ValueError, RecursionError):
         return {}  # loading the model reports what is wrong with it
     return config if isinstance(config, dict) else {}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.expressions import matching
 
 
 def layers_named(targets: str | list[str], names: Collection[str], model: str) -> set[str]:
@@ -19,12 +19,19 @@ def layers_named(targets: str | list[str], names: Collection[str], model: str) -
         RecipeError: the expression, or one of the list, matches none.
     """
     if isinstance(targets, str):
-        matches = {targets: {name for name in names if re.fullmatch(targets, name)}}
+        matches = {targets: _named(targets, names)}
     else:
         matches = {given: {name for name in names if f".{name}".endswith(f".{given}")} for given in targets}
     if missed := [given for given, found in matches.items() if not found]:
         raise no_layer(", ".join(missed), names, model)
     return set().union(*matches.values())
+
+
+def _named(targets: str, names: Collection[str]) -> set[str]:
+    try:
+        return matching(targets, names)
+    except ValueError as error:
+        raise RecipeError(f"lora.targets: {error}") from None
 
 
 def no_layer(missed: str, names: Collection[str], model: str) -> RecipeError:

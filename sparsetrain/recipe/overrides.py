@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.registry import METHODS
-from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Source, dotted, parse_yaml
+from sparsetrain.recipe.layers import Layer, make_room
+from sparsetrain.recipe.yaml_source import DEEPEST, OVERRIDE, KeyPath, Source, dotted, parse_yaml, text_fault
+
+LONGEST_INDEX = 6
+"""Digits of the number of a list's entry."""
+
+SHOWN = 100
+"""Characters of an override that an error repeats."""
 
 
-def apply_overrides(source: Source, overrides: Sequence[str]) -> list[str]:
+def apply_overrides(source: Source, overrides: Sequence[str], output: str | None = None) -> list[str]:
     """Lay ``key=value`` settings over a recipe, in place.
+
+    Args:
+        output: the run folder of ``--output``: a name as it is, not YAML.
 
     Returns:
         Notes on what they replaced beyond the values they name.
@@ -20,48 +29,55 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> list[str]:
     Raises:
         RecipeError: an override is not ``key=value``, or leads through something that has no settings inside.
     """
-    notes: list[str] = []
-    parsed: list[tuple[KeyPath, Source]] = []
-    for text in overrides:
-        place = f"{OVERRIDE} {text}"
-        key, equals, value = text.partition("=")
-        path: KeyPath = tuple(key.split("."))
-        if not equals or not all(path):
-            raise RecipeError(f"{place}: expected key=value, such as train.lr=2e-5")
-        if key == "base":
-            raise RecipeError(f"{place}: base belongs in a file; write a recipe with this base, or copy it")
-        parsed.append((path, parse_yaml(value, place, number_lines=False)))
-    # The method first: other attention settings on the command line belong to the new one, in any order.
-    parsed.sort(key=lambda override: override[0] != ("attention", "method"))
-    for path, value_source in parsed:
-        if path == ("attention", "method"):
-            notes += _change_method(source, value_source.data)
-        _set(source, path, value_source)
+    parsed = [_parse(text) for text in overrides]
+    if output is not None:
+        place = f"--output {_shown(output)}"
+        fault = "is empty; name a folder" if not output else text_fault(output)
+        if fault is not None:
+            raise RecipeError(f"{place}: {fault}")
+        parsed.append((("output",), Source(output, {(): place})))
+    notes = make_room(source, _layer(parsed))
+    for path, value in parsed:
+        _set(source, path, value)
     return notes
 
 
-def _change_method(source: Source, method: Any) -> list[str]:
-    """Keep of the attention section what its old method and the new one have in common, and say so.
+def _parse(text: str) -> tuple[KeyPath, Source]:
+    place = f"{OVERRIDE} {_shown(text)}"
+    key, equals, value = text.partition("=")
+    path: KeyPath = tuple(key.split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"{place}: expected key=value, such as train.lr=2e-5")
+    if key == "base":
+        raise RecipeError(f"{place}: base belongs in a file; write a recipe with this base, or copy it")
+    fault = f"leads deeper than {DEEPEST} sections" if len(path) > DEEPEST else text_fault(key)
+    if fault is not None:
+        raise RecipeError(f"{place}: {fault}")
+    return path, parse_yaml(value, place, number_lines=False)
 
-    That is what their nearest common ancestor defines: ``dense_layers`` always, ``block`` between block patterns. A
-    field of the same name elsewhere, such as ``window``, may mean another budget.
-    """
-    section = source.data.get("attention")
-    if not isinstance(section, dict) or section.get("method") == method:
-        return []
-    ancestors = METHODS.get(str(section.get("method")), MethodConfig).__mro__
-    new = METHODS.get(str(method), MethodConfig)
-    common = next(a for a in ancestors if issubclass(a, MethodConfig) and issubclass(new, a)).model_fields
-    kept = {key: value for key, value in section.items() if key in common and key != "method"}
-    dropped = [f"{key}={value}" for key, value in section.items() if key not in common]
-    source.settle(("attention",))
-    source.data["attention"] = kept
-    return [
-        f"attention.method={method} replaces the file's {section.get('method')}"
-        + (f": {', '.join(dropped)} dropped" if dropped else "")
-        + (f", {', '.join(kept)} kept" if kept else "")
-        + "; other parameters are the new method's defaults or this command line's"
-    ]
+
+def _layer(parsed: Sequence[tuple[KeyPath, Source]]) -> Layer:
+    """The settings of a command line together; of two for one path the later."""
+    given = {tuple(_index(part) for part in path): value for path, value in parsed}
+    inside: dict[KeyPath, dict[KeyPath, Source]] = {}
+    for path, value in given.items():
+        for length in range(len(path) + 1):
+            inside.setdefault(path[:length], {})[path[length:]] = value
+
+    def get(path: KeyPath) -> Any:
+        found = inside.get(path, {})
+        return found[()].data if () in found else {dotted(rest): value.data for rest, value in found.items()} or None
+
+    def place(path: KeyPath) -> str:
+        return next((value.place(()) for value in inside.get(path, {}).values()), OVERRIDE)
+
+    return Layer(get, lambda path: path in inside, place)
+
+
+def _index(part: str | int) -> str | int:
+    """A part of a path that is the number of a list's entry as a number."""
+    text = str(part)
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_INDEX else part
 
 
 def _set(source: Source, path: KeyPath, value: Source) -> None:
@@ -72,24 +88,29 @@ def _set(source: Source, path: KeyPath, value: Source) -> None:
     for position, part in enumerate(path):
         key: str | int = part
         if isinstance(container, list):
-            if not str(part).isdigit() or int(part) >= len(container):
+            key = _index(part)
+            if not isinstance(key, int) or key >= len(container):
                 raise RecipeError(
                     f"{place}: {dotted(real)} is a list of {len(container)}; name an entry by its number, from 0"
                 )
-            key = int(part)
         elif not isinstance(container, dict):
-            raise RecipeError(f"{place}: {dotted(real)} is {container!r}, which has no settings inside")
+            raise RecipeError(f"{place}: {dotted(real)} is {_shown(repr(container))}, which has no settings inside")
         real = (*real, key)
         if position < len(path) - 1:
             if isinstance(container, dict) and container.get(str(key)) is None:
+                source.forget(real, None)
                 container[str(key)] = {}
                 source.places[real] = place
             container = container[key]
-        else:
-            container[key] = value.data
-    source.settle(real)
-    for known in [known for known in source.places if known[: len(real)] == real]:
-        del source.places[known]
+    old = container.get(key) if isinstance(container, dict) else container[int(key)]
+    source.forget(real, old)
+    container[key] = value.data
     source.places.update({(*real, *inner): where for inner, where in value.places.items()})
-    source.problems += value.problems
-    source.unset.update({(*real, *inner): problem for inner, problem in value.unset.items()})
+    source.problems += [replace(problem, path=(*real, *problem.path)) for problem in value.problems]
+    source.unreadable.update(
+        {(*real, *inner): replace(problem, path=(*real, *inner)) for inner, problem in value.unreadable.items()}
+    )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -30,9 +31,16 @@ _EXPECTED = {
     "less_than": "a number below {lt:g}",
     "less_than_equal": "a number of at most {le:g}",
     "literal_error": "{expected}",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
+
+
+_DOTTED = re.compile(r"\b[a-z_]+(?:\.[a-z_0-9]{1,64}){1,8}")
+_LONGEST_KEY = 64
+"""Characters of a key that is compared with those there are."""
 
 
 def explain(errors: list[Any], source: Source) -> list[Problem]:
@@ -41,7 +49,8 @@ def explain(errors: list[Any], source: Source) -> list[Problem]:
     for error in errors:
         found.setdefault(located(error, source.data), []).append(error)
     # A union reports every alternative. The one that went deeper is the one that was meant.
-    paths = [path for path in found if not any(_inside(other, path) and _is_type(found[path]) for other in found)]
+    around = {path[:length] for path in found for length in range(len(path))}
+    paths = [path for path in found if not (path in around and _is_type(found[path]))]
     # Neither are the other kinds a value could have had, once it is of one kind and that section refuses it.
     refused = {path: [error for error in found[path] if error["type"] == "value_error"] for path in paths}
     return [_problem(path, refused[path] or found[path], source) for path in paths]
@@ -58,6 +67,16 @@ def _problem(path: KeyPath, errors: list[Any], source: Source) -> Problem:
     return Problem(place, path, text)
 
 
+def elsewhere(text: str, places: Mapping[KeyPath, str], known: Collection[str]) -> str:
+    """Where the settings are written that a message names, each in brackets; nothing for files and places ``known``."""
+    found = {}
+    for name in _DOTTED.findall(text):
+        place = places.get(tuple(int(part) if part.isdecimal() else part for part in name.split(".")))
+        if place is not None and place not in known and place.rpartition(":")[0] not in known and place not in text:
+            found[name] = place
+    return "".join(f" ({name}: {place})" for name, place in found.items())
+
+
 def located(error: Any, data: Any) -> KeyPath:
     """The path of an error in the recipe. Pydantic also names the alternatives of unions, which no file holds."""
     path: list[str | int] = []
@@ -72,10 +91,6 @@ def located(error: Any, data: Any) -> KeyPath:
     if error["type"] == "union_tag_invalid":
         path.append("method")
     return tuple(path)
-
-
-def _inside(path: KeyPath, section: KeyPath) -> bool:
-    return len(path) > len(section) and path[: len(section)] == section
 
 
 def _is_type(errors: list[Any]) -> bool:
@@ -95,7 +110,7 @@ def _describe(path: KeyPath, errors: list[Any], data: Any) -> str:
         return f"needs {context['discriminator']}"
     if kind == "union_tag_invalid":
         choices = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        return f"there is no {context['tag']!r}{_choose(str(context['tag']), choices)}"
+        return f"there is no {_show(context['tag'])}{_choose(str(context['tag']), choices)}"
     for part in path:
         data = data[part]
     expected = " or ".join(dict.fromkeys(_expectation(each) for each in errors))
@@ -114,7 +129,7 @@ def _guess(error: Any, value: Any) -> str:
         return "; without quotes, if it has them" if value.strip()[:1].isdigit() or value in ("true", "false") else ""
     if error["type"] == "literal_error" and isinstance(value, str):
         choices = [choice for choice in error["ctx"]["expected"].split("'") if choice.isidentifier()]
-        nearest = difflib.get_close_matches(value, choices, n=1)
+        nearest = difflib.get_close_matches(value[:_LONGEST_KEY], choices, n=1)
         return f"; did you mean {nearest[0]}?" if nearest else ""
     return ""
 
@@ -125,10 +140,12 @@ def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return f"a mapping ({', '.join(map(str, value)) or 'empty'})"
+        keys = ", ".join(map(str, list(value)[:8])) + (", ..." if len(value) > 8 else "")
+        return f"a mapping ({keys[:200] or 'empty'})"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def _unknown_key(path: KeyPath, data: Any) -> str:
@@ -138,17 +155,22 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     owners = [name for name, config in METHODS.items() if key in config.model_fields] if path[0] == "attention" else []
     if owners and len(path) == 2:
         return f"unknown key: method {data['attention']['method']} has no {key}, but {' and '.join(owners)} have"
-    elsewhere = [other for other in field_paths(Recipe) if other[-1] == key and len(other) <= 2]
-    if elsewhere:
-        return f"unknown key here; did you mean {' or '.join(dotted(other) for other in elsewhere)}?"
-    nearest = difflib.get_close_matches(key, known, n=1)
+    others = [other for other in _short_paths() if other[-1] == key]
+    if others:
+        return f"unknown key here; did you mean {' or '.join(dotted(other) for other in others)}?"
+    nearest = difflib.get_close_matches(key[:_LONGEST_KEY], known, n=1)
     if nearest:
         return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"
     return f"unknown key; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
 
 
+@cache
+def _short_paths() -> tuple[tuple[str, ...], ...]:
+    return tuple(path for path in field_paths(Recipe) if len(path) <= 2)
+
+
 def _choose(given: str, choices: list[str]) -> str:
-    nearest = difflib.get_close_matches(given, choices, n=1)
+    nearest = difflib.get_close_matches(given[:_LONGEST_KEY], choices, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else f"; choose from {', '.join(choices)}"
 
 

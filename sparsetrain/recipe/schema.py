@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from sparsetrain.methods.registry import AttentionConfig
-from sparsetrain.section import Section
+from sparsetrain.recipe.expressions import check_expression
+from sparsetrain.section import MOST_BLOCKS, MOST_STEPS, Bounds, Section, Steps, Tokens
 
 SCHEMA_VERSION = 1
 """Raised whenever an existing recipe would change its meaning; a recipe from a newer version is refused."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A name, a path or an id."""
+Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
+"""A learning rate."""
+Constant = Annotated[float, Field(gt=0), Bounds(1e30, "it is used in fp32", least=1e-30)]
+_KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
+Keys = Annotated[int, Field(gt=0), _KEYS]
+_PROMPTS = Bounds(1000, "each is a prompt of its own, at every length")
+
+MOST_SHARING = 1024
+"""Ranks that share a row."""
+
+MOST_LISTED = 1000
+"""Sources, or lengths that are measured."""
 
 
 def _no_switch(value: Any) -> Any:
@@ -35,13 +47,13 @@ def _no_switch(value: Any) -> Any:
 class ModelSection(Section):
     """Which model is trained. Give ``path`` (pretrained) or ``architecture`` (random weights), not both."""
 
-    path: str | None = None
+    path: Text | None = None
     """Hub id (``Qwen/Qwen3-8B``), local folder, or ``sparsetrain:tiny`` for the checkpoint that ships with us."""
     architecture: dict[str, Any] | None = None
     """A transformers config as a mapping (``{model_type: llama, hidden_size: 256, ...}``): random weights."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hub model."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Hub id or folder of the tokenizer, where it is not beside the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the weights in forward and backward; the optimizer always keeps fp32 masters."""
@@ -73,6 +85,7 @@ _COLUMNS = {
     "text_field": "text",
     "prompt_field": "prompt_completion",
     "completion_field": "prompt_completion",
+    "separator": "prompt_completion",
     "messages_field": "chat",
 }
 
@@ -80,30 +93,36 @@ _COLUMNS = {
 class DataSource(Section):
     """One source of documents. Give ``path`` (files, a folder, a Hub id, ``python-stdlib``) or ``synthetic``."""
 
-    name: str | None = None
+    name: Text | None = None
     """Name in logs and errors; by default the path or the synthetic task."""
-    path: str | None = None
+    path: Text | None = None
     """Local file, glob or folder (jsonl, json, parquet, arrow; txt, md, rst, py: one document a file), a Hub dataset
     id, or ``python-stdlib``."""
     synthetic: Literal["passkey", "multikey", "recall"] | None = None
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
-    form: Literal["auto", "text", "prompt_completion", "chat"] = "auto"
-    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), or chat messages (loss on
-    the assistant's turns, by the tokenizer's chat template). ``auto`` decides by the columns of the first row."""
-    text_field: str = "text"
+    form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
+    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), chat messages (loss on the
+    assistant's turns, by the tokenizer's chat template), or ``input_ids`` and ``labels`` as they are. ``auto`` decides
+    by the columns of the first row."""
+    text_field: Text = "text"
     """Column that holds the text (form ``text``)."""
-    prompt_field: str = "prompt"
+    prompt_field: Text = "prompt"
     """Column that holds the prompt (form ``prompt_completion``)."""
-    completion_field: str = "completion"
+    completion_field: Text = "completion"
     """Column that holds the completion (form ``prompt_completion``)."""
-    messages_field: str = "messages"
+    separator: Annotated[str, Field(max_length=4096)] = ""
+    """Text between a prompt and its completion, which belongs to the prompt (form ``prompt_completion``)."""
+    messages_field: Text = "messages"
     """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
-    subset: str | None = None
+    ignore: list[str] = []
+    """Columns, and keys of turns, that have a meaning and are left out all the same, such as ``[rejected]``. Otherwise
+    a row that says what cannot be honoured is refused."""
+    subset: Text | None = None
     """Configuration name of a Hub dataset."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hub dataset."""
-    split: str = "train"
+    split: Text = "train"
     """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
     weight: PositiveFloat = 1.0
     """Share of this source among what is drawn, relative to the other sources. A draw is a document, or one
@@ -113,11 +132,11 @@ class DataSource(Section):
     shuffle: bool = True
     """Draw documents in a seeded random order, a new one each epoch. A streaming source is read in order, and only
     the rows packed together (about 32) are shuffled."""
-    lengths: list[PositiveInt] = []
+    lengths: Annotated[list[Tokens], Field(max_length=MOST_LISTED)] = []
     """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
-    keys: PositiveInt = 4
+    keys: Keys = 4
     """Synthetic ``multikey`` and ``recall``: how many keys a document hides that may be asked for."""
-    distractors: NonNegativeInt = 0
+    distractors: Annotated[int, Field(ge=0), _KEYS] = 0
     """Synthetic ``multikey`` and ``recall``: how many more it hides that look alike and are never asked for. With any,
     the keys that count are marked."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
@@ -136,14 +155,14 @@ class DataSource(Section):
         kinds = {
             "sources with a path": (
                 self.synthetic is None,
-                ("form", *_COLUMNS, "subset", "revision", "split", "streaming", "shuffle"),
+                ("form", *_COLUMNS, "ignore", "subset", "revision", "split", "streaming", "shuffle"),
             ),
             "synthetic sources": (self.synthetic is not None, ("lengths",)),
             "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
             "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
         } | {
             f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
-            for form in ("text", "prompt_completion", "chat")
+            for form in ("text", "prompt_completion", "chat", "tokens")
         }
         for kind, (holds, names) in kinds.items():
             for name in names:
@@ -160,26 +179,26 @@ class DataSource(Section):
 class DataSection(Section):
     """What is trained on: one source, or a weighted mixture."""
 
-    sources: Annotated[list[DataSource], Field(min_length=1)]
+    sources: Annotated[list[DataSource], Field(min_length=1, max_length=MOST_LISTED)]
     """The mixture. Each draw takes from one source, with probability proportional to its ``weight``."""
     on_malformed: Literal["stop", "skip"] = "stop"
     """A row that cannot be read: stop and name it, or skip it and count it (the first few are named in the log)."""
     long_documents: Literal["split", "truncate", "drop"] = "split"
     """Documents longer than ``sequence.length``: continue in other rows, keep the beginning, or leave out. A document
     that fits into a row is never cut."""
-    num_workers: PositiveInt = 1
+    num_workers: Annotated[int, Field(gt=0), Bounds(1024, "each is a process")] = 1
     """Processes that tokenise mapped sources."""
 
 
 class SequenceSection(Section):
     """The shape of a training row."""
 
-    length: PositiveInt
+    length: Tokens
     """Tokens in a row; the context length trained at."""
     packing: bool = True
     """Fill each row with several documents. They never see each other: positions restart and attention stops at the
     boundary. Without packing a row holds one document and may be shorter than ``length``."""
-    parallel: PositiveInt = 1
+    parallel: Annotated[int, Field(gt=0), Bounds(MOST_SHARING, "each needs heads of its own")] = 1
     """Ranks that share each row (DeepSpeed-Ulysses): every one holds an equal part of its tokens, and in attention all
     tokens for a part of the heads. The model's heads must divide; more ranks than key/value heads keep copies of
     those."""
@@ -192,32 +211,32 @@ class OptimizerSection(Section):
     """The optimizer. torch's own on CPU (nothing to compile), fused on CUDA, DeepSpeedCPUAdam when offloaded."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Constant = 1e-8
     """Term added to the denominator."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Field(ge=0), Bounds(1e3, "the weights are updated in fp32")] = 0.0
     """Decoupled weight decay."""
 
 
 class TrainSection(Section):
     """How long, how fast, and how much at once. Give one of ``steps``, ``epochs`` and ``tokens``."""
 
-    steps: PositiveInt | None = None
+    steps: Steps | None = None
     """Optimizer steps."""
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float, Field(gt=0), Bounds(10**6, "no run reads its data so often")] | None = None
     """Passes over the data (mapped sources only)."""
-    tokens: PositiveInt | None = None
+    tokens: Annotated[int, Field(gt=0), Bounds(10**16, "no run is so long")] | None = None
     """Tokens to train on, counted as ``sequence.length`` times rows; rounded up to whole steps."""
-    micro_batch: PositiveInt = 1
+    micro_batch: Annotated[int, Field(gt=0), Bounds(2**16, "a pass holds all its rows in memory")] = 1
     """Rows in one forward pass of one rank."""
-    global_batch_sequences: PositiveInt | None = None
+    global_batch_sequences: Annotated[int, Field(gt=0), Bounds(2**24, "no step is so large")] | None = None
     """Rows in one optimizer step over all ranks. Gradient accumulation follows from it."""
-    global_batch_tokens: PositiveInt | None = None
+    global_batch_tokens: Annotated[int, Field(gt=0), Bounds(2**40, "no step is so large")] | None = None
     """The same in tokens; must be a whole number of rows."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer and its constants."""
-    lr: PositiveFloat
+    lr: Rate
     """Peak learning rate."""
-    new_modules_lr: PositiveFloat | None = None
+    new_modules_lr: Rate | None = None
     """Peak learning rate of the modules that the attention method adds (SparseK's scorers), which start from nothing
     where the rest is pretrained; null = ``lr``. The schedule is the same."""
     parameters: Literal["all", "new_modules"] = "all"
@@ -227,9 +246,9 @@ class TrainSection(Section):
     """Shape of the learning rate after the warmup."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate as a share of ``lr`` (linear and cosine)."""
-    warmup: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0), Bounds(MOST_STEPS, "no run has more steps")] = 0.0
     """Warmup: a number of steps if 1 or more, a share of all steps if below 1."""
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: Constant | None = 1.0
     """Clip the global gradient norm; null switches clipping off."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
@@ -240,10 +259,10 @@ class TrainSection(Section):
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in pinned host memory until backward; the copies run beside the
     computation."""
-    mlp_chunk: PositiveInt | None = None
+    mlp_chunk: Tokens | None = None
     """Compute the MLP of each layer about this many tokens at a time, so that its wide intermediates never exist for
     the whole row; it is computed once more in backward. null = all tokens at once."""
-    loss_chunk: PositiveInt | None = 4096
+    loss_chunk: Tokens | None = 4096
     """Compute the loss this many tokens at a time, so that logits of the whole row never exist; null = all at once.
     Liger's fused loss makes chunks of its own, about as large as the hidden states in all."""
     liger: Literal["auto", "on", "off"] = "auto"
@@ -251,7 +270,7 @@ class TrainSection(Section):
     device and ``liger-kernel`` is installed. The log says which were used."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite loss or gradient: stop the run or skip the step. The batch is named in ``nonfinite.jsonl``."""
-    log_every: PositiveInt = 1
+    log_every: Steps = 1
     """Steps between log lines."""
 
     @model_validator(mode="after")
@@ -276,9 +295,9 @@ class LoraSection(Section):
     """Low-rank adapters (2106.09685) beside frozen weights, through peft. The modules that the attention method adds
     are trained whole and saved with the adapters."""
 
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(gt=0), Bounds(2**16, "no matrix has a higher rank")] = 16
     """Rank of the update of each matrix."""
-    alpha: PositiveInt | None = None
+    alpha: Annotated[int, Field(gt=0), Bounds(2**24, "it scales the update")] | None = None
     """The update is scaled by ``alpha / rank``; null = ``2 * rank``, as LongLoRA and most recipes have it."""
     dropout: Decay = 0.0
     """Share of an adapter's inputs that is dropped in training."""
@@ -311,9 +330,9 @@ class LoraSection(Section):
                 f"[{self.targets}], or a regular expression for whole names such as .*layers.[0-7].*proj"
             )
         try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"targets={self.targets!r} is no regular expression: {error}") from None
+            check_expression(self.targets)
+        except ValueError as error:
+            raise ValueError(f"targets={error}") from None
         return self
 
     @property
@@ -350,9 +369,9 @@ class DeepSpeedSection(Section):
 class CheckpointSection(Section):
     """What is kept, and when. A checkpoint is complete or absent: it is written aside and renamed."""
 
-    every: PositiveInt | None = None
+    every: Steps | None = None
     """Steps between checkpoints; null keeps only the one at the end and on interruption."""
-    keep_last: PositiveInt = 2
+    keep_last: Annotated[int, Field(gt=0), Bounds(10**6, "each is a folder of its own")] = 2
     """Complete checkpoints to keep."""
     keep_best: Literal["perplexity", "passkey", "recall"] | None = None
     """Keep one more: the checkpoint of the evaluation (``eval.every``) with the lowest perplexity at the longest
@@ -372,22 +391,22 @@ class CheckpointSection(Section):
 class PerplexitySection(Section):
     """Token perplexity by context length: ``exp`` of the mean NLL over non-overlapping windows of each length."""
 
-    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
     """Context lengths in tokens."""
     source: DataSource
     """Held-out documents, read in order and joined."""
-    tokens: PositiveInt = 65536
+    tokens: Annotated[int, Field(gt=0), Bounds(10**10, "they are scored one window after another")] = 65536
     """Tokens to score at each length."""
 
 
 class PasskeySection(Section):
     """Passkey accuracy by length and depth: is every digit of the hidden key the model's first choice?"""
 
-    lengths: Annotated[list[PositiveInt], Field(min_length=1)]
+    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
     """Prompt lengths in tokens."""
-    depths: PositiveInt = 5
+    depths: Annotated[int, Field(gt=0), _PROMPTS] = 5
     """Depths tried, evenly spread from the beginning (0 %) to the end (100 %)."""
-    trials: PositiveInt = 5
+    trials: Annotated[int, Field(gt=0), _PROMPTS] = 5
     """Prompts for each length and depth."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
     """Digits of the key; chance is 10 to the minus this."""
@@ -399,7 +418,7 @@ class RecallSection(Section):
 
     source: DataSource
     """The task: a source with ``synthetic`` and its ``lengths``. Its documents are never those of training."""
-    documents: PositiveInt = 200
+    documents: Annotated[int, Field(gt=0), Bounds(10**6, "each is answered on its own")] = 200
     """Documents to answer."""
 
     @model_validator(mode="after")
@@ -412,7 +431,7 @@ class RecallSection(Section):
 class EvalSection(Section):
     """What is measured before, during and after training."""
 
-    every: PositiveInt | None = None
+    every: Steps | None = None
     """Steps between evaluations during training; null = none."""
     at_start: bool = True
     """Evaluate before the first step: dense as the model came, and with the method put in."""
@@ -443,9 +462,9 @@ class WandbSection(Section):
     """``auto`` is online with a login and offline without one."""
     project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")] = "sparsetrain"
     """Project of the run."""
-    entity: str | None = None
+    entity: Text | None = None
     """User or team; by default the login's."""
-    name: str | None = None
+    name: Text | None = None
     """Display name; by default the recipe's name."""
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     """Tags of the run."""
@@ -456,9 +475,9 @@ class Recipe(Section):
 
     version: PositiveInt = SCHEMA_VERSION
     """Version of this schema the recipe was written for."""
-    name: str | None = None
+    name: Annotated[str, Field(max_length=200)] | None = None
     """Name of the run; by default the recipe's file name."""
-    output: str | None = None
+    output: Text | None = None
     """Run folder; by default ``runs/<name>``."""
     model: ModelSection
     """The model that is trained."""

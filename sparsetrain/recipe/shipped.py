@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib import resources, util
 from pathlib import Path
 
 from sparsetrain.errors import RecipeError
+
+LONGEST_NAME = 255
+"""Characters of a name that errors repeat and compare with those of the shipped recipes."""
 
 
 def recipes_folder() -> Path:
@@ -28,13 +32,16 @@ def find_recipe(path: str | Path) -> Path:
         RecipeError: there is none; names the nearest.
     """
     file = Path(path)
-    if file.is_file():
+    if os.path.isfile(file):
         return file
     shipped = shipped_recipes()
     if file.name == str(path) and file.name in shipped:
         return shipped[file.name]
-    if file.is_dir():
-        raise RecipeError(f"{path} is a folder; a recipe is a YAML file")
-    nearest = difflib.get_close_matches(file.name.removesuffix(".yaml"), shipped, n=1)
+    if os.path.exists(file):
+        kind = "a folder" if os.path.isdir(file) else "a pipe or a device"
+        raise RecipeError(f"{path} is {kind}; a recipe is a YAML file")
+    nearest = difflib.get_close_matches(file.name.removesuffix(".yaml")[:LONGEST_NAME], shipped, n=1)
     guess = f", did you mean the shipped recipe {nearest[0]}?" if nearest else ";"
-    raise RecipeError(f"there is no recipe {path}{guess} `sparsetrain recipe list` shows what is shipped")
+    raise RecipeError(
+        f"there is no recipe {str(path)[:LONGEST_NAME]}{guess} `sparsetrain recipe list` shows what is shipped"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,17 @@ KeyPath = tuple[str | int, ...]
 OVERRIDE = "command line override"
 """How the place of a value from the command line begins."""
 
+MOST_VALUES = 100_000
+"""Values of a recipe, aliases spelled out."""
+
+DEEPEST = 32
+"""Lists and mappings inside one another."""
+
+LARGEST = 2**63 - 1
+"""The largest whole number that the libraries below can hold."""
+
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _ENVIRONMENT = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)(?::(.*))?", re.DOTALL)
 
@@ -73,8 +85,9 @@ class Source:
     data: Any
     places: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    unset: dict[KeyPath, Problem] = field(default_factory=dict)
-    """Values waiting for an environment variable that does not exist. Replacing the value settles it."""
+    unreadable: dict[KeyPath, Problem] = field(default_factory=dict)
+    """Values that stand for nothing: a number out of range, or one that waits for an environment variable that does
+    not exist. Each is null in ``data``, and replacing it settles it."""
 
     def place(self, path: KeyPath) -> str:
         """``file:line`` of a value, or of the nearest section around it."""
@@ -82,10 +95,13 @@ class Source:
             path = path[:-1]
         return self.places.get(path, "recipe")
 
-    def settle(self, path: KeyPath) -> None:
-        """Forget the missing variables of a value that is about to be replaced."""
-        for known in [known for known in self.unset if known[: len(path)] == path]:
-            del self.unset[known]
+    def forget(self, path: KeyPath, value: Any) -> None:
+        """Forget what is known of a value that is about to be replaced, and of everything inside it."""
+        self.places.pop(path, None)
+        self.unreadable.pop(path, None)
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, below in inner:
+            self.forget((*path, key), below)
 
 
 def dotted(path: KeyPath) -> str:
@@ -102,7 +118,8 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
         number_lines: add ``:line`` to the place.
 
     Raises:
-        RecipeError: the text is not YAML, or holds a tag or an alias that plain settings do not have.
+        RecipeError: the text is not YAML, or holds a tag or an alias that plain settings do not have, or more values
+            than a recipe can need.
     """
     try:
         loader = _Loader(text)
@@ -110,7 +127,7 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
         reader = _Reader(loader, place, number_lines)
         reader.source.places[()] = f"{place}:1" if number_lines else place
         if node is not None:
-            reader.source.data = reader.value(node, (), ())
+            reader.source.data = reader.value(node, ())
         return reader.source
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -120,8 +137,14 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
         raise RecipeError(f"{where}: not valid YAML: {reason}{hint}") from None
     except RecursionError:
         raise RecipeError(f"{place}: lists and mappings are nested too deeply for a recipe") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise RecipeError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def text_fault(text: str) -> str | None:
+    """Why no name, path or setting can be this text; None if it can."""
+    found = _UNPRINTABLE.search(text)
+    return f"holds the character U+{ord(found[0]):04X}, which no text has; remove it" if found else None
 
 
 class _Reader:
@@ -132,75 +155,166 @@ class _Reader:
         self.file = place
         self.number_lines = number_lines
         self.source = Source(None)
-        self.merged: set[int] = set()
+        self.pairs: dict[int, list[tuple[yaml.ScalarNode, yaml.Node]]] = {}
+        self.merging: set[int] = set()
+        self.open: set[int] = set()
+        self.count = 0
 
     def at(self, node: yaml.Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}" if self.number_lines else self.file
 
-    def value(self, node: yaml.Node, path: KeyPath, parents: tuple[int, ...]) -> Any:
+    def spend(self, values: int, node: yaml.Node) -> None:
+        """Count what is read: aliases and merge keys can make millions of values of a few lines."""
+        self.count += values
+        if self.count > MOST_VALUES:
+            raise RecipeError(f"{self.at(node)}: with its aliases the recipe has more than {MOST_VALUES:,} values")
+
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.spend(1, node)
         if path:  # a key's own line, where there is one
             self.source.places.setdefault(path, self.at(node))
-        if id(node) in parents:
-            raise RecipeError(f"{self.at(node)}: {dotted(path)}: an alias that contains itself")
+        if len(path) > DEEPEST:
+            raise RecipeError(f"{self.at(node)}: lists and mappings are nested too deeply for a recipe")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
-        if node.tag != self.loader.resolve(type(node), None, True):
-            raise RecipeError(f"{self.at(node)}: {dotted(path)}: the YAML tag {node.tag} is not allowed in a recipe")
-        parents = (*parents, id(node))
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path, parents)
-        return [self.value(item, (*path, index), parents) for index, item in enumerate(node.value)]
+        self.check_tag(node, self.loader.resolve(type(node), None, True), path)
+        if id(node) in self.open:
+            raise RecipeError(f"{self.at(node)}: {dotted(path)}: an alias that contains itself")
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.mapping(node, path)
+            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        finally:
+            self.open.remove(id(node))
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath, parents: tuple[int, ...]) -> dict[str, Any]:
-        if id(node) not in self.merged:
-            self.refuse_duplicates(node, path)
-            self.loader.flatten_mapping(node)
-            self.merged.add(id(node))
+    def check_tag(self, node: yaml.Node, plain: str, path: KeyPath) -> None:
+        """Refuse what a tag makes of a value: dates, bytes, sets and Python objects are no settings."""
+        if node.tag not in (plain, _TEXT if isinstance(node, yaml.ScalarNode) else plain):
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise RecipeError(
+                f"{self.at(node)}: {dotted(path)}: the YAML tag {tag} is not allowed in a recipe; "
+                "write the value plainly"
+            )
+
+    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         data: dict[str, Any] = {}
-        for key_node, value_node in node.value:
+        for key_node, value_node in self.merged(node, path):
             key = key_node.value
             self.source.places[(*path, key)] = self.at(key_node)
-            data[key] = self.value(value_node, (*path, key), parents)
+            data[key] = self.value(value_node, (*path, key))
         return data
 
-    def refuse_duplicates(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        first: dict[str, yaml.Node] = {}
-        for key_node, _ in node.value:
+    def merged(self, node: yaml.MappingNode, path: KeyPath) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+        """The pairs of a mapping, those that a merge key takes from others first, each key once."""
+        if id(node) in self.pairs:
+            return self.pairs[id(node)]
+        if id(node) in self.merging:
+            raise RecipeError(f"{self.at(node)}: {dotted(path)}: an alias that contains itself")
+        self.merging.add(id(node))
+        own: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
+        taken: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
+        for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{self.at(key_node)}: a key must be plain text, not a list or mapping")
-            if key_node.value in first:
-                text = f"given twice in one section, first on line {first[key_node.value].start_mark.line + 1}"
-                self.source.problems.append(Problem(self.at(key_node), (*path, key_node.value), text))
-            else:
-                first[key_node.value] = key_node
+            if key_node.tag == _MERGE:
+                others = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                for other in others:
+                    if not isinstance(other, yaml.MappingNode):
+                        raise RecipeError(f"{self.at(key_node)}: << takes a mapping, or a list of mappings")
+                    pairs = self.merged(other, path)
+                    self.spend(len(pairs) + 1, key_node)
+                    for pair in pairs:
+                        taken.setdefault(pair[0].value, pair)
+                continue
+            key = key_node.value
+            fault = text_fault(key)
+            if fault is not None:
+                raise RecipeError(f"{self.at(key_node)}: a key {fault}")
+            self.check_tag(key_node, self.plain_tag(key_node), path)
+            if key in own:
+                text = f"given twice in one section, first on line {own[key][0].start_mark.line + 1}"
+                self.source.problems.append(Problem(self.at(key_node), (*path, key), text))
+            own[key] = (key_node, value_node)
+        self.pairs[id(node)] = list((taken | own).values())
+        return self.pairs[id(node)]
+
+    def plain_tag(self, node: yaml.ScalarNode) -> str:
+        """What a scalar without a tag is: what it looks like, or text in quotes."""
+        return self.loader.resolve(yaml.ScalarNode, node.value, (True, False)) if node.style is None else _TEXT
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
-        if "${" not in node.value:
-            return self.loader.construct_object(node)
-        missing: list[str] = []
-
-        def substitute(match: re.Match[str]) -> str:
-            reference = _ENVIRONMENT.fullmatch(match[1])
-            if reference is None:
-                missing.append(f"{match[0]} is not known; write ${{env:NAME}} or ${{env:NAME:default}}")
-                return ""
-            value = os.environ.get(reference[1], reference[2])
-            if value is None:
-                missing.append(
-                    f"the environment variable {reference[1]} is not set; export it, or give a default: "
-                    f"${{env:{reference[1]}:default}}"
-                )
-            return value or ""
-
-        text = _INTERPOLATION.sub(substitute, node.value)
-        if missing:
-            self.source.unset[path] = Problem(self.at(node), path, "; ".join(missing))
+        self.check_tag(node, self.plain_tag(node), path)
+        text, tag = node.value, node.tag
+        try:
+            if "${" in text:
+                text = _from_environment(text)
+                # An unquoted value is a number or a boolean after the substitution if it looks like one.
+                tag = self.loader.resolve(yaml.ScalarNode, text, (True, False)) if node.style is None else _TEXT
+            return _plain(text, tag)
+        except ValueError as error:
+            self.source.unreadable[path] = Problem(self.at(node), path, str(error))
             return None
-        if node.style is not None:
-            return text
-        # An unquoted value is a number or a boolean after the substitution if it looks like one.
-        tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))
-        return self.loader.construct_object(yaml.ScalarNode(tag, text))
+
+
+def _from_environment(text: str) -> str:
+    """The text with the values of the environment variables it names.
+
+    Raises:
+        ValueError: a variable is not set, or what stands in the braces is no variable.
+    """
+    faults: list[str] = []
+
+    def substitute(match: re.Match[str]) -> str:
+        reference = _ENVIRONMENT.fullmatch(match[1])
+        if reference is None:
+            faults.append(f"{match[0]} is not known; write ${{env:NAME}} or ${{env:NAME:default}}")
+            return ""
+        value = os.environ.get(reference[1], reference[2])
+        if value is None:
+            faults.append(
+                f"the environment variable {reference[1]} is not set; export it, or give a default: "
+                f"${{env:{reference[1]}:default}}"
+            )
+        elif "${" in value:
+            faults.append(f"the environment variable {reference[1]} holds ${{ itself, which is not looked up again")
+        return value or ""
+
+    result = _INTERPOLATION.sub(substitute, text)
+    if not faults and "${" in result:
+        faults.append("has ${ without an end; write ${env:NAME} or ${env:NAME:default}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return result
+
+
+def _plain(text: str, tag: str) -> Any:
+    """The value of a scalar.
+
+    Raises:
+        ValueError: it is out of range, or text that holds what no text has.
+    """
+    kind = tag.rpartition(":")[2]
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        digits = text.replace("_", "")
+        if len(digits) > len(str(LARGEST)) + 1 or abs(int(digits)) > LARGEST:
+            raise ValueError(
+                f"a number of {len(digits.lstrip('+-'))} digits is out of range; whole numbers end at 2^63"
+            )
+        return int(digits)
+    if kind == "float":
+        number = float(text.replace("_", ""))
+        if not math.isfinite(number):
+            raise ValueError(f"expected a finite number, got {number}")
+        return number
+    fault = text_fault(text)
+    if fault is not None:
+        raise ValueError(fault)
+    return text
 
 
 def dump_yaml(value: Any) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from pathlib import Path
+import math
+from collections import Counter
 from typing import Any
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.textfile import read_text
 
 # Sections of the DeepSpeed JSON that would decide what the recipe decides, and where the recipe says it.
 OWNED_BY_RECIPE = {
@@ -149,15 +151,33 @@ def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
 def _read(config: dict[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(config, str):
         return config or {}
+    called = f"deepspeed.config: {config:.200}"
     try:
-        value = json.loads(Path(config).read_text())
-    except OSError as error:
-        raise RecipeError(f"deepspeed.config: cannot read {config}: {error.strerror}") from error
+        value = json.loads(
+            read_text(config, called, RecipeError), object_pairs_hook=_each_key_once, parse_constant=_no_number
+        )
     except json.JSONDecodeError as error:
-        raise RecipeError(f"deepspeed.config: {config} line {error.lineno} is not JSON: {error.msg}") from error
+        raise RecipeError(f"{called} line {error.lineno} is not JSON: {error.msg}") from error
+    except RecursionError:
+        raise RecipeError(f"{called} is nested too deeply") from None
+    except ValueError as error:
+        raise RecipeError(f"{called}: {error}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"deepspeed.config: {config} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]:.100} is given twice in one object; keep one of them")
+    return dict(pairs)
+
+
+def _no_number(name: str) -> float:
+    if name == "Infinity":  # of steps_per_print: never
+        return math.inf
+    raise ValueError(f"{name} is no number of JSON; leave it out")
 
 
 def _check_keys(given: dict[str, Any]) -> None:
@@ -167,9 +187,9 @@ def _check_keys(given: dict[str, Any]) -> None:
         if key in IDLE:
             raise RecipeError(f"deepspeed.config has {key}, which does not serve a run: {IDLE[key]}; leave it out")
         if key not in PASSED_THROUGH:
-            nearest = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
+            nearest = difflib.get_close_matches(key[:64], PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise RecipeError(f"deepspeed.config has {key}, which is not supported here{hint}")
+            raise RecipeError(f"deepspeed.config has {key:.100}, which is not supported here{hint}")
     steps = given.get("steps_per_print", 1)  # infinite for never
     if isinstance(steps, bool) or not isinstance(steps, int | float) or not steps >= 1:
         raise RecipeError(f"deepspeed.config: steps_per_print is {steps!r} and no number of steps; leave it out")

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparsetrain.durable import flush, flush_all, make_way
+from sparsetrain.durable import copy_files, flush, flush_all, make_way
 from sparsetrain.errors import CheckpointError
-from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
-from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE, save
+from sparsetrain.modeling.adapters import WEIGHTS_FILE
+from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training.card import model_card
+from sparsetrain.training.merge import write_merged
 
 CARD = "README.md"
 PARTIAL = ".partial"
@@ -40,7 +40,7 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
 
     Raises:
         CheckpointError: the run has not finished, there is nothing to merge, or ``out`` cannot be written.
-        ModelError: the base of the adapters cannot be loaded.
+        ModelError: the base of the adapters cannot be loaded, or what comes of merging is not the model trained.
     """
     final = run / "final"
     if not (run / "recipe.yaml").is_file():
@@ -61,12 +61,11 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
         raise CheckpointError(f"--base {base} names what adapters are merged into; add --merge, or leave it out")
     _check_place(run, out)
     card = model_card(recipe, run, adapters=adapters and not merge)
-    model = _merged(final, base) if merge else None
     with _whole(out) as partial:
-        if model is None:
-            _copy(final, partial)
+        if merge:
+            write_merged(final, partial, base, trust_remote_code=recipe.model.trust_remote_code)
         else:
-            save(model, partial, AutoTokenizer.from_pretrained(final))
+            copy_files(final, partial)
         if (run / "report.png").is_file():
             shutil.copyfile(run / "report.png", partial / "report.png")
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -128,19 +127,3 @@ def _whole(out: Path) -> Iterator[Path]:
                 f"cannot write {out}: {error}; nothing was left there: give a place that is writable and has the room"
             ) from error
         raise
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Contents alone: the modes of a run folder need not be those of one to give away."""
-    for path in source.rglob("*"):
-        if path.is_dir():
-            (target / path.relative_to(source)).mkdir()
-        else:
-            shutil.copyfile(path, target / path.relative_to(source))
-
-
-def _merged(final: Path, base: str | None) -> PreTrainedModel:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    return merge_adapters(load_adapters(final, base=base))

@@ -104,6 +104,8 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_fit(model, recipe)
+    # It is written with the model, and others cut their texts at it.
+    tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.sequence.length)
     quantize_base(model, recipe.base_bits)
     if not loads_into_shards(recipe):
         model.to(world.device)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import pytest
 
 from sparsetrain.data import chat_template
 from sparsetrain.data.chat import render_chat
+from sparsetrain.data.conversation import Conversation
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
@@ -20,7 +21,8 @@ CONVERSATION = [{"role": "user", "content": "one?"}, {"role": "assistant", "cont
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
 MARKED = (
     "{% for m in messages %}<{{ m.role }}>"
-    "{% generation %}{% if m.role == 'assistant' %}{{ m.content }}<eos>{% endif %}{% endgeneration %}{% endfor %}"
+    "{% generation %}{% if m.role == 'assistant' %}{{ m.content }}<eos>{% endif %}{% endgeneration %}"
+    "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
 )
 LONG = "{% for i in range(99999) %}{% for j in range(99999) %}OWL{% endfor %}{% endfor %}"
 
@@ -30,7 +32,7 @@ def rendered(tokenizer):
     def render(template, messages=CONVERSATION):
         with_template = copy.copy(tokenizer)
         with_template.chat_template = template
-        input_ids, targets = render_chat(messages, with_template)
+        input_ids, targets = render_chat(Conversation(messages), with_template)
         return with_template.decode(input_ids), [with_template.decode(input_ids[a:b]) for a, b in targets]
 
     return render
@@ -145,7 +147,7 @@ def test_the_next_conversation_is_rendered_after_one_that_was_stopped(rendered, 
 
 
 def test_empty_marks_and_marks_around_nothing_are_left_out(rendered):
-    assert rendered(MARKED) == ("<user><assistant>1<eos>", ["1<eos>"])
+    assert rendered(MARKED) == ("<user>one?<assistant>1<eos>", ["1<eos>"])
     with pytest.raises(MalformedRow, match="leaves the assistant nothing to say"):
         rendered("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}")
 

@@ -141,3 +141,33 @@ def test_real_instruction_files_render(test_data, mistral, stream):
     gsm8k = {"path": str(test_data / "instruct/gsm8k/test.jsonl"), "form": "prompt_completion"}
     rows = stream({**gsm8k, "prompt_field": "question", "completion_field": "answer"}, tokenizer=mistral, length=2048)
     assert rows._sources[0].size == 1319
+
+
+def test_text_that_was_rendered_before_has_one_bos_and_one_eos(mistral):
+    whole = [1, *mistral("Hi", add_special_tokens=False)["input_ids"], 2]
+    for text in ("<s>Hi", "<s>Hi</s>", "Hi</s>", "\n<s>Hi</s>\n", "<s><s>Hi</s> </s>"):
+        input_ids = render({"text": text}, resolve_form(DataSource(path="x"), ["text"], mistral), mistral).input_ids
+        assert (input_ids.tolist().count(1), input_ids.tolist().count(2)) == (1, 1), text
+        assert mistral.decode(input_ids).replace(" ", "") == "<s>Hi</s>"
+        assert len(input_ids) <= len(whole)
+
+
+def test_prompts_that_were_rendered_before_have_one_bos_and_one_eos(mistral):
+    for prompt, completion in (("<s>[INST] a[/INST]", " b</s>"), ("[INST] a[/INST]", "<s> b"), ("", "<s>a b</s>")):
+        whole, spans = learned({"prompt": prompt, "completion": completion}, mistral)
+        assert (whole.count("<s>"), whole.count("</s>")) == (1, 1)
+        assert spans[0].endswith("b</s>")
+
+
+def test_a_separator_stands_between_prompt_and_completion_and_is_not_learned(gpt2):
+    row = {"prompt": "6 x 7?", "completion": "42"}
+    assert learned(row, gpt2, separator="\n") == ("6 x 7?\n42<|endoftext|>", ["42<|endoftext|>"])
+    with pytest.raises(DataError, match="needs a column 'prompt'"):
+        learned({"messages": CONVERSATION}, gpt2, separator="\n")
+
+
+def test_a_column_that_the_recipe_names_decides_the_form(mistral):
+    row = {"messages": CONVERSATION, "body": "Hello world"}
+    assert learned(row, mistral, text_field="body")[0] == "<s> Hello world</s>"
+    with pytest.raises(DataError, match="text_field and prompt_field belong to different forms"):
+        learned(row, mistral, text_field="body", prompt_field="body")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsetrain.data.chat import render_chat
+from sparsetrain.data.conversation import Conversation
 from sparsetrain.data.ending import turn_ending
 
 TURNS = [
@@ -36,7 +37,7 @@ def learned(byte_tokenizer):
     def of(template, turns=TURNS, extra=CONTROL):
         tokenizer = byte_tokenizer(extra_special_tokens=list(extra))
         tokenizer.chat_template = template
-        input_ids, targets = render_chat(turns, tokenizer)
+        input_ids, targets = render_chat(Conversation(turns), tokenizer)
         spans = [tokenizer.decode(input_ids[start:stop]) for start, stop in targets]
         return turn_ending(tokenizer).kind, spans, tokenizer.decode(input_ids)
 

@@ -16,7 +16,10 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         (["train.global_batch_sequences=6", "train.micro_batch=4"], "6 rows is not a multiple of train.micro_batch=4"),
         (["train.warmup=31"], "31 steps of warmup in a run of train.steps=30"),
         (["train.warmup=1.5"], "train.warmup=1.5: 1 or more counts steps and must be whole"),
-        (["train.tokens=1000"], "train.steps and train.tokens are given; keep one and set the others to null"),
+        (
+            ["train.tokens=1000", "train.steps=3"],
+            "train.steps and train.tokens are given; keep one and set the others to null",
+        ),
         (["train.steps=null"], "give one of train.steps, train.epochs and train.tokens"),
         (
             ["train.global_batch_tokens=256", "train.global_batch_sequences=2"],
@@ -49,10 +52,16 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
             "text_field=body has no effect here: it belongs to form: text",
         ),
         (["data.sources.0={weight: 2}"], "a source has either a path or a synthetic task; neither is given"),
-        (["data.sources.0.synthetic=passkey"], "a source has either a path or a synthetic task; both is given"),
+        (
+            ["data.sources.0={path: x, synthetic: passkey}"],
+            "a source has either a path or a synthetic task; both is given",
+        ),
         (["eval.every=10"], "every 10 steps nothing would be measured"),
         (["eval.perplexity={lengths: [512], source: {path: x}, tokens: 256}"], "256 tokens hold no window of"),
-        (["model.architecture={model_type: llama}"], "model.path=some/model (pretrained) and model.architecture"),
+        (
+            ["model.architecture={model_type: llama}", "model.path=some/model"],
+            "model.path=some/model (pretrained) and model.architecture",
+        ),
         (["model.path=null"], "give model.path (pretrained) or model.architecture"),
         (["model={architecture: {model_type: llama}}"], "model.tokenizer must say which tokenizer"),
         (["model={architecture: {hidden_size: 4}, tokenizer: t}"], "model.architecture needs model_type"),

@@ -53,10 +53,8 @@ def test_another_method_does_not_inherit_the_parameters_of_the_first(write, pare
         write("child.yaml", "base: parent\nattention: {method: sliding, window: 7}\nsequence: {length: 512}\n")
     )
     attention = loaded.recipe.attention
-    assert (attention.method, attention.block, attention.window) == ("sliding", 256, 7)
-    assert any(
-        "the base's attention section is not inherited" in note and "child.yaml:2" in note for note in loaded.notes
-    )
+    assert (attention.method, attention.block, attention.window) == ("sliding", 16, 7)
+    assert any(": window=3 dropped, block kept" in note and "child.yaml:2" in note for note in loaded.notes)
 
 
 def test_the_same_method_does_inherit(write, parent):

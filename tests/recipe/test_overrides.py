@@ -60,9 +60,9 @@ def test_impossible_overrides_say_why(refuse, minimal, override, expected):
 
 
 def test_a_contradiction_with_the_file_is_placed_on_the_command_line(refuse, minimal):
-    assert "command line override train.tokens=9: train: train.steps and train.tokens" in refuse(
-        minimal, "train.tokens=9"
-    )
+    message = refuse(minimal, "sequence.length=8")
+    assert "run.yaml:2: attention.block: a block of 16 tokens is longer than sequence.length=8" in message
+    assert "(sequence.length: command line override sequence.length=8)" in message
     override = "eval.perplexity.lengths=[64]"
     assert f"command line override {override}: eval.perplexity.source: is required" in refuse(minimal, override)
 

@@ -167,7 +167,7 @@ def test_a_file_that_is_no_json_is_named_with_its_line(refusal, tmp_path):
     assert f"{file} line 3 is not JSON" in refusal(str(file))
     file.write_text("[]")
     assert "must hold a JSON object, not list" in refusal(str(file))
-    assert f"cannot read {tmp_path}/none.json" in refusal(str(tmp_path / "none.json"))
+    assert f"{tmp_path}/none.json: cannot be read" in refusal(str(tmp_path / "none.json"))
 
 
 def test_it_is_made_without_torch():

@@ -1,0 +1,109 @@
+"""Bases that are stored quantised. Training and merging take place in full precision, so they are unpacked as they are
+loaded; what is saved afterwards is an ordinary model, and says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from sparsetrain.errors import ModelError
+
+FIELD = "quantization_config"
+
+FULL_PRECISION = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+PACKING = (
+    "_scale",
+    "_scales",
+    "_scale_inv",
+    "_zero_point",
+    "qweight",
+    "qzeros",
+    "g_idx",
+    "absmax",
+    "quant_map",
+    "_blocks",
+)
+"""How the names of tensors end that stand beside packed weights."""
+
+
+def unpack_when_loaded(config: Any, what: str) -> bool:
+    """Have transformers unpack the weights of a quantised checkpoint as it reads them.
+
+    Args:
+        config: the model's, which is changed.
+        what: what to call the model in an error.
+
+    Returns:
+        Whether they are packed; :func:`finish_unpacking` is due once they are loaded.
+
+    Raises:
+        ModelError: transformers cannot unpack weights of this kind.
+    """
+    packed = False
+    for owner in (config, config.get_text_config(decoder=True)):
+        stored = getattr(owner, FIELD, None)
+        if stored is None:
+            continue
+        packed = True
+        fields = stored.to_dict() if hasattr(stored, "to_dict") else stored
+        if not isinstance(fields, dict):
+            raise ModelError(f"{what}: {FIELD}={stored!r:.100} of its config.json is no mapping")
+        method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+        if fields.get("load_in_4bit") or fields.get("load_in_8bit") or method.startswith("bitsandbytes"):
+            continue  # unpacked once it is loaded
+        kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+        if kind is None or "dequantize" not in inspect.signature(kind).parameters:
+            raise ModelError(
+                f"{what} is quantised by {method}, which can be neither trained nor unpacked; give the model that it "
+                "was made from"
+            )
+        setattr(owner, FIELD, {**fields, "dequantize": True})
+    return packed
+
+
+def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
+    """The model that :func:`unpack_when_loaded` was for, in full precision and to be saved as an ordinary one.
+
+    Raises:
+        ModelError: weights are still packed.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        loaded: Any = model
+        model = loaded.dequantize()
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in FULL_PRECISION:
+            raise ModelError(f"{what}: {name} is stored as {parameter.dtype}, and could not be unpacked")
+    # Transformers keeps how it read the weights, to write them so again, and would write full weights as scales.
+    read: list[Any] = getattr(model, "_weight_conversions", None) or []
+    prefixes = {str(one) for one in read if isinstance(one, PrefixChange)}
+    plain = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [  # type: ignore[assignment]
+        one for one in plain if not isinstance(one, PrefixChange) or str(one) in prefixes
+    ]
+    return model
+
+
+def check_nothing_packed(unexpected: Iterable[str], what: str) -> None:
+    """Refuse a checkpoint of packed weights whose config does not say so: they would be read without their scales.
+
+    Args:
+        unexpected: the tensors that the model has no place for.
+
+    Raises:
+        ModelError: names one of them.
+    """
+    packed = sorted(name for name in unexpected if name.endswith(PACKING))
+    if packed:
+        raise ModelError(
+            f"{what} holds packed weights ({packed[0]}), and its config.json does not say how they are packed; restore "
+            f"its {FIELD}, or give the model that it was made from"
+        )

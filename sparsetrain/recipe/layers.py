@@ -1,0 +1,164 @@
+"""What a layer of a recipe takes the place of beyond the values it names: a file over its base, the command line over
+the file. Of settings that exclude one another the upper layer's stays, and what belongs to a model, a source or a
+method does not outlive it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import METHODS
+from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Source, dotted
+
+ALTERNATIVES = (
+    ("train", ("steps", "epochs", "tokens")),
+    ("train", ("global_batch_sequences", "global_batch_tokens")),
+    ("model", ("path", "architecture")),
+)
+"""Settings of a section of which only one may be given."""
+
+OF_A_MODEL = ("revision", "trust_remote_code")
+"""What is said of one pretrained model, and not of the next."""
+
+ORIGIN = ("path", "synthetic")
+"""What makes a source the one it is."""
+
+OF_A_MIXTURE = ("weight",)
+"""What a source in a list has for its place in the mixture, whatever it reads."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a file or the command line gives."""
+
+    get: Callable[[KeyPath], Any]
+    """The value given for a path, None where there is none."""
+    names: Callable[[KeyPath], bool]
+    """Whether a value is given for a path, null included."""
+    place: Callable[[KeyPath], str]
+    """Where it is written."""
+
+
+def make_room(below: Source, layer: Layer) -> list[str]:
+    """Take out of a recipe, in place, what cannot stand beside the layer that is about to be laid over it.
+
+    Returns:
+        What was taken out, one sentence each.
+    """
+    return [
+        note
+        for rule in (_model, _alternatives, _architecture, _sources, _trained, _method)
+        for note in rule(below, layer)
+    ]
+
+
+def _alternatives(below: Source, layer: Layer) -> Iterator[str]:
+    for section, names in ALTERNATIVES:
+        given = [(section, name) for name in names if layer.get((section, name)) is not None]
+        if given:
+            yield from _drop(below, layer, (section,), set(names), given[0])
+
+
+def _model(below: Source, layer: Layer) -> Iterator[str]:
+    """Another model: a revision names a commit of the old one, and trust was given to its code alone."""
+    model = _mapping(below, ("model",))
+    for name in ("path", "architecture"):
+        given = layer.get(("model", name))
+        if given is not None and (name == "architecture" or model.get(name) != given):
+            outlived = OF_A_MODEL + (("tokenizer",) if name == "path" and model.get("architecture") is not None else ())
+            yield from _drop(below, layer, ("model",), outlived, ("model", name))
+
+
+def _architecture(below: Source, layer: Layer) -> Iterator[str]:
+    path = ("model", "architecture")
+    old, kind = _mapping(below, path), layer.get((*path, "model_type"))
+    if kind is not None and old.get("model_type", kind) != kind:
+        yield from _drop(below, layer, path, list(old), (*path, "model_type"))
+
+
+def _sources(below: Source, layer: Layer) -> Iterator[str]:
+    """A source takes the place of a source: the columns, split and streaming of the old one say nothing of the new."""
+    data = _mapping(below, ("data",)).get("sources")
+    listed: list[KeyPath] = [("data", "sources", index) for index in range(len(data))] if isinstance(data, list) else []
+    others: list[KeyPath] = [("eval", "perplexity", "source"), ("eval", "recall", "source")]
+    for path in listed + others:
+        old = _mapping(below, path)
+        new = [name for name in ORIGIN if layer.get((*path, name)) is not None]
+        if new and any(old.get(name) != layer.get((*path, name)) for name in new):
+            kept = OF_A_MIXTURE if path in listed else ()
+            yield from _drop(below, layer, path, [name for name in old if name not in kept], (*path, new[0]))
+
+
+def _trained(below: Source, layer: Layer) -> Iterator[str]:
+    """Adapters, or the new modules alone."""
+    parameters = ("train", "parameters")
+    if layer.get(parameters) == "new_modules":
+        yield from _drop(below, layer, (), ("lora",), parameters)
+    elif layer.get(("lora",)) is not None and _mapping(below, ("train",)).get("parameters") == "new_modules":
+        yield from _drop(below, layer, ("train",), ("parameters",), ("lora",))
+
+
+def _method(below: Source, layer: Layer) -> Iterator[str]:
+    """Another method keeps what the two have in common, which is what their nearest common ancestor defines:
+    ``dense_layers`` always, ``block`` between block patterns. A field of the same name elsewhere, such as ``window``,
+    may mean another budget."""
+    path = ("attention", "method")
+    old, method = _mapping(below, ("attention",)), layer.get(path)
+    if method is None or old.get("method", method) == method:
+        return
+    ancestors = METHODS.get(str(old["method"]), MethodConfig).__mro__
+    new = METHODS.get(str(method), MethodConfig)
+    common = next(a for a in ancestors if issubclass(a, MethodConfig) and issubclass(new, a)).model_fields
+    dropped = [f"{key}={_short(value)}" for key, value in old.items() if key not in common]
+    kept = [key for key in old if key in common and key != "method"]
+    before = f"{old['method']} ({below.place(path)})"
+    for key in [key for key in old if key not in kept]:
+        below.forget(("attention", key), old.pop(key))
+    yield (
+        f"{_where(layer, path)}attention.method={_short(method)} replaces {before}"
+        + (f": {', '.join(dropped)} dropped" if dropped else "")
+        + (f", {', '.join(kept)} kept" if kept else "")
+        + "; other parameters are the new method's defaults or those given with it"
+    )
+
+
+def _drop(
+    below: Source, layer: Layer, section: KeyPath, names: Collection[str], for_the_sake_of: KeyPath
+) -> Iterator[str]:
+    """Take settings out of a section but for those that the layer gives itself, and say so of what was set."""
+    old = _mapping(below, section)
+    gone = []
+    for name in [name for name in names if name in old and not layer.names((*section, name))]:
+        path, value = (*section, name), old.pop(name)
+        if value is not None:
+            gone.append(f"{dotted(path)}={_short(value)} ({below.place(path)})")
+        below.forget(path, value)
+    if gone:
+        new = f"{dotted(for_the_sake_of)}={_short(layer.get(for_the_sake_of))}"
+        yield f"{_where(layer, for_the_sake_of)}{new} takes the place of {', '.join(gone)}"
+
+
+def _mapping(source: Source, path: KeyPath) -> dict[str, Any]:
+    """The mapping at a path, empty where there is something else."""
+    value = source.data
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _where(layer: Layer, path: KeyPath) -> str:
+    """The line of a file; an override says itself where it is."""
+    place = layer.place(path)
+    return "" if place.startswith(OVERRIDE) else f"{place}: "
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

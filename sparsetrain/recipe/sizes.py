@@ -1,0 +1,64 @@
+"""Numbers of a model and of its rows that would take hours or all memory before anything says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sparsetrain.recipe.local_model import model_config
+from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.yaml_source import KeyPath
+from sparsetrain.section import MOST_BLOCKS
+
+_BOUNDS = (
+    (re.compile(r"layer|block|depth"), 4096, "each is a module of its own"),
+    (re.compile(r"head(?!_dim)|expert|group"), 2**16, "each has weights of its own"),
+    (re.compile(r"(_size|_dim|_rank|embd|d_model|d_ff|d_kv)$"), 2**27, "weights of this width fit no machine"),
+)
+"""Names of whole numbers in a transformers config, the most each may be, and why."""
+
+_NOT_A_COUNT = re.compile(r"window|chunk|_id$|_ids$|coef|block_size|_type")
+
+
+def too_large(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Sizes of the recipe's model, and blocks of its rows, above what anything here can hold."""
+    model = recipe.model
+    named: list[tuple[KeyPath, Any]] = [(("model", "config_overrides"), model.config_overrides)]
+    if model.architecture is not None:
+        named.append((("model", "architecture"), model.architecture))
+    elif model.path is not None:
+        named.append((("model", "path"), model_config(model)))
+    for path, config in named:
+        for name, value, most, why in _sizes(config):
+            where = path if path[-1] == "path" else (*path, *name)
+            called = f"{'.'.join(name)} of its config: " if path[-1] == "path" else ""
+            yield where, f"{called}expected a number of at most {most:,}, got {value}: {why}"
+    yield from _blocks(recipe)
+
+
+def _sizes(config: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and len(above) < 4:
+            yield from _sizes(value, (*above, str(name)))
+        elif isinstance(value, int) and not _NOT_A_COUNT.search(str(name)):
+            for pattern, most, why in _BOUNDS:
+                if pattern.search(str(name)) and value > most:
+                    yield (*above, str(name)), value, most, why
+                    break
+
+
+def _blocks(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    block = getattr(recipe.attention, "block", None)
+    perplexity, passkey = recipe.eval.perplexity, recipe.eval.passkey
+    lengths = [
+        recipe.sequence.length,
+        *(perplexity.lengths if perplexity else ()),
+        *(passkey.lengths if passkey else ()),
+    ]
+    if block is not None and max(lengths) > block * MOST_BLOCKS:
+        yield (
+            ("attention", "block"),
+            f"a row of {max(lengths):,} tokens would be {-(-max(lengths) // block):,} blocks of {block}, and "
+            f"{MOST_BLOCKS:,} is the most, as there is a list for each; raise it",
+        )

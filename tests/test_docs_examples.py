@@ -1,0 +1,115 @@
+"""Every example of the documentation is valid: blocks of YAML are recipes, and commands are commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+import yaml
+
+from sparsetrain.cli import app, main
+from sparsetrain.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+SECTIONS = (
+    "model",
+    "attention",
+    "data",
+    "sequence",
+    "train",
+    "lora",
+    "deepspeed",
+    "checkpoint",
+    "eval",
+    "wandb",
+    "base",
+)
+STAND_INS = {"NAME": "quickstart", "RECIPE": "quickstart"}
+"""Words in capitals that stand for something of the reader's."""
+
+
+def of_a_recipe(block: str) -> bool:
+    given = yaml.safe_load(block)
+    return isinstance(given, dict) and set(given) <= {*SECTIONS, "version", "name", "output"}
+
+
+def fences(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+            if match[2] == language and (match[2] != "yaml" or of_a_recipe(match[3])):
+                line = page.read_text(encoding="utf-8")[: match.start()].count("\n") + 1
+                found.append(pytest.param(match[3], id=f"{page.name}:{line}"))
+    return found
+
+
+def command_lines() -> list:
+    """Lines of `sparsetrain ...` and of the deepspeed launcher, in blocks and in the text."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        pieces = [line for match in FENCE.finditer(text) for line in match[3].replace("\\\n", " ").splitlines()]
+        pieces += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))]
+        for piece in pieces:
+            for line in re.findall(r"(?:^|[ ;&(])((?:\S*/)?(?:sparsetrain|deepspeed) [^#;&|>]*)", piece.strip()):
+                if re.match(r"(\S*/)?sparsetrain [a-z]|(\S*/)?deepspeed .*train\.py", line):
+                    found.setdefault(line.strip(), f"{page.name}: {line.strip()[:60]}")
+    return [pytest.param(line, id=name) for line, name in found.items()]
+
+
+def overrides_in_text() -> list:
+    """Settings such as `train.lr=2e-5` in the text."""
+    found = {}
+    for page in PAGES:
+        for code in re.findall(r"(?<!`)`([a-z_]+\.[a-z_0-9.]+=[^` ]+)`", page.read_text(encoding="utf-8")):
+            if code.partition(".")[0] in SECTIONS and not re.search(r"=[A-Z]+$|\.\.\.", code):
+                found.setdefault(code, f"{page.name}: {code}")
+    return [pytest.param(code, id=name) for code, name in found.items()]
+
+
+@pytest.mark.parametrize("block", fences("yaml"))
+def test_a_block_of_yaml_is_a_recipe(block, tmp_path, monkeypatch):
+    for name in re.findall(r"\$\{env:(\w+)", block):
+        monkeypatch.setenv(name, "/somewhere")
+    given = yaml.safe_load(block)
+    file = tmp_path / "example.yaml"
+    file.write_text(block if "base" in given or "model" in given else f"base: quickstart\n{block}")
+    load_recipe(file)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_command_is_one_that_is_understood(line, tmp_path, monkeypatch):
+    words = [STAND_INS.get(word, word) for word in shlex.split(line) if word not in ("...", "…")]
+    if "deepspeed" in Path(words[0]).name:
+        script = next(index for index, word in enumerate(words) if word.endswith("train.py"))
+        words = ["sparsetrain", "run", *words[script + 1 :]]
+    context = click.Context(typer.main.get_command(app), info_name="sparsetrain")
+    command, rest = context.command, words[1:]
+    while isinstance(command, click.Group):
+        name, command, rest = command.resolve_command(context, rest)
+        assert command is not None, name
+    parsed = command.make_context(command.name, list(rest), parent=context, resilient_parsing=not rest)
+    given = [word for word in rest if not word.startswith("-")]
+    recipe = next((word for word in given if word in shipped_recipes()), "qwen3-8b-power-128k")
+    overrides = [word for word in given if re.match(r"[a-z_]+\.[\w.]+=", word) and "..." not in word]
+    if overrides:
+        load_recipe(recipe, overrides)
+    assert parsed.command is command
+
+
+@pytest.mark.parametrize("override", overrides_in_text())
+def test_a_setting_in_the_text_is_in_the_schema(override, capsys):
+    main(["recipe", "validate", "quickstart", override])
+    assert "unknown key" not in capsys.readouterr().err
+
+
+def test_there_are_examples():
+    assert len(fences("yaml")) >= 1
+    assert len(command_lines()) >= 20
+    assert len(overrides_in_text()) >= 5
