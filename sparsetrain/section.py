@@ -70,5 +70,8 @@ Blocks = Annotated[int, Field(gt=0), _LISTS]
 
 BlocksOrNone = Annotated[int, Field(ge=0), _LISTS]
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A share below 1."""
+
 Steps = Annotated[int, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")]
 """A number of optimizer steps."""

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import LoraSection, ModelSection
+    from sparsetrain.recipe.lora_section import LoraSection
+    from sparsetrain.recipe.schema import ModelSection
 
 IDENTITY = (
     "model_type",

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sparsetrain.plan.shape import ModelShape
+from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.lora_targets import layers_named, tied_head
-from sparsetrain.recipe.schema import LoraSection, Recipe
+from sparsetrain.recipe.schema import Recipe
 
 HEAD = "lm_head"
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data.ending import Ending, remarks, turn_ending
-from sparsetrain.recipe.schema import LoraSection
+from sparsetrain.recipe.lora_section import LoraSection
 
 UNTRAINED = 0.05
 """A row of an embedding whose norm is below this share of the median was never trained."""

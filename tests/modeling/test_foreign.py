@@ -18,7 +18,8 @@ import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import load_model
 from sparsetrain.modeling.adapters import add_adapters, load_adapters, save_adapters
-from sparsetrain.recipe.schema import LoraSection, ModelSection
+from sparsetrain.recipe.lora_section import LoraSection
+from sparsetrain.recipe.schema import ModelSection
 
 POWER = {"method": "power", "block": 4, "window": 2, "sinks": 1}
 HUB_KERNEL = "nobody/attention"

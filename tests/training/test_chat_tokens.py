@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import sparsetrain
 from sparsetrain.cli import main
-from sparsetrain.recipe.schema import LoraSection
+from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training.chat_tokens import settle_chat
 
 TEMPLATE = (

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
 from sparsetrain.modeling.adapters import add_adapters
-from sparsetrain.recipe.schema import LoraSection
+from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.activation_offload import ActivationOffload
 from sparsetrain.training.chunks import chunks_of, split_evenly

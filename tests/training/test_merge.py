@@ -16,7 +16,8 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling import load_model
 from sparsetrain.modeling.adapters import add_adapters, load_adapters
 from sparsetrain.modeling.reread import relative_error
-from sparsetrain.recipe.schema import LoraSection, ModelSection
+from sparsetrain.recipe.lora_section import LoraSection
+from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.training import merge as merging
 from sparsetrain.training.export import export
 from sparsetrain.training.merge import write_merged

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import load_model
 from sparsetrain.modeling.adapters import add_adapters
-from sparsetrain.recipe.schema import LoraSection
+from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training.export import export
 from sparsetrain.training.round_trip import check_round_trip
 
