@@ -50,17 +50,16 @@ class _Enough(Exception):
 
 
 class _Watch:
-    """Times of the steps behind the first ones, which settle: kernels are compiled, memory is allocated. A long step
-    among those counts where the kernels were compiled at another length. Every rank calls it, and all of them stop at
-    the same step."""
+    """Times of the steps behind the first ones, which settle and never count, however long they take: kernels are
+    compiled, memory is allocated. Every rank calls it, and all of them stop at the same step."""
 
-    def __init__(self, world: World, compiled: bool, settling: int) -> None:
-        self.world, self.compiled, self.settling = world, compiled, settling
+    def __init__(self, world: World, settling: int) -> None:
+        self.world, self.settling = world, settling
         self.seconds: list[float] = []
 
     def __call__(self, seconds: float) -> None:
         seconds = self.world.largest(seconds)
-        if self.settling and not (self.compiled and seconds > LONG_SECONDS):
+        if self.settling:
             self.settling -= 1
             if self.world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.world.device)
@@ -111,9 +110,7 @@ def _measure(recipes: list[Recipe], names: list[str], repeats: int, world: World
         plan = batch_shape(recipe, world.size).with_steps(settling + repeats)
         for name in names:
             attention = WAYS[name].attention or recipe.attention.method
-            # torch.compile makes FlexAttention anew for every length.
-            compiled = recipe is not recipes[0] and name != "flex"
-            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, compiled, settling)
+            row, watch = StepRow(recipe.sequence.length, name, attention), _Watch(world, settling)
             try:
                 WAYS[name].run(recipe, plan, world, watch)
             except _Enough:

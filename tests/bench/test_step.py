@@ -90,7 +90,7 @@ def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
 
 def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
     """Where one rank of several measures more than 20 s, the others stop too."""
-    watch = step._Watch(World(0, 2, torch.device("cpu")), compiled=False, settling=1)
+    watch = step._Watch(World(0, 2, torch.device("cpu")), settling=1)
     monkeypatch.setattr(World, "largest", lambda world, seconds: seconds + 2.0)
     watch(30.0)
     watch(17.0)
@@ -99,18 +99,34 @@ def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
     assert watch.seconds == [19.0, 21.0]
 
 
-def test_steps_that_settle_are_not_timed() -> None:
+def test_steps_that_settle_are_not_timed(monkeypatch) -> None:
+    monkeypatch.setattr(World, "largest", lambda world, seconds: seconds)
     plain, sharded = (load_recipe("tiny-sparsek", [f"deepspeed.stage={stage}"]).recipe for stage in (2, 3))
     assert (step.settling_steps(plain), step.settling_steps(sharded)) == (1, 2)
-    watch = step._Watch(World(0, 1, torch.device("cpu")), compiled=False, settling=2)
+    watch = step._Watch(World(0, 1, torch.device("cpu")), settling=2)
     for seconds in (9.0, 5.0, 2.0):
         watch(seconds)
     assert watch.seconds == [2.0]
-    # A step of a length that is not the first compiles nothing; one that takes long is enough.
-    watch = step._Watch(World(0, 1, torch.device("cpu")), compiled=True, settling=2)
-    with pytest.raises(step._Enough):
-        watch(21.0)
-    assert watch.seconds == [21.0]
+    # However long they take: a first step of 41.4 s was shown once where a step takes 11.2.
+    watch = step._Watch(World(0, 1, torch.device("cpu")), settling=2)
+    for seconds in (41.4, 25.0, 11.2):
+        watch(seconds)
+    assert watch.seconds == [11.2]
+
+
+def test_no_length_shows_a_step_that_settles(monkeypatch) -> None:
+    """At a second length the kernels are compiled, but memory is not allocated yet."""
+    told = []
+
+    def loop(recipe, plan, world, after_step) -> None:
+        told.append(plan.steps)
+        for seconds in [1000.0] * (plan.steps - 1) + [30.0]:
+            after_step(seconds)
+
+    monkeypatch.setitem(WAYS, "recipe", Way(loop))
+    rows = run_step("tiny-sparsek", [], ways="recipe", lengths="64,96", repeats=1, output=None)
+    assert [row.seconds for row in rows] == [30.0, 30.0]
+    assert told == [2, 2]
 
 
 def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
