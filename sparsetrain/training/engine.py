@@ -94,10 +94,10 @@ def check_config(config: dict[str, Any]) -> None:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    if config["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
-        raise RecipeError(
-            f"model.dtype=float16: a {get_accelerator().device_name()} does not train it; set it to bfloat16 or float32"
-        )
+    device = get_accelerator().device_name()
+    # Some CPUs multiply fp16, and DeepSpeed would train on them. A recipe must not depend on the CPU it finds.
+    if config["fp16"]["enabled"] and (device == "cpu" or not get_accelerator().is_fp16_supported()):
+        raise RecipeError(f"model.dtype=float16: a {device} does not train it; set it to bfloat16 or float32")
     try:
         DeepSpeedConfig(deepcopy(config))
     except ValidationError as error:

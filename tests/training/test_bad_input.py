@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -167,9 +168,11 @@ def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused):
     assert main(["run", str(tiny), "train.steps=2", "--output", str(tmp_path)]) == 0
 
 
-def test_a_dtype_that_the_device_does_not_train(tmp_path, tiny, refused):
+@pytest.mark.parametrize("multiplies_fp16", [True, False])
+def test_a_dtype_that_the_device_does_not_train(multiplies_fp16, tmp_path, tiny, refused, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a GPU does")
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: multiplies_fp16)
     error = refused("run", str(tiny), "model.dtype=float16", "--output", str(tmp_path))
     assert "model.dtype=float16: a cpu does not train it" in error
 
