@@ -81,6 +81,11 @@ class Piece:
         """Whether any token but the first, which nothing predicts, carries loss."""
         return any(max(first, self.start + 1) < min(last, self.stop) for first, last in self.document.tokens.targets)
 
+    @property
+    def useful(self) -> bool:
+        """Whether it is worth a place in a row: part of a long prompt would cost compute and change no weight."""
+        return self.whole or self.has_target
+
     def input_ids(self) -> np.ndarray:
         """int64 ``[length]``."""
         return self.document.tokens.input_ids[self.start : self.stop].astype(np.int64)

@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from math import frexp, ldexp
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,7 +85,9 @@ class RowStream:
         seed: int,
     ) -> None:
         self._sources = sources
-        self._shares = [total / sum(weights) for total in accumulate(weights)]
+        # Scaled by a power of two, which rounds nothing: sums of the largest numbers would overflow.
+        scaled = [ldexp(weight, -frexp(max(weights))[1]) for weight in weights]
+        self._shares = [total / sum(scaled) for total in accumulate(scaled)]
         self._row_length = row_length
         self._packing = packing
         self._long_documents = long_documents
@@ -200,12 +203,14 @@ class RowStream:
         tokens = barren = 0
         while True:
             drawn, epoch_ends = self._draw()
-            pieces = [piece for piece in drawn if piece.whole or piece.has_target]
+            pieces = [piece for piece in drawn if piece.useful]
             barren = 0 if pieces else barren + 1
             if barren == BARREN_DRAWS:
+                last = f", the last of them {drawn[0].origin}" if drawn else ""
                 raise DataError(
-                    f"the last {barren:,} draws gave no row: with data.long_documents={self._long_documents}, none "
-                    f"has anything to learn within sequence.length={self._row_length} tokens"
+                    f"the last {barren:,} draws gave no row{last}: with data.long_documents="
+                    f"{self._long_documents}, none has anything to learn within "
+                    f"sequence.length={self._row_length} tokens"
                 )
             for piece in pieces:
                 self._place(piece, rows, rooms)

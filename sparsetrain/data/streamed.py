@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 NAMED_ROWS = 3
 """Malformed rows named in the log; the others are counted."""
+BARREN_DOCUMENTS = 200
+"""Documents in a row of which no piece is worth a place in a row, before the source is refused."""
 
 
 class StreamedSource:
@@ -59,13 +61,16 @@ class StreamedSource:
         """Rows of this pass read so far."""
         self._documents = 0
         """Documents that they gave."""
+        self._barren: list[int] = []
+        """The latest rows without a piece that is worth a place in a row."""
         self._rewind()
 
     def draw(self) -> list[Piece]:
         """The pieces of the next document.
 
         Raises:
-            DataError: a row is malformed and the recipe says stop, reading failed, or a whole pass gave no document.
+            DataError: a row is malformed and the recipe says stop, reading failed, a whole pass gave no document, or
+                many documents one after another have nothing to learn within a row.
         """
         while True:
             raw = next(self._rows, None)
@@ -86,7 +91,9 @@ class StreamedSource:
                 continue
             if len(tokens.input_ids) >= MIN_TOKENS:
                 self._documents += 1
-                return cut(Document.of(f"{self.label}:{row}", tokens), *self._cut)
+                pieces = cut(Document.of(f"{self.label}:{row}", tokens), *self._cut)
+                self._count_barren(row, any(piece.useful for piece in pieces))
+                return pieces
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -110,6 +117,19 @@ class StreamedSource:
                 self._dataset.load_state_dict(deepcopy(self._resumed))
             except Exception as error:  # the library trusts it
                 raise ValueError(f"the position in {self.label!r} is none ({first_line(error)})") from error
+
+    def _count_barren(self, row: int, useful: bool) -> None:
+        """Give up early: each document is tokenised again and again for nothing."""
+        self._barren = [] if useful else [*self._barren, row]
+        if len(self._barren) == BARREN_DOCUMENTS:
+            length, long_documents = self._cut
+            named = ", ".join(f"row {each}" for each in self._barren[:NAMED_ROWS])
+            raise DataError(
+                f"data source {self.label!r}: {BARREN_DOCUMENTS} documents in a row give nothing to train on ({named}, "
+                f"...): they are longer than sequence.length={length}, and with data.long_documents={long_documents} "
+                "nothing that is learned is left of them, as where a prompt fills a row; raise sequence.length, "
+                "shorten the prompts, or set data.long_documents=split"
+            )
 
     def _rewind(self) -> None:
         # A new dataset each pass: one that resumed in the middle would start its next pass there again.

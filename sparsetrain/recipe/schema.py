@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import frexp, ldexp
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -175,6 +176,10 @@ class DataSource(Section):
         return self.name or self.path or str(self.synthetic)
 
 
+SMALLEST_SHARE = 1e-9
+"""Of the weights of a mixture: a source with less would not be drawn in any run."""
+
+
 class DataSection(Section):
     """What is trained on: one source, or a weighted mixture."""
 
@@ -187,6 +192,24 @@ class DataSection(Section):
     that fits into a row is never cut."""
     num_workers: Annotated[int, Field(gt=0), Bounds(1024, "each is a process")] = 1
     """Processes that tokenise mapped sources."""
+
+    @model_validator(mode="after")
+    def _all_are_drawn(self) -> DataSection:
+        shares = self.shares()
+        for source, share in zip(self.sources, shares):
+            if share < SMALLEST_SHARE:
+                raise ValueError(
+                    f"sources: weight={source.weight:g} of {source.label} is {share:.1g} of all weights, so it would "
+                    f"never be drawn; give it at least {SMALLEST_SHARE:g} of them, or leave it out"
+                )
+        return self
+
+    def shares(self) -> list[float]:
+        """The probability of each source in a draw; weights of any size are summed without overflow."""
+        exponent = frexp(max(source.weight for source in self.sources))[1]
+        # Powers of two round nothing.
+        scaled = [ldexp(source.weight, -exponent) for source in self.sources]
+        return [weight / sum(scaled) for weight in scaled]
 
 
 class SequenceSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -183,3 +184,26 @@ def test_epochs_are_counted_over_mapped_sources_alone(corpus, stream):
     for sources in ([{**retrieval, "lengths": [600]}], [{"path": path}, {"path": path, "streaming": True}]):
         with pytest.raises(DataError, match=r"set train\.steps or train\.tokens instead of train\.epochs"):
             stream(*sources, length=700).rows_per_epoch()
+
+
+def test_weights_of_any_size_keep_their_ratio(write_jsonl, stream):
+    path = write_jsonl([{"text": "some words"}] * 10)
+    for scale in (1e308, 1.0, 1e-300):
+        rows = stream(*({"path": path, "name": name, "weight": scale * part} for name, part in (("a", 1), ("b", 0.25))))
+        assert rows._shares == [0.8, 1.0]
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e-308), (1.0, 1e-12)])
+def test_a_weight_beside_which_a_source_would_never_be_drawn_is_refused(weights, stream):
+    with pytest.raises(ValueError, match=r"weight=1e-\d+ of b is .* of all weights, so .* never be drawn"):
+        stream(*({"path": "x", "name": name, "weight": weight} for name, weight in zip("ab", weights)))
+
+
+@pytest.mark.parametrize("beside", [[], [{"synthetic": "passkey"}]], ids=["alone", "in a mixture"])
+def test_a_stream_of_prompts_longer_than_a_row_is_refused_early(beside, write_jsonl, stream):
+    path = write_jsonl([{"prompt": "a long question " * 20, "completion": "yes"}] * 5)
+    source = {"path": path, "streaming": True, "name": "mine"}
+    rows = stream(source, *beside, long_documents="truncate", length=300)
+    told = r"'mine': 200 documents in a row give nothing .*\(row 0, row 1, row 2, .*long_documents=split"
+    with pytest.raises(DataError, match=told):
+        list(islice(rows, 600))
