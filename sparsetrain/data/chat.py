@@ -112,12 +112,19 @@ def _added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn:
     prompt = conversation.messages[turn]["role"] == "assistant"
     before = conversation.written(tokenizer, turn, prompt=prompt).text if turn else ""
     after = conversation.written(tokenizer, turn + 1).text
+    if not whole.startswith(after):
+        after = after.removesuffix(_closing(conversation, tokenizer, whole))
     if not (whole.startswith(before) and whole.startswith(after)):
         raise MalformedRow(
             f"the chat template writes the conversation up to turn {turn + 1} differently once it goes on, so the "
             "assistant's tokens cannot be told apart; mark them in the template with {% generation %}"
         )
     return len(before), len(after)
+
+
+def _closing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, whole: str) -> str:
+    """What the template writes behind the last turn alone, as Phi-3's does EOS: it is not there when one follows."""
+    return whole[shared_prefix(whole, conversation.written(tokenizer, prompt=True).text) :]
 
 
 def _learned_spans(conversation: Conversation, turn: int, text: str, added: tuple[int, int]) -> list[tuple[int, int]]:

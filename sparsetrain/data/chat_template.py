@@ -25,7 +25,7 @@ from sparsetrain.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 3.0
+SECONDS = 2.0
 """Processor time for a conversation; one of more than 10 MB gets a second for each 10 MB more."""
 MEMORY = 2 * 2**30
 """Bytes that evaluating may take."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.columns import STDLIB, first_row, local_files, refuse_hub_settings
 from sparsetrain.data.files import is_local
-from sparsetrain.data.forms import RowForm, resolve_form
+from sparsetrain.data.forms import resolve_form, takes_template
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
 from sparsetrain.recipe.local_model import model_folder
@@ -59,8 +59,7 @@ def check_data(recipe: Recipe) -> DataCheck:
     chat = False
     for name, source, skip in _sources(recipe):
         with _collected(faults, name):
-            form = _check_source(source, tokenizer, check, skip)
-            chat |= form is not None and form.kind in ("chat", "alpaca")
+            chat |= _check_source(source, tokenizer, check, skip)
     if tokenizer is not None:
         _check_room(recipe, tokenizer, faults)
         if chat and tokenizer.chat_template:
@@ -83,10 +82,8 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
         yield "eval.perplexity.source", recipe.eval.perplexity.source, False
 
 
-def _check_source(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool
-) -> RowForm | None:
-    """The form of a source's rows; None of one that cannot be looked at.
+def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool) -> bool:
+    """Whether a source's rows go through the chat template; False of one that cannot be looked at.
 
     Raises:
         DataError: it has no rows that a run could read.
@@ -98,10 +95,11 @@ def _check_source(
         refuse_hub_settings(source)
         if source.split not in ("train", "validation"):
             raise DataError(f"data source {source.label!r}: {STDLIB} has the splits train and validation")
-        return resolve_form(source, ["text"], seen)
+        resolve_form(source, ["text"], seen)
+        return False
     if not is_local(source.path):
         check.unseen.append(f"the Hub dataset {source.path}")
-        return None
+        return False
     kind, files = local_files(source)
     place, row = first_row(source, kind, files, skip=skip)
     form = resolve_form(source, list(row), seen)
@@ -112,7 +110,7 @@ def _check_source(
             render(row, form, tokenizer)
         except MalformedRow as problem:
             raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
-    return form
+    return takes_template(form, row, seen)
 
 
 def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:

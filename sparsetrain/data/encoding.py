@@ -122,8 +122,8 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, context: str, text: str) ->
     return whole[shared_prefix(encode(tokenizer, context), whole) :]
 
 
-def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the beginning."""
+def shared_prefix(left: Sequence[object], right: Sequence[object]) -> int:
+    """How many tokens, or characters, two sequences have in common from the beginning."""
     shortest = min(len(left), len(right))
     return next((i for i in range(shortest) if left[i] != right[i]), shortest)
 

@@ -35,8 +35,6 @@ class Ending:
     """Other end tokens: that with which a tool's turn begins, where it is another than the user's."""
     gap: tuple[int, ...] = ()
     """Tokens between the turn and its end token, where that is not part of it."""
-    header: int | None = None
-    """The control token with which an assistant's turn begins."""
     control: tuple[int, ...] = ()
     """All control tokens that the template writes, ascending."""
     in_pieces: tuple[tuple[str, int], ...] = ()
@@ -53,8 +51,6 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
     ]
     try:
         text, spans = apply_template(tokenizer, turns)
-        asked = apply_template(tokenizer, turns[:1]).text
-        prompt = apply_template(tokenizer, turns[:1], prompt=True).text
     except MalformedRow:
         return Ending("unknown")
     if any(text.count(word) != 1 for word in (*_QUESTIONS, *_ANSWERS)):
@@ -65,7 +61,6 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
     known: dict[str, Any] = {
         "control": tuple(sorted(set(written))),
         "in_pieces": tuple((each, count) for each, count in pieces if count > 1),
-        "header": _first(encode(tokenizer, prompt.removeprefix(asked)), tokens)[1],
     }
     stop = text.index(_ANSWERS[1]) + len(_ANSWERS[1])
     gap, token = _first(encode(tokenizer, text[stop:]), tokens)
@@ -73,24 +68,24 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
         marked = text[stop : spans[-1][1]] if spans else text[stop:]
         learned = _first(encode(tokenizer, marked), tokens)[1] == token
         return Ending("learned" if learned else "left out", token, (), gap, **known)
-    gap, token = _opening(text, tokenizer, tokens)
+    gap, token = _between(text, _ANSWERS[0], _QUESTIONS[1], tokenizer, tokens)
     if token is None or str(tokenizer.decode(list(gap))).strip():
         return Ending("none", **known)
     others: set[int | None] = set()
     with suppress(MalformedRow):
         turns[2]["role"] = "tool"
-        others = {_opening(apply_template(tokenizer, turns).text, tokenizer, tokens)[1]} - {
-            token,
-            None,
-            known["header"],
-        }
+        with_tool = apply_template(tokenizer, turns).text
+        others = {_between(with_tool, _ANSWERS[0], _QUESTIONS[1], tokenizer, tokens)[1]}
+        others -= {token, _between(text, _QUESTIONS[0], _ANSWERS[0], tokenizer, tokens)[1]}
     return Ending("next role", token, tuple(filter(None, others)), gap, **known)
 
 
-def _opening(text: str, tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> tuple[tuple[int, ...], int | None]:
-    """The control token between the first answer and what follows it, and what stands before that token."""
-    begin = text.index(_ANSWERS[0]) + len(_ANSWERS[0])
-    return _first(encode(tokenizer, text[begin : text.find(_QUESTIONS[1], begin)]), tokens)
+def _between(
+    text: str, left: str, right: str, tokenizer: PreTrainedTokenizerBase, tokens: set[int]
+) -> tuple[tuple[int, ...], int | None]:
+    """The first control token between two words, and what stands before it."""
+    begin = text.index(left) + len(left)
+    return _first(encode(tokenizer, text[begin : text.find(right, begin)]), tokens)
 
 
 def turn_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
@@ -107,8 +102,8 @@ def remarks(ending: Ending, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the user should know of the template's tokens, a sentence each."""
     name = None if ending.token is None else repr(tokenizer.convert_ids_to_tokens(ending.token))
     lines = [
-        f"the chat template writes {text!r}, which is no token of this tokenizer: it is cut into {count}. Take the "
-        "tokenizer that the template belongs to (model.tokenizer)"
+        f"the chat template writes {text!r}, which is no token of this tokenizer: it is cut into {count}. If it is "
+        "meant to be one, take the tokenizer that the template belongs to (model.tokenizer)"
         for text, count in ending.in_pieces
     ]
     match ending.kind:
@@ -154,7 +149,7 @@ def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> R
             input_ids += [*ending.gap, ending.token]
         # Among as many tokens as the gap had: white space may be cut in another way behind other words.
         gap, token = _first(input_ids[stop : stop + len(ending.gap) + 2], tokens)
-        ends = token in (ending.token, *ending.others)
+        ends = token in (ending.token, *ending.others) and not str(tokenizer.decode(list(gap))).strip()
         targets.append((start, stop + len(gap) + 1 if ends else stop))
     return input_ids, targets
 

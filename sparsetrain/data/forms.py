@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
@@ -155,3 +155,9 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
 
 def _is_set(source: DataSource, name: str) -> bool:
     return getattr(source, name) != type(source).model_fields[name].default
+
+
+def takes_template(form: RowForm, row: Mapping[str, Any], tokenizer: HasChatTemplate) -> bool:
+    """Whether rows such as this one go through the chat template."""
+    turns = form.kind == "prompt_completion" and not isinstance(row.get(form.fields[0]), str)
+    return form.kind == "chat" or (bool(tokenizer.chat_template) and (form.kind == "alpaca" or turns))

@@ -21,7 +21,7 @@ from sparsetrain.data.columns import (
     refuse_hub_settings,
 )
 from sparsetrain.data.files import Kind, find_files, is_local, read_documents, read_lines, stamped, stdlib_files
-from sparsetrain.data.forms import RowForm, resolve_form
+from sparsetrain.data.forms import RowForm, resolve_form, takes_template
 from sparsetrain.data.render import render
 from sparsetrain.data.shards import intact
 from sparsetrain.data.values import MalformedRow
@@ -84,9 +84,9 @@ def open_source(
     """
     layout, opened = _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
     rows = opened()
-    form = resolve_form(source, _columns(source, rows, layout), tokenizer)
-    chat = form.kind == "chat" or (form.kind == "alpaca" and bool(tokenizer.chat_template))
-    return OpenSource(opened, Reader(layout, form, chat))
+    row = _first_row(source, rows, layout)
+    form = resolve_form(source, list(row), tokenizer)
+    return OpenSource(opened, Reader(layout, form, takes_template(form, row, tokenizer)))
 
 
 def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
@@ -198,13 +198,14 @@ def _unreadable(source: DataSource, problem: BaseException) -> DataError:
     )
 
 
-def _columns(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset, layout: Layout) -> list[str]:
-    if layout == "table" and rows.column_names is not None and isinstance(rows, datasets.Dataset) and len(rows):
-        return list(rows.column_names)
+def _first_row(
+    source: DataSource, rows: datasets.Dataset | datasets.IterableDataset, layout: Layout
+) -> Mapping[str, Any]:
+    """The first row that can be read."""
     problem = ""
     for raw in islice(rows_of(source, rows), ROWS_TRIED):
         try:
-            return list(fields_of(raw, layout))
+            return fields_of(raw, layout)
         except MalformedRow as malformed:
             problem = problem or f": {raw['place']}: {malformed}"
     if problem:

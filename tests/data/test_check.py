@@ -11,8 +11,10 @@ import datasets
 import pytest
 
 from sparsetrain.cli import main
+from sparsetrain.data.sources import open_source
 from sparsetrain.doctor import check_recipe_data
 from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe.schema import DataSource
 
 TURNS = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]
 RECIPE = """
@@ -148,3 +150,18 @@ def test_local_data_is_looked_at_without_torch(folder):
     script += "sys.exit(code or 9 * bool({'torch', 'datasets', 'deepspeed'} & set(sys.modules)))"
     arguments = ["recipe", "validate", "run.yaml", "eval.passkey={lengths: [512]}"]
     assert subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True).returncode == 0
+
+
+def test_which_rows_go_through_the_chat_template(folder, byte_tokenizer, write_jsonl):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    rows = {
+        "text": {"text": "a"},
+        "pair": {"prompt": "a", "completion": "b"},
+        "turns": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        "alpaca": {"instruction": "a", "output": "b"},
+        "chat": {"messages": TURNS},
+    }
+    sources = {name: DataSource(path=write_jsonl([row], f"{name}.jsonl")) for name, row in rows.items()}
+    chats = {name for name, each in sources.items() if open_source(each, tokenizer, streaming=True).reader.chat}
+    assert chats == {"turns", "alpaca", "chat"}

@@ -82,6 +82,13 @@ def test_turns_that_end_in_plain_text_have_no_end_token(learned):
     assert learned(PLAIN)[:2] == ("none", ["assistant: 1\n", "assistant: 2\n"])
 
 
+def test_what_a_template_writes_behind_the_last_turn_alone_is_no_other_writing(learned):
+    closed = LEARNED + "{% if not add_generation_prompt %}<eos>{% endif %}"
+    kind, spans, text = learned(closed)
+    assert (kind, spans) == ("learned", ["1<|end|>\n", "2<|end|>\n<eos>"])
+    assert text.endswith("2<|end|>\n<eos>")
+
+
 def test_a_template_that_refuses_the_conversation_tried_is_unknown(learned):
     template = "{% if messages[0].content != 'one?' %}{{ raise_exception('no') }}{% endif %}" + LEARNED
     assert learned(template)[:2] == ("unknown", ["1<|end|>\n", "2<|end|>\n"])
