@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,38 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=2.0, help="time for each test that tries made-up input (default: 2)"
+    )
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[Any], None]], None]:
+    """Try a check on values of a strategy of hypothesis for ``--fuzz-seconds``, the same values in every run.
+
+    A value that the check fails on, or that takes more than ten seconds, is made small and shown.
+    """
+    from hypothesis import HealthCheck, given, seed, settings
+
+    def search(strategy: Any, check: Callable[[Any], None]) -> None:
+        end, rounds = time.monotonic() + request.config.getoption("--fuzz-seconds"), 0
+        while rounds == 0 or time.monotonic() < end:
+
+            @seed(rounds)
+            @settings(
+                max_examples=40, deadline=timedelta(seconds=10), database=None, suppress_health_check=list(HealthCheck)
+            )
+            @given(strategy)
+            def attempt(value: Any) -> None:
+                check(value)
+
+            attempt()
+            rounds += 1
+
+    return search
 
 
 @pytest.fixture(scope="session", autouse=True)
