@@ -21,6 +21,12 @@ class DataError(SparsetrainError):
     """A data source is missing, empty or malformed."""
 
 
+class DataMemoryError(DataError):
+    """Memory ran out while data was read."""
+
+    exit_code = 3
+
+
 class CheckpointError(SparsetrainError):
     """A checkpoint or run folder is missing, incomplete or belongs to another run."""
 

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from sparsetrain.data.mapped import MappedSource
+from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.stream import DocumentSource, RowStream
 from sparsetrain.data.streamed import StreamedSource
 from sparsetrain.data.synthetic import SyntheticSource
@@ -24,10 +25,11 @@ def build_rows(
     """Open every source of the mixture (tokenising the mapped ones, or taking them from the cache) and pack them.
 
     Raises:
-        DataError: a source is missing, empty, malformed where the recipe says stop, or lacks a column.
+        DataError: a source is missing, empty, malformed where the recipe says stop, lacks a column, or does not fit
+            into memory.
     """
     return RowStream(
-        [_source(source, data, sequence, tokenizer, seed, index) for index, source in enumerate(data.sources)],
+        [_opened(source, data, sequence, tokenizer, seed, index) for index, source in enumerate(data.sources)],
         [source.weight for source in data.sources],
         row_length=sequence.length,
         packing=sequence.packing,
@@ -35,6 +37,18 @@ def build_rows(
         shuffle=any(source.shuffle and source.synthetic is None for source in data.sources),
         seed=seed,
     )
+
+
+def _opened(
+    source: DataSource,
+    data: DataSection,
+    sequence: SequenceSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    index: int,
+) -> DocumentSource:
+    with memory_explained(source.label):
+        return _source(source, data, sequence, tokenizer, seed, index)
 
 
 def _source(

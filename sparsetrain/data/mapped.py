@@ -21,7 +21,7 @@ from sparsetrain.data.randomness import generator
 from sparsetrain.data.render import RENDER_VERSION
 from sparsetrain.data.sources import OpenSource, Reader, open_source
 from sparsetrain.data.values import MalformedRow
-from sparsetrain.errors import DataError
+from sparsetrain.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +60,8 @@ def tokenize_rows(
         except MalformedRow as problem:
             input_ids, targets = np.empty(0, np.int32), []
             length, error = MALFORMED, f"{reader.place(raw, index)}: {problem}"
+        except MemoryError as problem:
+            raise MemoryError(f"{reader.place(raw, index)}: {first_line(problem)}") from problem
         columns["input_ids"].append(input_ids)
         columns["targets"].append([edge for span in targets for edge in span])
         columns["length"].append(length)

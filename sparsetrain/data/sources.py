@@ -22,6 +22,7 @@ from sparsetrain.data.columns import (
 )
 from sparsetrain.data.files import Kind, find_files, is_local, read_documents, read_lines, stamped, stdlib_files
 from sparsetrain.data.forms import RowForm, resolve_form, takes_template
+from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.shards import intact
 from sparsetrain.data.values import MalformedRow
@@ -187,6 +188,8 @@ def _unreadable(source: DataSource, problem: BaseException) -> DataError:
     cause = problem
     while cause.__cause__ is not None and not isinstance(cause, DataError):
         cause = cause.__cause__
+    if isinstance(cause, MemoryError):
+        return out_of_memory(source.label, cause)
     reason = f"{type(cause).__name__}: {cause}" if not isinstance(cause, DataError) else str(cause)
     if _is_on_disk(source):
         return DataError(f"data source {source.label!r} cannot be read: {reason}")

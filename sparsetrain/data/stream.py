@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsetrain.data.batch import Row
 from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece
+from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.position import Position, read_position
 from sparsetrain.data.randomness import generator, uniform
 from sparsetrain.errors import DataError
@@ -113,12 +114,13 @@ class RowStream:
             DataError: a row of a streaming source cannot be read, or no document gives a row any more.
         """
         pieces = self._advance()
-        return Row(
-            input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
-            labels=np.concatenate([piece.labels() for piece in pieces]),
-            lengths=[piece.length for piece in pieces],
-            origin=[piece.origin for piece in pieces],
-        )
+        with memory_explained(pieces[0].origin):
+            return Row(
+                input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
+                labels=np.concatenate([piece.labels() for piece in pieces]),
+                lengths=[piece.length for piece in pieces],
+                origin=[piece.origin for piece in pieces],
+            )
 
     def skip(self) -> None:
         """Pass over the next row; mapped sources do not even read it."""
@@ -242,7 +244,9 @@ class RowStream:
         source = self._sources[choice]
         self._draws += 1
         self._mapped_draws += bool(source.size)
-        return source.draw(), bool(source.size) and self._mapped_draws % self._epoch == 0
+        with memory_explained(source.label):
+            pieces = source.draw()
+        return pieces, bool(source.size) and self._mapped_draws % self._epoch == 0
 
     def _position(self) -> dict[str, Any]:
         return {

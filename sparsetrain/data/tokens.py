@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsetrain.data.encoding import end_of_text, opening
+from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.sources import open_source, rows_of
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
@@ -36,7 +37,8 @@ def token_stream(source: DataSource, tokenizer: PreTrainedTokenizerBase, num_tok
     total = 0
     for index, raw in enumerate(rows_of(source, opened.open())):
         try:
-            document = opened.reader.tokens(raw, tokenizer).input_ids
+            with memory_explained(source.label):
+                document = opened.reader.tokens(raw, tokenizer).input_ids
         except MalformedRow as problem:
             raise DataError(f"data source {source.label!r}: {opened.reader.place(raw, index)}: {problem}") from problem
         if not len(document):
