@@ -24,20 +24,29 @@ def guard_documents(decoder: nn.Module, *, leaks: bool) -> None:
     hook = decoder.__dict__.pop(HOOK_ATTRIBUTE, None)
     if hook is not None:
         hook.remove()
+    positions = "position_ids" in inspect.signature(decoder.forward).parameters
     fault = ""
     if leaks:
         fault = (
             "this model also mixes tokens outside attention (state-space, convolution or linear attention layers), so "
             "packed documents would leak into each other"
         )
-    elif "position_ids" not in inspect.signature(decoder.forward).parameters:
+    elif not positions:
         fault = f"{type(decoder).__name__} counts positions by itself, so those of packed documents would not restart"
     if fault:
         hook = decoder.register_forward_pre_hook(partial(_refuse_several, fault), with_kwargs=True)
         setattr(decoder, HOOK_ATTRIBUTE, hook)
 
 
-def _refuse_several(fault: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether rows of several documents may be given to a sparsified model."""
+    return not any(HOOK_ATTRIBUTE in module.__dict__ for module in model.modules())
+
+
+def _refuse_several(
+    fault: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of the decoder."""
     explicit, positions = explicit_documents(kwargs), kwargs.get("position_ids")
     documents: list[torch.Tensor] | None = None
     if explicit is not None:
@@ -48,6 +57,10 @@ def _refuse_several(fault: str, decoder: nn.Module, args: tuple[Any, ...], kwarg
         documents = bounds(positions, positions.shape[0]) if mask is None or bool(mask.all()) else None
     if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
         raise ModelError(f"{fault}; set sequence.packing: false and train.micro_batch: 1")
+    if explicit is None or positions is None or positions.ndim != 2:
+        return None
+    # Of one document the positions say as much, and other layers refuse any cu_seqlens without packages of their own.
+    return args, {name: value for name, value in kwargs.items() if name not in ("cu_seqlens", "cu_seq_lens_q")}
 
 
 def explicit_documents(kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -53,6 +53,7 @@ def _forward(module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_typ
     original = _original_length(module, kind, layer_type)
     sets = lengths.where(lengths > original, 0)
     if kind == "longrope":
+        _check_crossing(position_ids, original)
         sets = sets.clamp(max=original + 1)
     result: Any = None
     for each in sets.unique().tolist():
@@ -63,6 +64,20 @@ def _forward(module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_typ
         found = own(module, x, position_ids.where(mine, 0), **chosen)
         result = found if result is None else _join(mine[..., None], found, result)
     return result
+
+
+def _check_crossing(position_ids: torch.Tensor, original: int) -> None:
+    """Alone, a row whose generation crosses the length is read again with the other frequencies; in a batch it is not.
+
+    Raises:
+        ModelError: a row of a batch does so.
+    """
+    if position_ids.shape[0] > 1 and position_ids.shape[1] == 1 and bool((position_ids == original).any()):
+        raise ModelError(
+            f"a row of the batch grows beyond {original} tokens (original_max_position_embeddings), where the model "
+            "chooses other rotary frequencies and its cached keys would keep the old ones; generate such rows one at a "
+            "time"
+        )
 
 
 def _lengths_of_documents(position_ids: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling import balance_factor
+from sparsetrain.modeling.head import BALANCE_FACTORS
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe import BatchPlan, Recipe
+from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.training.engine import World, initialize
 from sparsetrain.training.liger import wants_liger
 from sparsetrain.training.loss import CausalLMLoss
@@ -41,8 +45,24 @@ def build_engine(
     say(f"memory: {save_activation_memory(model, recipe.train, plan, world.device)}")
     model.train()
     here.at("building the engine")
+    check_balance(model, recipe.model)
     ulysses = join_sequence_group(recipe)
     fused = wants_liger(recipe.train.liger, world.device)
     loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
     say(f"loss: {loss.describe()}")
     return initialize(loss, recipe, config, world), ulysses
+
+
+def check_balance(model: PreTrainedModel, section: ModelSection) -> None:
+    """Refuse a factor for the routers' balance loss in a recipe that leaves the loss itself off.
+
+    Raises:
+        ModelError: names the factor and the switch.
+    """
+    given = {**(section.architecture or {}), **section.config_overrides}
+    for name in BALANCE_FACTORS:
+        if given.get(name) and not balance_factor(model):
+            raise ModelError(
+                f"{name}={given[name]} has no effect: {type(model).__name__} adds the balance loss of its routers only "
+                "with output_router_logits: true beside it"
+            )

@@ -40,7 +40,9 @@ class StepResult:
     """What one optimizer step measured."""
 
     loss: float
-    """Mean NLL of a target token, in nats, over the global batch."""
+    """Mean NLL of a target token, in nats, over the global batch, and the routers' balance loss where there is one."""
+    balance_loss: float
+    """That part of it, averaged over the tokens of the global batch; 0 where the model adds none."""
     lr: float
     """Learning rate: of the model or its adapters, or of the new modules where they alone are trained."""
     lr_new_modules: float
@@ -137,13 +139,18 @@ class Loop:
         scale = 1.0 / counts[0].clamp(min=1.0)
 
         nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        balance = torch.zeros_like(nll)
         for index, micro in enumerate(batch.micro_batches):
             here.at("forward", self.state.step + 1)
-            loss = self.engine(**self._inputs(micro))
+            # Each token counts alike for the balance loss, whichever micro batch or rank it is in.
+            weight = micro.num_tokens * counts[0].clamp(min=1.0) / counts[1]
+            loss = self.engine(**self._inputs(micro), balance_weight=weight.float())
             here.at("backward", self.state.step + 1)
             # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
             self.engine.backward(loss * (scale * self.world.size).float(), scale_wrt_gas=False)
             nll += loss.detach()
+            if (found := self.engine.module.balance_loss) is not None:
+                balance += found * weight
             if index + 1 == len(batch.micro_batches):
                 if watch is not None:
                     self.say(f"self-check: {watch.check()}")
@@ -153,19 +160,23 @@ class Loop:
             self.engine.step()
 
         # A signal counts however late in the step it comes, and on whichever rank.
-        sums = torch.cat([nll[None], self._on_device(self.signals.preempted, self.signals.interrupted)])
+        sums = torch.cat([nll[None], balance[None], self._on_device(self.signals.preempted, self.signals.interrupted)])
         dist.all_reduce(sums)
-        loss_value, tokens, preempted, interrupted = torch.stack([sums[0] * scale, counts[1], *sums[1:]]).tolist()
+        in_nats = (sums[0] * scale, sums[1] * scale)
+        loss_value, balance_loss, tokens, preempted, interrupted = torch.stack(
+            [*in_nats, counts[1], *sums[2:]]
+        ).tolist()
         norm = self.engine.get_global_grad_norm()
         result = StepResult(
             loss=loss_value,
+            balance_loss=balance_loss,
             lr=share * peak_lr(train)[1],
             lr_new_modules=share * (train.new_modules_lr or train.lr),
             grad_norm=0.0 if norm is None else float(norm),
             tokens=int(tokens),
             applied=bool(self.engine.was_step_applied()),
             seconds=time.perf_counter() - began,
-            observations=self._observations(),
+            observations=self._observations() | ({"balance_loss": balance_loss} if self.engine.module.balance else {}),
         )
         # DeepSpeed's launcher adds a SIGTERM to a Ctrl-C.
         stop = Outcome.INTERRUPTED if interrupted else Outcome.PREEMPTED if preempted else None

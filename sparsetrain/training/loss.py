@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sparsetrain.data.batch import IGNORE
-from sparsetrain.modeling import has_plain_head
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling import balance_factor, has_plain_head
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.chunks import split_evenly
 from sparsetrain.training.liger import can_fuse_loss, fuse_loss
@@ -32,6 +35,9 @@ class CausalLMLoss(nn.Module):
         chunk: positions in a chunk; None computes all logits at once, by the model itself.
         fused: use Liger's operation where it computes this model's loss.
         ulysses: splits each forward pass over the ranks that share a sequence, which then hold a part of it.
+
+    Raises:
+        ModelError: the model's routers add a balance loss, and ranks share its sequences.
     """
 
     def __init__(
@@ -40,6 +46,14 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model = model
         self.chunk = chunk if has_plain_head(model) else None
+        self.balance = balance_factor(model)
+        if self.balance and ulysses is not None:
+            raise ModelError(
+                "the routers' balance loss (output_router_logits) is not computed over sequences that ranks share; set "
+                "sequence.parallel: 1, or model.config_overrides={output_router_logits: false}"
+            )
+        self.balance_loss: torch.Tensor | None = None
+        """That of the last call, fp32, with its factor; None where the model adds none."""
         self.shared = {} if ulysses is None else {ULYSSES_ARGUMENT: ulysses}
         self.fused = fused and self.chunk is not None and can_fuse_loss(model)
         if self.fused:
@@ -47,9 +61,10 @@ class CausalLMLoss(nn.Module):
 
     def describe(self) -> str:
         """How the loss is computed."""
+        how = f"logits of {self.chunk:,} tokens at a time" if self.chunk else "logits of all tokens at once"
         if self.fused:
-            return "fused by Liger, logits in chunks of its own"
-        return f"logits of {self.chunk:,} tokens at a time" if self.chunk else "logits of all tokens at once"
+            how = "fused by Liger, logits in chunks of its own"
+        return how + (f", and {self.balance:g} of the routers' balance loss" if self.balance else "")
 
     def forward(
         self,
@@ -59,8 +74,9 @@ class CausalLMLoss(nn.Module):
         positions: torch.Tensor,
         targets: torch.Tensor,
         num_chunks: int,
+        balance_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Summed NLL.
+        """Summed NLL, and the balance loss of the routers where the model adds one.
 
         Args:
             input_ids: int64 ``[1, T]``, packed documents.
@@ -70,6 +86,8 @@ class CausalLMLoss(nn.Module):
             targets: int64 ``[K]``, the token that follows each position.
             num_chunks: chunks to make of the K positions, the same on every rank: under ZeRO-3 each use of the output
                 projection gathers it, which all ranks must do together. A chunk may be empty.
+            balance_weight: what the balance loss of these tokens is multiplied by beside its factor; by default K, so
+                that it is added to the mean NLL of a target.
 
         Returns:
             fp32 scalar.
@@ -82,13 +100,36 @@ class CausalLMLoss(nn.Module):
             **self.shared,
         }
         if self.chunk is None:
-            logits = self.model(**inputs).logits[0]
-            return F.cross_entropy(logits[positions].float(), targets, reduction="sum")
-        # An index would give the gradient a copy; this gives it a view.
-        hidden = self.model.get_decoder()(**inputs).last_hidden_state.squeeze(0)
-        hidden, targets = _rows(hidden, positions, targets)
+            output = self.model(**inputs)
+            loss = F.cross_entropy(output.logits[0][positions].float(), targets, reduction="sum")
+        else:
+            hidden, output = self._decode(inputs)
+            loss = self._sum_over_chunks(*_rows(hidden, positions, targets), num_chunks)
+        if self.balance:
+            found = self.balance * torch.as_tensor(output.aux_loss, dtype=torch.float32, device=loss.device)
+            self.balance_loss = found.detach()
+            loss = loss + found * (len(positions) if balance_weight is None else balance_weight)
+        return loss
+
+    def _decode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """The decoder's hidden states ``[T, hidden]``, and where it adds a loss, what the model itself returns."""
+        decoder = self.model.get_decoder()
+        if not self.balance:
+            # An index would give the gradient a copy; this gives it a view.
+            return decoder(**inputs).last_hidden_state.squeeze(0), None
+        # The family's own function, at the cost of one token's logits.
+        found: list[torch.Tensor] = []
+        hook = decoder.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
+        try:
+            output = self.model(**inputs, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return found[0].squeeze(0), output
+
+    def _sum_over_chunks(self, hidden: torch.Tensor, targets: torch.Tensor, num_chunks: int) -> torch.Tensor:
         if self.fused:
-            return self.model.get_output_embeddings()(hidden, targets)
+            fused: torch.Tensor = self.model.get_output_embeddings()(hidden, targets)
+            return fused
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for part, target in zip(split_evenly(hidden, num_chunks), split_evenly(targets, num_chunks), strict=True):
             total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False)

@@ -306,7 +306,9 @@ class _Run:
         self.rows.load_state_dict(state)
         for line in (
             selfcheck.check_document_isolation(self.model, batch, self.world, self.ulysses),
+            *selfcheck.check_document_alone(self.model, batch, self.world, self.ulysses),
             *selfcheck.check_shared_sequence(self.model, batch, self.world, self.ulysses),
+            selfcheck.check_against_whole_model(self.engine.module, batch, self.world),
             selfcheck.check_against_oracle(self.model, batch, self.world, self.ulysses),
             check_round_trip(
                 self.model,
@@ -360,7 +362,7 @@ class _Run:
         speed = result.tokens / result.seconds
         metrics = {
             "loss": result.loss,
-            "perplexity": math.exp(min(result.loss, 100.0)),
+            "perplexity": math.exp(min(result.loss - result.balance_loss, 100.0)),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": self.state.tokens,

@@ -19,12 +19,20 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
+from sparsetrain.modeling.documents import keeps_documents_apart
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.engine import World
+from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.oracle import expected, has_oracle
 
 SHARED_TOKENS = 8192
 """How much of a row is computed both by one rank alone and by all that share it."""
+
+WHOLE_TOKENS = 256
+"""How much of it goes through the whole model, logits and all."""
+
+ALONE_TOKENS = 1024
+"""The longest document that is compared with itself behind a longer one."""
 
 
 def check_shared_sequence(
@@ -63,6 +71,8 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World,
     """
     tokens, boundaries = batch.input_ids, batch.cu_seqlens
     if len(boundaries) == 2:
+        if not keeps_documents_apart(model):
+            return "documents are isolated: each has a row to itself"
         length = tokens.shape[1]
         boundaries = torch.tensor([0, length // 2, length], dtype=torch.int32)
     first = int(boundaries[1])
@@ -83,6 +93,75 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World,
         world,
     )
     return f"documents are isolated: {len(boundaries) - 1} in the row, largest change of the others {difference:.1e}"
+
+
+def check_document_alone(
+    model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None
+) -> Iterator[str]:
+    """A short document behind a long one has the hidden states that it has alone: nothing is chosen by the longest.
+
+    Yields:
+        The line to say; none where ranks share a row (:func:`check_shared_sequence`), or a row holds one document.
+    """
+    length = batch.input_ids.shape[1]
+    short = min(length // 4, ALONE_TOKENS)
+    if ulysses is not None or not keeps_documents_apart(model) or short == 0:
+        return
+    both = _row(batch, batch.input_ids, torch.tensor([0, length - short, length], dtype=torch.int32))
+    one = _row(batch, batch.input_ids[:, length - short :], torch.tensor([0, short], dtype=torch.int32))
+    packed, alone = _hidden(model, both, world)[length - short :].float(), _hidden(model, one, world)
+    # Of the token in the middle: with experts, rounding alone may send one to another.
+    errors = (packed - alone).norm(dim=-1) / alone.float().norm(dim=-1).clamp(min=1e-30)
+    error = world.largest(errors.median().item())
+    limit = 1e-3 if alone.dtype == torch.float32 else 0.1
+    reason = (
+        f"a document of {short:,} tokens differs behind one of {length - short:,} from itself alone by {error:.3g} "
+        f"(relative, limit {limit:g}): the model chooses something by the longest document of a row; set "
+        "sequence.packing: false and train.micro_batch: 1"
+    )
+    _agree(error <= limit, reason, world)
+    yield f"a document of {short:,} tokens behind one of {length - short:,} equals itself alone: error {error:.1e}"
+
+
+def check_against_whole_model(loss: CausalLMLoss, batch: Batch, world: World) -> str:
+    """The logits and the loss of the run equal those of the model as a whole, which may do more than its parts."""
+    model = loss.model
+    tokens = batch.input_ids[:, :WHOLE_TOKENS].to(world.device)
+    tokens = torch.cat([tokens, tokens], 1) if tokens.shape[1] == 1 else tokens
+    length = tokens.shape[1]
+    positions = torch.arange(length, device=world.device)
+    documents = positions.new_tensor([0, length], dtype=torch.int32)
+    inputs = {"input_ids": tokens, "position_ids": positions[None], "cu_seqlens": documents}
+    training = loss.training
+    loss.eval()
+    try:
+        with torch.no_grad():
+            found = loss(**inputs, positions=positions[:-1], targets=tokens[0, 1:], num_chunks=1) / (length - 1)
+            whole: Any = model(**inputs, use_cache=False, labels=tokens)
+            logits = whole.logits.float()
+            if loss.chunk is not None:
+                hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+                logits = model.get_output_embeddings()(hidden).float()
+    finally:
+        loss.train(training)
+    exact = model.dtype == torch.float32
+    difference = ((logits - whole.logits.float()).norm() / whole.logits.float().norm().clamp(min=1e-30)).item()
+    name, limit = type(model).__name__, 1e-4 if exact else 2e-2
+    _agree(
+        difference <= limit,
+        f"the logits of {name} are not its output projection of the hidden states (they differ by {difference:.3g}, "
+        f"relative RMS, limit {limit:g}); set train.loss_chunk: null",
+        world,
+    )
+    wanted = found if whole.loss is None else whole.loss
+    apart = abs((found - wanted).item())
+    _agree(
+        apart <= limit * max(1.0, abs(wanted.item())),
+        f"the loss of {name} on {length} tokens is {wanted.item():.6g} and the run's {found.item():.6g}: it adds "
+        "something that would not be trained; switch that off with model.config_overrides",
+        world,
+    )
+    return f"logits and loss equal those of the whole model on {length} tokens: {difference:.1e} and {apart:.1e}"
 
 
 def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> str:

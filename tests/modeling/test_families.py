@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_families import small_model
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
-from tests.modeling.small_families import small_model
 
 LENGTHS = [17, 1, 15, 7]
 EQUAL = """

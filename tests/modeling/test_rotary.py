@@ -6,16 +6,17 @@ import copy
 
 import pytest
 import torch
+from small_families import small_model
 
+from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
-from tests.modeling.small_families import small_model
 
 LENGTHS = [30, 7, 40, 20, 16, 17]
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 CASES = {
-    "phi3": {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 16}},
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
     "llama": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
     "gemma3_text": {
         "rope_parameters": {
@@ -58,11 +59,20 @@ def test_a_packed_document_equals_itself_alone_whatever_was_seen_before(models, 
 def test_generation_of_a_padded_batch_equals_that_of_each_row_alone(models, documents):
     plain, model = models
     short, long = documents[1], documents[0]
-    alone = [copy.deepcopy(plain).generate(row, max_new_tokens=12, do_sample=False) for row in (short, long)]
+    alone = [copy.deepcopy(plain).generate(row, max_new_tokens=8, do_sample=False) for row in (short, long)]
     padding = long.shape[1] - short.shape[1]
     batch = torch.cat([torch.nn.functional.pad(short, (padding, 0)), long])
     mask = torch.ones_like(batch)
     mask[0, :padding] = 0
-    found = model.generate(batch, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    found = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(found[0, padding:], alone[0][0])
     assert torch.equal(found[1], alone[1][0])
+
+
+def test_a_padded_row_that_generates_across_the_length_is_refused(documents):
+    model = sparsify(small_model("phi3", **CASES["phi3"]), {"method": "full"})
+    batch = torch.cat([torch.nn.functional.pad(documents[1], (23, 0)), documents[0]])
+    mask = torch.ones_like(batch)
+    mask[0, :23] = 0
+    with pytest.raises(ModelError, match=r"beyond 16 tokens.*one at a time"):
+        model.generate(batch, attention_mask=mask, max_new_tokens=12, do_sample=False)
