@@ -101,7 +101,9 @@ def test_validate_prints_one_line_a_recipe(call, recipe):
     assert first.startswith("run.yaml: valid: 1 row x 2 accumulation x 2 ranks = 4 rows = 512 tokens a step; 30 steps")
     assert "power attention, 78.3% of causal pairs" in first
     assert second.startswith("qwen3-0.6b-power-32k: valid: 1 row x 16 accumulation x 2 ranks")
-    assert second.endswith("not looked at: the tokenizer of Qwen/Qwen3-0.6B-Base, the Hub dataset emozilla/pg19")
+    assert second.endswith(
+        "the tokenizer of Qwen/Qwen3-0.6B-Base, the Hub dataset emozilla/pg19 (there is no such file or folder here)"
+    )
 
 
 def test_validate_reports_every_broken_recipe_and_goes_on(call, recipe):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.values import MalformedRow, text_value
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ MEMORY = 2 * 2**30
 """Bytes that evaluating may take."""
 OWN_CHARACTERS, GROWTH = 2**20, 16
 """A text longer than the first, and than so many times what it was made of, is the template's own doing."""
+
+
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL")
+"""Names of environment variables that a template has no business near, should it ever leave its sandbox."""
 
 
 class ChatText(NamedTuple):
@@ -75,7 +80,10 @@ def apply_template(
     marked = _marked(template)
     content = {"messages": messages, "tools": tools, "settings": dict(settings or {})}
     row = json.dumps(content, default=lambda value: f"<{type(value).__name__}>")
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = {
+        name: [str(each) for each in token] if isinstance(token, list) else str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+    }
     longest = OWN_CHARACTERS + GROWTH * len(row)
     rest = {"template": template, "marked": marked, "prompt": prompt, "special": special, "longest": longest}
     seconds = max(SECONDS, len(row) / 1e7)
@@ -88,6 +96,7 @@ def apply_template(
             f"loop or a repetition in it. {_ELSEWHERE}"
         )
     _raise_fault(answer)
+    text_value(answer["text"], "what the chat template writes")
     return ChatText(answer["text"], [(start, stop) for start, stop in answer["spans"] if start < stop])
 
 
@@ -166,9 +175,11 @@ class _Helper:
 
     def _start(self) -> subprocess.Popen[bytes]:
         script = Path(__file__).with_name("template_process.py")
-        # -P: the script's folder is not searched for modules. One thread: address space is counted.
+        # -P: the script's folder is not searched for modules.
         command = [sys.executable, "-P", str(script), str(MEMORY)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
+        # Address space is counted, and every thread takes some.
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:
             process = subprocess.Popen(
                 command,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.columns import STDLIB, first_row, local_files, refuse_hub_settings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LARGEST_ROW = 2**20
 """Characters of a first row that is still rendered."""
+LARGEST_ARRAY = 2**28
+"""Bytes of a file of JSON that is still read."""
 ROOM = 2**17
 """Tokens in which every synthetic task has room."""
 
@@ -98,9 +101,12 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
         resolve_form(source, ["text"], seen)
         return False
     if not is_local(source.path):
-        check.unseen.append(f"the Hub dataset {source.path}")
+        check.unseen.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
         return False
     kind, files = local_files(source)
+    if files[0].endswith(".json") and Path(files[0]).stat().st_size > LARGEST_ARRAY:
+        check.unseen.append(f"{files[0]} (an array of JSON is read whole)")
+        return False
     place, row = first_row(source, kind, files, skip=skip)
     form = resolve_form(source, list(row), seen)
     if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:

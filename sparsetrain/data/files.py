@@ -53,7 +53,7 @@ def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
     """The files that a file name, glob or folder names, sorted, and what they are.
 
     Raises:
-        DataError: there are none, they are of an unknown kind, or of several.
+        DataError: there are none, they are no regular files, of an unknown kind, or of several.
     """
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
@@ -64,8 +64,10 @@ def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
         files = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
         nothing = f"no file matches {path}"
     else:
-        files = [expanded] if os.path.exists(expanded) else []
-        nothing = f"{path} does not exist (looked in {os.getcwd()})"
+        files = [expanded] if os.path.isfile(expanded) else []
+        there = os.path.exists(expanded)
+        # A pipe or a device can be read once at most, and may never end.
+        nothing = f"{path} is no regular file" if there else f"{path} does not exist (looked in {os.getcwd()})"
     if not files:
         raise DataError(f"data source {label!r}: {nothing}")
     kinds: dict[Kind, str] = {}

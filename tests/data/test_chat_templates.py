@@ -53,6 +53,7 @@ def rendered(tokenizer):
         ("{{ '%d' % 'a' }}", "TypeError"),
         ("{{ '{owl}'.format() }}", "KeyError: 'owl'"),
         ("{{ strftime_now(3) }}", "TypeError"),
+        ("{{ '\\ud800' }}", "what the chat template writes is no valid Unicode"),
         ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
         ("{% include 'owl' %}", "no loader for this environment"),
         ("{{ messages.append(1) }}", "is not safely callable|unsafe"),
@@ -195,8 +196,13 @@ def test_a_template_reaches_nothing_outside_of_its_conversation(escape, rendered
     assert not list(tmp_path.iterdir())
 
 
-def test_the_process_of_the_templates_can_neither_write_files_nor_take_all_memory(rendered):
+def test_the_process_of_the_templates_can_neither_write_files_nor_take_all_memory_nor_read_secrets(
+    rendered, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_owl")
+    chat_template._HELPER._close()
     rendered(PLAIN)
+    assert b"hf_owl" not in Path(f"/proc/{chat_template._HELPER._process.pid}/environ").read_bytes()
     limits = Path(f"/proc/{chat_template._HELPER._process.pid}/limits").read_text()
     assert re.search(r"Max file size +0 +0", limits)
     assert re.search(r"Max address space +\d+", limits)
