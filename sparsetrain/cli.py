@@ -802,11 +802,15 @@ def decode(
 
 
 def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:
-    """Refuse a DeepSpeed JSON that contradicts the recipe."""
+    """Refuse a DeepSpeed JSON that contradicts the recipe, or that DeepSpeed refuses."""
     from sparsetrain.recipe.batch import plan_batch
     from sparsetrain.training.deepspeed_config import deepspeed_config
 
-    deepspeed_config(loaded.recipe, plan_batch(loaded.recipe, ranks, rows_per_epoch=1))
+    config = deepspeed_config(loaded.recipe, plan_batch(loaded.recipe, ranks, rows_per_epoch=1))
+    if loaded.recipe.deepspeed.config is not None:
+        from sparsetrain.training.engine import check_config
+
+        check_config(config)
 
 
 def _check_model(loaded: LoadedRecipe) -> None:

@@ -14,6 +14,8 @@ from sparsetrain.logits import changes_logits
 from sparsetrain.recipe.heads import rotary_fault
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import ModelSection
+from sparsetrain.recipe.sizes import oversized
+from sparsetrain.textfile import read_text
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,9 @@ def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[s
         if value is not None and (type(value) is not int or value < 1):
             place = "model.config_overrides" if name in changed else origin
             raise ModelError(f"{place}: {name}={value!r} is not a positive whole number")
+    for path, value, most, why in oversized(text):
+        place = "model.config_overrides" if path[0] in changed else origin
+        raise ModelError(f"{place}: {'.'.join(path)}={value} is above {most:,}: {why}")
     hidden, heads = text["hidden_size"], text["num_attention_heads"]
     kv_heads = text.get("num_key_value_heads") or heads
     if heads % kv_heads:
@@ -232,9 +237,9 @@ def _config_file(section: ModelSection) -> Path | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+        config = json.loads(read_text(file, str(file), ModelError))
+    except RecursionError:
+        raise ModelError(f"{file} is nested too deeply for a config") from None
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsetrain.recipe.local_model import model_config
@@ -30,17 +30,20 @@ def too_large(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     elif model.path is not None:
         named.append((("model", "path"), model_config(model)))
     for path, config in named:
-        for name, value, most, why in _sizes(config):
+        for name, value, most, why in oversized(config):
             where = path if path[-1] == "path" else (*path, *name)
             called = f"{'.'.join(name)} of its config: " if path[-1] == "path" else ""
             yield where, f"{called}expected a number of at most {most:,}, got {value}: {why}"
     yield from _blocks(recipe)
 
 
-def _sizes(config: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
+def oversized(
+    config: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
+    """The whole numbers of a transformers config that are too large: path, value, the most, and why."""
     for name, value in config.items():
         if isinstance(value, dict) and len(above) < 4:
-            yield from _sizes(value, (*above, str(name)))
+            yield from oversized(value, (*above, str(name)))
         elif isinstance(value, int) and not _NOT_A_COUNT.search(str(name)):
             for pattern, most, why in _BOUNDS:
                 if pattern.search(str(name)) and value > most:

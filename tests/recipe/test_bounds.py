@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -134,3 +135,13 @@ def test_every_whole_number_of_the_schema_has_a_bound(load, minimal):
     assert [path for path in unbounded(json_schema(), "") if not any(name in path for name in allowed)] == []
     assert list(field_paths(Recipe))
     assert load_recipe("quickstart")
+
+
+def test_a_config_that_is_given_to_a_plan_is_bounded_too(minimal, tmp_path, capsys, within):
+    (tmp_path / "run.yaml").write_text(minimal.replace("path: corpus.jsonl", "synthetic: passkey"))
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 10**12, **sizes}))
+    for file in (str(config), "/dev/zero"):
+        assert main(["plan", str(tmp_path / "run.yaml"), "--config", file]) == 2
+    assert "num_hidden_layers=1000000000000 is above 4,096" in capsys.readouterr().err
