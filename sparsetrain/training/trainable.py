@@ -29,9 +29,26 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in added)
         what = f"the {', '.join(recipe.attention.new_modules)} of each layer alone"
     else:
-        what = "everything"
+        frozen = _freeze_other_senses(model)
+        what = f"the language model without {', '.join(frozen)}, which no text reaches" if frozen else "everything"
     trained, all_of_them = trainable_size(model), total_size(model)
     return f"trained: {what}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})"
+
+
+def _freeze_other_senses(model: PreTrainedModel) -> list[str]:
+    """Freeze what reads images or sound in a model that also does: text gives it no gradient.
+
+    Returns:
+        The names of the modules.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    reached = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in reached}
+    for parameter in others.values():
+        parameter.requires_grad_(False)
+    return sorted({name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] for name in others})
 
 
 def total_size(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training.export import export
 from sparsetrain.training.round_trip import check_round_trip
+from sparsetrain.training.trainable import choose_trainable
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = {
@@ -111,6 +112,15 @@ def test_what_is_saved_of_adapters_is_what_was_trained(lora, tied, built, checke
     line = checked(section.model_copy(update={"path": "."}), model, tokenizer)
     assert "bit for bit" in line
     assert int(line.split()[7]) >= len(trained)
+
+
+def test_what_no_text_reaches_is_frozen_and_saved(built, checked, tiny_recipe):
+    section, model, tokenizer = built("gemma3")
+    said = choose_trainable(model, tiny_recipe())
+    assert "the language model without multi_modal_projector, vision_tower, which no text reaches, " in said
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"multi_modal_projector", "vision_tower"}
+    assert "62 tensors" in checked(section, model, tokenizer)
 
 
 def edit(folder, act):
