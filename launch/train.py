@@ -18,6 +18,7 @@ import sys
 from sparsetrain.cli import main
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.training.launched import adopt_slurm, part
+from sparsetrain.training.signals import Ends
 
 EXIT_SECONDS = 60
 """What a failed process may still take to exit: the destructor of a broken process group may wait for ever."""
@@ -34,7 +35,8 @@ def launch(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = launch(sys.argv[1:])
+    ends = Ends()
+    code = ends.code = launch(sys.argv[1:])
     if code:
         signal.alarm(EXIT_SECONDS)
     else:

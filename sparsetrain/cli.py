@@ -130,7 +130,13 @@ def _refuse_unprintable(argument: str) -> None:
 
 def script() -> NoReturn:
     """The command as a process of its own."""
+    from sparsetrain.training.signals import Ends
+
+    # Other commands have nothing to be started again for.
+    ends = Ends() if sys.argv[1:2] == ["run"] else None
     code = main()
+    if ends is not None:
+        ends.code = code
     if code == 0 and "torch.distributed" in sys.modules:
         from sparsetrain.training.launched import part
 
@@ -177,20 +183,26 @@ def run(
     Several GPUs, one process each, through DeepSpeed's launcher:
       deepspeed launch/train.py my.yaml train.lr=2e-5
 
-    A run stopped by SIGTERM or SIGUSR1 saves a checkpoint and exits with 75: start it again with --resume.
+    A run stopped by SIGTERM or SIGUSR1 saves what it has and exits with 75: start it again with --resume.
     """
-    from sparsetrain.recipe import load_recipe
+    from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 
-    loaded = load_recipe(recipe, overrides or [], output)
-    if os.environ.get("RANK", "0") == "0":
-        _print_notes(loaded)
-    from sparsetrain.training.run import run as train
-    from sparsetrain.training.signals import PREEMPTED_EXIT_CODE, Outcome
+    outcome = Outcome.FINISHED
+    with StopSignals() as signals:
+        try:
+            from sparsetrain.recipe import load_recipe
 
-    with loaded.naming_places():
-        outcome = train(loaded.recipe, resume=resume)
-    if outcome is Outcome.PREEMPTED:
-        raise typer.Exit(PREEMPTED_EXIT_CODE)
+            loaded = load_recipe(recipe, overrides or [], output)
+            if os.environ.get("RANK", "0") == "0":
+                _print_notes(loaded)
+            from sparsetrain.training.run import run as train
+
+            with loaded.naming_places():
+                outcome = train(loaded.recipe, resume=resume, signals=signals)
+        except Stopped as stopped:
+            outcome = stopped.outcome
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
 
 
 @app.command(name="eval")

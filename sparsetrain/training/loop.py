@@ -31,7 +31,7 @@ from sparsetrain.training.engine import FiniteAdamW, World
 from sparsetrain.training.place import here
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
-from sparsetrain.training.signals import Outcome, StopSignals
+from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 from sparsetrain.training.telling import attempt
 
 
@@ -77,12 +77,16 @@ class Loop:
     say: Callable[[str], None]
     on_step: Callable[[int, StepResult], None]
     evaluate: Callable[[], bool]
-    """Returns whether the checkpoint of this step is to be kept as the best."""
+    """Returns whether the checkpoint of this step is to be kept as the best. Raises Stopped where that is asked for."""
     save: Callable[[bool], None]
     """Is told whether to wait until the checkpoint is complete."""
     poll_checkpoint: Callable[[], None]
     """Completes a checkpoint that has been written meanwhile."""
     signals: StopSignals
+    evaluated: Callable[[int], bool] = lambda step: True
+    """Whether a step has been evaluated, before this process began too."""
+    crown: Callable[[], None] = lambda: None
+    """Keeps the last checkpoint as the best."""
     methods: list[Method] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +102,8 @@ class Loop:
         """
         watch = GradientWatch(self.engine.module) if self.state.step == 0 else None
         here.timed = True
+        if (stop := self._evaluate_belatedly()) is not None:
+            return stop
         while self.state.step < self.plan.steps:
             here.at("waiting for data", self.state.step + 1)
             batch = next(self.loader)
@@ -111,13 +117,29 @@ class Loop:
             self.on_step(self.state.step, result)
             self.poll_checkpoint()
             finished = self.state.step == self.plan.steps
+            best = False
+            if not finished and stop is None and _due(self.recipe.eval.every, self.state.step):
+                try:
+                    best = self.evaluate()
+                except Stopped as stopped:
+                    stop = stopped.outcome
             ends = finished or stop is not None
-            best = not ends and _due(self.recipe.eval.every, self.state.step) and self.evaluate()
             if ends or best or _due(self.recipe.checkpoint.every, self.state.step):
                 self.save(ends)
             if stop is not None and not finished:
                 return stop
         return Outcome.FINISHED
+
+    def _evaluate_belatedly(self) -> Outcome | None:
+        """What is owed for the step that a run was stopped at, which saved at once; who stops it now, if anybody."""
+        step = self.state.step
+        owed = 0 < step < self.plan.steps and _due(self.recipe.eval.every, step) and not self.evaluated(step)
+        try:
+            if owed and self.evaluate():
+                self.crown()
+        except Stopped as stopped:
+            return stopped.outcome
+        return None
 
     def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, Outcome | None]:
         """One optimizer step. The second value says whether any rank was asked to stop, and by whom."""

@@ -25,7 +25,6 @@ from sparsetrain.evaluation import EvalResult, check_inputs, evaluate
 from sparsetrain.evaluation.report import print_results, read_results, write_report
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import (
-    attention_density,
     load_config,
     load_model,
     sparsify,
@@ -38,12 +37,12 @@ from sparsetrain.training.build import build_engine
 from sparsetrain.training.changes import told
 from sparsetrain.training.chat_tokens import settle_chat
 from sparsetrain.training.checkpoints import Saver, TrainState
+from sparsetrain.training.costs import Costs
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
 from sparsetrain.training.drawing import draw_run
 from sparsetrain.training.engine import World, check_config, check_offload, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
-from sparsetrain.training.flops import model_flops_per_token, peak_flops
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult, is_logged
 from sparsetrain.training.memory import check_memory_options
@@ -52,10 +51,10 @@ from sparsetrain.training.progress import Progress
 from sparsetrain.training.quantize import check_quantization, quantize_base
 from sparsetrain.training.ready import check_fit
 from sparsetrain.training.round_trip import check_round_trip
-from sparsetrain.training.signals import Outcome, StopSignals
+from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 from sparsetrain.training.telling import attempt
 from sparsetrain.training.tracking import Tracker
-from sparsetrain.training.trainable import choose_trainable, total_size, trainable_size
+from sparsetrain.training.trainable import choose_trainable, trainable_size
 from sparsetrain.training.watch import Watch
 
 CALIBRATION_TOKENS = 4
@@ -67,25 +66,33 @@ CALIBRATION_ROWS = 64
 T = TypeVar("T")
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> Outcome:
+def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = None) -> Outcome:
     """Train what the recipe says.
 
     Args:
         resume: continue from the newest complete checkpoint in the run folder, or start if there is none.
+        signals: what asks the run to stop, where somebody listens already.
 
     Returns:
-        Whether training reached its end, or who stopped it after a checkpoint.
+        Whether training reached its end, or who stopped it.
 
     Raises:
         SparsetrainError: whatever stands in the way, explained, on every rank.
     """
-    world = init_world(recipe.deepspeed.timeout)
-    watch = Watch(world, 60 * recipe.deepspeed.timeout)
-    with ExitStack() as occupied, watch, explained(recipe, world, watch):
-        return _prepare(recipe, world, watch, resume, occupied).execute(resume)
+    with ExitStack() as occupied:
+        signals = signals or occupied.enter_context(StopSignals())
+        try:
+            world = init_world(recipe.deepspeed.timeout)
+            with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
+                signals.last_words = watch.tell_stop
+                return _prepare(recipe, world, watch, signals, resume, occupied).execute(resume)
+        except Stopped as stopped:
+            return stopped.outcome
 
 
-def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied: ExitStack) -> _Run:
+def _prepare(
+    recipe: Recipe, world: World, watch: Watch, signals: StopSignals, resume: bool, occupied: ExitStack
+) -> _Run:
     """Load model and data. What cannot work is refused before anything heavy is loaded."""
     # transformers draws a bar for every folder it reads or writes; this run has its own.
     transformers.utils.logging.disable_progress_bar()
@@ -112,7 +119,7 @@ def _prepare(recipe: Recipe, world: World, watch: Watch, resume: bool, occupied:
     here.at("reading the data")
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
-    return _Run(recipe, output, occupied, world, watch, model, tokenizer, rows, plan)
+    return _Run(recipe, output, occupied, world, watch, signals, model, tokenizer, rows, plan)
 
 
 @dataclass
@@ -122,6 +129,7 @@ class _Run:
     occupied: ExitStack
     world: World
     watch: Watch
+    signals: StopSignals
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     rows: RowStream
@@ -138,7 +146,7 @@ class _Run:
         if self.rows.chat:
             for line in settle_chat(self.model, self.tokenizer, recipe.lora):
                 self.say(line)
-        self.costs = _Costs.of(self.model, recipe, world)
+        self.costs = Costs.of(self.model, recipe, world)
         self.say(self.costs.describe())
 
         start = self._find_checkpoint(resume)
@@ -153,7 +161,7 @@ class _Run:
             self._recall_results()
 
         self.say(choose_trainable(self.model, recipe))
-        self.costs = _Costs.of(self.model, recipe, world)
+        self.costs = Costs.of(self.model, recipe, world)
         config = deepspeed_config(recipe, self.plan, trainable_size(self.model))
         if world.main:
             text = json.dumps(config, indent=1)
@@ -184,22 +192,25 @@ class _Run:
         self.state.wandb_run_id = self.tracker.run_id
         self.watch.last_words = self.saver.abandon
         # Around the end of a failed run too: a launcher sends SIGTERM as soon as the first rank has left.
-        with StopSignals() as signals:
-            try:
-                # The other ranks hear of an error before W&B is closed, which may take a minute.
-                with explained(recipe, world, self.watch):
-                    return self._train_to_the_end(signals)
-            except BaseException as error:
-                if not isinstance(error, KeyboardInterrupt):
-                    self.saver.abandon()
-                self.tracker.finish(exit_code=1)
-                raise
+        self.signals.hold()
+        try:
+            # The other ranks hear of an error before W&B is closed, which may take a minute.
+            with explained(recipe, world, self.watch):
+                return self._train_to_the_end()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):
+                self.saver.abandon()
+            self.tracker.finish(exit_code=1)
+            raise
 
-    def _train_to_the_end(self, signals: StopSignals) -> Outcome:
-        outcome = self._train(signals)
+    def _train_to_the_end(self) -> Outcome:
+        outcome = self._train()
         if outcome is Outcome.FINISHED:
-            signals.release()
-            self._finish()
+            try:
+                self._finish()
+            except Stopped as stopped:
+                outcome = stopped.outcome
+                self.say(f"stopped in {here}; what was trained is saved: --resume does the rest")
         self.tracker.finish()
         # A launcher kills the other ranks as soon as one has left with an exit code: they leave together.
         dist.barrier()
@@ -272,6 +283,12 @@ class _Run:
             return None
         here.at(f"evaluating: {label}", here.step)
         with self.progress.counting(f"evaluating: {label}") as on_progress:
+
+            def moved(done: int, total: int) -> None:
+                here.moved()
+                on_progress(done, total)
+                self.signals.pause(self.world.largest)
+
             result = evaluate(
                 self.model,
                 self.tokenizer,
@@ -280,7 +297,7 @@ class _Run:
                 seed=self.recipe.train.seed,
                 rank=self.world.rank,
                 world=self.world.size,
-                on_progress=here.moving(on_progress),
+                on_progress=moved,
             )
         self.results[label] = result
         if self.world.main:
@@ -325,7 +342,7 @@ class _Run:
     def _export(self, target: Path, *, whole: bool = False) -> None:
         export(self.model, self.tokenizer, target, self.world, self.recipe.model, whole=whole)
 
-    def _train(self, signals: StopSignals) -> Outcome:
+    def _train(self) -> Outcome:
         loader = StepLoader(self.rows, self.plan, self.world.rank)
         loop = Loop(
             engine=self.engine,
@@ -338,9 +355,11 @@ class _Run:
             say=self.say,
             on_step=self._on_step,
             evaluate=self._evaluate_during,
+            evaluated=lambda step: self._label(step) in self.results,
+            crown=self.saver.crown,
             save=self._save,
             poll_checkpoint=self.saver.poll,
-            signals=signals,
+            signals=self.signals,
         )
         if self.state.step == 0:
             self.tracker.log(self.costs.density_by_layer(), 0)
@@ -379,8 +398,11 @@ class _Run:
             metrics["mfu"] = utilisation
         self.tracker.log(metrics, step)
 
+    def _label(self, step: int) -> str:
+        return f"{self.recipe.attention.method}, step {step}"
+
     def _evaluate_during(self) -> bool:
-        result = self._evaluate(f"{self.recipe.attention.method}, step {self.state.step}")
+        result = self._evaluate(self._label(self.state.step))
         if result is not None:
             self.tracker.log(result.metrics(), self.state.step)
         self.progress.restart_clock()
@@ -404,10 +426,16 @@ class _Run:
         self.say(line)
 
     def _finish(self) -> None:
-        """Export, evaluate what was trained, draw, and say what came out of it."""
+        """Export, evaluate what was trained, draw, and say what came out of it.
+
+        Raises:
+            Stopped: that was asked for, before or after the export or in the evaluation.
+        """
+        self.signals.pause(self.world.largest)
         if self.recipe.checkpoint.export:
             here.at("exporting the model", self.state.step)
             self._export(self.output / "final", whole=True)
+            self.signals.pause(self.world.largest)
         if self.recipe.eval.at_end:
             result = self._evaluate(folder.label_at_end(self.recipe))
             if result is not None:
@@ -430,53 +458,6 @@ class _Run:
                 kind = "trained model" if self.recipe.lora is None else "trained adapters"
                 self.say(f"{kind}: {final}; load with sparsetrain.load({str(final)!r})")
         dist.barrier()
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """What the model costs: parameters, the density of each layer, and FLOPs of a token."""
-
-    parameters: int
-    densities: list[float]
-    flops_per_token: float
-    peak_flops: float | None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, recipe: Recipe, world: World) -> _Costs:
-        text_config = model.config.get_text_config()
-        length = recipe.sequence.length
-        parameters = total_size(model)
-        lookup = 0 if text_config.tie_word_embeddings else text_config.vocab_size * text_config.hidden_size
-        densities = attention_density(model, length)
-        heads = text_config.num_attention_heads
-        flops = model_flops_per_token(
-            parameters - lookup,
-            len(densities),
-            heads,
-            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
-            sum(densities) / len(densities) * (length + 1) / 2,
-            frozen_params=parameters - trainable_size(model),
-        )
-        peak = None
-        if world.device.type == "cuda":
-            per_device = peak_flops(torch.cuda.get_device_name(world.device), recipe.model.dtype)
-            peak = per_device * world.size if per_device else None
-        return cls(parameters, densities, flops, peak)
-
-    def describe(self) -> str:
-        mean = sum(self.densities) / len(self.densities)
-        sparse = sum(density < 1.0 for density in self.densities)
-        return (
-            f"model: {self.parameters / 1e6:,.1f}M parameters, {sparse} of {len(self.densities)} layers sparse, "
-            f"{mean:.1%} of the causal pairs attended"
-        )
-
-    def density_by_layer(self) -> dict[str, float]:
-        return {f"attention/density/layer_{index:02d}": density for index, density in enumerate(self.densities)}
-
-    def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation, where the peak of the device is known."""
-        return tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
 
 def _on_main(world: World, act: Callable[[], T]) -> T:

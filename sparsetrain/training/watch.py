@@ -5,6 +5,7 @@ each other rank judges rank 0. What is judged:
 
 - A line that ends without a goodbye: that process has died. All others stop at once.
 - A rank whose main thread raised an error: it says so, and all others stop at once, naming it.
+- A rank that was asked to stop before training: it says so, and all others stop with its exit code.
 - A line that is silent for the timeout: a process that is stopped, or a host that cannot be reached.
 - From the first step on, a run in which no rank shows progress for the timeout. All but one then wait in a collective;
   the one to blame is in an earlier part of the run than they are, or is the one that does not wait.
@@ -14,11 +15,13 @@ Times are differences of one process's monotonic clock: clocks of two hosts are 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import hmac
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +38,7 @@ from sparsetrain.training.engine import World
 from sparsetrain.training.line import Line, Message, listen, own_address
 from sparsetrain.training.place import here, rank_name, waits_for_others
 from sparsetrain.training.seen import Seen, blame
+from sparsetrain.training.signals import Outcome, Stopped
 
 GRACE = 3.0
 """Seconds that a main thread gets to raise an error of its own after another rank failed, and that one with a broken
@@ -68,6 +72,8 @@ class Watch:
         """Seconds between two messages of a rank."""
         self.verdict: str | None = None
         """What happened to another rank, once it is known."""
+        self.stop: Outcome | None = None
+        """Where another rank was asked to stop: how this one is to end."""
         self.last_words: Callable[[], None] = lambda: None
         """Called before a process whose main thread is stuck is ended; it may take some seconds."""
         self._known = threading.Event()
@@ -114,14 +120,23 @@ class Watch:
         if self._thread is None or self._ending.is_set():
             return
         self._ending.set()
+        if isinstance(error, Stopped):
+            self.tell_stop(error.outcome)
+            return
         own = isinstance(error, SparsetrainError)
         if not own:
             self._known.wait(GRACE if _is_of_connection(error) else 0.0)
+            if self.stop is not None:
+                raise Stopped(self.stop) from error
             if self.verdict is not None:
                 raise TrainingError(self.verdict) from error
         said = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split()).removesuffix(":")
         where = "" if own else f" ({here})"
         self._tell({"fault": f"{rank_name(self.world.rank)} failed{where}: {said}"})
+
+    def tell_stop(self, outcome: Outcome) -> None:
+        """Tell the others that this rank was asked to stop and has left, so that they leave with it."""
+        self._tell({"stop": outcome.value, "by": rank_name(self.world.rank)})
 
     # Meeting.
 
@@ -242,6 +257,9 @@ class Watch:
             seen.update(message["report"], time.monotonic())
         elif "goodbye" in message:
             seen.done = True
+        elif "stop" in message:
+            seen.done = True
+            self._leave_with(message)
         elif "fault" in message:
             seen.done = True
             self._condemn(message["fault"])
@@ -268,6 +286,16 @@ class Watch:
                 self._tell({"fault": verdict})
             self._known.set()
 
+    def _leave_with(self, message: Message) -> None:
+        """Another rank was asked to stop before there was anything to lose: ask this one too."""
+        if self.verdict is None:
+            self.stop = Outcome(message["stop"])
+            if self.world.main:
+                self._tell(message)
+            self.verdict = f"{message['by']} was asked to stop"
+            self._known.set()
+            _thread.interrupt_main(signal.SIGINT if self.stop is Outcome.INTERRUPTED else signal.SIGTERM)
+
     def _stop(self) -> None:
         """See to it that the process ends. What lies unread in a socket would destroy what was just sent: go on
         reading meanwhile."""
@@ -275,6 +303,8 @@ class Watch:
         while not self._closed.is_set():
             self._receive(0.1)
             if time.monotonic() > deadline + (ENDING if self._ending.is_set() else 0.0):
+                if self.stop is not None:
+                    os._exit(self.stop.exit_code)
                 print(f"\nerror (rank {self.world.rank}): {self.verdict}", file=sys.stderr)
                 print(f"{rank_name(self.world.rank)} itself was here, in {here}:", file=sys.stderr)
                 traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
