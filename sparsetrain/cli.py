@@ -495,6 +495,8 @@ def validate(
             unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
             print(f"{name}: valid: {facts}{unseen}")
             _print_notes(loaded)
+            for line in data.shown:
+                print(line)
             for remark in data.remarks:
                 print(f"note: {remark}", file=sys.stderr)
     if failures:

@@ -39,6 +39,8 @@ class DataCheck:
     """What could not be looked at, so that only the run finds out."""
     remarks: list[str] = field(default_factory=list)
     """What the user should know, a sentence each."""
+    shown: list[str] = field(default_factory=list)
+    """How each source is read, with the first row of those that could be tokenised."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,14 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
     place, row = first_row(source, kind, files, skip=skip)
     form = resolve_form(source, list(row), seen)
     if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:
+        from sparsetrain.data.preview import preview
         from sparsetrain.data.render import render
 
         try:
-            render(row, form, tokenizer)
+            tokens = render(row, form, tokenizer)
         except MalformedRow as problem:
             raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
+        check.shown += preview(source.label, form.describe(), tokens, tokenizer)
     return takes_template(form, row, seen)
 
 

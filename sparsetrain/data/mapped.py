@@ -97,6 +97,7 @@ class MappedSource:
         stop = data.on_malformed == "stop"
         opened = open_source(source, tokenizer, streaming=False, skip_damaged=not stop)
         self.chat = opened.reader.chat
+        self.form = opened.reader.form.describe()
         self._rows = tokenized(source, opened, tokenizer, data.num_workers).with_format("numpy")
         lengths = self._rows["length"][:]
         malformed = np.flatnonzero(lengths == MALFORMED)
@@ -131,6 +132,10 @@ class MappedSource:
     def content(self) -> str:
         """Equal for equal documents, wherever they lie."""
         return content_of(self._rows, self._usable, self.lengths)
+
+    def first(self) -> Tokens:
+        """The first document of the source."""
+        return self._read(int(self._usable[0]))
 
     def draw(self) -> list[Piece]:
         """The next piece of this epoch, or the first of the next one."""

@@ -7,16 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from math import frexp, ldexp
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from sparsetrain.data.batch import Row
-from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece
+from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece, Tokens
 from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.position import Position, read_position
+from sparsetrain.data.preview import preview
 from sparsetrain.data.randomness import generator, uniform
 from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW_ROWS = 32
 """Rows' worth of documents packed together. More fill rows better; fewer are quicker to draw again on resume."""
@@ -32,6 +36,10 @@ class DocumentSource(Protocol):
     """Whether its rows go through the tokenizer's chat template."""
 
     @property
+    def form(self) -> str:
+        """How its rows are read, in a line."""
+
+    @property
     def size(self) -> int | None:
         """Draws in an epoch: 0 for a synthetic source, which has none; None for a stream, which does not know."""
 
@@ -42,6 +50,9 @@ class DocumentSource(Protocol):
     @property
     def content(self) -> str | None:
         """Equal for equal documents, wherever they lie; None for a synthetic source or a stream, which cannot know."""
+
+    def first(self) -> Tokens | None:
+        """Its first document, whatever was drawn; None where none can be read."""
 
     def draw(self) -> list[Piece]:
         """The next piece; of a stream, all pieces of the next document."""
@@ -125,6 +136,10 @@ class RowStream:
     def skip(self) -> None:
         """Pass over the next row; mapped sources do not even read it."""
         self._advance()
+
+    def preview(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """How each source is read, with its first document, in lines for a log."""
+        return [line for each in self._sources for line in preview(each.label, each.form, each.first(), tokenizer)]
 
     @property
     def chat(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.data.document import MIN_TOKENS, Document, Piece, cut
+from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, cut
 from sparsetrain.data.position import Streamed, read_position
 from sparsetrain.data.sources import open_source, rows_of
 from sparsetrain.data.values import MalformedRow
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 NAMED_ROWS = 3
 """Malformed rows named in the log; the others are counted."""
+FIRST_ROWS = 20
+"""Rows looked at for a first document to show."""
 BARREN_DOCUMENTS = 200
 """Documents in a row of which no piece is worth a place in a row, before the source is refused."""
 
@@ -64,6 +68,20 @@ class StreamedSource:
         self._barren: list[int] = []
         """The latest rows without a piece that is worth a place in a row."""
         self._rewind()
+
+    @property
+    def form(self) -> str:
+        """How its rows are read."""
+        return self._opened.reader.form.describe()
+
+    def first(self) -> Tokens | None:
+        """The first document of the source, if one of its first rows gives one."""
+        for raw in islice(rows_of(self._source, self._opened.open()), FIRST_ROWS):
+            with suppress(MalformedRow):
+                tokens = self._opened.reader.tokens(raw, self._tokenizer)
+                if len(tokens.input_ids) >= MIN_TOKENS:
+                    return tokens
+        return None
 
     def draw(self) -> list[Piece]:
         """The pieces of the next document.

@@ -291,6 +291,7 @@ class SyntheticSource:
         self, source: DataSource, tokenizer: PreTrainedTokenizerBase, row_length: int, seed: int, index: int
     ) -> None:
         self.label = source.label
+        self.form = f"the synthetic task {source.synthetic}"
         self._lengths = sorted(source.lengths) or [row_length]
         if self._lengths[-1] > row_length:
             raise DataError(
@@ -301,6 +302,11 @@ class SyntheticSource:
         self._seed = (seed, "synthetic", index)
         self._drawn = 0
         self._task.document(self._lengths[0], generator(seed))
+
+    def first(self) -> Tokens:
+        """The first document."""
+        rng = generator(*self._seed, 0)
+        return self._task.document(int(rng.choice(self._lengths)), rng)
 
     def draw(self) -> list[Piece]:
         """The next document, whole."""

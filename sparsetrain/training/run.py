@@ -143,6 +143,8 @@ class _Run:
         rows = self.plan.global_batch_sequences
         self.state = TrainState(ranks=world.size, rows_per_step=rows, steps=self.plan.steps)
         self.say(f"batch: {self.plan.describe()}")
+        for line in self.rows.preview(self.tokenizer) if world.main else ():
+            self.say(line)
         if self.rows.chat:
             for line in settle_chat(self.model, self.tokenizer, recipe.lora):
                 self.say(line)
