@@ -56,7 +56,7 @@ def make_model(method: str) -> PreTrainedModel:
 def test_a_cached_prompt_and_what_follows_equal_passes_without_a_cache(method: str, tokens: int) -> None:
     model = make_model(method)
     close = {"rtol": 0.0, "atol": 0.15 if method == "full" else 1e-3}
-    ids = torch.randint(512, (1, tokens), generator=torch.Generator().manual_seed(1)).cuda()
+    ids = torch.randint(1, 512, (1, tokens), generator=torch.Generator().manual_seed(1)).cuda()
 
     def last(text: torch.Tensor, **options: Any) -> torch.Tensor:
         return model(text, use_cache=False, logits_to_keep=STEPS + 1, **options).logits
@@ -81,7 +81,7 @@ def test_training_gives_the_gradients_of_the_plain_path(method: str, monkeypatch
     from sparsetrain_kernels import backend
 
     model = make_model(method).train()
-    ids = torch.randint(512, (1, 2048), generator=torch.Generator().manual_seed(1)).cuda()
+    ids = torch.randint(1, 512, (1, 2048), generator=torch.Generator().manual_seed(1)).cuda()
 
     def step() -> list[torch.Tensor]:
         model.zero_grad()
