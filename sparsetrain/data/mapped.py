@@ -99,6 +99,7 @@ class MappedSource:
         self.chat = opened.reader.chat
         self.form = opened.reader.form.describe()
         self._rows = tokenized(source, opened, tokenizer, data.num_workers).with_format("numpy")
+        self._tables = self._rows.with_format("arrow")
         lengths = self._rows["length"][:]
         malformed = np.flatnonzero(lengths == MALFORMED)
         self.malformed = len(malformed)
@@ -159,10 +160,10 @@ class MappedSource:
         self._drawn = read_position(state, Drawn).drawn
 
     def _read(self, row: int) -> Tokens:
-        columns = self._rows[row]
-        return Tokens(
-            columns["input_ids"], [(int(start), int(stop)) for start, stop in columns["targets"].reshape(-1, 2)]
-        )
+        """The tokens of a row, as they lie in the cache: the many pieces of a long document must not each copy it."""
+        table = self._tables[row]
+        input_ids, targets = (np.asarray(table[name].chunk(0).flatten()) for name in ("input_ids", "targets"))
+        return Tokens(input_ids, [(int(start), int(stop)) for start, stop in targets.reshape(-1, 2)])
 
     def _report(self, malformed: np.ndarray, rows: int, *, stop: bool) -> None:
         named = "; ".join(str(self._rows[int(row)]["error"]) for row in malformed[:NAMED_ROWS])

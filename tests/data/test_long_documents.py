@@ -61,3 +61,11 @@ def test_memory_that_runs_out_names_the_data_and_what_helps(streaming, stream, w
     assert told.value.exit_code == 3
     assert not is_out_of_memory(told.value)
     assert "lora" not in str(told.value)
+
+
+def test_the_pieces_of_a_long_document_share_its_tokens(stream, write_jsonl):
+    """A row is drawn from anywhere in a document; hundreds of copies of it would not fit into memory."""
+    rows = stream({"path": write_jsonl([{"text": "a word " * 5000}])})
+    pieces = [rows._sources[0].draw()[0] for _ in range(20)]
+    assert len({piece.document.tokens.input_ids.__array_interface__["data"][0] for piece in pieces}) == 1
+    assert all(piece.document.tokens.input_ids.dtype == "int32" for piece in pieces)
