@@ -27,6 +27,14 @@ KINDS: dict[str, Kind] = {
     ".rst": "documents",
     ".py": "documents",
 }
+FOREIGN = frozenset(
+    (
+        *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".doc", ".docx", ".odt", ".pdf", ".epub", ".htm", ".html", ".xml"),
+        *(".tex", ".rtf", ".log", ".yaml", ".yml", ".toml", ".zip", ".tar", ".tgz", ".7z", ".db", ".sqlite", ".avro"),
+        *(".feather", ".orc", ".npy", ".npz", ".h5", ".hdf5", ".msgpack", ".pkl", ".pickle", ".pt", ".bin"),
+    )
+)
+"""Suffixes of files that are not read here, and that no Hub dataset's id ends in."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 DAMAGED = "\0damaged\0"
@@ -44,7 +52,8 @@ def is_local(path: str) -> bool:
         os.path.exists(os.path.expanduser(path))
         or glob.has_magic(path)
         or path.startswith(("/", ".", "~"))
-        or _suffix(path) in KINDS
+        or _suffix(path) in KINDS.keys() | FOREIGN
+        or path.endswith(COMPRESSIONS)
         or path.count("/") > 1
     )
 

@@ -64,6 +64,8 @@ def template(text):
 
 REFUSED = [
     ("data.sources.0.path=gone.jsonl", "data.sources.0: data source 'gone.jsonl': gone.jsonl does not exist"),
+    ("data.sources.0.path=gone.csv", "gone.csv does not exist"),
+    ("data.sources.0.path=data/gone.CSV.gz", "data/gone.CSV.gz does not exist"),
     ("data.sources.0.path=gone/*.jsonl", "no file matches gone/*.jsonl"),
     ("data.sources.0.path=./nothing", "the folder ./nothing holds no .jsonl"),
     ("data.sources.0.path=mixed", "mixed mixes kinds of files"),
