@@ -821,7 +821,7 @@ def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:
     from sparsetrain.training.deepspeed_config import deepspeed_config
 
     config = deepspeed_config(loaded.recipe, plan_batch(loaded.recipe, ranks, rows_per_epoch=1))
-    if loaded.recipe.deepspeed.config is not None:
+    if loaded.recipe.deepspeed.config:
         from sparsetrain.training.engine import check_config
 
         check_config(config)

@@ -49,6 +49,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
     if best is not None and getattr(evaluation, best) is None:
         yield ("checkpoint", "keep_best"), f"nothing measures {best}: give eval.{best}, or set it to null"
+    for name, measured in (("perplexity", evaluation.perplexity), ("recall", evaluation.recall)):
+        if measured is not None and measured.source.weight != 1.0:
+            yield (
+                ("eval", name, "source", "weight"),
+                f"weight={measured.source.weight:g} has no effect here: it belongs to a mixture; this is one source",
+            )
     perplexity = evaluation.perplexity
     if perplexity is not None and max(perplexity.lengths) > perplexity.tokens:
         yield (

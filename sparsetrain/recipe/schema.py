@@ -233,7 +233,7 @@ class OptimizerSection(Section):
     """The optimizer. torch's own on CPU (nothing to compile), fused on CUDA, DeepSpeedCPUAdam when offloaded."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: Constant = 1e-8
+    eps: Annotated[float, Field(gt=0), Bounds(1.0, "above it, it outweighs every gradient", least=1e-30)] = 1e-8
     """Term added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0), Bounds(1e3, "the weights are updated in fp32")] = 0.0
     """Decoupled weight decay."""
