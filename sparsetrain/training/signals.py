@@ -84,6 +84,7 @@ class StopSignals:
         self._raised = False
         self._former: dict[int, Any] = {}
         self._ends: tuple[socket.socket, socket.socket] | None = None
+        self._thread = threading.Thread()
         self._end_at: tuple[float, int] | None = None
 
     def __enter__(self) -> StopSignals:
@@ -94,7 +95,10 @@ class StopSignals:
         for end in self._ends:
             end.setblocking(False)
         signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(self._ends[0],), name="sparsetrain-signals", daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._listen, args=(self._ends[0],), name="sparsetrain-signals", daemon=True
+        )
+        self._thread.start()
         for number in NAMES:
             # A terminal that goes is ignored where nohup says so.
             if number != signal.SIGHUP or signal.getsignal(number) == signal.SIG_DFL:
@@ -107,12 +111,16 @@ class StopSignals:
             return
         _active.remove(self)
         self._give_back()
+        # What came is answered before the end.
         self._ends[1].close()
+        self._thread.join(1.0)
         self._ends = None
 
     def hold(self) -> None:
         """From now on there is something to lose: requests wait for whoever asks."""
         self._holding = True
+        # An earlier one was swallowed, and is heeded with the next step.
+        self._end_at = None
 
     def pause(self, largest: Callable[[float], float]) -> None:
         """Stop here where that was asked for: of any rank once there is something to lose, and before of this one,
@@ -216,6 +224,19 @@ class Ends:
 
 
 _active: list[StopSignals] = []
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    """A child inherits the handlers and the way to the thread that answers: until it has forgotten them, a signal to it
+    would be taken for one to the run."""
+    if _active:
+        _masks.former = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
+
+
+def _after_fork() -> None:
+    if (former := _masks.__dict__.pop("former", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _forget() -> None:
@@ -226,6 +247,7 @@ def _forget() -> None:
             for number in NAMES:
                 signal.signal(number, signal.SIG_DFL)
     _active.clear()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget)

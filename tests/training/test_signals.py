@@ -15,6 +15,7 @@ import pytest
 
 from sparsetrain.cli import main
 from sparsetrain.training import run as training
+from sparsetrain.training import signals
 from sparsetrain.training.signals import Stopped, StopSignals
 
 EVALUATION = "eval={every: 2, at_start: false, at_end: true, passkey: {lengths: [160], depths: 2, trials: 2}}"
@@ -86,6 +87,7 @@ def test_a_request_that_a_library_swallows_is_heeded_all_the_same(arguments, mon
         return original(*given)
 
     monkeypatch.setattr(training, "build_rows", swallowing)
+    monkeypatch.setattr(signals, "PATIENCE", 300.0)
     assert main(arguments("eval.at_start=true")) == 75
     assert not (tmp_path / "run/evaluation.json").exists()
 
@@ -170,10 +172,10 @@ def test_ranks_stop_together_before_training(tiny, tmp_path, ranks_of):
 
 
 def test_a_second_ctrl_c_interrupts():
-    with StopSignals() as signals:
-        signals.hold()
+    with StopSignals() as stop:
+        stop.hold()
         signal.raise_signal(signal.SIGINT)
-        assert signals.interrupted
+        assert stop.interrupted
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -199,7 +201,7 @@ with signals.StopSignals() as stop:
 
 
 def test_workers_die_of_a_signal_and_the_run_hears_nothing_of_it():
-    with StopSignals() as signals:
+    with StopSignals() as stop:
         child = os.fork()
         if child == 0:
             time.sleep(30)
@@ -207,8 +209,8 @@ def test_workers_die_of_a_signal_and_the_run_hears_nothing_of_it():
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.1)
-        assert not signals.preempted
-        assert signals._end_at is None
+        assert not stop.preempted
+        assert stop._end_at is None
 
 
 def test_outside_of_the_main_thread_it_does_nothing():
