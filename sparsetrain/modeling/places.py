@@ -47,18 +47,21 @@ def _check_holds_model(folder: Path, what: str) -> None:
     """Refuse a folder of a run in the place of the model that lies in it."""
     if any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE, "tokenizer_config.json")):
         return
-    checkpoint = (folder / "state.json").is_file() and (folder / "manifest.json").is_file()
-    run = next((run for run in (folder, *folder.absolute().parents[:2]) if (run / "recipe.yaml").is_file()), None)
-    if run is None and not checkpoint:
+    folder = folder.absolute()
+    if (folder / "state.json").is_file() and (folder / "manifest.json").is_file():
+        kind, run = "a checkpoint, from which a run goes on", folder.parent.parent
+    elif folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file():
+        kind, run = "the folder of checkpoints, from which a run goes on", folder.parent
+    elif (folder / "recipe.yaml").is_file():
+        kind, run = "the folder of a run", folder
+    else:
         return
-    kind = "a checkpoint, from which a run goes on" if checkpoint else "the folder of a run" if run == folder else None
-    if kind is None:
-        return
-    if run is not None and (run / "final").is_dir():
-        raise ModelError(f"{what} is {kind}; the model that it trained is {run / 'final'}")
+    if (run / "final").is_dir():
+        raise ModelError(
+            f"{what} is {kind}; the model that it trained is {run / 'final'} (sparsetrain export copies it)"
+        )
     raise ModelError(
-        f"{what} is {kind}, and has no model yet: let the run finish (--resume), which writes final/, or take "
-        "sparsetrain export to give it away"
+        f"{what} is {kind}, and holds no model: continue the run with --resume, its end writes {run / 'final'}"
     )
 
 
