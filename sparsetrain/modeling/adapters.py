@@ -26,10 +26,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling.adapter_expressions import bound_expressions
+from sparsetrain.modeling.adapter_targets import adapter_targets, has_tied_head, norms_of
 from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
-from sparsetrain.modeling.layers import new_modules, sparse_layers, sparsify
+from sparsetrain.modeling.layers import new_modules, sparsify
 from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
 from sparsetrain.modeling.storage import (
     ADAPTER_FILE,
@@ -38,7 +39,6 @@ from sparsetrain.modeling.storage import (
     recorded_attention,
     write_record,
 )
-from sparsetrain.recipe.lora_targets import layers_named, no_layer, tied_head
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -83,10 +83,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
     """
     from peft import LoraConfig
 
-    targets = _targets(model, lora.targets)
+    targets = adapter_targets(model, lora)
     whole = {name: [p for p in new.parameters() if p.requires_grad] for name, new in new_modules(model).items()}
     if lora.train_norms:
-        whole |= {name: list(norm.parameters()) for name, norm in _norms(model).items()}
+        whole |= {name: list(norm.parameters()) for name, norm in norms_of(model).items()}
     if lora.train_embeddings:
         name, embedding = next((n, m) for n, m in model.named_modules() if m is model.get_input_embeddings())
         whole[name] = list(embedding.parameters())
@@ -94,12 +94,13 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
         r=lora.rank,
         lora_alpha=lora.scale_numerator,
         lora_dropout=lora.dropout,
-        target_modules=sorted(targets),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
+        target_modules=sorted(targets.linear) or None,
+        target_parameters=sorted(targets.parameters) or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.linear.values()),
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         modules_to_save=sorted(whole) or None,
-        ensure_weight_tying=lora.train_embeddings and _tied(model),
+        ensure_weight_tying=lora.train_embeddings and has_tied_head(model),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config._name_or_path,
     )
@@ -328,14 +329,17 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    for name, layer in layers:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise ModelError(f"{name} cannot be merged: {error}") from error
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        # Adapters of several parameters of one module stand inside each other.
+        if parent not in layers:
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
     return model
 
@@ -357,47 +361,6 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
     finally:
         config.modules_to_save, config.ensure_weight_tying = whole, tying
     model.train(model.training)
-
-
-def _targets(model: PreTrainedModel, rule: str | list[str]) -> dict[str, nn.Module]:
-    """The linear layers that get an adapter, by name."""
-    added = {id(inner) for new in new_modules(model).values() for inner in new.modules()}
-    linear = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in added
-    }
-    kind = type(model).__name__
-    if rule in ("attention", "linear"):
-        attention = (layer for _, layer, _ in sparse_layers(model))
-        roots = attention if rule == "attention" else (model.get_decoder(),)
-        inside = {id(inner) for root in roots for inner in root.modules()}
-        chosen = {name for name, layer in linear.items() if id(layer) in inside}
-        if not chosen:
-            raise no_layer(rule, linear, kind)
-    else:
-        chosen = layers_named(rule, linear, kind)
-    if _tied(model) and any(linear[name] is model.get_output_embeddings() for name in chosen):
-        raise tied_head()
-    return {name: linear[name] for name in chosen}
-
-
-def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The normalisations of the decoder, by name: every family has classes of its own, all named so."""
-    added = {id(inner) for new in new_modules(model).values() for inner in new.modules()}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and id(module) not in added
-        and not list(module.children())
-        and list(module.parameters())
-    }
-
-
-def _tied(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _without_adapter_name(name: str) -> str:

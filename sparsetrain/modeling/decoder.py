@@ -24,8 +24,25 @@ def decoder_holding(model: nn.Module, layers: Iterable[nn.Module]) -> PreTrained
 
 
 def decoder_modules(model: Any) -> dict[str, nn.Module]:
-    """Every module of a sparsified model's text decoder and of its output head, by name."""
+    """Every module of a sparsified model's text decoder, its embedding and its output head, by name."""
     decoder = decoder_holding(model, (module for module in model.modules() if hasattr(module, PLAN_ATTRIBUTE)))
-    roots = [root for root in (decoder, model.get_output_embeddings()) if root is not None]
+    roots = [
+        root for root in (decoder, model.get_input_embeddings(), model.get_output_embeddings()) if root is not None
+    ]
     inside = {id(module) for root in roots for module in root.modules()}
     return {name: module for name, module in model.named_modules() if id(module) in inside}
+
+
+def freeze_towers(model: PreTrainedModel) -> list[str]:
+    """Freeze what reads images or sound in a model that also does: text gives it no gradient.
+
+    Returns:
+        The names of the modules.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    inside = {id(p) for module in decoder_modules(model).values() for p in module.parameters(recurse=False)}
+    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    for parameter in others.values():
+        parameter.requires_grad_(False)
+    return sorted({name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] for name in others})

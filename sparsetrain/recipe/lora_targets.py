@@ -1,4 +1,4 @@
-"""The linear layers that ``lora.targets`` names, of a model that is loaded and of one that is only planned."""
+"""The layers that ``lora.targets`` names, of a model that is loaded and of one that is only planned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def layers_named(targets: str | list[str], names: Collection[str], model: str) -
     """Those of ``names`` that an expression matches as a whole, or that are or end with a name of a list.
 
     Args:
-        names: whole names of the model's linear layers.
+        names: whole names of the decoder's linear layers, and of its experts' weights.
         model: what to call it in an error.
 
     Raises:
@@ -38,7 +38,7 @@ def no_layer(missed: str, names: Collection[str], model: str) -> RecipeError:
     """The error of targets that match nothing; it says what there is."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
     return RecipeError(
-        f"lora.targets: {missed} matches no linear layer of {model}, whose linear layers are named "
+        f"lora.targets: {missed} matches no linear layer of {model}, whose decoder's linear layers are named "
         f"{', '.join(leaves)} (the first: {next(iter(names), 'none')})"
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsetrain.errors import RecipeError
 from sparsetrain.modeling.adapters import add_adapters
+from sparsetrain.modeling.decoder import decoder_modules, freeze_towers
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 
@@ -22,33 +26,49 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
         # Equal adapters on every rank, whatever was drawn before.
         torch.manual_seed(recipe.train.seed)
         add_adapters(model, lora)
-        what = f"LoRA of rank {lora.rank}"
+        _check_stage(model, recipe)
+        what = f"LoRA of rank {lora.rank} beside {adapted_share(model):.0%} of the decoder's weights"
     elif recipe.train.parameters == "new_modules":
         added = {id(p) for new in new_modules(model).values() for p in new.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in added)
         what = f"the {', '.join(recipe.attention.new_modules)} of each layer alone"
     else:
-        frozen = _freeze_other_senses(model)
-        what = f"the language model without {', '.join(frozen)}, which no text reaches" if frozen else "everything"
+        towers = freeze_towers(model)
+        what = f"the language model without {', '.join(towers)}, which no text reaches" if towers else "everything"
     trained, all_of_them = trainable_size(model), total_size(model)
     return f"trained: {what}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})"
 
 
-def _freeze_other_senses(model: PreTrainedModel) -> list[str]:
-    """Freeze what reads images or sound in a model that also does: text gives it no gradient.
+def adapted_share(model: PreTrainedModel) -> float:
+    """The share of the decoder's matrices, embeddings and head left out, that have an adapter beside them."""
+    from peft.tuners.lora import LoraLayer
 
-    Returns:
-        The names of the modules.
-    """
-    if model.config.get_text_config(decoder=True) is model.config:
-        return []
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    reached = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
-    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in reached}
-    for parameter in others.values():
-        parameter.requires_grad_(False)
-    return sorted({name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] for name in others})
+    head = model.get_output_embeddings()
+    modules = decoder_modules(model).values()
+    inside = [module for module in modules if module is not head and not isinstance(module, nn.Embedding)]
+    own = {id(p): p for module in inside for name, p in module.named_parameters(recurse=False) if p.ndim > 1}
+    for module in inside:
+        if isinstance(module, LoraLayer):
+            for part in (*module.lora_A.values(), *module.lora_B.values()):
+                own.pop(id(part.weight), None)
+    adapted = {
+        id(weight): weight
+        for module in inside
+        if isinstance(module, LoraLayer)
+        for weight in [getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))]
+    }
+    return sum(map(_size, adapted.values())) / max(1, sum(map(_size, own.values())))
+
+
+def _check_stage(model: PreTrainedModel, recipe: Recipe) -> None:
+    config: Any = model.peft_config
+    names = config["default"].target_parameters
+    if names and recipe.deepspeed.stage == 3:
+        raise RecipeError(
+            f"deepspeed.stage=3: peft makes the adapted weights of experts ({min(names)}) outside of the module that "
+            "gathers their shards; set it to 2, or name linear layers alone in lora.targets, such as attention"
+        )
 
 
 def total_size(model: nn.Module) -> int:
