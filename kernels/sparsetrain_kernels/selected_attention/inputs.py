@@ -100,11 +100,14 @@ def check_selected_inputs(
         nearest = difflib.get_close_matches(str(gate), GATES, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(GATES)}"
         raise ValueError(f"gate={gate!r} does not exist; {hint}")
+    scores, threshold, exit = row_major(scores, threshold, exit)
     return SelectedInputs(
         consecutive_rows(query),
         consecutive_rows(key),
         consecutive_rows(value),
-        *row_major(scores, threshold, exit),
+        scores,
+        threshold,
+        exit,
         None if cu_seqlens is None else cu_seqlens.to(query.device),
         scale,
         topk,
