@@ -325,8 +325,8 @@ def plan(
 ) -> None:
     """Estimate the memory and the time of a recipe before anything runs, and say what to change if it does not fit.
 
-    Needs no GPU, no network and no torch. Memory is counted by component and phase; time is for the recipe's attention
-    and for dense attention in its place.
+    Needs no GPU and no network, and torch only to look at a model of your own. Memory is counted by component and
+    phase; time is for the recipe's attention and for dense attention in its place.
 
     \b
     Examples:

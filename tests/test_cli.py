@@ -227,7 +227,7 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
         file.unlink()
     code, _, err = call("eval", "final", recipe, measure)
     assert code == 2
-    assert err.startswith("error: FOLDER (its tokenizer)='final' cannot be loaded: ")
+    assert "error: FOLDER (its tokenizer)='final' cannot be loaded: " in err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -34,11 +35,14 @@ def resolve(name: str, field: str) -> str:
             shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
         return str(folder)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    # os.path, where pathlib raises for names of no user and for those that no file can have.
+    place = os.path.expanduser(name)
+    if name and os.path.isdir(place):
+        folder = Path(place)
         _check_holds_model(folder, f"{field}={name!r}")
+        check_files(folder)
         return str(folder)
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists():
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(place):
         raise ModelError(f"{field}={name!r}: there is no such folder")
     return name
 
@@ -63,6 +67,22 @@ def _check_holds_model(folder: Path, what: str) -> None:
     raise ModelError(
         f"{what} is {kind}, and holds no model: continue the run with --resume, its end writes {run / 'final'}"
     )
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder with something in it that is neither a file nor a folder: reading a pipe waits for ever.
+
+    Raises:
+        ModelError: names the first.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if not (entry.is_file() or entry.is_dir()):
+            kind = "a link to nothing" if entry.is_symlink() and not entry.exists() else "no regular file"
+            raise ModelError(f"{entry} is {kind}")
 
 
 def unloadable(field: str, name: str | None, error: BaseException) -> ModelError:

@@ -52,6 +52,59 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     model, info = loaded
+    _check_complete(model, info, what, cut=cut)
+    if packed:
+        with explained(f"{what} cannot be unpacked"):
+            model = finish_unpacking(model, what)
+    _check_tied(model, what)
+    if broken := [tensor for tensor, weights in model.named_parameters() if not _finite(weights)]:
+        raise ModelError(f"{what} holds weights that are not finite (NaN or infinity): {_some(broken)}")
+    return model
+
+
+def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: Any, *, cut: bool = False) -> None:
+    """Compare what the files of a local folder say they hold with what the model of a config needs; nothing is read
+    but their headers.
+
+    Args:
+        field: what to call the model in an error.
+        kind: the class of the model.
+        cut: whether the model is meant to have fewer layers than its checkpoint.
+
+    Raises:
+        ModelError: a file is not whole or no safetensors, or a tensor is missing or of another shape.
+    """
+    what, config = f"{field}={path!r}", copy.deepcopy(config)
+    with explained(f"{what} cannot be loaded", remedy(field, path)):
+        named = getattr(config, "transformers_weights", None)
+        check_weight_files(path, named)
+        files = _weight_files(Path(path), named)
+        if unpack_when_loaded(config, what):
+            return  # what is packed has other shapes
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensors[name] = torch.empty(weights.get_slice(name).get_shape(), device="meta")
+    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
+        loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model, info = loaded
+    _check_complete(model, info, what, cut=cut)
+
+
+def _weight_files(folder: Path, named: str | None) -> list[Path]:
+    """The files that transformers would read the weights of a folder from."""
+    index = folder / (named or SAFE_WEIGHTS_INDEX_NAME)
+    whole = index if index.suffix == ".safetensors" else folder / SAFE_WEIGHTS_NAME
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted({folder / file for file in shards.values()})
+
+
+def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, *, cut: bool) -> None:
+    """Refuse a model some of whose weights were not in its checkpoint as they should be."""
     name = type(model).__name__
     check_nothing_packed(info["unexpected_keys"], what)
     if missing := sorted(info["missing_keys"]):
@@ -70,13 +123,6 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
         )
     if left := _beside_weights(model, info["unexpected_keys"]):
         raise ModelError(f"{what} holds {len(left)} weights that the config of {name} leaves out: {_some(left)}")
-    if packed:
-        with explained(f"{what} cannot be unpacked"):
-            model = finish_unpacking(model, what)
-    _check_tied(model, what)
-    if broken := [tensor for tensor, weights in model.named_parameters() if not _finite(weights)]:
-        raise ModelError(f"{what} holds weights that are not finite (NaN or infinity): {_some(broken)}")
-    return model
 
 
 def read_tensors(path: str, names: Iterable[str], hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -173,10 +173,10 @@ def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[s
         ModelError: a field is missing or wrong, or the model has parts that a plan does not count.
     """
     changed = overrides or {}
-    text = {**config, **changed}
+    text = _laid_over(config, changed)
     inner = text.get("text_config")
     if isinstance(inner, dict):
-        text |= {**inner, **changed}
+        text |= _laid_over(inner, changed)
     kind = text.get("model_type")
     if any(text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ModelError(f"{origin}: model_type {kind} has experts; a plan counts dense decoders only")
@@ -225,6 +225,16 @@ def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[s
         rotary_fault=rotary_fault(text.get("rope_parameters") or text.get("rope_scaling")),
         plain_head=not changes_logits(text.get),
     )
+
+
+def _laid_over(config: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with overrides, mappings merged as at load."""
+    merged = {name: {**config[name], **value} for name, value in changed.items() if _are_mappings(config, name, value)}
+    return {**config, **changed, **merged}
+
+
+def _are_mappings(config: Mapping[str, Any], name: str, value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(config.get(name), dict)
 
 
 def _config_file(section: ModelSection) -> Path | None:

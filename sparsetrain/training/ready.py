@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from sparsetrain.errors import ModelError
 from sparsetrain.modeling import check_dropout, check_positions, sparsify
-from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, take_special_tokens
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.modeling.weights import check_headers
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.trainable import choose_trainable
@@ -49,7 +45,9 @@ def check_model(recipe: Recipe) -> None:
         sequence_parallel.check_config(config, recipe.sequence.parallel)
     model = source.skeleton(config, trust_remote_code=section.trust_remote_code)
     if folder is not None:
-        open_weights(folder)
+        check_headers(
+            str(folder), "model.path", type(model), config, cut="num_hidden_layers" in section.config_overrides
+        )
     with torch.device("meta"):
         sparsify(model, recipe.attention)
         check_fit(model, recipe)
@@ -69,17 +67,3 @@ def check_fit(model: PreTrainedModel, recipe: Recipe) -> None:
         from sparsetrain.training import sequence_parallel
 
         sequence_parallel.check_shareable(model, recipe.sequence.parallel)
-
-
-def open_weights(folder: Path) -> None:
-    """Read the headers of the safetensors files of a folder.
-
-    Raises:
-        ModelError: there are none, or one is not whole.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"model.path={str(folder)!r} holds no weights (*.safetensors)")
-    for file in files:
-        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
-            weights.keys()
