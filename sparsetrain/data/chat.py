@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,11 +35,27 @@ def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
         raise MalformedRow("no turn is the assistant's, so there is nothing to learn from")
     if not any(conversation.learns(turn) for turn in range(len(conversation.messages))):
         return [], []
+    conversation = _without_doubles(conversation, tokenizer)
     render = _marked_chat if marks_generation(tokenizer, conversation.tools) else _prefix_chat
     input_ids, targets = with_end_tokens(render(conversation, tokenizer), tokenizer)
     if not targets:
         raise MalformedRow("the chat template leaves the assistant nothing to say")
     return input_ids, targets
+
+
+def _without_doubles(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+    """A conversation without the BOS and EOS of contents that were rendered before, if the template writes them."""
+    bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
+    contents = [str(message["content"]) for message in conversation.messages]
+    if not any((bos and each.lstrip().startswith(bos)) or (eos and each.rstrip().endswith(eos)) for each in contents):
+        return conversation
+    text = conversation.written(tokenizer).text
+    if bos and text.lstrip().startswith(bos):
+        contents = [each.lstrip().removeprefix(bos) if each.lstrip().startswith(bos) else each for each in contents]
+    if eos and re.search(rf"{re.escape(eos)}\s*{re.escape(eos)}", text):
+        contents = [each.rstrip().removesuffix(eos) if each.rstrip().endswith(eos) else each for each in contents]
+    pairs = zip(conversation.messages, contents)
+    return replace(conversation, messages=[{**message, "content": content} for message, content in pairs])
 
 
 def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:

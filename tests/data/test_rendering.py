@@ -171,3 +171,8 @@ def test_a_column_that_the_recipe_names_decides_the_form(mistral):
     assert learned(row, mistral, text_field="body")[0] == "<s> Hello world</s>"
     with pytest.raises(DataError, match="text_field and prompt_field belong to different forms"):
         learned(row, mistral, text_field="body", prompt_field="body")
+
+
+def test_contents_that_were_rendered_before_have_one_bos_and_one_eos(mistral):
+    turns = [{"role": "user", "content": "<s>one?"}, {"role": "assistant", "content": "1</s>"}]
+    assert learned({"messages": turns}, mistral) == ("<s>[INST]  one?[/INST]  1</s>", [" 1</s>"])
