@@ -34,6 +34,9 @@ PACKING = (
 )
 """How the names of tensors end that stand beside packed weights."""
 
+OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", ".q_scale", ".k_scale", ".v_scale")
+"""How the names of scales end that belong to activations and caches."""
+
 
 def unpack_when_loaded(config: Any, what: str) -> bool:
     """Have transformers unpack the weights of a quantised checkpoint as it reads them.
@@ -92,18 +95,22 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
     return model
 
 
-def check_nothing_packed(unexpected: Iterable[str], what: str) -> None:
-    """Refuse a checkpoint of packed weights whose config does not say so: they would be read without their scales.
+def without_scales(unexpected: Iterable[str], what: str) -> list[str]:
+    """The tensors of a checkpoint that a model has no place for, but for scales of activations, which full precision
+    does not need. A scale of weights among them means that packed weights were read as they are.
 
     Args:
-        unexpected: the tensors that the model has no place for.
+        unexpected: the names of those tensors.
+        what: what to call the model in an error.
 
     Raises:
-        ModelError: names one of them.
+        ModelError: names that scale.
     """
-    packed = sorted(name for name in unexpected if name.endswith(PACKING))
+    left = [name for name in unexpected if not name.endswith(OF_ACTIVATIONS)]
+    packed = sorted(name for name in left if name.endswith(PACKING))
     if packed:
         raise ModelError(
-            f"{what} holds packed weights ({packed[0]}), and its config.json does not say how they are packed; restore "
-            f"its {FIELD}, or give the model that it was made from"
+            f"{what} holds packed weights ({packed[0]}) in another form than its config.json tells of; restore its "
+            f"{FIELD}, or give the model that it was made from"
         )
+    return left

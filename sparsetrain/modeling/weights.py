@@ -20,7 +20,7 @@ from sparsetrain.methods.registry import METHODS
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.foreign import check_weight_files
 from sparsetrain.modeling.places import HUB_ARGUMENTS, remedy
-from sparsetrain.modeling.quantized import check_nothing_packed, finish_unpacking, unpack_when_loaded
+from sparsetrain.modeling.quantized import finish_unpacking, unpack_when_loaded, without_scales
 
 NAMED = 3
 """How many tensors a message names."""
@@ -106,7 +106,7 @@ def _weight_files(folder: Path, named: str | None) -> list[Path]:
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, *, cut: bool) -> None:
     """Refuse a model some of whose weights were not in its checkpoint as they should be."""
     name = type(model).__name__
-    check_nothing_packed(info["unexpected_keys"], what)
+    unexpected = without_scales(info["unexpected_keys"], what)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{what} lacks {len(missing)} weights that {name} needs: {_some(missing)}")
     if misfits := sorted(info["mismatched_keys"]):
@@ -115,13 +115,13 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, 
             f"{what} holds {len(misfits)} weights of another shape than its config (or "
             f"model.config_overrides) makes {name}: {_some(shapes)}"
         )
-    if not cut and (left := _of_more_layers(model, info["unexpected_keys"])):
+    if not cut and (left := _of_more_layers(model, unexpected)):
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         raise ModelError(
             f"{what} holds {len(left)} weights of layers that {name} with num_hidden_layers={layers} does "
             f"not have: {_some(left)}"
         )
-    if left := _beside_weights(model, info["unexpected_keys"]):
+    if left := _beside_weights(model, unexpected):
         raise ModelError(f"{what} holds {len(left)} weights that the config of {name} leaves out: {_some(left)}")
 
 

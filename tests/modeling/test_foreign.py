@@ -284,6 +284,13 @@ def test_packed_weights_are_not_read_without_their_scales(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**weights, f"{name}_scale_inv": torch.ones(1, 1)}, folder / "model.safetensors", {"format": "pt"})
     refused(folder, r"holds packed weights .*up_proj\.weight_scale_inv.* restore its quantization_config")
+    activations = {f"model.layers.0.{part}": torch.ones(1) for part in ("self_attn.k_scale", "mlp.up_proj.input_scale")}
+    save_file({**weights, **activations}, folder / "model.safetensors", {"format": "pt"})
+    both(folder)
+    # Scales under a name that transformers does not look for.
+    change(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    save_file({**weights, f"{name}_scale": torch.ones(1, 1)}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, r"holds packed weights .*up_proj\.weight_scale.* in another form than its config\.json tells of")
 
 
 def test_a_bias_that_the_config_leaves_out_is_told(folder):
