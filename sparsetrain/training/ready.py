@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from sparsetrain.modeling import check_dropout, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
@@ -26,6 +27,7 @@ def check_model(recipe: Recipe) -> None:
     Raises:
         SparsetrainError: what would stop the run.
     """
+    logging.disable_progress_bar()  # of weights that are not read
     section = recipe.model
     folder = model_folder(section)
     if folder is None and section.architecture is None:
