@@ -28,15 +28,15 @@ def check_tensors(**tensors: object) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
 
 
-def check_count(name: str, value: int, least: int, why: str = "") -> None:
-    """A whole number, and at least ``least``.
+def check_count(name: str, value: int, least: int, why: str = "", unit: str = "tokens") -> None:
+    """A whole number of ``unit``, and at least ``least``.
 
     Raises:
         TypeError: it is no integer.
         ValueError: it is too small.
     """
     if not is_integer(value):
-        raise TypeError(f"{name}={value!r} is no integer; expected a number of tokens")
+        raise TypeError(f"{name}={value!r} is no integer; expected a number of {unit}")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}{why and ': '}{why}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsetrain.plan.measured import BLOCKS_BYTES, DENSE_BYTES, SPARSEK_BYTES, SPARSEK_KNEE
+from sparsetrain.plan.measured import BLOCKS_BYTES, BLOCKS_SUMS, DENSE_BYTES, SPARSEK_BYTES, SPARSEK_KNEE
 from sparsetrain.plan.setting import Setting
 
 _LIGER_LOSS_ROUNDING = 2
@@ -137,4 +137,6 @@ def _attention_extra(setting: Setting) -> float:
         row = setting.recipe.sequence.length
         per_head = max(min(growing, growing * SPARSEK_KNEE / row), lasting) * shape.head_dim / 128
         return max(dense, per_head * shape.heads)
-    return max(dense, BLOCKS_BYTES * shape.heads)
+    each, most = BLOCKS_SUMS
+    sums = min(each * shape.q_width, most / setting.tokens) if setting.device.hopper and shape.head_dim == 128 else 0.0
+    return max(dense, BLOCKS_BYTES * shape.heads + sums)

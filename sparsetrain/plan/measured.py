@@ -77,6 +77,9 @@ DENSE_BYTES = 8.06
 BLOCKS_BYTES = 32.0
 """Bytes for each token and query head: 128 MiB for 131,072 tokens of 32 heads, at every length."""
 
+BLOCKS_SUMS = (4.0, 2.0**31)
+"""Bytes for each element of the queries that the Hopper kernels add up in backward, heads of 128; and at most."""
+
 SPARSEK_BYTES = (422.0, 126.0)
 """Bytes for each token and query head of 128: 422 MiB for 32,768 tokens of 32 heads. From there on the memory stays
 until 126 bytes a token are more: 528 MiB for 131,072 tokens, 2,115 MiB for 524,288."""

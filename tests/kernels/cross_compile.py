@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import triton
 from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
-from sparsetrain_kernels.block_pattern.hopper import grad_key_value, grad_query
-from sparsetrain_kernels.block_pattern.triton import backward, forward
+from sparsetrain_kernels.block_pattern.hopper import fused_backward, grad_key_value, grad_query
+from sparsetrain_kernels.block_pattern.triton import backward, fixed_point, forward
 from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
 from sparsetrain_kernels.selected_attention.triton import backward as selected_backward
 from sparsetrain_kernels.selected_attention.triton import forward as selected_forward
@@ -25,6 +25,7 @@ from sparsetrain_kernels.selected_attention.triton import lists
 from sparsetrain_kernels.selected_attention.triton.configs import choose_configs as choose_selected_configs
 from sparsetrain_kernels.sparsek.triton import crossing, placement, selection, shares, statistics
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -43,14 +44,20 @@ def report(name: str, kernel: Any) -> None:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        Path(file.name).write_text(kernel.asm["ptx"])
+        arguments = [get_ptxas(90).path, "--gpu-name", "sm_90a", "-v", file.name, "-o", "/dev/null"]
+        log = subprocess.run(arguments, capture_output=True, text=True).stderr
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    assert "Used" in log, log
     facts = {
         "kernel": name,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        # ptxas says so, and no more, where it puts a wait behind every product.
+        "serialised": "wgmma" in log and "serializ" in log,
     }
     print(json.dumps(facts), flush=True)
 
@@ -184,7 +191,8 @@ def compile_sparsek(dtype: str) -> None:
 
 def tiles(dtype: str, rows: int, head_dim: int) -> str:
     block = [1, 1, rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16 if dtype == "bf16" else gl.float16)
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32}[dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, element)
     return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout!r}>"
 
 
@@ -215,9 +223,14 @@ def compile_hopper(dtype: str) -> None:
                 {},
             ),
         )
+        if head_dim == 128:
+            fused = fused_backward.block_pattern_bwd_fused_kernel
+            boxes = {"q": 64, "k": 128, "v": 128, "do": 64}
+            kernels += (("fused", fused, {"BLOCK_M": 64, "STAGES": 2}, boxes, {"maxnreg": 168}),)
         for name, kernel, own, boxes, options in kernels:
             types = {f"{tensor}_desc": tiles(dtype, rows, head_dim) for tensor, rows in boxes.items()}
-            types |= dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[64],{line!r}>")
+            types |= dict.fromkeys(("lse_desc", "delta_desc", "scale_desc"), f"tensordesc<fp32[64],{line!r}>")
+            types["dq_desc"] = tiles("i32", 64, head_dim // 2)
             constants = {**own, "TPB": 2, "FAR": 16}
             compiled = triton.compile(
                 source(GluonASTSource, kernel, dtype, constants, types),
@@ -227,11 +240,31 @@ def compile_hopper(dtype: str) -> None:
             report(f"{name} {dtype} {head_dim}", compiled)
 
 
+def compile_query_sum(dtype: str) -> None:
+    """What comes before and after the fused kernel."""
+    shape = {"D": 128, "TPB": 2, "TILE": 128}
+    rows = {"HEADS": 32, "GROUP": 4, "FAR": 16, "SCAN": 32, "ROWS": 32, "GRAD_LSE": True}
+    integers = ("sum_ptr", "key_max_ptr", "value_max_ptr", "split_items_ptr")
+    known = dict.fromkeys(integers, "*i32") | dict.fromkeys(("padded_scale_ptr", "grad_lse_ptr"), "*fp32")
+    for kernel, own in (
+        (fixed_point.tile_maxima_kernel, {"KV_HEADS": 8}),
+        (fixed_point.fixed_point_rows_kernel, rows),
+        (fixed_point.fixed_point_finish_kernel, {"HEADS": 32, "KV_HEADS": 8, "ROWS": 16, "SUMS": True}),
+    ):
+        types = {name: kind for name, kind in known.items() if name in kernel.arg_names}
+        options = {"num_warps": 8}
+        compiled = triton.compile(
+            source(ASTSource, kernel, dtype, {**shape, **own}, types), target=TARGET, options=options
+        )
+        report(kernel.__name__, compiled)
+
+
 if __name__ == "__main__":
     families = {
         "plain": compile_plain,
         "selected": compile_selected,
         "hopper": compile_hopper,
         "sparsek": compile_sparsek,
+        "sum": compile_query_sum,
     }
     families[sys.argv[1]](sys.argv[2])

@@ -97,3 +97,9 @@ def test_backends_agree_and_lse_comes_on_request(attention) -> None:
     assert with_lse.shape == out.shape
     assert lse.shape == (1, 4, 10)
     assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("workspace", "error"), [(-1, ValueError), (1e9, TypeError), (True, TypeError)])
+def test_a_workspace_is_a_number_of_bytes(workspace, error) -> None:
+    with pytest.raises(error, match=f"workspace={workspace}"):
+        block_pattern_attention(QUERY, KEY, KEY, PowerPattern(4, 2, 1), workspace=workspace)

@@ -36,7 +36,7 @@ def arguments(cu_seqlens: torch.Tensor | None = None, rows: int = 90):
     """Of the forward operation, without gradients."""
     query, key, value = (tensor.detach() for tensor in make_inputs(4, 2, rows))
     lists = block_lists(POWER, -(-rows // 16), 2)
-    return (query, key, value, cu_seqlens, 0, 0.25, None, None, *lists, "reference")
+    return (query, key, value, cu_seqlens, 0, 0.25, None, None, *lists, "reference", 0)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["one", "packed"])

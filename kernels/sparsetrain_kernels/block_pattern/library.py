@@ -22,7 +22,7 @@ from sparsetrain_kernels.inputs import AttentionInputs, Document, consecutive_ro
 _SHARED = (
     "Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens, int q_start, float scale, float? softcap, "
     "Tensor? sink_logits, int block, int window, int num_sinks, int heads, int period, int[] far, int[] far_back, "
-    "str backend"
+    "str backend, int workspace"
 )
 _INPUTS = len(AttentionInputs._fields)
 
@@ -35,7 +35,7 @@ torch.library.define(
 
 @torch.library.impl("sparsetrain::block_pattern_fwd", "default")
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, lists, backend = _unpack(args)
+    inputs, lists, backend, _ = _unpack(args)
     if backend == "reference":
         return gather_forward(inputs, lists)
     return _launches(backend).attention_forward(inputs, lists)
@@ -43,10 +43,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl("sparsetrain::block_pattern_bwd", "default")
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, lists, backend = _unpack(args)
+    inputs, lists, backend, workspace = _unpack(args)
     if backend == "reference":
         return gather_backward(inputs, lists, grad_out, grad_lse, out, lse)
-    return _launches(backend).attention_backward(inputs, lists, consecutive_rows(grad_out), grad_lse, out, lse)
+    own = (workspace,) if backend == "gluon" else ()
+    return _launches(backend).attention_backward(inputs, lists, consecutive_rows(grad_out), grad_lse, out, lse, *own)
 
 
 def _launches(backend: str) -> ModuleType:
@@ -94,16 +95,16 @@ class BlockPatternAttention(torch.autograd.Function):
         return *grads, None, None, None, None, sink_gradient(sink_logits, lse, delta), *none
 
 
-def _unpack(args: tuple[Any, ...]) -> tuple[AttentionInputs, BlockLists, str]:
-    *numbers, far, far_back, backend = args[_INPUTS:]
+def _unpack(args: tuple[Any, ...]) -> tuple[AttentionInputs, BlockLists, str, int]:
+    *numbers, far, far_back, backend, workspace = args[_INPUTS:]
     lists = BlockLists._make((*numbers, tuple(far), tuple(far_back)))
-    return AttentionInputs._make(args[:_INPUTS]), lists, backend
+    return AttentionInputs._make(args[:_INPUTS]), lists, backend, workspace
 
 
 @register_flop_formula(torch.ops.sparsetrain.block_pattern_fwd, get_raw=True)
 def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
     """Two products of ``head_dim`` for each visible pair of a query and a key."""
-    inputs, lists, _ = _unpack(args)
+    inputs, lists, *_ = _unpack(args)
     batch, heads, _, head_dim = inputs.query.shape
     repeats = batch * heads // lists.heads
     return 4 * head_dim * repeats * sum(lists.visible_pairs(document) for document in _documents(inputs))

@@ -7,6 +7,7 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_count
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.block_pattern import reference
 from sparsetrain_kernels.block_pattern.library import BlockPatternAttention
@@ -18,6 +19,8 @@ TRITON_HEAD_DIM = 256
 GLUON_DTYPES = (torch.float16, torch.bfloat16)
 GLUON_HEAD_DIMS = (64, 128)
 GLUON_TILE = 128
+WORKSPACE = 2**31
+"""Bytes, where the caller does not say."""
 
 
 @overload
@@ -29,6 +32,7 @@ def block_pattern_attention(
     *,
     return_lse: Literal[False] = False,
     backend: str = "auto",
+    workspace: int = WORKSPACE,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 
@@ -42,6 +46,7 @@ def block_pattern_attention(
     *,
     return_lse: Literal[True],
     backend: str = "auto",
+    workspace: int = WORKSPACE,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -59,6 +64,7 @@ def block_pattern_attention(
     sink_logits: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    workspace: int = WORKSPACE,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which each block of queries reads the blocks of keys that ``pattern`` lists for it.
 
@@ -82,6 +88,9 @@ def block_pattern_attention(
         backend: ``gluon`` (Hopper: fp16 and bf16, head dim 64 or 128, blocks of a multiple of 128, no extras),
             ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch), or ``auto``: on CUDA
             the first of them that can run the call, else the last.
+        workspace: bytes that the backward pass of ``gluon`` may take for its sums, by default 2 GiB. For heads of 128
+            it adds up the gradient of queries in int32, ``4 * B * Hq * N * D`` bytes, and works on as many KV heads at
+            a time as fit. Where not one does, it computes the scores twice instead, which takes longer.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -89,6 +98,7 @@ def block_pattern_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
+    check_count("workspace", workspace, 0, unit="bytes")
     inputs = check_inputs(
         query,
         key,
@@ -109,7 +119,7 @@ def block_pattern_attention(
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     run = BlockPatternAttention.apply if needs_grad else torch.ops.sparsetrain.block_pattern_fwd
-    out, lse = run(query, key, value, *inputs[3:], *lists, chosen)
+    out, lse = run(query, key, value, *inputs[3:], *lists, chosen, workspace)
     return (out, lse) if return_lse else out
 
 

@@ -33,6 +33,15 @@ def read_item(items_ptr, item):
 
 
 @gluon.jit
+def place(pid, items, heads, together):
+    """The item, head and batch of a program: ``together``, 1 or all, heads take turns, then items, then heads. The host
+    chooses, see ``launch_order.py``."""
+    item = pid // together % items
+    head = pid // (together * items) % (heads // together) * together + pid % together
+    return item, head, pid // (items * heads)
+
+
+@gluon.jit
 def count_far(far_ptr, reach, FAR: gl.constexpr):
     """How many far distances are at most ``reach``. They ascend, and most lists are short."""
     n = reach * 0

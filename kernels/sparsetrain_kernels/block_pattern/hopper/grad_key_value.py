@@ -17,43 +17,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsetrain_kernels.block_pattern.hopper.geometry import (
     HALF,
     TILE,
-    acquire,
+    place,
     product,
     query_list,
-    query_tile_at,
     read_item,
     store_rows,
     tma_load,
 )
+from sparsetrain_kernels.block_pattern.hopper.query_tiles import load_query_tiles
 
 LN2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _load_tile(
-    descriptors, rings, full, empty, batch, head, row, stats_row, step, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
-):
-    """Bring in the 128 queries from ``row`` on, ``BLOCK_M`` rows a slot. Returns the next step."""
-    q_desc, do_desc, lse_desc, delta_desc = descriptors
-    q_ring, do_ring, lse_ring, delta_ring = rings
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    for part in gl.static_range(TILE // BLOCK_M):
-        slot = step % STAGES
-        bar = acquire(full, empty, step, STAGES, BLOCK_M * D * 4 + BLOCK_M * 8)
-        tma_load(q_desc, [batch, head, row + part * BLOCK_M, 0], bar, q_ring.index(slot))
-        tma_load(lse_desc, [stats_row + part * BLOCK_M], bar, lse_ring.index(slot))
-        tma_load(do_desc, [batch, head, row + part * BLOCK_M, 0], bar, do_ring.index(slot))
-        tma_load(delta_desc, [stats_row + part * BLOCK_M], bar, delta_ring.index(slot))
-        step += 1
-    return step
 
 
 @gluon.jit
 def _producer(
     kv_descriptors,
     descriptors,
+    lines,
     kv_buffers,
     rings,
+    line_rings,
     barriers,
     far_ptr,
     batch,
@@ -72,29 +55,33 @@ def _producer(
     k_desc, v_desc = kv_descriptors
     k_buf, v_buf = kv_buffers
     kv_full, full, empty = barriers
-    n_own, first, n_near, n_far = columns
     D: gl.constexpr = k_desc.block_type.shape[3]
     mbarrier.expect(kv_full, TILE * D * 4)
     for w in gl.static_range(2):
         tma_load(k_desc, [batch, kv_head, document + tile * TILE + w * HALF, 0], kv_full, k_buf.index(w))
         tma_load(v_desc, [batch, kv_head, document + tile * TILE + w * HALF, 0], kv_full, v_buf.index(w))
-    step = tile * 0
-    # The consumers count steps in this order: the masked tile of every head, then the other tiles head by head.
-    for member in range(group * n_own):
-        head = kv_head * group + member
-        stats = (batch * kv_heads * group + head) * stats_rows + padded
-        row = tile * TILE
-        step = _load_tile(
-            descriptors, rings, full, empty, batch, head, document + row, stats + row, step, BLOCK_M, STAGES
-        )
-    for member in range(group):
-        head = kv_head * group + member
-        stats = (batch * kv_heads * group + head) * stats_rows + padded
-        for i in range(n_near + n_far):
-            row = query_tile_at(far_ptr, i, tile, first, n_near, TPB) * TILE
-            step = _load_tile(
-                descriptors, rings, full, empty, batch, head, document + row, stats + row, step, BLOCK_M, STAGES
-            )
+    load_query_tiles(
+        descriptors,
+        lines,
+        rings,
+        line_rings,
+        full,
+        empty,
+        far_ptr,
+        batch,
+        kv_head,
+        kv_heads,
+        group,
+        document,
+        padded,
+        stats_rows,
+        tile,
+        columns,
+        2,
+        BLOCK_M,
+        STAGES,
+        TPB,
+    )
 
 
 @gluon.jit
@@ -106,6 +93,7 @@ def _step(
     k,
     v,
     rings,
+    line_rings,
     full,
     empty,
     step,
@@ -123,7 +111,8 @@ def _step(
     still run. The exponentials hide behind dP, and dS behind dV. ptxas serialises every product of the kernel if one
     with its left operand in registers crosses the end of the step, or if what crosses is not waited for with 0.
     """
-    q_ring, do_ring, lse_ring, delta_ring = rings
+    q_ring, do_ring = rings
+    lse_ring, delta_ring = line_rings
     D: gl.constexpr = k.shape[1]
     dtype: gl.constexpr = k.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -160,6 +149,7 @@ def _step(
 def _consumer(
     kv_buffers,
     rings,
+    line_rings,
     barriers,
     out,
     n_masked,
@@ -173,7 +163,7 @@ def _consumer(
     """The addresses are of row 0 of the key tile, in the gradients or, for a chunk of a split sink tile, in the fp32
     partial sums: one pair of registers for either, since none can be spared here."""
     k_buf, v_buf = kv_buffers
-    q_ring, do_ring, _, _ = rings
+    q_ring, do_ring = rings
     kv_full, full, empty = barriers
     dk_address, dv_address, dk_stride, dv_stride, rows, is_piece = out
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -187,10 +177,12 @@ def _consumer(
     dp = product(v, do_ring, 0, BLOCK_M, D, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
     for step in range(n_masked):
-        s, dp, dk, dv = _step(s, dp, dk, dv, k, v, rings, full, empty, step, n_steps, to_log2, True, W, BLOCK_M, STAGES)
+        s, dp, dk, dv = _step(
+            s, dp, dk, dv, k, v, rings, line_rings, full, empty, step, n_steps, to_log2, True, W, BLOCK_M, STAGES
+        )
     for step in range(n_masked, n_steps):
         s, dp, dk, dv = _step(
-            s, dp, dk, dv, k, v, rings, full, empty, step, n_steps, to_log2, False, W, BLOCK_M, STAGES
+            s, dp, dk, dv, k, v, rings, line_rings, full, empty, step, n_steps, to_log2, False, W, BLOCK_M, STAGES
         )
     warpgroup_mma_wait(0, deps=(dp,))
     dk = dk * (to_log2 * LN2)
@@ -210,6 +202,7 @@ def _consumer(
         "items",
         "split_items",
         "kv_heads",
+        "together",
         "group",
         "window",
         "sinks",
@@ -239,6 +232,7 @@ def block_pattern_bwd_dkv_kernel(
     items,
     split_items,
     kv_heads,
+    together,
     group,
     stats_rows,
     window,
@@ -257,10 +251,7 @@ def block_pattern_bwd_dkv_kernel(
     D: gl.constexpr = k_desc.block_type.shape[3]
     dtype: gl.constexpr = k_desc.dtype
     PARTS: gl.constexpr = TILE // BLOCK_M
-    pid = gl.program_id(0)
-    kv_head = pid % kv_heads
-    item = pid // kv_heads % items
-    batch = pid // kv_heads // items
+    item, kv_head, batch = place(gl.program_id(0), items, kv_heads, together)
     document, length, tile, piece, padded = read_item(items_ptr, item)
     far_ptr += kv_head * far_stride_h + tile // TPB % period * FAR
     n_own, first, n_near, n_far = query_list(far_ptr, tile, piece, length, chunk, window, sinks, TPB, FAR)
@@ -297,7 +288,8 @@ def block_pattern_bwd_dkv_kernel(
     n_masked = n_own * group * PARTS
     n_steps = n_masked + (n_near + n_far) * group * PARTS
 
-    rings = (q_ring, do_ring, lse_ring, delta_ring)
+    rings = (q_ring, do_ring)
+    line_rings = (lse_ring, delta_ring)
     barriers = (kv_full, full, empty)
     out = (dk_address, dv_address, dk_stride_n, dv_stride_n, rows, is_piece)
     gl.warp_specialize(
@@ -306,9 +298,11 @@ def block_pattern_bwd_dkv_kernel(
                 _producer,
                 (
                     (k_desc, v_desc),
-                    (q_desc, do_desc, lse_desc, delta_desc),
+                    (q_desc, do_desc),
+                    (lse_desc, delta_desc),
                     (k_buf, v_buf),
                     rings,
+                    line_rings,
                     barriers,
                     far_ptr,
                     batch,
@@ -325,8 +319,14 @@ def block_pattern_bwd_dkv_kernel(
                     TPB,
                 ),
             ),
-            (_consumer, ((k_buf, v_buf), rings, barriers, out, n_masked, n_steps, to_log2, 0, D, BLOCK_M, STAGES)),
-            (_consumer, ((k_buf, v_buf), rings, barriers, out, n_masked, n_steps, to_log2, 1, D, BLOCK_M, STAGES)),
+            (
+                _consumer,
+                ((k_buf, v_buf), rings, line_rings, barriers, out, n_masked, n_steps, to_log2, 0, D, BLOCK_M, STAGES),
+            ),
+            (
+                _consumer,
+                ((k_buf, v_buf), rings, line_rings, barriers, out, n_masked, n_steps, to_log2, 1, D, BLOCK_M, STAGES),
+            ),
         ],
         [4, 4],
         [240, 240],

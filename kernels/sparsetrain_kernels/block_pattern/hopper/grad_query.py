@@ -16,6 +16,7 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     acquire,
     key_list,
     key_tile_at,
+    place,
     product,
     read_item,
     store_rows,
@@ -167,7 +168,7 @@ def _consumer(
     store_rows(dq_ptr, dq * scale, row, dq_stride_n, length, D_LAYOUT)
 
 
-@gluon.jit(do_not_specialize=["items", "heads", "group", "window", "sinks", "period", "far_stride_h"])
+@gluon.jit(do_not_specialize=["items", "heads", "together", "group", "window", "sinks", "period", "far_stride_h"])
 def block_pattern_bwd_dq_kernel(
     q_desc,
     k_desc,
@@ -183,6 +184,7 @@ def block_pattern_bwd_dq_kernel(
     dq_stride_n,
     items,
     heads,
+    together,
     group,
     stats_rows,
     window,
@@ -196,15 +198,14 @@ def block_pattern_bwd_dq_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Grid: heads fastest, then items, the last and longest first, then the batch. Tile descriptors are of
-    ``[1, 1, 64, D]`` queries and output gradients and ``[1, 1, BLOCK_N, D]`` keys and values."""
+    """Grid: the heads of a group fastest, then as :func:`place` says, the last and longest items first. Tile
+    descriptors are of ``[1, 1, 64, D]`` queries and output gradients and ``[1, 1, BLOCK_N, D]`` keys and values."""
     D: gl.constexpr = k_desc.block_type.shape[3]
     dtype: gl.constexpr = k_desc.dtype
     pid = gl.program_id(0)
-    head = pid % heads
-    item = items - 1 - pid // heads % items
-    batch = pid // heads // items
-    kv_head = head // group
+    item, kv_head, batch = place(pid // group, items, heads // group, together)
+    item = items - 1 - item
+    head = kv_head * group + pid % group
     document, length, tile, _, padded = read_item(items_ptr, item)
     far_ptr += kv_head * far_stride_h + tile // TPB % period * FAR
     n_sink, n_far, first, n_full = key_list(far_ptr, tile, window, sinks, TPB, FAR)

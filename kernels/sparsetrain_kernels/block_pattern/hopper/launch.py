@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsetrain_kernels.block_pattern.hopper.descriptors import line, tiles
 from sparsetrain_kernels.block_pattern.hopper.forward import block_pattern_fwd_kernel
+from sparsetrain_kernels.block_pattern.hopper.fused_launch import fused_backward, is_fused
 from sparsetrain_kernels.block_pattern.hopper.grad_key_value import block_pattern_bwd_dkv_kernel
 from sparsetrain_kernels.block_pattern.hopper.grad_query import block_pattern_bwd_dq_kernel
+from sparsetrain_kernels.block_pattern.hopper.launch_order import heads_together
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
 from sparsetrain_kernels.block_pattern.triton.work import (
     add_partials,
@@ -30,7 +29,6 @@ FWD_STAGES = 2
 BWD_ROWS = 64
 """Queries a slot in the kernel of keys and values, and keys a slot in that of queries."""
 BWD_STAGES = 4
-LINE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 LOG2E = 1.4426950408889634
 
 
@@ -45,9 +43,9 @@ def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor,
         items, _ = work_items(call, lists, rows, rows, 0, TILE, 0)
         far = far_table(lists.far, query.device)
         block_pattern_fwd_kernel[(items.shape[0] * heads * batch,)](
-            _tiles(query, HALF),
-            _tiles(key, TILE),
-            _tiles(value, TILE),
+            tiles(query, HALF),
+            tiles(key, TILE),
+            tiles(value, TILE),
             out,
             lse,
             far,
@@ -73,9 +71,25 @@ def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor,
 
 
 def attention_backward(
+    call: AttentionInputs,
+    lists: BlockLists,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, laid out like them, and ``delta``, fp32 ``[B, Hq, N]``: by one kernel of
+    five products a tile where it is the faster way and ``workspace`` bytes hold what it needs, else by two of seven."""
+    if is_fused(call, workspace):
+        return fused_backward(call, lists, (grad_out, grad_lse), (out, lse), workspace)
+    return two_kernel_backward(call, lists, grad_out, grad_lse, out, lse)
+
+
+def two_kernel_backward(
     call: AttentionInputs, lists: BlockLists, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, laid out like them, and ``delta``, fp32 ``[B, Hq, N]``."""
+    """The gradients without a workspace: scores are computed once for queries and once for keys and values."""
     query, key, value = call[:3]
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -94,10 +108,10 @@ def attention_backward(
         padded_rows = stats.padded_lse.shape[2]
         far = far_table(lists.far, query.device)
         block_pattern_bwd_dq_kernel[(items.shape[0] * heads * batch,)](
-            _tiles(query, HALF),
-            _tiles(key, BWD_ROWS),
-            _tiles(value, BWD_ROWS),
-            _tiles(grad_out, HALF),
+            tiles(query, HALF),
+            tiles(key, BWD_ROWS),
+            tiles(value, BWD_ROWS),
+            tiles(grad_out, HALF),
             stats.padded_lse,
             stats.padded_delta,
             grad_query,
@@ -106,6 +120,7 @@ def attention_backward(
             *grad_query.stride()[:3],
             items.shape[0],
             heads,
+            heads_together(items.shape[0] * heads * batch, kv_heads),
             heads // kv_heads,
             padded_rows,
             *pattern,
@@ -122,12 +137,12 @@ def attention_backward(
         )
         far = far_table(lists.far_back, query.device)
         block_pattern_bwd_dkv_kernel[(items.shape[0] * kv_heads * batch,)](
-            _tiles(query, BWD_ROWS),
-            _tiles(key, HALF),
-            _tiles(value, HALF),
-            _tiles(grad_out, BWD_ROWS),
-            _line(stats.padded_lse),
-            _line(stats.padded_delta),
+            tiles(query, BWD_ROWS),
+            tiles(key, HALF),
+            tiles(value, HALF),
+            tiles(grad_out, BWD_ROWS),
+            line(stats.padded_lse, BWD_ROWS),
+            line(stats.padded_delta, BWD_ROWS),
             grad_key,
             grad_value,
             partial,
@@ -138,6 +153,7 @@ def attention_backward(
             items.shape[0],
             split_items,
             kv_heads,
+            heads_together(items.shape[0] * kv_heads * batch, kv_heads),
             heads // kv_heads,
             padded_rows,
             *pattern,
@@ -149,30 +165,3 @@ def attention_backward(
         )
         add_partials(partial, grad_key, grad_value, items, lists, chunk)
     return grad_query, grad_key, grad_value, stats.delta
-
-
-def _tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """A TMA descriptor of ``[B, H, N, D]`` for boxes of ``rows`` rows of one head."""
-    tensor = tensor if _readable(tensor) else tensor.contiguous()
-    block = [1, 1, rows, tensor.shape[3]]
-    # The stride of a dimension of one element is never used, but it has to be a legal one.
-    strides = [s if n > 1 else 8 for n, s in zip(tensor.shape[:3], tensor.stride())]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, _layout(*block[2:], tensor.dtype))
-
-
-@lru_cache(maxsize=16)
-def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(
-        [1, 1, rows, head_dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    )
-
-
-def _readable(tensor: Tensor) -> bool:
-    """TMA wants 16-byte addresses and strides, and rows of consecutive elements."""
-    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()) if n > 1]
-    return tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
-
-
-def _line(tensor: Tensor) -> TensorDescriptor:
-    """A TMA descriptor of row statistics, for boxes of :data:`BWD_ROWS`."""
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [BWD_ROWS], LINE_LAYOUT)

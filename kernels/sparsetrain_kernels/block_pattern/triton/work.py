@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
-from sparsetrain_kernels.block_pattern.triton.backward import (
+from sparsetrain_kernels.block_pattern.triton.before_after import (
     block_pattern_bwd_stats_kernel,
     block_pattern_bwd_sum_kernel,
 )
@@ -104,7 +104,7 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _padded_blocks(call: AttentionInputs, block: int) -> int:
+def padded_blocks(call: AttentionInputs, block: int) -> int:
     """Blocks of a tensor that holds the query rows with every document padded to whole blocks."""
     rows = call.query.shape[2]
     if call.cu_seqlens is not None:
@@ -134,7 +134,7 @@ def row_stats(
     """The statistics of the query rows, in blocks padded to whole tiles of ``tile`` rows; ``items`` are of such."""
     batch, heads, rows, head_dim = out.shape
     pad_block = triton.cdiv(lists.block, tile) * tile
-    padded_rows = _padded_blocks(call, lists.block) * pad_block
+    padded_rows = padded_blocks(call, lists.block) * pad_block
     padded = torch.empty((2, batch, heads, padded_rows), dtype=torch.float32, device=out.device)
     stats = RowStats(torch.empty_like(lse), padded[0], padded[1], pad_block)
     block_pattern_bwd_stats_kernel[(items.shape[0] * heads * batch,)](
