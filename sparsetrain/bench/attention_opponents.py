@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -103,8 +104,19 @@ def _flex(problem: Problem, tensors: Tensors) -> Prepared:
     return _flex_attention(problem, None)
 
 
+SOUND_BLOCK_SPARSE = "4.0.0b36"
+"""The first FlashAttention 4 whose block-sparse backward pass has no race that makes some gradients wrong."""
+
+
 def _flex_flash(problem: Problem, tensors: Tensors) -> Prepared:
+    from packaging.version import Version
+
     _flash_attn_cute()
+    installed = importlib.metadata.version("flash-attn-4")
+    if Version(installed) < Version(SOUND_BLOCK_SPARSE):
+        raise Unavailable(
+            f"flash-attn-4 {installed} has a race in its block-sparse gradients; install {SOUND_BLOCK_SPARSE} or newer"
+        )
     return _flex_attention(problem, {"BACKEND": "FLASH"})
 
 

@@ -100,3 +100,13 @@ def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch
     got = prepared.attend(*tensors[:3])
     want = block_pattern_attention(*tensors[:3], case.pattern, cu_seqlens=case.cu_seqlens(), backend="reference")
     torch.testing.assert_close(got, want)
+
+
+def test_a_flash_attention_4_with_a_race_in_its_gradients_is_no_opponent(monkeypatch) -> None:
+    from sparsetrain.bench import attention_opponents
+
+    monkeypatch.setattr(attention_opponents, "_flash_attn_cute", lambda: None)
+    monkeypatch.setattr(attention_opponents.importlib.metadata, "version", lambda name: "4.0.0b35")
+    opponent = next(each for each in OPPONENTS if each.name == "flex-flash")
+    with pytest.raises(Unavailable, match=r"4\.0\.0b35 has a race .* install 4\.0\.0b36 or newer"):
+        opponent.prepare(None, None)
