@@ -130,13 +130,14 @@ def test_commands_pass_a_damaged_model_only_if_the_run_can_load_it(model_folder,
         try:
             load_model(ModelSection(**section), POWER, seed=0)
         except ModelError as error:
-            late = codes.get("recipe") == 0 and not damage.file.endswith(".index.json") and "weights" not in str(error)
-            if late:
+            if codes.get("recipe") == 0:
                 faults[f"passed by validate: {damage}"] = str(error)[:200]
         except BaseException as error:
             faults[f"run: {damage}"] = f"{type(error).__name__}: {error}"[:300]
         else:
-            if codes.get("recipe") != 0:
-                faults[f"refused by validate: {damage}"] = capsys.readouterr().err[-300:]
+            said = capsys.readouterr().err
+            # Of what is no part of the model the run tells elsewhere: an end token that data needs, a recipe's numbers.
+            if codes.get("recipe") != 0 and "data.sources" not in said and "of its config" not in said:
+                faults[f"refused by validate: {damage}"] = said[-300:]
         capsys.readouterr()
     assert not faults
