@@ -123,14 +123,14 @@ def check_weight_files(path: str, weights: object = None, variant: str | None = 
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict):
         raise ModelError(f"{index} of {path} has no weight_map, which says where each tensor lies")
-    if not isinstance(about := content.get("metadata"), dict):
-        raise ModelError(f"{index} of {path}: metadata={about!r:.60}, and transformers reads a mapping there")
     for tensor, shard in shards.items():
         if not isinstance(shard, str) or not (_is_inside(shard) and shard.endswith(".safetensors")):
             raise ModelError(
                 f"{index} of {path} leads {tensor:.100} to {shard!r:.100}, which is no safetensors file in it; nothing "
                 "else is read (a pickle may run code)"
             )
+    if not isinstance(about := content.get("metadata"), dict):
+        raise ModelError(f"{index} of {path}: metadata={about!r:.60}, and transformers reads a mapping there")
 
 
 def check_adapter_files(path: Path) -> None:
