@@ -12,6 +12,7 @@ from sparsetrain.data.chat_template import marks_generation
 from sparsetrain.data.conversation import Conversation
 from sparsetrain.data.encoding import encode, shared_prefix
 from sparsetrain.data.ending import with_end_tokens
+from sparsetrain.data.turns import added
 from sparsetrain.data.unsaid import check_all_is_said
 from sparsetrain.data.values import MalformedRow
 
@@ -93,7 +94,7 @@ def _chosen_spans(
         if not learned:
             continue
         if message["role"] != "assistant":
-            chosen += _learned_spans(conversation, turn, text, _added(conversation, tokenizer, turn, text))
+            chosen += _learned_spans(conversation, turn, text, added(conversation, tokenizer, turn, text))
             continue
         for span in own:
             chosen += _learned_spans(conversation, turn, text, span) if learned is not True else [span]
@@ -106,7 +107,7 @@ def _chosen_spans(
 
 
 def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """An assistant's turn is what the conversation gains by it, as long as nothing before it changes.
+    """An assistant's turn is what the conversation gains by it.
 
     As in a completion, a token that reaches from the prompt into the turn counts to the turn.
     """
@@ -117,35 +118,15 @@ def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
     for turn in range(len(conversation.messages)):
         if not conversation.learns(turn):
             continue
-        added = _added(conversation, tokenizer, turn, whole)
-        for edges in _learned_spans(conversation, turn, whole, added):
+        place = added(conversation, tokenizer, turn, whole)
+        for edges in _learned_spans(conversation, turn, whole, place):
             start, stop = (shared_prefix(encode(tokenizer, whole[:edge]), input_ids) for edge in edges)
             if start < stop:
                 targets.append((start, stop))
     return input_ids, targets
 
 
-def _added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, whole: str) -> tuple[int, int]:
-    """The characters of ``whole`` that a turn adds; of an assistant's, those behind what it is prompted with."""
-    prompt = conversation.messages[turn]["role"] == "assistant"
-    before = conversation.written(tokenizer, turn, prompt=prompt).text if turn else ""
-    after = conversation.written(tokenizer, turn + 1).text
-    if not whole.startswith(after):
-        after = after.removesuffix(_closing(conversation, tokenizer, whole))
-    if not (whole.startswith(before) and whole.startswith(after)):
-        raise MalformedRow(
-            f"the chat template writes the conversation up to turn {turn + 1} differently once it goes on, so the "
-            "assistant's tokens cannot be told apart; mark them in the template with {% generation %}"
-        )
-    return len(before), len(after)
-
-
-def _closing(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, whole: str) -> str:
-    """What the template writes behind the last turn alone, as Phi-3's does EOS: it is not there when one follows."""
-    return whole[shared_prefix(whole, conversation.written(tokenizer, prompt=True).text) :]
-
-
-def _learned_spans(conversation: Conversation, turn: int, text: str, added: tuple[int, int]) -> list[tuple[int, int]]:
+def _learned_spans(conversation: Conversation, turn: int, text: str, place: tuple[int, int]) -> list[tuple[int, int]]:
     """What is learned of a turn, in characters of the whole text.
 
     Of an assistant's turn all that it adds; of another, which nothing prompts, its content and what ends it; of a turn
@@ -154,15 +135,15 @@ def _learned_spans(conversation: Conversation, turn: int, text: str, added: tupl
     learned = conversation.learns(turn)
     message = conversation.messages[turn]
     if learned is True and message["role"] == "assistant":
-        return [added]
-    start, stop = added
+        return [place]
+    start, stop = place
     content = message["content"].strip()
-    place = text.find(content, start, stop)
-    if not content or place < 0:
+    found = text.find(content, start, stop)
+    if not content or found < 0:
         raise MalformedRow(f"the chat template changes the content of turn {turn + 1}: its parts cannot be found")
     if learned is True:
-        return [(place, stop)]
+        return [(found, stop)]
     assert isinstance(learned, tuple)
     cut = len(message["content"]) - len(message["content"].lstrip())
     spans = [(max(0, first - cut), min(last - cut, len(content))) for first, last in learned]
-    return [(place + first, stop if last == len(content) else place + last) for first, last in spans if first < last]
+    return [(found + first, stop if last == len(content) else found + last) for first, last in spans if first < last]

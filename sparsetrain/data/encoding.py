@@ -124,8 +124,14 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, context: str, text: str) ->
 
 def shared_prefix(left: Sequence[object], right: Sequence[object]) -> int:
     """How many tokens, or characters, two sequences have in common from the beginning."""
-    shortest = min(len(left), len(right))
-    return next((i for i in range(shortest) if left[i] != right[i]), shortest)
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

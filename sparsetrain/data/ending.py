@@ -33,6 +33,8 @@ class Ending:
     """The end token."""
     others: tuple[int, ...] = ()
     """Other end tokens: that with which a tool's turn begins, where it is another than the user's."""
+    inner: int | None = None
+    """What ends a turn that is not the last, where that is another token: there generation does not stop."""
     gap: tuple[int, ...] = ()
     """Tokens between the turn and its end token, where that is not part of it."""
     control: tuple[int, ...] = ()
@@ -67,7 +69,9 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
     if token is not None:
         marked = text[stop : spans[-1][1]] if spans else text[stop:]
         learned = _first(encode(tokenizer, marked), tokens)[1] == token
-        return Ending("learned" if learned else "left out", token, (), gap, **known)
+        return Ending(
+            "learned" if learned else "left out", token, (), _inner_end(text, token, turns, tokenizer), gap, **known
+        )
     gap, token = _between(text, _ANSWERS[0], _QUESTIONS[1], tokenizer, tokens)
     if token is None or str(tokenizer.decode(list(gap))).strip():
         return Ending("none", **known)
@@ -77,7 +81,24 @@ def _ending(tokenizer: PreTrainedTokenizerBase, template: str) -> Ending:
         with_tool = apply_template(tokenizer, turns).text
         others = {_between(with_tool, _ANSWERS[0], _QUESTIONS[1], tokenizer, tokens)[1]}
         others -= {token, _between(text, _QUESTIONS[0], _ANSWERS[0], tokenizer, tokens)[1]}
-    return Ending("next role", token, tuple(filter(None, others)), gap, **known)
+    return Ending("next role", token, tuple(filter(None, others)), None, gap, **known)
+
+
+def _inner_end(text: str, token: int, turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends the first answer, if it is another than ``token``, which ends the last.
+
+    It stands before that with which every turn begins, as it does where the template prompts an answer.
+    """
+    tokens = control_tokens(tokenizer)
+    place = text.index(_ANSWERS[0]) + len(_ANSWERS[0])
+    written = [each for each in encode(tokenizer, text[place : text.index(_QUESTIONS[1])]) if each in tokens]
+    if len(written) < 2 or written[0] == token:
+        return None
+    with suppress(MalformedRow):
+        asked, prompted = (apply_template(tokenizer, turns[:1], prompt=prompt).text for prompt in (False, True))
+        if _first(encode(tokenizer, prompted.removeprefix(asked)), tokens)[1] == written[1]:
+            return written[0]
+    return None
 
 
 def _between(
@@ -140,7 +161,7 @@ def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> R
     Where that opens the turn of the next role, the last turn of the conversation lacks it and gets it.
     """
     ending = turn_ending(tokenizer)
-    if ending.token is None or ending.kind == "learned":
+    if ending.token is None or (ending.kind == "learned" and ending.inner is None):
         return rendered
     input_ids, targets = list(rendered[0]), []
     tokens = control_tokens(tokenizer)
@@ -149,7 +170,11 @@ def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> R
             input_ids += [*ending.gap, ending.token]
         # Among as many tokens as the gap had: white space may be cut in another way behind other words.
         gap, token = _first(input_ids[stop : stop + len(ending.gap) + 2], tokens)
-        ends = token in (ending.token, *ending.others) and not str(tokenizer.decode(list(gap))).strip()
+        ends = (
+            token is not None
+            and token in (ending.token, *ending.others, ending.inner)
+            and not str(tokenizer.decode(list(gap))).strip()
+        )
         targets.append((start, stop + len(gap) + 1 if ends else stop))
     return input_ids, targets
 

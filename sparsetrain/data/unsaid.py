@@ -173,14 +173,17 @@ def _word(number: int) -> str:
 
 
 def _check_thoughts(conversation: Conversation, text: str) -> None:
-    """Templates of reasoning models cut what was thought out of the text of turns, even out of one that is learned."""
-    last = len(conversation.messages) - 1
-    content = conversation.messages[last]["content"]
-    if _THOUGHT not in content or not conversation.learns(last):
-        return
-    thought = content[: content.index(_THOUGHT)].replace("<think>", "").strip()
-    if thought not in text:
+    """Templates of reasoning models cut what was thought out of the text of turns, even out of one that is learned.
+
+    As with ``reasoning_content``, it is enough if they write some of it: earlier thoughts are cut in generation too.
+    """
+    thoughts = {
+        number: turn["content"][: turn["content"].index(_THOUGHT)].replace("<think>", "").strip()
+        for number, turn in enumerate(conversation.messages)
+        if turn["role"] == "assistant" and _THOUGHT in turn["content"] and conversation.learns(number)
+    }
+    if thoughts and not any(thought in text for thought in thoughts.values()):
         raise MalformedRow(
-            f"the chat template leaves out what turn {last + 1} thinks before {_THOUGHT}, so that would not "
+            f"the chat template leaves out what turn {max(thoughts) + 1} thinks before {_THOUGHT}, so that would not "
             "be learned; take a tokenizer whose template writes it, or delete it from the row"
         )
