@@ -347,12 +347,12 @@ def test_a_malformed_record_is_told(attention_adapters, change, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "IA3"}, "is the IA3Config of peft; sparsetrain loads LoRA alone"),
-        ({"peft_type": "ADALORA"}, "cannot read the adapters|is the AdaLoraConfig of peft"),
-        ({"peft_type": "NONE"}, "cannot read the adapters"),
-        ({"r": "four"}, "do not fit LlamaForCausalLM"),
-        ({"target_modules": 5}, "do not fit LlamaForCausalLM"),
-        ([], "cannot read the adapters"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'; sparsetrain loads LORA alone"),
+        ({"peft_type": "ADALORA"}, "peft_type='ADALORA'; sparsetrain loads LORA alone"),
+        ({"peft_type": "NONE"}, "peft_type='NONE'; sparsetrain loads LORA alone"),
+        ({"r": "four"}, r"adapter_config\.json: r='four': Input should be a valid integer"),
+        ({"target_modules": 5}, r"adapter_config\.json: target_modules=5: Input should be a valid array"),
+        ([], r"adapter_config\.json holds \[\], and a JSON object is wanted there"),
     ],
 )
 def test_an_adapter_config_that_is_not_ours_is_told(attention_adapters, change, said):
