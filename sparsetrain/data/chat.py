@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsetrain.data.chat_template import marks_generation
 from sparsetrain.data.conversation import Conversation
-from sparsetrain.data.encoding import encode, shared_prefix
+from sparsetrain.data.encoding import encode, shared_prefix, tokenized
 from sparsetrain.data.ending import with_end_tokens
 from sparsetrain.data.turns import added
 from sparsetrain.data.unsaid import check_all_is_said
@@ -69,7 +69,7 @@ def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
         input_ids = encode(tokenizer, text)
         edges = [tuple(shared_prefix(encode(tokenizer, text[:edge]), input_ids) for edge in span) for span in spans]
         return input_ids, [(start, stop) for start, stop in edges if start < stop]
-    encoded = tokenizer(text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenized(tokenizer, text, offsets=True)
     starts, stops = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
     learned = np.zeros(len(starts), dtype=np.int8)
     for start, stop in spans:

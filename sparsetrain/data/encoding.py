@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sparsetrain.data.values import MalformedRow
-from sparsetrain.errors import DataError
+from sparsetrain.errors import DataError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 PIECE = 2**20
@@ -79,7 +79,24 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return tokenized(tokenizer, text)["input_ids"]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False) -> BatchEncoding:
+    """What the tokenizer makes of ``text`` alone, and with ``offsets`` the characters of each token.
+
+    Raises:
+        MalformedRow: the tokenizer fails on it, as one does whose regular expression tries ever more ways to match.
+    """
+    try:
+        return tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=offsets, verbose=False
+        )
+    except BaseException as problem:
+        # A panic of the Rust library; it is no Exception, and its class has no name that could be imported.
+        if type(problem).__name__ != "PanicException":
+            raise
+        raise MalformedRow(f"the tokenizer fails on its text: {first_line(problem)}") from problem
 
 
 class Bare(NamedTuple):
@@ -91,6 +108,13 @@ class Bare(NamedTuple):
     """Whether it begins with BOS."""
     ended: bool
     """Whether it ends with EOS."""
+
+    def empty(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether nothing stands between the two."""
+        text = self.text.strip()
+        text = text.removeprefix(str(tokenizer.bos_token)) if self.opened else text
+        text = text.removesuffix(str(tokenizer.eos_token)) if self.ended else text
+        return not text.strip()
 
 
 def bare(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> Bare:

@@ -69,7 +69,7 @@ def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokeni
 
 def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     own = bare(text, tokenizer)
-    if not own.text.strip():
+    if own.empty(tokenizer):
         return [], []
     input_ids = _whole(own, encode(tokenizer, own.text), tokenizer)
     return input_ids, [(1, len(input_ids))]
@@ -105,7 +105,7 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
 def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Loss on the completion and EOS. A token that reaches over the boundary counts to the completion."""
     answer = bare(completion, tokenizer)
-    if not answer.text.strip():
+    if answer.empty(tokenizer):
         raise MalformedRow("the completion is empty")
     own = bare(prompt, tokenizer, end=False)
     text = answer.text

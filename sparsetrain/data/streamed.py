@@ -56,6 +56,8 @@ class StreamedSource:
         self._opened = open_source(source, tokenizer, streaming=True, skip_damaged=not self._stop)
         self.chat = self._opened.reader.chat
         self._dataset: Any = None
+        self._used_up = True
+        """Whether the dataset cannot begin anew: one that was resumed would start its next pass there again."""
         self._resumed: dict[str, Any] | None = None
         """State of the dataset as loaded; the dataset itself only knows it once a row is read."""
         self._rows: Iterator[dict[str, Any]] = iter(())
@@ -131,6 +133,7 @@ class StreamedSource:
         self._documents, self.malformed = saved.documents, saved.malformed
         self._resumed = saved.dataset
         if self._resumed is not None:
+            self._used_up = True
             try:
                 self._dataset.load_state_dict(deepcopy(self._resumed))
             except Exception as error:  # the library trusts it
@@ -150,8 +153,9 @@ class StreamedSource:
             )
 
     def _rewind(self) -> None:
-        # A new dataset each pass: one that resumed in the middle would start its next pass there again.
-        self._dataset = self._opened.open()
+        # Opening takes longer than reading a short file, which packing may pass through a thousand times for a row.
+        if self._used_up:
+            self._dataset, self._used_up = self._opened.open(), False
         self._rows = rows_of(self._source, self._dataset)
         self._row = self._documents = 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import datasets
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from sparsetrain.errors import DataError
 
@@ -85,3 +87,19 @@ def test_empty_texts_are_left_out_and_are_no_mistake(write_jsonl, stream, tokeni
     rows = stream({"path": write_jsonl([{"text": text} for text in ("a word", "", "  \n")])})
     assert [tokenizer.decode(next(rows).input_ids[:-1]) for _ in range(2)] == ["a word"] * 2
     assert rows.malformed == {rows._sources[0].label: 0}
+
+
+def test_a_tokenizer_that_fails_on_a_text_makes_its_row_malformed(write_jsonl, byte_tokenizer, stream, capfd):
+    hopeless = byte_tokenizer()
+    # Tries ever more ways to match, until the Rust library gives up by a panic.
+    hopeless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    path = write_jsonl([{"text": "fine"}, {"text": "a" * 40 + "x"}])
+    with pytest.raises(DataError, match=r"data.jsonl:2: the tokenizer fails on its text: .*retry-limit"):
+        stream({"path": path}, tokenizer=hopeless)
+
+
+def test_a_short_streaming_source_gives_its_first_row_at_once(tmp_path, stream):
+    (tmp_path / "one.txt").write_text("0")
+    begun = time.process_time()
+    assert len(next(stream({"path": str(tmp_path / "one.txt"), "streaming": True})).input_ids) == 64
+    assert time.process_time() - begun < 6

@@ -152,6 +152,17 @@ def test_text_that_was_rendered_before_has_one_bos_and_one_eos(mistral):
         assert len(input_ids) <= len(whole)
 
 
+def test_nothing_but_bos_and_eos_is_nothing(gpt2, byte_tokenizer):
+    for tokenizer in (gpt2, byte_tokenizer(), byte_tokenizer(bos_token="<bos>")):
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+        for text in (eos, bos + eos, f" {bos}\n{eos} ", f"{bos}{bos} {eos}{eos}"):
+            form = resolve_form(DataSource(path="x"), ["text"], tokenizer)
+            assert not len(render({"text": text}, form, tokenizer).input_ids)
+            form = resolve_form(DataSource(path="x"), ["prompt", "completion"], tokenizer)
+            with pytest.raises(MalformedRow, match="the completion is empty"):
+                render({"prompt": "a", "completion": text}, form, tokenizer)
+
+
 def test_prompts_that_were_rendered_before_have_one_bos_and_one_eos(mistral):
     for prompt, completion in (("<s>[INST] a[/INST]", " b</s>"), ("[INST] a[/INST]", "<s> b"), ("", "<s>a b</s>")):
         whole, spans = learned({"prompt": prompt, "completion": completion}, mistral)
