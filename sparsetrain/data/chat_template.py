@@ -34,8 +34,9 @@ OWN_CHARACTERS, GROWTH = 2**20, 16
 """A text longer than the first, and than so many times what it was made of, is the template's own doing."""
 
 
-_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL")
-"""Names of environment variables that a template has no business near, should it ever leave its sandbox."""
+_NEEDED = re.compile("PATH|HOME|PYTHON.*|LD_.*|DYLD_.*|LANG|LC_.*|TZ|TZDIR|TMPDIR|VIRTUAL_ENV|CONDA_PREFIX")
+"""Environment variables by which Python finds its libraries and writes dates. Of the rest, which may hold secrets, a
+template has no business near any, should it ever leave its sandbox."""
 
 
 class ChatText(NamedTuple):
@@ -177,7 +178,7 @@ class _Helper:
         script = Path(__file__).with_name("template_process.py")
         # -P: the script's folder is not searched for modules.
         command = [sys.executable, "-P", str(script), str(MEMORY)]
-        environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
+        environment = {name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name)}
         # Address space is counted, and every thread takes some.
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:

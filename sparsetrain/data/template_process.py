@@ -53,6 +53,13 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"text": text, "spans": spans}
 
 
+_NOTHING: dict[str, Any] = {
+    **{"template": "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}", "messages": [], "tools": None},
+    **{"marked": True, "prompt": False, "special": {}, "settings": {}, "longest": 9},
+}
+"""A request that has everything read which others need."""
+
+
 def _marked(template: str) -> bool:
     """Whether the template marks what the assistant says, having compiled it."""
     from jinja2 import TemplateAssertionError, nodes
@@ -82,15 +89,21 @@ def _serve(memory: int) -> None:
     # Nothing but a request may be written to whoever asked.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    import transformers.utils.chat_template_utils  # noqa: F401
+    # All that evaluating needs is read now; no file can be opened later.
+    import html  # noqa: F401
 
-    time.tzset()  # reads its file now
+    import jinja2.constants
+    import jinja2.debug  # noqa: F401
+
+    _answer({"template": ""})
+    _answer(_NOTHING)
+    time.tzset()
     with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         space = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    # Where the sandbox had a hole: no file can be written to, and no process started.
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
+    # Where the sandbox had a hole: no file or connection can be opened, nothing written, and no process started.
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
         with suppress(OSError, ValueError):
             resource.setrlimit(limit, (0, 0))
     answers.write(b"{}\n")

@@ -196,13 +196,23 @@ def test_a_template_reaches_nothing_outside_of_its_conversation(escape, rendered
     assert not list(tmp_path.iterdir())
 
 
-def test_the_process_of_the_templates_can_neither_write_files_nor_take_all_memory_nor_read_secrets(
+def test_the_process_of_the_templates_can_neither_open_files_nor_take_all_memory_nor_read_secrets(
     rendered, monkeypatch
 ):
-    monkeypatch.setenv("HF_TOKEN", "hf_owl")
+    for name in ("HF_TOKEN", "DATABASE_URL", "my_password"):
+        monkeypatch.setenv(name, "hf_owl")
     chat_template._HELPER._close()
     rendered(PLAIN)
     assert b"hf_owl" not in Path(f"/proc/{chat_template._HELPER._process.pid}/environ").read_bytes()
     limits = Path(f"/proc/{chat_template._HELPER._process.pid}/limits").read_text()
     assert re.search(r"Max file size +0 +0", limits)
+    assert re.search(r"Max open files +0 +0", limits)
     assert re.search(r"Max address space +\d+", limits)
+
+
+def test_a_template_may_use_every_filter_though_no_file_can_be_opened(rendered):
+    text, _ = rendered(
+        "{{ lipsum(n=1) | length > 9 }} {{ '<b>x</b>' | striptags }} {{ 'www.a.b' | urlize }} {{ 'a' | urlencode }}"
+        "{{ {'a': 1} | pprint }} {{ messages[0] | tojson(indent=1) }} {{ strftime_now('%Y %Z') }}" + PLAIN
+    )
+    assert text.startswith("True x www.a.b a")
