@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparsetrain.cli import main
@@ -259,3 +260,85 @@ def test_tensors_that_are_not_those_of_the_run(damaged, while_loading):
 
     while_loading(sweep)
     assert len(tried) == len(TENSORS)
+
+
+ODD = st.sampled_from([*VALUES, -0.0, 2**62, 2**63, -(2**31), 1e308, math.nan, "\ud800", "\0", "../x", "9" * 30])
+ANYTHING = st.recursive(
+    ODD | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+TREE_EDITS = st.lists(st.tuples(st.integers(0, 10**6), ANYTHING | st.just("removed")), min_size=1, max_size=3)
+RAW_EDITS = st.just([]) | st.lists(
+    st.tuples(st.integers(0, 10**6), st.integers(0, 20), st.binary(max_size=6)), min_size=1, max_size=3
+)
+"""Of bytes; empty where the document is edited as such."""
+
+
+def edited(tree, edits):
+    """A JSON document with values replaced or removed in any places."""
+    tree = copy.deepcopy({"root": tree})
+    for number, value in edits:
+        found = [path for path in places(tree) if path]
+        *way, last = found[number % len(found)]
+        parent = tree
+        for key in way:
+            parent = parent[key]
+        if value == "removed" and way:
+            del parent[last]
+        else:
+            parent[last] = value
+    return tree["root"]
+
+
+def edited_bytes(content, edits):
+    for start, length, new in edits:
+        place = start % (len(content) + 1)
+        content = content[:place] + new + content[place + length :]
+    return content
+
+
+def test_fuzzed_documents_and_tensors_of_a_checkpoint_are_loaded_or_refused(fuzz, while_loading, damaged):
+    def with_document(folder, made):
+        name, edits, raw = made
+        content = (folder / name).read_bytes()
+        rewrite(folder / name, edited_bytes(content, raw) if raw else json.dumps(edited(json.loads(content), edits)))
+
+    def with_tensors(folder, made):
+        edits, raw = made
+        path = folder / "rank-00000.safetensors"
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        if raw:
+            content = edited_bytes(content[: size + 64], raw) + content[size + 64 :]
+        else:
+            header = json.dumps(edited(json.loads(content[8 : 8 + size]), edits)).encode()
+            content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+        rewrite(path, content)
+
+    def sweep(load):
+        def check(change, made):
+            folder = damaged(lambda folder: change(folder, made))
+            found = outcome(folder, load)
+            assert found.strip() if isinstance(found, str) else found.step == 2
+            shutil.rmtree(folder.parent)
+
+        documents = st.sampled_from(["state.json", "rank-00000.json"])
+        fuzz(st.tuples(documents, TREE_EDITS, RAW_EDITS), lambda made: check(with_document, made))
+        fuzz(st.tuples(TREE_EDITS, RAW_EDITS), lambda made: check(with_tensors, made))
+
+    while_loading(sweep)
+
+
+def test_a_fuzzed_manifest_is_taken_or_refused(fuzz, damaged):
+    folder = damaged(lambda folder: None)
+    right = (folder / "manifest.json").read_bytes()
+
+    def check(made):
+        edits, raw = made
+        content = edited_bytes(right, raw) if raw else json.dumps(edited(json.loads(right), edits))
+        rewrite(folder / "manifest.json", content)
+        found = store.fault(folder) or content_fault(folder)
+        assert found is None or found.strip()
+
+    fuzz(st.tuples(TREE_EDITS, RAW_EDITS), check)
