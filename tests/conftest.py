@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,15 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# The suite sees the same wherever it is started: in a job of Slurm, with a login to W&B, with a cache of models.
+for name in [*os.environ]:
+    if name in RANKS or name.startswith(("SLURM_", "WANDB_", "HF_", "TRANSFORMERS_", "DS_", "SPARSETRAIN_TRACEBACK")):
+        del os.environ[name]
+# Before the libraries are imported that read it then. What tests tokenise goes to a folder of their own.
+os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="sparsetrain-tests-"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+# One thread a process: several run at once, tiny tensors gain nothing, and results depend on how work is split.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
 
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# One thread a worker: the suite runs in several processes, and results must not depend on how work is split.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,16 +67,10 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[Any], None]
     return search
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenised data of the tests goes to a folder of their own."""
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-
-
 @pytest.fixture(autouse=True)
 def _no_traces_in_the_environment() -> Iterator[None]:
     """A process group or a W&B service that a test starts in this process is none of the processes of the next."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
+    names = (*RANKS, "WANDB_SERVICE")
     before = {name: os.environ[name] for name in names if name in os.environ}
     yield
     for name in names:
