@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
+from datasets import packaged_modules
 
 from sparsetrain.cache_folder import cache_fault
 from sparsetrain.data.columns import (
@@ -151,6 +153,11 @@ def _table(
 
 
 def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+    if source.path in packaged_modules._PACKAGED_DATASETS_MODULES:
+        raise DataError(
+            f"data source {source.label!r}: {source.path!r} is a loader of datasets and no data set, and would read "
+            f"whatever lies in {os.getcwd()}; let path name files, or a Hub dataset with its owner"
+        )
     return "table", lambda: _loaded(
         source, source.path, name=source.subset, split=source.split, revision=source.revision, streaming=streaming
     )

@@ -134,3 +134,12 @@ def test_a_missing_column_is_answered_with_the_nearest(stream, write_jsonl):
         stream({"path": path, "form": "text", "text_field": "txt"})
     with pytest.raises(DataError, match=r"fit no known form"):
         stream({"path": write_jsonl([{"question": "1+1", "answer": "2"}], "qa.jsonl")})
+
+
+@pytest.mark.parametrize("loader", ["json", "csv", "pandas", "text"])
+def test_the_loaders_of_datasets_are_no_data_sets(loader, stream, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owl.json").write_text('{"text": "of nobody"}')
+    for streaming in (False, True):
+        with pytest.raises(DataError, match=f"'{loader}' is a loader of datasets and no data set"):
+            stream({"path": loader, "streaming": streaming})
