@@ -15,7 +15,7 @@ import typer
 
 from sparsetrain import __version__
 from sparsetrain.container import settle_in
-from sparsetrain.errors import ModelError, RecipeError, SparsetrainError
+from sparsetrain.errors import ModelError, RecipeError, SparsetrainError, first_line
 from sparsetrain.streams import forgiving
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ def _answer(arguments: list[str]) -> int:
         remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
         print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
+    except BaseException as error:
+        # A library written in Rust gave up on a file that it had taken, in the middle of anything.
+        if type(error).__name__ != "PanicException" or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+            raise
+        print(f"error: tokenizers or safetensors failed on what a file holds: {first_line(error)}", file=sys.stderr)
+        return SparsetrainError.exit_code
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsetrain.errors import DataError
 
-class MalformedRow(ValueError):
+
+class MalformedRow(DataError):
     """A row that cannot be rendered, and why."""
 
 

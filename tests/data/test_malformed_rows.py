@@ -7,8 +7,9 @@ import time
 
 import datasets
 import pytest
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, decoders, pre_tokenizers
 
+from sparsetrain.cli import main
 from sparsetrain.errors import DataError
 
 BAD = [
@@ -96,6 +97,19 @@ def test_a_tokenizer_that_fails_on_a_text_makes_its_row_malformed(write_jsonl, b
     path = write_jsonl([{"text": "fine"}, {"text": "a" * 40 + "x"}])
     with pytest.raises(DataError, match=r"data.jsonl:2: the tokenizer fails on its text: .*retry-limit"):
         stream({"path": path}, tokenizer=hopeless)
+
+
+def test_a_tokenizer_that_fails_on_its_own_tokens_is_one_message(write_jsonl, byte_tokenizer, tmp_path, capfd):
+    hopeless = byte_tokenizer()
+    hopeless.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(Regex("(a+)+b"), "")]
+    )
+    hopeless.save_pretrained(tmp_path / "tokenizer")
+    data = [f"data.sources=[{{path: {write_jsonl([{'text': 'a' * 40 + 'x'}])}}}]"]
+    assert main(["recipe", "validate", "quickstart", f"model.tokenizer={tmp_path / 'tokenizer'}", *data]) == 2
+    said = capfd.readouterr().err
+    assert "error: tokenizers or safetensors failed on what a file holds: Onig" in said
+    assert "Traceback" not in said
 
 
 def test_a_short_streaming_source_gives_its_first_row_at_once(tmp_path, stream):
