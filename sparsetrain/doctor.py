@@ -138,7 +138,7 @@ def check_kernels_package() -> Finding:
     name = "kernels package"
     spec = importlib.util.find_spec("kernels")
     if spec is None or spec.origin is None:
-        return Finding("ok", name, "not installed, and nothing in its place")
+        return Finding("ok", name, "not installed; not needed")
     try:
         distribution = metadata.distribution("kernels")
         genuine = Path(str(distribution.locate_file("kernels/__init__.py"))).resolve() == Path(spec.origin).resolve()

@@ -58,7 +58,12 @@ TIME_COLUMNS = ("attention", "s/step", "tokens/s", "products", "attention", "ele
 
 def _time_row(name: str, time: StepTime) -> tuple[str, ...]:
     parts = (time.matrices, time.attention, time.elementwise, time.communication, time.optimizer)
-    return (name, f"{time.seconds:.3g}", f"{time.tokens_per_second:,.0f}", *(f"{part:.3g}" for part in parts))
+    return (name, _seconds(time.seconds), f"{time.tokens_per_second:,.0f}", *map(_seconds, parts))
+
+
+def _seconds(value: float) -> str:
+    # Below a millisecond the host decides, and longer numbers would not fit into 80 columns.
+    return f"{value:.3g}" if value >= 0.001 or value == 0 else "<0.001"
 
 
 def notes(plan: Plan) -> list[str]:
@@ -107,7 +112,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     for row in memory_rows(plan):
         table.add_row(*row, style="bold" if row[0] == "torch's peak" else None)
     console.print(table)
-    table = Table(title="Time of a step", box=None, title_justify="left")
+    table = Table(title="Time of a step in seconds", box=None, title_justify="left", pad_edge=False)
     for index, column in enumerate(TIME_COLUMNS):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in time_rows(plan):

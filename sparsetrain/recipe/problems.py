@@ -37,6 +37,14 @@ _EXPECTED = {
     "too_long": "a list of at most {max_length}",
 }
 
+_SWITCHED_OFF = {
+    "eval": "eval: {perplexity: null, passkey: null, recall: null} measures nothing",
+    "checkpoint": "checkpoint: {every: null} saves only at the end, with export: false no final/ either",
+    "wandb": "wandb: {mode: disabled} switches it off",
+    "lora": "lora: null trains the weights themselves",
+}
+"""What to write instead, for sections that people try to switch off with one word."""
+_OFF = (None, False, "off", "no", "none", "None", "false", "disabled")
 
 _DOTTED = re.compile(r"\b[a-z_]+(?:\.[a-z_0-9]{1,64}){1,8}")
 _LONGEST_KEY = 64
@@ -114,7 +122,7 @@ def _describe(path: KeyPath, errors: list[Any], data: Any) -> str:
     for part in path:
         data = data[part]
     expected = " or ".join(dict.fromkeys(_expectation(each) for each in errors))
-    return f"expected {expected}, got {_show(data)}{_guess(error, data)}"
+    return f"expected {expected}, got {_show(data)}{_guess(error, data) or _instead(path, error, data)}"
 
 
 def _expectation(error: Any) -> str:
@@ -131,6 +139,12 @@ def _guess(error: Any, value: Any) -> str:
         choices = [choice for choice in error["ctx"]["expected"].split("'") if choice.isidentifier()]
         nearest = difflib.get_close_matches(value[:_LONGEST_KEY], choices, n=1)
         return f"; did you mean {nearest[0]}?" if nearest else ""
+    return ""
+
+
+def _instead(path: KeyPath, error: Any, value: Any) -> str:
+    if len(path) == 1 and path[0] in _SWITCHED_OFF and _is_type([error]) and value in _OFF:
+        return f"; {_SWITCHED_OFF[str(path[0])]}"
     return ""
 
 
