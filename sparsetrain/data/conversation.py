@@ -94,7 +94,9 @@ def conversation_of(turns: Any, name: str, ignore: Collection[str] = ()) -> Conv
     Raises:
         MalformedRow: it is no list of turns, one of them cannot be read, or says what cannot be honoured.
     """
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+    if isinstance(turns, list) and not turns:
+        raise MalformedRow(f"{name} is empty, not a list of turns")
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise MalformedRow(f"{name} is {described(turns)}, not a list of turns")
     read = [_turn(turn, f"turn {number}", ignore) for number, turn in enumerate(turns, start=1)]
     return Conversation([message for message, _ in read], [learned for _, learned in read])

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import fsspec
 
+from sparsetrain.data.values import json_fault, keyed_once
 from sparsetrain.errors import DataError
 
 Kind = Literal["lines", "documents", "parquet", "arrow"]
@@ -66,8 +67,7 @@ def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
     """
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        candidates = sorted(str(file) for file in Path(expanded).rglob("*") if _visible(file.relative_to(expanded)))
-        files = [file for file in candidates if _suffix(file) in KINDS and os.path.isfile(file)]
+        files = _files_within(expanded)
         nothing = f"the folder {path} holds no {', '.join(KINDS)} file"
     elif glob.has_magic(expanded) and not os.path.exists(expanded):
         files = sorted(file for file in glob.glob(expanded, recursive=True) if os.path.isfile(file))
@@ -90,6 +90,24 @@ def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
             "name one kind with a glob, such as folder/**/*.jsonl"
         )
     return next(iter(kinds)), files
+
+
+def _files_within(folder: str) -> list[str]:
+    """The files of a known kind in a folder and those within it, sorted; no more once two kinds were met.
+
+    So a folder that was meant otherwise, such as ``/``, is not walked to its end.
+    """
+    files: list[str] = []
+    kinds: set[Kind] = set()
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = [os.path.join(place, name) for name in names if not name.startswith(".") and _suffix(name) in KINDS]
+        found = list(filter(os.path.isfile, found))
+        files += found
+        kinds |= {KINDS[_suffix(file)] for file in found}
+        if len(kinds) > 1:
+            break
+    return sorted(files)
 
 
 def stdlib_files(label: str, split: str) -> list[str]:
@@ -163,9 +181,11 @@ def parse_line(line: str) -> dict[str, Any]:
     if line.startswith(DAMAGED):
         raise ValueError(line.removeprefix(DAMAGED))
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=keyed_once)
     except json.JSONDecodeError as problem:
         raise ValueError(f"not valid JSON: {problem.msg} at column {problem.colno}") from problem
+    except ValueError as problem:
+        raise ValueError(json_fault(problem)) from problem
     except RecursionError as problem:
         raise ValueError("nested too deeply") from problem
     if not isinstance(row, dict):
@@ -175,11 +195,14 @@ def parse_line(line: str) -> dict[str, Any]:
 
 def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
     try:
-        items = json.loads(content)
+        items = json.loads(content, object_pairs_hook=keyed_once)
     except json.JSONDecodeError as problem:
         raise DataError(
             f"{file}:{problem.lineno} is not valid JSON: {problem.msg} at column {problem.colno}"
         ) from problem
+    except (ValueError, RecursionError) as problem:
+        reason = "nested too deeply" if isinstance(problem, RecursionError) else json_fault(problem)
+        raise DataError(f"{file} is not valid JSON: {reason}") from problem
     for index, item in enumerate(items):
         yield {"place": f"{file}[{index}]", "text": json.dumps(item)}
 
@@ -205,10 +228,6 @@ def _suffix(path: str) -> str:
     """The suffix that tells the format, under that of a compression."""
     stem, suffix = os.path.splitext(path)
     return os.path.splitext(stem)[1].lower() if suffix.lower() in COMPRESSIONS else suffix.lower()
-
-
-def _visible(relative: Path) -> bool:
-    return not any(part.startswith(".") for part in relative.parts)
 
 
 def _is_utf8(file: Path) -> bool:

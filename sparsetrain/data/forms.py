@@ -41,7 +41,9 @@ class RowForm:
     fields: tuple[str, ...]
     """The columns needed, in the order the kind needs them."""
     optional: tuple[str, ...] = ()
-    """Other columns that are read where a row has them."""
+    """Other columns that are read where a row has them, also if the first row has not."""
+    seen: tuple[str, ...] = ()
+    """Those of them that the source is known to have."""
     unread: tuple[str, ...] = ()
     """The source's other columns."""
     ignore: tuple[str, ...] = ()
@@ -51,7 +53,7 @@ class RowForm:
 
     def describe(self) -> str:
         """The form and its columns in a line."""
-        parts = [f"{self.kind.replace('_', ' + ')} from {listed((*self.fields, *self.optional))}"]
+        parts = [f"{self.kind.replace('_', ' + ')} from {listed((*self.fields, *self.seen))}"]
         if self.separator:
             parts.append(f"joined with {self.separator!r}")
         if self.unread:
@@ -92,10 +94,11 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
             f"data source {source.label!r} holds chat messages, but the tokenizer has no chat template; set "
             "model.tokenizer to an instruction-tuned model's, or train on form text or prompt_completion"
         )
-    optional = read_columns(kind, columns, source.ignore)
-    read = {*fields, *optional}
+    optional = read_columns(kind, source.ignore)
+    seen = tuple(column for column in optional if column in columns)
+    read = {*fields, *seen}
     unread = tuple(column for column in columns if column not in read)
-    return RowForm(kind, fields, optional, unread, tuple(source.ignore), source.separator)
+    return RowForm(kind, fields, optional, seen, unread, tuple(source.ignore), source.separator)
 
 
 def _check_ignored(source: DataSource, columns: Sequence[str], fields: Sequence[str]) -> None:

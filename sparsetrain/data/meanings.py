@@ -39,10 +39,14 @@ _PLACES = "there is no conversation that it could belong to; form: chat reads it
 _REFUSALS: dict[str, str] = {
     "chosen": _PREFERENCE,
     "rejected": _PREFERENCE,
+    **dict.fromkeys(
+        ("preferred_output", "non_preferred_output", "rejected_response", "rejected_messages"), _PREFERENCE
+    ),
     "kto_tag": _LABEL,
     "label": _LABEL,
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), _WEIGHT),
     **dict.fromkeys(("input_ids", "labels", "position_ids", *MASKS), _TOKENS),
+    "seq_lengths": "a row is one document; write the documents that were packed into it as rows of their own",
     **dict.fromkeys((*_OF_CONVERSATIONS, "history"), _PLACES),
     "chat_template": "all rows are written by the tokenizer's own",
     **REFUSED,
@@ -51,14 +55,16 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), lambda value: value == 1),
     # A class is a number or a name, and no matter of the text beside it.
     "label": lambda value: not isinstance(value, bool),
-    "position_ids": lambda value: list(value) == list(range(len(value))),
+    "position_ids": lambda value: isinstance(value, list) and value == list(range(len(value))),
+    # One document.
+    "seq_lengths": lambda value: isinstance(value, list) and len(value) == 1,
     "refusal": lambda value: True,
 }
 
 
-def read_columns(kind: Kind, columns: Sequence[str], ignore: Collection[str]) -> tuple[str, ...]:
-    """The columns that a form reads beside those that it needs."""
-    return tuple(column for column in _READ[kind] if column in columns and column not in ignore)
+def read_columns(kind: Kind, ignore: Collection[str]) -> tuple[str, ...]:
+    """The columns that a form reads beside those that it needs, where a row has them."""
+    return tuple(column for column in _READ[kind] if column not in ignore)
 
 
 def check_columns(row: Mapping[str, Any], kind: Kind, fields: Collection[str], ignore: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from sparsetrain.data.values import MalformedRow, described, parsed, string, tex
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 5
+RENDER_VERSION = 6
 """Raised whenever the same row would give other tokens, so that nothing cached before is used."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -69,7 +69,10 @@ def _places(conversation: Conversation) -> Iterator[_Place]:
                 yield _Place(f"the arguments of tool_calls[{place}] of {name}", "", (*path, "arguments"))
     for number in range(len(conversation.tools or ())):
         yield _Place(f"tools[{number}]", "tools", ("tools", number, "function", "name"))
-    for name in conversation.settings:
+    for name, value in conversation.settings.items():
+        if value is None or value in ("", [], {}):
+            # It may mean something to a template, and says nothing that could be lost.
+            continue
         column = name if name in ("documents", "tool_choice", "parallel_tool_calls") else "chat_template_kwargs"
         yield _Place(f"{column}.{name}" if column != name else name, column, ("settings", name))
 

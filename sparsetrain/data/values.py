@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,12 +84,30 @@ def parsed(value: Any, name: str) -> Any:
     if not value.strip():
         return None
     try:
-        content = json.loads(value)
+        content = json.loads(value, object_pairs_hook=keyed_once)
     except ValueError as problem:
-        raise MalformedRow(f"{name} is not valid JSON: {problem}") from problem
+        raise MalformedRow(f"{name} is not valid JSON: {json_fault(problem)}") from problem
     # For its texts alone: escapes of JSON hide halves of pairs.
     plain(content, name)
     return content
+
+
+def keyed_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``json.loads``, which keeps the last of several values under one key.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def json_fault(problem: ValueError) -> str:
+    """What ``json.loads`` says, without Python's advice on numbers of thousands of digits."""
+    return "a number of more than 4,300 digits" if "set_int_max_str_digits" in str(problem) else str(problem)
 
 
 def described(value: Any) -> str:

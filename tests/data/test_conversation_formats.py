@@ -232,6 +232,8 @@ def test_tokens_are_taken_as_they_are(learned, tokenizer):
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "leaves out tokens between others"),
         ({"input_ids": ["a"]}, "a list of other things"),
         ({"input_ids": [1, 2], "position_ids": [1, 0]}, "'position_ids' cannot be honoured"),
+        ({"input_ids": [1, 2], "position_ids": 1}, "'position_ids' cannot be honoured"),
+        ({"input_ids": [1, 2], "seq_lengths": [1, 1]}, "'seq_lengths' cannot be honoured: a row is one document"),
     ):
         with pytest.raises(MalformedRow, match=told):
             learned(wrong)
@@ -272,3 +274,23 @@ def test_a_published_set_of_tool_calls_renders(test_data, tokenizer):
             f"[call {call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}]" in text for call in calls
         )
         assert text.count("[tool {") == len(json.loads(row["tools"] or "[]"))
+
+
+def test_a_column_that_the_first_line_lacks_is_read_in_the_others(write_jsonl, stream, tokenizer):
+    with_template = copy.copy(tokenizer)
+    with_template.chat_template = FULL
+    more = {"messages": [ASK, ANSWER], "tools": [TOOL], "system": "Be kind."}
+    path = write_jsonl([{"messages": [ASK, ANSWER]}, more])
+    read = stream({"path": path, "shuffle": False}, tokenizer=with_template, packing=False, length=4096)
+    first, second = (with_template.decode(next(read).input_ids) for _ in range(2))
+    assert "Be kind." in second
+    assert TOOL["function"]["name"] in second
+    assert "Be kind." not in first
+    ids = {"input_ids": [1, 2, 3]}
+    read = stream({"path": write_jsonl([ids, {**ids, "labels": [-100, -100, 3]}]), "shuffle": False}, packing=False)
+    assert [next(read).labels.tolist() for _ in range(2)] == [[-100, 2, 3], [-100, -100, 3]]
+
+
+def test_a_setting_that_is_empty_says_nothing_that_could_be_lost(learned):
+    row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"mood": ""}}
+    assert learned(row, POOR)[1] == ["1<eos>"]

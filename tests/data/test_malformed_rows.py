@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Regex, decoders, pre_tokenizers
 
 from sparsetrain.cli import main
+from sparsetrain.data.files import parse_line
 from sparsetrain.errors import DataError
 
 BAD = [
@@ -117,3 +118,9 @@ def test_a_short_streaming_source_gives_its_first_row_at_once(tmp_path, stream):
     begun = time.process_time()
     assert len(next(stream({"path": str(tmp_path / "one.txt"), "streaming": True})).input_ids) == 64
     assert time.process_time() - begun < 6
+
+
+def test_a_key_that_is_there_twice_is_no_valid_row():
+    for line in ('{"text": "a", "text": "b"}', '{"text": "a", "more": [{"b": 1, "b": 2}]}'):
+        with pytest.raises(ValueError, match=r"the key '(text|b)' is there twice"):
+            parse_line(line)
