@@ -201,6 +201,8 @@ def run(
             loaded = load_recipe(recipe, overrides or [], output)
             if os.environ.get("RANK", "0") == "0":
                 _print_notes(loaded)
+                # Importing torch and DeepSpeed and reading the model take a while, silently.
+                print(f"{loaded.recipe.name}: loading the libraries, the model and the data", flush=True)
             from sparsetrain.training.run import run as train
 
             with loaded.naming_places():

@@ -49,7 +49,8 @@ def check_all_is_said(conversation: Conversation, tokenizer: PreTrainedTokenizer
     for place in unread:
         if not _matters(_content(conversation), place, tokenizer, text):
             raise MalformedRow(
-                f"the chat template does not write {place.name}; take a tokenizer whose template does"
+                f"the chat template does not write {place.name}; set model.tokenizer to one whose template does "
+                "(also a copy of this tokenizer's folder with another chat_template.jinja)"
                 + (f", or train without it by ignore: [{place.key}]" if place.key else "")
             )
     _check_thoughts(conversation, text)
