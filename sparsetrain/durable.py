@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from pathlib import Path
+
+LARGEST = 1 << 26
+"""Bytes of a JSON or YAML file that a run wrote; more is none of ours."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -64,3 +68,17 @@ def copy_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> N
             (target / place).mkdir(exist_ok=True)
         else:
             shutil.copyfile(path, target / place)
+
+
+def read_bytes(file: Path) -> bytes:
+    """A small file that a run wrote. Not a pipe, which would be waited for, or anything without an end.
+
+    Raises:
+        OSError, ValueError: it is none, or cannot be read.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file.name} is no file")
+    if found.st_size > LARGEST:
+        raise ValueError(f"{file.name} has {found.st_size:,} bytes, too many for what it should hold")
+    return file.read_bytes()

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from rich.box import SIMPLE
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsetrain.durable import write_whole
+from sparsetrain.durable import read_bytes, write_whole
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.panels import few, with_passkey
 from sparsetrain.evaluation.result import EvalResult, PasskeyResult
@@ -97,10 +97,10 @@ def read_results(folder: Path) -> dict[str, EvalResult]:
     """
     file = folder / RESULTS_FILE
     try:
-        return RESULTS.validate_json(file.read_bytes())
+        return RESULTS.validate_json(read_bytes(file))
     except FileNotFoundError:
         return {}
-    except ValidationError as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} does not hold the results of evaluations") from error
 
 

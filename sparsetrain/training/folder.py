@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.durable import write_whole
+from sparsetrain.durable import read_bytes, write_whole
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
@@ -153,8 +154,8 @@ def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = (
 def read_history(folder: Path) -> list[str]:
     """What was changed when the run in a folder was resumed, a line each; nothing where nothing readable says so."""
     try:
-        return [told(line) for line in json.loads((folder / HISTORY_FILE).read_bytes())]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [told(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
@@ -182,7 +183,9 @@ def _is_evaluated(folder: Path) -> bool:
 
 
 def _occupy(folder: Path, occupied: ExitStack) -> None:
-    lock = occupied.enter_context((folder / LOCK_FILE).open("w"))
+    # Neither emptied, which a link would lead elsewhere, nor waited for, as a pipe without a reader is.
+    number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    lock = occupied.enter_context(os.fdopen(number, "rb+", buffering=0))
     try:
         # Of the process, so that it ends with it however it is killed, and not with the last of its children.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -246,7 +246,7 @@ def _step_of(line: str) -> float:
     """The step of a line of metrics; infinite for a torn one, so that it lies after every step."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparsetrain.durable import read_bytes
 from sparsetrain.errors import RecipeError, first_line
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.training.checkpoints.files import PieceReader
 from sparsetrain.training.checkpoints.manifest import RECIPE, STATE, rank_file, read_manifest, tensor_files
-from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read, read_bytes
+from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

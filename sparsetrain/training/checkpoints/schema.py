@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from sparsetrain.durable import read_bytes
 from sparsetrain.section import Section
-
-LARGEST = 1 << 26
-"""Bytes of a JSON or YAML file of a checkpoint; more is none of ours."""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Positive = Annotated[int, Field(gt=0, lt=2**62)]
@@ -114,17 +111,3 @@ def read(file: Path, schema: type[M]) -> M:
         place = ".".join(map(str, first["loc"]))
         found = f" ({place}={first['input']!r:.60})" if place else ""
         raise ValueError(f"{file.name} does not hold what it should{found}: {first['msg'][:200]}") from None
-
-
-def read_bytes(file: Path) -> bytes:
-    """A small file of a checkpoint. Not a pipe, which would be waited for, or anything without an end.
-
-    Raises:
-        OSError, ValueError: it is none, or cannot be read.
-    """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file.name} is no file")
-    if found.st_size > LARGEST:
-        raise ValueError(f"{file.name} has {found.st_size:,} bytes, too many for what it should hold")
-    return file.read_bytes()

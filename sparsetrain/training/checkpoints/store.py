@@ -20,12 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparsetrain.durable import flush, make_way
+from sparsetrain.durable import flush, make_way, read_bytes
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.content import content_fault
 from sparsetrain.training.checkpoints.files import checksum_of, write_text
 from sparsetrain.training.checkpoints.manifest import rank_file, read_manifest, unlisted, write_manifest
-from sparsetrain.training.checkpoints.schema import read_bytes
 from sparsetrain.training.engine import World
 from sparsetrain.training.place import here
 

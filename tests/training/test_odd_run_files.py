@@ -1,0 +1,35 @@
+"""Files of a run folder that are pipes, links or nested without end: nothing waits for them, or writes through them."""
+
+import os
+from contextlib import ExitStack
+
+import pytest
+
+from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.report import read_results
+from sparsetrain.training import folder
+from sparsetrain.training.tracking import _step_of
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("evaluation.json", "history.json", ".lock"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json"):
+        read_results(tmp_path)
+    assert folder.read_history(tmp_path) == []
+    with ExitStack() as occupied:
+        folder._occupy(tmp_path, occupied)
+
+
+def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with ExitStack() as occupied:
+        folder._occupy(tmp_path, occupied)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_records_nested_without_end_are_damaged(tmp_path):
+    (tmp_path / "history.json").write_text("[" * 200_000)
+    assert folder.read_history(tmp_path) == []
+    assert _step_of("[" * 200_000) == float("inf")
