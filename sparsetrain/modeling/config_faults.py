@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -31,6 +32,10 @@ LARGEST_SIZE = 2**40
 def config_faults(config: Any) -> Iterator[tuple[str, str]]:
     """Each value of a config, or of its decoder's part, that cannot be meant: the field, and what is wrong."""
     decoder = config.get_text_config(decoder=True)
+    if not isinstance(decoder, PreTrainedConfig):
+        name = next(name for name, value in vars(config).items() if value is decoder)
+        yield name, f"{name}={decoder!r:.60}: a model of model_type={config.model_type} has no such part; leave it out"
+        return
     for part in (decoder,) if decoder is config else (config, decoder):
         yield from _wrong_sizes(_fields(part))
     fields = _fields(decoder)
@@ -115,6 +120,33 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
             if not number or not least <= value <= most or value in (0, math.inf):
                 bound = ("of at least 1" if least else "above 0") + (" and at most 1" if most == 1 else "")
                 yield "rope_parameters", f"{where}{name}={value!r:.60} is not a number {bound}"
+        for fault in _wrong_scaling(each):
+            yield "rope_parameters", where + fault
+
+
+ROPE_ORDER = (("llama3", "low_freq_factor", "high_freq_factor"), ("yarn", "beta_slow", "beta_fast"))
+"""Kinds of scaling, and two of their fields of which the first is the smaller one."""
+
+
+def _wrong_scaling(rope: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers only warns of, and computes nonsense from."""
+    ordered = {name for _, *pair in ROPE_ORDER for name in pair}
+    for name in sorted({"attention_factor", *ordered} & rope.keys()):
+        if rope[name] is not None and not _is_factor(rope[name]):
+            yield f"{name}={rope[name]!r:.60} is not a number above 0"
+    for kind, low, high in ROPE_ORDER:
+        given: tuple[Any, Any] = rope.get(low), rope.get(high)
+        if rope.get("rope_type") == kind and all(map(_is_factor, given)) and given[0] >= given[1]:
+            yield f"{low}={given[0]} is not below {high}={given[1]}"
+    for name in ("short_factor", "long_factor"):
+        factors = rope.get(name)
+        # One number would be spread over all pairs without a word; other lengths do not fit.
+        if name in rope and not (isinstance(factors, list) and len(factors) > 1 and all(map(_is_factor, factors))):
+            yield f"{name}={factors!r:.60} is not a list of numbers above 0, one for each pair of rotated channels"
+
+
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _wrong_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -53,7 +53,8 @@ class ConfigSource:
         """
         with explained(partial(self.blame, self.make)):
             config = self.make(copy.deepcopy(self.values))
-        for name, fault in config_faults(config):
+            faults = list(config_faults(config))
+        for name, fault in faults:
             raise ModelError(f"{self.place(name)}: {fault}")
         return config
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.registry import METHODS
@@ -86,7 +86,7 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 tensors[name] = torch.empty(weights.get_slice(name).get_shape(), device="meta")
-    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
+    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(), _no_reports():
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     model, info = loaded
@@ -159,6 +159,17 @@ def _expecting_new_modules() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel._keys_to_ignore_on_load_unexpected = former
+
+
+@contextmanager
+def _no_reports() -> Iterator[None]:
+    """Keep transformers from printing a table of what did not fit: no weights are read yet, and it names no file."""
+    former = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(former)
 
 
 def _of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

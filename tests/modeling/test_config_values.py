@@ -27,6 +27,8 @@ SHAPE = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 
 
 def overridden(**overrides):
@@ -84,6 +86,23 @@ def test_what_follows_from_an_override_follows():
         ({"rope_parameters": {"rope_type": ["x"]}}, r"overrides\.rope_parameters"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"overrides\.rope_parameters=.*Missing required keys.*factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, r"factor='4' is not a number of at least 1"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 32}},
+            r"beta_slow=32 is not below",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1}},
+            r"attention_factor=-1 is not",
+        ),
+        (
+            {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}},
+            r"low_freq_factor=4\.0 is not below high_freq_factor=4\.0",
+        ),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, r"long_factor=\[1\.0\] is not a list of numbers"),
+        (
+            {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 15 + [0]}},
+            r"short_factor=.* is not a list of numbers",
+        ),
         ({"rope_parameters": {"factr": 4.0}}, "'factr' is no parameter of rotary positions; did you mean factor"),
         ({"rope_parameters": []}, r"rope_parameters=\[\]: .* are a mapping"),
         ({"rope_theta": 0}, r"overrides\.rope_theta: .*rope_theta=0 is not a number above 0"),
@@ -200,6 +219,12 @@ def test_a_head_beside_tied_embeddings_is_refused(folder):
         ("config.json", {"model_type": "lama"}, "model_type='lama' is no family .*did you mean llama"),
         ("config.json", {"rms_norm_eps": None}, "config.json: rms_norm_eps=None: .*expected float"),
         ("config.json", {"dtype": "float31"}, "config.json: dtype='float31'"),
+        (
+            "config.json",
+            {"text_config": {"vocab_size": 7}},
+            "config.json: text_config: text_config=.*has no such part; leave it out",
+        ),
+        ("config.json", {"decoder": 5}, "config.json: decoder: decoder=5: .*has no such part; leave it out"),
         ("generation_config.json", {"eos_token_id": "x"}, "generation_config.json: eos_token_id='x'"),
         ("generation_config.json", {"top_p": 7}, "generation_config.json: top_p=7"),
     ],
