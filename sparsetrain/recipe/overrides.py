@@ -37,8 +37,13 @@ def apply_overrides(source: Source, overrides: Sequence[str], output: str | None
             raise RecipeError(f"{place}: {fault}")
         parsed.append((("output",), Source(output, {(): place})))
     notes = make_room(source, _layer(parsed))
+    former: dict[KeyPath, str] = {}
     for path, value in parsed:
         _set(source, path, value)
+        key, place = tuple(_index(part) for part in path), value.place(())
+        if key in former:
+            notes.append(f"{place} takes the place of {former[key]}")
+        former[key] = place
     return notes
 
 

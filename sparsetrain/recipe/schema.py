@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -476,3 +477,10 @@ class Recipe(Section):
     def base_bits(self) -> Literal["none", "4bit", "8bit"]:
         """``lora.quantize_base``; ``none`` without adapters too."""
         return "none" if self.lora is None else self.lora.quantize_base
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str | None) -> str | None:
+        if name and (name != name.strip() or {".", ".."} & set(name.split("/"))):
+            raise ValueError(f"{name!r} names no folder in runs, where the run writes by default")
+        return name
