@@ -380,8 +380,10 @@ def doctor(
     from sparsetrain.doctor import diagnose
     from sparsetrain.recipe import load_recipe
 
-    loaded = None if recipe is None else load_recipe(recipe, overrides or [])
-    raise typer.Exit(diagnose(None if loaded is None else loaded.recipe))
+    if recipe is None:
+        raise typer.Exit(diagnose())
+    loaded = load_recipe(recipe, overrides or [])
+    raise typer.Exit(diagnose(loaded.recipe, loaded.naming_places))
 
 
 @recipes.command(name="list")
@@ -839,7 +841,7 @@ def _check_model(loaded: LoadedRecipe) -> None:
     """Refuse a model of the user's own that could not be built. That takes torch, so others are left to the run."""
     from sparsetrain.recipe.local_model import is_own
 
-    if is_own(loaded.recipe.model):
+    if is_own(loaded.recipe):
         from sparsetrain.training.ready import check_model
 
         check_model(loaded.recipe)

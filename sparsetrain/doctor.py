@@ -13,6 +13,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from math import prod
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsetrain.data.check import check_data
-from sparsetrain.errors import DataError, ModelError, SparsetrainError, first_line
-from sparsetrain.recipe.local_model import model_folder
+from sparsetrain.errors import ModelError, SparsetrainError, first_line
+from sparsetrain.recipe.local_model import is_own, model_folder
 from sparsetrain.recipe.schema import ModelSection, Recipe
 
 TESTED: dict[str, tuple[str, str]] = {
@@ -54,18 +55,25 @@ class Finding:
     fix: str = ""
 
 
-def diagnose(recipe: Recipe | None = None) -> int:
-    """Run every check, print the findings, and return the exit code: 2 if one of them would stop a run."""
+def diagnose(
+    recipe: Recipe | None = None, naming_places: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> int:
+    """Run every check, print the findings, and return the exit code: 2 if one of them would stop a run.
+
+    Args:
+        naming_places: adds to an error where the settings are written that it names.
+    """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    findings = list(run_checks(recipe))
+    findings = list(run_checks(recipe, naming_places))
     table = Table(box=None, pad_edge=False)
     for column in ("", "check", "found"):
         table.add_column(column, overflow="fold")
     for each in findings:
-        table.add_row(f"[{colours[each.status]}]{each.status}[/]", each.check, each.found)
+        table.add_row(f"[{colours[each.status]}]{each.status}[/]", each.check, escape(each.found))
     console = Console(highlight=False)
     console.print(table)
     for each in findings:
@@ -75,7 +83,9 @@ def diagnose(recipe: Recipe | None = None) -> int:
     return 2 if any(each.status == "fail" for each in findings) else 0
 
 
-def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
+def run_checks(
+    recipe: Recipe | None = None, naming_places: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[Finding]:
     """Every check in turn. One that breaks is itself a finding."""
     checks: list[tuple[str, Callable[[], Finding | Iterable[Finding]]]] = [
         ("versions", check_versions),
@@ -91,14 +101,17 @@ def run_checks(recipe: Recipe | None = None) -> Iterator[Finding]:
     ]
     if recipe is not None:
         checks += [
+            ("machine", lambda: check_machine(recipe)),
             ("model", lambda: check_model(recipe)),
             ("disk", lambda: check_disk(recipe)),
             ("data", lambda: check_recipe_data(recipe)),
         ]
     for name, check in checks:
         try:
-            result = check()
-            yield from [result] if isinstance(result, Finding) else list(result)
+            with naming_places():
+                result = check()
+                found = [result] if isinstance(result, Finding) else list(result)
+            yield from found
         except SparsetrainError as error:
             yield Finding("fail", name, str(error))
         except Exception as error:
@@ -304,11 +317,22 @@ def check_wandb(recipe: Recipe | None = None) -> Finding:
     return Finding("ok", "W&B", "no login found: runs are recorded offline (`wandb login` puts them online)")
 
 
+def check_machine(recipe: Recipe) -> Finding:
+    """Whether this machine has what the recipe's dtype, quantised base and offloading need."""
+    import torch
+
+    from sparsetrain.training import ready
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ready.check_machine(recipe, device, recipe.sequence.parallel)
+    return Finding("ok", "machine", f"a {device.type} can do what the recipe asks of it")
+
+
 def check_model(recipe: Recipe) -> Finding:
     """Whether a model that is on this machine can be built as the recipe says, and its files can be read."""
     from sparsetrain.training import ready
 
-    if model_folder(recipe.model) is None and recipe.model.architecture is None:
+    if not is_own(recipe) and model_folder(recipe.model) is None:
         return Finding("ok", "model", f"{recipe.model.path} is looked at when the run starts")
     ready.check_model(recipe)
     return Finding("ok", "model", "it can be built as the recipe says, and its files can be read")
@@ -340,12 +364,9 @@ def check_disk(recipe: Recipe) -> Finding:
     return Finding("ok", "disk", found)
 
 
-def check_recipe_data(recipe: Recipe) -> Finding | list[Finding]:
+def check_recipe_data(recipe: Recipe) -> list[Finding]:
     """The files, columns and first rows of a recipe's data, and what its chat template writes."""
-    try:
-        data = check_data(recipe)
-    except DataError as error:
-        return Finding("fail", "data", str(error))
+    data = check_data(recipe)
     unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
     warned = [Finding("warn", "chat template", remark) for remark in data.remarks]
     return [Finding("ok", "data", f"what is on this machine can be read{unseen}"), *warned]

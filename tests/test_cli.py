@@ -129,12 +129,52 @@ def test_validate_applies_overrides_to_every_recipe_and_prints_notes(call, recip
         (["deepspeed.config={gradient_cliping: 1.0}"], "did you mean gradient_clipping?"),
         (["deepspeed.config=gone.json"], "deepspeed.config: gone.json: cannot be read"),
         (["--ranks", "3"], "is not a multiple of"),
+        (
+            ["model.path=sparsetrain:tiny", "lora={targets: '(a+)+$'}"],
+            "lora.targets: (a+)+$ matches no linear layer of LlamaForCausalLM",
+        ),
+        (["model.path=sparsetrain:small"], "no such model ships with sparsetrain; there is ['tiny']"),
+        (["model.path=./gone"], "model.path='./gone': there is no such folder"),
+        (["model.path=a/b", "model.tokenizer=/gone"], "model.tokenizer='/gone': there is no such folder"),
     ],
 )
 def test_validate_refuses_what_a_run_would_refuse(call, recipe, overrides, expected):
     code, _, err = call("recipe", "validate", recipe, *overrides)
     assert code == 2
     assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora={targets: [q_proj, nope]}", "lora.targets: nope matches no linear layer of LlamaForCausalLM"),
+        ("model.tokenizer=/gone", "model.tokenizer='/gone': there is no such folder"),
+        ("data.sources=[{path: /gone.jsonl}]", "/gone.jsonl does not exist"),
+    ],
+)
+def test_every_command_refuses_a_recipe_in_the_same_words(call, recipe, override, expected):
+    commands = [["recipe", "validate"], ["plan"], ["run"]]
+    answers = [call(*command, recipe, "model.path=sparsetrain:tiny", override) for command in commands]
+    assert {code for code, _, _ in answers} == {2}
+    (message,) = {err.splitlines()[-1] for _, _, err in answers}
+    assert expected in message
+    assert message.endswith(f"command line override {override})")
+    code, out, _ = call("doctor", recipe, "model.path=sparsetrain:tiny", override)
+    assert code == 2
+    assert "".join(message.removeprefix("error: ").split()) in "".join(out.split())
+
+
+def test_an_override_that_is_given_twice_is_told(call, recipe):
+    code, _, err = call("recipe", "validate", recipe, "train.lr=1e-3", "train.lr=1e-4")
+    assert code == 0
+    assert "override train.lr=1e-4 takes the place of command line override train.lr=1e-3" in err
+
+
+@pytest.mark.parametrize("name", [" ", "..", "a/../b", "x "])
+def test_a_name_that_is_no_folder_is_refused(call, recipe, name):
+    code, _, err = call("recipe", "validate", recipe, f'name="{name}"')
+    assert code == 2
+    assert "names no folder in runs" in err
 
 
 def test_schema_is_json(call):

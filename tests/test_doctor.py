@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparsetrain import doctor
+from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -237,3 +238,17 @@ def test_diagnose_prints_fixes_and_fails_if_one_check_does(monkeypatch, capsys, 
     os.utime(lock, (0, 0))
     assert doctor.diagnose() == 2
     assert f"fail extension locks: rm '{lock}'\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("model.dtype=float16", "model.dtype=float16: a cpu does not train it"),
+        ("deepspeed.offload_optimizer=cpu", "deepspeed.offload_optimizer: cpu moves"),
+        ("lora={quantize_base: 4bit}", "lora.quantize_base=4bit: bitsandbytes computes on CUDA"),
+    ],
+)
+def test_what_this_machine_cannot_train_is_found(monkeypatch, recipe, change, fault):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match=re.escape(fault)):
+        doctor.check_machine(recipe(change))

@@ -60,12 +60,14 @@ def run_plan(
         raise RecipeError("name a recipe to plan; `sparsetrain recipe list` shows what is shipped")
     if as_markdown and in_json:
         raise RecipeError("--markdown and --json are two forms of one answer; give one of them")
-    plan = make_plan(name, overrides, gpus=gpus, device=device, memory=memory, config=config, liger=liger)
-    if is_own(plan.setting.recipe.model):
-        from sparsetrain.training.ready import check_model  # imports torch, which other plans do without
+    loaded = load_recipe(name, overrides)
+    with loaded.naming_places():
+        if is_own(loaded.recipe):
+            from sparsetrain.training.ready import check_model  # imports torch, which other plans do without
 
-        check_model(plan.setting.recipe)
-    check_data(plan.setting.recipe)
+            check_model(loaded.recipe)
+        check_data(loaded.recipe)
+    plan = make_plan(name, overrides, gpus=gpus, device=device, memory=memory, config=config, liger=liger)
     if in_json:
         print(json.dumps(as_json(plan), indent=2))
     elif as_markdown:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import ModelError
-from sparsetrain.recipe.schema import ModelSection
+from sparsetrain.recipe.schema import ModelSection, Recipe
 from sparsetrain.textfile import read_text
 
 OWN_MODELS = "sparsetrain:"
@@ -25,14 +25,26 @@ def model_folder(section: ModelSection) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
-def is_own(section: ModelSection) -> bool:
-    """Whether the model can be looked at here and may be wrong: a local folder, or a shape that the recipe gives.
+def is_own(recipe: Recipe) -> bool:
+    """Whether the model can be looked at here and may be wrong: what is written as a place on this machine, or a shape
+    that the recipe gives.
 
-    What ships with the package is known to be right, with more positions too.
+    What ships with the package is known to be right, with more positions too, where the recipe adds nothing to it.
     """
-    if section.path is not None and section.path.startswith(OWN_MODELS):
-        return not section.config_overrides.keys() <= {"max_position_embeddings"} or section.tokenizer is not None
-    return section.architecture is not None or model_folder(section) is not None
+    section = recipe.model
+    if section.architecture is not None or any(map(_lies_here, (section.path, section.tokenizer))):
+        return True
+    if section.path is None or not section.path.startswith(OWN_MODELS):
+        return False
+    altered = not section.config_overrides.keys() <= {"max_position_embeddings"} or section.tokenizer is not None
+    return altered or recipe.lora is not None or recipe.sequence.parallel > 1 or model_folder(section) is None
+
+
+def _lies_here(name: str | None) -> bool:
+    """Whether a name is that of a folder, there or not, and neither a Hub id nor what ships with the package."""
+    if name is None or name.startswith(OWN_MODELS):
+        return False
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
 
 
 def model_config(section: ModelSection) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What can be known of a run's model before its weights are read: the same checks, in the same words, as in the run.
 
 ``sparsetrain recipe validate``, ``plan`` and ``doctor`` ask :func:`check_model`; ``run`` asks the functions under it.
+``doctor`` and ``run`` ask :func:`check_machine`: others may be run on another machine than the training.
 """
 
 from __future__ import annotations
@@ -11,12 +12,32 @@ from transformers.utils import logging
 
 from sparsetrain.modeling import check_dropout, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
+from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weights import check_headers
+from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.engine import check_config, check_offload
+from sparsetrain.training.memory import check_memory_options
+from sparsetrain.training.quantize import check_quantization
 from sparsetrain.training.trainable import choose_trainable
+
+
+def check_machine(recipe: Recipe, device: torch.device, ranks: int) -> None:
+    """Refuse what the devices of a run cannot do, a batch that does not divide, and a DeepSpeed JSON that contradicts
+    the recipe.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    # The steps, which ``train.epochs`` knows only after the data is read, do not matter here.
+    check_config(deepspeed_config(recipe, batch_shape(recipe, ranks).with_steps(1)))
+    check_quantization(recipe.base_bits, device)
+    check_memory_options(recipe.train, device)
+    check_offload(recipe, device)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -29,6 +50,9 @@ def check_model(recipe: Recipe) -> None:
     """
     logging.disable_progress_bar()  # of weights that are not read
     section = recipe.model
+    for field in ("path", "tokenizer"):
+        if (name := getattr(section, field)) is not None:
+            resolve(name, f"model.{field}")
     folder = model_folder(section)
     if folder is None and section.architecture is None:
         return

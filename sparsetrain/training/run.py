@@ -30,7 +30,7 @@ from sparsetrain.modeling import (
     sparsify,
 )
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
-from sparsetrain.recipe import BatchPlan, Recipe, batch_shape, dump_recipe, plan_batch
+from sparsetrain.recipe import BatchPlan, Recipe, dump_recipe, plan_batch
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
 from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
@@ -40,16 +40,15 @@ from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.costs import Costs
 from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
 from sparsetrain.training.drawing import draw_run
-from sparsetrain.training.engine import World, check_config, check_offload, init_world
+from sparsetrain.training.engine import World, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult, is_logged
-from sparsetrain.training.memory import check_memory_options
 from sparsetrain.training.place import here
 from sparsetrain.training.progress import Progress
-from sparsetrain.training.quantize import check_quantization, quantize_base
-from sparsetrain.training.ready import check_fit
+from sparsetrain.training.quantize import quantize_base
+from sparsetrain.training.ready import check_fit, check_machine
 from sparsetrain.training.round_trip import check_round_trip
 from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 from sparsetrain.training.telling import attempt
@@ -98,12 +97,7 @@ def _prepare(
     transformers.utils.logging.disable_progress_bar()
     output = Path(recipe.output or f"runs/{recipe.name}")
     _on_main(world, lambda: folder.prepare(output, recipe, resume, occupied))
-    # Fails before anything heavy is loaded if the batch does not divide or the JSON contradicts the recipe.
-    # The steps, which ``train.epochs`` knows only after the data is read, do not matter here.
-    check_config(deepspeed_config(recipe, batch_shape(recipe, world.size).with_steps(1)))
-    check_quantization(recipe.base_bits, world.device)
-    check_memory_options(recipe.train, world.device)
-    check_offload(recipe, world.device)
+    check_machine(recipe, world.device, world.size)
     _on_main(world, lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)
     here.at("loading the model")
