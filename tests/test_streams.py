@@ -30,7 +30,7 @@ open({out!r}, "w").write(f"{{streams.out.fault!r}} {{streams.err.fault!r}}")
 def printed(tmp_path, letter="text", environment=None, **streams):
     """The faults of both streams where they are as given; the process must end well."""
     out = tmp_path / "faults"
-    code = PRINTS.format(out=str(out), letter=letter)
+    code = PRINTS.format(out=str(out), letter=ascii(letter)[1:-1])
     given = {**os.environ, **(environment or {})}
     assert subprocess.run([sys.executable, "-c", code], env=given, **streams).returncode == 0
     return out.read_text()

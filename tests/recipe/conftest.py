@@ -46,7 +46,7 @@ def load(tmp_path: Path) -> Callable[..., LoadedRecipe]:
 
     def load_text(text: str, *overrides: str) -> LoadedRecipe:
         path = tmp_path / "run.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return load_recipe(path, overrides)
 
     return load_text
