@@ -53,7 +53,8 @@ def oracle(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["one", "packed"])
 def test_equals_the_oracle_for_every_pattern(sparse, pattern, cu_seqlens, make_inputs, assert_matches_oracle) -> None:
-    tensors = make_inputs(4, 2, 177)
+    heads = (4, 2) if pattern.per_head else (2, 1)  # every group of heads has a test of its own below
+    tensors = make_inputs(*heads, 177)
     assert_matches_oracle(sparse(pattern), oracle(pattern), tensors, cu_seqlens=cu_seqlens)
 
 
