@@ -19,11 +19,14 @@ SLACK = 8.0
 
 
 @pytest.fixture(scope="module")
-def ends(tiny, tmp_path_factory):
+def ends(tiny, shared):
     """``ends(fault)``: how the two ranks of a run with that fault ended, in ``ends.folder``."""
-    folder = tmp_path_factory.mktemp("faults")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tiny), str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def make(folder):
+        done = subprocess.run([sys.executable, str(SCRIPT), str(tiny), str(folder)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    folder = shared("faults-of-ranks", make)
 
     def read(fault):
         found = json.loads((folder / f"{fault}.json").read_text())
