@@ -20,6 +20,7 @@ from filelock import FileLock
 from ports import free_port
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training.preloaded import Fork
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sparsetrain.cli import main
@@ -32,7 +33,6 @@ VOCABULARY = 384
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = 300.0
 
-# Runs `sparsetrain` with each list of arguments in turn: the imports are paid once.
 COMMANDS = """
 import json, sys
 from sparsetrain.cli import main
@@ -79,17 +79,29 @@ class RunFolder:
 class Ranks:
     """Processes of one run, started together and writing one log."""
 
-    def __init__(self, command: Sequence[str], log: Path, ranks: int | None = 1) -> None:
-        """``ranks``: how many to start, with the environment of a launcher; None for a launcher that does so itself."""
+    def __init__(self, command: Sequence[str] | Sequence[Sequence[str]], log: Path, ranks: int | None = 1) -> None:
+        """Start them.
+
+        Args:
+            command: what each runs: a command, or arguments of ``sparsetrain``, list by list and one after the other.
+            log: what they say is added to it.
+            ranks: how many to start, with the environment of a launcher; None for a launcher that does so itself.
+        """
         self.log_file = log
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Fork] = []
         port = free_port()
+        forked = not isinstance(command[0], str)
+        if forked and torch.cuda.is_available():  # whose contexts no fork survives
+            command, forked = [sys.executable, "-c", COMMANDS, json.dumps(command)], False
         with log.open("a") as file:
             for rank in range(ranks or 1):
                 if ranks is not None and ranks > 1:
                     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                if forked:
+                    self.processes.append(Fork(command, log, environment))
+                    continue
                 self.processes.append(
                     subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
                 )
@@ -209,7 +221,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
         folder = base / name
         with FileLock(base / f"{name}.lock"):
             if not (folder / "made").exists():
-                folder.mkdir(exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # what a test that failed here left half made
+                folder.mkdir()
                 make(folder)
                 (folder / "made").touch()
         return folder
@@ -254,7 +267,7 @@ def tiny_recipe(tiny: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def ranks_of() -> type[Ranks]:
-    """``ranks_of(command, log, ranks)``: a command started as so many ranks."""
+    """``ranks_of(command, log, ranks)``: a command, or lists of arguments of ours, started as so many ranks."""
     return Ranks
 
 
@@ -264,8 +277,7 @@ def start(tiny: Path) -> Callable[..., Ranks]:
 
     def start_ranks(output: Path, *arguments: str, ranks: int = 1) -> Ranks:
         commands = [["run", str(tiny), *arguments, "--output", str(output)]]
-        command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-        return Ranks(command, output.with_suffix(".log"), ranks)
+        return Ranks(commands, output.with_suffix(".log"), ranks)
 
     return start_ranks
 
@@ -282,7 +294,7 @@ def stages(tiny: Path, shared: Callable[..., Path]) -> Callable[[int], dict[int,
                 ["run", str(tiny), f"deepspeed.stage={stage}", "--output", str(folder / f"stage-{stage}")]
                 for stage in tried
             ]
-            Ranks([sys.executable, "-c", COMMANDS, json.dumps(commands)], folder / "log", ranks).wait()
+            Ranks(commands, folder / "log", ranks).wait()
 
         folder = shared(f"stages-{ranks}-ranks", make)
         return {stage: RunFolder(folder / f"stage-{stage}") for stage in tried}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from sparsetrain.training import run as training
 from sparsetrain.training.checkpoints import read_weights
 
 ALL_KINDS = "lora={rank: 4, targets: linear, dropout: 0.1, train_embeddings: true, train_norms: true}"
-RUN = "import json, sys; from sparsetrain.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
 TOKENS = torch.arange(5, 125)[None]
 
 
@@ -176,7 +174,7 @@ def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_
     overrides += ["eval.perplexity={lengths: [64], tokens: 512, source: {path: python-stdlib, split: validation}}"]
     alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
     commands = [arguments(together.path, *overrides, "deepspeed.stage=3", "checkpoint.every=1", tied=True)]
-    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    ranks_of(commands, tmp_path / "log", 2).wait()
     assert main(arguments(alone.path, *overrides, "deepspeed.stage=0", tied=True)) == 0
     assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
     assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
@@ -189,7 +187,7 @@ def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_
     # The first half again, by both ranks.
     shutil.rmtree(together.path / "checkpoints/step-000002")
     commands[0].append("--resume")
-    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    ranks_of(commands, tmp_path / "log", 2).wait()
     again = load_file(together.path / "final/adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in ours.items())
 
@@ -214,7 +212,7 @@ def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_
     # Left to itself DeepSpeed keeps weights as small as these on every rank.
     sharded = "deepspeed.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
     commands = [arguments(together.path, *overrides, "deepspeed.stage=3", sharded)]
-    ranks_of([sys.executable, "-c", RUN, json.dumps(commands)], tmp_path / "log", 2).wait()
+    ranks_of(commands, tmp_path / "log", 2).wait()
     assert main(arguments(alone.path, *overrides, "deepspeed.stage=2")) == 0
     assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
     assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)

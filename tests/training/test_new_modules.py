@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from sparsetrain.training.checkpoints import read_weights
 from sparsetrain.training.engine import build_optimizer
 
 SPARSEK = "attention={method: sparsek, topk: 8, window: 16, sinks: 2}"
-RUN = "import json, sys; from sparsetrain.cli import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
 SCORERS = {f"model.layers.{layer}.self_attn.sparsek_scorer.{name}" for layer in (0, 1) for name in ("weight", "gain")}
 
 
@@ -47,10 +45,10 @@ def scorers(arguments, shared, ranks_of, run_folder):
         assert main(alone) == 0
         overrides = [*own, "train.activation_checkpointing=layer", "deepspeed.stage=3"]
         sharded = arguments(folder / "sharded", *overrides, "checkpoint.every=1")
-        ranks_of([sys.executable, "-c", RUN, json.dumps([sharded])], folder / "log", 2).wait()
+        ranks_of([sharded], folder / "log", 2).wait()
         (folder / "sharded/final").rename(folder / "first-final")
         shutil.rmtree(folder / "sharded/checkpoints/step-000002")
-        ranks_of([sys.executable, "-c", RUN, json.dumps([[*sharded, "--resume"]])], folder / "log", 2).wait()
+        ranks_of([[*sharded, "--resume"]], folder / "log", 2).wait()
 
     folder = shared("scorer-runs", make)
     return run_folder(folder / "alone"), run_folder(folder / "sharded"), folder / "first-final"
