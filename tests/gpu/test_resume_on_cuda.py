@@ -11,20 +11,21 @@ import pytest
 import torch
 
 from sparsetrain.cli import main
+from sparsetrain.recipe import load_recipe
 from sparsetrain.training.checkpoints import read_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SPARSEK = "attention={method: sparsek, topk: 64, window: 64, sinks: 4}"
 LORA = "lora={rank: 4, targets: linear, dropout: 0.2}"
-# All of the model, in the one architecture with dropout between its layers.
-FULL = ["model.architecture.model_type=phi3", "model.architecture.resid_pdrop=0.2"]
+# Of "full" ones all of the model is trained, in the one architecture with dropout between its layers.
+DROPOUT = {"model_type": "phi3", "pad_token_id": 0, "resid_pdrop": 0.2}
 CASES = {
     "lora-stage-0": [LORA, "train.lr=0.05", "deepspeed.stage=0"],
     "lora-stage-2": [LORA, "train.lr=0.05", "deepspeed.stage=2", SPARSEK],
     "lora-stage-3": [LORA, "train.lr=0.05", "deepspeed.stage=3"],
-    "full-stage-0": [*FULL, "deepspeed.stage=0"],
-    "full-stage-3": [*FULL, "deepspeed.stage=3", SPARSEK],
+    "full-stage-0": ["deepspeed.stage=0"],
+    "full-stage-3": ["deepspeed.stage=3", SPARSEK],
 }
 
 # Dies at the beginning of step 5: the checkpoint of step 2 is complete, and that of step 4 may be half written.
@@ -46,9 +47,10 @@ main(json.loads(sys.argv[1]))
 def runs(tiny, pretrained, shared, ranks_of, run_folder):
     """Runs by case, ``whole`` and ``resumed``; and ``moved``, which stage 3 began and stage 2 ended."""
     model = json.dumps({"path": str(pretrained / "untied"), "dtype": "bfloat16"})
+    architecture = json.dumps({**(load_recipe(tiny).recipe.model.architecture or {}), **DROPOUT})
 
     def command(name, folder, *more):
-        own = [f"model={model}"] if name.startswith("lora") else []
+        own = [f"model={model}" if name.startswith("lora") else f"model.architecture={architecture}"]
         return ["run", str(tiny), *own, *CASES[name], "checkpoint.every=2", *more, "--output", str(folder)]
 
     def make(folder):

@@ -132,9 +132,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny, stages, run_fol
     + [(stage, "bfloat16") for stage in range(4)]
     + [(stage, "float16") for stage in (0, 2, 3)],
 )
-def test_every_stage_and_dtype_resumes_with_dropout(
-    tmp_path, tiny, tiny_recipe, run_folder, monkeypatch, stage, dtype
-):
+def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, tiny_recipe, run_folder, monkeypatch, stage, dtype):
     """Dropout draws from the random state that the checkpoint keeps; 16-bit weights have fp32 masters there.
 
     The loss scale of fp16 is doubled every other step, and begins where the first steps overflow.
