@@ -46,6 +46,8 @@ class RowForm:
     """Those of them that the source is known to have."""
     unread: tuple[str, ...] = ()
     """The source's other columns."""
+    contrary: tuple[str, ...] = ()
+    """Columns that would have chosen another form, had the first row had them."""
     ignore: tuple[str, ...] = ()
     """Columns and keys of turns that the recipe leaves out."""
     separator: str = ""
@@ -98,7 +100,8 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
     seen = tuple(column for column in optional if column in columns)
     read = {*fields, *seen}
     unread = tuple(column for column in columns if column not in read)
-    return RowForm(kind, fields, optional, seen, unread, tuple(source.ignore), source.separator)
+    contrary = tuple(column for column in _contrary(source, kind) if column not in (*columns, *source.ignore))
+    return RowForm(kind, fields, optional, seen, unread, contrary, tuple(source.ignore), source.separator)
 
 
 def _check_ignored(source: DataSource, columns: Sequence[str], fields: Sequence[str]) -> None:
@@ -154,6 +157,21 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
         f"data source {source.label!r}: its columns {listed(columns)} fit no known form{hint}. Set form, and "
         "text_field, prompt_field and completion_field, or messages_field, to say how a row becomes tokens"
     )
+
+
+def _contrary(source: DataSource, kind: Kind) -> list[str]:
+    """What ``auto`` looks for before the columns of a form. Nothing where the recipe names form or columns."""
+    if source.form != "auto" or any(_is_set(source, name) for name in _FORM_OF_FIELD):
+        return []
+    decisive: dict[Kind, tuple[str, ...]] = {
+        "chat": (source.messages_field, "conversations"),
+        "prompt_completion": (source.completion_field,),
+        "alpaca": ("instruction",),
+        "text": (source.text_field,),
+        "tokens": (),
+    }
+    order = list(decisive)
+    return [column for earlier in order[: order.index(kind)] for column in decisive[earlier]]
 
 
 def _is_set(source: DataSource, name: str) -> bool:

@@ -16,12 +16,12 @@ from sparsetrain.data.forms import RowForm
 from sparsetrain.data.meanings import SETTINGS, SYSTEM, TOOLS, check_columns
 from sparsetrain.data.pretokenized import read_tokens
 from sparsetrain.data.tools import tools_of
-from sparsetrain.data.values import MalformedRow, described, parsed, string, text_value, value_of
+from sparsetrain.data.values import MalformedRow, described, listed, parsed, string, text_value, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 6
+RENDER_VERSION = 7
 """Raised whenever the same row would give other tokens, so that nothing cached before is used."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -42,6 +42,11 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
             no turn is the assistant's, or the chat template refuses the conversation or leaves some of it out.
     """
     check_columns(row, form.kind, form.fields, form.ignore)
+    if found := [column for column in form.contrary if row.get(column)]:
+        raise MalformedRow(
+            f"it has {listed(found)}, which the first row lacks, so that rows are read as {form.kind}; set form to say "
+            f"what they are, or leave the column out by ignore: [{found[0]}]"
+        )
     try:
         input_ids, targets = _rendered(row, form, tokenizer)
     except RecursionError as problem:

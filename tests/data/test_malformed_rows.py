@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 
@@ -124,3 +125,15 @@ def test_a_key_that_is_there_twice_is_no_valid_row():
     for line in ('{"text": "a", "text": "b"}', '{"text": "a", "more": [{"b": 1, "b": 2}]}'):
         with pytest.raises(ValueError, match=r"the key '(text|b)' is there twice"):
             parse_line(line)
+
+
+def test_a_row_that_would_have_another_form_is_named(write_jsonl, stream):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"text": "plain"}, {"text": "", "messages": turns}]
+    source = {"path": write_jsonl(rows), "shuffle": False}
+    with pytest.raises(
+        DataError, match=r"jsonl:2: it has 'messages', which the first row lacks, .* read as text; set form"
+    ):
+        list(itertools.islice(stream(source), 4))
+    read = stream({**source, "form": "text"})
+    assert next(read) is not None
