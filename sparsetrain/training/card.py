@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sparsetrain.durable import read_bytes
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import REPORT_FILE, read_results
 from sparsetrain.recipe import Recipe
@@ -69,10 +70,10 @@ def _history(run: Path) -> list[str]:
 def _versions(run: Path) -> str:
     """What the run recorded of Python and its packages. They are a fact on the card, not worth an export."""
     try:
-        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        environment = json.loads(read_bytes(run / "environment.json"))
         versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
         return f"with Python {environment['python']}, {versions}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "with versions that are not known: the run's environment.json is missing or damaged"
 
 
@@ -92,5 +93,5 @@ def _evaluation(recipe: Recipe, run: Path) -> list[str]:
     elif not results:
         notes = ["Nothing was measured in the run.", ""]
     report = run / REPORT_FILE
-    lines = report.read_text(encoding="utf-8").rstrip().splitlines()[2:] if report.is_file() else []
+    lines = report.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[2:] if report.is_file() else []
     return ["## Evaluation", "", *notes, *(f"#{line}" if line.startswith("#") else line for line in lines), ""]

@@ -200,7 +200,9 @@ def _occupy(folder: Path, occupied: ExitStack) -> None:
 
 def _git_revision() -> str | None:
     try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
+        # A repository may name a program that watches its files; none is run for a version.
+        describe = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+        answer = subprocess.run(describe, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

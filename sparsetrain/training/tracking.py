@@ -86,7 +86,9 @@ class Tracker:
         """Open the file of metrics, or do without."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
+            # A pipe without a reader is an error instead of a wait.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            self._file = os.fdopen(os.open(self._path, flags, 0o666), "a", encoding="utf-8")
         except OSError as error:
             self._file = None
             self._warn(error)
@@ -124,7 +126,7 @@ class Tracker:
 
         W&B keeps what it was sent; its charts are drawn over ``step``, which may repeat.
         """
-        if self._file is None:
+        if self._file is None or not self._path.is_file():
             return
         with contextlib.suppress(OSError):
             self._file.close()

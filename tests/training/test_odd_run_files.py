@@ -7,18 +7,28 @@ import pytest
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import read_results
+from sparsetrain.recipe import load_recipe
 from sparsetrain.training import folder
-from sparsetrain.training.tracking import _step_of
+from sparsetrain.training.card import _versions
+from sparsetrain.training.tracking import Tracker, _step_of
 
 
 def test_pipes_are_not_waited_for(tmp_path):
-    for name in ("evaluation.json", "history.json", ".lock"):
+    for name in ("evaluation.json", "history.json", "environment.json", "metrics.jsonl", ".lock"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         read_results(tmp_path)
     assert folder.read_history(tmp_path) == []
+    assert "versions that are not known" in _versions(tmp_path)
     with ExitStack() as occupied:
         folder._occupy(tmp_path, occupied)
+    said = []
+    recipe = load_recipe("tiny-sparsek", ["wandb.mode=disabled"]).recipe
+    tracker = Tracker(recipe, tmp_path, rank=0, resume_id=None, say=said.append, remake=lambda: None)
+    tracker.rewind(-1)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish()
+    assert "metrics.jsonl cannot be written" in said[0]
 
 
 def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
