@@ -33,7 +33,7 @@ def test_names_and_pefts_own_words_stay_as_they_are():
     [
         ("target_modules", "(.*)*#"),
         ("target_modules", "["),
-        ("exclude_modules", "(.|..)*#"),
+        ("exclude_modules", "(.|.)*#"),
         ("rank_pattern", {"(.+)+#": 3}),
         ("layers_pattern", ["(.*)*#"]),
     ],
