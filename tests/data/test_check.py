@@ -13,7 +13,7 @@ import pytest
 
 from sparsetrain.cli import main
 from sparsetrain.data.sources import open_source
-from sparsetrain.doctor import check_recipe_data
+from sparsetrain.doctor import check_recipe_data, run_checks
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.schema import DataSource
 
@@ -124,7 +124,7 @@ def test_all_four_commands_refuse_the_same_and_name_every_fault(folder, capsys):
         lines = capsys.readouterr().err.strip().splitlines()[-3:]
         assert [line.partition(":")[0].strip() for line in lines][1:] == ["data.sources.1", "eval.passkey.lengths"]
         assert "error: data.sources.0: data source 'gone.jsonl'" in lines[0]
-    finding = check_recipe_data(load_recipe("run.yaml", overrides).recipe)
+    (finding,) = (each for each in run_checks(load_recipe("run.yaml", overrides).recipe) if each.check == "data")
     assert finding.status == "fail"
     assert all(line.startswith(found) for line, found in zip(lines, ["", *finding.found.splitlines()[1:]]))
 
