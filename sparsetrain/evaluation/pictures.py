@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.durable import write_whole
 from sparsetrain.evaluation.panels import (
     INK,
     MAX_RESULTS,
@@ -96,6 +98,8 @@ def report_picture(
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -106,5 +110,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, out: Path) -> Path:
-    figure.savefig(out, dpi=130, facecolor="white")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130, facecolor="white")
+    write_whole(out, drawn.getvalue())
     return out

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.pictures import loss_curve
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training import folder
@@ -29,6 +30,18 @@ def test_pipes_are_not_waited_for(tmp_path):
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert "metrics.jsonl cannot be written" in said[0]
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is no file"):
+        loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+
+
+def test_a_picture_takes_the_place_of_a_pipe_or_a_link(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n')
+    (tmp_path / "precious").write_text("kept")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "precious")
+    for name in ("pipe.png", "link.png"):
+        assert loss_curve(tmp_path / "metrics.jsonl", tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
