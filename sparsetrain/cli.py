@@ -143,10 +143,9 @@ def script() -> NoReturn:
     code = main()
     if ends is not None:
         ends.code = code
-    if code == 0 and "torch.distributed" in sys.modules:
-        from sparsetrain.training.launched import part
-
-        part()
+    # Stopped while it loaded its libraries, a run leaves them half loaded: they are not loaded again to end it.
+    if code == 0 and (launched := sys.modules.get("sparsetrain.training.launched")) is not None:
+        launched.part()
     sys.exit(code)
 
 

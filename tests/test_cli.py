@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparsetrain import __version__
-from sparsetrain.cli import main
+from sparsetrain.cli import main, script
 from sparsetrain.recipe import load_recipe, shipped_recipes
 
 RECIPE = """\
@@ -291,3 +291,13 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sparsetrain.cli.app", broken)
     with pytest.raises(OSError, match="bad file descriptor"):
         main(["recipe", "list"])
+
+
+def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them_again(monkeypatch):
+    monkeypatch.setattr("sparsetrain.cli.main", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["sparsetrain", "doctor"])
+    monkeypatch.delitem(sys.modules, "sparsetrain.training.launched", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)
+    with pytest.raises(SystemExit) as ended:
+        script()
+    assert ended.value.code == 0
