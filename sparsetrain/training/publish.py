@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparsetrain.durable import copy_files, flush, flush_all, make_way
+from sparsetrain.durable import copy_files, flush, flush_all, make_way, read_bytes
 from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE
 from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE
@@ -76,11 +76,18 @@ def _fault(final: Path, adapters: bool) -> str | None:
     """What a folder of a trained model lacks, or which of its weights are torn; None if it is whole."""
     try:
         weights = [WEIGHTS_FILE] if adapters else _weight_files(final)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error})"
-    for name in (ADAPTER_FILE if adapters else "config.json", *weights, "tokenizer_config.json", RECORD_FILE):
+    described = (ADAPTER_FILE if adapters else "config.json", "tokenizer_config.json", RECORD_FILE)
+    for name in (*described, *weights):
         if not (final / name).is_file():
             return f"{name} is missing"
+    for name in described:
+        try:
+            if not isinstance(json.loads(read_bytes(final / name)), dict):
+                return f"{name} does not hold what it should"
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{name} cannot be read ({error})"
     for name in weights:
         try:
             with safe_open(final / name, framework="pt"):
@@ -94,7 +101,8 @@ def _weight_files(final: Path) -> list[str]:
     index = final / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(Path(name).name for name in names)  # what is not a text is a TypeError
 
 
 def _check_place(run: Path, out: Path) -> None:

@@ -98,6 +98,25 @@ def test_a_final_folder_that_lacks_a_file_is_not_exported(kind, gone, request, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", ""),
+        ("sparsetrain.json", "null"),
+        ("tokenizer_config.json", "[" * 200_000),
+        ("model.safetensors.index.json", "[" * 200_000),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+    ],
+)
+def test_a_final_folder_with_a_damaged_file_is_not_exported(finished, tmp_path, refused, name, content):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "final" / name).write_text(content)
+    error = refused("export", str(run), str(tmp_path / "out"))
+    assert f"{run}/final is not whole: {name}" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_torn_and_missing_shards_are_told(finished, tmp_path, refused):
     weights = finished / "final/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
