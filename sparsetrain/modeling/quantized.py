@@ -5,7 +5,7 @@ loaded; what is saved afterwards is an ordinary model, and says so.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ PACKING = (
     "_blocks",
 )
 """How the names of tensors end that stand beside packed weights."""
+
+SCALES_OF_TILES = "_scale_inv"
+"""How the name of FP8 weights goes on in the name of the scales of their tiles."""
 
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", ".q_scale", ".k_scale", ".v_scale")
 """How the names of scales end that belong to activations and caches."""
@@ -85,6 +88,7 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FULL_PRECISION:
             raise ModelError(f"{what}: {name} is stored as {parameter.dtype}, and could not be unpacked")
+    _cast(model, model.config.dtype)
     # Transformers keeps how it read the weights, to write them so again, and would write full weights as scales.
     read: list[Any] = getattr(model, "_weight_conversions", None) or []
     prefixes = {str(one) for one in read if isinstance(one, PrefixChange)}
@@ -93,6 +97,44 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
         one for one in plain if not isinstance(one, PrefixChange) or str(one) in prefixes
     ]
     return model
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring what stood unpacked in a packed checkpoint, and was read as it was, to the dtype asked for."""
+    kept = (*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ()))
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """Refuse FP8 weights that their tiles do not divide. transformers takes the size of a tile from the number of
+    scales, and would give some of the weights the scale of their neighbours.
+
+    Args:
+        config: the model's.
+        shapes: of the tensors that the checkpoint holds, by name.
+        what: what to call the model in an error.
+
+    Raises:
+        ModelError: a weight ends within a tile; names it.
+    """
+    stored = getattr(config, FIELD, None)
+    fields = stored.to_dict() if hasattr(stored, "to_dict") else stored or {}
+    tile = fields.get("weight_block_size")
+    if not isinstance(tile, list | tuple) or len(tile) != 2:
+        return
+    for name in sorted(shapes):
+        scales, weight = shapes[name], shapes.get(name.removesuffix(SCALES_OF_TILES))
+        if not name.endswith(SCALES_OF_TILES) or weight is None or len(weight) < 2 or len(scales) < 2:
+            continue
+        for rows, size, count in zip(weight[-2:], tile, scales[-2:]):
+            if count > 1 and count == -(-rows // size) and rows % size:
+                raise ModelError(
+                    f"{what} holds FP8 weights that end within a tile of {list(tile)} "
+                    f"({name.removesuffix(SCALES_OF_TILES)} is {list(weight)}), which transformers unpacks with the "
+                    "wrong scales; give the model that it was made from"
+                )
 
 
 def without_scales(unexpected: Iterable[str], what: str) -> list[str]:

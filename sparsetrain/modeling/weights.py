@@ -20,7 +20,7 @@ from sparsetrain.methods.registry import METHODS
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.foreign import check_weight_files
 from sparsetrain.modeling.places import HUB_ARGUMENTS, remedy
-from sparsetrain.modeling.quantized import finish_unpacking, unpack_when_loaded, without_scales
+from sparsetrain.modeling.quantized import check_tiles, finish_unpacking, unpack_when_loaded, without_scales
 
 NAMED = 3
 """How many tensors a message names."""
@@ -47,6 +47,8 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
     with explained(f"{what} cannot be loaded", remedy(field, path)):
         check_weight_files(path, getattr(config, "transformers_weights", None), options.get("variant"), **hub)
         packed = options.get("quantization_config") is None and unpack_when_loaded(config, what)
+        if packed:
+            check_tiles(config, _stored_shapes(path, hub), what)
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
         # Told of what does not fit, not stopped by it: its own error names no tensor.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -79,13 +81,12 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         named = getattr(config, "transformers_weights", None)
         check_weight_files(path, named)
         files = _weight_files(Path(path), named)
-        if unpack_when_loaded(config, what):
-            return  # what is packed has other shapes
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                tensors[name] = torch.empty(weights.get_slice(name).get_shape(), device="meta")
+        packed = unpack_when_loaded(config, what)
+    shapes = _shapes(files)
+    if packed:
+        check_tiles(config, shapes, what)
+        return  # what is packed has other shapes
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(), _no_reports():
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
@@ -101,6 +102,24 @@ def _weight_files(folder: Path, named: str | None) -> list[Path]:
         return [whole]
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return sorted({folder / file for file in shards.values()})
+
+
+def _stored_shapes(path: str, hub: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shapes of what a checkpoint holds, local or on the Hub."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    names = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    found = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in sorted(names))
+    return _shapes([Path(file) for file in found if file is not None])
+
+
+def _shapes(files: Iterable[Path]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
+            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, *, cut: bool) -> None:

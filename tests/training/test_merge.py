@@ -8,14 +8,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
-from sparsetrain.errors import CheckpointError
+from sparsetrain.errors import CheckpointError, ModelError
 from sparsetrain.modeling import load_model
 from sparsetrain.modeling.adapters import add_adapters, load_adapters
 from sparsetrain.modeling.reread import relative_error
+from sparsetrain.modeling.weights import check_headers, load_weights
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.training import merge as merging
@@ -59,6 +60,40 @@ def bases(pretrained, tiny_recipe, tmp_path):
         return folder
 
     return make
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_all_of_an_fp8_base_has_the_dtype_asked_for(bases, stored, dtype):
+    folder = bases("fp8")
+    weights = load_file(folder / "model.safetensors")
+    plain = {name: w.to(stored) if w.dtype != torch.float8_e4m3fn else w for name, w in weights.items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load_weights(str(folder), "model.path", config=AutoConfig.from_pretrained(folder), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_fp8_weights_that_end_within_a_tile_are_refused(bases):
+    folder = bases("fp8")
+    weights = load_file(folder / "model.safetensors")
+    rows = weights["model.layers.0.mlp.up_proj.weight"].shape[0]
+    size = rows - BLOCK  # one whole tile and a part
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [size, BLOCK]
+    (folder / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file(
+        {**weights, name: weights[name][:2].contiguous()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    config = AutoConfig.from_pretrained(folder)
+    for check in (
+        lambda: load_weights(str(folder), "model.path", config=config, dtype=torch.float32),
+        lambda: check_headers(str(folder), "model.path", LlamaForCausalLM, config),
+    ):
+        with pytest.raises(
+            ModelError, match=r"end within a tile of \[.*up_proj\.weight is .*the model that it was made"
+        ):
+            check()
 
 
 @pytest.fixture
