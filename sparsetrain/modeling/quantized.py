@@ -88,7 +88,7 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in FULL_PRECISION:
             raise ModelError(f"{what}: {name} is stored as {parameter.dtype}, and could not be unpacked")
-    _cast(model, model.config.dtype)
+    _cast(model, model.dtype if model.config.dtype is None else model.config.dtype)
     # Transformers keeps how it read the weights, to write them so again, and would write full weights as scales.
     read: list[Any] = getattr(model, "_weight_conversions", None) or []
     prefixes = {str(one) for one in read if isinstance(one, PrefixChange)}
@@ -99,7 +99,7 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
     return model
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast(model: PreTrainedModel, dtype: Any) -> None:
     """Bring what stood unpacked in a packed checkpoint, and was read as it was, to the dtype asked for."""
     kept = (*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ()))
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> 
     Raises:
         ModelError: a weight ends within a tile; names it.
     """
-    stored = getattr(config, FIELD, None)
+    stored: Any = getattr(config, FIELD, None)
     fields = stored.to_dict() if hasattr(stored, "to_dict") else stored or {}
     tile = fields.get("weight_block_size")
     if not isinstance(tile, list | tuple) or len(tile) != 2:
