@@ -20,6 +20,8 @@ from sparsetrain.training.card import model_card
 from sparsetrain.training.merge import write_merged
 
 CARD = "README.md"
+ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
+"""Not every model has them."""
 PARTIAL = ".partial"
 """Where in its folder an export is written before it is complete. Not beside it: the folder may be a mount."""
 
@@ -82,7 +84,7 @@ def _fault(final: Path, adapters: bool) -> str | None:
     for name in (*described, *weights):
         if not (final / name).is_file():
             return f"{name} is missing"
-    for name in described:
+    for name in (*described, *(name for name in ALSO_DESCRIBED if (final / name).exists())):
         try:
             if not isinstance(json.loads(read_bytes(final / name)), dict):
                 return f"{name} does not hold what it should"
