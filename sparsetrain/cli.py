@@ -198,6 +198,9 @@ def run(
             from sparsetrain.recipe import load_recipe
 
             loaded = load_recipe(recipe, overrides or [], output)
+            from sparsetrain.training.belongings import refuse_early, run_folder
+
+            refuse_early(run_folder(loaded.recipe), resume)
             if os.environ.get("RANK", "0") == "0":
                 _print_notes(loaded)
                 # Importing torch and DeepSpeed and reading the model take a while, silently.

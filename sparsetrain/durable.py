@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -16,12 +17,17 @@ LARGEST = 1 << 26
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place, flush it to the disk, and rename it; text as UTF-8.
 
+    What was left at the place beside it, a pipe or a link too, is removed, not opened.
+
     Raises:
         OSError: it cannot be written, and is what it was. The error names it, which those of a full disk do not.
     """
     partial = path.with_name(f"{path.name}.part")
+    if partial.is_dir() and not partial.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, and a file of that name is written first", str(partial))
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

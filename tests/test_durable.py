@@ -31,3 +31,18 @@ def test_interrupted_before_the_end_it_stays_what_it_was(tmp_path, monkeypatch):
     assert error.value.filename == str(file)
     assert file.read_text() == "before"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_lies_at_the_place_beside_it_is_not_opened(tmp_path):
+    file, beside, precious = tmp_path / "file", tmp_path / "file.part", tmp_path / "precious"
+    os.mkfifo(beside)
+    write_whole(file, "one")
+    precious.write_text("kept")
+    beside.symlink_to(precious)
+    write_whole(file, "two")
+    assert (file.read_text(), precious.read_text()) == ("two", "kept")
+    beside.mkdir()
+    with pytest.raises(OSError, match="it is a folder") as error:
+        write_whole(file, "three")
+    assert error.value.filename == str(beside)
+    assert file.read_text() == "two"

@@ -1,14 +1,22 @@
-"""What lies in a folder that a run is to write to: a run must not begin over what somebody would miss."""
+"""What lies in a folder that a run is to write to: a run must not begin over what somebody would miss.
+
+Needs no torch, so that a used folder is refused before the libraries are loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
 from pathlib import Path
 
-from sparsetrain.errors import RecipeError
-from sparsetrain.recipe import dump_recipe, load_recipe
+from sparsetrain.errors import CheckpointError, RecipeError
+from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 
+LOCK_FILE = ".lock"
+"""Locked while a process trains in the folder. It stays there."""
 MODEL_FILES = re.compile(r"config\.json|adapter_config\.json|.*\.(safetensors|bin|pt|pth|gguf)")
 OF_A_RUN = ("final", "evaluation.json", "metrics.jsonl")
 """What a run leaves that took time to make, beside its checkpoints."""
@@ -19,6 +27,56 @@ WRITTEN = (
 """What it would write over."""
 UNFINISHED = re.compile(r".*\.(tmp|part|partial)")
 """Left behind by what was interrupted, and made anew."""
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a run writes: the recipe's ``output``, or a folder of its name."""
+    return Path(recipe.output or f"runs/{recipe.name}")
+
+
+def refuse_early(folder: Path, resumed: bool) -> None:
+    """What :func:`refuse_inside` and :func:`refuse_over` refuse, before anything is loaded or locked.
+
+    That another process is at work, or that the folder cannot be read, is told once it is to be locked.
+
+    Raises:
+        CheckpointError: names what the folder holds, or the run that it belongs to.
+    """
+    with contextlib.suppress(OSError):
+        refuse_inside(folder)
+        if not resumed and not _is_locked(folder):
+            refuse_over(folder)
+
+
+def refuse_inside(folder: Path) -> None:
+    """Refuse to begin a run within the checkpoints or the model of another one.
+
+    Raises:
+        CheckpointError: names the run.
+    """
+    if (part := enclosing_run(folder)) is not None:
+        raise CheckpointError(f"{folder} lies in {part}, which belongs to another run; choose another output=...")
+
+
+def refuse_over(folder: Path) -> None:
+    """Refuse to begin a run in a folder where something would be written over.
+
+    What is in danger decides, not the records beside it: nothing is begun over checkpoints, results or models, nor over
+    the files of somebody else.
+
+    Raises:
+        CheckpointError: names what the folder holds.
+    """
+    if found := of_a_run(folder):
+        raise CheckpointError(
+            f"{folder} already holds a run; continue it with --resume, or choose another folder with output=... "
+            f"(it holds {listed(found)})"
+        )
+    if found := of_others(folder):
+        raise CheckpointError(
+            f"{folder} holds {listed(found)}, which this run would write over; move that away, or choose another "
+            "folder with output=..."
+        )
 
 
 def of_a_run(folder: Path) -> list[str]:
@@ -57,6 +115,21 @@ def enclosing_run(folder: Path) -> Path | None:
 def listed(names: list[str]) -> str:
     """A few names for a message."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether another process is at work in a folder. Not for a process that holds the lock: it would lose it."""
+    try:
+        number = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(number)
+    return False
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -24,23 +24,21 @@ from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training import checkpoints
-from sparsetrain.training.belongings import enclosing_run, listed, of_a_run, of_others
+from sparsetrain.training.belongings import LOCK_FILE, listed, of_a_run, refuse_inside, refuse_over
 from sparsetrain.training.changes import Change, Resumption, changes, told
+from sparsetrain.training.checkpoints.store import LATEST
 from sparsetrain.training.tracking import METRICS_FILE
 
 HISTORY_FILE = "history.json"
 """What was changed when the run was resumed."""
 AFTER = ", after"
-LOCK_FILE = ".lock"
-"""Locked while a process trains in the folder. It stays there."""
+NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LATEST}")
+"""What a run cannot do without, beside folders."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
 def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) -> None:
     """Make the run folder, or check that it holds the run to be resumed, and keep other processes out of it.
-
-    What is in danger decides, not the records beside it: nothing is begun over checkpoints, results or models, nor over
-    the files of somebody else.
 
     Args:
         occupied: lets other processes in again when it is left.
@@ -49,26 +47,18 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) ->
         CheckpointError: it holds another run, another process is at work in it, or it cannot be written.
     """
     try:
-        if (part := enclosing_run(folder)) is not None:
-            raise CheckpointError(f"{folder} lies in {part}, which belongs to another run; choose another output=...")
+        refuse_inside(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _check_kinds(folder)
         _occupy(folder, occupied)
         if resumed:
             _check_resumed(folder, recipe)
             return
-        if found := of_a_run(folder):
-            raise CheckpointError(
-                f"{folder} already holds a run; continue it with --resume, or choose another folder with output=... "
-                f"(it holds {listed(found)})"
-            )
-        if found := of_others(folder):
-            raise CheckpointError(
-                f"{folder} holds {listed(found)}, which this run would write over; move that away, or choose another "
-                "folder with output=..."
-            )
+        refuse_over(folder)
         describe(folder, recipe)
     except OSError as error:
-        raise CheckpointError(f"cannot write the run folder {folder}: {error.strerror or error}") from error
+        where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+        raise CheckpointError(f"cannot write the run folder {folder}: {where}{error.strerror or error}") from error
 
 
 def resume(folder: Path, checkpoint: Path, recipe: Recipe) -> Resumption:
@@ -180,6 +170,17 @@ def _is_evaluated(folder: Path) -> bool:
         return any(label.endswith(AFTER) for label in read_results(folder))
     except (CheckpointError, OSError):
         return False
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuse a folder where a file is to be written, or a file where a folder is: the first checkpoint would fail."""
+    for name in NEEDED_FILES:
+        place = folder / name
+        if place.is_dir() and (name == LOCK_FILE or not place.is_symlink()):  # other links are replaced, not followed
+            raise CheckpointError(f"{place} is a folder, and a run writes a file of that name; move it away")
+    place = folder / "checkpoints"
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place} is no folder, and a run keeps its checkpoints in one; move it away")
 
 
 def _occupy(folder: Path, occupied: ExitStack) -> None:

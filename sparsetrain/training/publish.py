@@ -24,6 +24,8 @@ ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
 """Not every model has them."""
 PARTIAL = ".partial"
 """Where in its folder an export is written before it is complete. Not beside it: the folder may be a mount."""
+MARK = ".sparsetrain-export"
+"""The first file in there. What an interrupted export left has it, and is made anew; nothing else is removed."""
 
 
 def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = None) -> Path:
@@ -113,6 +115,10 @@ def _check_place(run: Path, out: Path) -> None:
             raise CheckpointError(f"{out} lies in {folder}, which belongs to the run; give a folder outside of it")
     if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
         raise CheckpointError(f"{out} exists already and is not an empty folder; give another name")
+    partial = out / PARTIAL
+    empty = partial.is_dir() and not any(partial.iterdir())
+    if partial.is_symlink() or (partial.exists() and not empty and not (partial / MARK).is_file()):
+        raise CheckpointError(f"{partial} was not left by an export; move it away, or give another name")
 
 
 @contextmanager
@@ -123,10 +129,13 @@ def _whole(out: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / MARK).touch()
         yield partial
         flush_all(partial)
         for path in sorted(partial.iterdir()):
-            moved.append(path.rename(out / path.name))
+            if path.name != MARK:
+                moved.append(path.rename(out / path.name))
+        (partial / MARK).unlink()
         partial.rmdir()
         flush(out)
     except BaseException as error:

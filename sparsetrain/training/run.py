@@ -32,6 +32,7 @@ from sparsetrain.modeling import (
 from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, dump_recipe, plan_batch
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
+from sparsetrain.training.belongings import run_folder
 from sparsetrain.training.best import score
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.changes import told
@@ -95,7 +96,7 @@ def _prepare(
     """Load model and data. What cannot work is refused before anything heavy is loaded."""
     # transformers draws a bar for every folder it reads or writes; this run has its own.
     transformers.utils.logging.disable_progress_bar()
-    output = Path(recipe.output or f"runs/{recipe.name}")
+    output = run_folder(recipe)
     _on_main(world, lambda: folder.prepare(output, recipe, resume, occupied))
     check_machine(recipe, world.device, world.size)
     _on_main(world, lambda: check_data(recipe))

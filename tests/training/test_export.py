@@ -188,7 +188,8 @@ def test_an_empty_folder_is_filled_and_keeps_its_place(finished, tmp_path, monke
     """It may be a mount, or the working directory."""
     out = tmp_path / "out"
     (out / ".partial").mkdir(parents=True)  # of an export that was killed
-    (out / ".partial/torn").touch()
+    for name in (".sparsetrain-export", "torn"):
+        (out / ".partial" / name).touch()
     node = out.stat().st_ino
     monkeypatch.chdir(out)
     assert main(["export", str(finished), "."]) == 0
@@ -198,6 +199,23 @@ def test_an_empty_folder_is_filled_and_keeps_its_place(finished, tmp_path, monke
         "README.md",
         "report.png",
     }
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_no_export_has_left_is_not_removed(finished, tmp_path, refused, kind):
+    partial, precious = tmp_path / "out/.partial", tmp_path / "out/.partial"
+    (tmp_path / "out").mkdir()
+    if kind == "link":
+        precious = tmp_path / "elsewhere"
+        partial.symlink_to(precious)
+    if kind != "file":
+        precious.mkdir()
+        precious /= "notes"
+    precious.write_text("kept")
+    assert f"{partial} was not left by an export; move it away" in refused(
+        "export", str(finished), str(tmp_path / "out")
+    )
+    assert precious.read_text() == "kept"
 
 
 def test_a_folder_of_the_run_itself_is_refused(finished, tmp_path, refused, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -63,6 +65,41 @@ def test_the_files_of_somebody_else_are_left_alone(tmp_path, tiny, refused, name
     assert said in error
     assert name.split("/")[-1] in error or name.split("/")[0] in error
     assert content(folder) == {folder / name: b"# mine\n"}
+
+
+USED = """
+import sys
+from sparsetrain.cli import main
+assert main(["run", "quickstart", "--output", sys.argv[1]]) == 2
+loaded = {"torch", "transformers", "deepspeed"} & sys.modules.keys()
+assert not loaded, loaded
+"""
+
+
+def test_a_used_folder_is_refused_before_the_libraries_are_loaded(finished):
+    ended = subprocess.run([sys.executable, "-c", USED, str(finished)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert f"{finished} already holds a run" in ended.stderr
+
+
+@pytest.mark.parametrize("name", [".lock", "recipe.yaml", "checkpoints/latest"])
+def test_a_folder_in_the_place_of_a_file_is_named_at_the_start(tmp_path, tiny, refused, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    error = refused("run", str(tiny), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path}/run/{name} is a folder, and a run writes a file of that name" in error
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_named_at_the_start(tmp_path, tiny, refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    error = refused("run", str(tiny), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path}/run/checkpoints is no folder" in error
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, tiny, refused):
+    (tmp_path / "run/recipe.yaml.part").mkdir(parents=True)
+    error = refused("run", str(tiny), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path}/run/recipe.yaml.part: it is a folder" in error
 
 
 @pytest.mark.parametrize("part", ["final", "checkpoints", "checkpoints/step-000006", "final/new"])
