@@ -67,6 +67,8 @@ def diagnose(
     from rich.markup import escape
     from rich.table import Table
 
+    from sparsetrain.tables import print_tables
+
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     findings = list(run_checks(recipe, naming_places))
     table = Table(box=None, pad_edge=False)
@@ -75,7 +77,7 @@ def diagnose(
     for each in findings:
         table.add_row(f"[{colours[each.status]}]{each.status}[/]", each.check, escape(each.found))
     console = Console(highlight=False)
-    console.print(table)
+    print_tables(console, table)
     for each in findings:
         if each.fix:
             # Not in the table, where it would be broken into lines and could not be copied.

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsetrain.bench.decode_table import DecodeRow
-from sparsetrain.bench.report import WIDTH, colored, empty_table, machine, number
+from sparsetrain.bench.report import colored, empty_table, machine, number
 from sparsetrain.evaluation.panels import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, RED, SKY
+from sparsetrain.tables import print_tables
 
 STYLES = {
     "ours": (BLUE, "o"),
@@ -44,10 +45,9 @@ class DecodeReport:
 def print_report(report: DecodeReport, console: Console | None = None) -> None:
     """Print a table for every length."""
     console = console or Console(highlight=False)
-    console.width = max(console.width, WIDTH)
     for length in dict.fromkeys(row.length for row in report.rows):
         rows = [row for row in report.rows if row.length == length]
-        console.print(_length_table(rows))
+        print_tables(console, _length_table(rows))
         for row in rows:
             if text := "; ".join(filter(None, [row.note, row.reason])):
                 console.print(f"  {row.name}: {text}", markup=False, soft_wrap=True)

@@ -22,10 +22,9 @@ from rich.text import Text
 from sparsetrain.bench.attention_opponents import Opponent, P
 from sparsetrain.bench.check import Check
 from sparsetrain.bench.problem import BACKWARD_WORK
+from sparsetrain.tables import print_tables
 
 PACKAGES = ("sparsetrain", "torch", "triton", "flash-attn-4")
-WIDTH = 165
-"""Characters in a line of a table. A narrower terminal breaks the lines, which loses less than narrow columns do."""
 
 
 @dataclass
@@ -146,12 +145,11 @@ def machine() -> dict[str, object]:
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print a table of the comparisons and one for every length."""
     console = console or Console(highlight=False)
-    console.width = max(console.width, WIDTH)
     if report.checks:
-        console.print(_checks_table(report.checks))
+        print_tables(console, _checks_table(report.checks))
     for length in dict.fromkeys(row.length for row in report.rows):
         rows = [row for row in report.rows if row.length == length]
-        console.print(_length_table(rows))
+        print_tables(console, _length_table(rows))
         for row in rows:
             if text := "; ".join(filter(None, [row.note, row.reason])):
                 console.print(f"  {row.name}: {text}", markup=False, soft_wrap=True)

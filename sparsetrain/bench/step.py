@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from sparsetrain.bench.options import check_output, parse_lengths
@@ -22,6 +22,7 @@ from sparsetrain.bench.step_loops import WAYS
 from sparsetrain.bench.timing import Unavailable, explain, release
 from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape, load_recipe
+from sparsetrain.tables import print_tables
 from sparsetrain.training.engine import World, init_world
 
 GIB = 2**30
@@ -100,7 +101,7 @@ def run_step(
             if output is not None:
                 _write(rows, recipes[0], world, output)
     if world.main:
-        Console(highlight=False).print(_table(rows, recipes[0], world))
+        print_tables(Console(highlight=False), _table(rows, recipes[0], world))
     return rows
 
 
@@ -146,7 +147,8 @@ def _table(rows: list[StepRow], recipe: Recipe, world: World) -> Table:
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
     table = Table(title=f"A training step of {recipe.name}, random weights, {ranks}", box=None)
     for column in ("tokens", "way", "attention", "seconds", "tokens/s", "peak GiB", ""):
-        table.add_column(column, justify="left" if column in ("way", "attention", "") else "right")
+        justify: JustifyMethod = "left" if column in ("way", "attention", "") else "right"
+        table.add_column(column, justify=justify, no_wrap=column != "")
     for row in rows:
         numbers = (("{:,.3f}", row.seconds), ("{:,.0f}", row.tokens_per_second), ("{:,.1f}", row.peak_gib))
         cells = ["-" if number is None else form.format(number) for form, number in numbers]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 from rich.box import SIMPLE
-from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from sparsetrain.durable import read_bytes, write_whole
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.panels import few, with_passkey
 from sparsetrain.evaluation.result import EvalResult, PasskeyResult
+from sparsetrain.tables import print_tables
 
 RESULTS_FILE = "evaluation.json"
 REPORT_FILE = "report.md"
@@ -32,15 +32,15 @@ def print_results(results: Mapping[str, EvalResult], console: Console | None = N
     """Print perplexity by length, passkey accuracy by length, that by depth for a few results, and recall."""
     console = console or Console()
     if perplexity := perplexity_rows(results):
-        console.print(_table("Perplexity by context length", perplexity))
+        print_tables(console, _table("Perplexity by context length", perplexity))
     measured = with_passkey(results)
     if measured:
         title = f"Passkeys found by prompt length (prompts at each length and depth: {_trials(measured)})"
-        console.print(_table(title, passkey_rows(measured), shares=True))
+        print_tables(console, _table(title, passkey_rows(measured), shares=True))
         maps = [_table(label, depth_rows(passkey), shares=True) for label, passkey in few(measured).items()]
-        console.print(Columns(maps, padding=(0, 3)))
+        print_tables(console, *maps)
     if recall := recall_rows(results):
-        console.print(_table("Answers found in held-out documents", recall))
+        print_tables(console, _table("Answers found in held-out documents", recall))
 
 
 def write_report(

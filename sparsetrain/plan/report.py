@@ -10,6 +10,7 @@ from rich.table import Table
 from sparsetrain.plan.estimate import Plan
 from sparsetrain.plan.memory import COMPONENTS
 from sparsetrain.plan.speed import StepTime
+from sparsetrain.tables import print_tables
 
 GIB = 2**30
 ERROR = 0.15
@@ -111,13 +112,13 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in memory_rows(plan):
         table.add_row(*row, style="bold" if row[0] == "torch's peak" else None)
-    console.print(table)
+    print_tables(console, table)
     table = Table(title="Time of a step in seconds", box=None, title_justify="left", pad_edge=False)
     for index, column in enumerate(TIME_COLUMNS):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in time_rows(plan):
         table.add_row(*row)
-    console.print(table)
+    print_tables(console, table)
     for line in [*notes(plan), *general_notes(plan)]:
         console.print(f"- {line}", soft_wrap=True)
     for line in advice(plan):

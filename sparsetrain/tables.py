@@ -1,0 +1,34 @@
+"""Tables on standard output that are never cut: cells are whole on a narrow terminal, and rows are whole in a file."""
+
+from __future__ import annotations
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+
+def print_tables(console: Console, *tables: Table) -> None:
+    """Print tables, several of them side by side where there is room.
+
+    On a terminal that is too narrow for columns that must not wrap, the terminal breaks the rows. In a pipe or a file
+    every row is one line, however long.
+    """
+    width = console.width
+    try:
+        console.width = max(width, *(_least_width(console, table) for table in tables))
+        console.print(tables[0] if len(tables) == 1 else Columns(tables, padding=(0, 3)))
+    finally:
+        console.width = width
+
+
+def _least_width(console: Console, table: Table) -> int:
+    # Measured against more than the width: rich takes a table to need no more than there is.
+    unlimited = console.options.update(max_width=10**6)
+    if not console.is_terminal:
+        return Measurement.get(console, unlimited, table).maximum
+    unbroken = [column for column in table.columns if column.no_wrap]
+    for column in unbroken:
+        cells = (column.header, *column.cells)
+        column.min_width = max(Measurement.get(console, unlimited, cell).maximum for cell in cells)
+    return Measurement.get(console, unlimited, table).minimum if unbroken else 0
