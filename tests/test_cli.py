@@ -278,7 +278,7 @@ def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault, remed
     def full(*_: object, **__: object) -> None:
         raise OSError(fault, os.strerror(fault), "runs/x/report.md")
 
-    monkeypatch.setattr("sparsetrain.cli.app", full)
+    monkeypatch.setattr("sparsetrain.cli.entry.app", full)
     assert main(["recipe", "list"]) == 2
     said = f"error: [Errno {fault}] {os.strerror(fault)}: 'runs/x/report.md'; {remedy}, or work in another folder\n"
     assert capsys.readouterr().err == said
@@ -288,13 +288,13 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EBADF, "bad file descriptor")
 
-    monkeypatch.setattr("sparsetrain.cli.app", broken)
+    monkeypatch.setattr("sparsetrain.cli.entry.app", broken)
     with pytest.raises(OSError, match="bad file descriptor"):
         main(["recipe", "list"])
 
 
 def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them_again(monkeypatch):
-    monkeypatch.setattr("sparsetrain.cli.main", lambda: 0)
+    monkeypatch.setattr("sparsetrain.cli.entry.main", lambda: 0)
     monkeypatch.setattr(sys, "argv", ["sparsetrain", "doctor"])
     monkeypatch.delitem(sys.modules, "sparsetrain.training.launched", raising=False)
     monkeypatch.setitem(sys.modules, "torch.distributed", None)

@@ -1,0 +1,36 @@
+"""``sparsetrain doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsetrain.cli.arguments import Overrides
+
+
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="Also check this machine for the needs of a recipe.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, stale locks, GPU and kernels, ports, disk, W&B login.
+
+    Exits with code 2 if anything would stop a run.
+
+    \b
+    Examples:
+      sparsetrain doctor
+      sparsetrain doctor qwen3-8b-power-128k
+    """
+    from sparsetrain.doctor import diagnose
+    from sparsetrain.recipe import load_recipe
+
+    if recipe is None:
+        raise typer.Exit(diagnose())
+    loaded = load_recipe(recipe, overrides or [])
+    raise typer.Exit(diagnose(loaded.recipe, loaded.naming_places))

@@ -1,0 +1,153 @@
+"""The command line from its arguments to its exit code: the list of commands, and errors as messages."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from sparsetrain import __version__
+from sparsetrain.cli import bench, recipe
+from sparsetrain.cli.doctor import doctor
+from sparsetrain.cli.eval import evaluate_folder
+from sparsetrain.cli.export import export
+from sparsetrain.cli.plan import plan
+from sparsetrain.cli.run import run
+from sparsetrain.container import settle_in
+from sparsetrain.errors import RecipeError, SparsetrainError, first_line
+from sparsetrain.streams import forgiving
+
+DISK_FAULTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "it was there before; see what removed it",
+    errno.ENOTDIR: "see what took the place of a folder",
+    errno.EISDIR: "see what made it a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "look at the disk",
+    errno.ESTALE: "look at the mount",
+}
+"""What the machine, not the program, is to blame for, and what helps."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    A :class:`SparsetrainError`, or a disk that is full, gone or not writable, becomes a message on stderr;
+    ``SPARSETRAIN_TRACEBACK=1`` shows where it came from. Standard output that cannot be written is an error where it is
+    what the command is for.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with forgiving() as streams:
+        code = _answer(given)
+        sys.stdout.flush()
+        if code == 0 and streams.lost_output is not None and not _only_tells(given):
+            print(f"error: standard output cannot be written: {_reason(streams.lost_output)}", file=sys.stderr)
+            return SparsetrainError.exit_code
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
+    try:
+        for note in settle_in(os.environ):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"note: {note}", file=sys.stderr)
+        for argument in arguments:
+            if not argument.isprintable():
+                _refuse_unprintable(argument)
+        app(args=arguments, prog_name="sparsetrain")
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (SparsetrainError, OSError) as error:
+        told = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
+        if not told or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+            raise
+        rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
+        print(f"error{rank}: {error}{remedy}", file=sys.stderr)
+        return getattr(error, "exit_code", SparsetrainError.exit_code)
+    except BaseException as error:
+        # A library written in Rust gave up on a file that it had taken, in the middle of anything.
+        if type(error).__name__ != "PanicException" or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+            raise
+        print(f"error: tokenizers or safetensors failed on what a file holds: {first_line(error)}", file=sys.stderr)
+        return SparsetrainError.exit_code
+
+
+def _only_tells(arguments: Sequence[str]) -> bool:
+    """Whether what a command is for is on the disk, and standard output only tells of it."""
+    writes = any(argument.partition("=")[0] == "--output" for argument in arguments)
+    return arguments[:1] in (["run"], ["export"]) or arguments[:2] == ["recipe", "copy"] or writes
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, UnicodeEncodeError):
+        letters = fault.object[fault.start : fault.end]
+        return f"its encoding, {fault.encoding}, has no {letters!a}; set PYTHONIOENCODING=utf-8"
+    return str(fault)
+
+
+def _refuse_unprintable(argument: str) -> None:
+    """Bytes that are not UTF-8 arrive as characters that nothing can write again, a recipe or a log least of all."""
+    from sparsetrain.recipe.yaml_source import text_fault
+
+    fault = text_fault(argument)
+    if fault is not None:
+        raise RecipeError(f"the argument {argument!r:.200} {fault}")
+
+
+def script() -> NoReturn:
+    """The command as a process of its own."""
+    from sparsetrain.training.signals import Ends
+
+    # Other commands have nothing to be started again for.
+    ends = Ends() if sys.argv[1:2] == ["run"] else None
+    code = main()
+    if ends is not None:
+        ends.code = code
+    # Stopped while it loaded its libraries, a run leaves them half loaded: they are not loaded again to end it.
+    if code == 0 and (launched := sys.modules.get("sparsetrain.training.launched")) is not None:
+        launched.part()
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparsetrain {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app = typer.Typer(
+    name="sparsetrain",
+    help="Finetune Hugging Face language models with sparse attention for long contexts.",
+    epilog="Start with: sparsetrain run quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+app.callback()(_root)
+app.command()(run)
+app.command(name="eval")(evaluate_folder)
+app.command()(export)
+app.command()(plan)
+app.command()(doctor)
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(bench.app, name="bench")

@@ -1,0 +1,71 @@
+"""``sparsetrain eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsetrain.cli.arguments import Overrides, RecipeArgument
+from sparsetrain.errors import ModelError, RecipeError
+
+
+def evaluate_folder(
+    folder: Annotated[Path, typer.Argument(help="A trained model: the final/ of a run folder.", show_default=False)],
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file.", show_default=False)
+    ] = None,
+) -> None:
+    """Evaluate a trained folder by the eval section of a recipe.
+
+    The folder says which attention method it was trained with; the recipe says what is measured.
+
+    \b
+    Examples:
+      sparsetrain eval runs/quickstart/final quickstart
+      sparsetrain eval runs/quickstart/final quickstart eval.passkey.lengths=[4096] --output result.json
+    """
+    from sparsetrain.recipe import load_recipe
+
+    for override in overrides or []:
+        if not override.startswith(("eval.", "eval=", "train.seed=")):
+            raise RecipeError(f"{override} has no effect here: the folder says what is evaluated, the recipe only how")
+    loaded = load_recipe(recipe, overrides or [])
+    section = loaded.recipe.eval
+    if section.empty:
+        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity, eval.passkey or eval.recall")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ModelError(
+            f"{folder} holds no model (no config.json or adapter_config.json); give the final/ folder of a run"
+        )
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsetrain.evaluation import evaluate
+    from sparsetrain.evaluation.report import print_results
+    from sparsetrain.modeling import load
+    from sparsetrain.modeling.tokenizers import load_tokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load(folder)
+    model.to(device)
+    tokenizer = load_tokenizer(folder, "FOLDER (its tokenizer)")
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+        result = evaluate(
+            model,
+            tokenizer,
+            section,
+            device=device,
+            seed=loaded.recipe.train.seed,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print_results({str(folder): result})
+    if output is not None:
+        output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
