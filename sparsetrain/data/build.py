@@ -28,8 +28,12 @@ def build_rows(
         DataError: a source is missing, empty, malformed where the recipe says stop, lacks a column, or does not fit
             into memory.
     """
+    sources: list[DocumentSource] = []
+    for index, source in enumerate(data.sources):
+        with memory_explained(source.label):
+            sources.append(_source(source, data, sequence, tokenizer, seed, index))
     return RowStream(
-        [_opened(source, data, sequence, tokenizer, seed, index) for index, source in enumerate(data.sources)],
+        sources,
         [source.weight for source in data.sources],
         row_length=sequence.length,
         packing=sequence.packing,
@@ -37,18 +41,6 @@ def build_rows(
         shuffle=any(source.shuffle and source.synthetic is None for source in data.sources),
         seed=seed,
     )
-
-
-def _opened(
-    source: DataSource,
-    data: DataSection,
-    sequence: SequenceSection,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    index: int,
-) -> DocumentSource:
-    with memory_explained(source.label):
-        return _source(source, data, sequence, tokenizer, seed, index)
 
 
 def _source(
