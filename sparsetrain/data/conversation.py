@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.data.calling import as_called
 from sparsetrain.data.chat_template import ChatText, apply_template
 from sparsetrain.data.marks import Learned, learned_of
 from sparsetrain.data.tools import call_of, calls_of
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 ROLES = {
     "system": "system",
     "developer": "developer",
-    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call", "tool_call"), "assistant"
+        ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call", "tool_call"), "assistant"
     ),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
 }
-"""The names of roles, and what chat templates call them."""
+"""The names of roles in small letters, and what chat templates call them."""
 
 CALL_ROLES = ("function_call", "tool_call")
 """Roles of turns whose text is the JSON of a call, or of a list of them."""
@@ -57,7 +58,8 @@ class Conversation:
         self, tokenizer: PreTrainedTokenizerBase, turns: int | None = None, *, prompt: bool = False
     ) -> ChatText:
         """The text of the first ``turns`` turns, by default of all (:func:`apply_template`)."""
-        return apply_template(tokenizer, self.messages[:turns], tools=self.tools, settings=self.settings, prompt=prompt)
+        messages = as_called(self.messages[:turns], tokenizer, self.tools)
+        return apply_template(tokenizer, messages, tools=self.tools, settings=self.settings, prompt=prompt)
 
     def learns(self, turn: int) -> Learned:
         """What is learned of a turn."""
@@ -110,13 +112,14 @@ def _turn(turn: Any, name: str, ignore: Collection[str]) -> tuple[dict[str, Any]
     named = _one_of(keys, ("role", "from"), name)
     if not isinstance(named, str):
         raise MalformedRow(f"{name} has no role")
-    if named not in ROLES:
+    if named.lower() not in ROLES:
         raise MalformedRow(f"{name} has the unknown role {named!r}")
     for key, reason in REFUSED.items():
         # An empty list is what some writers put where there is none.
         if keys.get(key):
             raise MalformedRow(f"{name} has {key!r}, and {reason}; ignore: [{key}] trains without it")
         keys.pop(key, None)
+    named = named.lower()
     role = ROLES[named]
     content = _content(_one_of(keys, ("content", "value"), name), f"the content of {name}")
     calls = calls_of(keys, name)

@@ -30,6 +30,17 @@ _FORM_OF_FIELD: dict[str, Kind] = {
     "separator": "prompt_completion",
     "messages_field": "chat",
 }
+CONVERSATIONS = ("conversations", "conversation")
+"""Columns of turns that ``auto`` knows beside ``messages_field``."""
+QUESTIONS, ANSWERS = ("instruction", "question", "query", "problem"), ("output", "response", "answer", "solution")
+"""Columns that together are Alpaca's form."""
+_OTHER_PAIRS = (
+    *(("prompt", answer) for answer in ANSWERS),
+    *(("input", "output"), ("input", "response"), ("inputs", "targets"), ("source", "target"), ("user", "assistant")),
+    *(("instruction", "completion"), ("question", "completion"), ("human", "bot")),
+)
+_OTHER_TURNS = ("dialogue", "dialog", "turns", "items", "chat")
+_OTHER_TEXTS = ("content", "document", "raw_content", "body")
 _KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, "name", "id", "tool_call_id", "tool_calls")
 
 
@@ -75,7 +86,8 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
     """The form of a source with these columns.
 
     ``auto`` takes the form whose column the recipe names, else the first that fits of chat messages (also ShareGPT's
-    ``conversations``), prompt + completion, Alpaca's ``instruction`` + ``output``, text, and tokens.
+    ``conversations``), prompt + completion, Alpaca's ``instruction`` + ``output`` (or another question and its answer),
+    text, and tokens.
 
     Raises:
         DataError: a column is missing, no form fits, chat is asked of a tokenizer without a chat template, or a setting
@@ -133,30 +145,67 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
     if named:
         kind = next(iter(named.values()))
         return kind, fields[kind]
-    if source.messages_field in columns:
-        return "chat", (source.messages_field,)
-    if "conversations" in columns:
-        return "chat", ("conversations",)
+    for turns in (source.messages_field, *CONVERSATIONS):
+        if turns in columns:
+            return "chat", (turns,)
     if all(field in columns for field in pair):
         return "prompt_completion", pair
-    if "instruction" in columns and "output" in columns:
-        return "alpaca", ("instruction", "output")
+    if asked := _question_and_answer(source, columns):
+        return "alpaca", asked
     if source.text_field in columns:
         return "text", (source.text_field,)
     if "input_ids" in columns:
         return "tokens", ("input_ids",)
     if "chosen" in columns:
+        better = (
+            "form: prompt_completion and completion_field: chosen (or form: chat and messages_field: chosen)"
+            if "prompt" in columns
+            else "form: chat and messages_field: chosen (or form: text and text_field: chosen, where it is text)"
+        )
         raise DataError(
             f"data source {source.label!r} holds preference data (chosen, rejected); to train on the better answers, "
-            "set form: prompt_completion and completion_field: chosen (or form: chat and messages_field: chosen), and "
-            "ignore: [rejected]"
+            f"set {better}, and ignore: [rejected]"
         )
-    near = get_close_matches(source.text_field, columns, n=1)
-    hint = f" (did you mean text_field: {near[0]}?)" if near else ""
+    hint = _hint(source, columns)
     raise DataError(
         f"data source {source.label!r}: its columns {listed(columns)} fit no known form{hint}. Set form, and "
         "text_field, prompt_field and completion_field, or messages_field, to say how a row becomes tokens"
     )
+
+
+def _question_and_answer(source: DataSource, columns: Sequence[str]) -> tuple[str, str] | None:
+    """The columns of a question and of its answer, where there is one of each.
+
+    Raises:
+        DataError: there are several of one kind.
+    """
+    left = [column for column in columns if column not in source.ignore]
+    if {"instruction", "output"} <= set(left):
+        return "instruction", "output"
+    asked, answered = ([column for column in left if column in names] for names in (QUESTIONS, ANSWERS))
+    if not asked or not answered:
+        return None
+    for found in (asked, answered):
+        if len(found) > 1:
+            raise DataError(
+                f"data source {source.label!r} has several columns that may be the "
+                f"{'question' if found is asked else 'answer'}: {listed(found)}; leave out those that are not meant "
+                f"by ignore, such as ignore: [{', '.join(found[1:])}]"
+            )
+    return asked[0], answered[0]
+
+
+def _hint(source: DataSource, columns: Sequence[str]) -> str:
+    """What the recipe may have meant, by names that published sets use."""
+    for prompt, completion in _OTHER_PAIRS:
+        if prompt in columns and completion in columns:
+            given = f"prompt_field: {prompt}, " if prompt != source.prompt_field else ""
+            return f" (did you mean {given}completion_field: {completion}?)"
+    for field, names in (("messages_field", _OTHER_TURNS), ("text_field", _OTHER_TEXTS)):
+        if named := [column for column in columns if column in names]:
+            return f" (did you mean {field}: {named[0]}?)"
+    near = get_close_matches(source.text_field, columns, n=1, cutoff=0.75)
+    return f" (did you mean text_field: {near[0]}?)" if near else ""
 
 
 def _contrary(source: DataSource, kind: Kind) -> list[str]:
@@ -164,7 +213,7 @@ def _contrary(source: DataSource, kind: Kind) -> list[str]:
     if source.form != "auto" or any(_is_set(source, name) for name in _FORM_OF_FIELD):
         return []
     decisive: dict[Kind, tuple[str, ...]] = {
-        "chat": (source.messages_field, "conversations"),
+        "chat": (source.messages_field, *CONVERSATIONS),
         "prompt_completion": (source.completion_field,),
         "alpaca": ("instruction",),
         "text": (source.text_field,),

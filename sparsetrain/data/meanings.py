@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from sparsetrain.data.conversation import REFUSED
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.conversation import REFUSED, ROLES
+from sparsetrain.data.values import MalformedRow, listed
 
 Kind = Literal["text", "prompt_completion", "chat", "alpaca", "tokens"]
 
@@ -19,12 +19,15 @@ SETTINGS = ("chat_template_kwargs", "documents", "tool_choice", "parallel_tool_c
 MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")
 """Columns beside ``input_ids`` that leave tokens out."""
 
+INPUTS = ("input", "context")
+"""Columns of what an instruction or question is about."""
+
 _OF_CONVERSATIONS = (*SYSTEM, *TOOLS, *SETTINGS)
 _READ: dict[Kind, tuple[str, ...]] = {
     "text": (),
     "prompt_completion": _OF_CONVERSATIONS,
     "chat": _OF_CONVERSATIONS,
-    "alpaca": (*_OF_CONVERSATIONS, "input", "history"),
+    "alpaca": (*_OF_CONVERSATIONS, *INPUTS, "history"),
     "tokens": ("labels", *MASKS),
 }
 
@@ -33,9 +36,12 @@ _PREFERENCE = (
     "(or form: chat, messages_field: chosen)"
 )
 _WEIGHT = "every row weighs the same; give sources a weight instead"
-_LABEL = "it says whether an answer is a good one, and bad ones would be learned too"
+_LABEL = "it says that this answer is a bad one, which would be learned; data.on_malformed: skip leaves such rows out"
 _TOKENS = "the row is tokenised here; form: tokens takes its own tokens"
 _PLACES = "there is no conversation that it could belong to; form: chat reads it"
+_PROMPT = "the prompt is taken as it stands; write it into the prompt"
+_TURN = "the row is one turn of a conversation; write each conversation as one row with its turns in 'messages'"
+_CHOICES = "the answers to choose from are not part of the question; write them into it"
 _REFUSALS: dict[str, str] = {
     "chosen": _PREFERENCE,
     "rejected": _PREFERENCE,
@@ -51,10 +57,19 @@ _REFUSALS: dict[str, str] = {
     "chat_template": "all rows are written by the tokenizer's own",
     **REFUSED,
 }
+_REFUSALS_OF_FORM: dict[Kind, dict[str, str]] = {
+    "text": dict.fromkeys(("role", "parent_id"), _TURN),
+    "prompt_completion": dict.fromkeys((*INPUTS, "instruction"), _PROMPT),
+    "chat": {},
+    "alpaca": dict.fromkeys(("choices", "options"), _CHOICES),
+    "tokens": {},
+}
+"""Columns with a meaning in rows of one form alone."""
 _HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), lambda value: value == 1),
-    # A class is a number or a name, and no matter of the text beside it.
-    "label": lambda value: not isinstance(value, bool),
+    # A class is a number or a name, and no matter of the text beside it; a good answer is learned anyway.
+    **dict.fromkeys(("label", "kto_tag"), lambda value: value is not False),
+    "role": lambda value: str(value).lower() not in ROLES,
     "position_ids": lambda value: isinstance(value, list) and value == list(range(len(value))),
     # One document.
     "seq_lengths": lambda value: isinstance(value, list) and len(value) == 1,
@@ -77,13 +92,21 @@ def check_columns(row: Mapping[str, Any], kind: Kind, fields: Collection[str], i
     Raises:
         MalformedRow: such a column is neither null nor empty.
     """
-    for column, value in row.items():
-        if column in fields or column in ignore or column in _READ[kind] or column not in _REFUSALS:
-            continue
-        if value is None or (isinstance(value, str | Sequence | Mapping) and not len(value)):
-            continue
-        if column in _HARMLESS and _HARMLESS[column](value):
-            continue
+    refusals = _REFUSALS | _REFUSALS_OF_FORM[kind]
+    found = [
+        column
+        for column, value in row.items()
+        if column in refusals and column not in (*fields, *ignore, *_READ[kind]) and _says_something(column, value)
+    ]
+    if found:
+        reasons = "; ".join(dict.fromkeys(refusals[column] for column in found))
         raise MalformedRow(
-            f"column {column!r} cannot be honoured: {_REFUSALS[column]}; ignore: [{column}] trains without it"
+            f"column{'s' if found[1:] else ''} {listed(found)} cannot be honoured: {reasons}; "
+            f"ignore: [{', '.join(found)}] trains without {'them' if found[1:] else 'it'}"
         )
+
+
+def _says_something(column: str, value: Any) -> bool:
+    if value is None or (isinstance(value, str | Sequence | Mapping) and not len(value)):
+        return False
+    return column not in _HARMLESS or not _HARMLESS[column](value)

@@ -13,7 +13,7 @@ from sparsetrain.data.conversation import Conversation, conversation_of
 from sparsetrain.data.document import Tokens
 from sparsetrain.data.encoding import Bare, bare, encode, end_of_text, opening, shared_prefix
 from sparsetrain.data.forms import RowForm
-from sparsetrain.data.meanings import SETTINGS, SYSTEM, TOOLS, check_columns
+from sparsetrain.data.meanings import INPUTS, SETTINGS, SYSTEM, TOOLS, check_columns
 from sparsetrain.data.pretokenized import read_tokens
 from sparsetrain.data.tools import tools_of
 from sparsetrain.data.values import MalformedRow, described, listed, parsed, string, text_value, value_of
@@ -21,7 +21,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 7
+RENDER_VERSION = 8
 """Raised whenever the same row would give other tokens, so that nothing cached before is used."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -124,9 +124,11 @@ def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
 
 
 def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    instruction, answer = string(row, "instruction"), string(row, "output")
-    if "input" in form.optional and row.get("input"):
-        instruction = f"{instruction}\n\n{string(row, 'input')}"
+    instruction, answer = (string(row, field) for field in form.fields)
+    given = [string(row, name) for name in INPUTS if name in form.optional and row.get(name)]
+    if len(given) > 1:
+        raise MalformedRow("it has both input and context; ignore one of them, or join them in the data")
+    instruction = "\n\n".join((instruction, *given))
     history = _history(row) if "history" in form.optional else []
     if not tokenizer.chat_template:
         _no_conversation(row, form, "without a chat template there is no place for it", allowed=SYSTEM)

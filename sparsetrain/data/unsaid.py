@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,13 +47,29 @@ def check_all_is_said(conversation: Conversation, tokenizer: PreTrainedTokenizer
     if not set(thoughts) <= set(unread):
         unread = [place for place in unread if place not in thoughts]
     for place in unread:
-        if not _matters(_content(conversation), place, tokenizer, text):
-            raise MalformedRow(
-                f"the chat template does not write {place.name}; set model.tokenizer to one whose template does "
-                "(also a copy of this tokenizer's folder with another chat_template.jinja)"
-                + (f", or train without it by ignore: [{place.key}]" if place.key else "")
-            )
+        if _is_kept(conversation, place) or _matters(_content(conversation), place, tokenizer, text):
+            continue
+        raise MalformedRow(
+            f"the chat template does not write {place.name}; set model.tokenizer to one whose template does "
+            "(also a copy of this tokenizer's folder with another chat_template.jinja)"
+            + (f", or train without it by ignore: [{place.key}]" if place.key else "")
+        )
     _check_thoughts(conversation, text)
+
+
+def _is_kept(conversation: Conversation, place: _Place) -> bool:
+    """Whether a place holds a rule about calls that the turns keep anyway, so that nothing is lost without it."""
+    if place.key not in ("tool_choice", "parallel_tool_calls"):
+        return False
+    rule = conversation.settings[str(place.path[-1])]
+    turns = [[call["function"]["name"] for call in turn.get("tool_calls", ())] for turn in conversation.messages]
+    called = {name for names in turns for name in names}
+    if place.key == "parallel_tool_calls":
+        return rule is False and all(len(names) <= 1 for names in turns)
+    if isinstance(rule, Mapping):
+        function = rule.get("function", rule)
+        return isinstance(function, Mapping) and function.get("name") in called
+    return bool(called) if rule in ("required", "any") else rule == "none" and not called
 
 
 def _places(conversation: Conversation) -> Iterator[_Place]:

@@ -162,7 +162,6 @@ def test_contents_in_parts_are_joined(learned):
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": {"mood": 1}}, POOR,
          "does not write chat_template_kwargs.mood"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": {"tools": 1}}, FULL, "sets 'tools', which is not"),
-        ({"messages": [ASK, ANSWER], "parallel_tool_calls": False}, POOR, "does not write parallel_tool_calls"),
         ({"messages": [{"role": "system", "content": "x"}, ASK, ANSWER]},
          "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "content of turn 1 .role system"),
         ({"messages": [ASK, {**ANSWER, "content": "<think>hm</think>1"}]},

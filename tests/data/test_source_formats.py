@@ -133,7 +133,7 @@ def test_a_missing_column_is_answered_with_the_nearest(stream, write_jsonl):
     with pytest.raises(DataError, match=r"needs a column 'txt' \(did you mean 'texts'\?\); it has 'texts', 'id'"):
         stream({"path": path, "form": "text", "text_field": "txt"})
     with pytest.raises(DataError, match=r"fit no known form"):
-        stream({"path": write_jsonl([{"question": "1+1", "answer": "2"}], "qa.jsonl")})
+        stream({"path": write_jsonl([{"front": "1+1", "back": "2"}], "cards.jsonl")})
 
 
 @pytest.mark.parametrize("loader", ["json", "csv", "pandas", "text"])
