@@ -24,6 +24,8 @@ from sparsetrain.modeling.quantized import check_tiles, finish_unpacking, unpack
 
 NAMED = 3
 """How many tensors a message names."""
+ROWS_COMPARED = 64
+"""Rows of an output head that are compared with those of the embedding before anything is loaded."""
 
 
 def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) -> PreTrainedModel:
@@ -66,7 +68,7 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
 
 def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: Any, *, cut: bool = False) -> None:
     """Compare what the files of a local folder say they hold with what the model of a config needs; nothing is read
-    but their headers.
+    but their headers, and a few rows of an output head that the config ties to the embedding.
 
     Args:
         field: what to call the model in an error.
@@ -74,7 +76,8 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         cut: whether the model is meant to have fewer layers than its checkpoint.
 
     Raises:
-        ModelError: a file is not whole or no safetensors, or a tensor is missing or of another shape.
+        ModelError: a file is not whole or no safetensors, a tensor is missing or of another shape, or the config ties
+            embeddings that the files hold twice.
     """
     what, config = f"{field}={path!r}", copy.deepcopy(config)
     with explained(f"{what} cannot be loaded", remedy(field, path)):
@@ -92,6 +95,10 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     model, info = loaded
     _check_complete(model, info, what, cut=cut)
+    if (pair := _tied_names(model)) and pair <= shapes.keys():
+        head, embedding = (_first_rows(files, name) for name in sorted(pair))
+        if not torch.equal(head, embedding):
+            raise _not_tied(what)
 
 
 def _weight_files(folder: Path, named: str | None) -> list[Path]:
@@ -205,14 +212,33 @@ def _beside_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[s
 
 def _check_tied(model: PreTrainedModel, what: str) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if _tied_names(model) and head is not None and embedding is not None and head.weight is not embedding.weight:
+        raise _not_tied(what)
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of the output head and the embedding where the config of a model ties them; otherwise nothing."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
     if not tied or not model._tied_weights_keys or head is None or embedding is None:
-        return
-    if head.weight is not embedding.weight:
-        raise ModelError(
-            f"{what}: its config says tie_word_embeddings=true, and its weights hold an output head that is not the "
-            "embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
-        )
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module in (head, embedding)}
+
+
+def _not_tied(what: str) -> ModelError:
+    return ModelError(
+        f"{what}: its config says tie_word_embeddings=true, and its weights hold an output head that is not the "
+        "embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
+    )
+
+
+def _first_rows(files: Iterable[Path], name: str) -> torch.Tensor:
+    for file in files:
+        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
+            if name in weights.keys():  # noqa: SIM118
+                rows: torch.Tensor = weights.get_slice(name)[:ROWS_COMPARED]
+                return rows
+    raise KeyError(name)
 
 
 def _finite(weights: torch.Tensor) -> bool:

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.weights import check_headers
 from sparsetrain.recipe.schema import ModelSection
 
 TINY = "sparsetrain:tiny"
@@ -209,7 +210,10 @@ def test_layers_that_the_config_does_not_have_are_named(folder):
 def test_a_head_beside_tied_embeddings_is_refused(folder):
     change_weights(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(2048, 192).bfloat16()}))
     assert "tie_word_embeddings=true" in loads(folder)
+    with pytest.raises(ModelError, match="tie_word_embeddings=true"):  # as validate asks, without loading
+        check_headers(str(folder), "model.path", LlamaForCausalLM, AutoConfig.from_pretrained(folder))
     change(folder, "config.json", tie_word_embeddings=False)
+    check_headers(str(folder), "model.path", LlamaForCausalLM, AutoConfig.from_pretrained(folder))
     assert sparsetrain.load(folder).lm_head.weight.float().mean() == 1
 
 
