@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsetrain.errors import RecipeError
 from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.modeling.decoder import decoder_modules, freeze_towers
 from sparsetrain.modeling.layers import new_modules
@@ -26,7 +23,6 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
         # Equal adapters on every rank, whatever was drawn before.
         torch.manual_seed(recipe.train.seed)
         add_adapters(model, lora)
-        _check_stage(model, recipe)
         what = f"LoRA of rank {lora.rank} beside {adapted_share(model):.0%} of the decoder's weights"
     elif recipe.train.parameters == "new_modules":
         added = {id(p) for new in new_modules(model).values() for p in new.parameters()}
@@ -59,16 +55,6 @@ def adapted_share(model: PreTrainedModel) -> float:
         for weight in [getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))]
     }
     return sum(map(_size, adapted.values())) / max(1, sum(map(_size, own.values())))
-
-
-def _check_stage(model: PreTrainedModel, recipe: Recipe) -> None:
-    config: Any = model.peft_config
-    names = config["default"].target_parameters
-    if names and recipe.deepspeed.stage == 3:
-        raise RecipeError(
-            f"deepspeed.stage=3: peft makes the adapted weights of experts ({min(names)}) outside of the module that "
-            "gathers their shards; set it to 2, or name linear layers alone in lora.targets, such as attention"
-        )
 
 
 def total_size(model: nn.Module) -> int:

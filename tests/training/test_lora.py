@@ -204,10 +204,24 @@ def biased(tmp_path, pretrained):
     return folder
 
 
-def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_folder, biased):
-    """Its magnitudes read the weights of the modules beside them, of which each rank has a part."""
-    overrides = ["lora={rank: 4, targets: linear, dora: true}", "train.activation_checkpointing=layer"]
-    overrides.append(f"model.path={biased}")
+@pytest.fixture
+def expert(tmp_path, pretrained):
+    """A base whose layers keep the matrices of four experts in one tensor."""
+    folder = shutil.copytree(pretrained / "untied", tmp_path / "expert")
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=384, max_position_embeddings=512, **fields)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("base", "kind"), [("biased", "dora: true"), ("expert", "dora: false")])
+def test_adapters_that_read_the_weights_of_other_modules_train_under_zero_3_as_without(
+    tmp_path, arguments, ranks_of, run_folder, request, base, kind
+):
+    """The magnitudes of DoRA, and adapters of experts. Each rank has a part of those weights."""
+    overrides = [f"lora={{rank: 4, targets: linear, {kind}}}", "train.activation_checkpointing=layer"]
+    overrides.append(f"model.path={request.getfixturevalue(base)}")
     alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
     # Left to itself DeepSpeed keeps weights as small as these on every rank.
     sharded = "deepspeed.config={zero_optimization: {stage3_param_persistence_threshold: 0}}"
@@ -217,7 +231,7 @@ def test_dora_under_zero_3_trains_as_without(tmp_path, arguments, ranks_of, run_
     assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
     assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
     ours, theirs = (load_file(run.path / "final/adapter_model.safetensors") for run in (together, alone))
-    assert any("magnitude" in name for name in theirs)
+    assert any("magnitude" in name or "experts" in name for name in theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
 
