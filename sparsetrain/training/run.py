@@ -84,7 +84,7 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
         try:
             world = init_world(recipe.deepspeed.timeout)
             with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
-                signals.last_words = watch.tell_stop
+                signals.last_words, watch.pass_on = watch.tell_stop, signals.pass_on
                 return _prepare(recipe, world, watch, signals, resume, occupied).execute(resume)
         except Stopped as stopped:
             return stopped.outcome

@@ -10,6 +10,7 @@ batch of an evaluation, saves a checkpoint, and says by its exit code what to do
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -82,6 +83,8 @@ class StopSignals:
         """Called before a process is ended whose main thread is stuck: to tell other ranks why."""
         self._holding = False
         self._raised = False
+        self._pressed = False
+        self._passed_on: Outcome | None = None
         self._former: dict[int, Any] = {}
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread()
@@ -122,6 +125,12 @@ class StopSignals:
         # An earlier one was swallowed, and is heeded with the next step.
         self._end_at = None
 
+    def pass_on(self, outcome: Outcome) -> None:
+        """Stop because another rank was asked to. Called in any thread; a Ctrl-C that came there is none here, where
+        one of this rank's own may have come, or be to come."""
+        self._passed_on = outcome
+        _thread.interrupt_main(signal.SIGTERM)
+
     def pause(self, largest: Callable[[float], float]) -> None:
         """Stop here where that was asked for: of any rank once there is something to lose, and before of this one,
         where a library has swallowed what was raised.
@@ -145,8 +154,9 @@ class StopSignals:
         self._former.clear()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        again = number == signal.SIGINT and self.interrupted
-        if number == signal.SIGINT:
+        again = number == signal.SIGINT and self._pressed
+        self._pressed |= number == signal.SIGINT
+        if number == signal.SIGINT or self._passed_on is Outcome.INTERRUPTED:
             self.interrupted = True
         else:
             self.preempted = True
@@ -174,10 +184,15 @@ class StopSignals:
                 for number in numbers:
                     if number in NAMES:
                         presses += number == signal.SIGINT
-                        self._answer(number, presses)
+                        passed_on = number == signal.SIGTERM and self._passed_on is Outcome.INTERRUPTED
+                        self._answer(signal.SIGINT if passed_on else number, presses)
 
     def _answer(self, number: int, presses: int) -> None:
-        """Say what will happen, and see to it where the main thread cannot."""
+        """Say what will happen, and see to it where the main thread cannot.
+
+        Args:
+            presses: how often Ctrl-C has come to this process.
+        """
         again = number == signal.SIGINT and presses > 1
         if again:
             self._end_at = (time.monotonic() + PATIENCE_OF_A_PERSON, INTERRUPTED_TWICE)

@@ -15,13 +15,11 @@ Times are differences of one process's monotonic clock: clocks of two hosts are 
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import hmac
 import os
 import secrets
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -76,6 +74,8 @@ class Watch:
         """Where another rank was asked to stop: how this one is to end."""
         self.last_words: Callable[[], None] = lambda: None
         """Called before a process whose main thread is stuck is ended; it may take some seconds."""
+        self.pass_on: Callable[[Outcome], None] = lambda outcome: None
+        """Called in the thread where another rank was asked to stop, to have the main thread stop."""
         self._known = threading.Event()
         self._ending = threading.Event()
         self._closed = threading.Event()
@@ -294,7 +294,7 @@ class Watch:
                 self._tell(message)
             self.verdict = f"{message['by']} was asked to stop"
             self._known.set()
-            _thread.interrupt_main(signal.SIGINT if self.stop is Outcome.INTERRUPTED else signal.SIGTERM)
+            self.pass_on(self.stop)
 
     def _stop(self) -> None:
         """See to it that the process ends. What lies unread in a socket would destroy what was just sent: go on

@@ -16,20 +16,20 @@ import pytest
 from sparsetrain.cli import main
 from sparsetrain.training import run as training
 from sparsetrain.training import signals
-from sparsetrain.training.signals import Stopped, StopSignals
+from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 
 EVALUATION = "eval={every: 2, at_start: false, at_end: true, passkey: {lengths: [160], depths: 2, trials: 2}}"
 
-# One rank is asked to stop while the other loads its model, which looks at no signal meanwhile.
-ONE_OF_TWO = """
+# Ranks are asked to stop while they load their models.
+ASKED = """
 import os, signal, sys, time
 from sparsetrain.cli import main
 from sparsetrain.training import run
 
 def load(*arguments, **options):
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] in sys.argv[3]:
         time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), int(sys.argv[4]))
     time.sleep(60)
 
 run.load_model = load
@@ -162,10 +162,13 @@ def test_a_stop_during_the_export_comes_after_it(arguments, monkeypatch, tmp_pat
     assert not (run.path / "evaluation.json").exists()
 
 
-def test_ranks_stop_together_before_training(tiny, tmp_path, ranks_of):
-    command = [sys.executable, "-c", ONE_OF_TWO, str(tiny), str(tmp_path / "run")]
+@pytest.mark.parametrize(
+    ("asked", "number", "code"), [("1", signal.SIGUSR1, 75), ("1", signal.SIGINT, 0), ("01", signal.SIGINT, 0)]
+)
+def test_ranks_stop_together_before_training(tiny, tmp_path, ranks_of, asked, number, code):
+    command = [sys.executable, "-c", ASKED, str(tiny), str(tmp_path / "run"), asked, str(int(number))]
     began = time.monotonic()
-    said = ranks_of(command, tmp_path / "log", 2).wait(75)
+    said = ranks_of(command, tmp_path / "log", 2).wait(code)
     assert "Traceback" not in said
     assert "error" not in said
     assert time.monotonic() - began < 55
@@ -176,6 +179,20 @@ def test_a_second_ctrl_c_interrupts():
         stop.hold()
         signal.raise_signal(signal.SIGINT)
         assert stop.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_that_another_rank_got_too_is_the_same_one():
+    def hear(stop):
+        stop.pass_on(Outcome.INTERRUPTED)
+        time.sleep(1.0)
+
+    with StopSignals() as stop:
+        with pytest.raises(Stopped) as stopped:
+            hear(stop)
+        signal.raise_signal(signal.SIGINT)
+        assert (stopped.value.outcome, stop.interrupted, stop.preempted) == (Outcome.INTERRUPTED, True, False)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
