@@ -234,6 +234,8 @@ def test_usage_errors_exit_with_2(call, arguments):
         ["recipe", "validate", "qwen3-8b-power-128k"],
         ["recipe", "show", "run.yaml"],
         ["recipe", "schema"],
+        ["bench", "--help"],
+        ["bench", "step", "--help"],
     ],
 )
 def test_quick_commands_import_nothing_heavy(recipe, arguments):

@@ -9,7 +9,7 @@ import torch
 from sparsetrain_kernels import causal_attention_dense
 from torch import Tensor
 
-from sparsetrain.bench.attention_opponents import Prepared
+from sparsetrain.bench.contenders.base import Prepared
 from sparsetrain.bench.problem import CausalProblem, Tensors
 
 ROWS = 128

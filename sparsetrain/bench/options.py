@@ -1,64 +1,178 @@
-"""Options that the benchmarks share, checked and completed for the machine."""
+"""Options of a benchmark: a Section, filled in for the machine, from which its command line is made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Optional, TypeVar
 
-import torch
+import typer
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic.fields import FieldInfo
+from typer.models import ArgumentInfo
 
 from sparsetrain.errors import BenchError
+from sparsetrain.section import Section
 
-LENGTHS = {"cuda": "8192,32768,131072", "cpu": "1024,4096"}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class Shape(NamedTuple):
-    """What suits the machine: long sequences in bfloat16 on CUDA, short ones in float32 on a CPU."""
-
-    device: torch.device
-    lengths: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    dtype: torch.dtype
+HIDDEN = "no option of the command line"
 
 
-def resolve_shape(
-    device: str | None,
-    lengths: str | None,
-    heads: int | None,
-    kv_heads: int | None,
-    dtype: str | None,
-    defaults: Mapping[str, str] = LENGTHS,
-) -> Shape:
-    """Check the shape and fill in what was not given; the lengths are those of the device in ``defaults``.
+@dataclass(frozen=True)
+class Suits:
+    """Defaults that depend on the machine."""
 
-    Raises:
-        BenchError: an option has a value that cannot be measured.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device == "cuda"
-    heads = heads or (32 if cuda else 4)
-    kv_heads = kv_heads or min(8 if cuda else 2, heads)
-    dtype = dtype or ("bfloat16" if cuda else "float32")
-    if heads % kv_heads:
-        raise BenchError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; every KV head serves as many heads")
-    if dtype not in DTYPES:
-        raise BenchError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
-    sizes = parse_lengths(lengths or defaults[device])
-    return Shape(torch.device(device), sizes, heads, kv_heads, DTYPES[dtype])
+    cuda: Any
+    cpu: Any
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def one_of(*choices: str) -> AfterValidator:
+    """Refuse any other text."""
+
+    def check(value: str, info: ValidationInfo) -> str:
+        if value not in choices:
+            raise BenchError(f"--{info.field_name} {value} is not known; choose one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def parse_lengths(text: str | tuple[int, ...]) -> tuple[int, ...]:
     """``--lengths``, without repeats."""
+    if not isinstance(text, str):
+        return text
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise BenchError(f"--lengths {text} must be whole numbers of tokens with commas between, such as 8192,32768")
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def check_output(output: Path | None) -> None:
+def check_folder(output: Path | None) -> Path | None:
     """``--output`` is where a folder may be."""
     if output is not None and output.exists() and not output.is_dir():
         raise BenchError(f"--output {output} is a file; name a folder")
+    return output
+
+
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Lengths = Annotated[tuple[int, ...], BeforeValidator(parse_lengths)]
+Folder = Annotated[Path | None, AfterValidator(check_folder)]
+
+
+class Options(Section):
+    """What every benchmark takes. The docstring of a field is its help."""
+
+    device: Annotated[str, HIDDEN]
+    output: Folder = None
+    """Folder for the CSV, the JSON and the picture."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in given.items() if value is not None}
+        if "device" not in given:
+            import torch
+
+            given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls.suited(given) | given
+
+    @classmethod
+    def suited(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The defaults of the machine ``given["device"]``."""
+        found = {name: _metadata(field, Suits) for name, field in cls.model_fields.items()}
+        return {name: getattr(suits, given["device"]) for name, suits in found.items() if suits}
+
+
+class ShapeOptions(Options):
+    """Attention of one shape at several lengths: long sequences in bfloat16 on CUDA, short ones in float32 on a CPU."""
+
+    lengths: Annotated[Lengths, Suits("8192,32768,131072", "1024,4096")]
+    """Tokens, commas between."""
+    batch: Count = 1
+    """Sequences."""
+    heads: Annotated[Count, Suits(32, 4)]
+    """Query heads."""
+    kv_heads: Annotated[Count, Suits(8, 2)]
+    """KV heads."""
+    head_dim: Count = 128
+    """Elements of a head."""
+    dtype: Annotated[str, one_of("bfloat16", "float16", "float32"), Suits("bfloat16", "float32")]
+    """bfloat16, float16 or float32."""
+    opponents: str = "all"
+    budget: Annotated[float, Field(ge=1)] = 150
+    """Milliseconds to repeat each measurement for."""
+    check: bool = True
+    """First compare outputs and gradients; what fails is not ranked."""
+
+    @classmethod
+    def suited(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """No more KV heads than heads."""
+        suits = super().suited(given)
+        return suits | {"kv_heads": min(suits["kv_heads"], given.get("heads", suits["heads"]))}
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ShapeOptions:
+        if self.heads % self.kv_heads:
+            raise BenchError(
+                f"--heads {self.heads} is no multiple of --kv-heads {self.kv_heads}; every KV head serves as many heads"
+            )
+        return self
+
+    def shape(self) -> dict[str, Any]:
+        """The fields of a problem that are options."""
+        import torch
+
+        sizes = self.model_dump(include={"batch", "heads", "kv_heads", "head_dim"})
+        return sizes | {"dtype": getattr(torch, self.dtype), "device": torch.device(self.device)}
+
+
+class PatternOptions(ShapeOptions):
+    """A block pattern too."""
+
+    block: Count = 256
+    """Tokens in a block of the pattern."""
+    window: Count = 5
+    """Nearest blocks, the query's own included."""
+    sinks: CountOrNone = 1
+    """First blocks, which every query reads."""
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+T = TypeVar("T")
+
+
+def command(kind: type[O], run: Callable[[O], Any]) -> Callable[..., None]:
+    """A function for typer: its parameters are the fields of ``kind``, its help is the docstring of ``kind``."""
+
+    def call(**given: Any) -> None:
+        run(kind(**given))
+
+    shown = {name: field for name, field in kind.model_fields.items() if HIDDEN not in field.metadata}
+    parameters = [_parameter(name, field) for name, field in shown.items()]
+    parameters.sort(key=lambda each: each.name == "output")  # behind the options of the case
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    call.__doc__ = kind.__doc__
+    return call
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    suits = _metadata(field, Suits)
+    kind: Any = field.annotation
+    default = None if suits else inspect.Parameter.empty if field.is_required() else field.get_default()
+    given: Any = _metadata(field, ArgumentInfo)
+    if given is None:
+        text = (field.description or "").removesuffix(".")
+        if suits:
+            text += f"; by default {suits.cuda}" + f", and {suits.cpu} without a GPU" * (suits.cuda != suits.cpu)
+        least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
+        given = typer.Option(help=f"{text}.", min=least, show_default=default is not None)
+        kind = str if kind == tuple[int, ...] else kind
+        kind = Optional[kind] if default is None else kind  # noqa: UP045
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])
+
+
+def _metadata(field: FieldInfo, kind: type[T]) -> T | None:
+    return next((each for each in field.metadata if isinstance(each, kind)), None)

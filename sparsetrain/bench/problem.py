@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from sparsetrain_kernels import block_pattern_attention_dense
+from sparsetrain_kernels import block_pattern_attention_dense, selected_attention_dense, sparsek_threshold
 from torch import Tensor
 
+from sparsetrain.methods.sparsek import SparseKConfig
 from sparsetrain.patterns import PowerPattern
 
 SHORTEST_DOCUMENT = 64
 MEAN_DOCUMENT = 4096
-BACKWARD_WORK = 2.5
-"""Matrix products of a backward pass over those of a forward pass: five to two."""
+DEVIATION = 0.7
+"""Standard deviation of the scores. The width of a gate's slope is 1: some gates lie at 0 and 1, most in between."""
+SLOPE = SparseKConfig().slope
+"""What scores gain for every position with ``drift``, in standard deviations: the method's default."""
 
 
 class Tensors(NamedTuple):
@@ -31,8 +34,8 @@ class Tensors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CausalProblem(ABC):
-    """Causal attention at one length: what dense implementations know of a problem."""
+class Shape:
+    """Attention of one shape at one length."""
 
     length: int
     """Tokens."""
@@ -42,31 +45,44 @@ class CausalProblem(ABC):
     dtype: torch.dtype
     device: torch.device
     batch: int = 1
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A source of random numbers: the same for every implementation."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, generator: torch.Generator, heads: int, tokens: int) -> Tensor:
+        """``[batch, heads, tokens, head_dim]``."""
+        shape = (self.batch, heads, tokens, self.head_dim)
+        return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
+
+    def normal_scores(self, seed: int) -> Tensor:
+        """fp32 ``[batch, kv_heads, tokens]``, before they are multiplied by the deviation."""
+        shape = (self.batch, self.kv_heads, self.length)
+        return torch.randn(shape, device=self.device, generator=self.generator(seed))
+
+
+@dataclass(frozen=True)
+class CausalProblem(Shape, ABC):
+    """Causal attention: what dense implementations know of a problem."""
+
     documents: tuple[int, ...] | None = None
     """Lengths of the packed documents in tokens, or None for one sequence that is not packed."""
 
     def tensors(self, seed: int = 0) -> Tensors:
-        """Normal random tensors, the same for every implementation."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-
-        def normal(heads: int) -> Tensor:
-            shape = (self.batch, heads, self.length, self.head_dim)
-            return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
-
-        return Tensors(normal(self.heads), normal(self.kv_heads), normal(self.kv_heads), normal(self.heads))
+        """Normal random tensors."""
+        generator, kv_heads = self.generator(seed), self.kv_heads
+        return Tensors(*(self.normal(generator, n, self.length) for n in (self.heads, kv_heads, kv_heads, self.heads)))
 
     def cu_seqlens(self) -> Tensor | None:
         """The bounds of the documents, int32 ``[documents + 1]``; None where nothing is packed."""
         if self.documents is None:
             return None
-        bounds = torch.tensor([0, *self.documents]).cumsum(0)
-        return bounds.to(self.device, torch.int32)
+        return torch.tensor([0, *self.documents]).cumsum(0).to(self.device, torch.int32)
 
     def flops(self, sparse: bool) -> float:
         """Floating-point operations of a forward pass: two matrix products over the visible pairs of tokens."""
-        pairs = sum(
-            self.sparse_pairs(length) if sparse else length * length / 2 for length in self.documents or (self.length,)
-        )
+        lengths = self.documents or (self.length,)
+        pairs = sum(self.sparse_pairs(length) if sparse else length * length / 2 for length in lengths)
         return 4 * self.head_dim * pairs * self.heads * self.batch
 
     @abstractmethod
@@ -83,7 +99,7 @@ class CausalProblem(ABC):
 
 
 @dataclass(frozen=True)
-class Problem(CausalProblem):
+class PatternProblem(CausalProblem):
     """Attention under a block pattern."""
 
     pattern: PowerPattern = field(kw_only=True)
@@ -96,6 +112,67 @@ class Problem(CausalProblem):
         """Attention under the mask of the pattern."""
         query, key, value = inputs
         return block_pattern_attention_dense(query, key, value, self.pattern, cu_seqlens=self.cu_seqlens())[0]
+
+
+@dataclass(frozen=True)
+class SparseKProblem(CausalProblem):
+    """A window, the first tokens, and the ``topk`` other earlier tokens with the largest scores."""
+
+    topk: int = field(kw_only=True)
+    window: int = field(kw_only=True)
+    sinks: int = field(kw_only=True)
+    gate: str = field(kw_only=True)
+    drift: bool = field(kw_only=True)
+    """Newer tokens have larger scores; otherwise the scores of all tokens are alike, and selected keys lie anywhere."""
+
+    def tensors(self, seed: int = 0) -> Tensors:
+        """Scores too."""
+        scores = self.normal_scores(seed + 1)
+        if self.drift:
+            scores += SLOPE * torch.arange(self.length, device=self.device)
+        return super().tensors(seed)._replace(scores=DEVIATION * scores)
+
+    def sparse_pairs(self, length: int) -> float:
+        """The token at position i reads ``min(i + 1, sinks + topk + window)`` keys."""
+        keys = self.sinks + self.topk + self.window
+        growing = min(length, keys)
+        return growing * (growing + 1) / 2 + (length - growing) * keys
+
+    def definition(self, *inputs: Tensor) -> Tensor:
+        """Attention under the mask and the gates of a selection that was made by sorting, row by row."""
+        query, key, value, scores = inputs
+        keys: dict[str, Any] = {"topk": self.topk, "window": self.window, "sinks": self.sinks}
+        found = [select_by_sorting(each, **keys) for each in scores.flatten(0, 1)]
+        threshold, exit = (torch.stack(each).view(scores.shape) for each in zip(*found, strict=True))
+        return selected_attention_dense(query, key, value, scores, threshold, exit, gate=self.gate, **keys)[0]
+
+
+def select_by_sorting(scores: Tensor, topk: int, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """The selection of one head, each row's by itself, over an ``N x N`` table of candidates (2406.16747, 3).
+
+    Args:
+        scores: fp32 or fp64 ``[N]``.
+
+    Returns:
+        Threshold ``[N]`` of each row, differentiable, and int32 ``[N]``, the row in which each key leaves.
+    """
+    length = scores.shape[0]
+    key = torch.arange(length, device=scores.device)
+    row = key[:, None]
+    candidates = (key >= sinks) & (key <= row - window)
+    exact = scores.detach().double().expand(length, length)
+    tau = sparsek_threshold(exact, topk, mask=candidates)
+
+    # Newest first, so that a stable sort puts the newer of two equal scores before the older.
+    newest_first = exact.masked_fill(~candidates, -torch.inf).flip(1)
+    ranked = length - 1 - newest_first.sort(dim=1, descending=True, stable=True).indices
+    selected = torch.zeros_like(candidates).scatter_(1, ranked[:, :topk], True) & candidates
+    exit = torch.where(key < sinks, length, (key + window).clamp(max=length) + selected.sum(0))
+
+    gates = exact - tau[:, None]
+    interior = (candidates & (gates > 0) & (gates < 1)).to(scores.dtype)
+    mean = interior @ scores / interior.sum(1).clamp_min(1)
+    return tau.to(scores.dtype) + (mean - mean.detach()), exit.to(torch.int32)
 
 
 def visible_pairs(pattern: PowerPattern, length: int) -> float:
@@ -121,8 +198,7 @@ def document_lengths(total: int, *, mean: int = MEAN_DOCUMENT, seed: int = 0) ->
     lengths: list[int] = []
     left = total
     while left:
-        drawn = int(random.lognormal(math.log(mean) - 0.5, 1.0))
-        length = min(max(drawn, SHORTEST_DOCUMENT), left)
+        length = min(max(int(random.lognormal(math.log(mean) - 0.5, 1.0)), SHORTEST_DOCUMENT), left)
         # What is left would be too short to be a document of its own.
         length = left if left - length < SHORTEST_DOCUMENT else length
         lengths.append(length)

@@ -6,15 +6,16 @@ import pytest
 import torch
 from sparsetrain_kernels import causal_attention
 
-from sparsetrain.bench.attention_opponents import PACKED, TOKENS_FIRST, Layout, Prepared, opponents_for
 from sparsetrain.bench.check import Check, answer, oracle, relative_error, relative_errors
-from sparsetrain.bench.problem import Problem
+from sparsetrain.bench.contenders import dense, ours
+from sparsetrain.bench.contenders.base import PACKED, TOKENS_FIRST, Layout, Prepared, fitting
+from sparsetrain.bench.problem import PatternProblem
 from sparsetrain.patterns import PowerPattern
 
 
-def problem(documents: tuple[int, ...] | None = None, batch: int = 1) -> Problem:
+def problem(documents: tuple[int, ...] | None = None, batch: int = 1) -> PatternProblem:
     pattern = PowerPattern(16, 2, 1)
-    return Problem(200, 4, 2, 16, torch.float32, torch.device("cpu"), batch, documents, pattern=pattern)
+    return PatternProblem(200, 4, 2, 16, torch.float32, torch.device("cpu"), batch, documents, pattern=pattern)
 
 
 @pytest.mark.parametrize("documents", [None, (120, 1, 79)])
@@ -22,7 +23,7 @@ def problem(documents: tuple[int, ...] | None = None, batch: int = 1) -> Problem
 def test_what_runs_on_a_cpu_agrees_with_the_oracle(name, documents):
     case = problem(documents)
     tensors = case.tensors()
-    opponent = opponents_for("cpu", packed=documents is not None)[name]
+    opponent = fitting((*ours.PATTERN, *dense.CAUSAL), "cpu", packed=documents is not None)[name]
     got = answer(opponent.prepare(case, tensors), tensors)
     assert max(relative_errors(got, oracle(case, tensors, opponent.sparse))) < 1e-5
     # And the two definitions differ, so that a mix-up would be seen.

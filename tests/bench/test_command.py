@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsetrain.bench.power import resolve
+from sparsetrain.bench.attention import AttentionCase
+from sparsetrain.bench.cases import power
 from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
 
@@ -62,14 +63,20 @@ def test_an_output_that_is_a_file_is_refused_before_anything_runs(tmp_path, caps
     assert "is a file; name a folder" in capsys.readouterr().err
 
 
+def resolve(**options) -> AttentionCase:
+    return power.case(power.Options(**options))
+
+
 def test_defaults_suit_the_machine():
     gpu, cpu = resolve(device="cuda"), resolve(device="cpu")
-    assert (gpu.lengths, gpu.heads, gpu.kv_heads, gpu.dtype) == ((8192, 32768, 131072), 32, 8, torch.bfloat16)
-    assert (cpu.lengths, cpu.heads, cpu.kv_heads, cpu.dtype) == ((1024, 4096), 4, 2, torch.float32)
+    case = cpu.problem(96)
+    assert (cpu.lengths, case.heads, case.kv_heads, case.dtype) == ((1024, 4096), 4, 2, torch.float32)
+    assert (gpu.lengths, gpu.options.heads, gpu.options.kv_heads) == ((8192, 32768, 131072), 32, 8)
+    assert gpu.options.dtype == "bfloat16"
     dense = ["cudnn", "fa2", "fa4"]
-    assert [each.name for each in gpu.opponents] == ["ours", "ours-triton", "flex", "flex-flash", *dense]
+    assert [each.name for each in gpu.contenders] == ["ours", "ours-triton", "flex", "flex-flash", *dense]
     packed = resolve(device="cuda", packed=True)
-    assert [each.name for each in packed.opponents] == ["ours", "ours-triton", "flex", "flex-flash", "varlen"]
+    assert [each.name for each in packed.contenders] == ["ours", "ours-triton", "flex", "flex-flash", "varlen"]
     with pytest.raises(BenchError, match="cudnn cannot be measured on cuda with --packed"):
         resolve(device="cuda", packed=True, opponents="ours,cudnn")
     assert resolve(device="cuda", heads=4, kv_heads=1, lengths="1048576").problem(1048576).flops(True) > 0

@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from sparsetrain.bench import decode_command, decode_table
-from sparsetrain.bench.attention_opponents import Prepared
-from sparsetrain.bench.decode import DecodeBench, DecodeProblem, Layer, resolve
-from sparsetrain.bench.decode_opponents import OPPONENTS, PACKED, DecodeOpponent
-from sparsetrain.bench.decode_report import STYLES, DecodeReport, draw, print_report, write_report
-from sparsetrain.bench.decode_table import DecodeRow, compare, measure
-from sparsetrain.bench.timing import Unavailable
+from sparsetrain.bench import decoding, measure
+from sparsetrain.bench.case import fill
+from sparsetrain.bench.cases import decode
+from sparsetrain.bench.contenders.base import PACKED_STEP, Contender, Prepared
+from sparsetrain.bench.decoding import DecodeCase, DecodeProblem, DecodeRow, Layer, compare
+from sparsetrain.bench.measure import Unavailable
+from sparsetrain.bench.picture import STYLES, draw
+from sparsetrain.bench.table import Report, print_report, write_report
 from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
 
@@ -25,14 +27,14 @@ SMALL: dict[str, Any] = {
     "head_dim": 8,
     "block": 16,
     "topk": 24,
-    "budget_ms": 1.0,
+    "budget": 1.0,
 }
 ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--topk", "24", "--budget", "1")
 
 
 @pytest.fixture(autouse=True)
 def _small_copy(monkeypatch):
-    monkeypatch.setattr(decode_table, "COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 2**16})
 
 
 @pytest.fixture
@@ -44,19 +46,23 @@ def fails(problem: DecodeProblem, layer: Layer) -> Prepared:
     raise Unavailable("not installed: pip install it")
 
 
-def measured(*more: DecodeOpponent, **options: Any) -> DecodeReport:
+def resolve(**options: Any) -> DecodeCase:
+    return decode.case(decode.Options(**options))
+
+
+def measured(*more: Contender, **options: Any) -> Report:
     bench = resolve(device="cpu", **{**SMALL, **options})
-    bench = DecodeBench(**{**vars(bench), "opponents": (*bench.opponents, *more)})
-    report = DecodeReport("sparsetrain bench decode", bench.facts(), copy_gbps=2.0)
-    for rows in measure(bench, report.copy_gbps, lambda line: None):
-        report.rows += rows
+    bench = replace(bench, contenders=(*bench.contenders, *more))
+    report = Report("decode", bench.facts(), command="sparsetrain bench decode")
+    list(fill(report, bench, lambda line: None))
     return report
 
 
 @pytest.fixture
-def report() -> DecodeReport:
-    wrong = DecodeOpponent("wrong", "wrong", "all", lambda *_: Prepared(lambda q, k, v: q * k.mean() * v.mean()))
-    return measured(DecodeOpponent("absent", "absent", "all", fails), wrong)
+def report(monkeypatch) -> Report:
+    monkeypatch.setattr(decoding, "copy_gbps", lambda *arguments: 2.0)
+    wrong = Contender("wrong", "wrong", "all", lambda *_: Prepared(lambda q, k, v: q * k.mean() * v.mean()))
+    return measured(Contender("absent", "absent", "all", fails), wrong)
 
 
 def test_every_implementation_that_runs_agrees_and_is_timed(report):
@@ -92,12 +98,15 @@ def test_bytes_are_those_of_the_listed_keys():
 
 
 def test_speed_is_over_the_best_full_cache():
+    def row(name: str, size: int, **more: Any) -> DecodeRow:
+        return DecodeRow(length=1024, name=name, title=name, sparse=name == "ours", bytes_read=size, **more)
+
     rows = [
-        DecodeRow(1024, "ours", "ours", True, 10**6, ms=1),
-        DecodeRow(1024, "flash", "flash", False, 10**7, ms=6),
-        DecodeRow(1024, "math", "math", False, 10**7, ms=9),
-        DecodeRow(1024, "bad", "bad", False, 10**7, ms=0.1, check="failed"),
-        DecodeRow(1024, "none", "none", False, 10**7),
+        row("ours", 10**6, ms=1),
+        row("flash", 10**7, ms=6),
+        row("math", 10**7, ms=9),
+        row("bad", 10**7, ms=0.1, check="failed"),
+        row("none", 10**7),
     ]
     for row in rows:
         row.complete(copy_gbps=2.0)
@@ -110,13 +119,13 @@ def test_speed_is_over_the_best_full_cache():
 
 def test_the_packed_layout_is_undone():
     tensor = torch.randn(3, 4, 1, 8)
-    assert torch.equal(PACKED.restore(PACKED.arrange(tensor)), tensor)
+    assert torch.equal(PACKED_STEP.restore(PACKED_STEP.arrange(tensor)), tensor)
 
 
 def test_backends_that_share_no_heads_get_groups_as_rows(monkeypatch):
     problem = resolve(device="cpu", **SMALL).problem(96)
     (layer,) = problem.tensors()
-    math = next(each for each in OPPONENTS if each.name == "math")
+    math = next(each for each in resolve(device="cuda").known if each.name == "math")
     want = math.prepare(problem, layer)
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -151,7 +160,7 @@ def test_files_hold_everything_and_the_table_says_why_a_row_is_empty(report, tmp
 
 
 def test_every_implementation_has_a_picture_style():
-    assert {each.name for each in OPPONENTS} == set(STYLES)
+    assert {each.name for each in resolve(device="cuda").known} <= set(STYLES)
 
 
 def test_help_shows_examples(capsys):
@@ -189,12 +198,22 @@ def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys
 def test_an_output_that_is_a_file_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(BenchError, match="is a file; name a folder"):
-        decode_command.run_decode(output=tmp_path / "taken", **SMALL)
+        decode.run(decode.Options(output=tmp_path / "taken", **SMALL))
 
 
 def test_defaults_suit_the_machine():
     gpu, cpu = resolve(device="cuda"), resolve(device="cpu")
-    assert (gpu.lengths, gpu.batch, gpu.heads, gpu.kv_heads) == ((8192, 32768, 131072), 8, 32, 8)
-    assert (gpu.dtype, gpu.layers) == (torch.bfloat16, 4)
-    assert (cpu.lengths, cpu.batch, cpu.heads, cpu.layers) == ((1024, 4096), 2, 4, 1)
-    assert [each.name for each in gpu.opponents] == ["ours", "sparsek", "flash", "cudnn", "efficient", "math", "varlen"]
+    found = gpu.options
+    assert (gpu.lengths, found.batch, found.heads, found.kv_heads) == ((8192, 32768, 131072), 8, 32, 8)
+    assert (found.dtype, found.layers) == ("bfloat16", 4)
+    case = cpu.problem(96)
+    assert (cpu.lengths, case.batch, case.heads, case.layers) == ((1024, 4096), 2, 4, 1)
+    assert [each.name for each in gpu.contenders] == [
+        "ours",
+        "sparsek",
+        "flash",
+        "cudnn",
+        "efficient",
+        "math",
+        "varlen",
+    ]

@@ -9,18 +9,18 @@ import torch
 from sparsetrain_kernels import block_pattern_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from sparsetrain.bench import flex
-from sparsetrain.bench.attention_opponents import OPPONENTS, Unavailable
-from sparsetrain.bench.flex import document_block_mask, document_mask, listed_block_mask, tile_lists
-from sparsetrain.bench.problem import Problem
+from sparsetrain.bench.contenders import flex
+from sparsetrain.bench.contenders.flex import FLEX, document_block_mask, document_mask, listed_block_mask, tile_lists
+from sparsetrain.bench.measure import Unavailable
+from sparsetrain.bench.problem import PatternProblem
 from sparsetrain.patterns import PowerPattern, StridePattern
 
 CPU = torch.device("cpu")
 
 
-def problem(length: int, documents: tuple[int, ...] | None = None, block: int = 128) -> Problem:
+def problem(length: int, documents: tuple[int, ...] | None = None, block: int = 128) -> PatternProblem:
     pattern = PowerPattern(block, window=2, sinks=1)
-    return Problem(length, 4, 2, 16, torch.float32, CPU, documents=documents, pattern=pattern)
+    return PatternProblem(length, 4, 2, 16, torch.float32, CPU, documents=documents, pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", [PowerPattern(256), PowerPattern(128, 2, 0), StridePattern(384, 1, 1, 3)])
@@ -94,7 +94,7 @@ def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch
     monkeypatch.setattr(flex, "listed_block_mask", partial(listed, flex.listed_block_mask))
     case = problem(1280, documents)
     tensors = case.tensors()
-    opponent = next(each for each in OPPONENTS if each.name == "flex")
+    opponent = next(each for each in FLEX if each.name == "flex")
     prepared = opponent.prepare(case, tensors)
     assert prepared.mask_ms is not None
     got = prepared.attend(*tensors[:3])
@@ -103,10 +103,8 @@ def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch
 
 
 def test_a_flash_attention_4_with_a_race_in_its_gradients_is_no_opponent(monkeypatch) -> None:
-    from sparsetrain.bench import attention_opponents
-
-    monkeypatch.setattr(attention_opponents, "_flash_attn_cute", lambda: None)
-    monkeypatch.setattr(attention_opponents.importlib.metadata, "version", lambda name: "4.0.0b35")
-    opponent = next(each for each in OPPONENTS if each.name == "flex-flash")
+    monkeypatch.setattr(flex, "flash_attn_cute", lambda: None)
+    monkeypatch.setattr(flex.importlib.metadata, "version", lambda name: "4.0.0b35")
+    opponent = next(each for each in FLEX if each.name == "flex-flash")
     with pytest.raises(Unavailable, match=r"4\.0\.0b35 has a race .* install 4\.0\.0b36 or newer"):
         opponent.prepare(None, None)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsetrain.bench.flex import tile_lists
-from sparsetrain.bench.problem import Problem, document_lengths, visible_pairs
+from sparsetrain.bench.contenders.flex import tile_lists
+from sparsetrain.bench.problem import PatternProblem, document_lengths, visible_pairs
 from sparsetrain.patterns import PowerPattern
 
 
@@ -38,9 +38,9 @@ def test_visible_pairs_are_nearly_the_pairs_of_the_mask():
 def test_flops_of_packed_documents_are_the_sum_over_them():
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "device": torch.device("cpu")}
     pattern = PowerPattern(block=16)
-    packed = Problem(600, documents=(500, 100), pattern=pattern, **shape)
+    packed = PatternProblem(600, documents=(500, 100), pattern=pattern, **shape)
     for sparse in (True, False):
-        apart = [Problem(length, pattern=pattern, **shape).flops(sparse) for length in (500, 100)]
+        apart = [PatternProblem(length, pattern=pattern, **shape).flops(sparse) for length in (500, 100)]
         assert packed.flops(sparse) == sum(apart)
     assert packed.flops(sparse=False) == 4 * 8 * 4 * (500**2 + 100**2) / 2
     assert packed.cu_seqlens().tolist() == [0, 500, 600]

@@ -12,15 +12,17 @@ import torch
 from rich.console import Console
 from sparsetrain_kernels import causal_sparsek, sparsek_attention
 
-from sparsetrain.bench import attention_table
-from sparsetrain.bench.attention_opponents import Opponent, Prepared
-from sparsetrain.bench.attention_table import fill
+from sparsetrain.bench import attention
+from sparsetrain.bench.attention import AttentionCase, AttentionRow, rank
+from sparsetrain.bench.case import fill
+from sparsetrain.bench.cases import sparsek
+from sparsetrain.bench.cases.sparsek import crossovers
 from sparsetrain.bench.check import answer, oracle, relative_errors
+from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.contenders.ours import SPARSEK
 from sparsetrain.bench.picture import STYLES
-from sparsetrain.bench.problem import Tensors
-from sparsetrain.bench.report import Report, Row, print_report, rank
-from sparsetrain.bench.sparsek import OPPONENTS, SparseKBench, crossovers, resolve
-from sparsetrain.bench.sparsek_problem import SparseKProblem, select_by_sorting
+from sparsetrain.bench.problem import SparseKProblem, Tensors, select_by_sorting
+from sparsetrain.bench.table import Report, print_report
 from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
 
@@ -30,7 +32,7 @@ ARGUMENTS = ("--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--topk", "20
 
 @pytest.fixture(autouse=True)
 def _small_ceiling(monkeypatch):
-    monkeypatch.setattr(attention_table, "matmul_tflops", lambda *arguments: 0.5)
+    monkeypatch.setattr(attention, "matmul_tflops", lambda *arguments: 0.5)
 
 
 @pytest.fixture
@@ -38,10 +40,21 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def measured(*more: Opponent[SparseKProblem], **options: Any) -> Report:
-    bench = resolve(device="cpu", budget_ms=1.0, **{**SMALL, **options})
-    bench = replace(bench, opponents=(*bench.opponents, *more))
-    report = Report("sparsek", "sparsetrain bench sparsek", bench.facts())
+def resolve(**options: Any) -> AttentionCase:
+    return sparsek.case(sparsek.Options(**options))
+
+
+def row(name: str, length: int = 1024, **times: Any) -> AttentionRow:
+    sparse, flops = name == "ours", 2e9
+    return AttentionRow(
+        length=length, name=name, title=name.upper(), sparse=sparse, documents=1, forward_flops=flops, **times
+    )
+
+
+def measured(*more: Contender, **options: Any) -> Report:
+    bench = resolve(device="cpu", budget=1.0, **{**SMALL, **options})
+    bench = replace(bench, contenders=(*bench.contenders, *more))
+    report = Report("sparsek", bench.facts(), command="sparsetrain bench sparsek")
     assert len(list(fill(report, bench, lambda line: None))) == len(bench.lengths)
     return report
 
@@ -59,7 +72,7 @@ def selecting_otherwise(problem: SparseKProblem, tensors: Tensors) -> Prepared:
 def test_output_and_all_gradients_agree_with_the_definition(gate):
     problem = resolve(device="cpu", gate=gate, **SMALL).check_problem()
     tensors = problem.tensors()
-    got = answer(OPPONENTS[0].prepare(problem, tensors), tensors)
+    got = answer(SPARSEK.prepare(problem, tensors), tensors)
     want = oracle(problem, tensors, sparse=True)
     errors = relative_errors(got, want)
     assert len(errors) == 5
@@ -109,8 +122,8 @@ def test_scores_are_those_asked_for():
 
 
 def test_the_selection_is_timed_apart_and_what_is_wrong_is_not_ranked():
-    again = replace(OPPONENTS[0], name="again")
-    report = measured(again, Opponent("wrong", "wrong", True, selecting_otherwise, devices=("cpu",)))
+    again = replace(SPARSEK, name="again")
+    report = measured(again, Contender("wrong", "wrong", "selected", selecting_otherwise, devices=("cpu",)))
     for length in (96, 160):
         rows = {row.name: row for row in report.rows if row.length == length}
         ours, dense = rows["ours"], rows["sdpa"]
@@ -124,20 +137,20 @@ def test_the_selection_is_timed_apart_and_what_is_wrong_is_not_ranked():
 
 
 def test_rates_without_the_selection():
-    row = Row(1024, "ours", "ours", True, 1, 2e9, forward_ms=2, both_ms=8, selection_ms=1)
-    row.complete(None)
-    assert (row.selection_share, row.attention_tflops) == (1 / 8, 1)
+    ours = row("ours", forward_ms=2, both_ms=8, selection_ms=1)
+    ours.complete(None)
+    assert (ours.selection_share, ours.attention_tflops) == (1 / 8, 1)
     # On a machine that does something else meanwhile, a part can take longer than the whole.
-    row = Row(1024, "ours", "ours", True, 1, 2e9, forward_ms=2, both_ms=8, selection_ms=9)
-    row.complete(None)
-    assert row.attention_tflops is None
+    ours = row("ours", forward_ms=2, both_ms=8, selection_ms=9)
+    ours.complete(None)
+    assert ours.attention_tflops is None
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_what_takes_long_is_measured_in_one_call_and_last(check, monkeypatch):
     # At this rate the dense pass over 2,000 tokens takes longer than the limit, and nothing else does.
-    monkeypatch.setattr(attention_table, "matmul_tflops", lambda *arguments: 1e-9 * 3.5 * 4 * 8 * 4 * 1000**2)
-    monkeypatch.setattr(attention_table, "PATIENCE_MS", 1.5)
+    monkeypatch.setattr(attention, "matmul_tflops", lambda *arguments: 1e-9 * 3.5 * 4 * 8 * 4 * 1000**2)
+    monkeypatch.setattr(attention, "PATIENCE_MS", 1.5)
     calls: list[int] = []
 
     def counted(problem: SparseKProblem, tensors: Tensors) -> Prepared:
@@ -148,9 +161,9 @@ def test_what_takes_long_is_measured_in_one_call_and_last(check, monkeypatch):
         return Prepared(attend)
 
     lines: list[str] = []
-    bench = resolve(device="cpu", budget_ms=1.0, **{**SMALL, "lengths": "500,2000"}, check=check)
-    bench = replace(bench, opponents=(Opponent("counted", "counted", False, counted), *bench.opponents))
-    report = Report("sparsek", "", bench.facts())
+    bench = resolve(device="cpu", budget=1.0, **{**SMALL, "lengths": "500,2000"}, check=check)
+    bench = replace(bench, contenders=(Contender("counted", "counted", "all", counted), *bench.contenders))
+    report = Report("sparsek", bench.facts())
     list(fill(report, bench, lines.append))
     rows = {(row.name, row.length): row for row in report.rows}
     long = rows["counted", 2000]
@@ -164,9 +177,6 @@ def test_what_takes_long_is_measured_in_one_call_and_last(check, monkeypatch):
 
 
 def test_crossovers_are_where_ours_stays_faster():
-    def row(name: str, length: int, both_ms: float | None) -> Row:
-        return Row(length, name, name.upper(), name == "ours", 1, 1e9, forward_ms=1, both_ms=both_ms)
-
     times = {
         "ours": (5, 5, 5, 5),
         "fa2": (9, 4, 6, 9),  # the first is a freak
@@ -174,7 +184,7 @@ def test_crossovers_are_where_ours_stays_faster():
         "fa4": (6, 7, 8, None),
         "broken": (None, None, None, None),
     }
-    rows = [row(name, 1024 << i, ms) for name, each in times.items() for i, ms in enumerate(each)]
+    rows = [row(name, 1024 << i, forward_ms=1, both_ms=ms) for name, each in times.items() for i, ms in enumerate(each)]
     for length in (1024, 2048, 4096, 8192):
         rank(each for each in rows if each.length == length)
     assert crossovers(rows) == {"FA2": 4096, "CUDNN": None, "FA4": 1024}
@@ -225,29 +235,30 @@ def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys
 def test_defaults_suit_the_machine_and_the_question():
     gpu = resolve(device="cuda")
     assert gpu.lengths == (8192, 32768, 131072, 524288)
-    assert (gpu.topk, gpu.window, gpu.sinks, gpu.gate, gpu.dtype) == (1024, 1024, 4, "value", torch.bfloat16)
-    assert [each.name for each in gpu.opponents] == ["ours", "cudnn", "fa2", "fa4"]
+    found = gpu.options
+    assert (found.topk, found.window, found.sinks, found.gate, found.dtype) == (1024, 1024, 4, "value", "bfloat16")
+    assert [each.name for each in gpu.contenders] == ["ours", "cudnn", "fa2", "fa4"]
     crossover = resolve(device="cuda", crossover=True)
-    assert (crossover.topk, crossover.window) == (512, 512)
+    assert (crossover.options.topk, crossover.options.window) == (512, 512)
     assert crossover.lengths == (1024, 2048, 4096, 8192, 16384)
-    assert [each.name for each in crossover.opponents] == ["ours", "fa2"]
-    assert [each.name for each in resolve(device="cpu").opponents] == ["ours", "sdpa"]
-    assert {each.name for each in OPPONENTS} <= set(STYLES)
+    assert [each.name for each in crossover.contenders] == ["ours", "fa2"]
+    assert [each.name for each in resolve(device="cpu").contenders] == ["ours", "sdpa"]
+    assert {each.name for each in gpu.known} <= set(STYLES)
     with pytest.raises(BenchError, match="sdpa cannot be measured on cuda"):
         resolve(device="cuda", opponents="sdpa")
 
 
 def test_the_table_fits_its_width():
-    bench: SparseKBench = resolve(device="cuda")
-    rows = [Row.of(each, bench.problem(524288)) for each in bench.opponents]
-    for row in rows:
-        row.forward_ms, row.both_ms, row.extra_mib, row.check = 6752.1, 24032.1, 18234.5, "passed"
+    bench = resolve(device="cuda")
+    rows = [bench.row(each, 524288) for each in bench.contenders]
+    for each in rows:
+        each.forward_ms, each.both_ms, each.extra_mib, each.check = 6752.1, 24032.1, 18234.5, "passed"
     rows[0].selection_ms = 1234.5
-    for row in rows:
-        row.complete(790)
+    for each in rows:
+        each.complete(790)
     rank(rows)
     console = Console(record=True, width=80, force_terminal=False)
-    print_report(Report("sparsek", "", bench.facts(), ceiling_tflops=790, rows=rows), console)
+    print_report(Report("sparsek", bench.facts(), {"ceiling_tflops": 790}, rows=rows), console)
     text = console.export_text()
     assert "passed" in text
     assert "…" not in text

@@ -5,21 +5,28 @@ from __future__ import annotations
 import csv
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sparsetrain.bench import step
-from sparsetrain.bench.step import run_step
-from sparsetrain.bench.step_loops import WAYS, Way, random_steps
-from sparsetrain.bench.step_models import random_model
+from sparsetrain.bench import case
+from sparsetrain.bench.cases import step
+from sparsetrain.bench.contenders import steps
+from sparsetrain.bench.contenders.steps import Way, random_model, random_steps
+from sparsetrain.bench.stepping import Enough, StepCase, StepRow, StepTimes, settling_steps
+from sparsetrain.bench.table import Report
 from sparsetrain.errors import BenchError
 from sparsetrain.methods.sparsek import SparseKMethod
 from sparsetrain.methods.sparsek_scorer import SparseKScorer
 from sparsetrain.recipe import batch_shape, load_recipe
 from sparsetrain.training.engine import World
+
+
+def run_step(recipe: str, settings: list[str], **options) -> list[StepRow]:
+    return step.run(step.Options(recipe=recipe, overrides=settings, **options)).rows
 
 
 def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
@@ -90,11 +97,11 @@ def test_rows_are_documents_that_ranks_sharing_a_sequence_cut_alike() -> None:
 
 def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
     """Where one rank of several measures more than 20 s, the others stop too."""
-    watch = step._Watch(World(0, 2, torch.device("cpu")), settling=1)
+    watch = StepTimes(World(0, 2, torch.device("cpu")), settling=1)
     monkeypatch.setattr(World, "largest", lambda world, seconds: seconds + 2.0)
     watch(30.0)
     watch(17.0)
-    with pytest.raises(step._Enough):
+    with pytest.raises(Enough):
         watch(19.0)
     assert watch.seconds == [19.0, 21.0]
 
@@ -102,13 +109,13 @@ def test_ranks_stop_a_long_way_at_the_same_step(monkeypatch) -> None:
 def test_steps_that_settle_are_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(World, "largest", lambda world, seconds: seconds)
     plain, sharded = (load_recipe("tiny-sparsek", [f"deepspeed.stage={stage}"]).recipe for stage in (2, 3))
-    assert (step.settling_steps(plain), step.settling_steps(sharded)) == (1, 2)
-    watch = step._Watch(World(0, 1, torch.device("cpu")), settling=2)
+    assert (settling_steps(plain), settling_steps(sharded)) == (1, 2)
+    watch = StepTimes(World(0, 1, torch.device("cpu")), settling=2)
     for seconds in (9.0, 5.0, 2.0):
         watch(seconds)
     assert watch.seconds == [2.0]
     # However long they take: a first step of 41.4 s was shown once where a step takes 11.2.
-    watch = step._Watch(World(0, 1, torch.device("cpu")), settling=2)
+    watch = StepTimes(World(0, 1, torch.device("cpu")), settling=2)
     for seconds in (41.4, 25.0, 11.2):
         watch(seconds)
     assert watch.seconds == [11.2]
@@ -123,7 +130,7 @@ def test_no_length_shows_a_step_that_settles(monkeypatch) -> None:
         for seconds in [1000.0] * (plan.steps - 1) + [30.0]:
             after_step(seconds)
 
-    monkeypatch.setitem(WAYS, "recipe", Way(loop))
+    monkeypatch.setattr(steps, "WAYS", (Way("recipe", loop),))
     rows = run_step("tiny-sparsek", [], ways="recipe", lengths="64,96", repeats=1, output=None)
     assert [row.seconds for row in rows] == [30.0, 30.0]
     assert told == [2, 2]
@@ -135,12 +142,17 @@ def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(WAYS, "recipe", Way(out_of_memory))
-    recipes = [load_recipe("tiny-sparsek").recipe]
-    alone = list(step._measure(recipes, ["recipe"], 1, World(0, 1, torch.device("cpu"))))
-    assert [row.reason for row in alone] == ["out of memory"]
+    monkeypatch.setattr(steps, "WAYS", (Way("recipe", out_of_memory),))
+    bench = step.case(step.Options(recipe="tiny-sparsek", ways="recipe"))
+
+    def measured(bench: StepCase) -> list[StepRow]:
+        report = Report("step", bench.facts())
+        list(case.fill(report, bench, lambda line: None))
+        return report.rows
+
+    assert [row.reason for row in measured(bench)] == ["out of memory"]
     with pytest.raises(BenchError, match="recipe at 1,024 tokens, rank 1: out of memory"):
-        list(step._measure(recipes, ["recipe"], 1, World(1, 2, torch.device("cpu"))))
+        measured(replace(bench, world=World(1, 2, torch.device("cpu"))))
 
 
 def test_the_model_measured_has_what_the_recipe_overrides() -> None:

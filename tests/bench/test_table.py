@@ -2,38 +2,41 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from sparsetrain.bench import attention_table
-from sparsetrain.bench.attention_opponents import Opponent, Prepared, Unavailable, opponents_for
-from sparsetrain.bench.attention_table import fill
-from sparsetrain.bench.picture import draw
-from sparsetrain.bench.power import PowerBench, resolve
-from sparsetrain.bench.problem import Problem, Tensors
-from sparsetrain.bench.report import Report, Row, print_report, rank, write_report
+from sparsetrain.bench import attention
+from sparsetrain.bench.attention import AttentionRow, rank
+from sparsetrain.bench.case import fill
+from sparsetrain.bench.cases import power
+from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.measure import Unavailable
+from sparsetrain.bench.picture import STYLES, draw
+from sparsetrain.bench.problem import PatternProblem, Tensors
+from sparsetrain.bench.table import Report, print_report, write_report
 
-SMALL: dict[str, Any] = {"lengths": "96,160", "heads": 2, "kv_heads": 1, "head_dim": 8, "block": 16, "budget_ms": 1.0}
+SMALL: dict[str, Any] = {"lengths": "96,160", "heads": 2, "kv_heads": 1, "head_dim": 8, "block": 16, "budget": 1.0}
 
 
 def fails(error: Exception) -> Any:
-    def prepare(problem: Problem, tensors: Tensors) -> Prepared:
+    def prepare(problem: PatternProblem, tensors: Tensors) -> Prepared:
         raise error
 
     return prepare
 
 
-def wrong(problem: Problem, tensors: Tensors) -> Prepared:
+def wrong(problem: PatternProblem, tensors: Tensors) -> Prepared:
     return Prepared(lambda query, key, value: query * key.mean() * value.mean())
 
 
-def measured(*more: Opponent, **options: Any) -> Report:
-    bench = resolve(device="cpu", **{**SMALL, **options})
-    bench = PowerBench(**{**vars(bench), "opponents": (*bench.opponents, *more)})
-    report = Report("power", "sparsetrain bench power", bench.facts())
+def measured(*more: Contender, **options: Any) -> Report:
+    bench = power.case(power.Options(device="cpu", **{**SMALL, **options}))
+    bench = replace(bench, contenders=(*bench.contenders, *more))
+    report = Report("power", bench.facts(), command="sparsetrain bench power")
     reports = list(fill(report, bench, lambda line: None))
     assert len(reports) == len(bench.lengths)
     return report
@@ -41,21 +44,21 @@ def measured(*more: Opponent, **options: Any) -> Report:
 
 @pytest.fixture(autouse=True)
 def _small_ceiling(monkeypatch):
-    monkeypatch.setattr(attention_table, "matmul_tflops", lambda *arguments: 0.5)
+    monkeypatch.setattr(attention, "matmul_tflops", lambda *arguments: 0.5)
 
 
 @pytest.fixture
 def report() -> Report:
     return measured(
-        Opponent("absent", "absent", True, fails(Unavailable("not installed: pip install it"))),
-        Opponent("large", "large", False, fails(torch.OutOfMemoryError("Tried to allocate"))),
-        Opponent("broken", "broken", True, fails(RuntimeError("\n first line \n second"))),
+        Contender("absent", "absent", "blocks", fails(Unavailable("not installed: pip install it"))),
+        Contender("large", "large", "all", fails(torch.OutOfMemoryError("Tried to allocate"))),
+        Contender("broken", "broken", "blocks", fails(RuntimeError("\n first line \n second"))),
     )
 
 
 @pytest.fixture
 def disagreeing() -> Report:
-    return measured(Opponent("wrong", "wrong", True, wrong))
+    return measured(Contender("wrong", "wrong", "blocks", wrong))
 
 
 def test_a_failure_is_a_reason_in_its_row_and_stops_nothing_else(report):
@@ -78,7 +81,9 @@ def test_a_backward_pass_that_fails_leaves_the_forward_time():
             return tensor.clone()
 
     for check in (True, False):
-        inference = Opponent("inference", "inference", True, lambda *_: Prepared(lambda q, k, v: NoBackward.apply(q)))
+        inference = Contender(
+            "inference", "inference", "blocks", lambda *_: Prepared(lambda q, k, v: NoBackward.apply(q))
+        )
         row = measured(inference, lengths="96", check=check).rows[-1]
         assert row.forward_ms > 0
         assert row.forward_tflops > 0
@@ -115,8 +120,11 @@ def test_packed_documents_are_measured():
     assert {row.check for row in report.rows} == {"passed"}
 
 
-def row(name: str, forward_ms: float | None, both_ms: float | None, check: str = "passed") -> Row:
-    return Row(1024, name, name, True, 1, 2e9, forward_ms=forward_ms, both_ms=both_ms, check=check)
+def row(name: str, forward_ms: float | None, both_ms: float | None, check: str = "passed") -> AttentionRow:
+    times = {"forward_ms": forward_ms, "both_ms": both_ms}
+    return AttentionRow(
+        length=1024, name=name, title=name, sparse=True, documents=1, forward_flops=2e9, check=check, **times
+    )
 
 
 def test_rates_ratios_and_ranks_follow_from_the_times():
@@ -169,8 +177,7 @@ def test_files_hold_everything_and_the_table_says_why_a_row_is_empty(report, tmp
 
 
 def test_every_implementation_of_a_machine_has_a_picture_style():
-    from sparsetrain.bench.picture import STYLES
-
     for device in ("cpu", "cuda"):
         for packed in (False, True):
-            assert set(opponents_for(device, packed)) <= set(STYLES)
+            bench = power.case(power.Options(device=device, packed=packed))
+            assert {each.name for each in bench.contenders} <= set(STYLES)

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from sparsetrain.bench.timing import Unavailable, explain, median_ms
+from sparsetrain.bench.measure import Unavailable, explain, median_ms
 
 CPU = torch.device("cpu")
 

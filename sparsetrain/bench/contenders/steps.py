@@ -14,15 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparsetrain.bench.step_attention import use_flex, use_no_attention
-from sparsetrain.bench.step_models import random_model
-from sparsetrain.bench.timing import Unavailable
+from sparsetrain.bench.contenders.stand_ins import use_flex, use_no_attention
+from sparsetrain.bench.measure import Unavailable
 from sparsetrain.data import Batch, Row, Step, collate
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
+from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import TrainState
@@ -45,6 +46,7 @@ AfterStep = Callable[[float], None]
 class Way:
     """A way to take steps."""
 
+    name: str
     run: Callable[[Recipe, BatchPlan, World, AfterStep], None]
     """Take ``plan.steps`` steps."""
     attention: str | None = None
@@ -184,6 +186,21 @@ def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: Wo
         after_step(time.perf_counter() - began)
 
 
+def random_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
+    """A model of the recipe's shape and dtype.
+
+    Raises:
+        ModelError: the shape is not known on this machine.
+    """
+    fields = recipe.model.architecture
+    fields = find_shape(recipe.model).as_config() if fields is None else {**fields, **recipe.model.config_overrides}
+    config = AutoConfig.for_model(**{**fields, "max_position_embeddings": recipe.sequence.length})
+    with device:
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, recipe.model.dtype), attn_implementation="sdpa"
+        )
+
+
 def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
     """Endless steps of one rank: every row a document of random tokens."""
     generator = np.random.default_rng(world.rank // plan.parallel)
@@ -199,13 +216,13 @@ def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
         yield Step(micro_batches, {})
 
 
-WAYS: dict[str, Way] = {
-    "recipe": Way(_ours),
-    "dense": Way(partial(_ours, stand_in="dense"), "full"),
-    "flex": Way(partial(_ours, stand_in="flex")),
-    "bare": Way(partial(_ours, stand_in="bare"), "none"),
-    "plain": Way(_plain, "full"),
-    "hf": Way(_hugging_face, "full"),
-    "hf-bare": Way(partial(_hugging_face, attention=False), "none"),
-}
+WAYS = (
+    Way("recipe", _ours),
+    Way("dense", partial(_ours, stand_in="dense"), "full"),
+    Way("flex", partial(_ours, stand_in="flex")),
+    Way("bare", partial(_ours, stand_in="bare"), "none"),
+    Way("plain", _plain, "full"),
+    Way("hf", _hugging_face, "full"),
+    Way("hf-bare", partial(_hugging_face, attention=False), "none"),
+)
 """By the names that ``sparsetrain bench step --help`` explains."""

@@ -1,13 +1,14 @@
-"""Time and memory of one callable, and its failures as one line of text."""
+"""Time, memory, clocks and watts of one callable, the order of contenders, and failures as one line of text."""
 
 from __future__ import annotations
 
 import gc
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,21 @@ MIB = 2**20
 LONG_MS = 100.0
 """Calls longer than this are repeated a few times only; what the caches hold makes no difference to them."""
 REPEATS = 3
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+"""Of the copy that measures the bandwidth: far more than any cache holds."""
 
 T = TypeVar("T")
 
 
 class Unavailable(Exception):
     """An implementation cannot run here. The message is the whole reason."""
+
+
+def shuffled(contenders: Iterable[T], length: int) -> list[T]:
+    """The order in which they are measured at one length: always the same, and another at other lengths."""
+    order = list(contenders)
+    random.Random(length).shuffle(order)
+    return order
 
 
 def median_ms(
@@ -45,6 +55,15 @@ def median_ms(
     return median([first, *(_elapsed_ms(call, device, gradients) for _ in range(repeats - 1))])
 
 
+def clock_and_power(device: torch.device) -> tuple[float, float] | None:
+    """The clock of the SMs in MHz and the power in watts, which is NVML's average over about a second; None where
+    nothing tells."""
+    with suppress(Exception):  # no NVML, or one that may not be asked
+        if device.type == "cuda":
+            return torch.cuda.clock_rate(device), torch.cuda.power_draw(device) / 1e3
+    return None
+
+
 def peak(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
     """The result of ``call``, and the bytes allocated at its peak beyond those before; None where nothing counts."""
     if device.type != "cuda":
@@ -57,7 +76,7 @@ def peak(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
     return result, torch.cuda.max_memory_allocated(device) - before
 
 
-def extra_bytes(step: Callable[[], Tensor], inputs: Sequence[Tensor], device: torch.device) -> int | None:
+def extra_mib(step: Callable[[], Tensor], inputs: Sequence[Tensor], device: torch.device) -> float | None:
     """Peak memory of a forward and backward pass beyond inputs, output and gradients; None where nothing counts it.
 
     Args:
@@ -66,7 +85,7 @@ def extra_bytes(step: Callable[[], Tensor], inputs: Sequence[Tensor], device: to
     for leaf in inputs:
         leaf.grad = None
     out, bytes_at_peak = peak(step, device)
-    return None if bytes_at_peak is None else bytes_at_peak - sum(tensor.nbytes for tensor in (out, *inputs))
+    return None if bytes_at_peak is None else (bytes_at_peak - sum(each.nbytes for each in (out, *inputs))) / MIB
 
 
 def once_ms(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -84,7 +103,28 @@ def matmul_tflops(dtype: torch.dtype, device: torch.device, size: int, budget_ms
     return 2 * size**3 / median_ms(lambda: left @ right, device=device, budget_ms=budget_ms) / 1e9
 
 
-def explain(error: Exception) -> str:
+def copy_gbps(device: torch.device, budget_ms: float) -> float:
+    """What a copy within the memory reaches here, bytes read and written together, in GB/s."""
+    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device=device, budget_ms=budget_ms) / 1e6
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A step as a CUDA graph, which is how decoding runs: the host's work for each launch is not measured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # compiles, and fills caches of plans and tables
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def explain(error: BaseException) -> str:
     """Why a measurement failed, in one line of at most 300 characters."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory"
@@ -105,7 +145,7 @@ def release() -> None:
             torch.cuda.empty_cache()
 
 
-def _elapsed_ms(call: Callable[[], object], device: torch.device, gradients: Sequence[Tensor]) -> float:
+def _elapsed_ms(call: Callable[[], Any], device: torch.device, gradients: Sequence[Tensor]) -> float:
     for leaf in gradients:
         leaf.grad = None
     if device.type != "cuda":

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from sparsetrain.bench.flex import listed_block_mask
-from sparsetrain.bench.timing import Unavailable
+from sparsetrain.bench.contenders.flex import listed_block_mask
+from sparsetrain.bench.measure import Unavailable
 from sparsetrain.patterns import Pattern
 
 BARE = "bench_none"

@@ -1,20 +1,25 @@
-"""The pattern as FlexAttention's block masks: fed from the lists, or built from a predicate for packed documents."""
+"""FlexAttention with the pattern as its block mask: from the lists, or from a predicate for packed documents."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from sparsetrain.bench.problem import Problem
-from sparsetrain.bench.timing import Unavailable
+from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.contenders.dense import flash_attn_cute
+from sparsetrain.bench.measure import MIB, Unavailable, once_ms, peak
+from sparsetrain.bench.problem import PatternProblem, Tensors
 from sparsetrain.patterns import Pattern, PowerPattern
 
 TILE = 128
 """Tokens along a side of FlexAttention's blocks, for queries and keys alike."""
+SOUND_BLOCK_SPARSE = "4.0.0b36"
+"""The first FlashAttention 4 whose block-sparse backward pass has no race that makes some gradients wrong."""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -89,7 +94,7 @@ def document_mask(pattern: PowerPattern, documents: tuple[int, ...], device: tor
     return visible
 
 
-def document_block_mask(problem: Problem, create: Callable[..., BlockMask]) -> BlockMask:
+def document_block_mask(problem: PatternProblem, create: Callable[..., BlockMask]) -> BlockMask:
     """The pattern's block mask for packed documents, from the predicate.
 
     Args:
@@ -98,3 +103,45 @@ def document_block_mask(problem: Problem, create: Callable[..., BlockMask]) -> B
     assert problem.documents is not None
     visible = document_mask(problem.pattern, problem.documents, problem.device)
     return create(visible, None, None, problem.length, problem.length, problem.device, TILE)
+
+
+def _flex(problem: PatternProblem, tensors: Tensors, kernel_options: dict[str, Any] | None = None) -> Prepared:
+    """FlexAttention, compiled for this problem's shapes alone."""
+    # Every shape is a compilation of its own, and dynamo gives up after a few of one function.
+    torch._dynamo.reset()
+    note, create = "mask from the lists", create_block_mask
+    if problem.documents is not None:
+        note, create = "mask by compiled create_block_mask", torch.compile(create_block_mask, dynamic=False)
+
+    def build() -> BlockMask:
+        if problem.documents is None:
+            return listed_block_mask(problem.pattern, problem.length, problem.device)
+        return document_block_mask(problem, create)
+
+    build()  # compiles
+    mask, size = peak(build, problem.device)
+    mask, mask_ms = once_ms(build, problem.device)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=kernel_options)
+
+    return Prepared(attend, mask_ms=mask_ms, mask_mib=None if size is None else size / MIB, note=note)
+
+
+def _flex_flash(problem: PatternProblem, tensors: Tensors) -> Prepared:
+    from packaging.version import Version
+
+    flash_attn_cute()
+    installed = importlib.metadata.version("flash-attn-4")
+    if Version(installed) < Version(SOUND_BLOCK_SPARSE):
+        raise Unavailable(
+            f"flash-attn-4 {installed} has a race in its block-sparse gradients; install {SOUND_BLOCK_SPARSE} or newer"
+        )
+    return _flex(problem, tensors, {"BACKEND": "FLASH"})
+
+
+FLEX = (
+    Contender("flex", "Flex, Triton", "blocks", _flex),
+    Contender("flex-flash", "Flex, FLASH (FA4)", "blocks", _flex_flash),
+)

@@ -1,0 +1,298 @@
+"""Attention in training, forward and backward: how any problem of it is checked, timed and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from sparsetrain.bench.case import Case, Log
+from sparsetrain.bench.check import TOLERANCE, Answer, Check, answer, oracle, relative_errors
+from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.measure import explain, extra_mib, matmul_tflops, once_ms, release, shuffled
+from sparsetrain.bench.problem import CausalProblem, Tensors
+from sparsetrain.bench.table import ComparedRow, Panel, Report, Row, number, rate
+
+MAX_CHECKED = 8192
+"""Tokens of the comparison with the oracle, which builds the whole mask."""
+ORACLE = "fp32 oracle"
+PATIENCE_MS = 2000.0
+"""A forward and backward pass that takes longer even at the rate of a matrix product is measured once."""
+BACKWARD_WORK = 2.5
+"""Matrix products of a backward pass over those of a forward pass: five to two."""
+CEILING = ("ceiling_tflops", "matrix product")
+
+
+@dataclass(kw_only=True)
+class AttentionRow(ComparedRow):
+    """One implementation at one length."""
+
+    documents: int
+    forward_flops: float
+    """On the pairs of tokens that this implementation has to compute."""
+    forward_ms: float | None = None
+    both_ms: float | None = None
+    backward_ms: float | None = None
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    forward_share: float | None = None
+    """Of the measured matrix product's rate."""
+    backward_share: float | None = None
+    extra_mib: float | None = None
+    """Peak memory of forward and backward beyond inputs, output and gradients."""
+    mask_ms: float | None = None
+    mask_mib: float | None = None
+    """Peak memory of building the mask."""
+    selection_ms: float | None = None
+    """Of ``both_ms``, the selection of keys and its gradient, timed apart."""
+    selection_share: float | None = None
+    """Of ``both_ms``."""
+    attention_tflops: float | None = None
+    """Forward and backward without the selection."""
+    forward_ratio: float | None = None
+    """This time over ours: above 1, ours is faster."""
+    both_ratio: float | None = None
+    rank: int | None = None
+    """By forward and backward together, at this length; only of rows whose checks have not failed."""
+
+    optional = frozenset(("select ms", "TFLOP/s rest", "memory MiB", "mask ms", "mask MiB", "x fwd", "x fwd+bwd"))
+    panels = (
+        Panel("both_ms", "Forward and backward", "ms", log=True),
+        Panel("forward_tflops", "Rate of the forward pass", "TFLOP/s on visible pairs", limit=CEILING),
+        Panel("backward_tflops", "Rate of the backward pass", "TFLOP/s on visible pairs", limit=CEILING),
+    )
+
+    @property
+    def order_ms(self) -> float | None:
+        """Of both passes."""
+        return self.both_ms
+
+    def complete(self, ceiling_tflops: float | None) -> None:
+        """Work out what follows from the times."""
+        if self.forward_ms is None:
+            return
+        self.forward_tflops = self.forward_flops / self.forward_ms / 1e9
+        # A machine that does something else meanwhile can make the difference of two medians negative.
+        if self.both_ms is not None and self.both_ms > self.forward_ms:
+            self.backward_ms = self.both_ms - self.forward_ms
+            self.backward_tflops = BACKWARD_WORK * self.forward_flops / self.backward_ms / 1e9
+        if self.both_ms is not None and self.selection_ms is not None:
+            self.selection_share = self.selection_ms / self.both_ms
+            if self.both_ms > self.selection_ms:
+                work = (1 + BACKWARD_WORK) * self.forward_flops
+                self.attention_tflops = work / (self.both_ms - self.selection_ms) / 1e9
+        if ceiling_tflops:
+            self.forward_share = self.forward_tflops / ceiling_tflops
+            self.backward_share = None if self.backward_tflops is None else self.backward_tflops / ceiling_tflops
+
+    @property
+    def summary(self) -> str:
+        """The times."""
+        if self.forward_ms is None or self.both_ms is None:
+            return self.reason
+        return f"forward {self.forward_ms:.4g} ms, forward + backward {self.both_ms:.4g} ms"
+
+    def cells(self) -> dict[str, str | Text]:
+        """Times, rates, memory, and times over ours."""
+        return {
+            "": Text("" if self.rank is None else str(self.rank)),
+            " ": self.name_cell,
+            "fwd ms": number(self.forward_ms),
+            "fwd+bwd ms": number(self.both_ms),
+            "bwd ms": number(self.backward_ms),
+            "TFLOP/s fwd": rate(self.forward_tflops, self.forward_share),
+            "TFLOP/s bwd": rate(self.backward_tflops, self.backward_share),
+            "select ms": rate(self.selection_ms, self.selection_share),
+            "TFLOP/s rest": number(self.attention_tflops),
+            "memory MiB": number(self.extra_mib),
+            "mask ms": number(self.mask_ms),
+            "mask MiB": number(self.mask_mib),
+            "x fwd": number(self.forward_ratio),
+            "x fwd+bwd": number(self.both_ratio),
+            "check": self.verdict,
+        }
+
+    @staticmethod
+    def tables(report: Report) -> Iterable[tuple[str, Sequence[Row]]]:
+        """With the number of documents in the title."""
+        for title, rows in Row.tables(report):
+            documents = rows[0].documents  # type: ignore[attr-defined]
+            yield f"{title}, {documents} documents" if documents > 1 else title, rows
+
+    @staticmethod
+    def legend(report: Report) -> str:
+        """What the columns count."""
+        lines = []
+        if ceiling := report.facts.get("ceiling_tflops"):
+            lines += [
+                f"(%): of the {ceiling:.3g} TFLOP/s of a bare matrix product, measured in this run. TFLOP/s count "
+                "visible pairs; backward 2.5 times forward.",
+                "x: time over ours. Memory beyond inputs, output and gradients; of a mask, at the peak of building it.",
+            ]
+        if any(row.selection_ms is not None for row in report.rows):
+            lines += [
+                "select: the selection, forward and backward, timed apart (%: of both passes). TFLOP/s rest: both "
+                "passes without it."
+            ]
+        return "\n".join(lines)
+
+
+def rank(rows: Iterable[AttentionRow]) -> None:
+    """Rank the rows of one length and set their times in proportion to ours. A failed check takes a row out of both."""
+    sound = [(row, row.forward_ms, row.both_ms) for row in rows if row.forward_ms and row.both_ms]
+    sound = sorted((each for each in sound if each[0].check != "failed"), key=lambda each: each[2])
+    ours = next((each for each in sound if each[0].name == "ours"), None)
+    for place, (row, forward_ms, both_ms) in enumerate(sound, start=1):
+        row.rank = place
+        if ours is not None:
+            row.forward_ratio, row.both_ratio = forward_ms / ours[1], both_ms / ours[2]
+
+
+class Inputs(NamedTuple):
+    """What the implementations get at one length."""
+
+    problem: CausalProblem
+    tensors: Tensors
+    ours: Answer | None
+    """The answer of ours, where others are compared with it."""
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """One benchmark of problems of one kind."""
+
+    ours: Contender
+    """What the other sparse ones are compared with."""
+    problem: Callable[[int], Any]
+    """The problem at a number of tokens."""
+    check_problem: Callable[[], Any]
+    """A short problem that has everything a long one has."""
+
+    not_counted: ClassVar[str] = "GPU memory"
+
+    def begin(self, report: Report, log: Log) -> None:
+        """The rate of a matrix product, and every implementation against the definition at a short length."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        try:
+            dtype = self.options.shape()["dtype"]
+            ceiling = matmul_tflops(dtype, self.device, size, self.options.budget)
+            report.facts["ceiling_tflops"] = ceiling
+            log(f"matrix product of {size}: {ceiling:.3g} TFLOP/s")
+        except Exception as error:
+            log(f"matrix product of {size}: {explain(error)}")
+        for contender in self.contenders if self.options.check else ():
+            problem = self.check_problem()
+            errors: tuple[float, ...] = ()
+            reason = ""
+            try:
+                tensors = problem.tensors()
+                want = oracle(problem, tensors, contender.sparse)
+                errors = relative_errors(answer(contender.prepare(problem, tensors), tensors), want)
+            except Exception as error:
+                reason = explain(error)
+            check = Check(contender.name, problem.length, ORACLE, TOLERANCE[problem.dtype], errors, reason)
+            report.checks.append(check)
+            log(f"{problem.length:>9,}  {contender.name:10}  check: {check.summary}")
+            release()
+
+    def order(self, length: int, report: Report) -> list[Contender]:
+        """What takes so long that it is measured once comes last: others do not lose their turn where it ends in a
+        fault of the GPU."""
+        return sorted(shuffled(self.contenders, length), key=lambda each: _once(each, self.problem(length), report))
+
+    def row(self, contender: Contender, length: int) -> AttentionRow:
+        """An empty row."""
+        problem = self.problem(length)
+        return AttentionRow(
+            length=length,
+            name=contender.name,
+            title=contender.title,
+            sparse=contender.sparse,
+            documents=len(problem.documents or (length,)),
+            forward_flops=problem.flops(contender.sparse),
+        )
+
+    def inputs(self, length: int, report: Report, log: Log) -> Inputs:
+        """The tensors, and the answer of ours where others are compared with it."""
+        problem, ours = self.problem(length), None
+        tensors = problem.tensors()
+        if self.options.check and any(each.sparse and each is not self.ours for each in self.contenders):
+            try:
+                ours = answer(self.ours.prepare(problem, tensors), tensors)
+            except Exception as error:
+                log(f"{length:>9,}  ours cannot be compared with the others: {explain(error)}")
+        return Inputs(problem, tensors, ours)
+
+    def measure(self, contender: Contender, given: Inputs, row: AttentionRow, report: Report) -> None:
+        """Times, memory, and the comparison with ours."""
+        problem, tensors, ours = given
+        once = _once(contender, problem, report)
+        if once:
+            short = self.check_problem()
+            answer(contender.prepare(short, short.tensors()), short.tensors())  # compiles
+        prepared = contender.prepare(problem, tensors)
+        row.note, row.mask_ms, row.mask_mib = prepared.note, prepared.mask_ms, prepared.mask_mib
+        inputs, upstream = prepared.leaves(tensors)
+        if once:
+            row.note = "; ".join(filter(None, [row.note, "one call measured"]))
+            _time_once(row, prepared, inputs, upstream, self.device)
+            return
+
+        def both() -> Tensor:
+            out = prepared.attend(*inputs)
+            torch.autograd.backward(out, upstream)
+            return out
+
+        row.forward_ms = self.time(lambda: prepared.attend(*inputs))
+        if ours is not None and contender.sparse and contender is not self.ours:
+            errors = relative_errors(answer(prepared, tensors), ours)
+            report.checks.append(Check(contender.name, row.length, "ours", TOLERANCE[problem.dtype], errors))
+        row.both_ms = self.time(both, inputs)
+        row.extra_mib = extra_mib(both, inputs, self.device)
+        if (select := prepared.select) is not None:
+            scores = inputs[-1]
+            gradient = torch.ones_like(scores)
+            row.selection_ms = self.time(lambda: torch.autograd.backward(select(scores), gradient), [scores])
+
+    def finish(self, rows: list[AttentionRow], report: Report) -> None:
+        """Rates, verdicts and ranks. Where nobody agrees with ours, it is as likely ours that is wrong."""
+        length = rows[0].length
+        checks = [check for check in report.checks if check.length == length and check.against == "ours"]
+        if checks and not any(check.passed for check in checks):
+            best = min(checks, key=lambda check: max(check.errors, default=float("inf")))
+            report.checks.append(Check(self.ours.name, length, "all others", best.tolerance, best.errors, best.reason))
+        relevant = [check for check in report.checks if check.against == ORACLE or check.length == length]
+        for row in rows:
+            row.complete(report.facts.get("ceiling_tflops"))
+            row.check = _verdict(row.name, relevant) if self.options.check else "off"
+        rank(rows)
+
+
+def _once(contender: Contender, problem: CausalProblem, report: Report) -> bool:
+    ceiling, work = report.facts.get("ceiling_tflops"), (1 + BACKWARD_WORK) * problem.flops(contender.sparse)
+    return ceiling is not None and work / ceiling / 1e9 > PATIENCE_MS
+
+
+def _time_once(
+    row: AttentionRow, prepared: Prepared, inputs: list[Tensor], upstream: Tensor, device: torch.device
+) -> None:
+    """Times and memory of one and the same call."""
+
+    def both() -> Tensor:
+        out, row.forward_ms = once_ms(lambda: prepared.attend(*inputs), device)
+        _, backward_ms = once_ms(lambda: torch.autograd.backward(out, upstream), device)
+        row.both_ms = row.forward_ms + backward_ms
+        return out
+
+    row.extra_mib = extra_mib(both, inputs, device)
+
+
+def _verdict(name: str, checks: list[Check]) -> str:
+    mine = [check for check in checks if check.name == name]
+    if any(check.errors and not check.passed for check in mine):
+        return "failed"
+    return "passed" if all(check.passed for check in mine) else "unchecked"

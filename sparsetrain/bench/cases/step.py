@@ -1,0 +1,82 @@
+"""The training step of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparsetrain.bench.options import Count, Folder, parse_lengths
+from sparsetrain.bench.options import Options as AnyOptions
+from sparsetrain.cli.arguments import Overrides, RecipeArgument
+from sparsetrain.errors import BenchError
+
+if TYPE_CHECKING:
+    from sparsetrain.bench.stepping import StepCase
+    from sparsetrain.bench.table import Report
+
+
+class Options(AnyOptions):
+    """Time the training step of a recipe, and its peak memory, beside other ways to take it.
+
+    The model has the recipe's shape and random weights, so nothing is downloaded; rows are random tokens.
+
+    \b
+    Examples:
+      sparsetrain bench step qwen3-8b-power-lora-64k --lengths 32768,131072 --ways plain,dense,flex,recipe,bare
+      sparsetrain bench step my.yaml train.micro_batch=1 train.mlp_chunk=16384 --output bench
+
+    \b
+    Several GPUs:
+      deepspeed --num_gpus 2 --no_local_rank --module sparsetrain.cli bench step my.yaml deepspeed.stage=3
+    """
+
+    recipe: RecipeArgument
+    overrides: Overrides = None
+    ways: str = "recipe,dense,bare"
+    """Commas between: recipe, dense (full attention instead), flex (the pattern by FlexAttention), bare (no attention:
+    the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed)."""
+    lengths: str | None = None
+    """Tokens in a row, commas between; by default the recipe's."""
+    repeats: Count = 3
+    """Timed steps; one of more than 20 s is timed once."""
+    output: Folder = None
+    """Folder for the CSV and the JSON."""
+
+
+def case(options: Options) -> StepCase:
+    """The benchmark; of several ranks, each makes it.
+
+    Raises:
+        BenchError: an option cannot be measured.
+        SparsetrainError: the recipe is wrong.
+    """
+    from sparsetrain.bench.contenders.steps import WAYS
+    from sparsetrain.bench.stepping import StepCase
+    from sparsetrain.recipe import load_recipe
+    from sparsetrain.training.engine import init_world
+
+    known, names = {way.name: way for way in WAYS}, options.ways.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(known)}")
+    lengths = parse_lengths(options.lengths) if options.lengths else ()
+    settings = [[f"sequence.length={length}"] for length in lengths] or [[]]
+    recipes = [load_recipe(options.recipe, [*(options.overrides or []), *more]).recipe for more in settings]
+    if (bits := recipes[0].base_bits) != "none":
+        raise BenchError(
+            f"lora.quantize_base={bits}: steps are measured on random weights in the model's dtype; set it to none"
+        )
+    return StepCase(
+        name="step",
+        options=options,
+        contenders=tuple(known[name] for name in names),
+        known=WAYS,
+        subject=f"A training step of {recipes[0].name}",
+        recipes={recipe.sequence.length: recipe for recipe in recipes},
+        world=init_world(recipes[0].deepspeed.timeout),
+    )
+
+
+def run(options: Options) -> Report:
+    """Measure and report."""
+    from sparsetrain.bench.case import run
+
+    return run(case(options))

@@ -1,0 +1,102 @@
+"""What an implementation is to a benchmark. Each gets a problem ready; what it cannot do it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sparsetrain.bench.problem import Tensors
+from sparsetrain.errors import BenchError
+
+Attention = Callable[..., Tensor]
+
+
+class Layout(NamedTuple):
+    """How an implementation wants its tensors: from ``[batch, heads, tokens, head_dim]`` and back to it."""
+
+    arrange: Callable[[Tensor], Tensor]
+    restore: Callable[[Tensor], Tensor]
+
+
+HEADS_FIRST = Layout(lambda tensor: tensor, lambda tensor: tensor)
+TOKENS_FIRST = Layout(lambda tensor: tensor.transpose(1, 2).contiguous(), lambda tensor: tensor.transpose(1, 2))
+PACKED = Layout(lambda tensor: tensor[0].transpose(0, 1).contiguous(), lambda tensor: tensor.transpose(0, 1)[None])
+PACKED_STEP = Layout(
+    lambda tensor: tensor.transpose(1, 2).flatten(0, 1).contiguous(), lambda tensor: tensor[:, :, None]
+)
+"""Sequences after one another, ``[batch * tokens, heads, head_dim]``; of the output, one token of each."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An implementation that is ready for one problem."""
+
+    attend: Attention
+    """From query, key and value, all in ``layout``, to the output; from the scores too where there is ``select``."""
+    layout: Layout = HEADS_FIRST
+    repeat: int = 1
+    """How often each KV head is repeated beforehand, for an implementation that does not share them."""
+    mask_ms: float | None = None
+    """Time to build the mask once everything is compiled."""
+    mask_mib: float | None = None
+    """Memory allocated at the peak of building it."""
+    select: Callable[[Tensor], Tensor] | None = None
+    """The part of ``attend`` that selects keys, from scores to something with a gradient that has their shape."""
+    note: str = ""
+
+    def leaves(self, tensors: Tensors) -> tuple[list[Tensor], Tensor]:
+        """The arguments of ``attend``, requiring gradients, and the gradient that arrives at the output."""
+        query, key, value, upstream, scores = tensors
+        if self.repeat > 1:
+            key, value = (tensor.repeat_interleave(self.repeat, 1) for tensor in (key, value))
+        inputs = [self.layout.arrange(tensor).detach().requires_grad_() for tensor in (query, key, value)]
+        if self.select is not None and scores is not None:
+            inputs.append(scores.detach().requires_grad_())
+        return inputs, self.layout.arrange(upstream)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation, ours among them."""
+
+    name: str
+    title: str
+    reads: str
+    """``all`` keys before a token, the ``blocks`` that the pattern lists, or those that SparseK has ``selected``."""
+    prepare: Callable[[Any, Any], Prepared]
+    """From a problem and its tensors. Raises whatever goes wrong, :class:`Unavailable` where the machine lacks
+    something."""
+    devices: tuple[str, ...] = ("cuda",)
+    packed: tuple[bool, ...] = (False, True)
+    """Whether it takes single sequences, packed documents, or both."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it leaves keys out."""
+        return self.reads != "all"
+
+
+def fitting(known: Collection[Contender], device: str, packed: bool = False) -> dict[str, Contender]:
+    """Those that can be measured, by name."""
+    return {each.name: each for each in known if device in each.devices and packed in each.packed}
+
+
+def choose(text: str, fits: Mapping[str, Contender], known: Collection[Contender], here: str) -> tuple[Contender, ...]:
+    """``--opponents``, without repeats.
+
+    Args:
+        here: where the others cannot be measured, as in ``on cpu``.
+
+    Raises:
+        BenchError: a name is not known or does not fit.
+    """
+    names = list(fits) if text == "all" else list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for name in names:
+        if name not in fits:
+            unknown = name not in {each.name for each in known}
+            fault = f"{name!r} is not known" if unknown else f"{name} cannot be measured {here}"
+            raise BenchError(f"--opponents {fault}; choose from {', '.join(fits)}, or all")
+    return tuple(fits[name] for name in names)

@@ -1,0 +1,248 @@
+"""One new token a sequence behind a cache: the problem, its definition, and how it is timed and shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from rich.text import Text
+from sparsetrain_kernels import block_pattern_decode, sparsek_threshold
+from torch import Tensor
+
+from sparsetrain.bench.case import Case, Log
+from sparsetrain.bench.check import TOLERANCE, relative_error
+from sparsetrain.bench.contenders.base import Contender
+from sparsetrain.bench.measure import captured, copy_gbps, explain
+from sparsetrain.bench.problem import DEVIATION, Shape
+from sparsetrain.bench.table import ComparedRow, Panel, Report, number
+from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.patterns import FullPattern, PowerPattern
+
+
+class Layer(NamedTuple):
+    """What one layer attends to: ``query [batch, heads, 1, head_dim]`` and caches ``[batch, kv_heads, length,
+    head_dim]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeProblem(Shape):
+    """A step of every sequence behind caches that hold ``length`` tokens, the new one included."""
+
+    pattern: PowerPattern = field(kw_only=True)
+    topk: int = field(kw_only=True)
+    """Tokens that SparseK selects, and of its window."""
+    layers: int = field(kw_only=True)
+    """Caches that are read in turn, as the layers of a model are, so that none is still in the L2 cache."""
+
+    def tensors(self, seed: int = 0) -> list[Layer]:
+        """Normal random tensors of each layer."""
+        generator, sizes = self.generator(seed), ((self.heads, 1), *[(self.kv_heads, self.length)] * 2)
+        return [Layer(*(self.normal(generator, *size) for size in sizes)) for _ in range(self.layers)]
+
+    @property
+    def sparsek(self) -> SparseKConfig:
+        """The method that selects keys, with its defaults but for ``topk``."""
+        return SparseKConfig(topk=self.topk, window=self.topk)
+
+    def cache_lengths(self) -> Tensor:
+        """The length of every sequence, int32 ``[batch]``."""
+        return torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
+
+    def scores(self, seed: int = 0) -> Tensor:
+        """What SparseK selects keys by, fp32 ``[batch, kv_heads, length]``: those of ``bench sparsek``."""
+        return DEVIATION * self.normal_scores(seed)
+
+    def bytes_read(self, reads: str) -> int:
+        """Bytes of keys and values that one layer's step has to read: of ``all``, of ``blocks`` or of ``selected``."""
+        keys = self.length
+        if reads == "selected":
+            keys = min(keys, self.sparsek.sinks + self.sparsek.topk + self.sparsek.window)
+        elif reads == "blocks":
+            own = (self.length - 1) // self.pattern.block
+            listed = len(self.pattern.key_blocks(own)) - 1
+            keys = listed * self.pattern.block + self.length - own * self.pattern.block
+        return 2 * keys * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def definition(self, layer: Layer, reads: str) -> Tensor:
+        """The output, computed in fp32 a sequence at a time."""
+        if reads == "selected":
+            rows = [selected_reference(self.sparsek, *row) for row in zip(*layer, self.scores(), strict=True)]
+            return torch.stack(rows)
+        pattern = self.pattern if reads == "blocks" else FullPattern(self.pattern.block)
+        return block_pattern_decode(*layer, pattern, lengths=self.cache_lengths(), backend="reference")
+
+
+def selected_reference(config: SparseKConfig, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+    """SparseK attention of the last token of one sequence, whose keys are all still there (2406.16747, 3).
+
+    The threshold is that of the scores that generation remembers.
+
+    Args:
+        query: ``[Hq, 1, D]``.
+        key, value: ``[H, N, D]``.
+        scores: ``[H, N]``.
+
+    Returns:
+        fp32 ``[Hq, 1, D]``.
+    """
+    leaves_window = max(key.shape[1] - config.window, config.sinks)
+    candidates = scores[:, config.sinks : leaves_window]
+    remembered = candidates.topk(min(candidates.shape[1], config.score_buffer or 4 * config.topk)).values
+    gates, seen = torch.ones_like(scores), torch.ones_like(scores, dtype=torch.bool)
+    if candidates.shape[1] > config.topk:
+        threshold = sparsek_threshold(remembered.double(), config.topk)[:, None]
+        gates[:, config.sinks : leaves_window] = (candidates - threshold).clamp(0, 1)
+        seen[:, config.sinks : leaves_window] = candidates >= remembered[:, config.topk - 1 : config.topk]
+    grouped = query.float().view(key.shape[0], -1, key.shape[2])
+    logits = grouped @ key.float().mT * key.shape[2] ** -0.5
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1) * gates[:, None]
+    return (weights @ value.float()).view(query.shape)
+
+
+@dataclass(kw_only=True)
+class DecodeRow(ComparedRow):
+    """One implementation at one length."""
+
+    bytes_read: int
+    """Keys and values that this method has to read, in bytes."""
+    ms: float | None = None
+    """Time of one layer's step."""
+    gbps: float | None = None
+    """``bytes_read`` over the time, in GB/s."""
+    floor_ms: float | None = None
+    """``bytes_read`` at the bandwidth of a copy."""
+    floor_ratio: float | None = None
+    """Time over that floor."""
+    speedup: float | None = None
+    """Time of the fastest implementation that reads the whole cache over this one."""
+    error: float | None = None
+    """Relative RMS error against the fp32 reference."""
+
+    panels = (
+        Panel("ms", "One decoding step of one layer", "ms", log=True),
+        Panel("gbps", "Rate of the bytes that the method must read", "GB/s", limit=("copy_gbps", "copy")),
+    )
+
+    @property
+    def order_ms(self) -> float | None:
+        """Of the step."""
+        return self.ms
+
+    def complete(self, copy_gbps: float | None) -> None:
+        """Work out what follows from the time."""
+        if copy_gbps:
+            self.floor_ms = self.bytes_read / copy_gbps / 1e6
+        if self.ms is not None:
+            self.gbps = self.bytes_read / self.ms / 1e6
+            self.floor_ratio = None if self.floor_ms is None else self.ms / self.floor_ms
+
+    @property
+    def summary(self) -> str:
+        """The time and the check."""
+        return self.reason if self.ms is None else f"{self.ms:.4g} ms, {self.check or 'not checked'}"
+
+    def cells(self) -> dict[str, str | Text]:
+        """Bytes and time, against the floor and against full caches."""
+        return {
+            "": self.name_cell,
+            "MB read": number(self.bytes_read / 1e6),
+            "ms": number(self.ms),
+            "GB/s": number(self.gbps),
+            "floor ms": number(self.floor_ms),
+            "x floor": number(self.floor_ratio),
+            "speed-up": number(self.speedup),
+            "error": "-" if self.error is None else f"{self.error:.1e}",
+            "check": self.verdict,
+        }
+
+    @staticmethod
+    def legend(report: Report) -> str:
+        """What the columns count."""
+        if not (copy := report.facts.get("copy_gbps")):
+            return ""
+        return (
+            f"x floor: time over that of the method's bytes at the {copy:,.0f} GB/s of a copy, measured in this run.\n"
+            "speed-up: over the fastest that reads the whole cache. Times are of one layer's step."
+        )
+
+
+def compare(rows: list[DecodeRow]) -> None:
+    """Set the times of one length in proportion to the best full-cache row. A failed check takes a row out."""
+    sound = [(row, row.ms) for row in rows if row.ms is not None and row.check != "failed"]
+    best = min((ms for row, ms in sound if not row.sparse), default=None)
+    for row, ms in sound:
+        row.speedup = None if best is None else best / ms
+
+
+class Inputs(NamedTuple):
+    """What the implementations get at one length."""
+
+    problem: DecodeProblem
+    layers: list[Layer]
+    wanted: dict[str, Tensor]
+    """The definitions, by what is read."""
+
+
+@dataclass(frozen=True)
+class DecodeCase(Case):
+    """A decoding step at several lengths, as a CUDA graph."""
+
+    not_counted: ClassVar[str] = "CUDA graphs"
+
+    def problem(self, length: int) -> DecodeProblem:
+        """The problem at ``length`` tokens."""
+        options = self.options
+        pattern = PowerPattern(options.block, options.window, options.sinks)
+        return DecodeProblem(
+            length=length, pattern=pattern, topk=options.topk, layers=options.layers, **options.shape()
+        )
+
+    def begin(self, report: Report, log: Log) -> None:
+        """The rate of a copy."""
+        try:
+            report.facts["copy_gbps"] = copy_gbps(self.device, self.options.budget)
+            log(f"copy within the memory: {report.facts['copy_gbps']:,.0f} GB/s")
+        except Exception as error:
+            log(f"copy within the memory: {explain(error)}")
+
+    def row(self, contender: Contender, length: int) -> DecodeRow:
+        """An empty row."""
+        size = self.problem(length).bytes_read(contender.reads)
+        return DecodeRow(
+            length=length, name=contender.name, title=contender.title, sparse=contender.sparse, bytes_read=size
+        )
+
+    def inputs(self, length: int, report: Report, log: Log) -> Inputs:
+        """Every layer, and what is to come out of the first."""
+        problem = self.problem(length)
+        layers = problem.tensors()
+        kinds = {each.reads for each in self.contenders} if self.options.check else set()
+        return Inputs(problem, layers, {reads: problem.definition(layers[0], reads) for reads in kinds})
+
+    def measure(self, contender: Contender, inputs: Inputs, row: Any, report: Report) -> None:
+        """The error, then the time."""
+        problem, layers, wanted = inputs
+        prepared = [contender.prepare(problem, layer) for layer in layers]
+        first, row.note = prepared[0], prepared[0].note
+        # Layouts that are the caches' own share their memory.
+        arranged = [[first.layout.arrange(tensor) for tensor in layer] for layer in layers]
+        if wanted:
+            row.error = relative_error(first.layout.restore(first.attend(*arranged[0])), wanted[contender.reads])
+            row.check = "passed" if row.error <= TOLERANCE[problem.dtype] else "failed"
+
+        def step() -> None:
+            for layer, tensors in zip(prepared, arranged, strict=True):
+                layer.attend(*tensors)
+
+        row.ms = self.time(captured(step) if self.device.type == "cuda" else step) / len(layers)
+
+    def finish(self, rows: list[DecodeRow], report: Report) -> None:
+        """Rates and proportions."""
+        for row in rows:
+            row.complete(report.facts.get("copy_gbps"))
+        compare(rows)
