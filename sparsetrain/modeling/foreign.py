@@ -7,15 +7,13 @@ None of it is followed. ``trust_remote_code`` allows the model's own Python file
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.places import ADAPTER_FILE
+from sparsetrain.modeling.weight_files import locate, weight_files
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,9 +28,6 @@ IMPLEMENTATIONS = frozenset(
     for suffix in ("", "_internal", "_autoset")
 ) | {"use_kernels", "kernel_config", "fusion_config", "distributed_config"}
 """Fields of a config that say which code computes a part of the model. The name of a repository fetches it."""
-
-WEIGHTS_FIELD = "transformers_weights"
-"""Field of a config that names the file of its weights."""
 
 APPLIED = frozenset(
     {
@@ -80,7 +75,7 @@ def disarmed(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> d
     return harmless
 
 
-def check_weight_files(path: str, weights: object = None, variant: str | None = None, **hub: Any) -> None:
+def check_weight_files(path: str, weights: object = None, variant: str | None = None, **hub: Any) -> list[str]:
     """Refuse a checkpoint whose weights lie in anything but safetensors within it, and adapters in a model's place.
 
     Args:
@@ -89,48 +84,23 @@ def check_weight_files(path: str, weights: object = None, variant: str | None = 
         variant: as transformers takes it.
         hub: where to find the files (``revision``, ``subfolder``, ...).
 
+    Returns:
+        The names of its files.
+
     Raises:
         ModelError: names the file and what it leads to.
     """
-
-    def locate(file: str) -> str | None:
-        # What cannot be found is told by what reads it.
-        quiet = dict.fromkeys(
-            (f"_raise_exceptions_for_{what}" for what in ("missing_entries", "connection_errors")), False
-        )
-        return cached_file(path, file, **quiet, **hub)
-
-    if locate(ADAPTER_FILE) is not None:
+    if locate(path, ADAPTER_FILE, hub) is not None:
         raise ModelError(
             f"{path} holds adapters ({ADAPTER_FILE}), and a model was asked for; fold them into their base first "
             "(sparsetrain export --merge), or take that file away if it does not belong there"
         )
-    index = SAFE_WEIGHTS_INDEX_NAME if variant is None else SAFE_WEIGHTS_INDEX_NAME.replace("json", f"{variant}.json")
-    if weights is not None:
-        if not isinstance(weights, str) or not (
-            _is_inside(weights) and weights.endswith((".safetensors", ".index.json"))
-        ):
-            raise ModelError(f"config.json of {path}: {WEIGHTS_FIELD}={weights!r:.100} names no safetensors file in it")
-        index = weights
-    elif locate(SAFE_WEIGHTS_NAME) is None and locate(index) is None and (pickle := _pickle(path)):
+    files = weight_files(path, hub, weights, variant)
+    if files is None and (pickle := _pickle(path)):
         raise ModelError(
             f"{path} holds its weights as a pickle ({pickle}), which is never read; convert to safetensors"
         )
-    file = locate(index) if index.endswith(".json") else None
-    if file is None:
-        return
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict):
-        raise ModelError(f"{index} of {path} has no weight_map, which says where each tensor lies")
-    for tensor, shard in shards.items():
-        if not isinstance(shard, str) or not (_is_inside(shard) and shard.endswith(".safetensors")):
-            raise ModelError(
-                f"{index} of {path} leads {tensor:.100} to {shard!r:.100}, which is no safetensors file in it; nothing "
-                "else is read (a pickle may run code)"
-            )
-    if not isinstance(about := content.get("metadata"), dict):
-        raise ModelError(f"{index} of {path}: metadata={about!r:.60}, and transformers reads a mapping there")
+    return files or []
 
 
 def check_adapter_files(path: Path) -> None:
@@ -160,11 +130,6 @@ def check_adapter_config(config: LoraConfig, path: Path) -> None:
             raise ModelError(
                 f"{path / ADAPTER_FILE}: {name}={value!r:.100} is not supported in adapters; set its default"
             )
-
-
-def _is_inside(file: str) -> bool:
-    parts = PurePosixPath(file)
-    return not parts.is_absolute() and ".." not in parts.parts and "\\" not in file
 
 
 def _pickle(path: str) -> str | None:

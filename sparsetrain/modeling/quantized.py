@@ -4,6 +4,7 @@ loaded; what is saved afterwards is an ordinary model, and says so.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from sparsetrain.errors import ModelError
+from sparsetrain.modeling.boundary import words
 
 FIELD = "quantization_config"
 
@@ -31,6 +33,8 @@ PACKING = (
     "absmax",
     "quant_map",
     "_blocks",
+    "_packed",
+    ".SCB",
 )
 """How the names of tensors end that stand beside packed weights."""
 
@@ -65,6 +69,7 @@ def unpack_when_loaded(config: Any, what: str) -> bool:
             raise ModelError(f"{what}: {FIELD}={stored!r:.100} of its config.json is no mapping")
         method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
         if fields.get("load_in_4bit") or fields.get("load_in_8bit") or method.startswith("bitsandbytes"):
+            _check_installed(fields, method, what)
             continue  # unpacked once it is loaded
         kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if kind is None or "dequantize" not in inspect.signature(kind).parameters:
@@ -72,8 +77,22 @@ def unpack_when_loaded(config: Any, what: str) -> bool:
                 f"{what} is quantised by {method}, which can be neither trained nor unpacked; give the model that it "
                 "was made from"
             )
-        setattr(owner, FIELD, {**fields, "dequantize": True})
+        fields = {**fields, "dequantize": True}
+        _check_installed(fields, method, what)
+        setattr(owner, FIELD, fields)
     return packed
+
+
+def _check_installed(fields: Mapping[str, Any], method: str, what: str) -> None:
+    """Refuse packed weights whose library is missing. What else their quantiser dislikes is told when they are read,
+    maybe on another machine."""
+    try:
+        quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(dict(fields)), pre_quantized=True)
+        quantizer.validate_environment(device_map=None)
+    except ImportError as error:
+        raise ModelError(f"{what} is quantised by {method}: {words(error)}") from error
+    except Exception:
+        return
 
 
 def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
@@ -107,9 +126,9 @@ def _cast(model: PreTrainedModel, dtype: Any) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
-    """Refuse FP8 weights that their tiles do not divide. transformers takes the size of a tile from the number of
-    scales, and would give some of the weights the scale of their neighbours.
+def check_packed(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """Refuse weights that are not packed as the config says: plain ones, and FP8 weights that their tiles do not
+    divide.
 
     Args:
         config: the model's.
@@ -117,7 +136,19 @@ def check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> 
         what: what to call the model in an error.
 
     Raises:
-        ModelError: a weight ends within a tile; names it.
+        ModelError: names the field, or a weight that ends within a tile.
+    """
+    if not any(name.endswith(PACKING) for name in shapes):
+        raise ModelError(
+            f"{what}: its config.json says that weights are packed ({FIELD}), and the files hold plain ones, without "
+            f"scales; take {FIELD} out of config.json"
+        )
+    _check_tiles(config, shapes, what)
+
+
+def _check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """Refuse FP8 weights that their tiles do not divide. transformers takes the size of a tile from the number of
+    scales, and would give some of the weights the scale of their neighbours.
     """
     stored: Any = getattr(config, FIELD, None)
     fields = stored.to_dict() if hasattr(stored, "to_dict") else stored or {}

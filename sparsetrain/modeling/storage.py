@@ -25,6 +25,7 @@ from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
 from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.modeling.weight_files import WEIGHTS_FIELD
 from sparsetrain.modeling.weights import load_weights, read_tensors
 
 if TYPE_CHECKING:
@@ -189,8 +190,9 @@ def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: 
     """
     added = new_modules(model, attention)
     wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
+    weights = getattr(model.config, WEIGHTS_FIELD, None)
     places = {place: name for name, tensor in wanted.items() for place in _names_on_disk(model, name, tensor)}
-    saved = {places[place]: tensor for place, tensor in read_tensors(path, places.keys(), hub).items()}
+    saved = {places[place]: tensor for place, tensor in read_tensors(path, places.keys(), hub, weights).items()}
     if not saved:
         return not wanted
     for name, tensor in wanted.items():

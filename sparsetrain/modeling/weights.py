@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.registry import METHODS
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.foreign import check_weight_files
 from sparsetrain.modeling.places import HUB_ARGUMENTS, remedy
-from sparsetrain.modeling.quantized import check_tiles, finish_unpacking, unpack_when_loaded, without_scales
+from sparsetrain.modeling.quantized import check_packed, finish_unpacking, unpack_when_loaded, without_scales
+from sparsetrain.modeling.weight_files import WEIGHTS_FIELD, locate, stored_shapes, weight_files
 
 NAMED = 3
 """How many tensors a message names."""
-ROWS_COMPARED = 64
-"""Rows of an output head that are compared with those of the embedding before anything is loaded."""
+
+ROWS = 8192
+"""Of two tensors that are compared at a time."""
 
 
 def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) -> PreTrainedModel:
@@ -47,10 +48,10 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
     config = options["config"] = copy.deepcopy(options["config"])
     hub = {name: options[name] for name in HUB_ARGUMENTS & options.keys()}
     with explained(f"{what} cannot be loaded", remedy(field, path)):
-        check_weight_files(path, getattr(config, "transformers_weights", None), options.get("variant"), **hub)
+        files = check_weight_files(path, getattr(config, WEIGHTS_FIELD, None), options.get("variant"), **hub)
         packed = options.get("quantization_config") is None and unpack_when_loaded(config, what)
         if packed:
-            check_tiles(config, _stored_shapes(path, hub), what)
+            check_packed(config, stored_shapes(_located(path, files, hub)), what)
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
         # Told of what does not fit, not stopped by it: its own error names no tensor.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -60,7 +61,8 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
     if packed:
         with explained(f"{what} cannot be unpacked"):
             model = finish_unpacking(model, what)
-    _check_tied(model, what)
+    if _has_own_head(model):
+        raise ModelError(_not_tied(what))
     if broken := [tensor for tensor, weights in model.named_parameters() if not _finite(weights)]:
         raise ModelError(f"{what} holds weights that are not finite (NaN or infinity): {_some(broken)}")
     return model
@@ -68,7 +70,7 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
 
 def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: Any, *, cut: bool = False) -> None:
     """Compare what the files of a local folder say they hold with what the model of a config needs; nothing is read
-    but their headers, and a few rows of an output head that the config ties to the embedding.
+    but their headers, and an output head beside an embedding that is said to be the same.
 
     Args:
         field: what to call the model in an error.
@@ -76,18 +78,18 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         cut: whether the model is meant to have fewer layers than its checkpoint.
 
     Raises:
-        ModelError: a file is not whole or no safetensors, a tensor is missing or of another shape, or the config ties
-            embeddings that the files hold twice.
+        ModelError: a file is not whole or no safetensors, a tensor is missing or of another shape, or it is packed,
+            tied or plain against what the config says.
     """
     what, config = f"{field}={path!r}", copy.deepcopy(config)
     with explained(f"{what} cannot be loaded", remedy(field, path)):
-        named = getattr(config, "transformers_weights", None)
-        check_weight_files(path, named)
-        files = _weight_files(Path(path), named)
+        files = [Path(path) / file for file in check_weight_files(path, getattr(config, WEIGHTS_FIELD, None))]
         packed = unpack_when_loaded(config, what)
-    shapes = _shapes(files)
+        if not files:
+            raise ModelError(f"{what} holds no weights ({SAFE_WEIGHTS_NAME}, or an index of several files)")
+    shapes = stored_shapes(files)
     if packed:
-        check_tiles(config, shapes, what)
+        check_packed(config, shapes, what)
         return  # what is packed has other shapes
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(), _no_reports():
@@ -95,38 +97,13 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     model, info = loaded
     _check_complete(model, info, what, cut=cut)
-    if (pair := _tied_names(model)) and pair <= shapes.keys():
-        head, embedding = (_first_rows(files, name) for name in sorted(pair))
-        if not torch.equal(head, embedding):
-            raise _not_tied(what)
+    if _has_own_head(model) and _differ(files, *_tied_names(model, shapes)):
+        raise ModelError(_not_tied(what))
 
 
-def _weight_files(folder: Path, named: str | None) -> list[Path]:
-    """The files that transformers would read the weights of a folder from."""
-    index = folder / (named or SAFE_WEIGHTS_INDEX_NAME)
-    whole = index if index.suffix == ".safetensors" else folder / SAFE_WEIGHTS_NAME
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted({folder / file for file in shards.values()})
-
-
-def _stored_shapes(path: str, hub: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The shapes of what a checkpoint holds, local or on the Hub."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    names = {SAFE_WEIGHTS_NAME}
-    if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-    found = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in sorted(names))
-    return _shapes([Path(file) for file in found if file is not None])
-
-
-def _shapes(files: Iterable[Path]) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
-            shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    return shapes
+def _located(path: str, files: Iterable[str], hub: Mapping[str, Any]) -> list[Path]:
+    found = (locate(path, file, hub) for file in files)
+    return [file for file in found if file is not None]
 
 
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, *, cut: bool) -> None:
@@ -151,27 +128,22 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, 
         raise ModelError(f"{what} holds {len(left)} weights that the config of {name} leaves out: {_some(left)}")
 
 
-def read_tensors(path: str, names: Iterable[str], hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str, names: Collection[str], hub: Mapping[str, Any], weights: object = None
+) -> dict[str, torch.Tensor]:
     """Those of the tensors that a checkpoint holds, local or on the Hub, in one safetensors file or in several.
+
+    Args:
+        weights: the config's ``transformers_weights``, if it has one.
 
     Raises:
         ModelError: a file cannot be read.
     """
-
-    def locate(file: str) -> str | None:
-        return cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
-
     found: dict[str, torch.Tensor] = {}
     with explained(f"cannot read the weights in {path}"):
-        index, wanted = locate(SAFE_WEIGHTS_INDEX_NAME), set(names)
-        if index is None:
-            files = {SAFE_WEIGHTS_NAME} if wanted else set()
-        else:
-            shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            files = {shards[name] for name in wanted & shards.keys()}
-        for file in filter(None, map(locate, files)):
-            with safe_open(file, framework="pt") as weights:
-                found |= {name: weights.get_tensor(name) for name in wanted & set(weights.keys())}
+        for file in _located(path, weight_files(path, hub, weights) or () if names else (), hub):
+            with safe_open(file, framework="pt") as stored:
+                found |= {name: stored.get_tensor(name) for name in set(names) & set(stored.keys())}
     return found
 
 
@@ -210,35 +182,42 @@ def _beside_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[s
     return sorted(name for name in unexpected if name.rpartition(".")[0] in owners)
 
 
-def _check_tied(model: PreTrainedModel, what: str) -> None:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if _tied_names(model) and head is not None and embedding is not None and head.weight is not embedding.weight:
-        raise _not_tied(what)
-
-
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of the output head and the embedding where the config of a model ties them; otherwise nothing."""
+def _has_own_head(model: PreTrainedModel) -> bool:
+    """Whether a checkpoint gave a model, whose config ties them, an output head beside the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
     if not tied or not model._tied_weights_keys or head is None or embedding is None:
-        return set()
-    return {f"{name}.weight" for name, module in model.named_modules() if module in (head, embedding)}
+        return False
+    return head.weight is not embedding.weight
 
 
-def _not_tied(what: str) -> ModelError:
-    return ModelError(
+def _not_tied(what: str) -> str:
+    return (
         f"{what}: its config says tie_word_embeddings=true, and its weights hold an output head that is not the "
         "embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
     )
 
 
-def _first_rows(files: Iterable[Path], name: str) -> torch.Tensor:
-    for file in files:
-        with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:
-            if name in weights.keys():  # noqa: SIM118
-                rows: torch.Tensor = weights.get_slice(name)[:ROWS_COMPARED]
-                return rows
-    raise KeyError(name)
+def _tied_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """What embedding and output head are called in a checkpoint, which may put a prefix before them."""
+    wanted = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    names = [name for name, weights in model.named_parameters() if any(weights is each for each in wanted)]
+    endings = [".".join(name.split(".")[-2:]) for name in names]
+    return [name for name in stored if name.endswith(tuple(endings))]
+
+
+def _differ(files: Iterable[Path], *names: str) -> bool:
+    """Whether two tensors in safetensors files are not the same; False where there are not two. Read row by row."""
+    found = {}
+    with ExitStack() as opened:
+        for file in files:
+            stored = opened.enter_context(safe_open(file, framework="pt"))
+            found |= {name: stored.get_slice(name) for name in set(names) & set(stored.keys())}
+        if len(found) != 2:
+            return False
+        first, second = found.values()
+        rows = first.get_shape()[0]
+        return any(not torch.equal(first[i : i + ROWS], second[i : i + ROWS]) for i in range(0, rows, ROWS))
 
 
 def _finite(weights: torch.Tensor) -> bool:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparsetrain.durable import copy_files, flush, flush_all, make_way, read_bytes
-from sparsetrain.errors import CheckpointError
+from sparsetrain.errors import CheckpointError, ModelError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE
 from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE
+from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training.card import model_card
 from sparsetrain.training.merge import write_merged
@@ -79,8 +80,8 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
 def _fault(final: Path, adapters: bool) -> str | None:
     """What a folder of a trained model lacks, or which of its weights are torn; None if it is whole."""
     try:
-        weights = [WEIGHTS_FILE] if adapters else _weight_files(final)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weights = [WEIGHTS_FILE] if adapters else weight_files(str(final), {}) or [SAFE_WEIGHTS_NAME]
+    except ModelError as error:
         return f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({error})"
     described = (ADAPTER_FILE if adapters else "config.json", "tokenizer_config.json", RECORD_FILE)
     for name in (*described, *weights):
@@ -99,14 +100,6 @@ def _fault(final: Path, adapters: bool) -> str | None:
         except (OSError, SafetensorError) as error:
             return f"{name} cannot be read ({error})"
     return None
-
-
-def _weight_files(final: Path) -> list[str]:
-    index = final / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return [SAFE_WEIGHTS_NAME]
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(Path(name).name for name in names)  # what is not a text is a TypeError
 
 
 def _check_place(run: Path, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -311,6 +312,41 @@ def test_commands_refuse_what_could_not_start(command, call, folder):
     code, said = call(command)
     assert code == 2
     assert "model.path (tokenizer)" in said
+
+
+def untied(folder):
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(2048, 192).bfloat16()}))
+
+
+def same_head(folder):
+    copy = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    change_weights(folder, lambda weights: weights.update({"lm_head.weight": copy}))
+
+
+def packed(**fields):
+    return lambda folder: change(folder, "config.json", quantization_config=fields)
+
+
+@pytest.mark.parametrize("command", ["recipe validate", "plan", "doctor"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (untied, "tie_word_embeddings=true"),
+        (same_head, None),
+        (packed(quant_method="fp8"), "hold plain ones, without scales; take quantization_config out"),
+        (packed(quant_method="bitsandbytes", load_in_4bit=True), "pip install -U bitsandbytes"),
+    ],
+)
+def test_commands_refuse_weights_that_the_run_would_refuse(command, damage, reason, call, folder):
+    if "bitsandbytes" in str(reason) and find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed")
+    damage(folder)
+    code, said = call(command)
+    if reason is None:
+        assert "tie_word_embeddings" not in said
+    else:
+        assert code == 2
+        assert reason in said
 
 
 def test_doctor_names_the_fault_of_a_model(call, folder):

@@ -6,6 +6,7 @@ import builtins
 import json
 import pickle
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -291,6 +292,31 @@ def test_packed_weights_are_not_read_without_their_scales(folder):
     change(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
     save_file({**weights, f"{name}_scale": torch.ones(1, 1)}, folder / "model.safetensors", {"format": "pt"})
     refused(folder, r"holds packed weights .*up_proj\.weight_scale.* in another form than its config\.json tells of")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_plain_weights_that_the_config_calls_packed_are_told(folder, method):
+    change(folder / "config.json", quantization_config={"quant_method": method})
+    refused(folder, r"its config\.json says that weights are packed \(quantization_config\), and the files hold plain")
+
+
+def test_packed_weights_whose_library_is_missing_are_told(folder):
+    if find_spec("bitsandbytes") is not None:
+        pytest.skip("bitsandbytes is installed")
+    change(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    refused(folder, r"is quantised by bitsandbytes: .*pip install -U bitsandbytes")
+
+
+def test_the_whole_file_comes_before_an_index_for_all_weights(folder, tokens):
+    """Scorers too, which are read by ourselves: from the file that transformers reads the rest from."""
+    model = sparsetrain.sparsify(sparsetrain.load(folder), {"method": "sparsek", "topk": 4, "window": 4})
+    sparsetrain.save(model, folder)
+    right = sparsetrain.load(folder)(tokens(20)).logits
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, folder / "model-1.safetensors", {"format": "pt"})
+    places = dict.fromkeys(weights, "model-1.safetensors")
+    change(folder / "model.safetensors.index.json", metadata={}, weight_map=places)
+    assert torch.equal(sparsetrain.load(folder)(tokens(20)).logits, right)
 
 
 def test_a_bias_that_the_config_leaves_out_is_told(folder):

@@ -107,13 +107,16 @@ def test_a_final_folder_that_lacks_a_file_is_not_exported(kind, gone, request, t
         ("tokenizer.json", '{"version": '),
         ("generation_config.json", "[]"),
         ("model.safetensors.index.json", "[" * 200_000),
-        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+        ("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"a": 1}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'),
     ],
 )
 def test_a_final_folder_with_a_damaged_file_is_not_exported(finished, tmp_path, refused, name, content):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "final" / name).write_text(content)
+    if name == "model.safetensors.index.json":
+        (run / "final/model.safetensors").unlink()  # which is read first
     error = refused("export", str(run), str(tmp_path / "out"))
     assert f"{run}/final is not whole: {name}" in error
     assert not (tmp_path / "out").exists()
@@ -124,7 +127,8 @@ def test_torn_and_missing_shards_are_told(finished, tmp_path, refused):
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "model.safetensors cannot be read" in refused("export", str(finished), str(tmp_path / "out"))
     index = finished / "final/model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    weights.unlink()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     error = refused("export", str(finished), str(tmp_path / "out"))
     assert "model-00001-of-00002.safetensors is missing" in error
     index.write_text("[]")
