@@ -8,7 +8,6 @@ copy of each; on disk it is what peft calls ``modules_to_save``, and plain ``Pef
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -24,41 +23,22 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
-from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling.adapter_expressions import bound_expressions
 from sparsetrain.modeling.adapter_targets import adapter_targets, has_tied_head, norms_of
 from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparsify
+from sparsetrain.modeling.records import adapters_record, check_same_base, identity
 from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
-from sparsetrain.modeling.storage import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    load_model,
-    recorded_attention,
-    write_record,
-)
+from sparsetrain.modeling.storage import ADAPTER_FILE, load_model, write_record
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from sparsetrain.recipe.lora_section import LoraSection
     from sparsetrain.recipe.schema import ModelSection
-
-IDENTITY = (
-    "model_type",
-    "tie_word_embeddings",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-"""Fields of a base's config that its adapters record: tensors of the same shapes fit other models too."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """What a base may be loaded in."""
@@ -159,9 +139,9 @@ def save_adapters(
     if model.generation_config is not None:
         model.generation_config.to_json_file(path / GENERATION_CONFIG_NAME)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
-    section = base.model_dump(mode="json", exclude_defaults=True)
+    section = base.model_dump(mode="json")
     section["path"] = _from_anywhere(section["path"])
-    known = {"base": section["path"], "base_config": _identity(model.config), "model": section, "versions": versions}
+    known = {"base": section["path"], "base_config": identity(model.config), "model": section, "versions": versions}
     write_record(path, {**model.config.sparsetrain, **known})
 
 
@@ -190,7 +170,7 @@ def load_adapters(
     """
     path = Path(path)
     check_side_files(str(path))
-    section, attention, trained_on = _read_record(path)
+    section, attention, trained_on = adapters_record(path)
     changed: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (path / "tokenizer_config.json").is_file():
         changed["tokenizer"] = str(path)
@@ -202,7 +182,7 @@ def load_adapters(
             raise ModelError(f"dtype={dtype}: the base of adapters loads in auto, {', '.join(DTYPES)}")
     section = section.model_copy(update=changed)
     try:
-        _check_same(trained_on, _identity(load_config(section)), str(section.path))
+        check_same_base(trained_on, identity(load_config(section)), str(section.path))
         model, _ = load_model(section, attention, seed=0)
     except ModelError as error:
         raise ModelError(
@@ -222,43 +202,6 @@ def _stop_as_trained(model: PreTrainedModel, path: Path) -> None:
         model.generation_config.eos_token_id = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path / GENERATION_CONFIG_NAME} cannot be read: {first_line(error)}") from error
-
-
-def _read_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:
-    """What a folder of adapters records: its base, the attention method, and what is known of the base's config."""
-    from sparsetrain.recipe.schema import ModelSection
-
-    try:
-        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no adapter folder of sparsetrain: {RECORD_FILE}: {error}") from error
-    attention = recorded_attention(record, path / RECORD_FILE)
-    try:
-        section = ModelSection.model_validate_json(json.dumps(record.get("model")), strict=True)
-    except ValueError as error:
-        raise ModelError(
-            f"{path / RECORD_FILE} does not say which model the adapters belong to: its model is "
-            f"{record.get('model')!r:.100}; take the file from the run that wrote the folder"
-        ) from error
-    # Folders of before do not have it.
-    known = record.get("base_config", {})
-    if not isinstance(known, dict):
-        raise ModelError(f"{path / RECORD_FILE}: base_config={known!r:.100} is no mapping")
-    return section, attention, known
-
-
-def _identity(config: PreTrainedConfig) -> dict[str, Any]:
-    decoder = config.get_text_config(decoder=True)
-    fields = {name: getattr(decoder, name, None) for name in IDENTITY}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _check_same(trained_on: dict[str, Any], found: dict[str, Any], base: str) -> None:
-    # Only what both know: an older transformers may have had no such field.
-    names = [name for name in IDENTITY if name in trained_on and name in found and trained_on[name] != found[name]]
-    if names:
-        faults = (f"{name} is {found[name]!r} instead of {trained_on[name]!r}" for name in names)
-        raise ModelError(f"{base} is not the model that they were trained on, {', '.join(faults)}")
 
 
 def load_alone(path: str | Path, adapted: PreTrainedModel) -> PreTrainedModel:

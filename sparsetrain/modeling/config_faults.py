@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsetrain.modeling.boundary import nearest
 
-SIZES = (
+SHAPE = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -20,8 +20,10 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "max_position_embeddings",
 )
+"""Fields that say how large the tensors of a decoder are."""
+
+SIZES = (*SHAPE, "max_position_embeddings")
 """Fields that count something of which there is at least one."""
 
 LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "head_dim": 2**20, "hidden_size": 2**24}

@@ -17,10 +17,8 @@ from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, Layer
 from sparsetrain.modeling.cache import forget_state, keep_state
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.documents import guard_documents
+from sparsetrain.modeling.records import RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
-
-RECORD_FORMAT = 1
-"""Raised when an older sparsetrain would misread the record in a model's config."""
 
 UNSUPPORTED_INPUTS = {
     "position_bias": "adds a bias by position to the logits",

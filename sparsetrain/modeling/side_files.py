@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
+from sparsetrain.modeling.boundary import nearest
+
+OLD_ADAPTER_FIELDS = frozenset({"merge_weights"})
+"""What peft wrote once: whether adapters are merged while a model is not trained, which changes no result."""
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
@@ -65,12 +69,14 @@ def check_side_files(folder: str) -> None:
 
 
 def check_adapter_values(file: Path) -> None:
-    """Refuse values in an adapter's config that are not of the kind that peft says they are.
+    """Refuse values in an adapter's config that are not of the kind that peft says they are, and fields that peft does
+    not know: it would leave them out. A field that is null says nothing.
 
     Raises:
         ModelError: names the file, the field and the value.
     """
     from peft import LoraConfig
+    from peft import __version__ as peft_version
 
     values = read_object(file)
     kind = values.get("peft_type")
@@ -80,6 +86,13 @@ def check_adapter_values(file: Path) -> None:
         if name not in values:
             raise ModelError(f"{file} has no {name}, which peft would make up")
     hints = typing.get_type_hints(LoraConfig, include_extras=True)
+    strange = sorted(name for name in values.keys() - hints.keys() - OLD_ADAPTER_FIELDS if values[name] is not None)
+    if strange:
+        raise ModelError(
+            f"{file}: {strange[0]}={values[strange[0]]!r:.100} means nothing to peft {peft_version}"
+            f"{nearest(strange[0], hints)}; the adapters were written by peft {values.get('peft_version')!s:.40}: "
+            "upgrade peft, or take the field out if it is no setting of theirs"
+        )
     # Whole or not: what a recipe's scale makes of a rank need not be whole.
     hints["lora_alpha"] = Annotated[float, Field(gt=0, lt=2**31)]
     for name, value in values.items():

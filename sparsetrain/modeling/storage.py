@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, saved_source, take_special_tokens
-from sparsetrain.modeling.layers import RECORD_FORMAT, new_modules, sparsify
+from sparsetrain.modeling.layers import new_modules, sparsify
 from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
+from sparsetrain.modeling.records import RECORD_FILE, check_same_method, recorded_attention
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weight_files import WEIGHTS_FIELD
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsetrain.recipe.schema import ModelSection
-
-RECORD_FILE = "sparsetrain.json"
 
 
 def save(
@@ -103,6 +101,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     check_side_files(path)
     source = saved_source(path, "path", **hub, **code)
     attention = recorded_attention(source.values.get("sparsetrain"), path)
+    check_same_method(path, attention)
     config = source.config()
     source.skeleton(config, **code)
     model = load_weights(path, "path", **{"config": config, **kwargs})
@@ -216,27 +215,3 @@ def _names(record: Any, attention: MethodConfig) -> bool:
     """Whether a record, which may be anything, is of the same method."""
     section = record.get("attention") if isinstance(record, dict) else None
     return isinstance(section, dict) and section.get("method") == attention.method
-
-
-def recorded_attention(record: dict[str, Any] | None, path: str | Path) -> MethodConfig:
-    """The method that a record names: that of a model's config, or ``sparsetrain.json``.
-
-    Raises:
-        ModelError: there is no record, it is malformed, or a newer sparsetrain wrote it.
-    """
-    if record is None:
-        raise ModelError(
-            f"{path} records no attention method; load it with transformers and call sparsetrain.sparsify(model, ...)"
-        )
-    written = record.get("format", RECORD_FORMAT) if isinstance(record, dict) else None
-    if not isinstance(record, dict) or not isinstance(written, int) or isinstance(written, bool) or written < 1:
-        raise ModelError(f"the record of the attention method in {path} is damaged: it is {record!r:.100}")
-    if written > RECORD_FORMAT:
-        raise ModelError(
-            f"{path} was written by sparsetrain {record.get('version')} (format {record['format']}); this version "
-            f"({__version__}) reads format {RECORD_FORMAT}: upgrade sparsetrain"
-        )
-    try:
-        return parse_attention(record.get("attention", {}), strict=True)
-    except ModelError as error:
-        raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None

@@ -117,6 +117,24 @@ def test_load_refuses_a_record_it_does_not_understand(record, reason, saved):
         sparsetrain.load(folder)
 
 
+def test_the_two_records_of_a_folder_agree(saved):
+    folder, _ = saved
+    file = folder / "sparsetrain.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "attention": {**about["attention"], "window": 3}}))
+    with pytest.raises(
+        ModelError, match=r"sparsetrain\.json records attention=.*'window': 3.*, and config\.json beside it"
+    ):
+        sparsetrain.load(folder)
+    file.write_text("{")
+    with pytest.raises(ModelError, match=r"sparsetrain\.json is not JSON"):
+        sparsetrain.load(folder)
+    file.unlink()
+    edit_record(folder, attention={"method": "power", "block": 4, "window": 2})
+    with pytest.raises(ModelError, match=r"is damaged: attention: it has no dense_layers"):
+        sparsetrain.load(folder)
+
+
 def test_load_refuses_an_attention_implementation(saved):
     with pytest.raises(ModelError, match="attn_implementation"):
         sparsetrain.load(saved[0], attn_implementation="eager")

@@ -319,7 +319,7 @@ def test_adapters_are_refused_on_another_base_whose_shapes_fit(attention_adapter
 
     # A folder of before has no record of its base, and the tensors fit.
     record = attention_adapters / "sparsetrain.json"
-    about = json.loads(record.read_text())
+    about = {**json.loads(record.read_text()), "format": 1}
     del about["base_config"]
     record.write_text(json.dumps(about))
     sparsetrain.load(attention_adapters, base=other)
@@ -338,9 +338,9 @@ def test_the_dtype_of_adapters_is_given_as_for_a_model(attention_adapters):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ([1], "the record of the attention method in .*sparsetrain.json is damaged"),
+        ([1], r"sparsetrain\.json holds \[1\], and a JSON object is wanted there"),
         ({"format": "one"}, "the record of the attention method in .*sparsetrain.json is damaged"),
-        ({"format": 99}, "this version .* reads format 1: upgrade sparsetrain"),
+        ({"format": 99}, "this version .* reads format 2: upgrade sparsetrain"),
         ({"attention": None}, "attention=None is no mapping"),
         ({"attention": {"method": "powder"}}, "there is no 'powder'"),
         ({"model": None}, "sparsetrain.json does not say which model the adapters belong to"),
@@ -355,6 +355,21 @@ def test_a_malformed_record_is_told(attention_adapters, change, said):
         sparsetrain.load(attention_adapters)
 
 
+@pytest.mark.parametrize("lost", ["base_config", "version", "attention.sinks", "model.dtype", "base_config.head_dim"])
+def test_a_field_that_a_record_has_lost_does_not_take_its_default(attention_adapters, lost):
+    record = attention_adapters / "sparsetrain.json"
+    about = json.loads(record.read_text())
+    *outer, name = lost.split(".")
+    place = about[outer[0]] if outer else about
+    for given in (name, f"{name}x"):
+        value = place.pop(name, None)
+        if given != name:
+            place[given] = value
+        record.write_text(json.dumps(about))
+        with pytest.raises(ModelError, match=rf"sparsetrain\.json.*(it has no {name}|no field '{name}x'|{name}x)"):
+            sparsetrain.load(attention_adapters)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, which reads it first
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -362,6 +377,11 @@ def test_a_malformed_record_is_told(attention_adapters, change, said):
         ({"peft_type": "IA3"}, "peft_type='IA3'; sparsetrain loads LORA alone"),
         ({"peft_type": "ADALORA"}, "peft_type='ADALORA'; sparsetrain loads LORA alone"),
         ({"peft_type": "NONE"}, "peft_type='NONE'; sparsetrain loads LORA alone"),
+        (
+            {"use_rslor": True},
+            r"use_rslor=True means nothing to peft .*; did you mean use_rslora.*upgrade peft, or take",
+        ),
+        ({"use_what_comes_next": True}, r"use_what_comes_next=True means nothing to peft .*written by peft 0\."),
         ({"r": "four"}, r"adapter_config\.json: r='four': Input should be a valid integer"),
         ({"target_modules": 5}, r"adapter_config\.json: target_modules=5: Input should be a valid array"),
         ([], r"adapter_config\.json holds \[\], and a JSON object is wanted there"),
@@ -372,6 +392,12 @@ def test_an_adapter_config_that_is_not_ours_is_told(attention_adapters, change, 
     file.write_text(json.dumps({**json.loads(file.read_text()), **change} if isinstance(change, dict) else change))
     with pytest.raises(ModelError, match=said):
         sparsetrain.load(attention_adapters)
+
+
+def test_fields_of_other_versions_of_peft_that_change_nothing_pass(attention_adapters):
+    file = attention_adapters / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "merge_weights": False, "next_config": None}))
+    sparsetrain.load(attention_adapters)
 
 
 def test_the_base_is_recorded_by_its_absolute_path(tmp_path, arguments, pretrained, monkeypatch):

@@ -1,0 +1,154 @@
+"""What a folder records of itself: the attention method, in ``config.json`` and ``sparsetrain.json``, and of adapters
+the base. A record of today's format has all of its fields, so a field that is not there was lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from sparsetrain import __version__
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import parse_attention
+from sparsetrain.modeling.boundary import nearest
+from sparsetrain.modeling.config_faults import SHAPE
+from sparsetrain.modeling.side_files import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from sparsetrain.recipe.schema import ModelSection
+
+RECORD_FILE = "sparsetrain.json"
+RECORD_FORMAT = 2
+"""Raised when a record gains or loses a field, or an older sparsetrain would misread it."""
+
+IN_CONFIG = frozenset({"format", "version", "attention"})
+"""Fields of the record in a model's ``config.json``."""
+IN_FILE = IN_CONFIG | {"base", "versions"}
+"""Those of its ``sparsetrain.json``."""
+OF_ADAPTERS = IN_FILE | {"base_config", "model"}
+"""Those of ``sparsetrain.json`` beside adapters."""
+
+IDENTITY = ("model_type", "tie_word_embeddings", *SHAPE)
+"""Fields of a base's config that its adapters record: tensors of the same shapes fit other models too."""
+
+
+def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = IN_CONFIG) -> MethodConfig:
+    """The method that a record names: that of a model's config, or ``sparsetrain.json``.
+
+    Args:
+        record: what stands there, which may be anything.
+        path: where it stands, for the message.
+        fields: of a record of this kind.
+
+    Raises:
+        ModelError: there is no record, it is malformed, or a newer sparsetrain wrote it.
+    """
+    if record is None:
+        raise ModelError(
+            f"{path} records no attention method; load it with transformers and call sparsetrain.sparsify(model, ...)"
+        )
+    written = record.get("format", 1) if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(written, int) or isinstance(written, bool) or written < 1:
+        raise ModelError(f"the record of the attention method in {path} is damaged: it is {record!r:.100}")
+    if written > RECORD_FORMAT:
+        raise ModelError(
+            f"{path} was written by sparsetrain {record.get('version')} (format {record['format']}); this version "
+            f"({__version__}) reads format {RECORD_FORMAT}: upgrade sparsetrain"
+        )
+    try:
+        config = parse_attention(record.get("attention", {}), strict=True)
+    except ModelError as error:
+        raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None
+    if written == RECORD_FORMAT:
+        check_fields(record, fields, f"the record of the attention method in {path} is damaged")
+        check_fields(record["attention"], type(config).model_fields, f"{path} is damaged: attention")
+    return config
+
+
+def check_fields(values: Mapping[str, Any], fields: Collection[str], what: str) -> None:
+    """Refuse a mapping that has other fields than those that are always written.
+
+    Raises:
+        ModelError: names the first.
+    """
+    if lost := sorted(set(fields) - values.keys()):
+        raise ModelError(f"{what}: it has no {lost[0]}; take the file from the run that wrote the folder")
+    if strange := sorted(values.keys() - set(fields)):
+        raise ModelError(f"{what}: there is no field {strange[0]!r:.60}{nearest(strange[0], fields)}")
+
+
+def check_same_method(path: str, attention: MethodConfig) -> None:
+    """Refuse a local folder whose ``sparsetrain.json`` is damaged, or of another method than its ``config.json``.
+
+    Raises:
+        ModelError: says what it records.
+    """
+    file = Path(path) / RECORD_FILE
+    if not (file.exists() or file.is_symlink()):
+        return
+    found = recorded_attention(read_object(file), file, IN_FILE)
+    if found != attention:
+        raise ModelError(
+            f"{file} records attention={found.model_dump(mode='json')}, and config.json beside it "
+            f"{attention.model_dump(mode='json')}; take both files from the run that wrote the folder"
+        )
+
+
+def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:
+    """What a folder of adapters records: its base, the attention method, and what is known of the base's config.
+
+    Raises:
+        ModelError: there is no such record, or it is damaged.
+    """
+    from sparsetrain.recipe.schema import ModelSection
+
+    file = path / RECORD_FILE
+    try:
+        record = read_object(file)
+    except ModelError as error:
+        raise ModelError(f"{path} is no adapter folder of sparsetrain: {error}") from error
+    attention = recorded_attention(record, file, OF_ADAPTERS)
+    values = record.get("model")
+    try:
+        section = ModelSection.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(part) for part in ("model", *fault["loc"]))
+        raise ModelError(
+            f"{file} does not say which model the adapters belong to: {field}={fault['input']!r:.100}: {fault['msg']}; "
+            "take the file from the run that wrote the folder"
+        ) from error
+    # Folders of before do not have it.
+    known = record.get("base_config", {})
+    if not isinstance(known, dict):
+        raise ModelError(f"{file}: base_config={known!r:.100} is no mapping")
+    if record.get("format") == RECORD_FORMAT:
+        check_fields(record["model"], ModelSection.model_fields, f"{file} is damaged: model")
+        check_fields(known, IDENTITY, f"{file} is damaged: base_config")
+    return section, attention, known
+
+
+def identity(config: PreTrainedConfig) -> dict[str, Any]:
+    """What is recorded of a base's config."""
+    decoder = config.get_text_config(decoder=True)
+    return {name: getattr(decoder, name, None) for name in IDENTITY}
+
+
+def check_same_base(trained_on: Mapping[str, Any], found: Mapping[str, Any], base: str) -> None:
+    """Refuse another base than the one that adapters were trained on.
+
+    Raises:
+        ModelError: names what differs.
+    """
+    # Only what both know: an older transformers may have had no such field.
+    both = [name for name in IDENTITY if trained_on.get(name) is not None and found[name] is not None]
+    if names := [name for name in both if trained_on[name] != found[name]]:
+        faults = (f"{name} is {found[name]!r} instead of {trained_on[name]!r}" for name in names)
+        raise ModelError(f"{base} is not the model that they were trained on, {', '.join(faults)}")
