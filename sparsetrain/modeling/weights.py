@@ -208,7 +208,7 @@ def _tied_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
 
 def _differ(files: Iterable[Path], *names: str) -> bool:
     """Whether two tensors in safetensors files are not the same; False where there are not two. Read row by row."""
-    found = {}
+    found: dict[str, Any] = {}
     with ExitStack() as opened:
         for file in files:
             stored = opened.enter_context(safe_open(file, framework="pt"))
