@@ -10,8 +10,9 @@ import numpy as np
 
 from sparsetrain.data.chat_template import marks_generation
 from sparsetrain.data.conversation import Conversation
-from sparsetrain.data.encoding import encode, shared_prefix, tokenized
+from sparsetrain.data.encoding import encode, tokenized, tokens_up_to
 from sparsetrain.data.ending import with_end_tokens
+from sparsetrain.data.stretches import places_of
 from sparsetrain.data.turns import added
 from sparsetrain.data.unsaid import check_all_is_said
 from sparsetrain.data.values import MalformedRow
@@ -67,8 +68,7 @@ def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
         spans = _chosen_spans(conversation, tokenizer, text, spans)
     if not tokenizer.is_fast:
         input_ids = encode(tokenizer, text)
-        edges = [tuple(shared_prefix(encode(tokenizer, text[:edge]), input_ids) for edge in span) for span in spans]
-        return input_ids, [(start, stop) for start, stop in edges if start < stop]
+        return input_ids, _in_tokens(spans, text, input_ids, tokenizer)
     encoded = tokenized(tokenizer, text, offsets=True)
     starts, stops = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
     learned = np.zeros(len(starts), dtype=np.int8)
@@ -113,17 +113,19 @@ def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
     """
     whole = conversation.written(tokenizer).text
     check_all_is_said(conversation, tokenizer, whole)
+    turns = [turn for turn in range(len(conversation.messages)) if conversation.learns(turn)]
+    places = places_of(conversation, tokenizer, turns, whole)
+    spans = [span for turn, place in zip(turns, places) for span in _learned_spans(conversation, turn, whole, place)]
     input_ids = encode(tokenizer, whole)
-    targets = []
-    for turn in range(len(conversation.messages)):
-        if not conversation.learns(turn):
-            continue
-        place = added(conversation, tokenizer, turn, whole)
-        for edges in _learned_spans(conversation, turn, whole, place):
-            start, stop = (shared_prefix(encode(tokenizer, whole[:edge]), input_ids) for edge in edges)
-            if start < stop:
-                targets.append((start, stop))
-    return input_ids, targets
+    return input_ids, _in_tokens(spans, whole, input_ids, tokenizer)
+
+
+def _in_tokens(
+    spans: list[tuple[int, int]], text: str, input_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Spans of characters as spans of tokens, without those that are empty."""
+    edges = tokens_up_to(tokenizer, text, input_ids, [edge for span in spans for edge in span])
+    return [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
 
 
 def _learned_spans(conversation: Conversation, turn: int, text: str, place: tuple[int, int]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,8 @@ PIECE = 2**20
 """Characters tokenised at once. A tokenizer takes hundreds of bytes for each, and ends the process if it gets none."""
 CONTEXT = 2**12
 """Characters around a cut that show whether tokens reach over it."""
+LONG = 2**14
+"""Characters of a text that is not tokenised again from its beginning for each place in it."""
 LONGEST = 2**30
 """Characters of a document; a longer one is refused."""
 
@@ -156,6 +159,53 @@ def shared_prefix(left: Sequence[object], right: Sequence[object]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def tokens_up_to(
+    tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int], edges: Sequence[int]
+) -> list[int]:
+    """For places in a text, how many of its tokens are those of the text up to there alone.
+
+    A control token is never joined with what stands before it. So of a long text only what follows the last of them
+    before a place is tokenised again.
+
+    Args:
+        input_ids: the tokens of the whole text.
+    """
+    anchors = _anchors(tokenizer, text, input_ids) if len(text) > LONG else []
+    return [_tokens_up_to(tokenizer, text, input_ids, edge, anchors) for edge in edges]
+
+
+def _tokens_up_to(
+    tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int], edge: int, anchors: list[_Anchor]
+) -> int:
+    number = bisect_right(anchors, edge, key=lambda anchor: anchor.stop) - 1
+    place, known = (anchors[number].start, anchors[number].token) if number >= 0 else (0, 0)
+    found = encode(tokenizer, text[place:edge])
+    if number >= 0 and found[:1] != [input_ids[known]]:
+        place, known, found = 0, 0, encode(tokenizer, text[:edge])
+    return known + shared_prefix(found, input_ids[known : known + len(found)])
+
+
+class _Anchor(NamedTuple):
+    """A control token in a text: its characters, and its number among the tokens."""
+
+    start: int
+    stop: int
+    token: int
+
+
+def _anchors(tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int]) -> list[_Anchor]:
+    """The control tokens of a text; none where it cannot be told which of its characters they are."""
+    names = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not names:
+        return []
+    longest_first = sorted(names.values(), key=len, reverse=True)
+    written = list(re.finditer("|".join(map(re.escape, longest_first)), text))
+    tokens = [number for number, token in enumerate(input_ids) if token in names]
+    if [names[input_ids[number]] for number in tokens] != [match.group() for match in written]:
+        return []
+    return [_Anchor(*match.span(), number) for match, number in zip(written, tokens)]
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

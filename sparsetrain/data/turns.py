@@ -17,7 +17,7 @@ _OTHER = "\u2042"
 """Stands for words that a turn could have had instead of its own."""
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """A conversation's text, and the half-open characters of it that change with the words of one turn."""
 
     text: str
@@ -41,7 +41,7 @@ def added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: 
     # What a template writes before a first turn is no part of it.
     if whole.startswith(after) and whole.startswith(before) and (turn or not asked):
         return len(before), len(after)
-    here = _words(conversation, tokenizer, turn, whole)
+    here = words_of(conversation, tokenizer, turn, whole)
     start = _start(conversation, tokenizer, turn, before, here) if asked else here.start
     if start is None or here.start == here.stop:
         raise MalformedRow(
@@ -50,13 +50,13 @@ def added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: 
         )
     if whole.startswith(after):
         return start, len(after)
-    alone = _words(replace(conversation, messages=conversation.messages[: turn + 1]), tokenizer, turn, after)
+    alone = words_of(replace(conversation, messages=conversation.messages[: turn + 1]), tokenizer, turn, after)
     behind = whole[here.stop :]
     shared = shared_prefix(alone.text[alone.stop :], behind)
     return start, here.stop + _between_tokens(behind, shared, tokenizer)
 
 
-def _words(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> _Written:
+def words_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> Written:
     """What of ``text``, which the template made of the conversation, changes with the words of a turn."""
     messages = list(conversation.messages)
     message = messages[turn]
@@ -69,11 +69,11 @@ def _words(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn:
     changed = replace(conversation, messages=messages).written(tokenizer).text
     start = shared_prefix(text, changed)
     rest = shared_prefix(text[start:][::-1], changed[start:][::-1])
-    return _Written(text, start, len(text) - rest)
+    return Written(text, start, len(text) - rest)
 
 
 def _start(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, before: str, here: _Written
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, before: str, here: Written
 ) -> int | None:
     """Where an assistant's turn begins, behind what it is prompted with."""
     if turn and here.text.startswith(before):
@@ -88,7 +88,7 @@ def _start(
         return min(shared, here.start)
     prompt = before[len(earlier) :] if before.startswith(earlier) else ""
     # Not before the words of the turn before, whose own prompt it may be.
-    first = _words(conversation, tokenizer, turn - 1, here.text).stop if turn else 0
+    first = words_of(conversation, tokenizer, turn - 1, here.text).stop if turn else 0
     place = here.text.rfind(prompt, first, here.start) if prompt else -1
     return place + len(prompt) if place >= 0 else (None if turn else here.start)
 

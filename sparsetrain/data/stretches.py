@@ -1,0 +1,103 @@
+"""Long conversations a stretch of turns at a time, so that the time to render them grows with their length alone.
+
+What a turn adds is found by writing the conversation up to it. Done for every turn of thousands, that takes time which
+grows with the square of their number. A template writes a turn by what stands near it, by how the conversation begins,
+and by what is asked last; so a stretch is written with those alone. It counts only if all stretches together are the
+text of the whole, letter by letter, and a sample of turns comes out as in the whole conversation.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from sparsetrain.data.conversation import Conversation
+from sparsetrain.data.turns import added, words_of
+from sparsetrain.data.values import MalformedRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONG = 96
+"""Turns from which on a conversation is read in stretches."""
+ANSWERS, MARGIN = 12, 3
+"""Answers in a stretch, and on either side of it."""
+SAMPLE = 6
+"""Turns that are compared with what they are in the whole conversation."""
+
+
+class Stretch(NamedTuple):
+    """Some turns of a conversation, with what the template needs to write them as it does in the whole."""
+
+    first: int
+    """The first turn that is told by this stretch."""
+    conversation: Conversation
+    text: str
+    turns_before: int
+    """What to take from the number of a turn to have its number here."""
+    letters_before: int
+    """What to add to a place in the text to have its place in the whole."""
+
+    def added(self, tokenizer: PreTrainedTokenizerBase, turn: int) -> tuple[int, int]:
+        """:func:`added`, of a turn by its number in the whole conversation, in letters of the whole."""
+        start, stop = added(self.conversation, tokenizer, turn - self.turns_before, self.text)
+        return start + self.letters_before, stop + self.letters_before
+
+
+def places_of(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turns: list[int], whole: str
+) -> list[tuple[int, int]]:
+    """The characters of ``whole`` that each of some turns adds (:func:`added`)."""
+    if len(conversation.messages) < LONG:
+        return [added(conversation, tokenizer, turn, whole) for turn in turns]
+    places = _by_stretches(conversation, tokenizer, turns, whole)
+    return places or [added(conversation, tokenizer, turn, whole) for turn in turns]
+
+
+def _by_stretches(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turns: list[int], whole: str
+) -> list[tuple[int, int]] | None:
+    """The places, or None where stretches do not give them."""
+    try:
+        found = _stretches(conversation, tokenizer, whole)
+        if found is None:
+            return None
+        begins = [stretch.first for stretch in found]
+        places = [found[bisect_right(begins, turn) - 1].added(tokenizer, turn) for turn in turns]
+        for number in {*range(0, len(turns), max(1, len(turns) // SAMPLE)), len(turns) - 1}:
+            if places[number] != added(conversation, tokenizer, turns[number], whole):
+                return None
+    except MalformedRow:
+        return None
+    return places
+
+
+def _stretches(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, whole: str) -> list[Stretch] | None:
+    messages = conversation.messages
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        return None
+    # What comes before a stretch: the system prompt and the first question. The last question comes behind it.
+    head = roles.index("user") + 1
+    last = len(roles) - 1 - roles[::-1].index("user")
+    answers = [turn for turn in range(head, len(roles)) if roles[turn] == "assistant" != roles[turn - 1]]
+    edges = list(range(ANSWERS, len(answers) - MARGIN, ANSWERS))
+    found: list[Stretch] = []
+    place = 0
+    for begin, end in zip([0, *edges], [*edges, None]):
+        opened = begin - MARGIN > 0
+        start = answers[begin - MARGIN] if opened else 0
+        closed = end is not None and end + MARGIN < len(answers)
+        stop = answers[end + MARGIN] + 1 if closed and end is not None else len(messages)
+        around = (messages[:head] if opened else []), (messages[last : last + 2] if stop <= last else [])
+        part = replace(conversation, messages=[*around[0], *messages[start:stop], *around[1]], learned=[])
+        turns_before = start - head if opened else 0
+        text = part.written(tokenizer).text
+        first = words_of(part, tokenizer, answers[begin] - turns_before, text).start if begin else 0
+        rest = words_of(part, tokenizer, answers[end] - turns_before, text).start if end is not None else len(text)
+        if not whole.startswith(text[first:rest], place):
+            return None
+        found.append(Stretch(answers[begin] if begin else 0, part, text, turns_before, place - first))
+        place += rest - first
+    return found if place == len(whole) else None
