@@ -30,7 +30,7 @@ SECONDS = 2.0
 """Processor time for a conversation; one of more than 10 MB gets a second for each 10 MB more."""
 MEMORY = 2 * 2**30
 """Bytes that evaluating may take."""
-OWN_CHARACTERS, GROWTH = 2**20, 16
+OWN_CHARACTERS, GROWTH = 2**17, 16
 """A text longer than the first, and than so many times what it was made of, is the template's own doing."""
 
 

@@ -97,6 +97,7 @@ def test_a_template_that_cannot_be_compiled_stops_at_once(broken, told, rendered
         ("{{ (messages | length) ** (10 ** 9) }}", "takes more than 0.4 s"),
         ("{{ 'x' * 10 ** 10 }}", "more than 2 GiB of memory"),
         ("{{ 'x' * 10 ** 7 }}", "writes 10,000,... characters for a conversation of 1.."),
+        ("{{ 'x' * 300000 }}", "writes 300,0"),
         ("{{ '%9999999d' % 1 }}", "writes 10,000"),
         ("{{ '{:9999999}'.format(1) }}", "writes 10,000"),
         ("{{ 'x' | center(10 ** 7) }}", "writes 10,000"),
