@@ -8,7 +8,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 
@@ -130,18 +130,31 @@ def stdlib_files(label: str, split: str) -> list[str]:
     return [str(file) for i, file in enumerate(files) if (i % STDLIB_HELD_OUT == 0) == (split == "validation")]
 
 
-def stamped(files: list[str]) -> list[tuple[str, int, int]]:
-    """Files with their size and time of change, so that a changed file is never taken from the cache."""
-    return [(file, (status := os.stat(file)).st_size, status.st_mtime_ns) for file in map(os.path.abspath, files)]
+class Stamped(NamedTuple):
+    """A file as it is now, so that a changed one is never taken from the cache.
+
+    Copying and archiving tools set the time of modification, and nothing sets the time of change.
+    """
+
+    path: str
+    size: int
+    modified: int
+    changed: int
 
 
-def read_documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+def stamped(files: list[str]) -> list[Stamped]:
+    """Files as they are now."""
+    paths = map(os.path.abspath, files)
+    return [Stamped(path, (now := os.stat(path)).st_size, now.st_mtime_ns, now.st_ctime_ns) for path in paths]
+
+
+def read_documents(files: list[Stamped]) -> Iterator[dict[str, str]]:
     """One row a file: ``{place, text}``.
 
     Raises:
         DataError: a file is not UTF-8.
     """
-    for file, _, _ in files:
+    for file, *_ in files:
         try:
             with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as stream:
                 text = stream.read()
@@ -152,9 +165,9 @@ def read_documents(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]
         yield {"place": file, "text": text}
 
 
-def read_lines(files: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+def read_lines(files: list[Stamped]) -> Iterator[dict[str, str]]:
     """One row for each JSON value, unparsed: ``{place, text}``, place being ``file:line`` or ``file[index]``."""
-    for file, _, _ in files:
+    for file, *_ in files:
         number = 0
         try:
             # A byte that is not UTF-8 becomes \xNN, which JSON refuses: its line is malformed, the others are read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,16 @@ from sparsetrain.data.columns import (
     local_files,
     refuse_hub_settings,
 )
-from sparsetrain.data.files import Kind, find_files, is_local, read_documents, read_lines, stamped, stdlib_files
+from sparsetrain.data.files import (
+    Kind,
+    Stamped,
+    find_files,
+    is_local,
+    read_documents,
+    read_lines,
+    stamped,
+    stdlib_files,
+)
 from sparsetrain.data.forms import RowForm, resolve_form, takes_template
 from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
@@ -115,6 +125,17 @@ def _name_damage(source: DataSource) -> None:
             intact(source.label, kind, files, skip=False, whole=True)
 
 
+def files_of(source: DataSource) -> list[str] | None:
+    """The files of a source; None of a Hub dataset.
+
+    Raises:
+        DataError: there are none, or they are of no kind that is read.
+    """
+    if not _is_on_disk(source):
+        return None
+    return stdlib_files(source.label, source.split) if source.path == STDLIB else local_files(source)[1]
+
+
 def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> tuple[Layout, Callable[[], Any]]:
     assert source.path is not None
     kind: Kind
@@ -135,7 +156,10 @@ def _table(
     shards = intact(source.label, kind, files, skip=skip_damaged, whole=False)
 
     def load() -> Any:
-        return _loaded(source, kind, data_files={"train": shards}, split="train", streaming=streaming)
+        # The library knows a file by its path and the time of modification alone.
+        name = hashlib.sha256(repr(stamped(shards)).encode()).hexdigest()[:16]
+        data_files = {"train": shards}
+        return _loaded(source, kind, name=name, data_files=data_files, split="train", streaming=streaming)
 
     def load_intact() -> Any:
         nonlocal shards
@@ -170,7 +194,7 @@ def _loaded(source: DataSource, *args: Any, **kwargs: Any) -> Any:
         raise _unreadable(source, problem) from problem
 
 
-def _generated(source: DataSource, layout: Layout, files: list[tuple[str, int, int]], streaming: bool) -> Any:
+def _generated(source: DataSource, layout: Layout, files: list[Stamped], streaming: bool) -> Any:
     generate = read_lines if layout == "lines" else read_documents
     features = datasets.Features({"place": datasets.Value("string"), "text": datasets.Value("large_string")})
     kind = datasets.IterableDataset if streaming else datasets.Dataset

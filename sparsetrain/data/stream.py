@@ -17,6 +17,7 @@ from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.position import Position, read_position
 from sparsetrain.data.preview import preview
 from sparsetrain.data.randomness import generator, uniform
+from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ WINDOW_ROWS = 32
 """Rows' worth of documents packed together. More fill rows better; fewer are quicker to draw again on resume."""
 BARREN_DRAWS = 10_000
 """Draws in a row that may give no row before the stream gives up."""
+
+_BY_SOURCE = ("pieces in each source", "tokens of each source")
 
 
 class DocumentSource(Protocol):
@@ -49,7 +52,7 @@ class DocumentSource(Protocol):
 
     @property
     def content(self) -> str | None:
-        """Equal for equal documents, wherever they lie; None for a synthetic source or a stream, which cannot know."""
+        """Equal for equal documents, wherever they lie; None for a synthetic source or a stream that cannot know."""
 
     def first(self) -> Tokens | None:
         """Its first document, whatever was drawn; None where none can be read."""
@@ -169,6 +172,12 @@ class RowStream:
         mine, theirs = self._mixture(), saved.mixture
         changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if changed:
+            if changed[0] in _BY_SOURCE and (other := self._other_sources(mine[changed[0]], theirs.get(changed[0]))):
+                raise DataError(
+                    f"the rows of data source {listed(other)} are others than those that this run was trained on "
+                    f"({changed[0]} {theirs.get(changed[0])}, now {mine.get(changed[0])}); bring the data of that run "
+                    "back to resume it, or start a run of its own with the new data"
+                )
             raise DataError(
                 f"the data position to resume from was saved with {changed[0]} {theirs.get(changed[0])}, and the "
                 f"recipe now gives {mine.get(changed[0])}; resume with the recipe and the data of that run"
@@ -263,6 +272,11 @@ class RowStream:
             pieces = source.draw()
         return pieces, bool(source.size) and self._mapped_draws % self._epoch == 0
 
+    def _other_sources(self, mine: list[Any], theirs: Any) -> list[str]:
+        if not isinstance(theirs, list) or len(theirs) != len(mine):
+            return []
+        return [source.label for source, now, then in zip(self._sources, mine, theirs) if now != then]
+
     def _position(self) -> dict[str, Any]:
         return {
             "rows": self.given,
@@ -278,7 +292,7 @@ class RowStream:
             "sequence.length": self._row_length,
             "sequence.packing": self._packing,
             "data.long_documents": self._long_documents,
-            "pieces in each source": [source.size for source in self._sources],
-            "tokens of each source": [source.content for source in self._sources],
+            _BY_SOURCE[0]: [source.size for source in self._sources],
+            _BY_SOURCE[1]: [source.content for source in self._sources],
             "cumulative weights": self._shares,
         }

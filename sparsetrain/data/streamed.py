@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.data.content import content_of_files
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, cut
 from sparsetrain.data.position import Streamed, read_position
-from sparsetrain.data.sources import open_source, rows_of
+from sparsetrain.data.sources import files_of, open_source, rows_of
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
 
@@ -41,7 +43,6 @@ class StreamedSource:
     """
 
     size = None
-    content = None
 
     def __init__(
         self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, row_length: int
@@ -70,6 +71,12 @@ class StreamedSource:
         self._barren: list[int] = []
         """The latest rows without a piece that is worth a place in a row."""
         self._rewind()
+
+    @cached_property
+    def content(self) -> str | None:
+        """Equal for local files that look the same: their sizes, and a sample of each. None for a Hub dataset."""
+        files = files_of(self._source)
+        return None if files is None else content_of_files(files)
 
     @property
     def form(self) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sparsetrain.errors import DataError
@@ -127,9 +130,43 @@ def test_a_state_of_another_recipe_is_refused(change, message, mixtures, stream)
         stream(*sources, **{"length": length, **change}).load_state_dict(state)
 
 
+def _same_from_outside(path, kind, words):
+    """Write a file whose size and time of modification do not show what is in it."""
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": words}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+    os.utime(path, ns=(10**18, 10**18))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_that_changed_are_read_anew_and_a_state_of_the_old_ones_is_refused(kind, streaming, stream, tmp_path):
+    path = tmp_path / f"data.{kind}"
+    source = {"path": str(path), "streaming": streaming}
+    _same_from_outside(path, kind, ["aaaa", "bbbb", "cccc"])
+    rows = stream(source, length=5)
+    next(rows)
+    state = rows.state_dict()
+    _same_from_outside(path, kind, ["aaaa", "bbbb", "zzzz"])
+    changed = stream(source, length=5)
+    assert any(ord("z") - ord("!") in next(changed).input_ids for _ in range(3))
+    with pytest.raises(DataError, match=rf"the rows of data source '.*data\.{kind}' are others than those that"):
+        stream(source, length=5).load_state_dict(state)
+    _same_from_outside(path, kind, ["aaaa", "bbbb", "cccc", "dddd"])
+    with pytest.raises(DataError, match="are others than those that"):
+        stream(source, length=5).load_state_dict(state)
+    # The same rows elsewhere are the same data.
+    moved = tmp_path / f"moved.{kind}"
+    _same_from_outside(moved, kind, ["aaaa", "bbbb", "cccc"])
+    resumed = stream({**source, "path": str(moved)}, length=5)
+    resumed.load_state_dict(state)
+    assert next(resumed).input_ids.tolist() == next(rows).input_ids.tolist()
+
+
 def test_a_state_of_other_data_is_refused(mixtures, stream, write_jsonl):
     sources, length = mixtures["mapped"]
     state = stream(*sources, length=length).state_dict()
     fewer = {"path": write_jsonl([{"text": "words"}] * 3, "fewer.jsonl")}
-    with pytest.raises(DataError, match=r"pieces in each source \[82\], and the recipe now gives \[3\]"):
+    with pytest.raises(DataError, match=r"fewer.jsonl' are others.*pieces in each source \[82\], now \[3\]"):
         stream(fewer, length=length).load_state_dict(state)
