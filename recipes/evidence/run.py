@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
-from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent

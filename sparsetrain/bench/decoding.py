@@ -16,7 +16,7 @@ from sparsetrain.bench.contenders.base import Contender
 from sparsetrain.bench.measure import captured, copy_gbps, explain
 from sparsetrain.bench.problem import DEVIATION, Shape
 from sparsetrain.bench.table import ComparedRow, Panel, Report, number
-from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.patterns import FullPattern, PowerPattern
 
 

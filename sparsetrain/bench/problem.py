@@ -11,7 +11,7 @@ import torch
 from sparsetrain_kernels import block_pattern_attention_dense, selected_attention_dense, sparsek_threshold
 from torch import Tensor
 
-from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.patterns import PowerPattern
 
 SHORTEST_DOCUMENT = 64

@@ -8,7 +8,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsetrain.evaluation.result import EvalResult, PasskeyResult
-from sparsetrain.patterns import FullPattern, Pattern
+from sparsetrain.patterns import Pattern
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,9 +148,7 @@ def draw_attention(figure: Any, attention: MethodConfig, length: int, num_layers
     Raises:
         ModelError: ``dense_layers`` names a layer that the model does not have.
     """
-    pattern = attention.pattern(num_kv_heads)
-    if attention.method == "full":
-        pattern = FullPattern(block=max(1, length // 64))
+    pattern = attention.pattern_drawn(length, num_kv_heads)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
     if pattern is None:
         _say_instead(left, f"{attention.method} learns what to read: there is no fixed pattern to draw")

@@ -1,13 +1,21 @@
-"""What every attention method shares: its recipe section, and the object a layer calls instead of dense attention."""
+"""The seam of a method: its section of a recipe, and the object a layer calls instead of dense attention.
+
+What a run would otherwise get silently wrong is abstract: pattern, costs, density, attention and its oracle. A class
+that names a method and lacks one of them is refused where it is defined. docs/adding-a-method.md has examples.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Unpack
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, Unpack, get_origin
 
 from pydantic import Field, PositiveInt, model_validator
 
 from sparsetrain.errors import ModelError
+from sparsetrain.methods.costs import AttentionCosts, LayerShape
+from sparsetrain.methods.fit import LayerFit
+from sparsetrain.methods.memory import Memory
 from sparsetrain.section import Section
 
 if TYPE_CHECKING:
@@ -73,6 +81,12 @@ class MethodConfig(Section, ABC):
                 )
         return {layer % num_layers for layer in self.dense_layers}
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if get_origin(cls.model_fields["method"].annotation) is Literal and cls.__abstractmethods__:
+            raise TypeError(f"{cls.__name__} names a method but lacks {', '.join(sorted(cls.__abstractmethods__))}")
+
     @abstractmethod
     def pattern(self, num_kv_heads: int = 1) -> Pattern | None:
         """The static block pattern of this method, or None where it has none (full attention, learned selections).
@@ -84,31 +98,49 @@ class MethodConfig(Section, ABC):
     def build(self, num_kv_heads: int = 1) -> Method:
         """The object that attends for the layers using this method; ``num_kv_heads`` as in :meth:`pattern`."""
 
+    @abstractmethod
+    def costs(self, shape: LayerShape) -> AttentionCosts:
+        """What ``sparsetrain plan`` counts of one layer in training."""
 
-class DecodeState(ABC):
-    """What one layer keeps of the past in generation, for a method that needs no cache of all keys and values."""
+    def pattern_drawn(self, length: int, num_kv_heads: int = 1) -> Pattern | None:
+        """The pattern that pictures of ``length`` tokens show; None where there is none to draw."""
+        return self.pattern(num_kv_heads)
 
     @property
-    @abstractmethod
-    def rows(self) -> int:
-        """Rows of the batch; 0 before the first tokens."""
+    def waits_for_fit(self) -> bool:
+        """Layers have weights that are fitted to text before step 1 (:meth:`Method.fit`)."""
+        return False
 
-    @property
-    @abstractmethod
-    def started(self) -> bool:
-        """Every row of the batch has read a token."""
+    def settled(self) -> Self:
+        """This config as it is at the end of its schedule over the steps of a run."""
+        return self
 
-    @abstractmethod
-    def reset(self) -> None:
-        """Forget everything."""
+    def heads_fault(self, num_kv_heads: int) -> str | None:
+        """Why ranks cannot share out a layer's heads (``sequence.parallel``), and what to set; None if they can."""
+        pattern = self.pattern(num_kv_heads)
+        if pattern is None or not pattern.per_head:
+            return None
+        return f"attention.method={self.method} gives each head its own pattern by its number in the model; set it to 1"
 
-    @abstractmethod
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows of the batch (int64), in this order; a row may come more than once."""
+    def training_fault(self) -> str | None:
+        """Why a run cannot train the new modules alone, and what to set (``train.parameters: new_modules``)."""
+        return None
+
+
+class Expected(NamedTuple):
+    """What a layer should have answered at some rows of a packed row."""
+
+    rows: torch.Tensor
+    """int64 ``[R]``."""
+    output: torch.Tensor
+    """fp64 ``[1, Hq, R, D]``."""
 
 
 class Method(ABC):
     """How one method attends. Built once a model from its config and shared by all the layers that use it."""
+
+    dense: ClassVar[bool] = False
+    """:meth:`attend` is full attention: there is no sparse layer to check before step 1."""
 
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
     """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes: tensors
@@ -135,30 +167,21 @@ class Method(ABC):
         model dense in the middle of a run must not cost it what it has learned.
         """
 
-    def new_state(self) -> DecodeState | None:
+    def memory(self) -> Memory | None:
         """The memory of one layer for generation, or None for a method that reads a cache of all keys and values."""
         return None
 
-    def attend_with_state(
-        self,
-        layer: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        state: Any,
-        starts: list[int] | None,
-        **options: Any,
-    ) -> torch.Tensor:
-        """:meth:`attend` for methods with a :meth:`new_state`: what is not in the arguments is in ``state``, and the
-        new tokens join it.
+    def fit(self, layer: nn.Module) -> LayerFit | None:
+        """What fits the layer's new modules to text before training; None where there is nothing to fit."""
+        return None
 
-        Args:
-            key, value: ``[B, Hkv, N, D]``, of the N new tokens only.
-            state: what :meth:`new_state` made for this layer.
-            starts: of each row, how many of the new tokens are padding on its left; None where none are.
-        """
-        raise NotImplementedError(f"{type(self).__name__} keeps no state")
+    def needs_fit(self, layer: nn.Module) -> bool:
+        """The layer has weights that still wait for :meth:`fit`."""
+        return False
+
+    def fit_tokens(self, lengths: Sequence[int]) -> int:
+        """How many tokens of a row with documents of these lengths a fit learns from."""
+        return sum(lengths)
 
     def begin_step(self, step: int, steps: int) -> None:  # noqa: B027 (most methods have no schedule)
         """Told before every optimizer step: the 0-based ``step`` of a run of ``steps``."""
@@ -172,9 +195,9 @@ class Method(ABC):
         was read after it had left the window, int32 ``[heads, N]``. What a run draws as ``selection.png``."""
         return {}
 
+    @abstractmethod
     def density(self, length: int) -> float:
         """Share of the causal pairs of ``length`` tokens that are attended."""
-        return 1.0
 
     @abstractmethod
     def attend(
@@ -200,3 +223,35 @@ class Method(ABC):
         Returns:
             ``[B, Hq, N, D]`` in the query's dtype.
         """
+
+    @abstractmethod
+    def expected(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        document: slice,
+        **options: Unpack[AttentionOptions],
+    ) -> Expected:
+        """The oracle: what :meth:`attend` should have returned for one document of a packed row, in fp64.
+
+        Before step 1 every run compares its first sparse layer with this. It follows the definition of the method,
+        row by row if need be, and shares no kernel with :meth:`attend`.
+
+        Args:
+            query: ``[1, Hq, N, D]``.
+            key, value: ``[1, Hkv, N, D]``.
+            document: the rows of the document.
+            options: those of the call.
+
+        Returns:
+            As many rows as are affordable, and what they should be.
+        """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        lacking = sorted(name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False))
+        if lacking:
+            raise TypeError(f"{cls.__name__} is a method but lacks {', '.join(lacking)}")

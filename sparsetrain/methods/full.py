@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.methods.base import Expected, Method, MethodConfig
+from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
 
 if TYPE_CHECKING:
     import torch
     from sparsetrain_kernels.inputs import AttentionOptions
     from torch import nn
+
+    from sparsetrain.patterns import Pattern
+
+RATE = AttentionRate(forward=(605e12, 463e12), backward=(540e12, 425e12))
+"""SDPA with cuDNN at 32,768 tokens (heads of 128: 14.5 ms forward, 55.1 both) and 131,072 (heads of 64: 152, 566); one
+H200, bf16, 2026-11-24, by the commands in docs/performance.md."""
+
+BYTES = 8.06
+"""Bytes for each element of the queries: 4,128 MiB for 131,072 tokens of 32 heads of 128 (cuDNN), at every length."""
+
+CHECKED_TOKENS = 2048
+"""How far into a document the oracle goes; its mask grows with the square."""
 
 
 class FullConfig(MethodConfig):
@@ -26,9 +39,25 @@ class FullConfig(MethodConfig):
         """Dense attention."""
         return FullMethod()
 
+    def costs(self, shape: LayerShape) -> AttentionCosts:
+        """Those of cuDNN's kernels."""
+        return AttentionCosts(RATE, BYTES * shape.heads * shape.head_dim, 0.0, False, NO_PARAMETERS)
+
+    def pattern_drawn(self, length: int, num_kv_heads: int = 1) -> Pattern:
+        """All earlier blocks, about 64 of them."""
+        from sparsetrain.patterns import FullPattern
+
+        return FullPattern(block=max(1, length // 64))
+
 
 class FullMethod(Method):
     """Attends to every earlier token."""
+
+    dense = True
+
+    def density(self, length: int) -> float:
+        """All causal pairs."""
+        return 1.0
 
     def attend(
         self,
@@ -42,3 +71,24 @@ class FullMethod(Method):
         from sparsetrain_kernels.dense import causal_attention
 
         return causal_attention(query, key, value, **options)
+
+    def expected(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        document: slice,
+        **options: Unpack[AttentionOptions],
+    ) -> Expected:
+        """See :meth:`Method.expected`: with a mask over all pairs, at the first tokens of the document."""
+        import torch
+        from sparsetrain_kernels import causal_attention_dense
+
+        stop = min(document.stop, document.start + CHECKED_TOKENS)
+        rows = torch.arange(document.start, stop, device=query.device)
+        q, k, v = (tensor[:, :, rows].double() for tensor in (query, key, value))
+        scale, softcap, sinks = options.get("scale"), options.get("softcap"), options.get("sink_logits")
+        out, _ = causal_attention_dense(q, k, v, scale=scale, softcap=softcap, sink_logits=sinks)
+        return Expected(rows, out)

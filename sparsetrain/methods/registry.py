@@ -16,7 +16,7 @@ from sparsetrain.methods.full import FullConfig
 from sparsetrain.methods.longnet import LongNetConfig
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.sliding import SlidingConfig
-from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.stride import StrideConfig
 
 AttentionConfig = Annotated[

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Unpack
 
-from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.methods.base import Expected, Method, MethodConfig
+from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
 from sparsetrain.section import Tokens
 
 if TYPE_CHECKING:
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparsetrain.patterns import Pattern
+
+# Measured on one H200 in bf16, 2026-11-24, by the commands in docs/performance.md.
+HOPPER_RATE = AttentionRate(forward=(578e12, 430e12), backward=(420e12, 384e12))
+"""Block patterns with our Hopper kernels at 131,072 tokens: heads of 128 9.99 ms forward, 44.0 both; of 64 6.71 and
+25.5."""
+
+TRITON_RATE = AttentionRate(forward=(374e12, 278e12), backward=(279e12, 255e12))
+"""The plain Triton kernels on the same problem: 15.4 ms forward, 66.5 both; heads of 64 scaled as HOPPER_RATE."""
+
+BYTES = 32.0
+"""Bytes for each token and query head: 128 MiB for 131,072 tokens of 32 heads, at every length."""
+
+HOPPER_SUMS = (4.0, 2.0**31)
+"""Bytes for each element of the queries that the Hopper kernels add up in backward, heads of 128; and at most."""
+
+CHECKED_TOKENS = 2048
+"""How far into a document the oracle goes; its mask grows with the square."""
 
 
 class StaticConfig(MethodConfig):
@@ -29,6 +47,15 @@ class StaticConfig(MethodConfig):
     def build(self, num_kv_heads: int = 1) -> StaticMethod:
         """The method that attends along :meth:`pattern`."""
         return StaticMethod(self.pattern(num_kv_heads))
+
+    def costs(self, shape: LayerShape) -> AttentionCosts:
+        """Those of the block pattern kernels, whatever the pattern: its density is counted apart."""
+        each, most = HOPPER_SUMS
+        sums = 0.0
+        if shape.hopper and shape.head_dim == 128:
+            sums = min(each * shape.heads * shape.head_dim, most / shape.tokens)
+        rate = HOPPER_RATE if shape.hopper else TRITON_RATE
+        return AttentionCosts(rate, BYTES * shape.heads + sums, 0.0, False, NO_PARAMETERS)
 
 
 class StaticMethod(Method):
@@ -53,3 +80,24 @@ class StaticMethod(Method):
         from sparsetrain_kernels.block_pattern import block_pattern_attention
 
         return block_pattern_attention(query, key, value, self.pattern, **options)
+
+    def expected(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        document: slice,
+        **options: Unpack[AttentionOptions],
+    ) -> Expected:
+        """See :meth:`Method.expected`: the pattern as a mask, at the first tokens of the document."""
+        import torch
+        from sparsetrain_kernels import block_pattern_attention_dense
+
+        stop = min(document.stop, document.start + CHECKED_TOKENS)
+        rows = torch.arange(document.start, stop, device=query.device)
+        q, k, v = (tensor[:, :, rows].double() for tensor in (query, key, value))
+        scale, softcap, sinks = options.get("scale"), options.get("softcap"), options.get("sink_logits")
+        out, _ = block_pattern_attention_dense(q, k, v, self.pattern, scale=scale, softcap=softcap, sink_logits=sinks)
+        return Expected(rows, out)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsetrain.modeling.calibrate import calibrate_scorers
 from sparsetrain.modeling.configs import check_dropout, check_positions, load_config
+from sparsetrain.modeling.fit import fit_method
 from sparsetrain.modeling.head import balance_factor, has_plain_head
 from sparsetrain.modeling.layers import attention_density, sparse_layers, sparsify
 from sparsetrain.modeling.storage import load, load_model, save
@@ -11,9 +11,9 @@ from sparsetrain.modeling.storage import load, load_model, save
 __all__ = [
     "attention_density",
     "balance_factor",
-    "calibrate_scorers",
     "check_dropout",
     "check_positions",
+    "fit_method",
     "has_plain_head",
     "load",
     "load_config",

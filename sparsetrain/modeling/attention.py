@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.base import DecodeState, Method
+from sparsetrain.methods.base import Method
+from sparsetrain.methods.memory import Memory
 from sparsetrain.modeling.documents import documents_of, explicit_documents
 from sparsetrain.modeling.mask import MaskRequest, mask_of_requests, received
 from sparsetrain.modeling.ulysses import Ulysses
@@ -118,7 +119,7 @@ def attention_forward(
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
     packed: bool = False,
-    sparsetrain_state: DecodeState | None = None,
+    sparsetrain_memory: Memory | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' ``AttentionInterface`` calls it.
@@ -133,7 +134,7 @@ def attention_forward(
         softcap: soft cap of the logits (Gemma-2).
         s_aux: ``[Hq]`` learned sink logits (gpt-oss).
         packed: the model's mask keeps documents apart, so there must be some.
-        sparsetrain_state: what the layer remembers in place of a cache, from :mod:`sparsetrain.modeling.cache`;
+        sparsetrain_memory: what the layer remembers in place of a cache, from :mod:`sparsetrain.modeling.cache`;
             then ``M == N``.
         kwargs: ``cu_seqlens`` (int32 ``[documents + 1]``; transformers' ``cu_seq_lens_q`` means the same) or else
             ``position_ids`` tell the documents of a packed row apart: a new one starts where the position is not the
@@ -176,9 +177,11 @@ def attention_forward(
         if plan.window is not None:
             _check_cache_is_whole(plan, query, key, attention_mask, kwargs.get("position_ids"))
 
-    if sparsetrain_state is not None and plan.method is not None:
-        attend = partial(plan.method.attend_with_state, module, state=sparsetrain_state, **settings, **extra)
-        out = _attend_remembering(attend, sparsetrain_state, query, key, value, attention_mask, kwargs, module.training)
+    if sparsetrain_memory is not None:
+        attend = partial(sparsetrain_memory.attend, module, **settings, **extra)
+        out = _attend_remembering(
+            attend, sparsetrain_memory, query, key, value, attention_mask, kwargs, module.training
+        )
     elif attention_mask is not None:
         out = _attend_padded(attend, query, key, value, extra, attention_mask, kwargs, training=module.training)
     else:
@@ -280,7 +283,7 @@ def _real_tokens(
 
 def _attend_remembering(
     attend: Attend,
-    state: DecodeState,
+    memory: Memory,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -292,7 +295,7 @@ def _attend_remembering(
     tokens = query.shape[2]
     starts = None
     # In generation, a row that has begun has no more padding: nothing has to be read from the device.
-    if mask is not None and not (tokens == 1 and state.started):
+    if mask is not None and not (tokens == 1 and memory.started):
         width = mask.shape[-1]
         first, last = _real_tokens(mask, tokens, width, kwargs, training=training)
         starts = [max(0, start - (width - tokens)) for start in first]

@@ -14,7 +14,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, LayerPlan
-from sparsetrain.modeling.cache import forget_state, keep_state
+from sparsetrain.modeling.cache import drop_memory, keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.documents import guard_documents
 from sparsetrain.modeling.records import RECORD_FORMAT
@@ -75,12 +75,12 @@ def put_method(module: nn.Module, plan: LayerPlan) -> None:
     """Put a layer's plan in the place of the one it had."""
     old: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
     if old is not None and old.method is not None:
-        forget_state(module)
+        drop_memory(module)
         old.method.detach(module)
     setattr(module, PLAN_ATTRIBUTE, plan)
     if plan.method is not None:
         plan.method.attach(module, plan.index)
-        keep_state(module, plan.method)
+        keep_memory(module, plan.method)
 
 
 def sparse_layers(model: nn.Module) -> list[tuple[int, nn.Module, Method | None]]:

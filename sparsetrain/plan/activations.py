@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsetrain.plan.measured import BLOCKS_BYTES, BLOCKS_SUMS, DENSE_BYTES, SPARSEK_BYTES, SPARSEK_KNEE
 from sparsetrain.plan.setting import Setting
 
 _LIGER_LOSS_ROUNDING = 2
@@ -46,19 +45,21 @@ def layer_bytes(setting: Setting) -> LayerBytes:
     shape, parameters, tokens, e = setting.shape, setting.parameters, setting.tokens, setting.element
     hidden, q, kv, wide = shape.hidden, shape.q_width, setting.kv_width, shape.intermediate
     full, adapted = parameters.trains_matrices, parameters.targets
-    scored = parameters.scorers > 0 or (setting.recipe.attention.method == "sparsek")
+    method = setting.attention
     liger = setting.liger
 
     # Norm: an fp32 copy of its input (Liger: the input itself), and where its weight is trained what it multiplies.
     norm = e * hidden if liger else 4 * hidden + (e * hidden if parameters.trains_norms else 0)
     norm_backward = 4 * hidden if liger else 20 * hidden
-    into_attention = e * hidden if full or scored or adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    into_attention = (
+        e * hidden if full or method.keeps_input or adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
+    )
     into_mlp = e * hidden if full or adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0
     heads_norm = (e if liger else 4) * (q + kv) if shape.qk_norm else 0
     if shape.qk_norm and parameters.trains_norms and not liger:
         heads_norm += e * (q + kv)
     log_sum_exp = 4 * shape.heads
-    result = e * q + log_sum_exp + (24 * shape.kv_heads if scored else 0)
+    result = e * q + log_sum_exp + method.saved_bytes
     attention = heads_norm + e * (q + 2 * kv) + result
     before_mlp = norm + into_attention + attention + norm + into_mlp
     # Gate and up, the activated gate, and what goes into the last projection where that needs it.
@@ -128,15 +129,7 @@ def rotary_bytes(setting: Setting) -> float:
 
 def _attention_extra(setting: Setting) -> float:
     """Bytes a token that the attention operation itself needs in backward, of the dearest kind of layer."""
-    shape, method = setting.shape, setting.recipe.attention.method
-    dense = DENSE_BYTES * shape.q_width if setting.dense_layers else 0.0
-    if setting.dense_layers == shape.layers:
+    dense = setting.dense_attention.backward_bytes if setting.dense_layers else 0.0
+    if setting.dense_layers == setting.shape.layers:
         return dense
-    if method == "sparsek":
-        growing, lasting = SPARSEK_BYTES
-        row = setting.recipe.sequence.length
-        per_head = max(min(growing, growing * SPARSEK_KNEE / row), lasting) * shape.head_dim / 128
-        return max(dense, per_head * shape.heads)
-    each, most = BLOCKS_SUMS
-    sums = min(each * shape.q_width, most / setting.tokens) if setting.device.hopper and shape.head_dim == 128 else 0.0
-    return max(dense, BLOCKS_BYTES * shape.heads + sums)
+    return max(dense, setting.attention.backward_bytes)

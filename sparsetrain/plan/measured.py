@@ -1,12 +1,11 @@
-"""Every number of a plan that was measured rather than derived, with where it comes from.
+"""Every number of a plan that was measured rather than derived, with where it comes from; but for those of an attention
+method, which are beside it (``costs`` in sparsetrain/methods).
 
 All on one NVIDIA H200 in bf16, 2026-11-24, by the commands in docs/performance.md unless said otherwise. For another
 card the rates are scaled by its peak and its bandwidth.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: blocks of 64 with an 8-bit scale, whose own scales cover 256 blocks (QLoRA, 2305.14314)."""
@@ -45,44 +44,3 @@ HOST_OPTIMIZER = 25e9
 
 HOST_LINK = 40e9
 """Bytes a second between a GPU and host memory, pinned (PCIe 5 x16). An allowance, not measured."""
-
-
-@dataclass(frozen=True)
-class AttentionRate:
-    """Rates of one attention implementation at head dims 128 and 64, and its memory."""
-
-    forward: tuple[float, float]
-    """FLOP/s over visible pairs, heads of 128 and of 64."""
-    backward: tuple[float, float]
-    """The same for backward, counted as 2.5 times forward."""
-
-
-DENSE = AttentionRate(forward=(605e12, 463e12), backward=(540e12, 425e12))
-"""SDPA with cuDNN at 32,768 tokens (heads of 128: 14.5 ms forward, 55.1 both) and 131,072 (heads of 64: 152, 566)."""
-
-BLOCKS = AttentionRate(forward=(578e12, 430e12), backward=(420e12, 384e12))
-"""Block patterns with our Hopper kernels at 131,072 tokens: heads of 128 9.99 ms forward, 44.0 both; of 64 6.71 and
-25.5."""
-
-BLOCKS_PLAIN = AttentionRate(forward=(374e12, 278e12), backward=(279e12, 255e12))
-"""The plain Triton kernels on the same problem: 15.4 ms forward, 66.5 both; heads of 64 scaled as BLOCKS."""
-
-SPARSEK = AttentionRate(forward=(210e12, 158e12), backward=(228e12, 209e12))
-"""SparseK, selection included, at 131,072 tokens, heads of 128. Heads of 64 were not measured: scaled as BLOCKS."""
-
-# Memory that an attention call needs beyond its inputs, its output and their gradients.
-DENSE_BYTES = 8.06
-"""Bytes for each element of the queries: 4,128 MiB for 131,072 tokens of 32 heads of 128 (cuDNN), at every length."""
-
-BLOCKS_BYTES = 32.0
-"""Bytes for each token and query head: 128 MiB for 131,072 tokens of 32 heads, at every length."""
-
-BLOCKS_SUMS = (4.0, 2.0**31)
-"""Bytes for each element of the queries that the Hopper kernels add up in backward, heads of 128; and at most."""
-
-SPARSEK_BYTES = (422.0, 126.0)
-"""Bytes for each token and query head of 128: 422 MiB for 32,768 tokens of 32 heads. From there on the memory stays
-until 126 bytes a token are more: 528 MiB for 131,072 tokens, 2,115 MiB for 524,288."""
-
-SPARSEK_KNEE = 32768
-"""Tokens up to which SparseK's memory grows at the first of those rates."""

@@ -83,8 +83,8 @@ def notes(plan: Plan) -> list[str]:
             f"{setting.dense_layers} of {setting.shape.layers} layers stay dense; a step is "
             f"{plan.dense_time.seconds / plan.time.seconds:.2f} times as fast as with dense attention in all of them."
         )
-    if getattr(setting.recipe.attention, "topk_start", None):
-        lines.append("Time is for the final topk; the warm-up from topk_start takes longer.")
+    if setting.attention.note is not None:
+        lines.append(setting.attention.note)
     if plan.time.seconds / setting.batch.accumulation < SHORT:
         lines.append("Passes this short wait for the host, which is not counted: expect longer ones.")
     return lines

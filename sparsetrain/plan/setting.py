@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.methods.costs import AttentionCosts, LayerShape
+from sparsetrain.methods.full import FullConfig
 from sparsetrain.plan.devices import Device
 from sparsetrain.plan.shape import ModelShape
 from sparsetrain.plan.trained import Parameters, count_parameters
@@ -39,7 +41,7 @@ class Setting:
     @cached_property
     def parameters(self) -> Parameters:
         """What is held and what is trained."""
-        return count_parameters(self.shape, self.recipe)
+        return count_parameters(self.shape, self.recipe, self.attention.parameters)
 
     @cached_property
     def batch(self) -> BatchShape:
@@ -108,3 +110,26 @@ class Setting:
         if self.recipe.attention.method == "full":
             return self.shape.layers
         return len(self.recipe.attention.resolve_dense_layers(self.shape.layers))
+
+    @cached_property
+    def attention(self) -> AttentionCosts:
+        """The costs of a layer that takes the recipe's method."""
+        return self.recipe.attention.costs(self._layer)
+
+    @cached_property
+    def dense_attention(self) -> AttentionCosts:
+        """The costs of a layer with full attention."""
+        return FullConfig().costs(self._layer)
+
+    @property
+    def _layer(self) -> LayerShape:
+        shape = self.shape
+        return LayerShape(
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            length=self.recipe.sequence.length,
+            tokens=self.tokens,
+            hopper=self.device.hopper,
+        )

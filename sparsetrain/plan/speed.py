@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsetrain.methods.costs import AttentionRate
 from sparsetrain.plan.activations import layer_bytes
 from sparsetrain.plan.measured import (
     BANDWIDTH_SHARE,
     BESIDE_GATHERS,
-    BLOCKS,
-    BLOCKS_PLAIN,
-    DENSE,
     GATHER_WAIT,
     HOST_LINK,
     HOST_OPTIMIZER,
     LINK_SHARE,
     MATRIX_SHARE,
     MEASURED_PEAK,
-    SPARSEK,
-    AttentionRate,
 )
 from sparsetrain.plan.setting import Setting
 
@@ -107,11 +103,9 @@ def _attention_seconds(setting: Setting, dense: bool) -> float:
 
     dense_layers = shape.layers if dense else setting.dense_layers
     sparse_layers = shape.layers - dense_layers
-    total = dense_layers * seconds(DENSE, 1.0)
+    total = dense_layers * seconds(setting.dense_attention.rate, 1.0)
     if sparse_layers:
-        blocks = BLOCKS if setting.device.hopper else BLOCKS_PLAIN
-        rate = SPARSEK if config.method == "sparsek" else blocks
-        total += sparse_layers * seconds(rate, config.build(shape.kv_heads).density(length))
+        total += sparse_layers * seconds(setting.attention.rate, config.build(shape.kv_heads).density(length))
     return total
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from sparsetrain.methods.costs import NewParameters
 from sparsetrain.plan.shape import ModelShape
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.lora_targets import layers_named, tied_head
@@ -26,8 +27,8 @@ class Parameters:
     norms: int
     biases: int
     adapters: int
-    scorers: int
-    """What the attention method adds."""
+    new_modules: int
+    """What the attention method adds and trains."""
     largest_matrix: int
     trained_decayed: int
     """Trained, in the optimizer group with weight decay: matrices."""
@@ -46,7 +47,7 @@ class Parameters:
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.matrices + self.embedding + self.head + self.norms + self.biases + self.adapters + self.scorers
+        return self.matrices + self.embedding + self.head + self.norms + self.biases + self.adapters + self.new_modules
 
     @property
     def trained(self) -> int:
@@ -54,8 +55,11 @@ class Parameters:
         return self.trained_decayed + self.trained_undecayed
 
 
-def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
+def count_parameters(shape: ModelShape, recipe: Recipe, added: NewParameters) -> Parameters:
     """Count what :func:`sparsetrain.training.trainable.choose_trainable` would leave to train.
+
+    Args:
+        added: what the attention method adds to a layer.
 
     Raises:
         RecipeError: ``lora.targets`` matches nothing, or a head that is tied.
@@ -68,8 +72,8 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
     head = 0 if shape.tied else embedding
     biases = shape.layers * (shape.q_width + 2 * shape.kv_width) if shape.qkv_bias else 0
     norms = shape.layers * (2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)) + shape.hidden
-    scorer_matrices, scorer_gains = _scorers(shape, recipe)
-    scorers = scorer_matrices + scorer_gains
+    sparse_layers = shape.layers - len(recipe.attention.resolve_dense_layers(shape.layers))
+    new_matrices, new_vectors = sparse_layers * added.matrices, sparse_layers * added.vectors
 
     lora, only_new = recipe.lora, recipe.train.parameters == "new_modules"
     full = lora is None and not only_new
@@ -83,14 +87,14 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
     trains_embedding = full or (lora is not None and lora.train_embeddings)
     trains_head = full or (shape.tied and trains_embedding)
     trains_norms = full or (lora is not None and lora.train_norms)
-    decayed = (matrices + head if full else adapters) + scorer_matrices
+    decayed = (matrices + head if full else adapters) + new_matrices
     undecayed = (embedding if trains_embedding else 0) + (norms if trains_norms else 0) + (biases if full else 0)
-    undecayed += scorer_gains
+    undecayed += new_vectors
     largest = max(
         embedding if trains_embedding or trains_head else 0,
         max(rows * columns for rows, columns in sizes.values()) if full else 0,
         lora.rank * max(max(sides[name]) for name in adapted) if lora is not None else 0,
-        shape.kv_heads * shape.hidden if scorers else 0,
+        added.largest if sparse_layers else 0,
     )
     return Parameters(
         matrices=matrices,
@@ -99,7 +103,7 @@ def count_parameters(shape: ModelShape, recipe: Recipe) -> Parameters:
         norms=norms,
         biases=biases,
         adapters=adapters,
-        scorers=scorers,
+        new_modules=new_matrices + new_vectors,
         largest_matrix=max(rows * columns for rows, columns in sizes.values()),
         trained_decayed=decayed,
         trained_undecayed=undecayed,
@@ -139,13 +143,3 @@ def _adapted(shape: ModelShape, lora: LoraSection, attention: Collection[str], m
     if shape.tied and HEAD in chosen:
         raise tied_head()
     return Counter(paths[path] for path in chosen)
-
-
-def _scorers(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
-    """Trained numbers that the method adds: the matrices and the gains of SparseK's scorers."""
-    attention = recipe.attention
-    if attention.method != "sparsek" or attention.scorer != "learned":
-        return 0, 0
-    layers = shape.layers - len(attention.resolve_dense_layers(shape.layers))
-    heads = shape.kv_heads if attention.scores == "head" else 1
-    return layers * heads * shape.hidden, layers * heads if attention.normalize else 0

@@ -167,19 +167,9 @@ def _shared_sequence(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     fault = None if heads is None else heads_fault(parallel, *heads)
     if fault is not None:
         yield ("sequence", "parallel"), fault
-    pattern = attention.pattern(heads[1] if heads else 2)
-    if pattern is not None and pattern.per_head:
-        yield (
-            ("sequence", "parallel"),
-            f"{parallel} ranks share out the heads, but attention.method={attention.method} gives each head its own "
-            "pattern by its number in the model; set it to 1, or attention.head_shift: false",
-        )
-    if getattr(attention, "scorer", None) == "random":
-        yield (
-            ("sequence", "parallel"),
-            f"{parallel} ranks share out the heads, but attention.scorer=random draws scores by the number of a head "
-            "in the model; set it to 1, or scorer: frozen",
-        )
+    fault = attention.heads_fault(heads[1] if heads else 2)
+    if fault is not None:
+        yield ("sequence", "parallel"), f"{parallel} ranks share out the heads, but {fault}"
 
 
 def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
@@ -193,13 +183,9 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                     f"{name}={getattr(train, name)} is about modules that the attention method adds, and "
                     f"attention.method={method} adds none; set it to {'null' if default is None else default}",
                 )
-    scorer = getattr(recipe.attention, "scorer", "learned")
-    if train.parameters == "new_modules" and scorer != "learned":
-        yield (
-            ("train", "parameters"),
-            f"new_modules trains the scorers alone, and with attention.scorer={scorer} nothing trains them; set "
-            "attention.scorer: learned, or parameters: all",
-        )
+    fault = recipe.attention.training_fault()
+    if train.parameters == "new_modules" and fault is not None:
+        yield ("train", "parameters"), fault
     if lora is not None and train.parameters == "new_modules":
         yield (
             ("train", "parameters"),

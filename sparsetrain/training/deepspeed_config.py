@@ -119,10 +119,10 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
 def loads_into_shards(recipe: Recipe) -> bool:
     """Whether weights go from the host straight into the shards of ZeRO-3, so that no device ever holds them all.
 
-    Only where nothing runs the model before the engine exists: no evaluation at the start and no scorers to fit. Then
+    Only where nothing runs the model before the engine exists: no evaluation at the start and nothing to fit. Then
     the model may be larger than a device.
     """
-    runs_before = recipe.eval.measures_at_start or getattr(recipe.attention, "init", None) == "attention"
+    runs_before = recipe.eval.measures_at_start or recipe.attention.waits_for_fit
     return recipe.deepspeed.stage == 3 and not runs_before
 
 

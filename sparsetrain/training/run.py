@@ -8,7 +8,6 @@ import resource
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,6 @@ from sparsetrain.modeling import (
     load_model,
     sparsify,
 )
-from sparsetrain.modeling.calibrate import calibrate_scorers, needs_calibration
 from sparsetrain.recipe import BatchPlan, Recipe, dump_recipe, plan_batch
 from sparsetrain.training import checkpoints, folder, selfcheck, sequence_parallel
 from sparsetrain.training.belongings import run_folder
@@ -44,6 +42,7 @@ from sparsetrain.training.drawing import draw_run
 from sparsetrain.training.engine import World, init_world
 from sparsetrain.training.export import export
 from sparsetrain.training.faults import explained
+from sparsetrain.training.fitting import fit_to_first_rows
 from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop, StepResult, is_logged
 from sparsetrain.training.place import here
@@ -56,12 +55,6 @@ from sparsetrain.training.telling import attempt
 from sparsetrain.training.tracking import Tracker
 from sparsetrain.training.trainable import choose_trainable, trainable_size
 from sparsetrain.training.watch import Watch
-
-CALIBRATION_TOKENS = 4
-"""Tokens beyond their document's window, for each channel of the model, that scorers are fitted to."""
-
-CALIBRATION_ROWS = 64
-"""Rows that are looked at for them."""
 
 T = TypeVar("T")
 
@@ -147,7 +140,9 @@ class _Run:
         self.say(self.costs.describe())
 
         start = self._find_checkpoint(resume)
-        self._calibrate()
+        fitted = fit_to_first_rows(self.model, self.rows, world.device)
+        if fitted is not None:
+            self.say(fitted)
         if wants_liger(recipe.train.liger, world.device):
             self.say(f"kernels: {fuse_layers(self.model, recipe.train.liger, world.device)}")
         if start is None and recipe.eval.at_start:
@@ -226,33 +221,6 @@ class _Run:
         else:
             self.resumption = _on_main(self.world, lambda: folder.resume(self.output, newest, self.recipe))
         return newest
-
-    def _calibrate(self) -> None:
-        """Fit scorers that wait for it (``attention.init: attention``) to the model as it came, on the first rows.
-
-        In a resumed run too, before the checkpoint is read: it holds only what is trained, and these may be frozen.
-        """
-        if not needs_calibration(self.model):
-            return
-        attention: Any = self.recipe.attention
-        wanted = CALIBRATION_TOKENS * self.model.config.get_text_config().hidden_size
-        state, batches, told = self.rows.state_dict(), [], 0
-        for row in islice(self.rows, CALIBRATION_ROWS):
-            far = sum(max(0, length - attention.window) for length in row.lengths)
-            if far > 0:
-                batches.append(collate([row]).to(self.world.device))
-                told += far
-            if told >= wanted:
-                break
-        self.rows.load_state_dict(state)
-        calibrate_scorers(
-            self.model,
-            (
-                {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens}
-                for batch in batches
-            ),
-        )
-        self.say(f"scorers: fitted to the model's attention in {len(batches)} rows")
 
     def _recall_results(self) -> None:
         """Those of the run that is resumed. Files from elsewhere and disks that lie must not end it."""

@@ -23,7 +23,6 @@ from sparsetrain.modeling.documents import keeps_documents_apart
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.engine import World
 from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.oracle import expected, has_oracle
 
 SHARED_TOKENS = 8192
 """How much of a row is computed both by one rank alone and by all that share it."""
@@ -173,7 +172,7 @@ def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, uly
     Ranks that share the row each check their heads.
     """
     layers = [(index, method) for index, _, method in sparse_layers(model) if method is not None]
-    index, method = next(((index, method) for index, method in layers if has_oracle(method)), (None, None))
+    index, method = next(((index, method) for index, method in layers if method and not method.dense), (None, None))
     if method is None:
         names = {type(method).__name__.removesuffix("Method").lower() for _, method in layers}
         return f"sparse layer against its oracle: nothing to compare, layers attend in {' and '.join(sorted(names))}"
@@ -183,7 +182,7 @@ def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, uly
     longest = int(batch.cu_seqlens.diff().argmax())
     document = slice(*batch.cu_seqlens[longest : longest + 2].tolist())
     with torch.no_grad():
-        rows, right = expected(method, layer, query, key, value, call, document)
+        rows, right = method.expected(layer, query, key, value, document=document, **call)
     error = ((output[:, :, rows].double() - right).norm() / right.norm()).item()
     limit = 1e-5 if output.dtype == torch.float32 else 2e-2
     reason = f"layer {index} differs from its oracle by {error:.3g} (relative RMS, limit {limit:g})"

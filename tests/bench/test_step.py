@@ -19,8 +19,8 @@ from sparsetrain.bench.contenders.steps import Way, random_model, random_steps
 from sparsetrain.bench.stepping import Enough, StepCase, StepRow, StepTimes, settling_steps
 from sparsetrain.bench.table import Report
 from sparsetrain.errors import BenchError
-from sparsetrain.methods.sparsek import SparseKMethod
-from sparsetrain.methods.sparsek_scorer import SparseKScorer
+from sparsetrain.methods.sparsek.method import SparseKMethod
+from sparsetrain.methods.sparsek.scorer import SparseKScorer
 from sparsetrain.recipe import batch_shape, load_recipe
 from sparsetrain.training.engine import World
 

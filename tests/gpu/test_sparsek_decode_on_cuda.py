@@ -13,7 +13,7 @@ from sparsetrain_kernels.sparsek_decode import (
     sparsek_decode_update,
 )
 
-from sparsetrain.methods.sparsek_state import Sequence, SparseKState
+from sparsetrain.methods.sparsek.state import Sequence, SparseKState
 
 pytestmark = [
     pytest.mark.gpu,

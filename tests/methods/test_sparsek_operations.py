@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsetrain.methods.sparsek import SparseKConfig
-from sparsetrain.methods.sparsek_scorer import SparseKScorer
+from sparsetrain.methods.sparsek.method import SparseKConfig
+from sparsetrain.methods.sparsek.scorer import SparseKScorer
 
 pytestmark = pytest.mark.skipif(
     not (TRITON_INSTALLED and INTERPRETING), reason="counts launches in Triton's interpreter, on machines without a GPU"

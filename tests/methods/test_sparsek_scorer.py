@@ -8,7 +8,7 @@ import torch
 from sparsetrain_kernels.sparsek import Places, find_places, place_scores
 from sparsetrain_kernels.sparsek.placement_reference import EPSILON, timestep_norm
 
-from sparsetrain.methods.sparsek_scorer import SparseKScorer, hashed_scores
+from sparsetrain.methods.sparsek.scorer import SparseKScorer, hashed_scores
 
 
 def scorer(width=16, heads=3, *, normalize=True, trainable=True):
@@ -39,7 +39,7 @@ def test_scores_are_fp32_whatever_the_models_dtype(dtype):
 
 
 def test_the_gradient_is_that_of_a_plain_projection(monkeypatch):
-    monkeypatch.setattr("sparsetrain.methods.sparsek_scorer.CHUNK", 5)  # several pieces
+    monkeypatch.setattr("sparsetrain.methods.sparsek.scorer.CHUNK", 5)  # several pieces
     model, x = scorer().double(), torch.randn(2, 13, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, w: torch.func.functional_call(model, {"weight": w}, (x,))[0], (x, model.weight)

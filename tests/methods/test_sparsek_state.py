@@ -12,8 +12,8 @@ from sparsetrain_kernels.backend import INTERPRETING
 from sparsetrain_kernels.sparsek import Moments
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsetrain.methods import sparsek_state
-from sparsetrain.methods.sparsek_state import EMPTY, Sequence, SparseKState
+from sparsetrain.methods.sparsek import state as sparsek_state
+from sparsetrain.methods.sparsek.state import EMPTY, Sequence, SparseKState
 
 SHAPE = {"topk": 6, "window": 5, "sinks": 3}
 

@@ -8,8 +8,8 @@ import torch
 
 import sparsetrain
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.sparsek_fit import received_attention
-from sparsetrain.modeling import calibrate_scorers, sparse_layers, sparsify
+from sparsetrain.methods.sparsek.fit import received_attention
+from sparsetrain.modeling import fit_method, sparse_layers, sparsify
 
 SPARSEK = {"method": "sparsek", "topk": 8, "window": 8, "sinks": 2, "init": "attention"}
 
@@ -17,7 +17,7 @@ SPARSEK = {"method": "sparsek", "topk": 8, "window": 8, "sinks": 2, "init": "att
 @pytest.mark.parametrize("heads", [2, 1])
 @pytest.mark.parametrize("tile", [1 << 26, 1])
 def test_received_attention_is_the_mean_over_queries_beyond_the_window(heads, tile, monkeypatch):
-    monkeypatch.setattr("sparsetrain.methods.sparsek_fit.TILE_LOGITS", tile)
+    monkeypatch.setattr("sparsetrain.methods.sparsek.fit.TILE_LOGITS", tile)
     torch.manual_seed(0)
     query, key, bounds = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), [0, 15, 40]
     got, rows = received_attention(query, key, heads, 6, 0.5, torch.tensor(bounds, dtype=torch.int32))
@@ -37,7 +37,7 @@ def test_received_attention_is_the_mean_over_queries_beyond_the_window(heads, ti
 
 def test_fitted_scores_predict_attention_on_other_text(tiny, tokens):
     model = sparsify(tiny("llama"), SPARSEK)
-    calibrate_scorers(model, [{"input_ids": tokens(300, seed=seed)} for seed in range(4)])
+    fit_method(model, [{"input_ids": tokens(300, seed=seed)} for seed in range(4)])
     seen = {}
     _, layer, _ = sparse_layers(model)[0]
     layer.register_forward_pre_hook(lambda m, args, kw: seen.update(hidden=kw["hidden_states"]), with_kwargs=True)
@@ -56,7 +56,7 @@ def test_fitted_scores_predict_attention_on_other_text(tiny, tokens):
 
 
 def test_an_uncalibrated_model_does_not_run(tiny, tokens):
-    with pytest.raises(ModelError, match=r"calibrate_scorers\(model, batches\) first"):
+    with pytest.raises(ModelError, match=r"fit_method\(model, batches\) first"):
         sparsify(tiny("llama"), SPARSEK)(tokens(30))
 
 
@@ -71,7 +71,7 @@ def test_calibration_leaves_the_rest_of_the_model_alone(tiny, tokens):
     model = sparsify(tiny("llama"), SPARSEK).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plans = [method for _, _, method in sparse_layers(model)]
-    calibrate_scorers(model, [{"input_ids": tokens(200)}])
+    fit_method(model, [{"input_ids": tokens(200)}])
     assert model.training
     assert [method for _, _, method in sparse_layers(model)] == plans
     assert list(model.state_dict()) == list(before)
@@ -81,7 +81,7 @@ def test_calibration_leaves_the_rest_of_the_model_alone(tiny, tokens):
 
 def test_a_calibrated_model_survives_saving_and_other_methods(tiny, tokens, tmp_path):
     model = sparsify(tiny("llama"), SPARSEK)
-    calibrate_scorers(model, [{"input_ids": tokens(200)}])
+    fit_method(model, [{"input_ids": tokens(200)}])
     logits = model(tokens(60), use_cache=False).logits
     sparsify(sparsify(model, {"method": "full"}), SPARSEK)
     assert torch.equal(model(tokens(60), use_cache=False).logits, logits)
@@ -90,7 +90,7 @@ def test_a_calibrated_model_survives_saving_and_other_methods(tiny, tokens, tmp_
 
 
 def test_what_cannot_be_calibrated_is_refused(tiny, tokens):
-    with pytest.raises(ModelError, match="no scorers to calibrate"):
-        calibrate_scorers(sparsify(tiny("llama"), {"method": "full"}), [])
+    with pytest.raises(ModelError, match="no modules to fit to text"):
+        fit_method(sparsify(tiny("llama"), {"method": "full"}), [])
     with pytest.raises(ModelError, match="give longer ones"):
-        calibrate_scorers(sparsify(tiny("llama"), SPARSEK), [{"input_ids": tokens(20)}])
+        fit_method(sparsify(tiny("llama"), SPARSEK), [{"input_ids": tokens(20)}])

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
-from sparsetrain.modeling.cache import StateLayer
+from sparsetrain.modeling.cache import MemoryLayer
 
 # No more than score_buffer tokens compete in these tests, so thresholds are exact.
 SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "slope": 1e-3, "score_buffer": 4096}
@@ -75,14 +75,14 @@ def test_two_thousand_steps_stay_equal_and_the_cache_does_not_grow(tiny, tokens)
     ids = tokens(2200)
     with torch.no_grad():
         logits, cache = read(model, ids[:, :200], [200])
-        sizes = [tensor.shape for tensor in vars(cache.layers[0].state.slots).values()]
+        sizes = [tensor.shape for tensor in vars(cache.layers[0].memory.state.slots).values()]
         pieces = [logits]
         for token in ids[:, 200:].split(1, dim=1):
             pieces.append(model(token, past_key_values=cache).logits)
         whole = model(ids, use_cache=False).logits
     # The model's norms and rotations are fp32 whatever its dtype.
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
-    state = cache.layers[0].state
+    state = cache.layers[0].memory.state
     assert [tensor.shape for tensor in vars(state.slots).values()] == sizes
     assert state.slots.keys.shape[2] == 5 + 6 + 2
     assert cache.get_seq_length() == state.lengths[0] == 2200
@@ -124,7 +124,7 @@ def test_packed_documents_are_refused_with_a_cache(tiny, tokens):
 def test_an_empty_cache_of_the_user_is_taken_over(tiny, tokens):
     model, ids, cache = sparsify(tiny("llama"), SPARSEK), tokens(40), DynamicCache()
     generated = model.generate(ids, past_key_values=cache, **GREEDY)
-    assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+    assert all(isinstance(layer, MemoryLayer) for layer in cache.layers)
     assert_is_argmax(model, generated, ids)
 
 
@@ -132,7 +132,7 @@ def test_only_sparse_layers_forget(tiny, tokens):
     model = sparsify(tiny("llama"), {**SPARSEK, "dense_layers": [0]})
     _, cache = read(model, tokens(60), [60])
     assert cache.layers[0].keys.shape[2] == 60
-    assert isinstance(cache.layers[1], StateLayer)
+    assert isinstance(cache.layers[1], MemoryLayer)
 
 
 def test_replaced_sliding_layers_need_no_special_cache(tiny, tokens):

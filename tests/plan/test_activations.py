@@ -8,7 +8,7 @@ import pytest
 from allocations import allocated
 from transformers import LlamaConfig, Qwen3Config
 
-from sparsetrain.plan import activations
+from sparsetrain.methods import full
 from sparsetrain.plan.activations import layer_bytes, loss_bytes
 from sparsetrain.plan.memory import estimate_memory
 from sparsetrain.plan.shape import shape_of_config
@@ -33,7 +33,7 @@ CASES = {
 def test_the_peak_is_that_of_the_real_modules(case, setting, monkeypatch):
     config, train, lora = CASES[case]
     # The allocations are counted with an attention that needs nothing of its own.
-    monkeypatch.setattr(activations, "DENSE_BYTES", 0.0)
+    monkeypatch.setattr(full, "BYTES", 0.0)
     tokens, chunk = 16384, 4096
     planned = setting(
         shape=shape_of_config(config.to_dict(), "config"),

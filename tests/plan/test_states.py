@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.plan.devices import find_device
 from sparsetrain.plan.memory import estimate_memory
 from sparsetrain.plan.setting import Setting
 from sparsetrain.plan.shape import ModelShape, find_shape
@@ -181,7 +182,7 @@ def test_an_engine_holds_the_bytes_of_the_plan(stage, dtype, world):
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     masters = sum(p.nbytes for p in owned if p.untyped_storage().data_ptr() not in weights)
 
-    planned = Setting(recipe, find_shape(recipe.model), 1, None, liger=False)
+    planned = Setting(recipe, find_shape(recipe.model), 1, find_device("h200"), liger=False)
     states = count_states(planned)
     # DeepSpeed pads a group of parameters to what its collectives need.
     assert sum(p.nbytes for p in model.parameters()) == states.weights

@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 from sparsetrain.recipes.evidence.run import Outcome, main, methods, table, train
 
-from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.shipped import recipes_folder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsetrain.bench.contenders.base import Contender, Prepared
 from sparsetrain.bench.problem import PatternProblem, SparseKProblem, Tensors
-from sparsetrain.methods.sparsek_state import Sequence
+from sparsetrain.methods.sparsek.state import Sequence
 
 if TYPE_CHECKING:
     from sparsetrain.bench.decoding import DecodeProblem, Layer
@@ -47,7 +47,7 @@ def _block_pattern_step(problem: DecodeProblem, layer: Layer) -> Prepared:
 def _sparsek_step(problem: DecodeProblem, layer: Layer) -> Prepared:
     """A layer's state in generation, which has read all tokens but the last: it takes that in, and attends."""
     scores, last = problem.scores(), problem.length - 1
-    state = problem.sparsek.build(problem.kv_heads).new_state()
+    state = problem.sparsek.build(problem.kv_heads).memory().state
     positions = torch.arange(last, device=problem.device).expand_as(scores[:, :, :last])
     past = Sequence(layer.key[:, :, :last], layer.value[:, :, :last], scores[:, :, :last], positions)
     state.start(layer.key)

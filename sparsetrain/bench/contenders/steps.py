@@ -56,9 +56,7 @@ class Way:
 def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, stand_in: str | None = None) -> None:
     """The loop of ``sparsetrain run`` on random tokens, behind the warm-up of its method: that ends, and so few steps
     would be all of it."""
-    if getattr(recipe.attention, "topk_start", None) is not None:
-        settled = recipe.attention.model_copy(update={"topk_start": None, "topk_steps": None})
-        recipe = recipe.model_copy(update={"attention": settled})
+    recipe = recipe.model_copy(update={"attention": recipe.attention.settled()})
     pattern = recipe.attention.pattern()
     if stand_in == "flex" and pattern is None:
         raise Unavailable(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
+from sparsetrain_kernels.inputs import AttentionOptions
 from sparsetrain_kernels.sparsek import find_places
 from torch import Tensor
+
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.fit import LayerFit
+from sparsetrain.methods.sparsek.scorer import SparseKScorer
 
 MIN_ROWS = 32
 """Keys that fewer queries see from behind their window tell too little."""
@@ -12,8 +19,11 @@ MIN_ROWS = 32
 TILE_LOGITS = 1 << 26
 """Logits that are formed at a time."""
 
+RIDGE = 1e-2
+"""Regularisation, relative to the mean variance of an input."""
 
-class ScorerFit:
+
+class SparseKFit(LayerFit):
     """The normal equations of one layer, summed over batches.
 
     A key's target is the logarithm of the attention it receives from beyond its window, relative to uniform attention:
@@ -21,27 +31,22 @@ class ScorerFit:
     that share a selection. That is the score it would have to have to be kept as long as it is read.
 
     Args:
-        heads: scores a token.
-        window, sinks: as in :class:`~sparsetrain.methods.sparsek.SparseKConfig`.
+        scorer: that of the layer.
+        window, sinks: as in :class:`~sparsetrain.methods.sparsek.method.SparseKConfig`.
     """
 
-    def __init__(self, heads: int, window: int, sinks: int) -> None:
-        self.heads, self.window, self.sinks = heads, window, sinks
+    def __init__(self, scorer: SparseKScorer, window: int, sinks: int) -> None:
+        self.scorer, self.window, self.sinks = scorer, window, sinks
         self.count = 0
         self._sums: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def add(self, hidden: Tensor, query: Tensor, key: Tensor, scale: float, cu_seqlens: Tensor | None) -> None:
-        """Take in one call of the layer.
-
-        Args:
-            hidden: the layer's input ``[B, N, width]``.
-            query: ``[B, Hq, N, D]``.
-            key: ``[B, H, N, D]``.
-            scale: factor on the logits.
-            cu_seqlens: int32 ``[documents + 1]`` for packed rows.
-        """
-        mass, rows = received_attention(query, key, self.heads, self.window, scale, cu_seqlens)
+    def add(
+        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[AttentionOptions]
+    ) -> None:
+        """See :meth:`LayerFit.add`."""
+        scale, cu_seqlens = options.get("scale") or query.shape[-1] ** -0.5, options.get("cu_seqlens")
+        mass, rows = received_attention(query, key, self.scorer.heads, self.window, scale, cu_seqlens)
         position = find_places(query.shape[2], cu_seqlens, query.device).position
         told = (rows >= MIN_ROWS) & (position >= self.sinks)
         x = hidden[:, told].flatten(0, 1).double()
@@ -50,13 +55,23 @@ class ScorerFit:
         self._sums = new if self._sums is None else tuple(a + b for a, b in zip(self._sums, new))  # type: ignore[assignment]
         self.count += x.shape[0]
 
-    def weight(self, ridge: float) -> Tensor:
-        """The fitted weights, fp64 ``[heads, width]``; ``ridge`` is relative to the mean variance of an input."""
-        assert self._sums is not None, "at least one batch is added first"
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Write the solution into the scorer.
+
+        Raises:
+            ModelError: no document was longer than the window by enough.
+        """
+        if self._sums is None or self.count == 0:
+            raise ModelError(
+                f"no document in the batches is longer than attention.window={self.window} by enough to tell which "
+                "keys are read from afar; give longer ones"
+            )
         sum_x, sum_y, xx, xy = (total / self.count for total in self._sums)
         covariance = xx - sum_x[:, None] * sum_x
-        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-        return torch.linalg.solve(covariance, xy - sum_x[:, None] * sum_y).T
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+        self.scorer.weight.copy_(torch.linalg.solve(covariance, xy - sum_x[:, None] * sum_y).T)
+        self.scorer.ready = True
 
 
 def received_attention(

@@ -22,8 +22,6 @@ from sparsetrain_kernels.sparsek_decode import (
 )
 from torch import Tensor
 
-from sparsetrain.methods.base import DecodeState
-
 __all__ = ["EMPTY", "Sequence", "Slots", "SparseKState"]
 
 
@@ -73,7 +71,7 @@ class Slots:
         return Slots(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
-class SparseKState(DecodeState):
+class SparseKState:
     """The slots of one layer, for a batch of texts that may differ in length.
 
     The threshold depends on every score above it, also of tokens that have lost their place. So scores are kept apart
@@ -84,7 +82,7 @@ class SparseKState(DecodeState):
     the two.) As soon as the threshold has passed the largest forgotten score, it is exact again.
 
     Args:
-        topk, window, sinks: as in :class:`~sparsetrain.methods.sparsek.SparseKConfig`.
+        topk, window, sinks: as in :class:`~sparsetrain.methods.sparsek.method.SparseKConfig`.
         score_buffer: scores kept of each head.
         score_heads: selections in the layer: one for each KV head, or 1 that they share.
     """

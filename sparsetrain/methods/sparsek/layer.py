@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.sparsek_scorer import SparseKScorer
-
-if TYPE_CHECKING:
-    from sparsetrain.methods.sparsek import SparseKConfig
+from sparsetrain.methods.sparsek.scorer import ScorerSpec, SparseKScorer
 
 SCORER = "sparsek_scorer"
 """Name of the scorer among the layer's submodules."""
@@ -24,21 +21,24 @@ ASIDE = "sparsek_scorer_aside"
 HOOK = "sparsek_hook"
 
 
-def attach_scorer(layer: Any, layer_index: int, config: SparseKConfig, heads: int) -> None:
+def attach_scorer(layer: Any, layer_index: int, spec: ScorerSpec | None) -> None:
     """Give an attention layer a scorer, or the one back that was set aside, and score its input before each call.
 
-    A scorer that does not fit ``config`` (other heads, normalisation or training, or still waiting for a fit that
-    ``config`` does not ask for) gives way to a new one.
+    A scorer that does not fit ``spec`` (other heads, normalisation or training, or still waiting for a fit that
+    ``spec`` does not ask for) gives way to a new one.
+
+    Args:
+        spec: None where scores come from no network, which only checks the layer.
 
     Raises:
         ModelError: the layer's attention has a part SparseK does not compute, or its weights are not on a device.
     """
     _check(layer, layer_index)
-    if config.scorer == "random":
+    if spec is None:
         return
     scorer = layer.__dict__.pop(ASIDE, None)
-    if scorer is None or not _fits(scorer, config, heads):
-        scorer = _new_scorer(layer.config.hidden_size, config, heads)
+    if scorer is None or not spec.fits(scorer):
+        scorer = spec.build(layer.config.hidden_size)
     weight = _model_weight(layer, layer_index)
     layer.add_module(SCORER, scorer.to(device=weight.device, dtype=weight.dtype))
     names = list(inspect.signature(layer.forward).parameters)
@@ -53,16 +53,23 @@ def detach_scorer(layer: Any) -> None:
         layer.__dict__[ASIDE] = layer._modules.pop(SCORER)
 
 
+def scorer_of(layer: nn.Module) -> SparseKScorer:
+    """The scorer of a layer that has one."""
+    scorer = layer.get_submodule(SCORER)
+    assert isinstance(scorer, SparseKScorer)
+    return scorer
+
+
 def _score_input(
     names: list[str], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: the scores of the layer's input travel through its keyword arguments to its attention."""
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    scorer: SparseKScorer = layer.get_submodule(SCORER)
+    scorer = scorer_of(layer)
     if not scorer.ready:
         raise ModelError(
             "attention.init=attention: the scorers are fitted to the model's attention on text; call "
-            "sparsetrain.modeling.calibrate_scorers(model, batches) first, or set init: normal"
+            "sparsetrain.modeling.fit_method(model, batches) first, or set init: normal"
         )
     scores, gain = scorer(arguments["hidden_states"])
     extra = {"sparsek_scores": scores} if gain is None else {"sparsek_scores": scores, "sparsek_gain": gain}
@@ -92,18 +99,3 @@ def _model_weight(layer: Any, layer_index: int) -> torch.Tensor:
             "it takes SparseK"
         )
     return weights[0] if weights else torch.empty(0, dtype=torch.bfloat16, device=next(layer.parameters()).device)
-
-
-def _fits(scorer: SparseKScorer, config: SparseKConfig, heads: int) -> bool:
-    wanted = (heads, config.normalize, config.scorer == "learned")
-    waits_in_vain = not scorer.ready and config.init != "attention"
-    return (scorer.heads, scorer.normalize, scorer.trainable) == wanted and not waits_in_vain
-
-
-def _new_scorer(width: int, config: SparseKConfig, heads: int) -> SparseKScorer:
-    scorer = SparseKScorer(width, heads, normalize=config.normalize, trainable=config.scorer == "learned")
-    scorer.ready = config.init != "attention"
-    if config.init in (None, "normal"):
-        # Inputs are normalised to a mean square of 1, so that scores have a variance of 1.
-        nn.init.normal_(scorer.weight, std=width**-0.5)
-    return scorer

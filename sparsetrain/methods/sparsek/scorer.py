@@ -8,7 +8,8 @@ where the documents are known, in the layer's attention.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from sparsetrain_kernels.first_derivative import first_derivative_only
@@ -74,6 +75,33 @@ class SparseKScorer(nn.Module):
             if not self.normalize:
                 return scores, None
             return scores, self.gain.to(scores.dtype)[:, None].expand_as(scores)
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """What a layer's scorer has to be."""
+
+    heads: int
+    """Scores a token."""
+    normalize: bool
+    trainable: bool
+    init: Literal["normal", "zeros", "attention"] | None
+    """How it starts; None means ``normal``."""
+
+    def fits(self, scorer: SparseKScorer) -> bool:
+        """Whether a scorer that is there already will do."""
+        wanted = (self.heads, self.normalize, self.trainable)
+        waits_in_vain = not scorer.ready and self.init != "attention"
+        return (scorer.heads, scorer.normalize, scorer.trainable) == wanted and not waits_in_vain
+
+    def build(self, width: int) -> SparseKScorer:
+        """A new scorer for inputs of ``width``."""
+        scorer = SparseKScorer(width, self.heads, normalize=self.normalize, trainable=self.trainable)
+        scorer.ready = self.init != "attention"
+        if self.init in (None, "normal"):
+            # Inputs are normalised to a mean square of 1, so that scores have a variance of 1.
+            nn.init.normal_(scorer.weight, std=width**-0.5)
+        return scorer
 
 
 class _WideLinear(torch.autograd.Function):

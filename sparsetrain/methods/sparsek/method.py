@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Unpack
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Unpack
 
 from pydantic import Field, model_validator
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.methods.base import Expected, Method, MethodConfig
+from sparsetrain.methods.costs import AttentionCosts, LayerShape
+from sparsetrain.methods.sparsek.costs import layer_costs
+from sparsetrain.methods.sparsek.options import check_options
 from sparsetrain.section import MOST_STEPS, Bounds, Tokens, TokensOrNone
 
 if TYPE_CHECKING:
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
     from sparsetrain_kernels.sparsek import CausalSelection, Moments, Places
     from torch import nn
 
-    from sparsetrain.methods.sparsek_state import SparseKState
-
+    from sparsetrain.methods.fit import LayerFit
+    from sparsetrain.methods.sparsek.memory import SparseKMemory
 
 STATISTICS = {"support": "support_size", "interior": "interior_size", "saturated": "saturated_share"}
 """What the statistics of a selection are called in a run's metrics, where it is not their own name."""
@@ -61,7 +64,7 @@ class SparseKConfig(MethodConfig):
     init: Literal["normal", "zeros", "attention"] | None = None
     """How the network starts: ``normal`` (also null) at random; ``zeros`` leaves the selection to ``slope``, a longer
     window at first; ``attention`` is fitted, in closed form and on text, to the attention that keys receive from behind
-    their window: a run does so on its first rows, elsewhere ``sparsetrain.modeling.calibrate_scorers`` does."""
+    their window: a run does so on its first rows, elsewhere ``sparsetrain.modeling.fit_method`` does."""
     topk_start: Tokens | None = None
     """Start training with this many places and shrink to ``topk`` over ``topk_steps``; null = ``topk`` throughout."""
     topk_steps: Annotated[float, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")] | None = None
@@ -107,6 +110,43 @@ class SparseKConfig(MethodConfig):
         """The method with this selection."""
         return SparseKMethod(self, num_kv_heads)
 
+    def costs(self, shape: LayerShape) -> AttentionCosts:
+        """Those of the selection and of attention over it."""
+        warms_up = self.topk_start is not None
+        return layer_costs(
+            shape,
+            scores=shape.kv_heads if self.scores == "head" else 1,
+            learned=self.scorer == "learned",
+            normalize=self.normalize,
+            note="Time is for the final topk; the warm-up from topk_start takes longer." if warms_up else None,
+        )
+
+    @property
+    def waits_for_fit(self) -> bool:
+        """With ``init: attention``."""
+        return self.init == "attention"
+
+    def settled(self) -> Self:
+        """Without the warm-up of ``topk``."""
+        return self.model_copy(update={"topk_start": None, "topk_steps": None})
+
+    def heads_fault(self, num_kv_heads: int) -> str | None:
+        """See :meth:`MethodConfig.heads_fault`."""
+        if self.scorer != "random":
+            return None
+        return (
+            "attention.scorer=random draws scores by the number of a head in the model; set it to 1, or scorer: frozen"
+        )
+
+    def training_fault(self) -> str | None:
+        """See :meth:`MethodConfig.training_fault`."""
+        if self.scorer == "learned":
+            return None
+        return (
+            f"new_modules trains the scorers alone, and with attention.scorer={self.scorer} nothing trains them; set "
+            "attention.scorer: learned, or parameters: all"
+        )
+
 
 class SparseKMethod(Method):
     """Attends to the sinks, the window and the selected tokens."""
@@ -144,13 +184,18 @@ class SparseKMethod(Method):
         Raises:
             ModelError: the layer's attention has a part that SparseK does not compute, or its weights are elsewhere.
         """
-        from sparsetrain.methods.sparsek_layer import attach_scorer
+        from sparsetrain.methods.sparsek.layer import attach_scorer
+        from sparsetrain.methods.sparsek.scorer import ScorerSpec
 
-        attach_scorer(layer, layer_index, self.config, self.score_heads)
+        config = self.config
+        spec = ScorerSpec(
+            heads=self.score_heads, normalize=config.normalize, trainable=config.scorer == "learned", init=config.init
+        )
+        attach_scorer(layer, layer_index, None if config.scorer == "random" else spec)
 
     def detach(self, layer: nn.Module) -> None:
         """Set the scorer aside and remove the hook."""
-        from sparsetrain.methods.sparsek_layer import detach_scorer
+        from sparsetrain.methods.sparsek.layer import detach_scorer
 
         detach_scorer(layer)
 
@@ -168,7 +213,7 @@ class SparseKMethod(Method):
         """See :meth:`Method.attend`. ``sparsek_scores`` and ``sparsek_gain`` are what the layer's scorer returned."""
         from sparsetrain_kernels.sparsek import find_places
 
-        self._refuse(options)
+        check_options(options)
         if key.shape[2] != query.shape[2]:
             raise ModelError(
                 f"SparseK got a cache of {key.shape[2]} keys for {query.shape[2]} queries, but no scores of the "
@@ -180,70 +225,74 @@ class SparseKMethod(Method):
         topk = self.training_topk if layer.training else self.config.topk
         return self._select_and_attend(layer, query, key, value, scores, topk, cu_seqlens, options.get("scale"))
 
-    def new_state(self) -> SparseKState:
-        """Room for ``sinks + topk + window`` keys and values a head."""
-        from sparsetrain.methods.sparsek_state import SparseKState
-
-        config = self.config
-        return SparseKState(
-            topk=config.topk,
-            window=config.window,
-            sinks=config.sinks,
-            score_buffer=config.score_buffer or 4 * config.topk,
-            score_heads=self.score_heads,
-        )
-
-    def attend_with_state(
+    def expected(
         self,
         layer: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         *,
-        state: SparseKState,
-        starts: list[int] | None,
+        document: slice,
         sparsek_scores: torch.Tensor | None = None,
         sparsek_gain: torch.Tensor | None = None,
-        **options: Any,
-    ) -> torch.Tensor:
-        """See :meth:`Method.attend_with_state`: one token at a time from the slots, several by the operator of training
-        over what the slots hold and the new tokens."""
-        import torch
-        from sparsetrain_kernels.sparsek import Places, find_places
+        **options: Unpack[AttentionOptions],
+    ) -> Expected:
+        """See :meth:`Method.expected`: at some rows of the document, with the config's ``topk``."""
+        from sparsetrain_kernels.sparsek import find_places
 
-        from sparsetrain.methods.sparsek_state import Sequence
+        from sparsetrain.methods.sparsek.oracle import expected_rows
 
-        self._refuse(options)
-        slots, scale = state.start(key), options.get("scale")
-        if query.shape[2] == 1 and state.started:
-            places = Places(slots.length[:, None], torch.zeros_like(slots.length[:, None]))
-            before = state.moments(slice(None))
-            scores, after = self._scores(layer, query, sparsek_scores, sparsek_gain, places, before)
-            state.step(key, value, scores, after)
-            return state.attend(query, gate=self.config.gate, scale=scale)
+        config = self.config
+        places = find_places(query.shape[2], options.get("cu_seqlens"), query.device)
+        scores, _ = self._scores(layer, query, sparsek_scores, sparsek_gain, places)
+        return expected_rows(
+            query,
+            key,
+            value,
+            scores,
+            document,
+            topk=config.topk,
+            window=config.window,
+            sinks=config.sinks,
+            gate=config.gate,
+            scale=options.get("scale") or query.shape[3] ** -0.5,
+        )
 
-        out = torch.zeros_like(query)
-        for (start, length), rows in _alike(starts, state.lengths).items():
-            tokens = query.shape[2] - start
-            if tokens <= 0:
-                continue
-            q, k, v = (tensor[rows][:, :, start:] for tensor in (query, key, value))
-            linear, gain = (
-                None if tensor is None else tensor[rows][:, :, start:] for tensor in (sparsek_scores, sparsek_gain)
-            )
-            places = find_places(tokens, None, query.device)
-            places = Places(places.position + length, places.first)
-            scores, after = self._scores(layer, q, linear, gain, places, state.moments(rows))
-            sequence = state.sequence(rows, length, Sequence(k, v, scores, places.position.expand_as(scores)))
-            # What the slots hold asks nothing, but the operator wants a query for every key.
-            asked = torch.cat([q.new_zeros(*q.shape[:2], sequence.key.shape[2] - tokens, q.shape[3]), q], dim=2)
-            # The slots have room for the config's topk, whatever training is at.
-            answers = self._select_and_attend(
-                layer, asked, sequence.key, sequence.value, sequence.scores, self.config.topk, None, scale
-            )
-            out[rows, :, start:] = answers[:, :, -tokens:]
-            state.fill(rows, sequence, length + tokens, after)
-        return out
+    def memory(self) -> SparseKMemory:
+        """Room for ``sinks + topk + window`` keys and values a head."""
+        from sparsetrain.methods.sparsek.memory import SparseKMemory
+        from sparsetrain.methods.sparsek.state import SparseKState
+
+        config = self.config
+        state = SparseKState(
+            topk=config.topk,
+            window=config.window,
+            sinks=config.sinks,
+            score_buffer=config.score_buffer or 4 * config.topk,
+            score_heads=self.score_heads,
+        )
+        return SparseKMemory(state, config.gate, self._scores, self._select_and_attend)
+
+    def fit(self, layer: nn.Module) -> LayerFit | None:
+        """Fits the scorer to the attention that keys receive from behind their window; None for ``scorer: random``."""
+        if self.config.scorer == "random":
+            return None
+        from sparsetrain.methods.sparsek.fit import SparseKFit
+        from sparsetrain.methods.sparsek.layer import scorer_of
+
+        return SparseKFit(scorer_of(layer), self.config.window, self.config.sinks)
+
+    def needs_fit(self, layer: nn.Module) -> bool:
+        """With ``init: attention``, until that is done or weights are loaded."""
+        if self.config.scorer == "random":
+            return False
+        from sparsetrain.methods.sparsek.layer import scorer_of
+
+        return not scorer_of(layer).ready
+
+    def fit_tokens(self, lengths: Sequence[int]) -> int:
+        """Tokens that others read from behind their window."""
+        return sum(max(0, length - self.config.window) for length in lengths)
 
     def observations(self) -> dict[str, float]:
         """What ``sparsetrain_kernels.sparsek.topk_statistics`` tells of each layer's selections, and mean and spread of
@@ -271,11 +320,6 @@ class SparseKMethod(Method):
             found[layer] = (exit - left).clamp(min=0)
         return found
 
-    def _refuse(self, options: Mapping[str, Any]) -> None:
-        for name in ("softcap", "sink_logits"):
-            if options.get(name) is not None:
-                raise ModelError(f"SparseK attention has no {name}, which this model asks for; not supported")
-
     def _scores(
         self,
         layer: Any,
@@ -288,7 +332,7 @@ class SparseKMethod(Method):
         """The scores that compete, and the moments of normalisation after them."""
         from sparsetrain_kernels.sparsek import place_scores
 
-        from sparsetrain.methods.sparsek_scorer import hashed_scores
+        from sparsetrain.methods.sparsek.scorer import hashed_scores
 
         if self.config.scorer == "random":
             linear = hashed_scores(self.score_heads, layer.layer_idx, places, like=query)
@@ -350,11 +394,3 @@ class SparseKMethod(Method):
             cu_seqlens=cu_seqlens,
             scale=scale,
         )
-
-
-def _alike(starts: list[int] | None, lengths: list[int]) -> dict[tuple[int, int], list[int] | slice]:
-    """The rows of a batch by their padding and by how many tokens they have read; a slice where all are alike."""
-    pairs = list(zip(starts or [0] * len(lengths), lengths, strict=True))
-    if len(set(pairs)) == 1:
-        return {pairs[0]: slice(None)}
-    return {pair: [row for row, other in enumerate(pairs) if other == pair] for pair in dict.fromkeys(pairs)}

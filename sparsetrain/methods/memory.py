@@ -1,0 +1,73 @@
+"""What a layer keeps of the past in generation, where its method needs no cache of all keys and values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Memory(ABC):
+    """The memory of one layer and one cache. The rows of a batch may differ in length."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of the batch; 0 before the first tokens."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Every row of the batch has read a token."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        starts: list[int] | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attention of the new tokens to the past and to one another; then they join the memory.
+
+        Args:
+            layer: the attention module that calls.
+            query: ``[B, Hq, N, D]``.
+            key, value: ``[B, Hkv, N, D]``, of the N new tokens only.
+            starts: of each row, how many of the new tokens are padding on its left; None where none are.
+            options: ``scale``, ``softcap``, ``sink_logits`` and the method's extra inputs, as in
+                :meth:`~sparsetrain.methods.base.Method.attend`.
+
+        Returns:
+            ``[B, Hq, N, D]``, zeros on padding.
+        """
+
+    @abstractmethod
+    def rollback(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens of every row (assisted generation takes back what was guessed wrong).
+
+        Raises:
+            ModelError: this memory cannot; the message says why and what to do instead.
+        """
+
+    @abstractmethod
+    def offload(self) -> None:
+        """Move to host memory.
+
+        Raises:
+            ModelError: this memory cannot; the message says why and what to do instead.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch (int64), in this order; a row may come more than once."""

@@ -1,0 +1,72 @@
+"""SparseK by its definition (2406.16747, 3), in fp64 and row by row: it shares no kernel with the method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain.methods.base import Expected
+
+CHECKED_ROWS = 32
+"""Tokens of a document that are checked, evenly spread; each reads the whole document."""
+
+
+def expected_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    document: slice,
+    *,
+    topk: int,
+    window: int,
+    sinks: int,
+    gate: str,
+    scale: float,
+) -> Expected:
+    """Who competes, the threshold, the gates, and attention over what is left.
+
+    Args:
+        query: ``[1, Hq, N, D]``.
+        key, value: ``[1, Hkv, N, D]``.
+        scores: as the layer placed them, ``[1, Hs, N]``: rounded otherwise, two near scores could change places.
+        document: the rows of the document.
+    """
+    length = document.stop - document.start
+    scores = scores[0, :, document].double()
+    key, value = (tensor[0, :, document].double() for tensor in (key, value))
+    tokens = torch.arange(length, device=query.device)
+    checked = tokens[torch.linspace(0, length - 1, min(CHECKED_ROWS, length), device=query.device).long()]
+    answers = []
+    for row in checked.tolist():
+        always = (tokens < sinks) | (tokens > row - window)
+        competes = ~always & (tokens <= row)
+        gates = torch.where(competes, _gates(scores, competes, topk), 1.0)
+        chosen = _largest(scores, competes, topk)
+        seen = (tokens <= row) & (always | chosen)
+        heads = query[0, :, document][:, row].double().unflatten(0, (key.shape[0], -1))
+        logits = (heads @ key.mT) * scale + (gates.log()[:, None] if gate == "log" else 0.0)
+        weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        if gate == "value":
+            weights = weights * gates[:, None]
+        answers.append((weights @ value).flatten(0, 1))
+    return Expected(checked + document.start, torch.stack(answers, dim=1)[None])
+
+
+def _gates(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
+    """``clip(u - tau, 0, 1)``, with the tau at which the competing gates sum to ``topk``, found by bisection."""
+    if int(competes.sum()) <= topk:
+        return torch.ones_like(scores)
+    low, high = scores.amin(-1, keepdim=True) - 1.0, scores.amax(-1, keepdim=True)
+    for _ in range(80):
+        middle = (low + high) / 2
+        over = ((scores - middle).clamp(0.0, 1.0) * competes).sum(-1, keepdim=True) > topk
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return (scores - (low + high) / 2).clamp(0.0, 1.0)
+
+
+def _largest(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
+    """The ``topk`` largest competing scores as a mask; of equal ones the newer wins."""
+    newest_first = scores.masked_fill(~competes, float("-inf")).flip(-1)
+    rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
+    return competes & (rank < topk)
