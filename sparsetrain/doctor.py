@@ -323,20 +323,20 @@ def check_machine(recipe: Recipe) -> Finding:
     """Whether this machine has what the recipe's dtype, quantised base and offloading need."""
     import torch
 
-    from sparsetrain.training import ready
+    from sparsetrain.training import preflight
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ready.check_machine(recipe, device, recipe.sequence.parallel)
+    preflight.check_machine(recipe, device, recipe.sequence.parallel)
     return Finding("ok", "machine", f"a {device.type} can do what the recipe asks of it")
 
 
 def check_model(recipe: Recipe) -> Finding:
     """Whether a model that is on this machine can be built as the recipe says, and its files can be read."""
-    from sparsetrain.training import ready
+    from sparsetrain.training import preflight
 
     if not is_own(recipe) and model_folder(recipe.model) is None:
         return Finding("ok", "model", f"{recipe.model.path} is looked at when the run starts")
-    ready.check_model(recipe)
+    preflight.check_model(recipe)
     return Finding("ok", "model", "it can be built as the recipe says, and its files can be read")
 
 

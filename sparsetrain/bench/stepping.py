@@ -17,7 +17,7 @@ from sparsetrain.bench.measure import Unavailable, explain
 from sparsetrain.bench.table import Report, Row
 from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape
-from sparsetrain.training.engine import World
+from sparsetrain.world import World
 
 GIB = 2**30
 LONG_SECONDS = 20.0

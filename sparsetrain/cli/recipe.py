@@ -178,6 +178,6 @@ def _check_model(loaded: LoadedRecipe) -> None:
     from sparsetrain.recipe.local_model import is_own
 
     if is_own(loaded.recipe):
-        from sparsetrain.training.ready import check_model
+        from sparsetrain.training.preflight import check_model
 
         check_model(loaded.recipe)

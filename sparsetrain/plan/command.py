@@ -63,7 +63,7 @@ def run_plan(
     loaded = load_recipe(name, overrides)
     with loaded.naming_places():
         if is_own(loaded.recipe):
-            from sparsetrain.training.ready import check_model  # imports torch, which other plans do without
+            from sparsetrain.training.preflight import check_model  # imports torch, which other plans do without
 
             check_model(loaded.recipe)
         check_data(loaded.recipe)

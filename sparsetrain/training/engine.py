@@ -7,7 +7,6 @@ import math
 import os
 import warnings
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,26 +20,7 @@ from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.deepspeed_config import loads_into_shards
 from sparsetrain.training.launched import adopt_slurm, join, meeting, ranks_of_this_host, settle_ranks
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands among the ranks of the run."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        """Whether this rank speaks: it alone logs, writes and draws."""
-        return self.rank == 0
-
-    def largest(self, value: float) -> float:
-        """The largest value over all ranks, each of which calls it."""
-        found = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.item()
+from sparsetrain.world import World
 
 
 def init_world(timeout: float = 30.0) -> World:

@@ -16,7 +16,7 @@ from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
 from sparsetrain.recipe.schema import ModelSection
-from sparsetrain.training.engine import World
+from sparsetrain.world import World
 
 
 def each_tensor(

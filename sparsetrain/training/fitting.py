@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -18,19 +19,18 @@ MOST_ROWS = 64
 """Rows that are looked at for them."""
 
 
-def fit_to_first_rows(model: PreTrainedModel, rows: RowStream, device: torch.device) -> str | None:
+def fit_to_first_rows(
+    model: PreTrainedModel, rows: RowStream, device: torch.device, say: Callable[[str], None]
+) -> None:
     """Fit the modules that wait for it to the model as it came; the rows are then read again.
 
     In a resumed run too, before the checkpoint is read: it holds only what is trained, and these may be frozen.
-
-    Returns:
-        The line to say; None where nothing waits.
 
     Raises:
         ModelError: the rows told too little.
     """
     if not needs_fit(model):
-        return None
+        return
     method = next(method for _, layer, method in sparse_layers(model) if method is not None and method.needs_fit(layer))
     wanted = TOKENS_A_CHANNEL * model.config.get_text_config().hidden_size
     state, batches, found = rows.state_dict(), [], 0
@@ -49,4 +49,4 @@ def fit_to_first_rows(model: PreTrainedModel, rows: RowStream, device: torch.dev
             for batch in batches
         ),
     )
-    return f"the method's new modules: fitted to the model's attention in {len(batches)} rows"
+    say(f"the method's new modules: fitted to the model's attention in {len(batches)} rows")

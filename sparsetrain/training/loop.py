@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sparsetrain.activity import activity
 from sparsetrain.data import Batch, Step, StepLoader
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import TrainingError
@@ -27,11 +27,11 @@ from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.chunks import chunks_of
-from sparsetrain.training.engine import FiniteAdamW, World
-from sparsetrain.training.place import here
+from sparsetrain.training.engine import FiniteAdamW
+from sparsetrain.training.job import Job
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 from sparsetrain.training.selfcheck import GradientWatch
-from sparsetrain.training.signals import Outcome, Stopped, StopSignals
+from sparsetrain.training.signals import Outcome, Stopped
 from sparsetrain.training.telling import attempt
 
 
@@ -63,30 +63,52 @@ def is_logged(recipe: Recipe, plan: BatchPlan, step: int) -> bool:
     return step % recipe.train.log_every == 0 or step == plan.steps
 
 
+class Callbacks:
+    """What happens between the steps, which a run and the benchmarks each say; here nothing does.
+
+    Every rank calls them in the same order.
+    """
+
+    def on_step(self, step: int, result: StepResult) -> None:
+        """``step`` (1 is the first) is done."""
+
+    def evaluate(self) -> bool:
+        """Measure the model; returns whether the checkpoint of this step is to be kept as the best.
+
+        Raises:
+            Stopped: that was asked for.
+        """
+        return False
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step has been evaluated, before this process began too."""
+        return True
+
+    def save(self, wait: bool) -> None:
+        """Begin a checkpoint; ``wait`` until it is complete."""
+
+    def poll_checkpoint(self) -> None:
+        """Complete a checkpoint that has been written meanwhile."""
+
+    def keep_as_best(self) -> None:
+        """Keep the last checkpoint as the best."""
+
+
 @dataclass
 class Loop:
-    """Everything a run needs to take steps. The callbacks are given by :mod:`sparsetrain.training.run`."""
+    """Takes the steps of a run.
 
-    engine: Any
-    recipe: Recipe
+    Args:
+        engine: the DeepSpeed engine around :class:`~sparsetrain.training.loss.CausalLMLoss`.
+        state: counts the steps; of a run that is resumed, those already done.
+    """
+
+    job: Job
     plan: BatchPlan
+    engine: Any
     loader: StepLoader
-    world: World
     state: TrainState
-    folder: Path
-    say: Callable[[str], None]
-    on_step: Callable[[int, StepResult], None]
-    evaluate: Callable[[], bool]
-    """Returns whether the checkpoint of this step is to be kept as the best. Raises Stopped where that is asked for."""
-    save: Callable[[bool], None]
-    """Is told whether to wait until the checkpoint is complete."""
-    poll_checkpoint: Callable[[], None]
-    """Completes a checkpoint that has been written meanwhile."""
-    signals: StopSignals
-    evaluated: Callable[[int], bool] = lambda step: True
-    """Whether a step has been evaluated, before this process began too."""
-    crown: Callable[[], None] = lambda: None
-    """Keeps the last checkpoint as the best."""
+    callbacks: Callbacks
     methods: list[Method] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,11 +123,11 @@ class Loop:
                 trainable parameter got no gradient.
         """
         watch = GradientWatch(self.engine.module) if self.state.step == 0 else None
-        here.timed = True
+        activity.timed = True
         if (stop := self._evaluate_belatedly()) is not None:
             return stop
         while self.state.step < self.plan.steps:
-            here.at("waiting for data", self.state.step + 1)
+            activity.at("waiting for data", self.state.step + 1)
             batch = next(self.loader)
             result, stop = self._step(batch, watch)
             watch = None
@@ -114,18 +136,18 @@ class Loop:
             self.state.step += 1
             self.state.tokens += result.tokens
             self.state.data = batch.state
-            self.on_step(self.state.step, result)
-            self.poll_checkpoint()
+            self.callbacks.on_step(self.state.step, result)
+            self.callbacks.poll_checkpoint()
             finished = self.state.step == self.plan.steps
             best = False
-            if not finished and stop is None and _due(self.recipe.eval.every, self.state.step):
+            if not finished and stop is None and _due(self.job.recipe.eval.every, self.state.step):
                 try:
-                    best = self.evaluate()
+                    best = self.callbacks.evaluate()
                 except Stopped as stopped:
                     stop = stopped.outcome
             ends = finished or stop is not None
-            if ends or best or _due(self.recipe.checkpoint.every, self.state.step):
-                self.save(ends)
+            if ends or best or _due(self.job.recipe.checkpoint.every, self.state.step):
+                self.callbacks.save(ends)
             if stop is not None and not finished:
                 return stop
         return Outcome.FINISHED
@@ -133,10 +155,14 @@ class Loop:
     def _evaluate_belatedly(self) -> Outcome | None:
         """What is owed for the step that a run was stopped at, which saved at once; who stops it now, if anybody."""
         step = self.state.step
-        owed = 0 < step < self.plan.steps and _due(self.recipe.eval.every, step) and not self.evaluated(step)
+        owed = (
+            0 < step < self.plan.steps
+            and _due(self.job.recipe.eval.every, step)
+            and not self.callbacks.is_evaluated(step)
+        )
         try:
-            if owed and self.evaluate():
-                self.crown()
+            if owed and self.callbacks.evaluate():
+                self.callbacks.keep_as_best()
         except Stopped as stopped:
             return stopped.outcome
         return None
@@ -144,13 +170,13 @@ class Loop:
     def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, Outcome | None]:
         """One optimizer step. The second value says whether any rank was asked to stop, and by whom."""
         began = time.perf_counter()
-        train = self.recipe.train
+        train = self.job.recipe.train
         share = share_of_peak(train, self.state.step, self.plan.steps, self.plan.warmup_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
         for method in self.methods:
             method.begin_step(self.state.step, self.plan.steps)
-            method.observing = is_logged(self.recipe, self.plan, self.state.step + 1)
+            method.observing = is_logged(self.job.recipe, self.plan, self.state.step + 1)
 
         # [targets, tokens] summed over ranks; stays on the device until the step is done.
         counts = self._on_device(
@@ -160,29 +186,31 @@ class Loop:
         dist.all_reduce(counts)
         scale = 1.0 / counts[0].clamp(min=1.0)
 
-        nll = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        nll = torch.zeros((), dtype=torch.float64, device=self.job.world.device)
         balance = torch.zeros_like(nll)
         for index, micro in enumerate(batch.micro_batches):
-            here.at("forward", self.state.step + 1)
+            activity.at("forward", self.state.step + 1)
             # Each token counts alike for the balance loss, whichever micro batch or rank it is in.
             weight = micro.num_tokens * counts[0].clamp(min=1.0) / counts[1]
             loss = self.engine(**self._inputs(micro), balance_weight=weight.float())
-            here.at("backward", self.state.step + 1)
+            activity.at("backward", self.state.step + 1)
             # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
-            self.engine.backward(loss * (scale * self.world.size).float(), scale_wrt_gas=False)
+            self.engine.backward(loss * (scale * self.job.world.size).float(), scale_wrt_gas=False)
             nll += loss.detach()
             if (found := self.engine.module.balance_loss) is not None:
                 balance += found * weight
             if index + 1 == len(batch.micro_batches):
                 if watch is not None:
-                    self.say(f"self-check: {watch.check()}")
+                    self.job.say(f"self-check: {watch.check()}")
                 if isinstance(self.engine.optimizer, FiniteAdamW):
                     self.engine.optimizer.measure()
-            here.at("optimizer step", self.state.step + 1)
+            activity.at("optimizer step", self.state.step + 1)
             self.engine.step()
 
         # A signal counts however late in the step it comes, and on whichever rank.
-        sums = torch.cat([nll[None], balance[None], self._on_device(self.signals.preempted, self.signals.interrupted)])
+        sums = torch.cat(
+            [nll[None], balance[None], self._on_device(self.job.signals.preempted, self.job.signals.interrupted)]
+        )
         dist.all_reduce(sums)
         in_nats = (sums[0] * scale, sums[1] * scale)
         loss_value, balance_loss, tokens, preempted, interrupted = torch.stack(
@@ -206,7 +234,7 @@ class Loop:
 
     def _on_device(self, *values: float) -> torch.Tensor:
         """Numbers of this rank in fp64, for all ranks to add up; the host does not wait for the copy."""
-        return torch.tensor(values, dtype=torch.float64).to(self.world.device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.float64).to(self.job.world.device, non_blocking=True)
 
     def _observations(self) -> dict[str, float]:
         """What the methods with telemetry saw in this step, averaged over the ranks."""
@@ -216,9 +244,9 @@ class Loop:
         if not observers:
             return {}
         mine = {name: value for method in observers for name, value in method.observations().items()}
-        of_ranks: list[Any] = [None] * self.world.size
+        of_ranks: list[Any] = [None] * self.job.world.size
         dist.all_gather_object(of_ranks, mine)
-        return {name: sum(each[name] for each in of_ranks) / self.world.size for name in mine}
+        return {name: sum(each[name] for each in of_ranks) / self.job.world.size for name in mine}
 
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
@@ -230,9 +258,9 @@ class Loop:
             "positions": positions,
             "targets": micro.labels[0, positions + 1],
         }
-        inputs: dict[str, Any] = {name: t.to(self.world.device, non_blocking=True) for name, t in tensors.items()}
+        inputs: dict[str, Any] = {name: t.to(self.job.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: all ranks must make the same number of chunks.
-        inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.recipe.train.loss_chunk)
+        inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.job.recipe.train.loss_chunk)
         return inputs
 
     def _nonfinite(self, batch: Step, result: StepResult) -> None:
@@ -240,16 +268,16 @@ class Loop:
 
         Under fp16 a step that the loss scaler skipped is routine while the loss itself is finite.
         """
-        if self.recipe.model.dtype == "float16" and math.isfinite(result.loss):
+        if self.job.recipe.model.dtype == "float16" and math.isfinite(result.loss):
             return
-        origins: list[Any] = [None] * self.world.size
+        origins: list[Any] = [None] * self.job.world.size
         dist.all_gather_object(origins, [micro.origin for micro in batch.micro_batches])
         record = {"step": self.state.step + 1, "loss": str(result.loss), "documents_by_rank": origins}
-        path = self.folder / "nonfinite.jsonl"
-        if self.world.main:
-            attempt(f"{path} cannot be written", lambda: _append(path, record), self.say, f"it would hold {record}")
-        if self.recipe.train.on_nonfinite == "stop":
-            name, rate = peak_lr(self.recipe.train)
+        path = self.job.output / "nonfinite.jsonl"
+        if self.job.world.main:
+            attempt(f"{path} cannot be written", lambda: _append(path, record), self.job.say, f"it would hold {record}")
+        if self.job.recipe.train.on_nonfinite == "stop":
+            name, rate = peak_lr(self.job.recipe.train)
             raise TrainingError(
                 f"step {self.state.step + 1}: loss {result.loss} with a gradient norm of {result.grad_norm}; the "
                 f"weights are as they were before it, and the documents of the batch are named in {path}. Lower "

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
+from sparsetrain.activity import activity
 from sparsetrain.errors import TrainingError, first_line
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.engine import World
 from sparsetrain.training.host_memory import allowed_host_memory
-from sparsetrain.training.place import here
+from sparsetrain.world import World
 
 SETTINGS_NAMED = 3
 FRAGMENTED = 0.05
@@ -34,7 +34,7 @@ def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) ->
     rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
     settings = list(settings_that_help(recipe, world))
     message = (
-        f"out of memory in {here} ({first_line(error).rstrip('.')}): {_used(world.device)}, with {rows} of "
+        f"out of memory in {activity} ({first_line(error).rstrip('.')}): {_used(world.device)}, with {rows} of "
         f"{recipe.sequence.length:,} tokens at once. "
     )
     if settings:
@@ -53,9 +53,9 @@ def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
     """
     length = recipe.sequence.length
     activations, states = list(_for_activations(recipe, world)), list(_for_states(recipe, world))
-    if here.part.startswith("evaluating"):
+    if activity.part.startswith("evaluating"):
         yield from _for_evaluation(recipe)
-    if here.part in ("forward", "backward") or here.part.startswith("evaluating"):
+    if activity.part in ("forward", "backward") or activity.part.startswith("evaluating"):
         yield from activations + states
     else:
         yield from states + activations

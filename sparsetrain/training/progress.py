@@ -25,7 +25,7 @@ class Progress:
     plain line per :meth:`update`: ``step 12/100  loss 3.214  lr 2.0e-04  grad 0.71  12,345 tok/s  left 0:42``.
 
     Args:
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the whole run, where they are known; else :meth:`begin` tells them.
         start_step: steps already done, when resuming.
         tokens_per_step: tokens of one optimizer step over all ranks.
         rank: only rank 0 shows anything.
@@ -33,11 +33,14 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, start_step: int, tokens_per_step: int, *, rank: int = 0, file: TextIO | None = None
+        self,
+        total_steps: int = 0,
+        start_step: int = 0,
+        tokens_per_step: int = 0,
+        *,
+        rank: int = 0,
+        file: TextIO | None = None,
     ) -> None:
-        self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
-        self._step = start_step
         self._clock = time.monotonic()
         self._intervals: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
         self._console = None if rank else Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
@@ -49,7 +52,14 @@ class Progress:
                 TextColumn("{task.fields[status]}"),
             )
             self._bar = RichProgress(*columns, console=self._console, expand=True)
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
+            self._task = self._bar.add_task("train", status="")
+        self.begin(total_steps, start_step, tokens_per_step)
+
+    def begin(self, total_steps: int, start_step: int, tokens_per_step: int) -> None:
+        """Say how many steps there are, how many of them are done, and how many tokens each has."""
+        self.total_steps, self.tokens_per_step, self._step = total_steps, tokens_per_step, start_step
+        if self._bar is not None:
+            self._bar.update(self._task, total=total_steps, completed=start_step)
 
     def __enter__(self) -> Progress:
         self.restart_clock()

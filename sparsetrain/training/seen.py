@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsetrain.training.line import Message
-from sparsetrain.training.place import rank_name
+from sparsetrain.world import rank_name
 
 
 @dataclass

@@ -21,8 +21,8 @@ from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.documents import keeps_documents_apart
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
-from sparsetrain.training.engine import World
 from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.world import World
 
 SHARED_TOKENS = 8192
 """How much of a row is computed both by one rank alone and by all that share it."""

@@ -23,7 +23,7 @@ from enum import Enum
 from types import FrameType
 from typing import Any
 
-from sparsetrain.training.place import here
+from sparsetrain.activity import activity
 
 PREEMPTED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. What a run that a scheduler stopped exits with, its checkpoint saved."""
@@ -206,11 +206,11 @@ class StopSignals:
         if again:
             return "leaving at once"
         if not self._holding:
-            return f"stopping now ({here})"
-        if here.part.startswith("evaluating"):
+            return f"stopping now ({activity})"
+        if activity.part.startswith("evaluating"):
             what = "stopping after this batch of the evaluation, with all that was trained saved"
-        elif here.part.startswith(("saving", "exporting", "drawing")):
-            what = f"stopping after {here.part}"
+        elif activity.part.startswith(("saving", "exporting", "drawing")):
+            what = f"stopping after {activity.part}"
         else:
             what = "stopping after this step, with a checkpoint"
         return what + ("; Ctrl-C again leaves at once, without" if number == signal.SIGINT else "")

@@ -31,12 +31,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparsetrain.activity import activity, waits_for_others
 from sparsetrain.errors import SparsetrainError, TrainingError, first_line
-from sparsetrain.training.engine import World
 from sparsetrain.training.line import Line, Message, listen, own_address
-from sparsetrain.training.place import here, rank_name, waits_for_others
 from sparsetrain.training.seen import Seen, blame
 from sparsetrain.training.signals import Outcome, Stopped
+from sparsetrain.world import World, rank_name
 
 GRACE = 3.0
 """Seconds that a main thread gets to raise an error of its own after another rank failed, and that one with a broken
@@ -87,7 +87,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
-        here.reset()
+        activity.reset()
         if self.world.size > 1:
             try:
                 self._connect()
@@ -131,7 +131,7 @@ class Watch:
             if self.verdict is not None:
                 raise TrainingError(self.verdict) from error
         said = " ".join((str(error) if own else f"{type(error).__name__}: {error}").split()).removesuffix(":")
-        where = "" if own else f" ({here})"
+        where = "" if own else f" ({activity})"
         self._tell({"fault": f"{rank_name(self.world.rank)} failed{where}: {said}"})
 
     def tell_stop(self, outcome: Outcome) -> None:
@@ -201,7 +201,7 @@ class Watch:
         self._part()
 
     def _report(self, now: float) -> None:
-        report = {"place": str(here), "order": here.order, "moves": here.moves, "timed": here.timed}
+        report = {"place": str(activity), "order": activity.order, "moves": activity.moves, "timed": activity.timed}
         report |= {"waits": waits_for_others(), "host": socket.gethostname()}
         self._tell({"report": report})
         if self.world.main:
@@ -306,7 +306,7 @@ class Watch:
                 if self.stop is not None:
                     os._exit(self.stop.exit_code)
                 print(f"\nerror (rank {self.world.rank}): {self.verdict}", file=sys.stderr)
-                print(f"{rank_name(self.world.rank)} itself was here, in {here}:", file=sys.stderr)
+                print(f"{rank_name(self.world.rank)} itself was here, in {activity}:", file=sys.stderr)
                 traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
                 sys.stderr.flush()
                 try:
@@ -322,7 +322,7 @@ class Watch:
         self._closed.set()
         if self._thread is not None:
             self._thread.join(timeout=2 * GRACE)
-        here.timed = False
+        activity.timed = False
 
     def _part(self) -> None:
         """Close the lines so that what was sent arrives: say that it is all, and read until the others say so too."""

@@ -22,7 +22,7 @@ from sparsetrain.errors import BenchError
 from sparsetrain.methods.sparsek.method import SparseKMethod
 from sparsetrain.methods.sparsek.scorer import SparseKScorer
 from sparsetrain.recipe import batch_shape, load_recipe
-from sparsetrain.training.engine import World
+from sparsetrain.world import World
 
 
 def run_step(recipe: str, settings: list[str], **options) -> list[StepRow]:

@@ -27,9 +27,9 @@ import sparsetrain_kernels
 import torch
 
 import sparsetrain
+from sparsetrain.activity import activity
 from sparsetrain.cli import main
 from sparsetrain.training.loop import Loop
-from sparsetrain.training.place import here
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -69,7 +69,7 @@ def find_wait():
     frame = sys._getframe(1)
     while frame.f_back is not None and _passed_over(frame.f_code.co_filename):
         frame = frame.f_back
-    return Wait(here.step, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+    return Wait(activity.step, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
 
 def _passed_over(file):

@@ -13,7 +13,7 @@ from sparsetrain.plan.shape import ModelShape
 from sparsetrain.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from sparsetrain.training.engine import World
+    from sparsetrain.world import World
 
 SHAPE = ModelShape(
     layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=1000, tied=False, qk_norm=True

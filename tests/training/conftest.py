@@ -27,7 +27,8 @@ from sparsetrain.cli import main
 from sparsetrain.data.synthetic import WORDINGS
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.yaml_source import dump_yaml
-from sparsetrain.training.engine import World, init_world
+from sparsetrain.training.engine import init_world
+from sparsetrain.world import World
 
 VOCABULARY = 384
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

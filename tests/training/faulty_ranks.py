@@ -25,11 +25,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 from ports import free_port
 
+from sparsetrain.activity import activity
 from sparsetrain.cli import main
 from sparsetrain.data.loader import StepLoader
 from sparsetrain.training import build, engine, run
 from sparsetrain.training.checkpoints import saver
-from sparsetrain.training.place import here
 
 engine._import_deepspeed()
 RANKS = 2
@@ -74,7 +74,7 @@ def in_data(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
         step = StepLoader.__next__
 
         def faulty(loader: StepLoader) -> Any:
-            if os.environ["RANK"] == str(rank) and here.step == FAULTY_STEP:
+            if os.environ["RANK"] == str(rank) and activity.step == FAULTY_STEP:
                 now(moment)
                 act()
             return step(loader)
@@ -94,7 +94,7 @@ def in_forward(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
             built = initialize(*arguments)
 
             def hook(*_: Any) -> None:
-                if os.environ["RANK"] == str(rank) and here.step == FAULTY_STEP:
+                if os.environ["RANK"] == str(rank) and activity.step == FAULTY_STEP:
                     now(moment)
                     act()
 

@@ -232,7 +232,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path, tiny, run_
 
     def delete(loop, *rest):
         if loop.state.step == 3:
-            shutil.rmtree(loop.folder)
+            shutil.rmtree(loop.job.output)
         return step(loop, *rest)
 
     monkeypatch.setattr(Loop, "_step", delete)

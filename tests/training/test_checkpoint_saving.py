@@ -14,7 +14,7 @@ import torch
 
 from sparsetrain.cli import main
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training import run as training
+from sparsetrain.training import callbacks
 from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.checkpoints.manifest import tensor_files
@@ -212,9 +212,9 @@ def test_a_folder_that_vanishes_stops_the_run_or_not(tmp_path, tiny, run_folder,
     step = Loop._step
 
     def vanish(loop, *rest):
-        folder = loop.folder / "checkpoints"
+        folder = loop.job.checkpoints
         if loop.state.step == 3 and folder.is_dir():
-            folder.rename(loop.folder / "elsewhere")
+            folder.rename(loop.job.output / "elsewhere")
             folder.touch()
         return step(loop, *rest)
 
@@ -265,7 +265,7 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, m
         return step(loop, *rest)
 
     monkeypatch.setattr(Loop, "_step", counted)
-    monkeypatch.setattr(training, "score", lambda metric, _: measured[state["step"]])
+    monkeypatch.setattr(callbacks, "score", lambda metric, _: measured[state["step"]])
     run = run_folder(tmp_path / "run")
     passkey = "eval={every: 1, at_start: false, at_end: true, passkey: {lengths: [160], depths: 1, trials: 1}}"
     arguments = [passkey, "checkpoint.keep_best=passkey", "checkpoint.every=3", "checkpoint.keep_last=1"]

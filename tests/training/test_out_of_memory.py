@@ -7,10 +7,10 @@ import resource
 import pytest
 import torch
 
+from sparsetrain.activity import activity
 from sparsetrain.recipe import Recipe
-from sparsetrain.training.engine import World
 from sparsetrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory, settings_that_help
-from sparsetrain.training.place import here
+from sparsetrain.world import World
 
 
 def recipe(model=None, evaluation=None, lora=None, length=65536, parallel=1, deepspeed=None, **train):
@@ -34,9 +34,9 @@ def world(size=8, device="cuda"):
 
 @pytest.fixture(autouse=True)
 def _in_forward():
-    here.at("forward", 7)
+    activity.at("forward", 7)
     yield
-    here.reset()
+    activity.reset()
 
 
 def names(recipe, world):
@@ -70,7 +70,7 @@ def test_what_is_used_already_is_not_advised():
 
 
 def test_elsewhere_states_come_first():
-    here.at("optimizer step", 7)
+    activity.at("optimizer step", 7)
     assert names(recipe(), world())[:3] == ["deepspeed.stage", "deepspeed.offload_optimizer", "lora"]
 
 
@@ -80,7 +80,7 @@ def test_one_rank_on_a_cpu_is_advised_nothing_that_needs_others_or_a_gpu():
 
 
 def test_in_an_evaluation_its_own_lengths_come_first():
-    here.at("evaluating: power, before")
+    activity.at("evaluating: power, before")
     long = {"passkey": {"lengths": [4096, 131072]}}
     assert next(settings_that_help(recipe(evaluation=long), world())) == (
         "eval.passkey.lengths: up to 65536 (now up to 131072)"

@@ -147,7 +147,7 @@ def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, tiny_recipe,
         from deepspeed.accelerator import get_accelerator
 
         monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
-        monkeypatch.setattr("sparsetrain.training.ready.check_config", lambda _: None)
+        monkeypatch.setattr("sparsetrain.training.preflight.check_config", lambda _: None)
         scale = "{initial_scale_power: 13, loss_scale_window: 2, hysteresis: 1}"
         overrides += [f"deepspeed.config={{fp16: {scale}}}", "train.on_nonfinite=skip"]
     assert main(["run", str(tiny), *overrides, "--output", str(whole.path)]) == 0

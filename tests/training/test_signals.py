@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.cli import main
+from sparsetrain.training import evaluations, signals
 from sparsetrain.training import run as training
-from sparsetrain.training import signals
 from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 
 EVALUATION = "eval={every: 2, at_start: false, at_end: true, passkey: {lengths: [160], depths: 2, trials: 2}}"
@@ -94,10 +94,10 @@ def test_a_request_that_a_library_swallows_is_heeded_all_the_same(arguments, mon
 
 def stop_in_evaluation(monkeypatch, number, which):
     """Send a signal after the first batch of the n-th evaluation."""
-    original, evaluations, batches = training.evaluate, iter(range(1, 100)), []
+    original, count, batches = evaluations.evaluate, iter(range(1, 100)), []
 
     def evaluate(*given, on_progress, **options):
-        asked = next(evaluations) == which
+        asked = next(count) == which
 
         def progress(done, total):
             batches.append((which, done, total))
@@ -108,7 +108,7 @@ def stop_in_evaluation(monkeypatch, number, which):
 
         return original(*given, on_progress=progress, **options)
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(evaluations, "evaluate", evaluate)
     return batches
 
 

@@ -28,12 +28,15 @@ from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import World, destroy
+from sparsetrain.training.engine import destroy
+from sparsetrain.training.job import Job
 from sparsetrain.training.liger import fuse_layers, wants_liger
-from sparsetrain.training.loop import Loop, StepResult
+from sparsetrain.training.loop import Callbacks, Loop, StepResult
+from sparsetrain.training.progress import Progress
 from sparsetrain.training.sequence_parallel import check_shareable
 from sparsetrain.training.signals import StopSignals
 from sparsetrain.training.trainable import choose_trainable, trainable_size
+from sparsetrain.world import World
 
 PLAIN_CHUNK = 4096
 """Positions whose logits exist at a time in the plain loop."""
@@ -75,27 +78,17 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     elif stand_in == "flex" and pattern is not None:
         use_flex(model, pattern, recipe.sequence.length, world.device)
     config = deepspeed_config(recipe, plan, trainable_size(model))
-    engine, _ = build_engine(model, recipe, plan, config, world, say=lambda line: None)
+    engine = build_engine(model, recipe, plan, config, world, say=lambda line: None).deepspeed
 
-    def on_step(step: int, result: StepResult) -> None:
-        after_step(result.seconds)
+    class Timing(Callbacks):
+        def on_step(self, step: int, result: StepResult) -> None:
+            after_step(result.seconds)
 
     with TemporaryDirectory() as folder:
-        loop = Loop(
-            engine=engine,
-            recipe=recipe,
-            plan=plan,
-            loader=random_steps(model.config.vocab_size, plan, world),  # type: ignore[arg-type]
-            world=world,
-            state=TrainState(step=0, ranks=world.size),
-            folder=Path(folder),  # for what it says of a loss that is not finite
-            say=lambda line: None,
-            on_step=on_step,
-            evaluate=lambda: False,
-            save=lambda wait: None,
-            poll_checkpoint=lambda: None,
-            signals=StopSignals(),
-        )
+        # The folder holds what is said of a loss that is not finite; a rank other than 0 shows nothing.
+        job = Job(recipe, Path(folder), world, StopSignals(), Progress(rank=1))
+        loader: Any = random_steps(model.config.vocab_size, plan, world)
+        loop = Loop(job, plan, engine, loader, TrainState(step=0, ranks=world.size), Timing())
         try:
             loop.run()
         finally:

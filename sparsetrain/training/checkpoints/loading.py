@@ -18,7 +18,7 @@ from sparsetrain.training.checkpoints.files import PieceReader
 from sparsetrain.training.checkpoints.manifest import STATE, rank_file, tensor_files
 from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read
 from sparsetrain.training.checkpoints.state import TrainState, draw_random_state, set_random_state
-from sparsetrain.training.engine import World
+from sparsetrain.world import World
 
 
 def load(

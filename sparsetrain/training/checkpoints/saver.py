@@ -21,16 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe.schema import CheckpointSection
 from sparsetrain.training.checkpoints import engine_state, store
 from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
 from sparsetrain.training.checkpoints.manifest import STATE, rank_file
 from sparsetrain.training.checkpoints.state import TrainState, random_state
-from sparsetrain.training.engine import World
 from sparsetrain.training.host_memory import available_host_memory
 from sparsetrain.training.launched import ranks_of_this_host
-from sparsetrain.training.place import here
+from sparsetrain.world import World
 
 SHARE_OF_HOST_MEMORY = 0.8
 """Of what is available, that the copies of all ranks of a machine may take; beyond it, training waits for the disk."""
@@ -56,7 +56,7 @@ class _Write:
     def wrote(self) -> None:
         self.parts += 1
         if self.thread is None:
-            here.moved()
+            activity.moved()
 
     def done(self) -> bool:
         return self.thread is None or not self.thread.is_alive()
@@ -67,7 +67,7 @@ class _Write:
         while self.thread is not None and self.thread.is_alive():
             if self.parts != parts:
                 parts = self.parts
-                here.moved()
+                activity.moved()
             self.thread.join(GLANCE)
 
 
@@ -80,7 +80,6 @@ class Saver:
         section: what the recipe says about them.
         world: the ranks.
         say: prints a line for the user.
-        on_failure: is told the step whose checkpoint could not be written, where the recipe lets the run go on.
     """
 
     def __init__(
@@ -90,14 +89,14 @@ class Saver:
         section: CheckpointSection,
         world: World,
         say: Callable[[str], None],
-        on_failure: Callable[[int], None],
     ) -> None:
+        self.on_failure: Callable[[int], None] = lambda step: None
+        """Is told the step whose checkpoint could not be written, where the recipe lets the run go on."""
         self._engine = engine
         self._folder = folder
         self._section = section
         self._world = world
         self._say = say
-        self._on_failure = on_failure
         self._write: _Write | None = None
         best = [store.read_best(folder) if world.main else None]
         dist.broadcast_object_list(best, src=0)
@@ -204,7 +203,7 @@ class Saver:
         self._candidate = {"checkpoint": name, "metric": self._section.keep_best, "value": value}
         return True
 
-    def crown(self) -> None:
+    def keep_as_best(self) -> None:
         """Name the last checkpoint, which is complete, the best: after the evaluation at the end of a run."""
         best, self._candidate = self._candidate, None
 
@@ -259,7 +258,7 @@ class Saver:
                 "checkpoint.on_failure: continue a run goes on and tries again"
             )
         self._say(f"warning: {what}; the run goes on, and the next checkpoint is tried as planned")
-        self._on_failure(step)
+        self.on_failure(step)
 
     def _on_main(self, act: Callable[[], None]) -> str | None:
         """Run ``act`` on rank 0; every rank gets its error."""

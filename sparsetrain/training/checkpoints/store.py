@@ -20,13 +20,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparsetrain.activity import activity
 from sparsetrain.durable import flush, make_way, read_bytes
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.content import content_fault
 from sparsetrain.training.checkpoints.files import checksum_of, write_text
 from sparsetrain.training.checkpoints.manifest import rank_file, read_manifest, unlisted, write_manifest
-from sparsetrain.training.engine import World
-from sparsetrain.training.place import here
+from sparsetrain.world import World
 
 LATEST = "latest"
 BEST = "best.json"
@@ -178,7 +178,7 @@ def _damage(checkpoint: Path, world: World) -> str | None:
     try:
         manifest = read_manifest(checkpoint)
         for index, (name, entry) in enumerate(sorted(manifest.items())):
-            if index % world.size == world.rank and checksum_of(checkpoint / name, here.moved) != entry.crc32:
+            if index % world.size == world.rank and checksum_of(checkpoint / name, activity.moved) != entry.crc32:
                 return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
     except (OSError, ValueError) as error:
         return f"rank {world.rank} cannot read it ({error})"

@@ -1,7 +1,15 @@
-"""What can be known of a run's model before its weights are read: the same checks, in the same words, as in the run.
+"""Every check between a valid recipe and a run that may begin, in the order they are made.
 
-``sparsetrain recipe validate``, ``plan`` and ``doctor`` ask :func:`check_model`; ``run`` asks the functions under it.
-``doctor`` and ``run`` ask :func:`check_machine`: others may be run on another machine than the training.
+==========================  ==============================  =====================================
+check                       needs                           called by
+==========================  ==============================  =====================================
+:func:`check_machine`       the recipe and the device       ``doctor``, ``run``
+``data.check.check_data``   the recipe and local files      ``validate``, ``plan``, ``doctor``, ``run``
+:func:`check_model`         the recipe and local files      ``validate``, ``plan``, ``doctor``
+:func:`check_loaded`        the model, sparsified           ``run``, and :func:`check_model` without weights
+==========================  ==============================  =====================================
+
+Then, on the first batch, a run checks itself: :mod:`sparsetrain.training.selfcheck`.
 """
 
 from __future__ import annotations
@@ -10,15 +18,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from sparsetrain.modeling import check_dropout, check_positions, sparsify
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling import balance_factor, check_dropout, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
+from sparsetrain.modeling.head import BALANCE_FACTORS
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weights import check_headers
 from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.local_model import model_folder
-from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.schema import ModelSection, Recipe
 from sparsetrain.training.deepspeed_config import deepspeed_config
 from sparsetrain.training.engine import check_config, check_offload
 from sparsetrain.training.memory import check_memory_options
@@ -76,20 +86,37 @@ def check_model(recipe: Recipe) -> None:
         )
     with torch.device("meta"):
         sparsify(model, recipe.attention)
-        check_fit(model, recipe)
+        check_loaded(model, recipe)
         with torch.random.fork_rng(devices=[]):
             choose_trainable(model, recipe)
 
 
-def check_fit(model: PreTrainedModel, recipe: Recipe) -> None:
+def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
     """Refuse a sparsified model that cannot take the recipe's rows.
 
     Raises:
-        ModelError: its positions, its dropout, or what it computes between tokens.
+        ModelError: its positions, its dropout, a factor of a loss that it does not add, or what it computes between
+            tokens.
     """
     check_positions(model, recipe.sequence.length)
     check_dropout(model)
+    check_balance(model, recipe.model)
     if recipe.sequence.parallel > 1:
         from sparsetrain.training import sequence_parallel
 
         sequence_parallel.check_shareable(model, recipe.sequence.parallel)
+
+
+def check_balance(model: PreTrainedModel, section: ModelSection) -> None:
+    """Refuse a factor for the routers' balance loss in a recipe that leaves the loss itself off.
+
+    Raises:
+        ModelError: names the factor and the switch.
+    """
+    given = {**(section.architecture or {}), **section.config_overrides}
+    for name in BALANCE_FACTORS:
+        if given.get(name) and not balance_factor(model):
+            raise ModelError(
+                f"{name}={given[name]} has no effect: {type(model).__name__} adds the balance loss of its routers only "
+                "with output_router_logits: true beside it"
+            )

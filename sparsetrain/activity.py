@@ -1,9 +1,8 @@
-"""Where this process is in its run: what error messages name, and what other ranks watch move."""
+"""What this process is doing in its run: what error messages name, and whose progress the other ranks watch."""
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 
 @dataclass
-class Place:
+class Activity:
     """The step and the part of it that the main thread is in. Only the main thread writes; setting it costs nothing.
 
     Every rank calls :meth:`at` in the same order, so of two ranks that do not move, the one with the lower ``order``
@@ -58,13 +57,8 @@ class Place:
         return f"step {self.step}, {self.part}" if self.step else self.part
 
 
-here = Place()
-"""The place of this process."""
-
-
-def rank_name(rank: int, host: str | None = None) -> str:
-    """``rank 3 (host node-7)``; the host is this one by default. Its name need not resolve to an address."""
-    return f"rank {rank} (host {socket.gethostname() if host is None else host})"
+activity = Activity()
+"""Of this process."""
 
 
 def waits_for_others() -> bool:

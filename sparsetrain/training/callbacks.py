@@ -1,0 +1,120 @@
+"""What a run does between its steps: show, record, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from sparsetrain.activity import activity
+from sparsetrain.evaluation import EvalResult
+from sparsetrain.recipe import BatchPlan, dump_recipe
+from sparsetrain.training import folder
+from sparsetrain.training.best import score
+from sparsetrain.training.checkpoints import Saver, TrainState
+from sparsetrain.training.costs import Costs
+from sparsetrain.training.evaluations import Evaluations
+from sparsetrain.training.job import Job
+from sparsetrain.training.loop import Callbacks, StepResult, is_logged
+from sparsetrain.training.tracking import Tracker
+
+
+@dataclass
+class RunCallbacks(Callbacks):
+    """The callbacks of a run."""
+
+    job: Job
+    plan: BatchPlan
+    state: TrainState
+    costs: Costs
+    saver: Saver
+    tracker: Tracker
+    evaluations: Evaluations
+
+    def on_step(self, step: int, result: StepResult) -> None:
+        """Show and record a step that is logged."""
+        recipe = self.job.recipe
+        if not is_logged(recipe, self.plan, step):
+            return
+        self.job.progress.update(step, result.loss, result.lr, result.grad_norm)
+        speed = result.tokens / result.seconds
+        metrics = {
+            "loss": result.loss,
+            "perplexity": math.exp(min(result.loss - result.balance_loss, 100.0)),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_second": speed,
+            "step_seconds": result.seconds,
+            "peak_memory_gb": _peak_memory(self.job.world.device) / 1e9,
+            "skipped": float(not result.applied),
+            **result.observations,
+        }
+        if recipe.attention.new_modules:
+            metrics["lr_new_modules"] = result.lr_new_modules
+        utilisation = self.costs.utilisation(speed)
+        if utilisation is not None:
+            metrics["mfu"] = utilisation
+        self.tracker.log(metrics, step)
+
+    def evaluate(self) -> bool:
+        """See :meth:`Callbacks.evaluate`."""
+        result = self.evaluations.measure(self._label(self.state.step))
+        if result is not None:
+            self.tracker.log(result.metrics(), self.state.step)
+        self.job.progress.restart_clock()
+        return result is not None and self._is_best(result)
+
+    def is_evaluated(self, step: int) -> bool:
+        """See :meth:`Callbacks.is_evaluated`."""
+        return self._label(step) in self.evaluations.results
+
+    def evaluate_at_end(self) -> None:
+        """Measure the trained model; its last checkpoint may turn out to be the best."""
+        result = self.evaluations.measure(folder.label_at_end(self.job.recipe))
+        if result is None:
+            return
+        self.tracker.log(result.metrics(), self.state.step)
+        self.tracker.summary(result.metrics())
+        if self._is_best(result):
+            self.saver.keep_as_best()
+
+    def save(self, wait: bool) -> None:
+        """See :meth:`Callbacks.save`."""
+        activity.at("saving a checkpoint", self.state.step)
+        environment = json.dumps(folder.environment())
+        documents = {"recipe.yaml": dump_recipe(self.job.recipe), "environment.json": environment}
+        self.saver.save(self.state, documents, wait)
+        self.job.progress.restart_clock()
+
+    def poll_checkpoint(self) -> None:
+        """See :meth:`Callbacks.poll_checkpoint`."""
+        self.saver.poll()
+
+    def keep_as_best(self) -> None:
+        """See :meth:`Callbacks.keep_as_best`."""
+        self.saver.keep_as_best()
+
+    def save_failed(self, step: int) -> None:
+        """Tell those who watch the run that the checkpoint of ``step`` cannot be written."""
+        self.tracker.log({"checkpoint_failed": 1.0}, self.state.step)
+        self.tracker.alert(
+            "checkpoint failed", f"{self.job.recipe.name}: the checkpoint of step {step} cannot be written"
+        )
+
+    def _label(self, step: int) -> str:
+        return f"{self.job.recipe.attention.method}, step {step}"
+
+    def _is_best(self, result: EvalResult) -> bool:
+        metric = self.job.recipe.checkpoint.keep_best
+        return metric is not None and self.saver.is_best(self.state.step, score(metric, result))
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak bytes of this process: on the device, or resident in host memory where there is none."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,96 @@
+"""The evaluations of a run, by label, and the report that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsetrain.activity import activity
+from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation import EvalResult, evaluate
+from sparsetrain.evaluation.report import read_results, write_report
+from sparsetrain.methods.full import FullConfig
+from sparsetrain.modeling import sparsify
+from sparsetrain.training.changes import told
+from sparsetrain.training.job import Job, Loaded
+
+
+@dataclass
+class Evaluations:
+    """Measures what the ``eval`` section asks for, and keeps the results of the whole run in its folder.
+
+    Args:
+        results: of this run so far, by label.
+        history: what was changed when the run was resumed, for the report.
+    """
+
+    job: Job
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    results: dict[str, EvalResult]
+    history: Sequence[dict[str, Any]] = ()
+
+    def measure(self, label: str) -> EvalResult | None:
+        """Evaluate the model as it is and keep the result under ``label``; None where the section is empty.
+
+        Raises:
+            Stopped: that was asked for, in a run that has something to save.
+        """
+        job, section = self.job, self.job.recipe.eval
+        if section.empty:
+            return None
+        activity.at(f"evaluating: {label}", activity.step)
+        with job.progress.counting(f"evaluating: {label}") as on_progress:
+
+            def moved(done: int, total: int) -> None:
+                activity.moved()
+                on_progress(done, total)
+                job.signals.pause(job.world.largest)
+
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                section,
+                device=job.world.device,
+                seed=job.recipe.train.seed,
+                rank=job.world.rank,
+                world=job.world.size,
+                on_progress=moved,
+            )
+        self.results[label] = result
+        if job.world.main:
+            self.write_report(f"Evaluation of {job.recipe.name}")
+        return result
+
+    def write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:
+        """Write ``evaluation.json`` and ``report.md`` with what was measured so far."""
+        history = [told(line) for line in self.history]
+        self.job.record(
+            "the report",
+            lambda: write_report(self.results, self.job.output, title=title, pictures=pictures, history=history),
+        )
+
+
+def evaluate_untrained(job: Job, loaded: Loaded) -> dict[str, EvalResult]:
+    """Measure the model dense, as it came, and then with the method put in but not yet trained."""
+    attention = job.recipe.attention
+    evaluations = Evaluations(job, loaded.model, loaded.tokenizer, {})
+    if attention.method != "full":
+        sparsify(loaded.model, FullConfig())
+        evaluations.measure("full attention, before")
+        sparsify(loaded.model, attention)
+    evaluations.measure(f"{attention.method}, before")
+    return evaluations.results
+
+
+def recorded_results(job: Job) -> dict[str, EvalResult]:
+    """The results of the run that is resumed. A file that cannot be read does not end the run."""
+    try:
+        return read_results(job.output)
+    except (CheckpointError, OSError) as error:
+        job.say(f"warning: {error}; the report goes on without what was measured before")
+        return {}

@@ -1,0 +1,48 @@
+"""Where a resumed run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsetrain.activity import activity
+from sparsetrain.training import checkpoints, folder
+from sparsetrain.training.build import Engine
+from sparsetrain.training.changes import Resumption
+from sparsetrain.training.checkpoints import TrainState
+from sparsetrain.training.job import Job, Loaded
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint, and what the recipe changes from there on."""
+
+    checkpoint: Path
+    resumption: Resumption
+
+
+def find_checkpoint(job: Job) -> Start | None:
+    """The newest whole checkpoint of the run folder; None where there is nothing that a fresh start would write over.
+
+    Raises:
+        CheckpointError: there is, or the recipe changes what must stay.
+    """
+    activity.at("reading checkpoints")
+    newest, skipped = checkpoints.find(job.checkpoints, job.world)
+    for line in skipped:
+        job.say(line)
+    if newest is None:
+        job.world.on_main(lambda: folder.refuse_to_start_over(job.output, skipped))
+        job.say(f"nothing to resume in {job.output}; starting from step 0")
+        return None
+    return Start(newest, job.world.on_main(lambda: folder.resume(job.output, newest, job.recipe)))
+
+
+def restore(job: Job, loaded: Loaded, engine: Engine, start: Start) -> TrainState:
+    """The engine, the data and every random state as the checkpoint has them."""
+    rows, plan, seed = loaded.rows, loaded.plan, job.recipe.train.seed
+    state = checkpoints.load(engine.deepspeed, start.checkpoint, job.world, plan, rows, seed=seed, say=job.say)
+    job.say(f"resumed {start.checkpoint} at step {state.step}")
+    for line in start.resumption.record(state, plan, job.recipe):
+        job.say(line)
+    return state

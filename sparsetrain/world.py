@@ -1,0 +1,57 @@
+"""The ranks of a run, as one of them sees them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sparsetrain.errors import SparsetrainError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks: it alone logs, writes and draws."""
+        return self.rank == 0
+
+    def largest(self, value: float) -> float:
+        """The largest value over all ranks, each of which calls it."""
+        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Run ``act`` on rank 0 and give every rank, each of which calls this, its result.
+
+        Raises:
+            SparsetrainError: ``act`` raised it; every rank does.
+        """
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = act()
+            except SparsetrainError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def rank_name(rank: int, host: str | None = None) -> str:
+    """``rank 3 (host node-7)``; the host is this one by default. Its name need not resolve to an address."""
+    return f"rank {rank} (host {socket.gethostname() if host is None else host})"
