@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,6 +17,7 @@ from sparsetrain.errors import DataError, first_line
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 PIECE = 2**20
 """Characters tokenised at once. A tokenizer takes hundreds of bytes for each, and ends the process if it gets none."""
@@ -24,6 +27,9 @@ LONG = 2**14
 """Characters of a text that is not tokenised again from its beginning for each place in it."""
 LONGEST = 2**30
 """Characters of a document; a longer one is refused."""
+
+TELL_EVERY = 10.0
+"""Seconds between two lines that say how far a long document is."""
 
 # Between words, or where a line begins.
 _CUTS = re.compile(r"(?<=\S)(?=\s)|(?<=\n)(?=\S)")
@@ -42,8 +48,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if len(text) > LONGEST:
         raise MalformedRow(f"a document of {len(text):,} characters; cut it into ones of at most {LONGEST:,}")
     input_ids: list[int] = []
-    start = 0
+    start, told = 0, time.monotonic()
     for stop in _cuts(tokenizer, text):
+        if time.monotonic() - told >= TELL_EVERY:
+            told = time.monotonic()
+            logger.info(
+                "tokenising a document of %s characters: %.0f %% done", f"{len(text):,}", 100 * start / len(text)
+            )
         before = text[max(0, start - CONTEXT) : start]
         input_ids += _encode_behind(tokenizer, before, text[start:stop])
         start = stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -45,6 +46,15 @@ def test_what_cannot_be_cut_or_is_too_long_is_refused(tokenizer, write_jsonl, mo
         Exception, match=r"data\.jsonl:2: a document of 140,000 characters; cut it into ones of at most"
     ):
         token_stream(source, tokenizer, 1000)
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_a_document_that_takes_long_says_how_far_it_is(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(encoding, "TELL_EVERY", 0.0)
+    with caplog.at_level("INFO"):
+        encode(tokenizer, "a word " * 10_000)
+    assert "tokenising a document of 70,000 characters: 0 % done" in caplog.text
+    assert re.search("characters: [5-9]. % done", caplog.text)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
