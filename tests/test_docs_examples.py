@@ -114,3 +114,13 @@ def test_there_are_examples():
     assert len(fences("yaml")) >= 1
     assert len(command_lines()) >= 20
     assert len(overrides_in_text()) >= 5
+
+
+def test_the_example_of_a_new_model_is_valid_with_the_tokenizer_that_it_makes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = {match[2]: match[3] for match in FENCE.finditer((ROOT / "docs/from-scratch.md").read_text())}
+    Path("corpus.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    exec(compile(blocks["python"], "tokenizer.py", "exec"), {})
+    Path("scratch.yaml").write_text(blocks["yaml"])
+    assert main(["recipe", "validate", "scratch.yaml"]) == 0, capsys.readouterr().err
+    assert "2,048 tokens a step" in capsys.readouterr().out
