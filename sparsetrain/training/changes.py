@@ -68,6 +68,11 @@ class Change:
         return {"step": step, **asdict(self)}
 
 
+def may_change(key: str) -> bool:
+    """Whether a resumed run may change a setting."""
+    return key.startswith((*FREE, *ROUNDING_ALONE)) or key in FROM_HERE_ON
+
+
 def told(line: dict[str, Any]) -> str:
     """A line of the history for a reader."""
     return f"from step {line['step'] + 1} on, {Change(line['key'], line['before'], line['after'])}"

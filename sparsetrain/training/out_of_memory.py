@@ -10,7 +10,9 @@ import torch
 
 from sparsetrain.activity import activity
 from sparsetrain.errors import TrainingError, first_line
+from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.training.changes import may_change
 from sparsetrain.training.host_memory import allowed_host_memory
 from sparsetrain.world import World
 
@@ -32,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) -> TrainingError:
     """The error to raise instead: the peak, the sequence, and the three unused settings that save most."""
     rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
-    settings = list(settings_that_help(recipe, world))
+    settings = [_with_its_run(setting) for setting in settings_that_help(recipe, world)]
     message = (
         f"out of memory in {activity} ({first_line(error).rstrip('.')}): {_used(world.device)}, with {rows} of "
         f"{recipe.sequence.length:,} tokens at once. "
@@ -45,6 +47,11 @@ def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) ->
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True gives most of that back. "
         )
     return TrainingError(message.rstrip())
+
+
+def _with_its_run(setting: str) -> str:
+    """A setting with what it takes, where a resumed run may not change it."""
+    return setting if may_change(setting.partition(": ")[0]) else f"{setting}, in a new run (another output)"
 
 
 def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
@@ -65,8 +72,12 @@ def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
 def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
     train, cuda = recipe.train, world.device.type == "cuda"
     tokens = recipe.sequence.length * train.micro_batch
+    # A resumed run keeps its global batch, which follows from both where the recipe does not say it.
+    shape = batch_shape(recipe, world.size)
+    said = train.global_batch_sequences is not None or train.global_batch_tokens is not None
+    kept = "" if said else f" with train.global_batch_sequences: {shape.global_batch_sequences}"
     if train.micro_batch > 1:
-        yield f"train.micro_batch: 1 (now {train.micro_batch}, accumulation keeps the global batch)"
+        yield f"train.micro_batch: 1{kept} (now {train.micro_batch}, accumulation keeps the global batch)"
     if train.activation_checkpointing != "layer":
         yield f"train.activation_checkpointing: layer (now {train.activation_checkpointing})"
     chunk = max(256, min(4096, tokens // 8))
@@ -77,7 +88,8 @@ def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
     if train.activation_checkpointing != "none" and not train.offload_activations and cuda:
         yield "train.offload_activations: true (what checkpointing keeps waits in host memory)"
     if world.size % (2 * recipe.sequence.parallel) == 0:
-        yield f"sequence.parallel: {2 * recipe.sequence.parallel} (now {recipe.sequence.parallel}, ranks share a row)"
+        parallel = recipe.sequence.parallel
+        yield f"sequence.parallel: {2 * parallel}{kept} (now {parallel}, ranks share a row)"
 
 
 def _for_states(recipe: Recipe, world: World) -> Iterator[str]:

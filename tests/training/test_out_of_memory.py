@@ -105,7 +105,18 @@ def test_the_message_names_place_peak_sequence_and_three_settings():
     assert f"the peak of this process was {peak:,.1f} GiB" in said
     assert "2 rows of 65,536 tokens" in said
     assert said.partition("What would help most: ")[2].count("; ") == 2
-    assert "train.micro_batch: 1 (now 2" in said
+    assert "train.micro_batch: 1 with train.global_batch_sequences: 16 (now 2" in said
+
+
+def test_a_setting_that_a_resumed_run_may_not_change_is_advised_for_a_new_one():
+    used = recipe(micro_batch=1, activation_checkpointing="layer", mlp_chunk=4096, deepspeed={"stage": 3})
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    said = str(explain_out_of_memory(error, used, world(1, "cpu")))
+    advised = said.partition("What would help most: ")[2].split("; ")
+    assert advised == [
+        "lora: {} (gradients and the optimizer's state shrink to those of the adapters), in a new run (another output)",
+        "sequence.length: 32768 (now 65536), in a new run (another output). ".rstrip(),
+    ]
 
 
 @pytest.mark.parametrize(
