@@ -53,6 +53,10 @@ def find_device(name: str) -> Device:
     return DEVICES[name.lower()]
 
 
+LEAST_MEMORY, MOST_MEMORY = 1e8, 1e14
+"""Bytes of one GPU that a plan is made for."""
+
+
 def parse_memory(text: str) -> float:
     """Bytes of ``80GB``, ``141 GB`` or ``79.6GiB``; a bare number counts gigabytes.
 
@@ -60,6 +64,12 @@ def parse_memory(text: str) -> float:
         RecipeError: it is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gb|gib|g)?\s*", text.lower())
-    if match is None or float(match[1]) == 0:
-        raise RecipeError(f"--memory {text}: give the memory of one GPU, such as 80GB or 79.6GiB")
-    return float(match[1]) * (2**30 if match[2] == "gib" else 1e9)
+    if match is None:
+        raise RecipeError(f"--memory {text:.60}: give the memory of one GPU, such as 80GB or 79.6GiB")
+    size = float(match[1]) * (2**30 if match[2] == "gib" else 1e9)
+    if not LEAST_MEMORY <= size <= MOST_MEMORY:
+        raise RecipeError(
+            f"--memory {text:.60}: the memory of one GPU is between {LEAST_MEMORY / 1e9:g} GB and "
+            f"{MOST_MEMORY / 1e9:,.0f} GB"
+        )
+    return size

@@ -323,7 +323,9 @@ class DeepSpeedSection(Section):
     """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Keep parameters in host memory (stage 3 only)."""
-    timeout: Annotated[float, Field(gt=0, le=100_000)] = 30.0
+    timeout: Annotated[float, Field(gt=0), Bounds(100_000, "ranks answer one another within seconds", least=0.01)] = (
+        30.0
+    )
     """Minutes after which a rank that does not answer, or a run in which no rank makes progress, stops all ranks with
     that rank's name. Longer than the longest checkpoint, export or first step (which compiles)."""
     config: dict[str, Any] | str | None = None

@@ -79,6 +79,7 @@ def test_a_pretrained_folder_trains(tmp_path, tiny, checkpoint, run_folder):
         (["deepspeed.config={prescale_gradients: true}"], "deepspeed.config is refused by DeepSpeed"),
         (["deepspeed.stage=true"], "must be a number, not true"),
         (["deepspeed.timeout=1e300"], "deepspeed.timeout"),
+        (["deepspeed.timeout=1e-320"], "deepspeed.timeout"),
         (["wandb.project=team/project"], "wandb.project"),
         (["wandb.tags=[" + 65 * "x" + "]"], "wandb.tags"),
         (["model.path=/nowhere/model", "model.architecture=null"], "/nowhere/model"),
