@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from sparsetrain.data.check import check_data
 from sparsetrain.errors import ModelError, SparsetrainError, first_line
+from sparsetrain.plan.public import check_public
 from sparsetrain.recipe.local_model import is_own, model_folder
 from sparsetrain.recipe.schema import ModelSection, Recipe
 
@@ -334,6 +335,7 @@ def check_model(recipe: Recipe) -> Finding:
     """Whether a model that is on this machine can be built as the recipe says, and its files can be read."""
     from sparsetrain.training import preflight
 
+    check_public(recipe.model)
     if not is_own(recipe) and model_folder(recipe.model) is None:
         return Finding("ok", "model", f"{recipe.model.path} is looked at when the run starts")
     preflight.check_model(recipe)

@@ -175,8 +175,10 @@ def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:
 
 def _check_model(loaded: LoadedRecipe) -> None:
     """Refuse a model of the user's own that could not be built. That takes torch, so others are left to the run."""
+    from sparsetrain.plan.public import check_public
     from sparsetrain.recipe.local_model import is_own
 
+    check_public(loaded.recipe.model)
     if is_own(loaded.recipe):
         from sparsetrain.training.preflight import check_model
 

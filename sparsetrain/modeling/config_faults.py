@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsetrain.modeling.boundary import nearest
+from sparsetrain.modeling.unread_fields import unread_fields
 
 SHAPE = (
     "vocab_size",
@@ -45,6 +46,7 @@ def config_faults(config: Any) -> Iterator[tuple[str, str]]:
     yield from _wrong_activation(fields)
     yield from _wrong_rope(decoder)
     yield from _wrong_tokens(fields)
+    yield from unread_fields(decoder, fields)
 
 
 def _fields(config: Any) -> dict[str, Any]:

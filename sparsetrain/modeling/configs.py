@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.boundary import explained, is_fault, nearest, to_blame
-from sparsetrain.modeling.config_faults import config_faults
+from sparsetrain.modeling.config_faults import SHAPE, config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
 from sparsetrain.modeling.foreign import disarmed
 from sparsetrain.modeling.places import resolve, unloadable
@@ -107,7 +107,7 @@ def config_source(section: ModelSection) -> ConfigSource:
         ModelError: it cannot be read, or has no such field as the recipe sets.
     """
     if section.path is None:
-        source = _new_source(section.architecture or {})
+        source = _new_source(section.architecture or {}, section.config_overrides)
     else:
         source = saved_source(
             resolve(section.path, "model.path"),
@@ -119,6 +119,24 @@ def config_source(section: ModelSection) -> ConfigSource:
         return source
     values, places = overridden(source.values, source.config(), section.config_overrides)
     return dataclasses.replace(source, values=values, places=places)
+
+
+def check_overrides(values: Mapping[str, Any], section: ModelSection) -> None:
+    """Refuse overrides that a config of such values does not have, or that make no model of it.
+
+    Args:
+        values: of a ``config.json``, or those of them that are known.
+
+    Raises:
+        ModelError: names the override.
+    """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return  # the family brings code of its own
+    config_class = CONFIG_MAPPING[kind]
+    source = ConfigSource(dict(values), f"config.json of {section.path}", {}, config_class.from_dict)
+    values, places = overridden(source.values, source.config(), section.config_overrides)
+    dataclasses.replace(source, values=values, places=places).config()
 
 
 def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
@@ -167,7 +185,7 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
     return ConfigSource(values, origin, {}, make)
 
 
-def _new_source(architecture: Mapping[str, Any]) -> ConfigSource:
+def _new_source(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) -> ConfigSource:
     fields = dict(architecture)
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -176,9 +194,24 @@ def _new_source(architecture: Mapping[str, Any]) -> ConfigSource:
     default = config_class()
     for name, value in fields.items():
         check_name(name, value, default, ARCHITECTURE)
+    _check_sized({**fields, **overrides}, default)
     # A class's own special tokens belong to another tokenizer.
     none = dict.fromkeys(SPECIAL_TOKENS)
     return ConfigSource(fields, ARCHITECTURE, {}, lambda values: config_class(**{**none, **values}))
+
+
+def _check_sized(fields: Mapping[str, Any], default: Any) -> None:
+    """Refuse an architecture that says nothing of its size: the default of a family is a model of billions."""
+    common = {own: name for name, own in type(default).attribute_map.items()}
+    parts = {name for name in fields if isinstance(getattr(default, name, None), PreTrainedConfig)}
+    if not parts and not {common.get(name, name) for name in fields} & set(SHAPE):
+        decoder = default.get_text_config(decoder=True)
+        sizes = {name: getattr(decoder, name, None) for name in ("num_hidden_layers", "hidden_size")}
+        usual = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ModelError(
+            f"{ARCHITECTURE} gives no size, and {type(default).__name__} would be built at its default ({usual}); give "
+            f"num_hidden_layers, hidden_size and what else differs"
+        )
 
 
 def take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from sparsetrain.data.check import check_data
 from sparsetrain.errors import RecipeError
 from sparsetrain.plan.devices import find_device, parse_memory
 from sparsetrain.plan.estimate import Plan, plan_recipe
+from sparsetrain.plan.public import check_public
 from sparsetrain.plan.report import as_json, markdown, print_plan
 from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import load_recipe, shipped_recipes
@@ -62,6 +63,7 @@ def run_plan(
         raise RecipeError("--markdown and --json are two forms of one answer; give one of them")
     loaded = load_recipe(name, overrides)
     with loaded.naming_places():
+        check_public(loaded.recipe.model)
         if is_own(loaded.recipe):
             from sparsetrain.training.preflight import check_model  # imports torch, which other plans do without
 

@@ -166,6 +166,20 @@ def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelS
     )
 
 
+_FAMILIES = {"meta-llama": "llama", "mistralai": "mistral", "Qwen": "qwen3"}
+"""The families of the table of public configs, by who published them."""
+
+
+def known_config(section: ModelSection) -> dict[str, Any] | None:
+    """The config of a model on the Hub as far as it is known on this machine; None if it is not."""
+    file = _config_file(section)
+    if file is not None:
+        return _read(file)
+    if section.path not in KNOWN_SHAPES:
+        return None
+    return KNOWN_SHAPES[section.path].as_config() | {"model_type": _FAMILIES[section.path.partition("/")[0]]}
+
+
 def shape_of_config(config: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """The shape that a transformers config describes, with the recipe's overrides.
 

@@ -65,7 +65,8 @@ def test_rotary_parameters_by_kind_of_layer_are_merged_by_kind():
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    section = {"architecture": {"model_type": "gemma3_text", "rope_parameters": kinds}, "tokenizer": TINY}
+    shape = {"model_type": "gemma3_text", "num_hidden_layers": 6}
+    section = {"architecture": {**shape, "rope_parameters": kinds}, "tokenizer": TINY}
     config = load_config(
         ModelSection(**section, config_overrides={"rope_parameters": {"full_attention": {"factor": 4.0}}})
     )
@@ -223,6 +224,9 @@ def test_a_head_beside_tied_embeddings_is_refused(folder):
     [
         ("config.json", {"model_type": "lama"}, "model_type='lama' is no family .*did you mean llama"),
         ("config.json", {"rms_norm_eps": None}, "config.json: rms_norm_eps=None: .*expected float"),
+        ("config.json", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 means nothing to model_type=llama"),
+        ("config.json", {"sliding_window": 64}, "config.json: sliding_window: sliding_window=64 means nothing"),
+        ("config.json", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 means nothing"),
         ("config.json", {"dtype": "float31"}, "config.json: dtype='float31'"),
         (
             "config.json",
@@ -238,6 +242,18 @@ def test_a_value_in_a_file_is_refused_with_the_file_and_the_reason(file, values,
     change(folder, file, **values)
     with pytest.raises(ModelError, match=reason):
         raise ModelError(loads(folder))
+
+
+def test_fields_of_other_families_that_ask_for_nothing_pass(folder):
+    change(folder, "config.json", partial_rotary_factor=1.0, sliding_window=None, logit_scale=1, alibi=False)
+    sparsetrain.load(folder)
+
+
+def test_a_family_at_its_default_size_is_never_built_by_the_way():
+    with pytest.raises(ModelError, match=r"gives no size, .*num_hidden_layers=32, hidden_size=4096"):
+        load_config(ModelSection(architecture={"model_type": "llama"}, tokenizer=TINY))
+    section = ModelSection(architecture={"model_type": "gpt2"}, tokenizer=TINY, config_overrides={"n_layer": 2})
+    assert load_config(section).num_hidden_layers == 2
 
 
 def test_a_generation_config_that_cannot_be_read_is_not_passed_over(folder):
@@ -333,6 +349,7 @@ def packed(**fields):
     [
         (untied, "tie_word_embeddings=true"),
         (same_head, None),
+        (lambda folder: change(folder, "config.json", partial_rotary_factor=0.5), "means nothing to model_type=llama"),
         (packed(quant_method="fp8"), "hold plain ones, without scales; take quantization_config out"),
         (packed(quant_method="bitsandbytes", load_in_4bit=True), "pip install -U bitsandbytes"),
     ],

@@ -196,3 +196,26 @@ def test_mistakes_are_explained(arguments, message, capsys):
 def test_memory_of_a_plan_is_that_of_its_setting():
     plan = make_plan("mistral-7b-power-32k", gpus=8)
     assert plan.memory == estimate_memory(plan.setting)
+
+
+@pytest.mark.parametrize("memory", [f"{'9' * 400}GB", "1e3", "0", "0.0001GB", "200000GB", "-1"])
+def test_a_memory_that_no_gpu_has_is_refused(memory, capsys):
+    assert main(["plan", "qwen3-8b-power-128k", "--gpus", "8", f"--memory={memory}"]) == 2
+    assert f"--memory {memory:.60}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["plan"], ["recipe", "validate"]])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("nonsense=1", "model.config_overrides.nonsense: Qwen3Config has no such field"),
+        ("model_type=llama", "model.config_overrides.model_type cannot be set here"),
+        ("num_attention_heads=7", "num_attention_heads"),
+        ("rope_parameters.factr=4", "'factr' is no parameter of rotary positions"),
+        ("rope_theta=5e6", None),
+    ],
+)
+def test_overrides_of_a_public_model_are_checked(command, override, said, capsys):
+    code = main([*command, "qwen3-8b-power-128k", f"model.config_overrides.{override}"])
+    assert code == (0 if said is None else 2)
+    assert said is None or said in capsys.readouterr().err
