@@ -15,7 +15,7 @@ from sparsetrain.bench.check import TOLERANCE, Answer, Check, answer, oracle, re
 from sparsetrain.bench.contenders.base import Contender, Prepared
 from sparsetrain.bench.measure import explain, extra_mib, matmul_tflops, once_ms, release, shuffled
 from sparsetrain.bench.problem import CausalProblem, Tensors
-from sparsetrain.bench.table import ComparedRow, Panel, Report, Row, number, rate
+from sparsetrain.bench.table import ComparedRow, Panel, Report, Row, column
 
 MAX_CHECKED = 8192
 """Tokens of the comparison with the oracle, which builds the whole mask."""
@@ -25,6 +25,7 @@ PATIENCE_MS = 2000.0
 BACKWARD_WORK = 2.5
 """Matrix products of a backward pass over those of a forward pass: five to two."""
 CEILING = ("ceiling_tflops", "matrix product")
+RATE = "TFLOP/s on visible pairs"
 
 
 @dataclass(kw_only=True)
@@ -34,37 +35,34 @@ class AttentionRow(ComparedRow):
     documents: int
     forward_flops: float
     """On the pairs of tokens that this implementation has to compute."""
-    forward_ms: float | None = None
-    both_ms: float | None = None
-    backward_ms: float | None = None
-    forward_tflops: float | None = None
-    backward_tflops: float | None = None
+    forward_ms: float | None = column("fwd ms")
+    both_ms: float | None = column("fwd+bwd ms", panel=Panel("Forward and backward", "ms", log=True))
+    backward_ms: float | None = column("bwd ms")
+    forward_tflops: float | None = column(
+        "TFLOP/s fwd", share="forward_share", panel=Panel("Rate of the forward pass", RATE, limit=CEILING)
+    )
+    backward_tflops: float | None = column(
+        "TFLOP/s bwd", share="backward_share", panel=Panel("Rate of the backward pass", RATE, limit=CEILING)
+    )
+    selection_ms: float | None = column("select ms", share="selection_share", optional=True)
+    """Of ``both_ms``, the selection of keys and its gradient, timed apart."""
+    attention_tflops: float | None = column("TFLOP/s rest", optional=True)
+    """Forward and backward without the selection."""
+    extra_mib: float | None = column("memory MiB", optional=True)
+    """Peak memory of forward and backward beyond inputs, output and gradients."""
+    mask_ms: float | None = column("mask ms", optional=True)
+    mask_mib: float | None = column("mask MiB", optional=True)
+    """Peak memory of building the mask."""
+    forward_ratio: float | None = column("x fwd", optional=True)
+    """This time over ours: above 1, ours is faster."""
+    both_ratio: float | None = column("x fwd+bwd", optional=True)
     forward_share: float | None = None
     """Of the measured matrix product's rate."""
     backward_share: float | None = None
-    extra_mib: float | None = None
-    """Peak memory of forward and backward beyond inputs, output and gradients."""
-    mask_ms: float | None = None
-    mask_mib: float | None = None
-    """Peak memory of building the mask."""
-    selection_ms: float | None = None
-    """Of ``both_ms``, the selection of keys and its gradient, timed apart."""
     selection_share: float | None = None
     """Of ``both_ms``."""
-    attention_tflops: float | None = None
-    """Forward and backward without the selection."""
-    forward_ratio: float | None = None
-    """This time over ours: above 1, ours is faster."""
-    both_ratio: float | None = None
     rank: int | None = None
     """By forward and backward together, at this length; only of rows whose checks have not failed."""
-
-    optional = frozenset(("select ms", "TFLOP/s rest", "memory MiB", "mask ms", "mask MiB", "x fwd", "x fwd+bwd"))
-    panels = (
-        Panel("both_ms", "Forward and backward", "ms", log=True),
-        Panel("forward_tflops", "Rate of the forward pass", "TFLOP/s on visible pairs", limit=CEILING),
-        Panel("backward_tflops", "Rate of the backward pass", "TFLOP/s on visible pairs", limit=CEILING),
-    )
 
     @property
     def order_ms(self) -> float | None:
@@ -96,25 +94,10 @@ class AttentionRow(ComparedRow):
             return self.reason
         return f"forward {self.forward_ms:.4g} ms, forward + backward {self.both_ms:.4g} ms"
 
-    def cells(self) -> dict[str, str | Text]:
-        """Times, rates, memory, and times over ours."""
-        return {
-            "": Text("" if self.rank is None else str(self.rank)),
-            " ": self.name_cell,
-            "fwd ms": number(self.forward_ms),
-            "fwd+bwd ms": number(self.both_ms),
-            "bwd ms": number(self.backward_ms),
-            "TFLOP/s fwd": rate(self.forward_tflops, self.forward_share),
-            "TFLOP/s bwd": rate(self.backward_tflops, self.backward_share),
-            "select ms": rate(self.selection_ms, self.selection_share),
-            "TFLOP/s rest": number(self.attention_tflops),
-            "memory MiB": number(self.extra_mib),
-            "mask ms": number(self.mask_ms),
-            "mask MiB": number(self.mask_mib),
-            "x fwd": number(self.forward_ratio),
-            "x fwd+bwd": number(self.both_ratio),
-            "check": self.verdict,
-        }
+    def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
+        """The rank first."""
+        first, last = super().ends()
+        return {" ": Text("" if self.rank is None else str(self.rank)), **first}, last
 
     @staticmethod
     def tables(report: Report) -> Iterable[tuple[str, Sequence[Row]]]:

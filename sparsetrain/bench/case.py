@@ -116,7 +116,7 @@ def run(case: Case) -> Report:
     if case.main:
         print_report(report)
     if files := save():
-        if type(report.rows[0]).panels:
+        if any(column.panel for column in report.rows[0].columns().values()):
             from sparsetrain.bench.picture import draw
 
             files.append(draw(report, output / f"{case.name}.png"))
@@ -130,28 +130,31 @@ def fill(report: Report, case: Case, log: Log, save: Callable[[], object] = lamb
     for length in case.lengths:
         rows = {each.name: case.row(each, length) for each in case.contenders}
         report.rows += rows.values()
-        try:
-            inputs = case.inputs(length, report, log)
-        except Exception as error:
-            for row in rows.values():
-                row.reason = explain(error)
-        else:
-            for contender in case.order(length, report):
-                row, compared = rows[contender.name], len(report.checks)
-                _measure(case, contender, inputs, row, report)
-                clocks = f"; {row.mhz:,.0f} MHz, {row.watts:,.0f} W" if row.mhz and row.watts else ""
-                log(f"{length:>9,}  {contender.name:10}  {row.summary}{clocks}")
-                for check in report.checks[compared:]:
-                    log(f"{length:>9,}  {contender.name:10}  check: {check.summary}")
-                save()
+        _fill_length(report, case, length, rows, log, save)
         case.finish(list(rows.values()), report)
         yield report
 
 
-def _measure(case: Case, contender: Any, inputs: Any, row: Row, report: Report) -> None:
+def _fill_length(
+    report: Report, case: Case, length: int, rows: dict[str, Row], log: Log, save: Callable[[], object]
+) -> None:
+    """The tensors of one length live here alone."""
     try:
-        case.measure(contender, inputs, row, report)
-        row.mhz, row.watts = clock_and_power(case.device) or (None, None)
+        inputs = case.inputs(length, report, log)
     except Exception as error:
-        case.failed(contender, row, error)
-    release()
+        for row in rows.values():
+            row.reason = explain(error)
+        return
+    for contender in case.order(length, report):
+        row, compared = rows[contender.name], len(report.checks)
+        try:
+            case.measure(contender, inputs, row, report)
+            row.mhz, row.watts = clock_and_power(case.device) or (None, None)
+        except Exception as error:
+            case.failed(contender, row, error)
+        release()
+        clocks = f"; {row.mhz:,.0f} MHz, {row.watts:,.0f} W" if row.mhz and row.watts else ""
+        log(f"{length:>9,}  {contender.name:10}  {row.summary}{clocks}")
+        for check in report.checks[compared:]:
+            log(f"{length:>9,}  {contender.name:10}  check: {check.summary}")
+        save()

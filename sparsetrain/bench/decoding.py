@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from rich.text import Text
 from sparsetrain_kernels import block_pattern_decode, sparsek_threshold
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from sparsetrain.bench.check import TOLERANCE, relative_error
 from sparsetrain.bench.contenders.base import Contender
 from sparsetrain.bench.measure import captured, copy_gbps, explain
 from sparsetrain.bench.problem import DEVIATION, Shape
-from sparsetrain.bench.table import ComparedRow, Panel, Report, number
+from sparsetrain.bench.table import ComparedRow, Panel, Report, column, formatted, number
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.patterns import FullPattern, PowerPattern
 
@@ -108,25 +107,22 @@ def selected_reference(config: SparseKConfig, query: Tensor, key: Tensor, value:
 class DecodeRow(ComparedRow):
     """One implementation at one length."""
 
-    bytes_read: int
+    bytes_read: int = column("MB read", form=lambda size: number(size / 1e6))
     """Keys and values that this method has to read, in bytes."""
-    ms: float | None = None
+    ms: float | None = column("ms", panel=Panel("One decoding step of one layer", "ms", log=True))
     """Time of one layer's step."""
-    gbps: float | None = None
-    """``bytes_read`` over the time, in GB/s."""
-    floor_ms: float | None = None
-    """``bytes_read`` at the bandwidth of a copy."""
-    floor_ratio: float | None = None
-    """Time over that floor."""
-    speedup: float | None = None
-    """Time of the fastest implementation that reads the whole cache over this one."""
-    error: float | None = None
-    """Relative RMS error against the fp32 reference."""
-
-    panels = (
-        Panel("ms", "One decoding step of one layer", "ms", log=True),
-        Panel("gbps", "Rate of the bytes that the method must read", "GB/s", limit=("copy_gbps", "copy")),
+    gbps: float | None = column(
+        "GB/s", panel=Panel("Rate of the bytes that the method must read", "GB/s", limit=("copy_gbps", "copy"))
     )
+    """``bytes_read`` over the time, in GB/s."""
+    floor_ms: float | None = column("floor ms")
+    """``bytes_read`` at the bandwidth of a copy."""
+    floor_ratio: float | None = column("x floor")
+    """Time over that floor."""
+    speedup: float | None = column("speed-up")
+    """Time of the fastest implementation that reads the whole cache over this one."""
+    error: float | None = column("error", form=formatted("{:.1e}"))
+    """Relative RMS error against the fp32 reference."""
 
     @property
     def order_ms(self) -> float | None:
@@ -145,20 +141,6 @@ class DecodeRow(ComparedRow):
     def summary(self) -> str:
         """The time and the check."""
         return self.reason if self.ms is None else f"{self.ms:.4g} ms, {self.check or 'not checked'}"
-
-    def cells(self) -> dict[str, str | Text]:
-        """Bytes and time, against the floor and against full caches."""
-        return {
-            "": self.name_cell,
-            "MB read": number(self.bytes_read / 1e6),
-            "ms": number(self.ms),
-            "GB/s": number(self.gbps),
-            "floor ms": number(self.floor_ms),
-            "x floor": number(self.floor_ratio),
-            "speed-up": number(self.speedup),
-            "error": "-" if self.error is None else f"{self.error:.1e}",
-            "check": self.verdict,
-        }
 
     @staticmethod
     def legend(report: Report) -> str:

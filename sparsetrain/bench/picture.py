@@ -32,22 +32,22 @@ def draw(report: Report, out: Path) -> Path:
     """A PNG file. Implementations that read every key are dashed."""
     from matplotlib.figure import Figure
 
-    panels: tuple[Panel, ...] = type(report.rows[0]).panels
+    panels = {name: shown.panel for name, shown in report.rows[0].columns().items() if shown.panel is not None}
     figure = Figure(figsize=(1 + 5 * len(panels), 5), layout="constrained")
     figure.suptitle(_title(report), fontsize=12, color=INK, wrap=True)
     every = figure.subplots(1, len(panels))
-    for axes, panel in zip(every, panels, strict=True):
-        _draw_panel(axes, panel, report)
+    for axes, (name, panel) in zip(every, panels.items(), strict=True):
+        _draw_panel(axes, name, panel, report)
     if every[0].lines:
         every[0].legend(loc="best", edgecolor="none")
     figure.savefig(out, dpi=130, facecolor="white")
     return out
 
 
-def _draw_panel(axes: Axes, panel: Panel, report: Report) -> None:
+def _draw_panel(axes: Axes, column: str, panel: Panel, report: Report) -> None:
     axes.set(title=panel.title, ylabel=panel.unit, yscale="log" if panel.log else "linear")
     for name in dict.fromkeys(row.name for row in report.rows):
-        _draw_line(axes, [row for row in report.rows if row.name == name], panel.column)
+        _draw_line(axes, [row for row in report.rows if row.name == name], column)
     lengths = sorted({row.length for row in report.rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}" for length in lengths])

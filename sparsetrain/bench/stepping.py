@@ -14,7 +14,7 @@ from rich.text import Text
 from sparsetrain.bench.case import Case, Log
 from sparsetrain.bench.contenders.steps import Way
 from sparsetrain.bench.measure import Unavailable, explain
-from sparsetrain.bench.table import Report, Row
+from sparsetrain.bench.table import Report, Row, column, formatted
 from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape
 from sparsetrain.world import World
@@ -30,11 +30,11 @@ class StepRow(Row):
 
     way: str
     attention: str
-    seconds: float | None = None
+    seconds: float | None = column("seconds", form=formatted("{:,.3f}"))
     """Median of the timed steps."""
-    tokens_per_second: float | None = None
+    tokens_per_second: float | None = column("tokens/s", form=formatted("{:,.0f}"))
     """Over all ranks."""
-    peak_gib: float | None = None
+    peak_gib: float | None = column("peak GiB", form=formatted("{:,.1f}"))
     """All memory that torch had allocated at the peak of the timed steps, on the rank where it was highest."""
 
     @property
@@ -42,17 +42,15 @@ class StepRow(Row):
         """What is attended by, and the time."""
         return f"{self.attention:8}  {self.reason or f'{self.seconds:.4g} s'}"
 
-    def cells(self) -> dict[str, str | Text]:
-        """Time and memory; in place of notes below the table, the reason in the row."""
-        numbers = (("{:,.3f}", self.seconds), ("{:,.0f}", self.tokens_per_second), ("{:,.1f}", self.peak_gib))
-        cells = ["-" if value is None else form.format(value) for form, value in numbers]
-        return {
-            "tokens": f"{self.length:,}",
-            "way": Text(self.way),
-            "attention": Text(self.attention),
-            **dict(zip(("seconds", "tokens/s", "peak GiB"), cells, strict=True)),
-            "": Text(self.reason),
-        }
+    @property
+    def remark(self) -> str:
+        """Nothing: the reason is in the row."""
+        return ""
+
+    def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
+        """Length and way, and the reason."""
+        tokens = Text(f"{self.length:,}", justify="right")
+        return {"tokens": tokens, "way": Text(self.way), "attention": Text(self.attention)}, {"": Text(self.reason)}
 
     @staticmethod
     def tables(report: Report) -> Iterable[tuple[str, Sequence[Row]]]:

@@ -8,12 +8,12 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -31,12 +31,47 @@ PACKAGES = ("sparsetrain", "torch", "triton", "flash-attn-4")
 class Panel:
     """One diagram of the picture: a column of the rows against length."""
 
-    column: str
     title: str
     unit: str
     log: bool = False
     limit: tuple[str, str] | None = None
     """A fact of the report that no row can pass, and its name."""
+
+
+def number(value: float | None) -> str:
+    """Three digits, without an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def formatted(text: str) -> Callable[[float | None], str]:
+    """A form such as ``{:.1e}``, and a dash for what was not measured."""
+    return lambda value: "-" if value is None else text.format(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a table shows a field of its rows."""
+
+    head: str
+    share: str = ""
+    """A field that is shown behind it in brackets, in percent."""
+    optional: bool = False
+    """Whether it is left out of tables in which no row has it."""
+    form: Callable[[float | None], str] = number
+    panel: Panel | None = None
+    """Its diagram in the picture."""
+
+    def cell(self, row: Row, name: str) -> str:
+        """The field ``name`` of a row as text."""
+        share = getattr(row, self.share) if self.share else None
+        return self.form(getattr(row, name)) + ("" if share is None else f" ({share:.0%})")
+
+
+def column(head: str, **more: Any) -> Any:
+    """A field of a row that is a :class:`Column`, in the order of the fields. Not measured, it is None."""
+    return field(default=None, metadata={"column": Column(head, **more)})
 
 
 @dataclass(kw_only=True)
@@ -52,9 +87,10 @@ class Row:
     note: str = ""
     reason: str = ""
 
-    optional: ClassVar[frozenset[str]] = frozenset()
-    """Columns that are left out where no row of a table has them."""
-    panels: ClassVar[tuple[Panel, ...]] = ()
+    @classmethod
+    def columns(cls) -> dict[str, Column]:
+        """Its columns by the names of the fields."""
+        return {each.name: each.metadata["column"] for each in fields(cls) if "column" in each.metadata}
 
     @property
     def order_ms(self) -> float | None:
@@ -66,8 +102,13 @@ class Row:
         """The row in a few words, for the log."""
         return self.reason
 
-    def cells(self) -> dict[str, str | Text]:
-        """What a table shows, by the heads of its columns. Text is flush left, numbers are flush right."""
+    @property
+    def remark(self) -> str:
+        """What is said of the row below its table."""
+        return "; ".join(filter(None, [self.note, self.reason]))
+
+    def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
+        """What a table shows, flush left, before the columns and behind them."""
         raise NotImplementedError
 
     @staticmethod
@@ -92,15 +133,10 @@ class ComparedRow(Row):
     check: str = ""
     """``passed``, ``failed``, ``unchecked`` where a comparison could not be made, or ``off``."""
 
-    @property
-    def name_cell(self) -> Text:
-        """The title, ours in bold."""
-        return Text(self.title, style="bold" if self.name == "ours" else "")
-
-    @property
-    def verdict(self) -> Text:
-        """The check, or where the reason is."""
-        return Text("see below", style="yellow") if self.reason else colored(self.check)
+    def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
+        """The title, ours in bold, and the check."""
+        title = Text(self.title, style="bold" if self.name == "ours" else "")
+        return {"": title}, {"check": Text("see below", style="yellow") if self.reason else colored(self.check)}
 
 
 @dataclass
@@ -141,10 +177,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         print_tables(console, _checks_table(report.checks))
     kind = type(report.rows[0])
     for title, rows in kind.tables(report):
-        print_tables(console, _table(title, [row.cells() for row in rows], kind.optional))
+        print_tables(console, _rows_table(title, rows))
         for row in rows:
-            if text := "; ".join(filter(None, [row.note, row.reason])):
-                console.print(f"  {row.name}: {text}", markup=False, soft_wrap=True)
+            if row.remark:
+                console.print(f"  {row.name}: {row.remark}", markup=False, soft_wrap=True)
     if text := kind.legend(report):
         console.print(f"\n{text}", soft_wrap=True)
 
@@ -174,16 +210,26 @@ def _without_nan(value: Any) -> Any:
     return "nan" if isinstance(value, float) and value != value else value
 
 
-def _table(title: str, rows: Sequence[dict[str, str | Text]], optional: frozenset[str] = frozenset()) -> Table:
-    """Rows of cells under their heads. The last column wraps."""
+def _table(title: str, rows: Sequence[dict[str, str | Text]]) -> Table:
+    """Rows of cells under their heads: text flush left, numbers flush right. The last column wraps."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, min_width=len(title))
-    shown = [name for name in rows[0] if name not in optional or any(row[name] != "-" for row in rows)]
-    for name in shown:
-        left = isinstance(rows[0][name], Text)
-        table.add_column(name.strip(), justify="left" if left else "right", no_wrap=name != shown[-1])
+    for index, (head, cell) in enumerate(rows[0].items(), 1):
+        table.add_column(
+            head.strip(), justify="left" if isinstance(cell, Text) else "right", no_wrap=index < len(rows[0])
+        )
     for row in rows:
-        table.add_row(*(row[name] for name in shown))
+        table.add_row(*row.values())
     return table
+
+
+def _rows_table(title: str, rows: Sequence[Row]) -> Table:
+    cells: list[dict[str, str | Text]] = [dict(row.ends()[0]) for row in rows]
+    for name, shown in rows[0].columns().items():
+        texts = [shown.cell(row, name) for row in rows]
+        if not shown.optional or set(texts) != {"-"}:
+            for row, text in zip(cells, texts, strict=True):
+                row[shown.head] = text
+    return _table(title, [{**row, **each.ends()[1]} for row, each in zip(cells, rows, strict=True)])
 
 
 def _checks_table(checks: list[Check]) -> Table:
@@ -211,15 +257,3 @@ def _checks_table(checks: list[Check]) -> Table:
 def colored(verdict: str) -> Text:
     """Green where a check passed, red where it failed."""
     return Text(verdict, style={"passed": "green", "failed": "bold red"}.get(verdict, ""))
-
-
-def rate(value: float | None, share: float | None) -> str:
-    """A number, and in brackets a share of something."""
-    return number(value) + ("" if share is None else f" ({share:.0%})")
-
-
-def number(value: float | None) -> str:
-    """Three digits, without an exponent."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

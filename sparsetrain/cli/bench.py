@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import pkgutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,15 +23,29 @@ class Cases(TyperGroup):
         return [found.name for found in pkgutil.iter_modules(cases.__path__)]
 
     def get_command(self, context: Any, name: str) -> Any:
-        """The command of that name."""
+        """The command of that name as a list shows it: a case may import torch, so it is read and not run."""
         if name not in self.list_commands(context):
             return None
-        from sparsetrain.bench.options import command
+        file = importlib.util.find_spec(f"sparsetrain.bench.cases.{name}").origin  # type: ignore[union-attr]
+        module = ast.parse(Path(str(file)).read_text(encoding="utf-8"))
+        classes = {each.name: each for each in module.body if isinstance(each, ast.ClassDef)}
+        return _command(name, lambda: None, ast.get_docstring(classes["Options"]))
 
-        case = importlib.import_module(f"sparsetrain.bench.cases.{name}")
-        made = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        made.command(name=name)(command(case.Options, case.run))
-        return typer.main.get_command(made)
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        """The command that is run, with its options."""
+        name, found, rest = super().resolve_command(context, arguments)
+        if name is not None and found is not None:
+            from sparsetrain.bench.options import command
+
+            case = importlib.import_module(f"sparsetrain.bench.cases.{name}")
+            found = _command(name, command(case.Options, case.run))
+        return name, found, rest
+
+
+def _command(name: str, function: Callable[..., None], text: str | None = None) -> Any:
+    made = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    made.command(name=name, help=text)(function)
+    return typer.main.get_command(made)
 
 
 app = typer.Typer(

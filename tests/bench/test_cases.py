@@ -45,6 +45,7 @@ def counting(tmp_path: Path, monkeypatch):
 def test_a_new_file_is_a_command(capsys, tmp_path):
     assert main(["bench", "--help"]) == 0
     assert "Time how long it takes to count." in capsys.readouterr().out
+    assert "sparsetrain.bench.cases.counting" not in sys.modules, "a list of commands imports none"
     assert main(["bench", "counting", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "The last number; by default 1000, and 10" in shown

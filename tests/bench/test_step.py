@@ -18,6 +18,7 @@ from sparsetrain.bench.contenders import steps
 from sparsetrain.bench.contenders.steps import Way, random_model, random_steps
 from sparsetrain.bench.stepping import Enough, StepCase, StepRow, StepTimes, settling_steps
 from sparsetrain.bench.table import Report
+from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
 from sparsetrain.methods.sparsek.method import SparseKMethod
 from sparsetrain.methods.sparsek.scorer import SparseKScorer
@@ -40,11 +41,23 @@ def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:
         assert row.tokens_per_second == pytest.approx(4 * 96 / row.seconds)
     assert "train.liger=on" in rows[4].reason, "Liger's kernels need CUDA"
     assert "no block pattern" in rows[5].reason
-    assert "tokens/s" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tokens/s" in shown
+    assert shown.count("no block pattern") == 1
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["recipe"]["lora"]["rank"] == 4
     assert [row["seconds"] for row in written["rows"]] == [row.seconds for row in rows]
     assert len(list(csv.DictReader((tmp_path / "step.csv").open()))) == 6
+
+
+def test_the_command_line_takes_settings_and_options(tmp_path: Path, capsys) -> None:
+    arguments = ["bench", "step", "tiny-sparsek", "sequence.length=64", "--ways", "bare", "--repeats", "1"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    heads = "tokens way attention seconds tokens/s peak GiB"
+    assert any(" ".join(line.split()) == heads for line in shown.out.splitlines())
+    assert "A training step of tiny-sparsek, random weights, 1 rank" in shown.out
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["step.csv", "step.json"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
