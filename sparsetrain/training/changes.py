@@ -14,10 +14,12 @@ from sparsetrain.training.schedule import peak_lr, share_of_peak
 
 FREE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every", "data.num_workers")
 """Decides nothing about the weights."""
+MICRO_BATCH = "train.micro_batch"
+"""Decides more where routers add a balance loss: that of a micro batch is no mean over its tokens."""
 ROUNDING_ALONE = (
     "deepspeed",
     "sequence.parallel",
-    "train.micro_batch",
+    MICRO_BATCH,
     "train.global_batch",  # said another way, or said at last: its rows are compared with those of the checkpoint
     "train.activation_checkpointing",
     "train.offload_activations",
@@ -34,6 +36,7 @@ FROM_HERE_ON = (
     "train.epochs",
     "train.tokens",
     "data.on_malformed",
+    MICRO_BATCH,
 )
 """Steers the steps to come, and is recorded."""
 SOURCE = re.compile(r"data\.sources\.(\d+)\.(\w+)")
@@ -78,13 +81,18 @@ def told(line: dict[str, Any]) -> str:
     return f"from step {line['step'] + 1} on, {Change(line['key'], line['before'], line['after'])}"
 
 
-def changes(before: Recipe, after: Recipe) -> tuple[list[Change], list[str]]:
-    """What a resumed run changes: what is to be recorded, and lines about what is to be refused."""
+def changes(before: Recipe, after: Recipe, *, balanced: bool = False) -> tuple[list[Change], list[str]]:
+    """What a resumed run changes: what is to be recorded, and lines about what is to be refused.
+
+    Args:
+        balanced: the model's routers add a balance loss.
+    """
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
+    free = tuple(key for key in (*FREE, *ROUNDING_ALONE) if not (balanced and key == MICRO_BATCH))
     differing = [
         Change(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith((*FREE, *ROUNDING_ALONE))
+        if old.get(key) != new.get(key) and not key.startswith(free)
     ]
     recorded, refused = [], []
     for change in differing:

@@ -61,18 +61,21 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) ->
         raise CheckpointError(f"cannot write the run folder {folder}: {where}{error.strerror or error}") from error
 
 
-def resume(folder: Path, checkpoint: Path, recipe: Recipe) -> Resumption:
+def resume(folder: Path, checkpoint: Path, recipe: Recipe, *, balanced: bool = False) -> Resumption:
     """What the recipe changes in the run that wrote a checkpoint, as the checkpoint itself tells.
+
+    Args:
+        balanced: the model's routers add a balance loss.
 
     Raises:
         CheckpointError: it changes what must stay.
     """
     before = checkpoints.recorded_recipe(checkpoint)
-    return Resumption(before, _checked(folder, before, recipe, checkpoint.name))
+    return Resumption(before, _checked(folder, before, recipe, checkpoint.name, balanced=balanced))
 
 
-def _checked(folder: Path, before: Recipe, after: Recipe, since: str) -> list[Change]:
-    recorded, refused = changes(before, after)
+def _checked(folder: Path, before: Recipe, after: Recipe, since: str, *, balanced: bool = False) -> list[Change]:
+    recorded, refused = changes(before, after, balanced=balanced)
     if refused:
         raise CheckpointError(
             f"--resume continues the run in {folder}, but the recipe has changed since {since}:\n  "

@@ -2,7 +2,8 @@
 
 The loss is the mean over every target token of the global batch: each micro batch contributes its summed NLL, divided
 by the number of targets that all its ranks and accumulation steps hold together. How the batch is cut into micro
-batches and ranks therefore changes nothing but rounding.
+batches and ranks therefore changes nothing but rounding. One thing knows of micro batches, though not of ranks: the
+balance loss that routers add is a product of two means over the tokens of one, and its mean over all tokens is taken.
 """
 
 from __future__ import annotations

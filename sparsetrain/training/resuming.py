@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsetrain.activity import activity
+from sparsetrain.modeling import balance_factor
 from sparsetrain.training import checkpoints, folder
 from sparsetrain.training.build import Engine
 from sparsetrain.training.changes import Resumption
@@ -21,7 +22,7 @@ class Start:
     resumption: Resumption
 
 
-def find_checkpoint(job: Job) -> Start | None:
+def find_checkpoint(job: Job, loaded: Loaded) -> Start | None:
     """The newest whole checkpoint of the run folder; None where there is nothing that a fresh start would write over.
 
     Raises:
@@ -35,7 +36,9 @@ def find_checkpoint(job: Job) -> Start | None:
         job.world.on_main(lambda: folder.refuse_to_start_over(job.output, skipped))
         job.say(f"nothing to resume in {job.output}; starting from step 0")
         return None
-    return Start(newest, job.world.on_main(lambda: folder.resume(job.output, newest, job.recipe)))
+    balanced = balance_factor(loaded.model) > 0
+    resumption = job.world.on_main(lambda: folder.resume(job.output, newest, job.recipe, balanced=balanced))
+    return Start(newest, resumption)
 
 
 def restore(job: Job, loaded: Loaded, engine: Engine, start: Start) -> TrainState:

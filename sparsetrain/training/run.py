@@ -123,7 +123,7 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     """Measure the model as it came, choose what is trained, make the engine around it, and check or resume it."""
     recipe, world, model, plan = job.recipe, job.world, loaded.model, loaded.plan
     _introduce(job, loaded)
-    start = find_checkpoint(job) if resume else None
+    start = find_checkpoint(job, loaded) if resume else None
     fit_to_first_rows(model, loaded.rows, world.device, job.say)
     if wants_liger(recipe.train.liger, world.device):
         job.say(f"kernels: {fuse_layers(model, recipe.train.liger, world.device)}")

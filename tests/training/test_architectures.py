@@ -29,6 +29,10 @@ FAMILIES = {
     "gemma2": {**HYBRID, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**HYBRID, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_oss": {**HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    },
 }
 
 
@@ -61,12 +65,24 @@ def test_two_ranks_under_zero_3_train_as_one_rank_without(tmp_path, family, argu
     alone, together = run_folder(tmp_path / family), run_folder(sharded / family)
     assert together.values("loss") == pytest.approx(alone.values("loss"), rel=2e-6)
     assert together.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
+    if "router_aux_loss_coef" in FAMILIES[family]:
+        assert min(alone.values("balance_loss")) > 0.99  # the factor times the experts of a token: perfect balance
+        assert together.values("balance_loss") == pytest.approx(alone.values("balance_loss"), rel=2e-6)
     assert together.weights.keys() == alone.weights.keys()
     for name, tensor in alone.weights.items():
         torch.testing.assert_close(together.weights[name], tensor, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_goes_on_with_other_micro_batches_tells_where_routers_balance_over_them(tmp_path, arguments):
+    for family in ("mixtral", "qwen3"):
+        assert main(arguments(family, tmp_path, 0)) == 0
+        assert main([*arguments(family, tmp_path, 0), "train.micro_batch=2", "--resume"]) == 0
+    told = json.loads((tmp_path / "mixtral/history.json").read_text())
+    assert told == [{"step": 2, "key": "train.micro_batch", "before": 1, "after": 2}]
+    assert not (tmp_path / "qwen3/history.json").exists()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])  # has other names on disk
 def test_what_zero_3_exports_loads_whole(family, sharded):
     folder = sharded / family / "final"
     dense, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
