@@ -44,6 +44,7 @@ def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
         "```python",
         "import sparsetrain",
         "",
+        'folder = "."  # where this card lies',
         f"model = sparsetrain.load(folder)  # {what}",
         "```",
         "",

@@ -55,6 +55,14 @@ def card_of(folder):
     return (folder / "README.md").read_text()
 
 
+def test_the_code_on_the_card_loads_the_folder_that_it_lies_in(finished, tmp_path, monkeypatch):
+    assert main(["export", str(finished), str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path / "out")
+    names = {}
+    exec(card_of(tmp_path / "out").partition("```python")[2].partition("```")[0], names)
+    assert names["model"].config.sparsetrain["attention"]["method"] == "power"
+
+
 def test_a_model_that_finds_no_room_at_the_end_leaves_no_final_folder(tiny, stages, refused, small_disk, tmp_path):
     made = stages(1)[2].path
     disk = small_disk(kib(made / "checkpoints/step-000006") + kib(made / "final") * 3 // 4)
