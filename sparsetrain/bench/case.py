@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +32,8 @@ class Case(ABC):
     """Those that other machines can measure too."""
     subject: str
     """What is measured, for the title of a picture."""
+    conclude: Callable[[Report], Iterable[str]] = field(default=lambda report: (), kw_only=True)
+    """Lines that are printed last."""
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +123,8 @@ def run(case: Case) -> Report:
 
             files.append(draw(report, output / f"{case.name}.png"))
         print("wrote", *files)
+    for line in case.conclude(report):
+        print(line)
     return report
 
 

@@ -199,6 +199,7 @@ class DecodeCase(Case):
             length=length, name=contender.name, title=contender.title, sparse=contender.sparse, bytes_read=size
         )
 
+    @torch.no_grad()
     def inputs(self, length: int, report: Report, log: Log) -> Inputs:
         """Every layer, and what is to come out of the first."""
         problem = self.problem(length)
@@ -206,6 +207,7 @@ class DecodeCase(Case):
         kinds = {each.reads for each in self.contenders} if self.options.check else set()
         return Inputs(problem, layers, {reads: problem.definition(layers[0], reads) for reads in kinds})
 
+    @torch.no_grad()
     def measure(self, contender: Contender, inputs: Inputs, row: Any, report: Report) -> None:
         """The error, then the time."""
         problem, layers, wanted = inputs

@@ -1,22 +1,28 @@
-"""Options of a benchmark: a Section, filled in for the machine, from which its command line is made."""
+"""Options of a benchmark: a Section, filled in for the machine. ``bench/cli.py`` makes the command line of it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import typer
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
-from typer.models import ArgumentInfo
 
 from sparsetrain.errors import BenchError
 from sparsetrain.section import Section
 
 HIDDEN = "no option of the command line"
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An argument of the command line instead of an option."""
+
+    metavar: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Options(Section):
     @classmethod
     def suited(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The defaults of the machine ``given["device"]``."""
-        found = {name: _metadata(field, Suits) for name, field in cls.model_fields.items()}
+        found = {name: metadata(field, Suits) for name, field in cls.model_fields.items()}
         return {name: getattr(suits, given["device"]) for name, suits in found.items() if suits}
 
 
@@ -139,40 +145,6 @@ class PatternOptions(ShapeOptions):
     """First blocks, which every query reads."""
 
 
-O = TypeVar("O", bound=Options)  # noqa: E741
-T = TypeVar("T")
-
-
-def command(kind: type[O], run: Callable[[O], Any]) -> Callable[..., None]:
-    """A function for typer: its parameters are the fields of ``kind``, its help is the docstring of ``kind``."""
-
-    def call(**given: Any) -> None:
-        run(kind(**given))
-
-    shown = {name: field for name, field in kind.model_fields.items() if HIDDEN not in field.metadata}
-    parameters = [_parameter(name, field) for name, field in shown.items()]
-    parameters.sort(key=lambda each: each.name == "output")  # behind the options of the case
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {each.name: each.annotation for each in parameters}
-    call.__doc__ = kind.__doc__
-    return call
-
-
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    suits = _metadata(field, Suits)
-    kind: Any = field.annotation
-    default = None if suits else inspect.Parameter.empty if field.is_required() else field.get_default()
-    given: Any = _metadata(field, ArgumentInfo)
-    if given is None:
-        text = (field.description or "").removesuffix(".")
-        if suits:
-            text += f"; by default {suits.cuda}" + f", and {suits.cpu} without a GPU" * (suits.cuda != suits.cpu)
-        least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
-        given = typer.Option(help=f"{text}.", min=least, show_default=default is not None)
-        kind = str if kind == tuple[int, ...] else kind
-        kind = Optional[kind] if default is None else kind  # noqa: UP045
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])
-
-
-def _metadata(field: FieldInfo, kind: type[T]) -> T | None:
+def metadata(field: FieldInfo, kind: type[T]) -> T | None:
+    """What of that kind a field is annotated with."""
     return next((each for each in field.metadata if isinstance(each, kind)), None)

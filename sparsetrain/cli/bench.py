@@ -35,10 +35,9 @@ class Cases(TyperGroup):
         """The command that is run, with its options."""
         name, found, rest = super().resolve_command(context, arguments)
         if name is not None and found is not None:
-            from sparsetrain.bench.options import command
+            from sparsetrain.bench.cli import command
 
-            case = importlib.import_module(f"sparsetrain.bench.cases.{name}")
-            found = _command(name, command(case.Options, case.run))
+            found = _command(name, command(importlib.import_module(f"sparsetrain.bench.cases.{name}")))
         return name, found, rest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,24 +12,68 @@ from sparsetrain.bench import cases
 from sparsetrain.cli import main
 
 CASE = '''
+from dataclasses import dataclass
 from typing import Annotated
 
-from sparsetrain.bench.options import Count, Options as AnyOptions, Suits, one_of
+from rich.text import Text
+
+from sparsetrain.bench.case import Case
+from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.measure import Unavailable
+from sparsetrain.bench.options import Count, Lengths, Options as AnyOptions, Suits, one_of
+from sparsetrain.bench.table import Row, column
 
 
 class Options(AnyOptions):
     """Time how long it takes to count."""
 
-    upto: Annotated[Count, Suits(1000, 10)]
-    """The last number."""
+    lengths: Annotated[Lengths, Suits("1000,2000", "10,20")]
+    """The last numbers."""
+    step: Annotated[Count, Suits(7, 3)]
+    """Numbers passed over."""
     order: Annotated[str, one_of("up", "down")] = "up"
     """up or down."""
     aloud: bool = True
     """Say them."""
+    budget: float = 1
 
 
-def run(options: Options) -> None:
-    print(options.upto, options.order, options.aloud, options.output)
+@dataclass(kw_only=True)
+class CountingRow(Row):
+    ms: float | None = column("ms")
+    counted: int | None = column("counted")
+
+    def ends(self):
+        return {"who": Text(self.name)}, {"": Text(self.reason)}
+
+
+@dataclass(frozen=True)
+class Counting(Case):
+    not_counted = "fingers"
+
+    def row(self, contender, length):
+        return CountingRow(length=length, name=contender.name)
+
+    def inputs(self, length, report, log):
+        return range(0, length, self.options.step)
+
+    def measure(self, contender, numbers, row, report):
+        prepared = contender.prepare(self.options, numbers)
+        row.counted = len(list(numbers))
+        row.ms = self.time(lambda: prepared.attend(numbers))
+
+
+def asleep(options, numbers):
+    raise Unavailable("asleep")
+
+
+def case(options):
+    known = (
+        Contender("python", "Python", "all", lambda *_: Prepared(list), ("cpu",)),
+        Contender("sheep", "sheep", "all", asleep, ("cpu",)),
+        Contender("gpu", "a GPU", "all", asleep),
+    )
+    return Counting("counting", options, known[:2], known, "counting")
 '''
 
 
@@ -48,12 +93,24 @@ def test_a_new_file_is_a_command(capsys, tmp_path):
     assert "sparsetrain.bench.cases.counting" not in sys.modules, "a list of commands imports none"
     assert main(["bench", "counting", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "The last number; by default 1000, and 10" in shown
+    assert "Numbers passed over; by default 7, and 3 without a GPU." in shown
     assert "--no-aloud" in shown
-    assert main(["bench", "counting"]) == 0
-    assert capsys.readouterr().out == "10 up True None\n"
-    assert main(["bench", "counting", "--upto", "3", "--order", "down", "--no-aloud", "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"3 down False {tmp_path}\n"
+    arguments = ["--lengths", "30,60", "--order", "down", "--no-aloud", "--output", str(tmp_path / "out")]
+    assert main(["bench", "counting", *arguments]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].endswith("Not measured here: gpu, fingers.")
+    assert "60 tokens" in lines
+    assert "who ms counted" in lines
+    assert "sheep: asleep" in lines
+    record = json.loads((tmp_path / "out/counting.json").read_text())
+    assert [(row["length"], row["name"], row["counted"]) for row in record["rows"]] == [
+        (30, "python", 10),
+        (30, "sheep", None),
+        (60, "python", 20),
+        (60, "sheep", None),
+    ]
+    wanted = {"order": "down", "aloud": False, "step": 3, "lengths": [30, 60], "opponents": ["python", "sheep"]}
+    assert wanted.items() <= record["options"].items()
 
 
 @pytest.mark.usefixtures("counting")
@@ -61,7 +118,7 @@ def test_a_new_file_is_a_command(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--order", "around"], "--order around is not known; choose one of up, down"),
-        (["--upto", "0"], "Invalid value for '--upto'"),
+        (["--step", "0"], "Invalid value for '--step'"),
         (["--output", __file__], "is a file; name a folder"),
     ],
 )

@@ -198,7 +198,7 @@ def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys
 def test_an_output_that_is_a_file_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(BenchError, match="is a file; name a folder"):
-        decode.run(decode.Options(output=tmp_path / "taken", **SMALL))
+        decode.case(decode.Options(output=tmp_path / "taken", **SMALL))
 
 
 def test_defaults_suit_the_machine():

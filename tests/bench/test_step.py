@@ -27,7 +27,7 @@ from sparsetrain.world import World
 
 
 def run_step(recipe: str, settings: list[str], **options) -> list[StepRow]:
-    return step.run(step.Options(recipe=recipe, overrides=settings, **options)).rows
+    return case.run(step.case(step.Options(recipe=recipe, overrides=settings, **options))).rows
 
 
 def test_every_way_takes_the_steps_of_a_recipe(tmp_path: Path, capsys) -> None:

@@ -8,7 +8,6 @@ from sparsetrain.bench.options import Count, Lengths, PatternOptions, Suits
 
 if TYPE_CHECKING:
     from sparsetrain.bench.decoding import DecodeCase
-    from sparsetrain.bench.table import Report
 
 
 class Options(PatternOptions):
@@ -60,13 +59,3 @@ def case(options: Options) -> DecodeCase:
         known=known,
         subject=f"Decoding with {power}, and SparseK, topk and window {options.topk}, batch {options.batch}",
     )
-
-
-def run(options: Options) -> Report:
-    """Measure and report."""
-    import torch
-
-    from sparsetrain.bench.case import run
-
-    with torch.no_grad():
-        return run(case(options))

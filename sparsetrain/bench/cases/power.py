@@ -10,7 +10,6 @@ from sparsetrain.errors import BenchError
 if TYPE_CHECKING:
     from sparsetrain.bench.attention import AttentionCase
     from sparsetrain.bench.problem import PatternProblem
-    from sparsetrain.bench.table import Report
 
 
 class Options(PatternOptions):
@@ -75,10 +74,3 @@ def case(options: Options) -> AttentionCase:
         problem=problem,
         check_problem=check_problem,
     )
-
-
-def run(options: Options) -> Report:
-    """Measure and report."""
-    from sparsetrain.bench.case import run
-
-    return run(case(options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparsetrain.bench.options import Count, CountOrNone, Lengths, ShapeOptions, Suits, one_of
@@ -95,18 +95,15 @@ def case(options: Options) -> AttentionCase:
         ours=ours.SPARSEK,
         problem=problem,
         check_problem=check_problem,
+        conclude=_conclude if options.crossover else lambda report: (),
     )
 
 
-def run(options: Options) -> Report:
-    """Measure and report; with ``--crossover``, say last from which length on SparseK is faster."""
-    from sparsetrain.bench.case import run
-
-    report = run(case(options))
-    for title, length in crossovers(report.rows).items() if options.crossover else ():
+def _conclude(report: Report) -> Iterator[str]:
+    """From which length on SparseK is faster."""
+    for title, length in crossovers(report.rows).items():
         faster = "slower at the longest length measured" if length is None else f"faster from {length:,} tokens on"
-        print(f"SparseK's forward and backward pass against {title}: {faster}")
-    return report
+        yield f"SparseK's forward and backward pass against {title}: {faster}"
 
 
 def crossovers(rows: Sequence[AttentionRow]) -> dict[str, int | None]:

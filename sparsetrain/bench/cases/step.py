@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from sparsetrain.bench.options import Count, Folder, parse_lengths
+from sparsetrain.bench.options import Count, Folder, Positional, parse_lengths
 from sparsetrain.bench.options import Options as AnyOptions
-from sparsetrain.cli.arguments import Overrides, RecipeArgument
 from sparsetrain.errors import BenchError
 
 if TYPE_CHECKING:
     from sparsetrain.bench.stepping import StepCase
-    from sparsetrain.bench.table import Report
 
 
 class Options(AnyOptions):
@@ -29,8 +27,10 @@ class Options(AnyOptions):
       deepspeed --num_gpus 2 --no_local_rank --module sparsetrain.cli bench step my.yaml deepspeed.stage=3
     """
 
-    recipe: RecipeArgument
-    overrides: Overrides = None
+    recipe: Annotated[str, Positional("RECIPE")]
+    """A recipe file, or the name of a shipped recipe."""
+    overrides: Annotated[list[str], Positional("[KEY=VALUE]...")] = []
+    """Settings laid over the recipe, such as train.lr=2e-5."""
     ways: str = "recipe,dense,bare"
     """Commas between: recipe, dense (full attention instead), flex (the pattern by FlexAttention), bare (no attention:
     the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed)."""
@@ -59,7 +59,7 @@ def case(options: Options) -> StepCase:
         raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(known)}")
     lengths = parse_lengths(options.lengths) if options.lengths else ()
     settings = [[f"sequence.length={length}"] for length in lengths] or [[]]
-    recipes = [load_recipe(options.recipe, [*(options.overrides or []), *more]).recipe for more in settings]
+    recipes = [load_recipe(options.recipe, [*options.overrides, *more]).recipe for more in settings]
     if (bits := recipes[0].base_bits) != "none":
         raise BenchError(
             f"lora.quantize_base={bits}: steps are measured on random weights in the model's dtype; set it to none"
@@ -73,10 +73,3 @@ def case(options: Options) -> StepCase:
         recipes={recipe.sequence.length: recipe for recipe in recipes},
         world=init_world(recipes[0].deepspeed.timeout),
     )
-
-
-def run(options: Options) -> Report:
-    """Measure and report."""
-    from sparsetrain.bench.case import run
-
-    return run(case(options))
