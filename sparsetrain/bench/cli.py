@@ -35,11 +35,14 @@ def command(case: ModuleType) -> Callable[..., None]:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     suits, place = metadata(field, Suits), metadata(field, Positional)
     text, kind = (field.description or "").removesuffix("."), field.annotation
-    default: Any = None if suits else inspect.Parameter.empty if field.is_required() else field.get_default()
+    default: Any = inspect.Parameter.empty if field.is_required() else field.get_default()
     if suits:
         text += f"; by default {suits.cuda}" + f", and {suits.cpu} without a GPU" * (suits.cuda != suits.cpu)
+        default = None
     given: Any
     if place is not None:
+        # click has no defaults for arguments that are lists; the options drop a None.
+        default = default if field.is_required() else None
         given = typer.Argument(metavar=place.metavar, help=f"{text}.", show_default=False)
     else:
         least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.bench import cases
+from sparsetrain.bench.cases import step
+from sparsetrain.bench.cli import command
 from sparsetrain.cli import main
 
 CASE = '''
@@ -125,3 +128,7 @@ def test_a_new_file_is_a_command(capsys, tmp_path):
 def test_what_its_options_do_not_allow_is_refused(arguments, message, capsys):
     assert main(["bench", "counting", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_an_argument_that_is_a_list_has_no_default_which_click_8_1_refuses():
+    assert inspect.signature(command(step)).parameters["overrides"].default is None
