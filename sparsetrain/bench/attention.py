@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from rich.text import Text
@@ -135,13 +135,8 @@ def rank(rows: Iterable[AttentionRow]) -> None:
             row.forward_ratio, row.both_ratio = forward_ms / ours[1], both_ms / ours[2]
 
 
-class Inputs(NamedTuple):
-    """What the implementations get at one length."""
-
-    problem: CausalProblem
-    tensors: Tensors
-    ours: Answer | None
-    """The answer of ours, where others are compared with it."""
+Inputs = tuple[CausalProblem, Tensors, Answer | None]
+"""What implementations get at one length; the last is the answer of ours, where others are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +185,8 @@ class AttentionCase(Case):
     def row(self, contender: Contender, length: int) -> AttentionRow:
         """An empty row."""
         problem = self.problem(length)
-        return AttentionRow(
-            length=length,
-            name=contender.name,
-            title=contender.title,
-            sparse=contender.sparse,
-            documents=len(problem.documents or (length,)),
-            forward_flops=problem.flops(contender.sparse),
-        )
+        documents, flops = len(problem.documents or (length,)), problem.flops(contender.sparse)
+        return AttentionRow.of(contender, length, documents=documents, forward_flops=flops)
 
     def inputs(self, length: int, report: Report, log: Log) -> Inputs:
         """The tensors, and the answer of ours where others are compared with it."""
@@ -208,7 +197,7 @@ class AttentionCase(Case):
                 ours = answer(self.ours.prepare(problem, tensors), tensors)
             except Exception as error:
                 log(f"{length:>9,}  ours cannot be compared with the others: {explain(error)}")
-        return Inputs(problem, tensors, ours)
+        return problem, tensors, ours
 
     def measure(self, contender: Contender, given: Inputs, row: AttentionRow, report: Report) -> None:
         """Times, memory, and the comparison with ours."""

@@ -161,13 +161,8 @@ def compare(rows: list[DecodeRow]) -> None:
         row.speedup = None if best is None else best / ms
 
 
-class Inputs(NamedTuple):
-    """What the implementations get at one length."""
-
-    problem: DecodeProblem
-    layers: list[Layer]
-    wanted: dict[str, Tensor]
-    """The definitions, by what is read."""
+Inputs = tuple[DecodeProblem, list[Layer], dict[str, Tensor]]
+"""What implementations get at one length; the last are the definitions, by what is read."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +189,7 @@ class DecodeCase(Case):
 
     def row(self, contender: Contender, length: int) -> DecodeRow:
         """An empty row."""
-        size = self.problem(length).bytes_read(contender.reads)
-        return DecodeRow(
-            length=length, name=contender.name, title=contender.title, sparse=contender.sparse, bytes_read=size
-        )
+        return DecodeRow.of(contender, length, bytes_read=self.problem(length).bytes_read(contender.reads))
 
     @torch.no_grad()
     def inputs(self, length: int, report: Report, log: Log) -> Inputs:
@@ -205,7 +197,7 @@ class DecodeCase(Case):
         problem = self.problem(length)
         layers = problem.tensors()
         kinds = {each.reads for each in self.contenders} if self.options.check else set()
-        return Inputs(problem, layers, {reads: problem.definition(layers[0], reads) for reads in kinds})
+        return problem, layers, {reads: problem.definition(layers[0], reads) for reads in kinds}
 
     @torch.no_grad()
     def measure(self, contender: Contender, inputs: Inputs, row: Any, report: Report) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.box import SIMPLE
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsetrain.bench.check import Check
+from sparsetrain.bench.contenders.base import Contender
 from sparsetrain.tables import print_tables
 
 PACKAGES = ("sparsetrain", "torch", "triton", "flash-attn-4")
@@ -132,6 +133,11 @@ class ComparedRow(Row):
     sparse: bool
     check: str = ""
     """``passed``, ``failed``, ``unchecked`` where a comparison could not be made, or ``off``."""
+
+    @classmethod
+    def of(cls, contender: Contender, length: int, **more: Any) -> Self:
+        """An empty row of a contender."""
+        return cls(length=length, name=contender.name, title=contender.title, sparse=contender.sparse, **more)
 
     def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
         """The title, ours in bold, and the check."""

@@ -6,8 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from sparsetrain_kernels import block_pattern_attention, causal_sparsek, sparsek_attention
-from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
+from sparsetrain_kernels import (
+    block_pattern_attention,
+    block_pattern_decode,
+    causal_sparsek,
+    sparsek_attention,
+)
 from torch import Tensor
 
 from sparsetrain.bench.contenders.base import Contender, Prepared

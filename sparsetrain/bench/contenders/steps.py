@@ -97,14 +97,7 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
 
 def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
     """What a short script does: bf16 weights and AdamW states, SDPA, checkpointed layers, the loss in chunks."""
-    _alone(world)
-    model = sparsify(random_model(recipe, world.device), FullConfig())  # for the adapters; its attention is replaced
-    choose_trainable(model, recipe)
-    model.set_attn_implementation("sdpa")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, fused=world.device.type == "cuda")
+    model, trained, optimizer = _with_sdpa(recipe, world)
     head: Any = model.get_output_embeddings()
 
     def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -132,20 +125,13 @@ def _hugging_face(
     """transformers with SDPA, checkpointing and Liger's patch (its fused loss too), under DeepSpeed."""
     import deepspeed
 
-    _alone(world)
-    model: Any = sparsify(random_model(recipe, world.device), FullConfig())
-    choose_trainable(model, recipe)
-    model.set_attn_implementation("sdpa")
+    model, _, optimizer = _with_sdpa(recipe, world)
     if wants_liger("on", world.device):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
     if not attention:
         use_no_attention(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, fused=True)
     engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config(recipe, plan), optimizer=optimizer)
 
     def step(batch: Batch) -> None:
@@ -159,9 +145,17 @@ def _hugging_face(
         destroy(engine)
 
 
-def _alone(world: World) -> None:
+def _with_sdpa(recipe: Recipe, world: World) -> tuple[Any, list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """The model of a loop of others, what it trains, and its optimizer."""
     if world.size > 1:
         raise Unavailable("a loop of one process; start it without the launcher")
+    model = sparsify(random_model(recipe, world.device), FullConfig())  # for the adapters; its attention is replaced
+    choose_trainable(model, recipe)
+    model.set_attn_implementation("sdpa")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, trained, torch.optim.AdamW(trained, lr=recipe.train.lr, fused=world.device.type == "cuda")
 
 
 def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
