@@ -5,13 +5,32 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from dataclasses import dataclass
 
 import torch
 from sparsetrain_kernels import block_pattern_attention
-
-from sparsetrain.patterns import PowerPattern
+from sparsetrain_kernels.block_pattern.pattern import block_lists
+from sparsetrain_kernels.inputs import Document
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PowerBlocks:
+    """PowerAttention's pattern (2503.03588): sinks, the nearest blocks, and those at distances of powers of two."""
+
+    block: int
+    window: int
+    num_sinks: int
+
+    per_head = False
+    heads = range(1)
+    period = 1
+
+    def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
+        distances = {*range(self.window), *(1 << exponent for exponent in range(query_block.bit_length()))}
+        listed = {query_block - distance for distance in distances if distance <= query_block}
+        return tuple(sorted({*range(min(self.num_sinks, query_block + 1)), *listed}))
 
 
 def peak_memory() -> float:
@@ -34,7 +53,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pattern = PowerPattern(args.block, args.window, args.sinks)
+    pattern = PowerBlocks(args.block, args.window, args.sinks)
     query, key, value = (
         torch.randn(1, heads, args.tokens, args.head_dim, dtype=getattr(torch, args.dtype), requires_grad=True)
         for heads in (args.heads, args.kv_heads, args.kv_heads)
@@ -47,8 +66,11 @@ def main() -> None:
     out.backward(torch.randn_like(out))
     end = time.perf_counter()
 
-    listed = pattern.max_key_blocks(-(-args.tokens // args.block))
-    print(f"{args.tokens} tokens, {pattern}: at most {listed} blocks a row, density {pattern.density(args.tokens):.4f}")
+    blocks = -(-args.tokens // args.block)
+    listed = max(len(pattern.key_blocks(block)) for block in range(blocks))
+    pairs = block_lists(pattern, blocks, args.kv_heads).visible_pairs(Document(0, args.tokens, 0, 0))
+    density = pairs / (args.tokens * (args.tokens + 1) // 2)
+    print(f"{args.tokens} tokens, {pattern}: at most {listed} blocks a row, density {density:.4f}")
     print(f"forward {forward - start:.2f} s, backward {end - forward:.2f} s, {args.threads} threads")
     print(f"peak memory {peak_memory():.2f} GiB, of which {peak_memory() - before:.2f} GiB beyond the inputs")
     # The oracle keeps the mask, and at least the fp32 logits and weights for backward.
