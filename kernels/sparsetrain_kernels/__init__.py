@@ -1,11 +1,12 @@
 """Differentiable attention operations: tensors in, tensors out. They know no model, no recipe, no Hugging Face."""
 
+from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
-from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
+from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
-from sparsetrain_kernels.selected_attention import selected_attention, selected_attention_dense, sparsek_attention
-from sparsetrain_kernels.sparsek import CausalSelection, causal_sparsek, sparsek, sparsek_threshold
+from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
+from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
 
 __all__ = [
     "BlockPattern",

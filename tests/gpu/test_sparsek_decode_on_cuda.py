@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_slots import assert_same_slots, clone, empty_slots, in_double, normal
-from sparsetrain_kernels.sparsek import Moments
+from sparsetrain_kernels.score_placement import Moments
 from sparsetrain_kernels.sparsek_decode import (
     SparseKSlots,
     buffer_threshold,

@@ -14,8 +14,8 @@ from sparsetrain_kernels import (
     sparsek,
     sparsek_attention,
 )
-from sparsetrain_kernels.sparsek import topk_statistics
-from sparsetrain_kernels.sparsek.placement import find_places, place_scores
+from sparsetrain_kernels.causal_selection import topk_statistics
+from sparsetrain_kernels.score_placement import document_positions, place_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -187,7 +187,7 @@ def test_memory_beyond_the_tensors_is_linear_with_a_small_constant() -> None:
 @pytest.mark.parametrize("tokens", [1, 5000, 70_000])
 def test_placement_of_scores_is_that_of_plain_pytorch(tokens: int) -> None:
     for cu_seqlens in (None, packed(0, 1, tokens // 3, tokens // 3, tokens) if tokens > 1 else None):
-        places, found = find_places(tokens, cu_seqlens, torch.device("cuda")), []
+        places, found = document_positions(tokens, cu_seqlens, torch.device("cuda")), []
         linear = (3 * random_scores(2, tokens).mT.contiguous().mT + 7).requires_grad_()
         gain = torch.tensor([0.5, 1.5], device="cuda", requires_grad=True)
         for backend in ("triton", "triton", "reference"):

@@ -19,11 +19,17 @@ from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
 from sparsetrain_kernels.block_pattern.hopper import fused_backward, grad_key_value, grad_query
 from sparsetrain_kernels.block_pattern.triton import backward, fixed_point, forward
 from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
-from sparsetrain_kernels.selected_attention.triton import backward as selected_backward
-from sparsetrain_kernels.selected_attention.triton import forward as selected_forward
-from sparsetrain_kernels.selected_attention.triton import lists
-from sparsetrain_kernels.selected_attention.triton.configs import choose_configs as choose_selected_configs
-from sparsetrain_kernels.sparsek.triton import crossing, placement, selection, shares, statistics
+from sparsetrain_kernels.causal_selection.triton import (
+    crossing_kernels,
+    gradient_kernels,
+    selection_kernels,
+    statistics_kernels,
+)
+from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
+from sparsetrain_kernels.selected_keys.triton import backward as selected_backward
+from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
+from sparsetrain_kernels.selected_keys.triton import lists
+from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as choose_selected_configs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -151,31 +157,34 @@ def compile_sparsek(dtype: str) -> None:
     alone = {"PACKED": False, "BLOCK": 256}
     lone_list = {"parent_keys_ptr": None, "parent_counts_ptr": None, "scores_or_inf_ptr": None, "FROM_PARENT": False}
     kernels: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
-        (placement.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
-        (placement.placement_bwd_kernel, along, {}, 8),
-        *((kernel, parts, {}, 4) for kernel in (shares.shares_largest_kernel, shares.shares_steps_kernel)),
-        (shares.shares_collect_kernel, parts, {}, 4),
+        (placement_kernels.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
+        (placement_kernels.placement_bwd_kernel, along, {}, 8),
+        *(
+            (kernel, parts, {}, 4)
+            for kernel in (gradient_kernels.gradient_largest_kernel, gradient_kernels.gradient_steps_kernel)
+        ),
+        (gradient_kernels.gradient_collect_kernel, parts, {}, 4),
         (
-            statistics.statistics_sums_kernel,
+            statistics_kernels.statistics_sums_kernel,
             {**parts, **ages, "PACKED": False},
             {"sums_ptr": "*fp64"},
             4,
         ),
-        (statistics.statistics_means_kernel, {"PARTS": 256}, {"sums_ptr": "*fp64"}, 4),
-        (selection.selection_keys_kernel, {"BLOCK": 256}, {"doc_start_ptr": "*i32"}, 4),
-        (selection.selection_gaps_kernel, alone, {}, 4),
-        (selection.selection_points_kernel, alone, {}, 4),
-        (selection.selection_intervals_kernel, alone, {}, 4),
-        (selection.selection_thresholds_kernel, alone, {}, 4),
+        (statistics_kernels.statistics_means_kernel, {"PARTS": 256}, {"sums_ptr": "*fp64"}, 4),
+        (selection_kernels.selection_keys_kernel, {"BLOCK": 256}, {"doc_start_ptr": "*i32"}, 4),
+        (selection_kernels.selection_gaps_kernel, alone, {}, 4),
+        (selection_kernels.selection_points_kernel, alone, {}, 4),
+        (selection_kernels.selection_intervals_kernel, alone, {}, 4),
+        (selection_kernels.selection_thresholds_kernel, alone, {}, 4),
         (lists.select_keys_kernel, {**lone_list, "SINKS": False, "ROWS": 2048, "PARENT_ROWS": 2048}, {}, 4),
         (lists.select_keys_kernel, {"FROM_PARENT": True, "SINKS": True, "ROWS": 128, "PARENT_ROWS": 2048}, {}, 4),
     ]
     for step in (32, 64):
         grid = {"CHUNK": step * step, "STEP": step}
-        kernels.append((crossing.crossing_corners_kernel, grid, {}, 8))
+        kernels.append((crossing_kernels.crossing_corners_kernel, grid, {}, 8))
         for soft in (True, False):
-            kernels.append((crossing.crossing_cells_kernel, {**grid, "SOFT": soft, "ROW_CHUNKS": 32}, {}, 8))
-            kernels.append((crossing.crossing_rows_kernel, {**grid, "SOFT": soft}, {}, 8))
+            kernels.append((crossing_kernels.crossing_cells_kernel, {**grid, "SOFT": soft, "ROW_CHUNKS": 32}, {}, 8))
+            kernels.append((crossing_kernels.crossing_rows_kernel, {**grid, "SOFT": soft}, {}, 8))
     known = dict.fromkeys(WIDE, "*i64") | dict.fromkeys(DOUBLES, "*fp64") | dict.fromkeys(FLOATS, f"*{dtype}")
     known |= {"unit": "i64", "limit": "i64", "to_unit": "fp32"}
     for kernel, constants, types, warps in kernels:

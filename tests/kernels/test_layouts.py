@@ -8,19 +8,14 @@ import pytest
 import torch
 from decode_slots import empty_slots
 from sparsetrain_kernels.backend import INTERPRETING, TRITON_INSTALLED
+from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_pattern import block_pattern_attention
-from sparsetrain_kernels.block_pattern_decode import block_pattern_decode
+from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek, topk_statistics
 from sparsetrain_kernels.dense import causal_attention
-from sparsetrain_kernels.selected_attention import selected_attention
-from sparsetrain_kernels.sparsek import (
-    CausalSelection,
-    causal_sparsek,
-    find_places,
-    place_scores,
-    sparsek,
-    topk_statistics,
-)
+from sparsetrain_kernels.score_placement import document_positions, place_scores
+from sparsetrain_kernels.selected_keys import selected_attention
 from sparsetrain_kernels.sparsek_decode import sparsek_decode_attention, sparsek_decode_update
+from sparsetrain_kernels.sparsek_projection import sparsek
 from torch import Tensor
 
 from sparsetrain.patterns import PowerPattern
@@ -94,7 +89,7 @@ def selection(scores: Tensor, *bounds: Tensor, backend: str) -> Outputs:
 
 
 def placement(linear: Tensor, gain: Tensor, *, backend: str) -> Outputs:
-    scores, moments = place_scores(linear, gain, find_places(TOKENS, None, linear.device), 1e-3, backend=backend)
+    scores, moments = place_scores(linear, gain, document_positions(TOKENS, None, linear.device), 1e-3, backend=backend)
     return (scores,), moments
 
 
@@ -142,10 +137,10 @@ def test_plain_pytorch_does_not_see_the_layout(operation: str, batch: int) -> No
 @pytest.mark.skipif(not (TRITON_INSTALLED and INTERPRETING), reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "dense"])
 def test_kernels_do_not_see_the_layout(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain_kernels.sparsek.triton import search
+    from sparsetrain_kernels.causal_selection.triton import crossing
 
     # The interpreter takes milliseconds for each program of a search.
-    monkeypatch.setattr(search, "STEPS", (8, 8))
+    monkeypatch.setattr(crossing, "STEPS", (8, 8))
     # A batch of one: views of larger ones are copies already.
     check(operation, 1, "triton", ["second dimension last", "gaps between numbers"])
 

@@ -218,7 +218,7 @@ def test_every_head_dim_reads_its_own(poisoned, head_dim: int, dtype) -> None:
 @pytest.mark.parametrize("gate", ["value", "log"])
 @pytest.mark.parametrize("shape", [{"topk": 90, "window": 50, "sinks": 1}, {"topk": 50, "window": 90, "sinks": 7}])
 def test_the_number_of_shares_changes_nothing(poisoned, monkeypatch, splits: int, gate: str, shape) -> None:
-    from sparsetrain_kernels.block_pattern_decode.triton.configs import Config
+    from sparsetrain_kernels.block_decode.triton.configs import Config
     from sparsetrain_kernels.sparsek_decode.triton import launch
 
     monkeypatch.setattr(launch, "choose_splits", lambda *arguments: splits)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not (TRITON_INSTALLED and INTERPRETING), reason="counts launches in Triton's interpreter, on machines without a GPU"
 )
 HEADS, TOKENS, WIDTH, HEAD_DIM = 2, 96, 32, 16
-DISPATCHERS = ("sparsek.placement", "sparsek.causal", "sparsek.statistics", "selected_attention.op")
+DISPATCHERS = ("score_placement.op", "causal_selection.op", "causal_selection.statistics", "selected_keys.op")
 
 
 class Launches(TorchDispatchMode):

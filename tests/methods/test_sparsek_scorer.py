@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sparsetrain_kernels.sparsek import Places, find_places, place_scores
-from sparsetrain_kernels.sparsek.placement_reference import EPSILON, timestep_norm
+from sparsetrain_kernels.score_placement import DocumentPositions, document_positions, place_scores
+from sparsetrain_kernels.score_placement.reference import EPSILON, timestep_norm
 
 from sparsetrain.methods.sparsek.scorer import SparseKScorer, hashed_scores
 
@@ -62,36 +62,38 @@ def test_a_frozen_scorer_has_nothing_to_train_but_is_saved():
 
 def test_normalisation_is_that_of_the_prefix():
     scores = torch.randn(2, 3, 50) * 4 + 7
-    got, _ = timestep_norm(scores, find_places(50, None, scores.device))
+    got, _ = timestep_norm(scores, document_positions(50, None, scores.device))
     np.testing.assert_allclose(got.numpy(), naive_norm(scores.numpy()), rtol=1e-9, atol=1e-9)
 
 
 def test_packed_documents_are_normalised_each_on_its_own():
     cu_seqlens = torch.tensor([0, 20, 20, 21, 50], dtype=torch.int32)
     scores, gain = torch.randn(1, 3, 50) * 3, torch.rand(1, 3, 1).expand(1, 3, 50) + 0.5
-    packed, _ = place_scores(scores, gain, find_places(50, cu_seqlens, scores.device), 1e-2)
+    packed, _ = place_scores(scores, gain, document_positions(50, cu_seqlens, scores.device), 1e-2)
     for start, stop in ((0, 20), (20, 21), (21, 50)):
         own = scores[..., start:stop]
-        alone, _ = place_scores(own, gain[..., start:stop], find_places(stop - start, None, own.device), 1e-2)
+        alone, _ = place_scores(own, gain[..., start:stop], document_positions(stop - start, None, own.device), 1e-2)
         torch.testing.assert_close(packed[..., start:stop], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_the_past_does_not_change_when_a_token_is_added():
     scores = torch.randn(1, 2, 40)
     longer = torch.cat([scores, 100 * torch.randn(1, 2, 5)], dim=-1)
-    short, _ = timestep_norm(scores, find_places(40, None, scores.device))
-    long, _ = timestep_norm(longer, find_places(45, None, scores.device))
+    short, _ = timestep_norm(scores, document_positions(40, None, scores.device))
+    long, _ = timestep_norm(longer, document_positions(45, None, scores.device))
     assert torch.equal(long[..., :40], short)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 60, [25, 35], [1, 30, 29]])
 def test_token_by_token_equals_all_at_once(chunks):
     scores, gain = torch.randn(2, 3, 60) * 5 - 2, torch.full((2, 3, 60), 1.5)
-    whole, _ = place_scores(scores, gain, find_places(60, None, scores.device), 1e-3)
+    whole, _ = place_scores(scores, gain, document_positions(60, None, scores.device), 1e-3)
     moments, pieces, read = None, [], 0
     for piece, piece_gain in zip(scores.split(chunks, -1), gain.split(chunks, -1)):
-        places = find_places(piece.shape[-1], None, scores.device)
-        got, moments = place_scores(piece, piece_gain, Places(places.position + read, places.first), 1e-3, moments)
+        places = document_positions(piece.shape[-1], None, scores.device)
+        got, moments = place_scores(
+            piece, piece_gain, DocumentPositions(places.position + read, places.first), 1e-3, moments
+        )
         pieces.append(got)
         read += piece.shape[-1]
     torch.testing.assert_close(torch.cat(pieces, -1), whole, rtol=1e-6, atol=1e-6)
@@ -99,28 +101,34 @@ def test_token_by_token_equals_all_at_once(chunks):
 
 def test_no_drift_at_a_million_tokens():
     scores = np.random.default_rng(0).normal(3.0, 1.0, 1_000_000).astype(np.float32)
-    got, _ = timestep_norm(torch.from_numpy(scores)[None, None], find_places(1_000_000, None, torch.device("cpu")))
+    got, _ = timestep_norm(
+        torch.from_numpy(scores)[None, None], document_positions(1_000_000, None, torch.device("cpu"))
+    )
     wide = scores.astype(np.longdouble)
     expected = (wide[-1] - wide.mean()) / np.sqrt(wide.var() + EPSILON)
     assert abs(float(got[0, 0, -1]) - float(expected)) < 1e-9
 
 
 def test_the_slope_joins_after_the_normalisation():
-    scores, gain, places = torch.randn(1, 2, 30), torch.ones(1, 2, 30), find_places(30, None, torch.device("cpu"))
+    scores, gain, places = (
+        torch.randn(1, 2, 30),
+        torch.ones(1, 2, 30),
+        document_positions(30, None, torch.device("cpu")),
+    )
     flat, _ = place_scores(scores, gain, places, 0.0)
     steep, _ = place_scores(scores, gain, places, 0.5)
     torch.testing.assert_close(steep - flat, (0.5 * torch.arange(30.0)).expand(1, 2, 30), rtol=1e-5, atol=1e-5)
 
 
 def test_normalisation_passes_finite_differences():
-    places = find_places(9, torch.tensor([0, 4, 9], dtype=torch.int32), torch.device("cpu"))
+    places = document_positions(9, torch.tensor([0, 4, 9], dtype=torch.int32), torch.device("cpu"))
     scores = torch.randn(1, 2, 9, dtype=torch.float64, requires_grad=True)
     gain = torch.rand(1, 2, 1, dtype=torch.float64).expand(1, 2, 9).clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda s, g: place_scores(s, g, places, 1e-2)[0], (scores, gain))
 
 
 def test_random_scores_are_normal_and_depend_on_layer_head_and_position():
-    places, like = find_places(20_000, None, torch.device("cpu")), torch.zeros(2, 4, 1, 1)
+    places, like = document_positions(20_000, None, torch.device("cpu")), torch.zeros(2, 4, 1, 1)
     first, second = hashed_scores(4, 0, places, like=like), hashed_scores(4, 1, places, like=like)
     assert first.shape == (2, 4, 20_000)
     assert torch.equal(first, hashed_scores(4, 0, places, like=like))

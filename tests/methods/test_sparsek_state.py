@@ -9,7 +9,7 @@ import pytest
 import torch
 from sparsek_oracle import threshold
 from sparsetrain_kernels.backend import INTERPRETING
-from sparsetrain_kernels.sparsek import Moments
+from sparsetrain_kernels.score_placement import Moments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.methods.sparsek import state as sparsek_state

@@ -41,9 +41,9 @@ def model(request: pytest.FixtureRequest, tiny: Callable[..., PreTrainedModel]) 
 @pytest.fixture(autouse=True)
 def _small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search over a few tokens; the interpreter takes milliseconds for each program of it."""
-    from sparsetrain_kernels.sparsek.triton import search
+    from sparsetrain_kernels.causal_selection.triton import crossing
 
-    monkeypatch.setattr(search, "STEPS", (8, 8))
+    monkeypatch.setattr(crossing, "STEPS", (8, 8))
 
 
 def both(act: Callable[[], list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from selected_oracle import attend, select
-from sparsetrain_kernels.sparsek.placement_reference import EPSILON
+from sparsetrain_kernels.score_placement.reference import EPSILON
 from transformers import DynamicCache
 
 from sparsetrain.errors import ModelError

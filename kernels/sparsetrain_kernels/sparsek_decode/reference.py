@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.sparsek import sparsek_threshold
 from sparsetrain_kernels.sparsek_decode.slots import EMPTY, SparseKSlots
+from sparsetrain_kernels.sparsek_projection import sparsek_threshold
 
 
 def buffer_threshold(buffer: Tensor, topk: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Unpack
 
 import torch
 from sparsetrain_kernels.inputs import AttentionOptions
-from sparsetrain_kernels.sparsek import find_places
+from sparsetrain_kernels.score_placement import document_positions
 from torch import Tensor
 
 from sparsetrain.errors import ModelError
@@ -47,7 +47,7 @@ class SparseKFit(LayerFit):
         """See :meth:`LayerFit.add`."""
         scale, cu_seqlens = options.get("scale") or query.shape[-1] ** -0.5, options.get("cu_seqlens")
         mass, rows = received_attention(query, key, self.scorer.heads, self.window, scale, cu_seqlens)
-        position = find_places(query.shape[2], cu_seqlens, query.device).position
+        position = document_positions(query.shape[2], cu_seqlens, query.device).position
         told = (rows >= MIN_ROWS) & (position >= self.sinks)
         x = hidden[:, told].flatten(0, 1).double()
         y = mass[:, :, told].clamp(min=1e-6).log().double().transpose(1, 2).flatten(0, 1)
@@ -85,7 +85,7 @@ def received_attention(
         Mean over those queries ``[B, heads, N]``, fp32 (1 for uniform attention), and their number ``[N]``.
     """
     batch, query_heads, length, _ = query.shape
-    position, first = find_places(length, cu_seqlens, query.device)
+    position, first = document_positions(length, cu_seqlens, query.device)
     row = torch.arange(length, device=query.device)
     grouped = query.unflatten(1, (key.shape[1], -1))
     received = torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)

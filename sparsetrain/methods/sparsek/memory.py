@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sparsetrain_kernels.sparsek import Moments, Places, find_places
+from sparsetrain_kernels.score_placement import DocumentPositions, Moments, document_positions
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
@@ -60,7 +60,7 @@ class SparseKMemory(Memory):
         state, scale = self.state, options.get("scale")
         slots = state.start(key)
         if query.shape[2] == 1 and state.started:
-            places = Places(slots.length[:, None], torch.zeros_like(slots.length[:, None]))
+            places = DocumentPositions(slots.length[:, None], torch.zeros_like(slots.length[:, None]))
             before = state.moments(slice(None))
             scores, after = self._score(layer, query, sparsek_scores, sparsek_gain, places, before)
             state.step(key, value, scores, after)
@@ -75,8 +75,8 @@ class SparseKMemory(Memory):
             linear, gain = (
                 None if tensor is None else tensor[rows][:, :, start:] for tensor in (sparsek_scores, sparsek_gain)
             )
-            places = find_places(tokens, None, query.device)
-            places = Places(places.position + length, places.first)
+            places = document_positions(tokens, None, query.device)
+            places = DocumentPositions(places.position + length, places.first)
             scores, after = self._score(layer, q, linear, gain, places, state.moments(rows))
             sequence = state.sequence(rows, length, Sequence(k, v, scores, places.position.expand_as(scores)))
             # What the slots hold asks nothing, but the operator wants a query for every key.

@@ -17,8 +17,9 @@ from sparsetrain.section import MOST_STEPS, Bounds, Tokens, TokensOrNone
 
 if TYPE_CHECKING:
     import torch
+    from sparsetrain_kernels.causal_selection import CausalSelection
     from sparsetrain_kernels.inputs import AttentionOptions
-    from sparsetrain_kernels.sparsek import CausalSelection, Moments, Places
+    from sparsetrain_kernels.score_placement import DocumentPositions, Moments
     from torch import nn
 
     from sparsetrain.methods.fit import LayerFit
@@ -211,7 +212,7 @@ class SparseKMethod(Method):
         **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
         """See :meth:`Method.attend`. ``sparsek_scores`` and ``sparsek_gain`` are what the layer's scorer returned."""
-        from sparsetrain_kernels.sparsek import find_places
+        from sparsetrain_kernels.score_placement import document_positions
 
         check_options(options)
         if key.shape[2] != query.shape[2]:
@@ -220,7 +221,7 @@ class SparseKMethod(Method):
                 "earlier ones; let the model make its own cache, or pass an empty transformers.DynamicCache()"
             )
         cu_seqlens = options.get("cu_seqlens")
-        places = find_places(query.shape[2], cu_seqlens, query.device)
+        places = document_positions(query.shape[2], cu_seqlens, query.device)
         scores, _ = self._scores(layer, query, sparsek_scores, sparsek_gain, places)
         topk = self.training_topk if layer.training else self.config.topk
         return self._select_and_attend(layer, query, key, value, scores, topk, cu_seqlens, options.get("scale"))
@@ -238,12 +239,12 @@ class SparseKMethod(Method):
         **options: Unpack[AttentionOptions],
     ) -> Expected:
         """See :meth:`Method.expected`: at some rows of the document, with the config's ``topk``."""
-        from sparsetrain_kernels.sparsek import find_places
+        from sparsetrain_kernels.score_placement import document_positions
 
         from sparsetrain.methods.sparsek.oracle import expected_rows
 
         config = self.config
-        places = find_places(query.shape[2], options.get("cu_seqlens"), query.device)
+        places = document_positions(query.shape[2], options.get("cu_seqlens"), query.device)
         scores, _ = self._scores(layer, query, sparsek_scores, sparsek_gain, places)
         return expected_rows(
             query,
@@ -295,8 +296,8 @@ class SparseKMethod(Method):
         return sum(max(0, length - self.config.window) for length in lengths)
 
     def observations(self) -> dict[str, float]:
-        """What ``sparsetrain_kernels.sparsek.topk_statistics`` tells of each layer's selections, and mean and spread of
-        its scores: means over the calls since the last time. Without the numbers a short text cannot give."""
+        """What ``sparsetrain_kernels.causal_selection.topk_statistics`` tells of each layer's selections, and mean and
+        spread of its scores: means over the calls since the last time. Without the numbers a short text cannot give."""
         import torch
 
         seen, self._seen = self._seen, {}
@@ -326,11 +327,11 @@ class SparseKMethod(Method):
         query: torch.Tensor,
         linear: torch.Tensor | None,
         gain: torch.Tensor | None,
-        places: Places,
+        places: DocumentPositions,
         moments: Moments | None = None,
     ) -> tuple[torch.Tensor, Moments | None]:
         """The scores that compete, and the moments of normalisation after them."""
-        from sparsetrain_kernels.sparsek import place_scores
+        from sparsetrain_kernels.score_placement import place_scores
 
         from sparsetrain.methods.sparsek.scorer import hashed_scores
 
@@ -354,7 +355,7 @@ class SparseKMethod(Method):
         cu_seqlens: torch.Tensor | None,
     ) -> None:
         import torch
-        from sparsetrain_kernels.sparsek import topk_statistics
+        from sparsetrain_kernels.causal_selection import topk_statistics
 
         config = self.config
         found = topk_statistics(scores, selection, topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)
@@ -373,8 +374,8 @@ class SparseKMethod(Method):
         cu_seqlens: torch.Tensor | None,
         scale: float | None,
     ) -> torch.Tensor:
-        from sparsetrain_kernels.selected_attention import selected_attention
-        from sparsetrain_kernels.sparsek import causal_sparsek
+        from sparsetrain_kernels.causal_selection import causal_sparsek
+        from sparsetrain_kernels.selected_keys import selected_attention
 
         config = self.config
         selection = causal_sparsek(scores, topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 from sparsetrain_kernels.first_derivative import first_derivative_only
-from sparsetrain_kernels.sparsek import Places
-from sparsetrain_kernels.sparsek.placement_reference import per_head
+from sparsetrain_kernels.score_placement import DocumentPositions
+from sparsetrain_kernels.score_placement.reference import per_head
 from torch import Tensor, nn
 
 CHUNK = 8192
@@ -137,7 +137,7 @@ class _WideLinear(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype)
 
 
-def hashed_scores(heads: int, layer_index: int, places: Places, *, like: Tensor) -> Tensor:
+def hashed_scores(heads: int, layer_index: int, places: DocumentPositions, *, like: Tensor) -> Tensor:
     """Scores of ``scorer: random``: standard normal numbers that depend on layer, head and position alone.
 
     Returns:

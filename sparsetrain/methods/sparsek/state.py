@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from sparsetrain_kernels.sparsek import Moments
+from sparsetrain_kernels.score_placement import Moments
 from sparsetrain_kernels.sparsek_decode import (
     EMPTY,
     SparseKSlots,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.selected_attention.triton.forward import LOG2E, _accumulate
+from sparsetrain_kernels.selected_keys.triton.forward import LOG2E, _accumulate
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.block_pattern_decode.triton.configs import choose_config, choose_splits, multiprocessors
-from sparsetrain_kernels.block_pattern_decode.triton.launch import NUM_WARPS, merge
+from sparsetrain_kernels.block_decode.triton.configs import choose_config, choose_splits, multiprocessors
+from sparsetrain_kernels.block_decode.triton.launch import NUM_WARPS, merge
 from sparsetrain_kernels.launching import on_device, pad_head_dim
 from sparsetrain_kernels.sparsek_decode.slots import SparseKSlots
 from sparsetrain_kernels.sparsek_decode.triton.attention import sparsek_decode_attention_kernel

@@ -1,5 +1,0 @@
-"""Decoding: attention of the last few tokens of each sequence over the listed blocks of its key-value cache."""
-
-from sparsetrain_kernels.block_pattern_decode.op import block_pattern_decode
-
-__all__ = ["block_pattern_decode"]

@@ -1,0 +1,73 @@
+"""The scores that compete: timestep normalisation and a slope (2406.16747, 3), and where tokens stand for both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.documents import from_documents, known_bounds
+from sparsetrain_kernels.score_placement import reference
+from sparsetrain_kernels.score_placement.library import PlaceScores
+from sparsetrain_kernels.score_placement.reference import DocumentPositions, Moments
+
+
+def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> DocumentPositions:
+    """The positions of ``length`` tokens of one document, or of the packed documents ``cu_seqlens``. Never syncs."""
+
+    def find() -> DocumentPositions:
+        position = torch.arange(length, device=device)
+        if cu_seqlens is None:
+            return DocumentPositions(position, torch.zeros_like(position))
+        first = known_bounds(length, cu_seqlens, device)[0].long()
+        return DocumentPositions(position - first, first)
+
+    return find() if cu_seqlens is None else from_documents(cu_seqlens, ("positions", length, device), find)
+
+
+def place_scores(
+    linear: Tensor,
+    gain: Tensor | None,
+    positions: DocumentPositions,
+    slope: float,
+    moments: Moments | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Moments | None]:
+    """The scores that compete: normalised if there is a gain, plus ``slope`` times the position.
+
+    The slope joins after the normalisation. Before it, the slope's own spread would grow with the text until the
+    normalised scores said where a token stands and nothing else.
+
+    Args:
+        linear: fp32 or fp64 ``[B, heads, N]``.
+        gain: like ``linear``, or None.
+        positions: of the N tokens.
+        slope: per position.
+        moments: of the same documents' tokens in earlier calls.
+        backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``: the first on CUDA where it can run. Sums run
+            in fp64 in both, but in another order, so that a score may differ in its last bit.
+
+    Returns:
+        Scores ``[B, heads, N]`` in the dtype of ``linear``, and the moments after the last token.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run this.
+    """
+    refusals = {"gluon": "there is no Hopper version", "triton": _refusal(gain, positions, moments)}
+    chosen = choose_backend(backend, linear, refusals)
+    if gain is None or chosen == "reference":
+        return reference.place_scores(linear, gain, positions, slope, moments)
+    needs_grad = torch.is_grad_enabled() and (linear.requires_grad or gain.requires_grad)
+    # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
+    run = PlaceScores.apply if needs_grad else torch.ops.sparsetrain.place_scores
+    scores, total, squares = run(linear, gain, positions.position, positions.first, slope)
+    return scores, Moments(total[..., -1], squares[..., -1])
+
+
+def _refusal(gain: Tensor | None, positions: DocumentPositions, moments: Moments | None) -> str | None:
+    if gain is None:
+        return "without a gain nothing is normalised"
+    if moments is not None or positions.position.dim() != 1:
+        return "it normalises whole documents, at the same positions in all rows"
+    return None

@@ -1,0 +1,1 @@
+"""The normalisation of scores in Triton: one program a head."""

@@ -1,0 +1,80 @@
+"""Launches the kernels that normalise scores. Nothing is read on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.score_placement.reference import EPSILON
+from sparsetrain_kernels.score_placement.triton import kernels
+
+BLOCK = 2048
+"""Tokens that a program takes at a time."""
+
+
+def place_scores(
+    linear: Tensor, gain: Tensor, position: Tensor, first: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores like ``linear``, and the running sums of the scores and of their squares, fp64; all ``[B, heads, N]``."""
+    batch, heads, tokens = linear.shape
+    scores = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
+    total, squares = (torch.empty(linear.shape, dtype=torch.float64, device=linear.device) for _ in range(2))
+    with on_device(linear):
+        kernels.placement_fwd_kernel[(batch * heads,)](
+            linear,
+            gain,
+            position,
+            first,
+            scores,
+            total,
+            squares,
+            *linear.stride(),
+            *gain.stride(),
+            tokens,
+            SLOPE=slope,
+            **_shape(linear),
+        )
+    return scores, total, squares
+
+
+def place_scores_backward(
+    grad: Tensor, linear: Tensor, gain: Tensor, position: Tensor, first: Tensor, total: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``linear`` and ``gain``, ``[B, heads, N]`` each."""
+    batch, heads, tokens = linear.shape
+    grad_linear = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
+    grad_gain = torch.empty(linear.shape, dtype=gain.dtype, device=linear.device)
+    with on_device(linear):
+        kernels.placement_bwd_kernel[(batch * heads,)](
+            grad,
+            linear,
+            gain,
+            position,
+            first,
+            total,
+            squares,
+            grad_linear,
+            grad_gain,
+            *grad.stride(),
+            *linear.stride(),
+            *gain.stride(),
+            tokens,
+            **_shape(linear),
+        )
+    return grad_linear, grad_gain
+
+
+def _shape(linear: Tensor) -> dict[str, Any]:
+    block = min(BLOCK, triton.next_power_of_2(linear.shape[2]))
+    # Products and sums are rounded one by one, as in plain PyTorch.
+    return {
+        "HEADS": linear.shape[1],
+        "EPSILON": EPSILON,
+        "BLOCK": block,
+        "num_warps": 8 if block >= 1024 else 4,
+        "enable_fp_fusion": False,
+    }

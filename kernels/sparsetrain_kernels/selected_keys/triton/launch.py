@@ -1,0 +1,308 @@
+"""Launches the Triton kernels. Everything follows from shapes; nothing here reads a tensor on the host."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.launching import on_device, pad_head_dim
+from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
+from sparsetrain_kernels.selected_keys.triton import backward, forward
+from sparsetrain_kernels.selected_keys.triton.configs import choose_configs
+from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, KeyLists, stretch_lists, tile_lists
+
+PARTIAL_BYTES = 2**28
+"""Memory for the partial sums of the selected keys: as many KV heads go together as fit, at least one."""
+
+
+class _Bounds(NamedTuple):
+    """Of each row's document, the first row and the one past the last, int32 ``[N]``; None where there is only one."""
+
+    start: Tensor | None
+    end: Tensor | None
+
+
+def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
+    """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
+    query, key, value = inputs[:3]
+    batch, heads, tokens, _ = query.shape
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).fwd
+    with on_device(query):
+        bounds = _bounds(inputs)
+        lists, scores = tile_lists(inputs, stretch_lists(inputs, bounds.start), bounds.start)
+        tiles = triton.cdiv(tokens, config.block_m)
+        forward.selected_fwd_kernel[(tiles * heads * batch,)](
+            query,
+            key,
+            value,
+            out,
+            lse,
+            scores,
+            inputs.threshold,
+            inputs.exit,
+            bounds.start,
+            lists.keys,
+            lists.counts,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *out.stride()[:3],
+            tokens,
+            inputs.window,
+            tiles,
+            lists.keys.shape[3],
+            inputs.scale,
+            HEADS=heads,
+            **_shape(inputs),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            LIST_ROWS=TILE,
+            GATE=inputs.gate,
+            PACKED=bounds.start is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, laid out like them, and of scores and threshold, fp32 ``[B, Hs, N]``."""
+    query, key, value = inputs[:3]
+    batch, heads, tokens, _ = query.shape
+    kv_heads, selections = key.shape[1], inputs.scores.shape[1]
+    configs = choose_configs(query.dtype, pad_head_dim(query.shape[3]))
+    grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
+    grad_scores = torch.empty((batch, kv_heads, tokens), dtype=torch.float32, device=query.device)
+    grad_threshold = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
+    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3]]
+    with on_device(query):
+        bounds = _bounds(inputs)
+        stretches = stretch_lists(inputs, bounds.start)
+        lists, scores = tile_lists(inputs, stretches, bounds.start)
+        padded, parts = _row_stats(inputs, grad_out, out, lse)
+        padded_tokens = padded[0].shape[2]
+        config = configs.dq
+        tiles = triton.cdiv(tokens, config.block_m)
+        backward.selected_bwd_dq_kernel[(tiles * heads * batch,)](
+            query,
+            key,
+            value,
+            grad_out,
+            *padded,
+            grad_query,
+            grad_threshold,
+            scores,
+            inputs.exit,
+            bounds.start,
+            lists.keys,
+            lists.counts,
+            *strides,
+            *grad_query.stride()[:3],
+            tokens,
+            padded_tokens,
+            inputs.window,
+            tiles,
+            lists.keys.shape[3],
+            inputs.scale,
+            HEADS=heads,
+            **_shape(inputs),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            LIST_ROWS=TILE,
+            GATE=inputs.gate,
+            PACKED=bounds.start is not None,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+        config = configs.dkv
+        key_tiles = triton.cdiv(tokens, config.block_n)
+        places_until = parts.cumsum(2, dtype=torch.int32)
+        places = _most_places(inputs, stretches)
+        together = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
+        for first_head in range(0, kv_heads, together):
+            part_heads = min(together, kv_heads - first_head)
+            partial = _launch_stretches(
+                inputs, grad_out, scores, padded, stretches, places_until, places, strides, first_head, part_heads
+            )
+            backward.selected_bwd_dkv_kernel[(key_tiles * part_heads * batch,)](
+                query,
+                key,
+                value,
+                grad_out,
+                *padded[:2],
+                grad_key,
+                grad_value,
+                grad_scores,
+                *partial,
+                inputs.exit,
+                bounds.end,
+                places_until,
+                *strides,
+                *grad_key.stride()[:3],
+                *grad_value.stride()[:3],
+                tokens,
+                padded_tokens,
+                inputs.window,
+                key_tiles,
+                first_head,
+                part_heads,
+                places,
+                inputs.scale,
+                KV_HEADS=kv_heads,
+                **_shape(inputs),
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                STRETCH=STRETCH,
+                PACKED=bounds.end is not None,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                enable_fp_fusion=True,
+            )
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        _sum_heads(grad_scores, selections),
+        _sum_heads(grad_threshold, selections),
+    )
+
+
+def _launch_stretches(
+    inputs: SelectedInputs,
+    grad_out: Tensor,
+    scores: Tensor,
+    padded: tuple[Tensor, Tensor, Tensor],
+    stretches: KeyLists,
+    places_until: Tensor,
+    places: int,
+    strides: list[int],
+    first_head: int,
+    part_heads: int,
+) -> tuple[Tensor, Tensor]:
+    """The partial sums of ``part_heads`` KV heads from ``first_head`` on, of keys and values, and of scores."""
+    query, key, value = inputs[:3]
+    batch, kv_heads = key.shape[:2]
+    d_pad = pad_head_dim(query.shape[3])
+    config = choose_configs(query.dtype, d_pad).stretch
+    partial = torch.empty((batch, part_heads, places, 2, d_pad), dtype=torch.float32, device=query.device)
+    partial_scores = torch.empty((batch, part_heads, places), dtype=torch.float32, device=query.device)
+    count, capacity = stretches.keys.shape[2:]
+    key_tiles = triton.cdiv(capacity, config.block_n)
+    backward.selected_bwd_stretch_kernel[(key_tiles * count * part_heads * batch,)](
+        query,
+        key,
+        value,
+        grad_out,
+        *padded,
+        partial,
+        partial_scores,
+        scores,
+        inputs.exit,
+        stretches.keys,
+        stretches.counts,
+        places_until,
+        *strides,
+        query.shape[2],
+        padded[0].shape[2],
+        inputs.window,
+        count,
+        capacity,
+        first_head,
+        part_heads,
+        places,
+        inputs.scale,
+        KV_HEADS=kv_heads,
+        **_shape(inputs),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STRETCH=STRETCH,
+        GATE=inputs.gate,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return partial, partial_scores
+
+
+def _shape(inputs: SelectedInputs) -> dict[str, Any]:
+    head_dim, kv_heads = inputs.query.shape[3], inputs.key.shape[1]
+    return {
+        "GROUP": inputs.query.shape[1] // kv_heads,
+        "SELECTIONS": inputs.scores.shape[1],
+        "D": head_dim,
+        "D_PAD": pad_head_dim(head_dim),
+        "PRECISION": "ieee",
+    }
+
+
+def _bounds(inputs: SelectedInputs) -> _Bounds:
+    query, cu_seqlens = inputs.query, inputs.cu_seqlens
+    if cu_seqlens is None:
+        return _Bounds(None, None)
+    return _Bounds(*known_bounds(query.shape[2], cu_seqlens, query.device))
+
+
+def _row_stats(
+    inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles; and of each key, the stretches
+    that read it, which is the number of its partial sums: int32 ``[B, Hs, N]``."""
+    batch, heads, tokens, head_dim = out.shape
+    selections = inputs.threshold.shape[1]
+    tiles = triton.cdiv(tokens, TILE)
+    padded_lse, padded_delta = torch.empty(
+        (2, batch, heads, tiles * TILE), dtype=torch.float32, device=out.device
+    ).unbind()
+    padded_threshold = torch.empty((batch, selections, tiles * TILE), dtype=torch.float32, device=out.device)
+    parts = torch.empty_like(inputs.exit)
+    backward.selected_bwd_stats_kernel[(tiles * heads * batch,)](
+        out,
+        grad_out,
+        lse,
+        inputs.threshold,
+        inputs.exit,
+        padded_lse,
+        padded_delta,
+        padded_threshold,
+        parts,
+        *out.stride()[:3],
+        *grad_out.stride()[:3],
+        tokens,
+        tiles * TILE,
+        tiles,
+        inputs.window,
+        HEADS=heads,
+        SELECTIONS=selections,
+        D=head_dim,
+        D_PAD=pad_head_dim(head_dim),
+        BLOCK_M=TILE,
+        STRETCH=STRETCH,
+        num_warps=8,
+    )
+    return (padded_lse, padded_delta, padded_threshold), parts
+
+
+def _most_places(inputs: SelectedInputs, stretches: KeyLists) -> int:
+    """How many partial sums there can be."""
+    tokens, count = inputs.exit.shape[2], stretches.keys.shape[2]
+    # At the first row of a stretch, that many are selected at most; every key enters once.
+    return count * min(inputs.sinks + inputs.topk, tokens) + tokens
+
+
+def _part_heads(batch: int, kv_heads: int, places: int, d_pad: int) -> int:
+    head_bytes = batch * places * (2 * d_pad + 1) * 4
+    return max(1, min(kv_heads, PARTIAL_BYTES // head_bytes))
+
+
+def _sum_heads(grad: Tensor, selections: int) -> Tensor:
+    """The gradient of what heads share, summed over them in their order."""
+    batch, heads, tokens = grad.shape
+    return grad if heads == selections else grad.view(batch, selections, heads // selections, tokens).sum(2)
