@@ -26,8 +26,9 @@ from sparsetrain_kernels.causal_selection.triton import (
     statistics_kernels,
 )
 from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
-from sparsetrain_kernels.selected_keys.triton import backward as selected_backward
 from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
+from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_grad_key_value
+from sparsetrain_kernels.selected_keys.triton import grad_query as selected_grad_query
 from sparsetrain_kernels.selected_keys.triton import lists
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as choose_selected_configs
 from triton.backends.compiler import GPUTarget
@@ -120,13 +121,13 @@ def compile_selected(dtype: str) -> None:
         shared = {"D": head_dim, "D_PAD": head_dim, "GROUP": 4, "SELECTIONS": 8, "PRECISION": "ieee"}
         kernels = (
             ("fwd", selected_forward.selected_fwd_kernel, over_rows),
-            ("dq", selected_backward.selected_bwd_dq_kernel, over_rows),
+            ("dq", selected_grad_query.selected_bwd_dq_kernel, over_rows),
             (
                 "stretch",
-                selected_backward.selected_bwd_stretch_kernel,
+                selected_grad_key_value.selected_bwd_stretch_kernel,
                 {"KV_HEADS": 8, "STRETCH": 2048, "GATE": "value"},
             ),
-            ("dkv", selected_backward.selected_bwd_dkv_kernel, {"KV_HEADS": 8, "STRETCH": 2048, "PACKED": False}),
+            ("dkv", selected_grad_key_value.selected_bwd_dkv_kernel, {"KV_HEADS": 8, "STRETCH": 2048, "PACKED": False}),
         )
         for name, kernel, own in kernels:
             config = getattr(configs, name)

@@ -11,9 +11,12 @@ from torch import Tensor
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.launching import on_device, pad_head_dim
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
-from sparsetrain_kernels.selected_keys.triton import backward, forward
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs
+from sparsetrain_kernels.selected_keys.triton.forward import selected_fwd_kernel
+from sparsetrain_kernels.selected_keys.triton.grad_key_value import selected_bwd_dkv_kernel, selected_bwd_stretch_kernel
+from sparsetrain_kernels.selected_keys.triton.grad_query import selected_bwd_dq_kernel
 from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, KeyLists, stretch_lists, tile_lists
+from sparsetrain_kernels.selected_keys.triton.row_stats import selected_bwd_stats_kernel
 
 PARTIAL_BYTES = 2**28
 """Memory for the partial sums of the selected keys: as many KV heads go together as fit, at least one."""
@@ -37,7 +40,7 @@ def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
         bounds = _bounds(inputs)
         lists, scores = tile_lists(inputs, stretch_lists(inputs, bounds.start), bounds.start)
         tiles = triton.cdiv(tokens, config.block_m)
-        forward.selected_fwd_kernel[(tiles * heads * batch,)](
+        selected_fwd_kernel[(tiles * heads * batch,)](
             query,
             key,
             value,
@@ -90,7 +93,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         padded_tokens = padded[0].shape[2]
         config = configs.dq
         tiles = triton.cdiv(tokens, config.block_m)
-        backward.selected_bwd_dq_kernel[(tiles * heads * batch,)](
+        selected_bwd_dq_kernel[(tiles * heads * batch,)](
             query,
             key,
             value,
@@ -132,7 +135,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
             partial = _launch_stretches(
                 inputs, grad_out, scores, padded, stretches, places_until, places, strides, first_head, part_heads
             )
-            backward.selected_bwd_dkv_kernel[(key_tiles * part_heads * batch,)](
+            selected_bwd_dkv_kernel[(key_tiles * part_heads * batch,)](
                 query,
                 key,
                 value,
@@ -196,7 +199,7 @@ def _launch_stretches(
     partial_scores = torch.empty((batch, part_heads, places), dtype=torch.float32, device=query.device)
     count, capacity = stretches.keys.shape[2:]
     key_tiles = triton.cdiv(capacity, config.block_n)
-    backward.selected_bwd_stretch_kernel[(key_tiles * count * part_heads * batch,)](
+    selected_bwd_stretch_kernel[(key_tiles * count * part_heads * batch,)](
         query,
         key,
         value,
@@ -263,7 +266,7 @@ def _row_stats(
     ).unbind()
     padded_threshold = torch.empty((batch, selections, tiles * TILE), dtype=torch.float32, device=out.device)
     parts = torch.empty_like(inputs.exit)
-    backward.selected_bwd_stats_kernel[(tiles * heads * batch,)](
+    selected_bwd_stats_kernel[(tiles * heads * batch,)](
         out,
         grad_out,
         lse,
