@@ -68,8 +68,9 @@ def block_pattern_decode(
     """The last rows of ``block_pattern_attention`` for sequences whose keys and values lie in a cache.
 
     Row ``r`` of sequence ``b`` is the token at position ``lengths[b] - rows + r`` and reads the keys up to its own in
-    the blocks that ``pattern`` lists for its block; the rows of a call may lie in two blocks. Nothing else of the cache
-    is read. Logits, softmax and accumulation are fp32 (fp64 for fp64 inputs). For inference: it has no gradient.
+    the blocks that ``pattern`` lists for its block, such as PowerAttention's (2503.03588, Algorithm 1); the rows of a
+    call may lie in two blocks. Nothing else of the cache is read. Logits, softmax and accumulation are fp32 (fp64 for
+    fp64 inputs). For inference: it has no gradient.
 
     With the Triton kernels nothing is read on the host and no shape depends on ``lengths``, so that a call can be
     captured in a CUDA graph (after one call outside of it) and replayed as the lengths grow up to ``max_length``.

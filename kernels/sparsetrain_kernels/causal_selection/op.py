@@ -54,8 +54,8 @@ def causal_sparsek(
             the same integers and thresholds, bit for bit.
 
     Returns:
-        A :class:`CausalSelection`. Its threshold is differentiable: ``d threshold_i / d scores_j`` is
-        ``1 / interior_size_i`` for the keys of the interior, and 0 for the others.
+        A :class:`CausalSelection` of tensors ``[B, H, N]``. Its threshold is differentiable:
+        ``d threshold_i / d scores_j`` is ``1 / interior_size_i`` for the keys of the interior, and 0 for the others.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.

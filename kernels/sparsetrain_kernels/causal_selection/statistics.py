@@ -25,16 +25,19 @@ def topk_statistics(
     *,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """Means over the rows with more than ``topk`` candidates, and over the selected pairs of a row and a key.
+    """Statistics of a causal selection (2406.16747, section 3.2).
+
+    Means over the rows with more than ``topk`` candidates, and over the selected pairs of a row and a key.
 
     Args:
-        scores: fp32 or fp64 ``[B, H, N]``.
-        selection: what :func:`~sparsetrain_kernels.causal_selection.causal_sparsek` made of them.
-        topk, window, sinks, cu_seqlens: as they were there.
+        scores: ``[B, H, N]``, fp32 or fp64.
+        selection: what :func:`~sparsetrain_kernels.causal_selection.causal_sparsek` made of them, ``[B, H, N]`` each.
+        topk, window, sinks: as they were there.
+        cu_seqlens: int32 ``[documents + 1]``, as it was there.
         backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``: the first on CUDA where it can run.
 
     Returns:
-        Numbers without dimensions, fp64, NaN where there is nothing to take a mean of:
+        Numbers without dimensions, fp64 ``[]``, NaN where there is nothing to take a mean of:
 
         - ``kept_mass``: the sum of the gates of the selected keys, over ``topk``, which is the sum of all. Near 0 the
           attention to selected keys vanishes.

@@ -51,13 +51,23 @@ def causal_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over all earlier keys, or over a sliding window of them. No ``N x M`` tensor is built.
+    """Causal attention over all earlier keys (1706.03762, equation 1), or over a sliding window of them.
+
+    No ``N x M`` tensor is built.
 
     Args:
         query: ``[B, Hq, N, D]``.
         key, value: ``[B, Hkv, M, D]`` with ``M >= N``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
         window: tokens a query sees, its own included; None means all earlier ones.
-        cu_seqlens, q_start, scale, softcap, sink_logits, return_lse, backend: as in ``block_pattern_attention``.
+        cu_seqlens: int32 ``[documents + 1]``, the bounds of packed documents, which do not see each other. Needs
+            ``B == 1`` and ``M == N``. Must rise from 0 to ``N``.
+        q_start: position of the first query among the keys; None means ``M - N``.
+        scale: factor on the logits; None means ``D ** -0.5``.
+        softcap: ``softcap * tanh(logits / softcap)`` where given.
+        sink_logits: ``[Hq]``, one more logit a row that takes part in the softmax denominator only. Differentiable.
+        return_lse: also return the log of the softmax denominator (the sink included). Differentiable.
+        backend: ``reference`` (plain PyTorch, torch's fused attention where it is the same) or ``auto``, which is the
+            same: there are no kernels here.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -88,10 +98,19 @@ def causal_attention(
 def causal_attention_dense(
     query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, **options: Unpack[AttentionOptions]
 ) -> tuple[Tensor, Tensor]:
-    """The oracle of :func:`causal_attention`: builds the whole ``N x M`` mask, in plain autograd.
+    """The oracle of :func:`causal_attention` (1706.03762, equation 1): builds the whole ``N x M`` mask.
+
+    Args:
+        query: ``[B, Hq, N, D]``.
+        key, value: ``[B, Hkv, M, D]`` with ``M >= N``.
+        window: tokens a query sees, its own included; None means all earlier ones.
+        options: ``cu_seqlens``, ``q_start``, ``scale``, ``softcap`` and ``sink_logits`` of :func:`causal_attention`.
 
     Returns:
-        ``out [B, Hq, N, D]`` and ``lse [B, Hq, N]``.
+        ``out [B, Hq, N, D]`` in the query's dtype and ``lse [B, Hq, N]``, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
     _check_window(window)
     return reference.dense_attention(check_inputs(query, key, value, **options), window)

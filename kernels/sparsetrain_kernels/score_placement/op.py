@@ -13,7 +13,16 @@ from sparsetrain_kernels.score_placement.reference import DocumentPositions, Mom
 
 
 def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> DocumentPositions:
-    """The positions of ``length`` tokens of one document, or of the packed documents ``cu_seqlens``. Never syncs."""
+    """The positions of ``length`` tokens of one document, or of packed documents. Nothing is read on the host.
+
+    Args:
+        length: N, the number of tokens.
+        cu_seqlens: int32 ``[documents + 1]``, the bounds of packed documents, or None for one document.
+        device: where the positions go.
+
+    Returns:
+        Positions and first tokens, int64 ``[N]`` each.
+    """
 
     def find() -> DocumentPositions:
         position = torch.arange(length, device=device)
@@ -34,22 +43,24 @@ def place_scores(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Moments | None]:
-    """The scores that compete: normalised if there is a gain, plus ``slope`` times the position.
+    """The scores that compete (2406.16747, section 3): normalised if there is a gain, plus ``slope`` times position.
 
-    The slope joins after the normalisation. Before it, the slope's own spread would grow with the text until the
-    normalised scores said where a token stands and nothing else.
+    The normalisation is Megalodon's timestep normalisation (2404.08801, section 3.2), each head for itself. The slope
+    joins after it. Before it, the slope's own spread would grow with the text until the normalised scores said where a
+    token stands and nothing else.
 
     Args:
-        linear: fp32 or fp64 ``[B, heads, N]``.
-        gain: like ``linear``, or None.
-        positions: of the N tokens.
+        linear: ``[B, heads, N]``, fp32 or fp64.
+        gain: ``[B, heads, N]``, the factor on the normalised scores, or None.
+        positions: of the tokens, int64 ``[N]`` or ``[B, N]`` each.
         slope: per position.
-        moments: of the same documents' tokens in earlier calls.
+        moments: of the same documents' tokens in earlier calls, fp64 ``[B, heads]`` each.
         backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``: the first on CUDA where it can run. Sums run
             in fp64 in both, but in another order, so that a score may differ in its last bit.
 
     Returns:
-        Scores ``[B, heads, N]`` in the dtype of ``linear``, and the moments after the last token.
+        Scores ``[B, heads, N]`` in the dtype of ``linear``, and the moments after the last token, fp64 ``[B, heads]``
+        each, or None without a gain.
 
     Raises:
         ValueError: the backend does not exist, or cannot run this.

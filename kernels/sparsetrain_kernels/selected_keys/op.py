@@ -62,7 +62,7 @@ def selected_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over the first tokens, a window, and tokens selected before: SparseK's (arXiv 2406.16747).
+    """Causal attention over the first tokens, a window, and tokens selected before (SparseK: 2406.16747, section 3).
 
     Row ``i`` sees, of its own document, the first ``sinks`` tokens, the last ``window`` tokens, itself included, and
     each key ``j`` with ``j + window <= i < exit_j``. A selected key carries the gate
@@ -87,10 +87,10 @@ def selected_attention(
         query: ``[B, Hq, N, D]``.
         key, value: ``[B, Hkv, N, D]``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
         scores: fp32 ``[B, Hkv, N]``, one a key, or ``[B, 1, N]``, one selection for all heads (fp64 with fp64 queries).
-        threshold: like ``scores``, one a row; ``-inf`` where all gates are 1.
-        exit: int32 like ``scores``, the row at which each key leaves the selection: at most the end of its document,
-            which is the exit of sinks, and at most ``j + window`` for a key never selected. Counts rows of the tensors,
-            in packed documents too.
+        threshold: ``[B, Hkv, N]`` or ``[B, 1, N]`` like ``scores``, one a row; ``-inf`` where all gates are 1.
+        exit: int32 ``[B, Hkv, N]`` or ``[B, 1, N]`` like ``scores``, the row at which each key leaves the selection: at
+            most the end of its document, which is the exit of sinks, and at most ``j + window`` for a key never
+            selected. Counts rows of the tensors, in packed documents too.
         window: the last tokens that a row sees whatever their score.
         sinks: the first tokens of a document, likewise.
         topk: the most selected keys that any row has, as the ``exit`` say; FLOP counters and buffers are sized by it.
@@ -145,7 +145,7 @@ def sparsek_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """SparseK attention (arXiv 2406.16747): a window, and of the older tokens the ``topk`` with the largest scores.
+    """SparseK attention (2406.16747, section 3): a window, and the ``topk`` older tokens with the largest scores.
 
     :func:`~sparsetrain_kernels.causal_sparsek` selects and :func:`selected_attention` attends. A token competes from
     the row on at which it has left the window, and of equal scores the newer token's wins. Rows read at most
@@ -198,11 +198,21 @@ def selected_attention_dense(
     exit: Tensor,
     **options: Unpack[SelectedOptions],
 ) -> tuple[Tensor, Tensor]:
-    """The oracle of :func:`selected_attention`: builds the whole ``N x N`` mask and all gates, in plain autograd.
+    """The oracle of :func:`selected_attention` (2406.16747, section 3): builds the whole ``N x N`` mask and all gates.
 
-    Takes the same arguments; matrix products run in the inputs' dtype. Here the log-sum-exp is differentiable too.
+    Plain autograd; matrix products run in the inputs' dtype. Here the log-sum-exp is differentiable too.
+
+    Args:
+        query: ``[B, Hq, N, D]``.
+        key, value: ``[B, Hkv, N, D]``.
+        scores, threshold: ``[B, Hkv, N]`` or ``[B, 1, N]``, fp32 (fp64 with fp64 queries).
+        exit: int32 ``[B, Hkv, N]`` or ``[B, 1, N]``.
+        options: ``window``, ``topk``, ``sinks``, ``gate``, ``cu_seqlens`` and ``scale`` of :func:`selected_attention`.
 
     Returns:
-        ``out [B, Hq, N, D]`` and ``lse [B, Hq, N]``.
+        ``out [B, Hq, N, D]`` in the query's dtype and ``lse [B, Hq, N]``, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
     return reference.dense_attention(check_selected_inputs(query, key, value, scores, threshold, exit, **options))

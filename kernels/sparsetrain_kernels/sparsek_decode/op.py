@@ -72,7 +72,7 @@ def sparsek_decode_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of the newest token of every text to what the slots hold, itself included.
+    """Attention of the newest token of every text to what the slots hold, itself included (2406.16747, section 3).
 
     Logits, softmax and accumulation are fp32 (fp64 for fp64 keys). Keys and values of empty slots are not read by the
     Triton kernels, and have to be finite for the reference. Two launches, or one where keys are few.

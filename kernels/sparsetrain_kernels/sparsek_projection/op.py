@@ -30,19 +30,19 @@ def sparsek(
     fp64, as differences to tau: what all scores have in common costs no precision.
 
     Args:
-        z: floating point, any shape.
-        k: any positive number up to the entries along ``dim``, or a tensor of them, of a shape that broadcasts to z's
-            without ``dim``. Where a mask leaves at most k entries, all of them are 1. A tensor may require a gradient;
-            its values are checked on a CPU only.
+        z: ``[..., M, ...]``, floating point, with M entries along ``dim``.
+        k: a positive number up to M, or a tensor of them that broadcasts to z's shape without ``dim``, ``[..., ...]``.
+            Where a mask leaves at most k entries, all of them are 1. A tensor may require a gradient; its values are
+            checked on a CPU only.
         dim: the dimension to project along.
-        mask: bool, broadcasts to z's shape: false entries are not there, and 0 in p. So are entries of ``-inf``.
+        mask: bool, broadcasts to ``[..., M, ...]``: false entries are not there and 0 in p, as are entries of ``-inf``.
         method: how plain PyTorch finds tau: ``sort`` by sorting the kinks of the sum, ``bisect`` by halving an interval
             and solving once in the end, as Triton's kernels do.
         backend: ``triton`` (fp32, fp16 and bf16), ``reference`` (plain PyTorch), or ``auto``: Triton on CUDA where it
             can.
 
     Returns:
-        p in the shape and dtype of z. NaN or ``inf`` among the entries makes all of their row NaN.
+        p ``[..., M, ...]`` in the dtype of z. NaN or ``inf`` among the entries makes all of their row NaN.
 
     Raises:
         TypeError, ValueError, IndexError: an argument does not fit; the message names it and its value.
@@ -51,14 +51,20 @@ def sparsek(
 
 
 def sparsek_threshold(z: Tensor, k: float | Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-    """The tau of :func:`sparsek`, without a gradient.
+    """The tau of :func:`sparsek` (2406.16747, section 3.1), without a gradient.
 
     Args:
-        z, k, dim, mask: as there.
+        z: ``[..., M, ...]``, floating point, with M entries along ``dim``.
+        k: a positive number up to M, or a tensor of them that broadcasts to z's shape without ``dim``, ``[..., ...]``.
+        dim: the dimension to project along.
+        mask: bool, broadcasts to ``[..., M, ...]``: false entries are not there.
 
     Returns:
-        The shape of z without ``dim``, fp32 or for fp64 fp64. ``-inf`` where there are at most k entries. Where several
-        tau give the same p (k entries are ahead of the others by one or more), one of them.
+        ``[..., ...]``, z's shape without ``dim``, fp32 or for fp64 fp64. ``-inf`` where there are at most k entries.
+        Where several tau give the same p (k entries are ahead of the others by one or more), one of them.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument does not fit; the message names it and its value.
     """
     with torch.no_grad():
         _, tau, rest = _project(z, k, dim, mask, "sort", "auto")
