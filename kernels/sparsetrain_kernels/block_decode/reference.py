@@ -45,12 +45,12 @@ def _attend(
     rows = slice(call.query.shape[2] - length + positions.start, call.query.shape[2] - length + positions.stop)
     own = torch.arange(positions.start, positions.stop, device=out.device)
     kv_heads, group = call.key_cache.shape[1], call.query.shape[1] // call.key_cache.shape[1]
-    share = 1 if lists.per_head else kv_heads  # KV heads that have one list
-    for head in range(0, kv_heads, share):
+    heads_per_list = 1 if lists.per_head else kv_heads
+    for head in range(0, kv_heads, heads_per_list):
         blocks = torch.tensor(lists.key_blocks(query_block, head), device=out.device)
         keys = (blocks[:, None] * lists.block + torch.arange(lists.block, device=out.device)).flatten()
         keys = keys[keys < positions.stop]
-        heads, query_heads = slice(head, head + share), slice(head * group, (head + share) * group)
+        heads, query_heads = slice(head, head + heads_per_list), slice(head * group, (head + heads_per_list) * group)
         sinks = None if call.sink_logits is None else call.sink_logits[query_heads]
         part, part_lse = masked_attention(
             call.query[sequence, query_heads, rows].to(lse.dtype)[None],

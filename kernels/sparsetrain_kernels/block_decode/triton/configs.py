@@ -1,4 +1,4 @@
-"""Tile sizes of the decoding kernel, and into how many shares the keys of a sequence are cut."""
+"""Tile sizes of the decoding kernel, and into how many splits the keys of a sequence are cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 WAVES = 2
 """Programs a multiprocessor: as many as fit on one at a time."""
 MIN_TILES = 2
-"""Key tiles of a share, at least: a shorter one costs more to merge than it saves."""
+"""Key tiles of a split, at least: a shorter one costs more to merge than it saves."""
 WITHOUT_GPU = 8
 """Multiprocessors assumed in Triton's interpreter."""
 

@@ -1,4 +1,4 @@
-"""The decoding kernels: each program attends to a share of the listed keys, then the shares of a row are merged."""
+"""The decoding kernels: each program attends to one split of the listed keys, then the splits of a row are merged."""
 
 import triton
 import triton.language as tl

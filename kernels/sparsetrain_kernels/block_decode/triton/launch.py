@@ -54,7 +54,7 @@ def decode(call: DecodeInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:
 
 
 def merge(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Merge the shares of each row, fp32 ``[..., splits, D]`` and ``[..., splits]``, into ``out [..., D]`` and ``lse
+    """Merge the splits of each row, fp32 ``[..., splits, D]`` and ``[..., splits]``, into ``out [..., D]`` and ``lse
     [...]``. On the device of the tensors."""
     splits, head_dim = partial.shape[-2:]
     kernels.merge_kernel[(lse.numel(),)](
@@ -74,7 +74,7 @@ def merge(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Non
 def _attend(
     call: DecodeInputs, lists: BlockLists, config: Config, splits: int, row_tiles: int, out: Tensor, lse: Tensor
 ) -> None:
-    """Attention of every share, into ``out`` and ``lse`` with a place for each split of a row."""
+    """Attention of every split, into ``out`` and ``lse`` with an entry for each split of a row."""
     query, key, value = call.query, call.key_cache, call.value_cache
     query = consecutive_rows(query)
     batch, heads, rows, head_dim = query.shape

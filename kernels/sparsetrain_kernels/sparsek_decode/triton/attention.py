@@ -1,4 +1,4 @@
-"""The attention of a step: each program reads a share of the slots; the shares are merged as in other decoding."""
+"""The attention of a step: each program reads one split of the slots; the splits are merged as in other decoding."""
 
 import triton
 import triton.language as tl

@@ -25,7 +25,7 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
     """As :func:`sparsetrain_kernels.sparsek_decode.reference.update`."""
     batch, selections, entries = slots.buffer.shape
     heads, head_dim = slots.keys.shape[1], slots.keys.shape[3]
-    share = heads // selections
+    heads_per_selection = heads // selections
     with on_device(key):
         sparsek_decode_update_kernel[(batch * selections,)](
             key,
@@ -40,8 +40,8 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
             SINKS=sinks,
             ENTRIES=entries,
             SELECTIONS=selections,
-            SHARE=share,
-            SHARE_PAD=triton.next_power_of_2(share),
+            SHARE=heads_per_selection,
+            SHARE_PAD=triton.next_power_of_2(heads_per_selection),
             D=head_dim,
             D_PAD=triton.next_power_of_2(head_dim),
             PLACES=at_a_time(topk),
@@ -98,7 +98,7 @@ def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str,
             num_stages=config.num_stages,
         )
         if splits > 1:
-            # A log-sum-exp of all shares, which nobody asks for.
+            # A log-sum-exp of all splits, which nobody asks for.
             lse = torch.empty((batch, query_heads), dtype=torch.float32, device=query.device)
             merge(partial, partial_lse, out, lse)
     return out
