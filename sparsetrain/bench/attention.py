@@ -10,7 +10,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from sparsetrain.bench.case import Case, Log
+from sparsetrain.bench.case import Case, Log, Pair
 from sparsetrain.bench.check import TOLERANCE, Answer, Check, answer, oracle, relative_errors
 from sparsetrain.bench.contenders.base import Contender, Prepared
 from sparsetrain.bench.measure import explain, extra_mib, matmul_tflops, once_ms, release, shuffled
@@ -177,10 +177,10 @@ class AttentionCase(Case):
             log(f"{problem.length:>9,}  {contender.name:10}  check: {check.summary}")
             release()
 
-    def order(self, length: int, report: Report) -> list[Contender]:
+    def order(self, pairs: Sequence[Pair], length: int, report: Report) -> Sequence[Pair]:
         """What takes so long that it is measured once comes last: others do not lose their turn where it ends in a
         fault of the GPU."""
-        return sorted(shuffled(self.contenders, length), key=lambda each: _once(each, self.problem(length), report))
+        return sorted(shuffled(pairs, length), key=lambda pair: _once(pair[0], self.problem(length), report))
 
     def row(self, contender: Contender, length: int) -> AttentionRow:
         """An empty row."""

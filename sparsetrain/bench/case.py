@@ -18,6 +18,8 @@ from sparsetrain.bench.options import Options
 from sparsetrain.bench.table import Report, Row, print_report, write_report
 
 Log = Callable[[str], None]
+Pair = tuple[Any, Any]
+"""A contender and its row."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Case(ABC):
     def begin(self, report: Report, log: Log) -> None:  # noqa: B027
         """Measure what all rows are compared with, and check what can be checked once."""
 
-    def order(self, length: int, report: Report) -> Sequence[Any]:
+    def order(self, pairs: Sequence[Pair], length: int, report: Report) -> Sequence[Pair]:
         """The order in which contenders are measured."""
-        return shuffled(self.contenders, length)
+        return shuffled(pairs, length)
 
     @abstractmethod
     def row(self, contender: Any, length: int) -> Row:
@@ -132,25 +134,25 @@ def fill(report: Report, case: Case, log: Log, save: Callable[[], object] = lamb
     """Measure into ``report``, and yield it after every length; ``save`` it after every row."""
     case.begin(report, log)
     for length in case.lengths:
-        rows = {each.name: case.row(each, length) for each in case.contenders}
-        report.rows += rows.values()
+        rows = [case.row(each, length) for each in case.contenders]
+        report.rows += rows
         _fill_length(report, case, length, rows, log, save)
-        case.finish(list(rows.values()), report)
+        case.finish(rows, report)
         yield report
 
 
 def _fill_length(
-    report: Report, case: Case, length: int, rows: dict[str, Row], log: Log, save: Callable[[], object]
+    report: Report, case: Case, length: int, rows: Sequence[Row], log: Log, save: Callable[[], object]
 ) -> None:
     """The tensors of one length live here alone."""
     try:
         inputs = case.inputs(length, report, log)
     except Exception as error:
-        for row in rows.values():
+        for row in rows:
             row.reason = explain(error)
         return
-    for contender in case.order(length, report):
-        row, compared = rows[contender.name], len(report.checks)
+    for contender, row in case.order(list(zip(case.contenders, rows, strict=True)), length, report):
+        compared = len(report.checks)
         try:
             case.measure(contender, inputs, row, report)
             row.mhz, row.watts = clock_and_power(case.device) or (None, None)

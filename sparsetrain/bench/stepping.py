@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from sparsetrain.bench.case import Case, Log
+from sparsetrain.bench.case import Case, Log, Pair
 from sparsetrain.bench.contenders.steps import Way
 from sparsetrain.bench.measure import Unavailable, explain
 from sparsetrain.bench.table import Report, Row, column, formatted
@@ -110,9 +110,9 @@ class StepCase(Case):
         """What is measured."""
         report.facts |= {"recipe": next(iter(self.recipes.values())).model_dump(mode="json"), "ranks": self.world.size}
 
-    def order(self, length: int, report: Report) -> Sequence[Way]:
+    def order(self, pairs: Sequence[Pair], length: int, report: Report) -> Sequence[Pair]:
         """As they were asked for."""
-        return self.contenders
+        return pairs
 
     def row(self, way: Way, length: int) -> StepRow:
         """An empty row."""

@@ -149,6 +149,18 @@ def test_no_length_shows_a_step_that_settles(monkeypatch) -> None:
     assert told == [2, 2]
 
 
+def test_a_way_that_is_asked_for_twice_is_measured_twice(monkeypatch) -> None:
+    times = iter([1.0, 1.0, 2.0, 3.0, 3.0, 4.0])
+
+    def loop(recipe, plan, world, after_step) -> None:
+        for _ in range(plan.steps):
+            after_step(next(times))
+
+    monkeypatch.setattr(steps, "WAYS", (Way("recipe", loop),))
+    rows = run_step("tiny-sparsek", [], ways="recipe,recipe", lengths="64", repeats=2, output=None)
+    assert [row.seconds for row in rows] == [1.5, 3.5]
+
+
 def test_a_rank_that_fails_among_others_ends_the_benchmark(monkeypatch) -> None:
     """Going on to the next way would leave the others waiting for it in a collective."""
 
