@@ -99,6 +99,7 @@ def run_checks(
         ("caches", check_caches),
         ("shared memory", check_shared_memory),
         ("attention", check_attention),
+        ("methods", check_methods),
         ("compiler", lambda: check_compiler(recipe)),
         ("W&B", lambda: check_wandb(recipe)),
     ]
@@ -292,6 +293,21 @@ def check_attention() -> Finding:
     if error < (1.5e-2 if cuda else 1e-5):
         return Finding("ok", "attention", found)
     return Finding("fail", "attention", found, "do not train on this machine; report the versions listed here")
+
+
+def check_methods() -> list[Finding]:
+    """Attention methods of other installed packages (entry points of the group ``sparsetrain.methods``)."""
+    from sparsetrain.methods.installed import entries, package_of
+    from sparsetrain.methods.registry import find_config
+
+    found = []
+    for name in entries():
+        try:
+            find_config(name)
+            found.append(Finding("ok", "methods", f"attention.method={name} comes from {package_of(name)}"))
+        except ModelError as error:
+            found.append(Finding("warn", "methods", str(error)))
+    return found
 
 
 def check_compiler(recipe: Recipe | None = None) -> Finding:

@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
+from sparsetrain.methods.installed import package_of
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import drop_memory, keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.documents import guard_documents
-from sparsetrain.modeling.records import RECORD_FORMAT
+from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
 
 UNSUPPORTED_INPUTS = {
@@ -63,10 +64,12 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
         put_method(module, plan)
     guard_documents(decoder, leaks=plans[0].leaks_between_documents)
     rotate_each_document(decoder)
+    package = package_of(config.method)
     model.config.sparsetrain = {  # type: ignore[union-attr]
         "format": RECORD_FORMAT,
         "version": __version__,
         "attention": config.model_dump(mode="json"),
+        **({} if package is None else {PACKAGE: package}),
     }
     return model
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.installed import package_of
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import nearest
 from sparsetrain.modeling.config_faults import SHAPE
@@ -34,6 +35,8 @@ IN_FILE = IN_CONFIG | {"base", "versions"}
 """Those of its ``sparsetrain.json``."""
 OF_ADAPTERS = IN_FILE | {"base_config", "model"}
 """Those of ``sparsetrain.json`` beside adapters."""
+PACKAGE = "package"
+"""In each of them where the method is of another package: its name and version."""
 
 IDENTITY = ("model_type", "tie_word_embeddings", *SHAPE)
 """Fields of a base's config that its adapters record: tensors of the same shapes fit other models too."""
@@ -65,9 +68,17 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
     try:
         config = parse_attention(record.get("attention", {}), strict=True)
     except ModelError as error:
-        raise ModelError(f"{path} records a method this version ({__version__}) does not know: {error}") from None
+        package = record.get(PACKAGE)
+        known = "" if package is None else f" (the folder was written with the package {package!s:.100})"
+        raise ModelError(
+            f"{path} records a method this version ({__version__}) does not know: {error}{known}"
+        ) from None
+    installed = package_of(config.method) is not None
     if written == RECORD_FORMAT:
+        fields = {*fields, PACKAGE} if installed else fields
         check_fields(record, fields, f"the record of the attention method in {path} is damaged")
+    # The fields of another package's method change with that package.
+    if written == RECORD_FORMAT and not installed:
         check_fields(record["attention"], type(config).model_fields, f"{path} is damaged: attention")
     return config
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.registry import METHODS
+from sparsetrain.methods.registry import METHODS, config_or_none
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.foreign import check_weight_files
 from sparsetrain.modeling.places import HUB_ARGUMENTS, remedy
@@ -52,7 +52,7 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
         packed = options.get("quantization_config") is None and unpack_when_loaded(config, what)
         if packed:
             check_packed(config, stored_shapes(_located(path, files, hub)), what)
-    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules():
+    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(config):
         # Told of what does not fit, not stopped by it: its own error names no tensor.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
@@ -92,7 +92,7 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
         check_packed(config, shapes, what)
         return  # what is packed has other shapes
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(), _no_reports():
+    with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(config), _no_reports():
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
         loaded: Any = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
     model, info = loaded
@@ -148,9 +148,13 @@ def read_tensors(
 
 
 @contextmanager
-def _expecting_new_modules() -> Iterator[None]:
+def _expecting_new_modules(model_config: Any) -> Iterator[None]:
     """Keep transformers from reporting what methods add to a model as unexpected: it is read afterwards."""
-    names = {name for config in METHODS.values() for name in config.new_modules}
+    record: Any = getattr(model_config, "sparsetrain", None)
+    section = record.get("attention") if isinstance(record, dict) else None
+    recorded = config_or_none(section.get("method")) if isinstance(section, dict) else None
+    configs = [*METHODS.values(), *([] if recorded is None else [recorded])]
+    names = {name for config in configs for name in config.new_modules}
     former = PreTrainedModel._keys_to_ignore_on_load_unexpected
     PreTrainedModel._keys_to_ignore_on_load_unexpected = [rf"\.{name}\." for name in sorted(names)]
     try:

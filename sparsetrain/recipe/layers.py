@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.registry import METHODS
+from sparsetrain.methods.registry import config_or_none
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Source, dotted
 
 ALTERNATIVES = (
@@ -108,8 +108,9 @@ def _method(below: Source, layer: Layer) -> Iterator[str]:
     old, method = _mapping(below, ("attention",)), layer.get(path)
     if method is None or old.get("method", method) == method:
         return
-    ancestors = METHODS.get(str(old["method"]), MethodConfig).__mro__
-    new = METHODS.get(str(method), MethodConfig)
+    # What is not known has nothing more in common, and the recipe's check says so later.
+    ancestors = (config_or_none(old["method"]) or MethodConfig).__mro__
+    new = config_or_none(method) or MethodConfig
     common = next(a for a in ancestors if issubclass(a, MethodConfig) and issubclass(new, a)).model_fields
     dropped = [f"{key}={_short(value)}" for key, value in old.items() if key not in common]
     kept = [key for key in old if key in common and key != "method"]

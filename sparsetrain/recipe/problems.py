@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from sparsetrain.methods.registry import METHODS
+from sparsetrain.methods.base import MethodConfig
+from sparsetrain.methods.registry import METHODS, config_or_none
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
 
@@ -96,7 +97,7 @@ def located(error: Any, data: Any) -> KeyPath:
         elif not (error["type"] == "missing" and position == len(location) - 1):
             continue
         path.append(part)
-    if error["type"] == "union_tag_invalid":
+    if error["type"] in ("union_tag_invalid", "method_unusable"):
         path.append("method")
     return tuple(path)
 
@@ -114,6 +115,8 @@ def _describe(path: KeyPath, errors: list[Any], data: Any) -> str:
         return "is required"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "method_unusable":
+        return str(context["fault"]).removeprefix("attention.")
     if kind == "union_tag_not_found":
         return f"needs {context['discriminator']}"
     if kind == "union_tag_invalid":
@@ -190,7 +193,9 @@ def _choose(given: str, choices: list[str]) -> str:
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections a field's type may hold: ``list[DataSource] | None`` holds ``DataSource``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is MethodConfig:
+        yield from METHODS.values()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from sections_in(argument)
@@ -205,14 +210,11 @@ def section_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
             continue
         field = section.model_fields.get(part)
         choices = list(sections_in(field.annotation)) if field else []
-        if len(choices) > 1 and isinstance(data, dict):
-            choices = [choice for choice in choices if data.get("method") in _method_names(choice)]
+        if field is not None and field.annotation is MethodConfig:
+            config = config_or_none(data.get("method")) if isinstance(data, dict) else None
+            choices = [] if config is None else [config]
         section = choices[0] if choices else None
     return section
-
-
-def _method_names(section: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(section.model_fields["method"].annotation) if "method" in section.model_fields else ()
 
 
 def field_paths(section: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

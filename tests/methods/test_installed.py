@@ -1,0 +1,215 @@
+"""Methods of other installed packages: the examples of docs/adding-a-method.md, installed into a fresh environment."""
+
+from __future__ import annotations
+
+import json
+import re
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from sparsetrain import load
+from sparsetrain.errors import ModelError
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
+SHORT = ["sequence.length=128", "train.steps=2", "train.micro_batch=1", "train.global_batch_sequences=2", "eval={}"]
+THIRDS = "attention={method: thirds, block: 16}"
+TEMPERED = "attention={method: tempered, window: 48}"
+
+BROKEN = """
+[build-system]
+requires = ["setuptools >= 77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "no-good"
+version = "2.0"
+[project.entry-points."sparsetrain.methods"]
+gone = "no_such_module:Config"
+leaves = "leaves:Config"
+number = "thirds:__doc__"
+other = "thirds:ThirdsConfig"
+partial = "partial:PartialConfig"
+sliding = "thirds:ThirdsConfig"
+twice = "thirds:ThirdsConfig"
+[tool.setuptools]
+py-modules = ["leaves", "partial"]
+"""
+PARTIAL = """
+from typing import Literal
+from sparsetrain.methods.base import MethodConfig
+class PartialConfig(MethodConfig):
+    method: Literal["partial"] = "partial"
+    def pattern(self, num_kv_heads=1):
+        return None
+"""
+COMMANDS = """
+import contextlib, io, json, sys
+from sparsetrain.cli import main
+results = []
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(command)
+        except SystemExit as left:
+            code = left.code
+    results.append([code, out.getvalue(), err.getvalue()])
+print("RESULTS" + json.dumps(results))
+"""
+GENERATE = """
+import json, sys, torch, sparsetrain
+results = []
+for folder in sys.argv[1:]:
+    model = sparsetrain.load(folder).eval()
+    ids = torch.arange(5, 65)[None]
+    found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    again = ids
+    for _ in range(6):
+        again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    results.append([model.config.sparsetrain, found.tolist() == again.tolist()])
+print("RESULTS" + json.dumps(results))
+"""
+
+
+class Environment:
+    """A virtual environment that borrows the packages of this one, and holds what is installed into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.python = folder / "bin/python"
+        venv.EnvBuilder(symlinks=True).create(folder)
+        self.packages = own = next((folder / "lib").glob("python*/site-packages"))
+        lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
+        (own / "borrowed.pth").write_text("".join(lines))
+
+    def install(self, package: Path) -> None:
+        options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "--python", self.python, "install", *options, package],
+            check=True,
+            cwd=package,
+        )
+
+    def results(self, program: str, *arguments: str) -> list:
+        done = subprocess.run([self.python, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.rpartition("RESULTS")[2])
+
+    def commands(self, *commands: list[str]) -> list:
+        """Exit code, output and errors of each command line."""
+        return self.results(COMMANDS, json.dumps(commands))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Environment:
+    """The package of the page, and one of which nothing can be used."""
+    good, bad = tmp_path_factory.mktemp("every-third"), tmp_path_factory.mktemp("no-good")
+    for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL):
+        (good / name).write_text(text)
+    (bad / "pyproject.toml").write_text(BROKEN)
+    (bad / "leaves.py").write_text("import sys\nsys.exit(5)\n")
+    (bad / "partial.py").write_text(PARTIAL)
+    made = Environment(tmp_path_factory.mktemp("environment"))
+    made.install(good)
+    made.install(bad)
+    rival = made.packages / "rival-3.0.dist-info"
+    rival.mkdir()
+    (rival / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3.0\n")
+    (rival / "entry_points.txt").write_text("[sparsetrain.methods]\ntwice = thirds:ThirdsConfig\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(environment, tmp_path_factory) -> dict:
+    """A short run of each method, and what it said."""
+    folder = tmp_path_factory.mktemp("runs")
+    sections = {"thirds": THIRDS, "tempered": TEMPERED}
+    commands = [["run", "quickstart", *SHORT, sections[name], f"output={folder / name}"] for name in sections]
+    done = dict(zip(sections, environment.commands(*commands), strict=True))
+    return {name: (folder / name, *done[name]) for name in sections}
+
+
+@pytest.mark.parametrize("method", ["thirds", "tempered"])
+def test_an_installed_method_trains_and_is_checked_against_its_oracle(runs, method):
+    folder, code, out, err = runs[method]
+    assert code == 0, err
+    assert "layer 0 equals its oracle on" in out + err
+    assert (folder / "final/config.json").is_file()
+
+
+def test_what_a_learned_method_adds_is_trained_and_saved(runs):
+    from safetensors.torch import load_file
+
+    factors = [
+        tensor
+        for name, tensor in load_file(runs["tempered"][0] / "final/model.safetensors").items()
+        if name.endswith("self_attn.temperature.factor")
+    ]
+    assert factors
+    assert all(factor.item() != 1.0 for factor in factors)
+
+
+def test_a_saved_model_loads_with_its_package_and_generates(environment, runs):
+    for record, equal in environment.results(GENERATE, *(str(run[0] / "final") for run in runs.values())):
+        assert record["package"] == "every-third 0.1"
+        assert equal
+
+
+def test_without_its_package_a_saved_model_is_refused_by_its_name(runs):
+    with pytest.raises(ModelError, match=r"there is no 'thirds'.*was written with the package every-third 0\.1"):
+        load(runs["thirds"][0] / "final")
+
+
+def test_it_is_planned_described_and_in_the_schema(environment):
+    plan, tempered, dense, schema, unknown, field = environment.commands(
+        ["plan", "qwen3-8b-power-128k", "attention.method=thirds"],
+        ["plan", "qwen3-8b-power-128k", "attention.method=tempered", "train.parameters=new_modules"],
+        ["plan", "qwen3-8b-power-128k", "attention.method=full"],
+        ["recipe", "schema"],
+        ["recipe", "validate", "quickstart", "attention.method=third"],
+        ["recipe", "validate", "quickstart", "attention.method=tempered", "attention.widow=4"],
+    )
+    assert (plan[0], tempered[0]) == (0, 0), plan[2] + tempered[2]
+    assert "thirds" in plan[1]
+    assert plan[1] != dense[1]
+    mapping = json.loads(schema[1])["properties"]["attention"]
+    listed = json.dumps(mapping)
+    assert "ThirdsConfig" in listed
+    assert "TemperedConfig" in listed
+    assert unknown[0] == 2
+    assert "did you mean thirds?" in unknown[2]
+    assert field[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("gone", "comes from the package no-good 2.0, which cannot be used: ModuleNotFoundError: No module named"),
+        ("leaves", "comes from the package no-good 2.0, which cannot be used: SystemExit: 5. Repair or reinstall"),
+        ("number", "no subclass of sparsetrain.methods.base.MethodConfig"),
+        ("other", "its entry point is named other, but ThirdsConfig.method is 'thirds'"),
+        ("partial", "PartialConfig names a method but lacks build, costs"),
+        ("twice", "is claimed by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
+        ("sliding", "is a method of sparsetrain, and no-good 2.0 claims the same name; uninstall the package"),
+    ],
+)
+def test_a_package_that_cannot_be_used_is_named(refusals, method, message):
+    code, out, err = refusals[method]
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+@pytest.fixture(scope="module")
+def refusals(environment) -> dict:
+    names = ("gone", "leaves", "number", "other", "partial", "twice", "sliding", "power")
+    commands = [["recipe", "validate", "quickstart", f"attention.method={name}"] for name in names]
+    return dict(zip(names, environment.commands(*commands), strict=True))
+
+
+def test_a_package_that_cannot_be_used_stops_nothing_else(refusals):
+    assert refusals["power"][0] == 0
