@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsetrain.modeling.attention import PLAN_ATTRIBUTE
+from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 
 
 def decoder_holding(model: nn.Module, layers: Iterable[nn.Module]) -> PreTrainedModel | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.fit import LayerFit
 from sparsetrain.methods.full import FullMethod
-from sparsetrain.modeling.attention import PLAN_ATTRIBUTE, LayerPlan
+from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.layers import put_method, sparse_layers
 
 if TYPE_CHECKING:

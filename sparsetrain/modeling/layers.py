@@ -14,10 +14,11 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.installed import package_of
 from sparsetrain.methods.registry import parse_attention
-from sparsetrain.modeling.attention import ATTENTION_NAME, PLAN_ATTRIBUTE, LayerPlan
+from sparsetrain.modeling.attention.documents import guard_documents
+from sparsetrain.modeling.attention.interface import ATTENTION_NAME
+from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import drop_memory, keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
-from sparsetrain.modeling.documents import guard_documents
 from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
 

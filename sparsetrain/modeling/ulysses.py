@@ -16,6 +16,7 @@ like ``cu_seqlens``; a recomputed layer gets it again, and what does not get it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
+from sparsetrain.modeling.attention.call import AttentionCall
 
 ULYSSES_ARGUMENT = "sparsetrain_ulysses"
 """Name under which the :class:`Ulysses` of a forward pass travels to the attention function."""
 
-AttentionFunction = Callable[..., tuple[Tensor, None]]
+AttendCall = Callable[[nn.Module, AttentionCall], Tensor]
+"""How a layer attends, ``[B, N, Hq, D]``."""
 
 
 class Ulysses:
@@ -41,66 +44,60 @@ class Ulysses:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._layers: dict[tuple[AttentionFunction, int, int, int], nn.Module] = {}
+        self._layers: dict[tuple[int, int, int], nn.Module] = {}
 
-    def __call__(
-        self,
-        attention: AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        extra_inputs: frozenset[str] = frozenset(),
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """``attention`` over the whole sequence, called with this rank's tokens of it.
+    def __call__(self, attend: AttendCall, module: nn.Module, call: AttentionCall) -> Tensor:
+        """``attend`` over the whole sequence, called with this rank's tokens of it.
 
         Args:
-            attention: takes what transformers' ``AttentionInterface`` passes.
-            query: ``[1, Hq, n, D]``, this rank's ``n`` tokens; as many on each rank.
-            key, value: ``[1, Hkv, n, D]``.
-            extra_inputs: names of the keyword arguments with heads of their own: ``[1, Hkv, n]``, or ``[1, 1, n]``
-                where all heads share them.
-            s_aux: ``[Hq]`` learned sink logits.
-            kwargs: handed on; among them ``cu_seqlens`` of the whole sequence.
+            call: query ``[1, Hq, n, D]``, this rank's ``n`` tokens, as many on each rank; key and value
+                ``[1, Hkv, n, D]``; extra inputs ``[1, Hkv, n]``, or ``[1, 1, n]`` where all heads share them;
+                ``cu_seqlens`` of the whole sequence.
 
         Returns:
-            ``[1, n, Hq, D]``, and None for the attention weights.
+            ``[1, n, Hq, D]``.
 
         Raises:
             ModelError: the heads cannot be dealt out, or the documents of the sequence are not given.
         """
+        query, key = call.query, call.key
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
         if heads % self.size or (kv_heads % self.size and self.size % kv_heads):
             raise ModelError(
                 f"{type(module).__name__} has {heads} query and {kv_heads} key/value heads, which {self.size} ranks "
                 "cannot share (sequence.parallel)"
             )
-        if attention_mask is not None or kwargs.get("cu_seqlens") is None:
+        if call.padding is not None or call.cu_seqlens is None:
             raise ModelError(
                 "a sequence that ranks share needs cu_seqlens of the whole sequence, and no attention mask"
             )
         # Sorted: the order of a set of strings differs between processes, and would exchange one for another.
-        for name in sorted(extra_inputs & kwargs.keys()):
-            kwargs[name] = self._deal_heads(kwargs[name])
-        if s_aux is not None:
-            kwargs["s_aux"] = s_aux.tensor_split(self.size)[self.rank]
+        extra = {name: self._deal_heads(call.extra[name]) for name in sorted(call.extra)}
+        sinks = call.sink_logits
+        if sinks is not None:
+            sinks = sinks.tensor_split(self.size)[self.rank]
         # The class gathers positions, which tell nothing that cu_seqlens does not: give it as few as it takes.
-        kwargs["position_ids"] = torch.zeros(1, 1, dtype=torch.long, device=query.device)
-        out, _ = self._layer(attention, heads, kv_heads, width)(module, query, key, value, None, **kwargs)
-        return out.unflatten(-1, (heads, width)), None
+        positions = torch.zeros(1, 1, dtype=torch.long, device=query.device)
+        out, _ = self._layer(heads, kv_heads, width)(
+            module,
+            query,
+            key,
+            call.value,
+            None,
+            position_ids=positions,
+            attend=attend,
+            call=replace(call, extra=extra, sink_logits=sinks),
+        )
+        return out.unflatten(-1, (heads, width))
 
-    def _layer(self, attention: AttentionFunction, heads: int, kv_heads: int, width: int) -> nn.Module:
+    def _layer(self, heads: int, kv_heads: int, width: int) -> nn.Module:
         """DeepSpeed's wrapper for layers of this shape; nothing in it belongs to one layer or one call."""
-        shape = (attention, heads, kv_heads, width)
+        shape = (heads, kv_heads, width)
         if shape not in self._layers:
             from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
             self._layers[shape] = UlyssesSPAttentionHF(
-                attn=attention,
+                attn=_attend_dealt,
                 batch_size=1,
                 attn_head_count=heads,
                 attn_head_size=width,
@@ -119,6 +116,21 @@ class Ulysses:
         for_ranks = values.unflatten(1, (self.size, -1)).movedim(1, 0)
         from_ranks: Tensor = _AllToAll.apply(for_ranks, self.group)
         return from_ranks.movedim(0, 2).flatten(2)
+
+
+def _attend_dealt(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    attend: AttendCall,
+    call: AttentionCall,
+    position_ids: Tensor,
+) -> tuple[Tensor, None]:
+    """What DeepSpeed's wrapper calls with all tokens of some heads."""
+    return attend(module, replace(call, query=query, key=key, value=value)), None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -19,7 +19,7 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
-from sparsetrain.modeling.documents import keeps_documents_apart
+from sparsetrain.modeling.attention.documents import keeps_documents_apart
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
 from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.world import World

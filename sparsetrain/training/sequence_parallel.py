@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers
-from sparsetrain.modeling.attention import PLAN_ATTRIBUTE
+from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, rotary_fault
 from sparsetrain.recipe.schema import Recipe

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsetrain import sparsify
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError, TrainingError
-from sparsetrain.modeling.attention import attention_forward
+from sparsetrain.modeling.attention.call import AttentionCall
+from sparsetrain.modeling.attention.interface import attend_call
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, shares_heads
 from sparsetrain.training.sequence_parallel import check_shareable, join_sequence_group
@@ -158,12 +159,11 @@ def test_every_process_exchanges_in_the_same_order(ulysses, monkeypatch):
     query = torch.ones(1, 2, 4, 8)
     given = {name: name for name in names}
 
-    def attention(module, query, key, value, mask, **kwargs):
-        return query.transpose(1, 2), None
+    def attend(module, call):
+        return call.query.transpose(1, 2)
 
-    out, _ = ulysses(
-        attention, torch.nn.Identity(), query, query, query, None, extra_inputs=names, cu_seqlens=1, **given
-    )
+    call = AttentionCall(query, query, query, scale=1.0, cu_seqlens=1, extra=given)
+    out = ulysses(attend, torch.nn.Identity(), call)
     assert order == sorted(names)
     assert torch.equal(out, query.transpose(1, 2))
 
@@ -173,8 +173,9 @@ def test_documents_of_the_whole_sequence_are_required(ulysses, missing):
     query = torch.ones(1, 2, 4, 8)
     mask = torch.ones(1, 4, dtype=torch.bool) if missing == "padding" else None
     bounds = torch.tensor([0, 4]) if missing == "padding" else None
+    call = AttentionCall(query, query, query, scale=1.0, padding=mask, cu_seqlens=bounds)
     with pytest.raises(ModelError, match="needs cu_seqlens of the whole sequence, and no attention mask"):
-        ulysses(attention_forward, torch.nn.Identity(), query, query, query, mask, cu_seqlens=bounds)
+        ulysses(attend_call, torch.nn.Identity(), call)
 
 
 @pytest.mark.parametrize(

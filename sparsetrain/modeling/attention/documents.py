@@ -71,19 +71,6 @@ def explicit_documents(kwargs: dict[str, Any]) -> torch.Tensor | None:
     return given
 
 
-def documents_of(kwargs: dict[str, Any], query: torch.Tensor, training: bool) -> list[torch.Tensor] | None:
-    """``cu_seqlens`` of each row, from where its positions restart; None if every row is one document."""
-    batch, num_queries = query.shape[0], query.shape[2]
-    position_ids = kwargs.get("position_ids")
-    # Models with three-dimensional positions (Qwen2.5-VL) pass None for the text's own; elsewhere that is no answer.
-    if num_queries == 1 or (position_ids is None and "position_ids" in kwargs and not training):
-        return None
-    if position_ids is None or position_ids.ndim != 2:
-        given = "no position_ids" if position_ids is None else f"position_ids of shape {list(position_ids.shape)}"
-        raise ModelError(f"this model hands its attention {given}, which tells no documents apart; pass it cu_seqlens")
-    return bounds(position_ids, batch)
-
-
 _KNOWN_BOUNDS = WeakIdKeyDictionary()
 """What :func:`bounds` found in the positions of the passes in flight."""
 

@@ -1,0 +1,1 @@
+"""What transformers calls for the attention of a layer: the call parsed once, padding, documents, and the method."""
