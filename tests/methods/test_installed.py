@@ -76,6 +76,13 @@ print("RESULTS" + json.dumps(results))
 """
 
 
+DOCTOR = """
+import json
+from sparsetrain.doctor import check_methods
+print("RESULTS" + json.dumps([[finding.status, finding.found] for finding in check_methods()]))
+"""
+
+
 class Environment:
     """A virtual environment that borrows the packages of this one, and holds what is installed into it."""
 
@@ -128,7 +135,10 @@ def runs(environment, tmp_path_factory) -> dict:
     """A short run of each method, and what it said."""
     folder = tmp_path_factory.mktemp("runs")
     sections = {"thirds": THIRDS, "tempered": TEMPERED}
-    commands = [["run", "quickstart", *SHORT, sections[name], f"output={folder / name}"] for name in sections]
+    stages = {"thirds": "deepspeed.stage=2", "tempered": "deepspeed.stage=3"}
+    commands = [
+        ["run", "quickstart", *SHORT, sections[name], stages[name], f"output={folder / name}"] for name in sections
+    ]
     done = dict(zip(sections, environment.commands(*commands), strict=True))
     return {name: (folder / name, *done[name]) for name in sections}
 
@@ -213,3 +223,12 @@ def refusals(environment) -> dict:
 
 def test_a_package_that_cannot_be_used_stops_nothing_else(refusals):
     assert refusals["power"][0] == 0
+
+
+def test_doctor_lists_every_installed_method(environment):
+    found = environment.results(DOCTOR)
+    assert ["ok", "attention.method=thirds comes from every-third 0.1"] in found
+    assert [text for status, text in found if status == "ok"] == [
+        f"attention.method={name} comes from every-third 0.1" for name in ("tempered", "thirds")
+    ]
+    assert len([status for status, _ in found if status == "warn"]) == 7
