@@ -91,9 +91,10 @@ def test_a_checkpoint_that_lacks_one_tensor_is_refused_by_its_name(trained, tmp_
 
 def test_a_record_that_does_not_fit_the_tensors_is_refused(trained, tmp_path):
     sparsetrain.save(trained, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["sparsetrain"]["attention"]["scores"] = "layer"
+    config, record = (json.loads((tmp_path / name).read_text()) for name in ("config.json", "sparsetrain.json"))
+    config["sparsetrain"]["attention"]["scores"] = record["attention"]["scores"] = "layer"
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "sparsetrain.json").write_text(json.dumps(record))
     with pytest.raises(ModelError, match=r"shape \(2, 64\) for .*weight, where .* shape \(1, 64\)"):
         sparsetrain.load(tmp_path)
 
