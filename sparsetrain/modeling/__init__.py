@@ -6,7 +6,8 @@ from sparsetrain.modeling.configs import check_dropout, check_positions, load_co
 from sparsetrain.modeling.fit import fit_method
 from sparsetrain.modeling.head import balance_factor, has_plain_head
 from sparsetrain.modeling.layers import attention_density, sparse_layers, sparsify
-from sparsetrain.modeling.storage import load, load_model, save
+from sparsetrain.modeling.loading import load
+from sparsetrain.modeling.storage import load_model, save
 
 __all__ = [
     "attention_density",

@@ -29,9 +29,10 @@ from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
 from sparsetrain.modeling.layers import new_modules, sparsify
+from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import adapters_record, check_same_base, identity
 from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
-from sparsetrain.modeling.storage import ADAPTER_FILE, load_model, write_record
+from sparsetrain.modeling.storage import load_model, write_record
 
 if TYPE_CHECKING:
     from peft import LoraConfig

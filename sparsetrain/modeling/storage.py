@@ -1,9 +1,8 @@
-"""Sparsified models on disk: save, load, and build the model a recipe names."""
+"""Sparsified models on disk: save, and build the model a recipe names."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import explained
-from sparsetrain.modeling.configs import config_source, saved_source, take_special_tokens
+from sparsetrain.modeling.configs import config_source, take_special_tokens
 from sparsetrain.modeling.layers import new_modules, sparsify
-from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
-from sparsetrain.modeling.records import RECORD_FILE, check_same_method, recorded_attention
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.side_files import check_side_files
 from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
 from sparsetrain.modeling.weight_files import WEIGHTS_FIELD
@@ -79,50 +78,6 @@ def write_record(path: Path, about: Mapping[str, Any]) -> None:
             weights.chmod(record.stat().st_mode & 0o777)
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a model that was saved with its attention method, and put the method back in.
-
-    Args:
-        path: a local folder, a Hub id, or ``sparsetrain:tiny``. A folder of LoRA adapters comes with its base.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); of a
-            folder of adapters, to :func:`~sparsetrain.modeling.adapters.load_adapters`.
-
-    Raises:
-        ModelError: the folder cannot be read, records no method, lacks the weights of what the method adds to the
-            model, or was written by a newer sparsetrain.
-    """
-    if "attn_implementation" in kwargs:
-        raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
-    path = resolve(str(path), "path")
-    if (Path(path) / ADAPTER_FILE).is_file():
-        return _load_adapters(path, kwargs)
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
-    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-    check_side_files(path)
-    source = saved_source(path, "path", **hub, **code)
-    attention = recorded_attention(source.values.get("sparsetrain"), path)
-    check_same_method(path, attention)
-    config = source.config()
-    source.skeleton(config, **code)
-    model = load_weights(path, "path", **{"config": config, **kwargs})
-    sparsify(model, attention)
-    if not _restore_new_modules(model, attention, path, hub):
-        raise ModelError(
-            f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
-            "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
-        )
-    return model
-
-
-def _load_adapters(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    from sparsetrain.modeling.adapters import load_adapters
-
-    accepted = [name for name in inspect.signature(load_adapters).parameters if name != "path"]
-    for name in kwargs.keys() - set(accepted):
-        raise ModelError(f"{path} holds adapters, which load without {name}; they take {', '.join(accepted)}")
-    return load_adapters(path, **kwargs)
-
-
 def load_model(
     section: ModelSection, attention: Mapping[str, Any] | MethodConfig, *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -163,7 +118,7 @@ def load_model(
     attention, recorded = parse_attention(attention), getattr(config, "sparsetrain", None)
     sparsify(model, attention)
     if path and _names(recorded, attention):
-        _restore_new_modules(model, attention, path, {"revision": section.revision})
+        restore_new_modules(model, attention, path, {"revision": section.revision})
     return model, tokenizer
 
 
@@ -178,7 +133,7 @@ def _check_memory(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
         )
 
 
-def _restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: str, hub: dict[str, Any]) -> bool:
+def restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: str, hub: dict[str, Any]) -> bool:
     """Give the modules that the method has added their weights from a checkpoint: transformers drops them in loading.
 
     Returns:

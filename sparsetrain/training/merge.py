@@ -14,8 +14,9 @@ from sparsetrain.durable import copy_files
 from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling import load, save
 from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
+from sparsetrain.modeling.places import ADAPTER_FILE
+from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.reread import checksums, logits, relative_error, rounding
-from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE
 
 TOKENS = 32
 """How many tokens the logits are compared on."""

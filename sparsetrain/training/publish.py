@@ -14,7 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from sparsetrain.durable import copy_files, flush, flush_all, make_way, read_bytes
 from sparsetrain.errors import CheckpointError, ModelError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE
-from sparsetrain.modeling.storage import ADAPTER_FILE, RECORD_FILE
+from sparsetrain.modeling.places import ADAPTER_FILE
+from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training.card import model_card

@@ -1,0 +1,61 @@
+"""A saved model, or adapters and their base, with the attention method put back in."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling.adapters import load_adapters
+from sparsetrain.modeling.configs import saved_source
+from sparsetrain.modeling.layers import sparsify
+from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
+from sparsetrain.modeling.records import check_same_method, recorded_attention
+from sparsetrain.modeling.side_files import check_side_files
+from sparsetrain.modeling.storage import restore_new_modules
+from sparsetrain.modeling.weights import load_weights
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model that was saved with its attention method, and put the method back in.
+
+    Args:
+        path: a local folder, a Hub id, or ``sparsetrain:tiny``. A folder of LoRA adapters comes with its base.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); of a
+            folder of adapters, to :func:`~sparsetrain.modeling.adapters.load_adapters`.
+
+    Raises:
+        ModelError: the folder cannot be read, records no method, lacks the weights of what the method adds to the
+            model, or was written by a newer sparsetrain.
+    """
+    if "attn_implementation" in kwargs:
+        raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
+    path = resolve(str(path), "path")
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return _load_with_base(path, kwargs)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS & kwargs.keys()}
+    code = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    check_side_files(path)
+    source = saved_source(path, "path", **hub, **code)
+    attention = recorded_attention(source.values.get("sparsetrain"), path)
+    check_same_method(path, attention)
+    config = source.config()
+    source.skeleton(config, **code)
+    model = load_weights(path, "path", **{"config": config, **kwargs})
+    sparsify(model, attention)
+    if not restore_new_modules(model, attention, path, hub):
+        raise ModelError(
+            f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
+            "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
+        )
+    return model
+
+
+def _load_with_base(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    accepted = [name for name in inspect.signature(load_adapters).parameters if name != "path"]
+    for name in kwargs.keys() - set(accepted):
+        raise ModelError(f"{path} holds adapters, which load without {name}; they take {', '.join(accepted)}")
+    return load_adapters(path, **kwargs)
