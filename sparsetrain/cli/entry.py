@@ -10,7 +10,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sparsetrain import __version__
 from sparsetrain.cli import bench, recipe
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import evaluate_folder
@@ -20,6 +19,7 @@ from sparsetrain.cli.run import run
 from sparsetrain.container import settle_in
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.streams import forgiving
+from sparsetrain.version import __version__
 
 DISK_FAULTS = {
     errno.ENOSPC: "free some space",

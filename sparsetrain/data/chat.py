@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsetrain.data.chat_template import marks_generation
 from sparsetrain.data.conversation import Conversation
-from sparsetrain.data.encoding import encode, tokenized, tokens_up_to
+from sparsetrain.data.encoding import Rendered, encode, tokenized, tokens_up_to
 from sparsetrain.data.ending import with_end_tokens
 from sparsetrain.data.stretches import places_of
 from sparsetrain.data.turns import added
@@ -19,9 +19,6 @@ from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Rendered = tuple[list[int], list[tuple[int, int]]]
-"""Tokens, and the half-open spans of them that carry loss."""
 
 
 def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:

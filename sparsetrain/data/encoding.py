@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Rendered = tuple[list[int], list[tuple[int, int]]]
+"""Tokens, and the half-open spans of them that carry loss."""
+
 PIECE = 2**20
 """Characters tokenised at once. A tokenizer takes hundreds of bytes for each, and ends the process if it gets none."""
 CONTEXT = 2**12

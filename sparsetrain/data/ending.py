@@ -9,13 +9,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsetrain.data.chat_template import apply_template, marks_generation
-from sparsetrain.data.encoding import encode
+from sparsetrain.data.encoding import Rendered, encode
 from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.data.chat import Rendered
 
 # What a template is tried with: words that it does not write itself.
 _QUESTIONS, _ANSWERS = ("Quokka?", "Quetzal?"), ("Aardvark.", "Axolotl.")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsetrain.data.chat import Rendered, render_chat
+from sparsetrain.data.chat import render_chat
 from sparsetrain.data.conversation import Conversation, conversation_of
 from sparsetrain.data.document import Tokens
-from sparsetrain.data.encoding import Bare, bare, encode, end_of_text, opening, shared_prefix
+from sparsetrain.data.encoding import Bare, Rendered, bare, encode, end_of_text, opening, shared_prefix
 from sparsetrain.data.forms import RowForm
 from sparsetrain.data.meanings import INPUTS, SETTINGS, SYSTEM, TOOLS, check_columns
 from sparsetrain.data.pretokenized import read_tokens

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.installed import package_of
@@ -21,6 +20,7 @@ from sparsetrain.modeling.cache import drop_memory, keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
+from sparsetrain.version import __version__
 
 UNSUPPORTED_INPUTS = {
     "position_bias": "adds a bias by position to the logits",

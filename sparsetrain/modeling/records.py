@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from sparsetrain import __version__
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.installed import package_of
@@ -19,6 +18,7 @@ from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import nearest
 from sparsetrain.modeling.config_faults import SHAPE
 from sparsetrain.modeling.side_files import read_object
+from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
