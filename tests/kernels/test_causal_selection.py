@@ -63,9 +63,7 @@ def of_document(selection: CausalSelection, head: int, start: int, length: int) 
 
 
 def assert_equals_oracle(part: CausalSelection, oracle: Selection, scores: Tensor, window: int, sinks: int) -> None:
-    length = len(scores)
-    exact = oracle.threshold
-    finite = np.isfinite(exact)
+    length, exact, finite = len(scores), oracle.threshold, np.isfinite(oracle.threshold)
     threshold = part.threshold.double().numpy()
     np.testing.assert_array_equal(np.isfinite(threshold), finite)
     # Half a unit in the last place of fp32, and the rounding of scores to multiples of 2 ** -36.
