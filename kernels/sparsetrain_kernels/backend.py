@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -55,7 +56,7 @@ def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:
             return None
         reason = "Gluon has no interpreter" if backend == "gluon" else "TRITON_INTERPRET=1 is not set"
         return f"the tensors are on {tensor.device}, and {reason}"
-    capability = torch.cuda.get_device_capability(tensor.device)
+    capability = _capability(tensor.get_device())
     if backend == "triton" and torch.version.hip is None and capability < (8, 0):
         return f"{torch.cuda.get_device_name(tensor.device)} is older than Ampere"
     if backend == "gluon":
@@ -65,6 +66,11 @@ def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:
             tested = " to ".join(".".join(map(str, version)) for version in TESTED_GLUON)
             return f"its kernels were tested with Triton {tested}, not {'.'.join(map(str, TRITON_VERSION))}"
     return None
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _triton_version() -> tuple[int, int]:

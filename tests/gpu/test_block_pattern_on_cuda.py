@@ -155,6 +155,19 @@ def test_runs_repeat_bit_for_bit(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_launches_like_the_one_before_equal_it_wherever_tensors_lie(backend: str) -> None:
+    tensors = inputs(4, 2, 700, head_dim=128)
+    expected = outputs_and_gradients(sparse(POWER, backend), tensors)
+    for start in (0, 1, 0, 8):
+        moved = []
+        for tensor in tensors:
+            storage = torch.empty(tensor.numel() + start, device="cuda", dtype=tensor.dtype)
+            moved.append(storage[start:].view(tensor.shape).copy_(tensor.detach()).requires_grad_())
+        again = outputs_and_gradients(sparse(POWER, backend), tuple(moved))
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_layout_of_inputs_and_gradients_does_not_matter(backend: str) -> None:
     tensors = inputs(4, 2, 777, head_dim=128)
     copies = [t.detach().contiguous().requires_grad_() for t in tensors]

@@ -12,6 +12,7 @@ from sparsetrain_kernels import block_pattern_attention
 from sparsetrain_kernels.block_pattern.pattern import block_lists
 from sparsetrain_kernels.inputs import Document
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,6 +113,30 @@ def test_selective_checkpointing_can_keep_the_forward_pass(monkeypatch: pytest.M
     kept = train(context_fn=partial(create_selective_checkpoint_contexts, keep))
     assert len(calls) == 1
     assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_operations_of_either_pass() -> None:
+    tensors = make_inputs(4, 2, 90)
+    with Seen() as forward:
+        out = block_pattern_attention(*tensors, POWER)
+    with Seen() as backward:
+        grads = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    assert [str(FORWARD) in forward.names, str(BACKWARD) in backward.names] == [True, True]
+    plain = block_pattern_attention(*tensors, POWER)
+    assert torch.equal(out, plain)
+    assert all(map(torch.equal, grads, torch.autograd.grad(plain.sum(), tensors)))
 
 
 @pytest.mark.parametrize(

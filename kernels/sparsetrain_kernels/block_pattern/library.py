@@ -7,6 +7,7 @@ They are opaque to ``torch.compile`` (one compilation for all lengths), visible 
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
+from sparsetrain_kernels.eager import called_plainly
 from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.gather import gather_backward, gather_forward, sink_gradient
 from sparsetrain_kernels.inputs import AttentionInputs, Document, consecutive_rows
@@ -33,7 +35,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sparsetrain::block_pattern_fwd", "default")
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, lists, backend, _ = _unpack(args)
     if backend == "reference":
@@ -41,7 +42,6 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return _launches(backend).attention_forward(inputs, lists)
 
 
-@torch.library.impl("sparsetrain::block_pattern_bwd", "default")
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, lists, backend, workspace = _unpack(args)
     if backend == "reference":
@@ -50,6 +50,11 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
     return _launches(backend).attention_backward(inputs, lists, consecutive_rows(grad_out), grad_lse, out, lse, *own)
 
 
+torch.library.impl("sparsetrain::block_pattern_fwd", "default", _forward)
+torch.library.impl("sparsetrain::block_pattern_bwd", "default", _backward)
+
+
+@cache
 def _launches(backend: str) -> ModuleType:
     """The module that launches the kernels of a backend. Imported on first use: Triton may be absent."""
     folder = {"triton": "triton", "gluon": "hopper"}[backend]
@@ -69,12 +74,17 @@ def _backward_fake(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(lse)
 
 
+def block_pattern_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """The forward operation, without a gradient."""
+    return _forward(*args) if called_plainly(*args[:3]) else torch.ops.sparsetrain.block_pattern_fwd(*args)
+
+
 class BlockPatternAttention(torch.autograd.Function):
     """The forward operation with its gradient; arguments are those of the operation."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.sparsetrain.block_pattern_fwd(*args)
+        return block_pattern_forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -90,7 +100,8 @@ class BlockPatternAttention(torch.autograd.Function):
         *tensors, sink_logits, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         inputs = (*tensors, *ctx.numbers, sink_logits)
-        *grads, delta = torch.ops.sparsetrain.block_pattern_bwd(grad_out, grad_lse, out, lse, *inputs, *ctx.settings)
+        operation = _backward if called_plainly(grad_out, *inputs[:3]) else torch.ops.sparsetrain.block_pattern_bwd
+        *grads, delta = operation(grad_out, grad_lse, out, lse, *inputs, *ctx.settings)
         none = [None] * len(ctx.settings)
         return *grads, None, None, None, None, sink_gradient(sink_logits, lse, delta), *none
 

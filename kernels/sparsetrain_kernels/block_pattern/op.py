@@ -10,8 +10,9 @@ from torch import Tensor
 from sparsetrain_kernels.arguments import check_count
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.block_pattern import reference
-from sparsetrain_kernels.block_pattern.library import BlockPatternAttention
+from sparsetrain_kernels.block_pattern.library import BlockPatternAttention, block_pattern_forward
 from sparsetrain_kernels.block_pattern.pattern import BlockLists, BlockPattern, block_lists
+from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.inputs import AttentionInputs, AttentionOptions, check_inputs, consecutive_rows
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -117,9 +118,9 @@ def block_pattern_attention(
     query, key, value = (consecutive_rows(tensor) for tensor in inputs[:3])
     trained = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    args = (query, key, value, *inputs[3:], *lists, chosen, workspace)
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = BlockPatternAttention.apply if needs_grad else torch.ops.sparsetrain.block_pattern_fwd
-    out, lse = run(query, key, value, *inputs[3:], *lists, chosen, workspace)
+    out, lse = apply(BlockPatternAttention, *args) if needs_grad else block_pattern_forward(*args)
     return (out, lse) if return_lse else out
 
 

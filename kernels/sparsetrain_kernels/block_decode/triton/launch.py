@@ -19,7 +19,7 @@ from sparsetrain_kernels.block_decode.triton.configs import (
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
 from sparsetrain_kernels.block_pattern.triton.work import far_table, head_stride
 from sparsetrain_kernels.inputs import consecutive_rows, row_major
-from sparsetrain_kernels.launching import on_device, pad_head_dim
+from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 
 NUM_WARPS = 4
 MERGE_STEP = 16
@@ -57,12 +57,11 @@ def merge(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Non
     """Merge the splits of each row, fp32 ``[..., splits, D]`` and ``[..., splits]``, into ``out [..., D]`` and ``lse
     [...]``. On the device of the tensors."""
     splits, head_dim = partial.shape[-2:]
-    kernels.merge_kernel[(lse.numel(),)](
-        partial,
-        partial_lse,
-        out,
-        lse,
-        splits,
+    launch(
+        kernels.merge_kernel,
+        lse.numel(),
+        (partial, partial_lse, out, lse),
+        (splits,),
         D=head_dim,
         D_PAD=pad_head_dim(head_dim),
         SPLITS_PAD=triton.next_power_of_2(splits),
@@ -85,29 +84,25 @@ def _attend(
         table = consecutive_rows(table)
     sinks = None if call.sink_logits is None else row_major(call.sink_logits)[0]
     far = far_table(lists.far, query.device)
-    kernels.decode_kernel[(batch * kv_heads * splits * row_tiles,)](
-        query,
-        key,
-        value,
-        out,
-        lse,
-        lengths,
+    launch(
+        kernels.decode_kernel,
+        batch * kv_heads * splits * row_tiles,
         # Without a table its pointer is moved and never read.
-        lengths if table is None else table,
-        sinks,
-        far,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        0 if table is None else table.stride(0),
-        splits,
-        call.max_length,
-        lists.window,
-        lists.num_sinks,
-        lists.period,
-        head_stride(lists, far),
-        call.scale,
-        call.softcap or 0.0,
+        (query, key, value, out, lse, lengths, lengths if table is None else table, sinks, far),
+        (
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            0 if table is None else table.stride(0),
+            splits,
+            call.max_length,
+            lists.window,
+            lists.num_sinks,
+            lists.period,
+            head_stride(lists, far),
+            call.scale,
+            call.softcap or 0.0,
+        ),
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         ROWS=rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +15,46 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: g
 
 
 def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """Of ``[B, H, N, D]``, for boxes of ``rows`` rows of one head, or of ``columns`` of their columns."""
-    tensor = tensor if _readable(tensor) else tensor.contiguous()
-    block = [1, 1, rows, columns or tensor.shape[3]]
-    # The stride of a dimension of one element is never used, but it has to be a legal one.
-    strides = [s if n > 1 else 8 for n, s in zip(tensor.shape[:3], tensor.stride())]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, _layout(*block[2:], tensor.dtype))
-
-
-@lru_cache(maxsize=16)
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _TYPES[dtype])
-
-
-def _readable(tensor: Tensor) -> bool:
-    """TMA wants 16-byte addresses and strides, and rows of consecutive elements."""
-    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()) if n > 1]
-    return tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    """Of ``[B, H, N, D]``, for boxes of ``rows`` rows of one head, or of ``columns`` of their columns. Where TMA cannot
+    read the tensor, of a copy."""
+    if not _readable(tensor.shape, tensor.stride()) or tensor.data_ptr() % 16:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return _descriptor(tensor, _tiles(tensor.shape, tensor.stride(), tensor.dtype, rows, columns or tensor.shape[3]))
 
 
 def line(tensor: Tensor, rows: int) -> TensorDescriptor:
     """Of row statistics, for boxes of ``rows``."""
-    return TensorDescriptor(tensor, [tensor.numel()], [1], [rows], LINE_LAYOUT)
+    return _descriptor(tensor, _line(tensor.numel(), rows))
+
+
+@lru_cache(maxsize=1024)
+def _readable(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """TMA wants 16-byte addresses and strides, and rows of consecutive elements."""
+    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for n, s in zip(shape[:3], strides) if n > 1)
+
+
+@lru_cache(maxsize=1024)
+def _tiles(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int) -> dict[str, Any]:
+    block = [1, 1, rows, columns]
+    # The stride of a dimension of one element is never used, but it has to be a legal one.
+    legal = [s if n > 1 else 8 for n, s in zip(shape[:3], strides)]
+    return _fields(dtype, list(shape), [*legal, 1], block, gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype]))
+
+
+@lru_cache(maxsize=1024)
+def _line(numbers: int, rows: int) -> dict[str, Any]:
+    return _fields(torch.float32, [numbers], [1], [rows], LINE_LAYOUT)
+
+
+def _fields(
+    dtype: torch.dtype, shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout
+) -> dict[str, Any]:
+    """Those of a descriptor, checked once: all but the tensor; and ``kind``, what decides how it is compiled."""
+    descriptor = TensorDescriptor(torch.empty(0, dtype=dtype), shape, strides, block, layout)
+    return vars(descriptor) | {"kind": (dtype, *block)}
+
+
+def _descriptor(tensor: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=tensor)
+    return descriptor

@@ -22,6 +22,7 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     HALF,
     TILE,
     acquire,
+    exp2,
     key_list,
     key_tile_at,
     product,
@@ -104,18 +105,13 @@ def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _softmax_step(s, peak, to_log2):
     """Scores and the old row maxima to the new maxima, the factor for what was summed so far, and the weights.
 
     The first step is the masked tile, in which every row sees itself: the maxima are finite."""
     new_peak = gl.maximum(peak, gl.max(s, axis=1))
-    factor = _exp2((peak - new_peak) * to_log2)
-    return new_peak, factor, _exp2(s * to_log2 - (new_peak * to_log2)[:, None])
+    factor = exp2((peak - new_peak) * to_log2)
+    return new_peak, factor, exp2(s * to_log2 - (new_peak * to_log2)[:, None])
 
 
 @gluon.jit

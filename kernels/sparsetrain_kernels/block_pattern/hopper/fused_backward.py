@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsetrain_kernels.block_pattern.hopper.geometry import (
     HALF,
     TILE,
+    exp2,
     place,
     product,
     query_list,
@@ -55,11 +56,6 @@ def _both_consumers():
     """A barrier of the two consumers. Triton itself uses those of low numbers."""
     zero = gl.program_id(0) * 0
     gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -212,7 +208,7 @@ def _consumer(
             key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
             query = step % (TILE // BLOCK_M) * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)
             s = gl.where(gl.expand_dims(query, 0) >= gl.expand_dims(key, 1), s, -float("inf"))
-        p = _exp2(s * to_log2 - gl.expand_dims(lse_ring.index(slot).load(QUERIES), 0))
+        p = exp2(s * to_log2 - gl.expand_dims(lse_ring.index(slot).load(QUERIES), 0))
         left = gl.convert_layout(p.to(dtype), LEFT)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         dv = warpgroup_mma(left, do, dv, is_async=True)

@@ -15,7 +15,7 @@ from sparsetrain_kernels.block_pattern.pattern import BlockLists
 from sparsetrain_kernels.block_pattern.triton.query_sum import QuerySum
 from sparsetrain_kernels.block_pattern.triton.work import chunk_blocks, far_table, head_stride, work_items
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 TILE = 128
 ROWS = 64
@@ -105,34 +105,40 @@ def _launch(
     partial = torch.empty((batch, kv_heads, split_items, 2, TILE, head_dim), dtype=torch.float32, device=query.device)
     total = QuerySum(call, lists, query_items, TILE, grads, outputs, delta)
     programs = items.shape[0] * kv_heads * batch
-    block_pattern_bwd_fused_kernel[(programs,)](
-        tiles(query, ROWS),
-        tiles(key, TILE),
-        tiles(value, TILE),
-        tiles(grads[0], ROWS),
-        line(total.padded_lse, ROWS),
-        line(total.padded_delta, ROWS),
-        line(total.scale, ROWS),
-        tiles(total.integers, ROWS, head_dim // 2),
-        grad_key,
-        grad_value,
-        partial,
-        far,
-        items,
-        *grad_key.stride()[:3],
-        *grad_value.stride()[:3],
-        items.shape[0],
-        split_items,
-        kv_heads,
-        heads_together(programs, kv_heads, MANY_ADDING_PROGRAMS),
-        heads // kv_heads,
-        total.scale.shape[2],
-        lists.window,
-        lists.num_sinks,
-        lists.period,
-        head_stride(lists, far),
-        chunk,
-        call.scale * LOG2E,
+    launch(
+        block_pattern_bwd_fused_kernel,
+        programs,
+        (
+            tiles(query, ROWS),
+            tiles(key, TILE),
+            tiles(value, TILE),
+            tiles(grads[0], ROWS),
+            line(total.padded_lse, ROWS),
+            line(total.padded_delta, ROWS),
+            line(total.scale, ROWS),
+            tiles(total.integers, ROWS, head_dim // 2),
+            grad_key,
+            grad_value,
+            partial,
+            far,
+            items,
+        ),
+        (
+            *grad_key.stride()[:3],
+            *grad_value.stride()[:3],
+            items.shape[0],
+            split_items,
+            kv_heads,
+            heads_together(programs, kv_heads, MANY_ADDING_PROGRAMS),
+            heads // kv_heads,
+            total.scale.shape[2],
+            lists.window,
+            lists.num_sinks,
+            lists.period,
+            head_stride(lists, far),
+            chunk,
+            call.scale * LOG2E,
+        ),
         TPB=lists.block // TILE,
         FAR=lists.width,
         BLOCK_M=ROWS,

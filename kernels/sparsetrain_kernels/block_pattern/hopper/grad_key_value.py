@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsetrain_kernels.block_pattern.hopper.geometry import (
     HALF,
     TILE,
+    exp2,
     place,
     product,
     query_list,
@@ -124,7 +125,7 @@ def _step(
     q = q_ring.index(slot).reshape([BLOCK_M, D])
     do = do_ring.index(slot).reshape([BLOCK_M, D])
     lse = lse_ring.index(slot).load(QUERIES)
-    p = gl.exp2(s * to_log2 - gl.expand_dims(lse, 0))
+    p = exp2(s * to_log2 - gl.expand_dims(lse, 0))
     if MASKED:
         key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
         query = (step % (TILE // BLOCK_M)) * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)

@@ -14,6 +14,7 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     HALF,
     TILE,
     acquire,
+    exp2,
     key_list,
     key_tile_at,
     place,
@@ -105,7 +106,7 @@ def _step(
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     slot = step % STAGES
     k = k_ring.index(slot).reshape([BLOCK_N, D])
-    p = gl.exp2(s * to_log2 - gl.expand_dims(lse, 1))
+    p = exp2(s * to_log2 - gl.expand_dims(lse, 1))
     if MASKED:
         query = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
         key = (step % (TILE // BLOCK_N)) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))

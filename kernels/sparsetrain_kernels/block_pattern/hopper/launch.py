@@ -21,7 +21,7 @@ from sparsetrain_kernels.block_pattern.triton.work import (
     work_items,
 )
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 TILE, HALF = 128, 64
 FWD_STAGES = 2
@@ -42,23 +42,21 @@ def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor,
     with on_device(query):
         items, _ = work_items(call, lists, rows, rows, 0, TILE, 0)
         far = far_table(lists.far, query.device)
-        block_pattern_fwd_kernel[(items.shape[0] * heads * batch,)](
-            tiles(query, HALF),
-            tiles(key, TILE),
-            tiles(value, TILE),
-            out,
-            lse,
-            far,
-            items,
-            *out.stride()[:3],
-            items.shape[0],
-            kv_heads,
-            rows,
-            lists.window,
-            lists.num_sinks,
-            lists.period,
-            head_stride(lists, far),
-            call.scale * LOG2E,
+        launch(
+            block_pattern_fwd_kernel,
+            items.shape[0] * heads * batch,
+            (tiles(query, HALF), tiles(key, TILE), tiles(value, TILE), out, lse, far, items),
+            (
+                *out.stride()[:3],
+                items.shape[0],
+                kv_heads,
+                rows,
+                lists.window,
+                lists.num_sinks,
+                lists.period,
+                head_stride(lists, far),
+                call.scale * LOG2E,
+            ),
             GROUP=heads // kv_heads,
             TPB=lists.block // TILE,
             FAR=lists.width,
@@ -107,26 +105,32 @@ def two_kernel_backward(
         stats = row_stats(call, lists, items, grad_out, grad_lse, out, lse, TILE)
         padded_rows = stats.padded_lse.shape[2]
         far = far_table(lists.far, query.device)
-        block_pattern_bwd_dq_kernel[(items.shape[0] * heads * batch,)](
-            tiles(query, HALF),
-            tiles(key, BWD_ROWS),
-            tiles(value, BWD_ROWS),
-            tiles(grad_out, HALF),
-            stats.padded_lse,
-            stats.padded_delta,
-            grad_query,
-            far,
-            items,
-            *grad_query.stride()[:3],
-            items.shape[0],
-            heads,
-            heads_together(items.shape[0] * heads * batch, kv_heads),
-            heads // kv_heads,
-            padded_rows,
-            *pattern,
-            head_stride(lists, far),
-            call.scale,
-            call.scale * LOG2E,
+        launch(
+            block_pattern_bwd_dq_kernel,
+            items.shape[0] * heads * batch,
+            (
+                tiles(query, HALF),
+                tiles(key, BWD_ROWS),
+                tiles(value, BWD_ROWS),
+                tiles(grad_out, HALF),
+                stats.padded_lse,
+                stats.padded_delta,
+                grad_query,
+                far,
+                items,
+            ),
+            (
+                *grad_query.stride()[:3],
+                items.shape[0],
+                heads,
+                heads_together(items.shape[0] * heads * batch, kv_heads),
+                heads // kv_heads,
+                padded_rows,
+                *pattern,
+                head_stride(lists, far),
+                call.scale,
+                call.scale * LOG2E,
+            ),
             BLOCK_N=BWD_ROWS,
             **sizes,
         )
@@ -136,30 +140,36 @@ def two_kernel_backward(
             (batch, kv_heads, split_items, 2, TILE, head_dim), dtype=torch.float32, device=query.device
         )
         far = far_table(lists.far_back, query.device)
-        block_pattern_bwd_dkv_kernel[(items.shape[0] * kv_heads * batch,)](
-            tiles(query, BWD_ROWS),
-            tiles(key, HALF),
-            tiles(value, HALF),
-            tiles(grad_out, BWD_ROWS),
-            line(stats.padded_lse, BWD_ROWS),
-            line(stats.padded_delta, BWD_ROWS),
-            grad_key,
-            grad_value,
-            partial,
-            far,
-            items,
-            *grad_key.stride()[:3],
-            *grad_value.stride()[:3],
-            items.shape[0],
-            split_items,
-            kv_heads,
-            heads_together(items.shape[0] * kv_heads * batch, kv_heads),
-            heads // kv_heads,
-            padded_rows,
-            *pattern,
-            head_stride(lists, far),
-            chunk,
-            call.scale * LOG2E,
+        launch(
+            block_pattern_bwd_dkv_kernel,
+            items.shape[0] * kv_heads * batch,
+            (
+                tiles(query, BWD_ROWS),
+                tiles(key, HALF),
+                tiles(value, HALF),
+                tiles(grad_out, BWD_ROWS),
+                line(stats.padded_lse, BWD_ROWS),
+                line(stats.padded_delta, BWD_ROWS),
+                grad_key,
+                grad_value,
+                partial,
+                far,
+                items,
+            ),
+            (
+                *grad_key.stride()[:3],
+                *grad_value.stride()[:3],
+                items.shape[0],
+                split_items,
+                kv_heads,
+                heads_together(items.shape[0] * kv_heads * batch, kv_heads),
+                heads // kv_heads,
+                padded_rows,
+                *pattern,
+                head_stride(lists, far),
+                chunk,
+                call.scale * LOG2E,
+            ),
             BLOCK_M=BWD_ROWS,
             **sizes,
         )

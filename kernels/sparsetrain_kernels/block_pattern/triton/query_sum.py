@@ -13,6 +13,7 @@ from sparsetrain_kernels.block_pattern.triton.fixed_point import (
 )
 from sparsetrain_kernels.block_pattern.triton.work import far_table, head_stride, padded_blocks
 from sparsetrain_kernels.inputs import AttentionInputs
+from sparsetrain_kernels.launching import launch
 
 SCAN = 32
 """Key tiles whose maxima one step reads."""
@@ -48,46 +49,46 @@ class QuerySum:
         key_max, value_max = torch.empty((2, batch, kv_heads, padded_rows // tile), dtype=torch.int32, device=device)
         far = far_table(lists.far, device)
         shape = {"D": head_dim, "TPB": lists.block // tile, "TILE": tile}
-        tile_maxima_kernel[(items.shape[0] * kv_heads * batch,)](
-            call.key,
-            call.value,
-            key_max,
-            value_max,
-            items,
-            *call.key.stride()[:3],
-            *call.value.stride()[:3],
-            items.shape[0],
-            rows,
-            key_max.shape[2],
+        launch(
+            tile_maxima_kernel,
+            items.shape[0] * kv_heads * batch,
+            (call.key, call.value, key_max, value_max, items),
+            (*call.key.stride()[:3], *call.value.stride()[:3], items.shape[0], rows, key_max.shape[2]),
             KV_HEADS=kv_heads,
             **shape,
             num_warps=8,
         )
-        fixed_point_rows_kernel[(tile // min(ROWS, tile) * items.shape[0] * heads * batch,)](
-            out,
-            grad_out,
-            lse,
-            grad_lse,
-            delta,
-            self.padded_lse,
-            self.padded_delta,
-            self.scale,
-            self.integers,
-            key_max,
-            value_max,
-            far,
-            items,
-            *out.stride()[:3],
-            *grad_out.stride()[:3],
-            *(lse if grad_lse is None else grad_lse).stride(),
-            items.shape[0],
-            rows,
-            padded_rows,
-            key_max.shape[2],
-            lists.window,
-            lists.num_sinks,
-            lists.period,
-            head_stride(lists, far),
+        launch(
+            fixed_point_rows_kernel,
+            tile // min(ROWS, tile) * items.shape[0] * heads * batch,
+            (
+                out,
+                grad_out,
+                lse,
+                grad_lse,
+                delta,
+                self.padded_lse,
+                self.padded_delta,
+                self.scale,
+                self.integers,
+                key_max,
+                value_max,
+                far,
+                items,
+            ),
+            (
+                *out.stride()[:3],
+                *grad_out.stride()[:3],
+                *(lse if grad_lse is None else grad_lse).stride(),
+                items.shape[0],
+                rows,
+                padded_rows,
+                key_max.shape[2],
+                lists.window,
+                lists.num_sinks,
+                lists.period,
+                head_stride(lists, far),
+            ),
             HEADS=heads,
             GROUP=heads // kv_heads,
             ROWS=min(ROWS, tile),
@@ -109,24 +110,21 @@ class QuerySum:
         places = partial.shape[2] if partial is not None else 0
         programs = tile // line * kv_heads * places * batch
         strides = [s for g in (grad_key, grad_value) for s in (g.stride()[:3] if g is not None else (0, 0, 0))]
-        fixed_point_finish_kernel[(programs + self._items.shape[0] * heads * batch,)](
-            self.integers,
-            self.scale,
-            grad_query,
-            self._items,
-            *grad_query.stride()[:3],
-            self._items.shape[0],
-            rows,
-            self.scale.shape[2],
-            self._call.scale,
-            programs,
-            partial,
-            grad_key,
-            grad_value,
-            split_items,
-            *strides,
-            places,
-            chunk,
+        launch(
+            fixed_point_finish_kernel,
+            programs + self._items.shape[0] * heads * batch,
+            (self.integers, self.scale, grad_query, self._items, partial, grad_key, grad_value, split_items),
+            (
+                *grad_query.stride()[:3],
+                self._items.shape[0],
+                rows,
+                self.scale.shape[2],
+                self._call.scale,
+                programs,
+                *strides,
+                places,
+                chunk,
+            ),
             HEADS=heads,
             KV_HEADS=kv_heads,
             D=head_dim,

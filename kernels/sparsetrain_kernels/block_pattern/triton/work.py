@@ -18,8 +18,9 @@ from sparsetrain_kernels.block_pattern.triton.before_after import (
     block_pattern_bwd_sum_kernel,
 )
 from sparsetrain_kernels.block_pattern.triton.geometry import ITEM, SCAN, work_items_kernel
+from sparsetrain_kernels.documents import from_documents
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import pad_head_dim
+from sparsetrain_kernels.launching import launch, pad_head_dim
 
 CHUNK_TOKENS = 4096
 """Query tokens that one program of a split sink column takes, as many as an ordinary column has to do."""
@@ -44,7 +45,7 @@ def chunk_blocks(tokens: int, lists: BlockLists) -> int:
     if not lists.num_sinks:
         return 0
     block = lists.block
-    return max(CHUNK_TOKENS, triton.next_power_of_2(triton.cdiv(tokens, MAX_CHUNKS))) // block or 1
+    return max(CHUNK_TOKENS, 1 << (-(-tokens // MAX_CHUNKS) - 1).bit_length()) // block or 1
 
 
 def work_items(
@@ -56,7 +57,7 @@ def work_items(
     follows from the shapes.
     """
     packed = call.cu_seqlens is not None
-    block, per_block = lists.block, triton.cdiv(lists.block, tile)
+    block, per_block = lists.block, -(-lists.block // tile)
     documents = call.cu_seqlens.shape[0] - 1 if call.cu_seqlens is not None else 1
     whole = (
         tokens // tile + documents
@@ -65,12 +66,18 @@ def work_items(
     )
     split = 0
     if chunk and tokens > chunk * block:
-        chunks = 3 * tokens // (chunk * block) if packed else triton.cdiv(triton.cdiv(length, block), chunk)
+        chunks = 3 * tokens // (chunk * block) if packed else -(-length // (block * chunk))
         split = lists.num_sinks * per_block * chunks
     sizes = (documents, length, q_start, lists.num_sinks, split, split + whole, chunk)
     device = call.query.device
-    if packed or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return _write_items(call.cu_seqlens, device, sizes, block, tile), split
+
+    def write() -> Tensor:
+        return _write_items(call.cu_seqlens, device, sizes, block, tile)
+
+    if call.cu_seqlens is not None:
+        return from_documents(call.cu_seqlens, ("items", device, _stream(device), sizes, block, tile), write), split
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return write(), split
     return _items_of_one_document(device, _stream(device), sizes, block, tile), split
 
 
@@ -86,10 +93,11 @@ def _write_items(
     *_, split, total, _ = sizes
     step = SCAN.value
     items = torch.empty((total, ITEM.value), dtype=torch.int32, device=device)
-    work_items_kernel[(triton.cdiv(split, step) + triton.cdiv(total - split, step),)](
-        items,
-        cu_seqlens,
-        *sizes,
+    launch(
+        work_items_kernel,
+        -(-split // step) - (split - total) // step,
+        (items, cu_seqlens),
+        sizes,
         PACKED=cu_seqlens is not None,
         BLOCK=block,
         TILE=tile,
@@ -101,7 +109,7 @@ def _write_items(
 
 def _stream(device: torch.device) -> int:
     """Cached tensors are read on the stream that wrote them, which orders the two."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
 def padded_blocks(call: AttentionInputs, block: int) -> int:
@@ -133,26 +141,23 @@ def row_stats(
 ) -> RowStats:
     """The statistics of the query rows, in blocks padded to whole tiles of ``tile`` rows; ``items`` are of such."""
     batch, heads, rows, head_dim = out.shape
-    pad_block = triton.cdiv(lists.block, tile) * tile
+    pad_block = -(-lists.block // tile) * tile
     padded_rows = padded_blocks(call, lists.block) * pad_block
     padded = torch.empty((2, batch, heads, padded_rows), dtype=torch.float32, device=out.device)
     stats = RowStats(torch.empty_like(lse), padded[0], padded[1], pad_block)
-    block_pattern_bwd_stats_kernel[(items.shape[0] * heads * batch,)](
-        out,
-        grad_out,
-        lse,
-        grad_lse,
-        stats.delta,
-        stats.padded_lse,
-        stats.padded_delta,
-        items,
-        *out.stride()[:3],
-        *grad_out.stride()[:3],
-        *(lse if grad_lse is None else grad_lse).stride(),
-        items.shape[0],
-        rows,
-        call.q_start,
-        padded_rows,
+    launch(
+        block_pattern_bwd_stats_kernel,
+        items.shape[0] * heads * batch,
+        (out, grad_out, lse, grad_lse, stats.delta, stats.padded_lse, stats.padded_delta, items),
+        (
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
+            *(lse if grad_lse is None else grad_lse).stride(),
+            items.shape[0],
+            rows,
+            call.q_start,
+            padded_rows,
+        ),
         HEADS=heads,
         D=head_dim,
         D_PAD=pad_head_dim(head_dim),
@@ -176,15 +181,11 @@ def add_partials(
     if not split_items:
         return
     rows = min(16, tile)
-    block_pattern_bwd_sum_kernel[(tile // rows * kv_heads * split_items * batch,)](
-        partial,
-        grad_key,
-        grad_value,
-        items,
-        *grad_key.stride()[:3],
-        *grad_value.stride()[:3],
-        split_items,
-        chunk,
+    launch(
+        block_pattern_bwd_sum_kernel,
+        tile // rows * kv_heads * split_items * batch,
+        (partial, grad_key, grad_value, items),
+        (*grad_key.stride()[:3], *grad_value.stride()[:3], split_items, chunk),
         KV_HEADS=kv_heads,
         D=grad_key.shape[3],
         D_PAD=d_pad,

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.triton import crossing_kernels as kernels
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 SHORT = 2**14
 """Rows up to which a small grid is faster: fewer steps one after the other, at more corners."""
@@ -45,36 +45,29 @@ def find_first_rows(
     sizes = (rows, points, row_chunks, point_chunks, unit)
     grids = {"CHUNK": chunk, "STEP": step}
     with on_device(arrival):
-        kernels.crossing_corners_kernel[(triton.cdiv(point_chunks, step) * row_chunks * heads,)](
-            arrival, point, *corners.unbind(), *sizes, **grids, num_warps=WARPS
+        launch(
+            kernels.crossing_corners_kernel,
+            triton.cdiv(point_chunks, step) * row_chunks * heads,
+            (arrival, point, *corners.unbind()),
+            sizes,
+            **grids,
+            num_warps=WARPS,
         )
-        kernels.crossing_cells_kernel[(diagonals * heads,)](
-            arrival,
-            point,
-            entry,
-            *corners.cumsum(2).unbind(),
-            cell,
-            fine_value,
-            fine_slope,
-            fine_ties,
-            *sizes,
-            limit,
+        launch(
+            kernels.crossing_cells_kernel,
+            diagonals * heads,
+            (arrival, point, entry, *corners.cumsum(2).unbind(), cell, fine_value, fine_slope, fine_ties),
+            (*sizes, limit),
             ROW_CHUNKS=triton.next_power_of_2(row_chunks),
             SOFT=soft,
             **grids,
             num_warps=WARPS,
         )
-        kernels.crossing_rows_kernel[(2 * step * diagonals * heads,)](
-            arrival,
-            point,
-            entry,
-            cell,
-            fine_value,
-            fine_slope,
-            fine_ties,
-            first_row,
-            *sizes,
-            limit,
+        launch(
+            kernels.crossing_rows_kernel,
+            2 * step * diagonals * heads,
+            (arrival, point, entry, cell, fine_value, fine_slope, fine_ties, first_row),
+            (*sizes, limit),
             SOFT=soft,
             **grids,
             num_warps=WARPS,

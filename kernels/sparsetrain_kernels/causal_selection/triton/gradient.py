@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.triton import gradient_kernels as kernels
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 BLOCK = 1024
 """Rows or keys that a program takes at a time."""
@@ -38,9 +38,21 @@ def threshold_gradient(
     steps = torch.empty(total + 1, dtype=torch.int64, device=grad_threshold.device)
     grad_scores = torch.empty_like(grad_threshold)
     with on_device(grad_threshold):
-        kernels.gradient_largest_kernel[(sizes["PARTS"],)](grad_threshold, interior_size, largest, total, **sizes)
-        kernels.gradient_steps_kernel[(blocks,)](grad_threshold, interior_size, largest, steps, total, to_unit, **sizes)
-        kernels.gradient_collect_kernel[(blocks,)](
-            steps.cumsum(0), interior_start, interior_end, largest, grad_scores, total, tokens, to_unit, **sizes
+        launch(
+            kernels.gradient_largest_kernel, sizes["PARTS"], (grad_threshold, interior_size, largest), (total,), **sizes
+        )
+        launch(
+            kernels.gradient_steps_kernel,
+            blocks,
+            (grad_threshold, interior_size, largest, steps),
+            (total, to_unit),
+            **sizes,
+        )
+        launch(
+            kernels.gradient_collect_kernel,
+            blocks,
+            (steps.cumsum(0), interior_start, interior_end, largest, grad_scores),
+            (total, tokens, to_unit),
+            **sizes,
         )
     return grad_scores

@@ -13,7 +13,7 @@ from sparsetrain_kernels.causal_selection.triton import selection_kernels as ker
 from sparsetrain_kernels.causal_selection.triton.crossing import find_first_rows
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 BLOCK = 256
 """Tokens of a program that goes over all tokens once."""
@@ -28,12 +28,16 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
     with on_device(scores):
         ordered, order, doc_start, doc_end = _sort(scores.view(heads, tokens), cu_seqlens)
         packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
-        grid = (triton.cdiv(total, BLOCK),)
+        programs = triton.cdiv(total, BLOCK)
         axis = torch.empty(total, dtype=torch.int64, device=device)
         arrivals = torch.empty((2, heads, tokens), dtype=torch.int64, device=device)
         sums = torch.empty((2, total + 1), dtype=torch.int64, device=device)
-        kernels.selection_gaps_kernel[(triton.cdiv(total + 1, BLOCK),)](
-            ordered, doc_start, axis, arrivals, sums, total, tokens, **packed
+        launch(
+            kernels.selection_gaps_kernel,
+            triton.cdiv(total + 1, BLOCK),
+            (ordered, doc_start, axis, arrivals, sums),
+            (total, tokens),
+            **packed,
         )
         axis = axis.cumsum(0)
 
@@ -44,26 +48,26 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         rank_entry, better_row = torch.empty((2, heads, tokens), dtype=torch.int32, device=device).unbind()
         place_of_points = torch.empty((2, total), dtype=torch.int32, device=device)
         first_row = torch.empty((heads, 2 * tokens), dtype=torch.int32, device=device)
-        kernels.selection_points_kernel[grid](
-            axis,
-            order,
-            doc_start,
-            doc_end,
-            arrival,
-            rank_arrival,
-            rank,
-            rank_entry,
-            point,
-            point_entry,
-            point_key,
-            place_of_points,
-            first_row,
-            better_row,
-            total,
-            tokens,
-            window,
-            sinks,
-            tokens.bit_length(),
+        launch(
+            kernels.selection_points_kernel,
+            programs,
+            (
+                axis,
+                order,
+                doc_start,
+                doc_end,
+                arrival,
+                rank_arrival,
+                rank,
+                rank_entry,
+                point,
+                point_entry,
+                point_key,
+                place_of_points,
+                first_row,
+                better_row,
+            ),
+            (total, tokens, window, sinks, tokens.bit_length()),
             **packed,
         )
         find_first_rows(arrival, point, point_entry, first_row, 2 * ONE, topk * 2 * ONE, soft=True)
@@ -72,42 +76,42 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         exit, interior_start, interior_end, interior_size, saturated_size = torch.empty(
             (5, *scores.shape), dtype=torch.int32, device=device
         ).unbind()
-        kernels.selection_intervals_kernel[grid](
-            axis,
-            order,
-            doc_start,
-            doc_end,
-            first_row,
-            better_row,
-            place_of_points,
-            exit,
-            interior_start,
-            interior_end,
-            *sums.unbind(),
-            total,
-            tokens,
-            window,
-            sinks,
+        launch(
+            kernels.selection_intervals_kernel,
+            programs,
+            (
+                axis,
+                order,
+                doc_start,
+                doc_end,
+                first_row,
+                better_row,
+                place_of_points,
+                exit,
+                interior_start,
+                interior_end,
+                *sums.unbind(),
+            ),
+            (total, tokens, window, sinks),
             **packed,
         )
         threshold = torch.empty(scores.shape, dtype=scores.dtype, device=device)
-        kernels.selection_thresholds_kernel[grid](
-            ordered,
-            axis,
-            doc_start,
-            first_row,
-            point_key,
-            # One running sum for both: whatever comes also goes, so that the first ends at 0.
-            *sums.view(-1).cumsum(0).view(sums.shape).unbind(),
-            threshold,
-            interior_size,
-            saturated_size,
-            total,
-            tokens,
-            window,
-            sinks,
-            topk,
-            (2 * tokens).bit_length(),
+        launch(
+            kernels.selection_thresholds_kernel,
+            programs,
+            (
+                ordered,
+                axis,
+                doc_start,
+                first_row,
+                point_key,
+                # One running sum for both: whatever comes also goes, so that the first ends at 0.
+                *sums.view(-1).cumsum(0).view(sums.shape).unbind(),
+                threshold,
+                interior_size,
+                saturated_size,
+            ),
+            (total, tokens, window, sinks, topk, (2 * tokens).bit_length()),
             **packed,
         )
     return threshold, exit, interior_start, interior_end, interior_size, saturated_size
@@ -121,8 +125,14 @@ def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Te
     if scores.dtype == torch.float32:
         total = scores.numel()
         key = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
-        grid = (triton.cdiv(total, BLOCK),)
-        kernels.selection_keys_kernel[grid](scores, start, key, total, scores.shape[1], BLOCK=BLOCK)
+        programs = triton.cdiv(total, BLOCK)
+        launch(
+            kernels.selection_keys_kernel,
+            programs,
+            (scores, start, key),
+            (total, scores.shape[1]),
+            BLOCK=BLOCK,
+        )
         order = key.argsort(dim=-1, stable=True)
         return scores.gather(-1, order), order, start, end
     ordered, order = with_one_nan(scores).sort(dim=-1, stable=True)

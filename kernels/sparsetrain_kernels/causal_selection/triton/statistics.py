@@ -10,7 +10,7 @@ from sparsetrain_kernels.causal_selection.selection import CausalSelection
 from sparsetrain_kernels.causal_selection.triton import statistics_kernels as kernels
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 
 BLOCK = 1024
 """Rows or keys that a program takes at a time."""
@@ -37,23 +37,16 @@ def launch_statistics(
     nan, infinity = float("nan"), float("inf")
     full = threshold.nan_to_num(nan=nan, posinf=infinity, neginf=0.0)
     with on_device(scores):
-        kernels.statistics_sums_kernel[(parts,)](
-            scores,
-            threshold,
-            full.cumsum(-1, dtype=torch.float64),
-            *integers,
-            start,
-            end,
-            sums,
-            total,
-            tokens,
-            window,
-            sinks,
+        launch(
+            kernels.statistics_sums_kernel,
+            parts,
+            (scores, threshold, full.cumsum(-1, dtype=torch.float64), *integers, start, end, sums),
+            (total, tokens, window, sinks),
             AGE_1=ages[0],
             AGE_2=ages[1],
             PARTS=parts,
             PACKED=cu_seqlens is not None,
             BLOCK=BLOCK,
         )
-        kernels.statistics_means_kernel[(1,)](sums, means, topk, PARTS=parts)
+        launch(kernels.statistics_means_kernel, 1, (sums, means), (topk,), PARTS=parts)
     return means.unbind()

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 from sparsetrain_kernels.score_placement.reference import EPSILON
 from sparsetrain_kernels.score_placement.triton import kernels
 
@@ -24,17 +24,15 @@ def place_scores(
     scores = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     total, squares = (torch.empty(linear.shape, dtype=torch.float64, device=linear.device) for _ in range(2))
     with on_device(linear):
-        kernels.placement_fwd_kernel[(batch * heads,)](
-            linear,
-            gain,
-            position,
-            first,
-            scores,
-            total,
-            squares,
-            *linear.stride(),
-            *gain.stride(),
-            tokens,
+        launch(
+            kernels.placement_fwd_kernel,
+            batch * heads,
+            (linear, gain, position, first, scores, total, squares),
+            (
+                *linear.stride(),
+                *gain.stride(),
+                tokens,
+            ),
             SLOPE=slope,
             **_shape(linear),
         )
@@ -49,20 +47,16 @@ def place_scores_backward(
     grad_linear = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
     grad_gain = torch.empty(linear.shape, dtype=gain.dtype, device=linear.device)
     with on_device(linear):
-        kernels.placement_bwd_kernel[(batch * heads,)](
-            grad,
-            linear,
-            gain,
-            position,
-            first,
-            total,
-            squares,
-            grad_linear,
-            grad_gain,
-            *grad.stride(),
-            *linear.stride(),
-            *gain.stride(),
-            tokens,
+        launch(
+            kernels.placement_bwd_kernel,
+            batch * heads,
+            (grad, linear, gain, position, first, total, squares, grad_linear, grad_gain),
+            (
+                *grad.stride(),
+                *linear.stride(),
+                *gain.stride(),
+                tokens,
+            ),
             **_shape(linear),
         )
     return grad_linear, grad_gain

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsetrain_kernels.launching import launch
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 
 STRETCH = 2048
@@ -57,22 +58,28 @@ def _make(
     device = inputs.exit.device
     keys = torch.empty((batch, heads, stretches, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((batch, heads, stretches, 2), dtype=torch.int32, device=device)
-    select_keys_kernel[(stretches * heads * batch,)](
-        inputs.exit,
-        doc_start,
-        None if parents is None else parents.keys,
-        None if parents is None else parents.counts,
-        keys,
-        counts,
-        inputs.scores,
-        scores,
-        tokens,
-        inputs.window,
-        inputs.sinks,
-        stretches,
-        capacity,
-        0 if parents is None else parents.keys.shape[2],
-        0 if parents is None else parents.keys.shape[3],
+    launch(
+        select_keys_kernel,
+        stretches * heads * batch,
+        (
+            inputs.exit,
+            doc_start,
+            None if parents is None else parents.keys,
+            None if parents is None else parents.counts,
+            keys,
+            counts,
+            inputs.scores,
+            scores,
+        ),
+        (
+            tokens,
+            inputs.window,
+            inputs.sinks,
+            stretches,
+            capacity,
+            0 if parents is None else parents.keys.shape[2],
+            0 if parents is None else parents.keys.shape[3],
+        ),
         ROWS=rows,
         PARENT_ROWS=rows if parents is None else parents.rows,
         PACKED=doc_start is not None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_decode.triton.configs import choose_config, choose_splits, multiprocessors
 from sparsetrain_kernels.block_decode.triton.launch import NUM_WARPS, merge
-from sparsetrain_kernels.launching import on_device, pad_head_dim
+from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.sparsek_decode.slots import SparseKSlots
 from sparsetrain_kernels.sparsek_decode.triton.attention import sparsek_decode_attention_kernel
 from sparsetrain_kernels.sparsek_decode.triton.update import sparsek_decode_update_kernel
@@ -27,14 +27,11 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
     heads, head_dim = slots.keys.shape[1], slots.keys.shape[3]
     heads_per_selection = heads // selections
     with on_device(key):
-        sparsek_decode_update_kernel[(batch * selections,)](
-            key,
-            value,
-            scores,
-            *slots,
-            *key.stride()[:2],
-            *value.stride()[:2],
-            *scores.stride()[:2],
+        launch(
+            sparsek_decode_update_kernel,
+            batch * selections,
+            (key, value, scores, *slots),
+            (*key.stride()[:2], *value.stride()[:2], *scores.stride()[:2]),
             TOPK=topk,
             WINDOW=window,
             SINKS=sinks,
@@ -70,18 +67,11 @@ def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str,
         partial = torch.empty((batch, query_heads, splits, head_dim), dtype=torch.float32, device=query.device)
     partial_lse = torch.empty((batch, query_heads, splits), dtype=torch.float32, device=query.device)
     with on_device(query):
-        sparsek_decode_attention_kernel[(programs * splits,)](
-            query,
-            slots.keys,
-            slots.values,
-            slots.scores,
-            slots.threshold,
-            slots.read,
-            partial,
-            partial_lse,
-            *query.stride()[:2],
-            splits,
-            scale,
+        launch(
+            sparsek_decode_attention_kernel,
+            programs * splits,
+            (query, slots.keys, slots.values, slots.scores, slots.threshold, slots.read, partial, partial_lse),
+            (*query.stride()[:2], splits, scale),
             TOPK=topk,
             WINDOW=count - topk - sinks,
             SINKS=sinks,

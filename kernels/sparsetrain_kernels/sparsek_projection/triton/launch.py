@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.inputs import consecutive_rows
-from sparsetrain_kernels.launching import on_device
+from sparsetrain_kernels.launching import launch, on_device
 from sparsetrain_kernels.sparsek_projection.triton import kernels
 
 HELD = 8192
@@ -23,7 +23,17 @@ def project(z: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tau = torch.empty(rows, dtype=torch.float32, device=z.device)
     rest = torch.empty_like(tau)
     with on_device(z):
-        kernels.sparsek_fwd_kernel[(rows,)](z, k, p, tau, rest, entries, z.stride(0), k.stride(0), **tile(entries))
+        launch(
+            kernels.sparsek_fwd_kernel,
+            rows,
+            (z, k, p, tau, rest),
+            (
+                entries,
+                z.stride(0),
+                k.stride(0),
+            ),
+            **tile(entries),
+        )
     return p, tau, rest
 
 
@@ -34,8 +44,16 @@ def project_backward(grad: Tensor, z: Tensor, tau: Tensor, rest: Tensor) -> tupl
     grad_z = torch.empty((rows, entries), dtype=z.dtype, device=z.device)
     grad_k = torch.empty_like(tau)
     with on_device(z):
-        kernels.sparsek_bwd_kernel[(rows,)](
-            grad, z, tau, rest, grad_z, grad_k, entries, grad.stride(0), z.stride(0), **tile(entries)
+        launch(
+            kernels.sparsek_bwd_kernel,
+            rows,
+            (grad, z, tau, rest, grad_z, grad_k),
+            (
+                entries,
+                grad.stride(0),
+                z.stride(0),
+            ),
+            **tile(entries),
         )
     return grad_z, grad_k
 

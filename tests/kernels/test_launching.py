@@ -1,0 +1,91 @@
+"""Launches that skip what Triton looks at: only where it would find the kernel of an earlier launch again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sparsetrain_kernels.backend import TRITON_INSTALLED
+
+if TRITON_INSTALLED:
+    from sparsetrain_kernels.launching import launch
+
+pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="needs triton")
+STORAGE = torch.zeros(64, dtype=torch.bfloat16)
+X, Y = STORAGE[:16], STORAGE[16:32]
+
+
+class Kernel:
+    """Stands in for one that Triton compiles, which takes a GPU: remembers which way it was launched, and with what."""
+
+    arg_names = ("x_ptr", "y_ptr", "count", "SIZE", "EVEN")
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def ordinary(*args: Any, **constants: Any) -> Any:
+            self.launches.append(("ordinary", grid, args, constants))
+            return Compiled()
+
+        class Compiled:
+            def __getitem__(_, grid: tuple[int, ...]) -> Any:
+                return lambda *args: self.launches.append(("compiled", grid, args))
+
+        return ordinary
+
+
+def ways(*calls: dict[str, Any]) -> list[str]:
+    kernel = Kernel()
+    for call in calls:
+        settled = {"programs": 7, "tensors": (X, Y), "numbers": (3,), "SIZE": 16, "EVEN": True, "num_warps": 4} | call
+        launch(kernel, **settled)
+    return [way for way, *_ in kernel.launches]
+
+
+def test_a_repeated_launch_hands_addresses_numbers_and_constants_to_the_compiled_kernel() -> None:
+    kernel = Kernel()
+    for programs, x in ((7, X), (9, Y)):
+        launch(kernel, programs, (x, None), (programs,), EVEN=True, SIZE=16, num_warps=4)
+    first, second = kernel.launches
+    assert first == ("ordinary", (7,), (X, None, 7), {"EVEN": True, "SIZE": 16, "num_warps": 4})
+    assert second == ("compiled", (9, 1, 1), (Y.data_ptr(), None, 9, 16, True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": (X, Y.to(torch.float32))},
+        {"tensors": (X, None)},
+        {"numbers": (1,)},
+        {"numbers": (32,)},
+        {"numbers": (2**31 + 1,)},
+        {"numbers": (3.0,)},
+        {"SIZE": 32},
+        {"num_warps": 8},
+    ],
+    ids=str,
+)
+def test_what_triton_looks_at_goes_the_ordinary_way_once_it_changes(change: dict[str, Any]) -> None:
+    assert ways({}, change, {}, change) == ["ordinary", "ordinary", "compiled", "compiled"]
+
+
+def test_addresses_that_are_no_multiples_of_16_bytes_always_go_the_ordinary_way() -> None:
+    odd = {"tensors": (X, STORAGE[17:33])}
+    assert ways(odd, odd, {}, odd, {}) == ["ordinary", "ordinary", "ordinary", "ordinary", "compiled"]
+
+
+def test_tiles_are_described_at_addresses_that_tma_takes() -> None:
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from sparsetrain_kernels.block_pattern.hopper.descriptors import tiles
+
+    storage = torch.randn(2 * 3 * 128 * 64 + 8).to(torch.bfloat16)
+    for start in (0, 1, 8):
+        tensor = storage[start : start + 2 * 3 * 128 * 64].view(2, 3, 128, 64)
+        for view in (tensor, tensor.transpose(0, 1), tensor.transpose(2, 3)):
+            described = tiles(view, 64)
+            assert torch.equal(described.base, view)
+            assert described.base.data_ptr() % 16 == 0
+            assert described.strides == list(described.base.stride())
+        assert tiles(tensor, 64).base.data_ptr() == tensor.data_ptr() or start == 1
