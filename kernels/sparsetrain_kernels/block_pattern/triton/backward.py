@@ -11,6 +11,7 @@ from sparsetrain_kernels.block_pattern.triton.forward import LOG2E, tanh
 from sparsetrain_kernels.block_pattern.triton.geometry import (
     key_block_at,
     key_list,
+    place_of,
     query_block_at,
     query_list,
     read_item,
@@ -67,9 +68,7 @@ def block_pattern_bwd_dq_kernel(
     """``BLOCK_M`` query rows of one head, over the same key tiles and on the same grid as the forward kernel."""
     KEY_TILES: tl.constexpr = (BLOCK + BLOCK_N - 1) // BLOCK_N
     QUERY_TILES: tl.constexpr = (BLOCK + BLOCK_M - 1) // BLOCK_M
-    head = tl.program_id(0) % HEADS
-    item = tl.program_id(0) // HEADS % items
-    batch = (tl.program_id(0) // HEADS // items).to(tl.int64)
+    head, item, batch = place_of(tl.program_id(0), items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return
@@ -214,9 +213,8 @@ def block_pattern_bwd_dkv_kernel(
     """
     KEY_TILES: tl.constexpr = (BLOCK + BLOCK_N - 1) // BLOCK_N
     QUERY_TILES: tl.constexpr = (BLOCK + BLOCK_M - 1) // BLOCK_M
-    kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    item = tl.program_id(0) // KV_HEADS % items
-    batch = (tl.program_id(0) // KV_HEADS // items).to(tl.int64)
+    kv_head, item, batch = place_of(tl.program_id(0), items, KV_HEADS)
+    kv_head = kv_head.to(tl.int64)
     document, length, tile, piece, padded = read_item(items_ptr, item)
     if tile < 0:
         return

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.block_pattern.triton.forward import LOG2E
-from sparsetrain_kernels.block_pattern.triton.geometry import read_item
+from sparsetrain_kernels.block_pattern.triton.geometry import place_of, read_item
 
 
 @triton.jit
@@ -109,9 +109,7 @@ def block_pattern_bwd_stats_kernel(
     GRAD_LSE: tl.constexpr,
 ):
     """The statistics of the query rows, on the grid of the dQ kernel."""
-    head = tl.program_id(0) % HEADS
-    item = tl.program_id(0) // HEADS % items
-    batch = (tl.program_id(0) // HEADS // items).to(tl.int64)
+    head, item, batch = place_of(tl.program_id(0), items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return

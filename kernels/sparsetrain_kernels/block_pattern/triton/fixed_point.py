@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.block_pattern.triton.before_after import add_chunks, write_row_stats
-from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list, read_item
+from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list, place_of, read_item
 
 SLACK = tl.constexpr(1.02)
 """What rounding adds to the bound: of dS to 16 bits, of the exponentials and of the log-sum-exp."""
@@ -59,9 +59,8 @@ def tile_maxima_kernel(
 ):
     """The largest element of the keys and the largest norm of the values of every tile, as ``_bits``, int32 ``[B,
     KV_HEADS, padded_tiles]``. Rows past a document's end count where the fused kernel reads them."""
-    kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    item = tl.program_id(0) // KV_HEADS % items
-    batch = (tl.program_id(0) // KV_HEADS // items).to(tl.int64)
+    kv_head, item, batch = place_of(tl.program_id(0), items, KV_HEADS)
+    kv_head = kv_head.to(tl.int64)
     document, _, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return
@@ -144,9 +143,7 @@ def fixed_point_rows_kernel(
     PARTS: tl.constexpr = TILE // ROWS
     part = tl.program_id(0) % PARTS
     pid = tl.program_id(0) // PARTS
-    head = pid % HEADS
-    item = pid // HEADS % items
-    batch = (pid // HEADS // items).to(tl.int64)
+    head, item, batch = place_of(pid, items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return
@@ -267,9 +264,7 @@ def fixed_point_finish_kernel(
         )
         return
     pid = tl.program_id(0) - sum_programs
-    head = pid % HEADS
-    item = pid // HEADS % items
-    batch = (pid // HEADS // items).to(tl.int64)
+    head, item, batch = place_of(pid, items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     position = tile * TILE + tl.arange(0, TILE)
     is_row = (position < length) & (position >= 0)

@@ -25,6 +25,12 @@ def read_item(items_ptr, item):
 
 
 @triton.jit
+def place_of(pid, items, HEADS: tl.constexpr):
+    """The head, item and batch of a program: heads fastest, then items and the batch."""
+    return pid % HEADS, pid // HEADS % items, (pid // HEADS // items).to(tl.int64)
+
+
+@triton.jit
 def key_list(far_ptr, query_block, window, sinks, FAR: tl.constexpr):
     """The list of a query block: its number of sinks, of far blocks, and its first window block."""
     n_sink = tl.minimum(sinks, query_block)
