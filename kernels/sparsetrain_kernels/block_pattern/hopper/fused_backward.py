@@ -31,12 +31,11 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     place,
     product,
     query_list,
-    query_tile_at,
     read_item,
     store_rows,
     tma_load,
 )
-from sparsetrain_kernels.block_pattern.hopper.query_tiles import load_query_tiles
+from sparsetrain_kernels.block_pattern.hopper.query_tiles import each_query_tile, load_query_tile
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -84,46 +83,26 @@ def _producer(
     far_ptr,
     where,
     columns,
-    BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
     TPB: gl.constexpr,
 ):
     k_desc, v_desc = kv_descriptors
     k_buf, v_buf = kv_buffers
     kv_full, full, empty = barriers
-    batch, kv_head, kv_heads, group, document, padded, stats_rows, tile = where
+    batch, kv_head, _, _, document, _, _, tile = where
     D: gl.constexpr = k_desc.block_type.shape[3]
     mbarrier.expect(kv_full, TILE * D * 4)
     tma_load(k_desc, [batch, kv_head, document + tile * TILE, 0], kv_full, k_buf)
     tma_load(v_desc, [batch, kv_head, document + tile * TILE, 0], kv_full, v_buf)
-    load_query_tiles(
-        descriptors,
-        lines,
-        rings,
-        line_rings,
-        full,
-        empty,
-        far_ptr,
-        batch,
-        kv_head,
-        kv_heads,
-        group,
-        document,
-        padded,
-        stats_rows,
-        tile,
-        columns,
-        3,
-        BLOCK_M,
-        STAGES,
-        TPB,
-    )
+    state = (descriptors, lines, rings, line_rings, full, empty)
+    each_query_tile(load_query_tile, state, far_ptr, where, columns, TPB)
 
 
 @gluon.jit
-def _send_tile(dq_desc, dq_bufs, dq_barriers, batch, head, row, step, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr):
+def _send_tile(state, batch, head, row, padded_row, step):
     """Add dQ of 128 rows, as the consumers leave it step by step, each its half of the columns."""
-    dq_full, dq_empty = dq_barriers
+    dq_desc, dq_bufs, dq_full, dq_empty = state
+    BLOCK_M: gl.constexpr = dq_bufs.shape[3]
+    COLUMNS: gl.constexpr = dq_bufs.shape[4]
     for part in gl.static_range(TILE // BLOCK_M):
         for w in gl.static_range(2):
             mbarrier.wait(dq_full.index(w), step & 1)
@@ -136,21 +115,9 @@ def _send_tile(dq_desc, dq_bufs, dq_barriers, batch, head, row, step, BLOCK_M: g
 
 
 @gluon.jit
-def _storer(dq_desc, dq_bufs, dq_barriers, far_ptr, where, columns, BLOCK_M: gl.constexpr, TPB: gl.constexpr):
-    """The steps of the producer once more."""
-    batch, kv_head, _, group, document, _, _, tile = where
-    n_own, first, n_near, n_far = columns
-    COLUMNS: gl.constexpr = dq_desc.block_type.shape[3]
-    step = tile * 0
-    for member in range(group * n_own):
-        row = document + tile * TILE
-        step = _send_tile(dq_desc, dq_bufs, dq_barriers, batch, kv_head * group + member, row, step, BLOCK_M, COLUMNS)
-    for member in range(group):
-        for i in range(n_near + n_far):
-            row = document + query_tile_at(far_ptr, i, tile, first, n_near, TPB) * TILE
-            step = _send_tile(
-                dq_desc, dq_bufs, dq_barriers, batch, kv_head * group + member, row, step, BLOCK_M, COLUMNS
-            )
+def _storer(dq_desc, dq_bufs, dq_barriers, far_ptr, where, columns, TPB: gl.constexpr):
+    dq_full, dq_empty = dq_barriers
+    each_query_tile(_send_tile, (dq_desc, dq_bufs, dq_full, dq_empty), far_ptr, where, columns, TPB)
     tma.store_wait(0)
 
 
@@ -392,12 +359,10 @@ def block_pattern_bwd_fused_kernel(
                     far_ptr,
                     where,
                     columns,
-                    BLOCK_M,
-                    STAGES,
                     TPB,
                 ),
             ),
-            (_storer, (dq_desc, dq_bufs, dq_barriers, far_ptr, where, columns, BLOCK_M, TPB)),
+            (_storer, (dq_desc, dq_bufs, dq_barriers, far_ptr, where, columns, TPB)),
         ],
         [4, 1, 1],
         [240, 24, 24],

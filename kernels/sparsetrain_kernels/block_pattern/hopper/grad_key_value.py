@@ -25,7 +25,7 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     store_rows,
     tma_load,
 )
-from sparsetrain_kernels.block_pattern.hopper.query_tiles import load_query_tiles
+from sparsetrain_kernels.block_pattern.hopper.query_tiles import each_query_tile, load_query_tile
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -40,49 +40,21 @@ def _producer(
     line_rings,
     barriers,
     far_ptr,
-    batch,
-    kv_head,
-    kv_heads,
-    group,
-    document,
-    padded,
-    stats_rows,
-    tile,
+    where,
     columns,
-    BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
     TPB: gl.constexpr,
 ):
     k_desc, v_desc = kv_descriptors
     k_buf, v_buf = kv_buffers
     kv_full, full, empty = barriers
+    batch, kv_head, _, _, document, _, _, tile = where
     D: gl.constexpr = k_desc.block_type.shape[3]
     mbarrier.expect(kv_full, TILE * D * 4)
     for w in gl.static_range(2):
         tma_load(k_desc, [batch, kv_head, document + tile * TILE + w * HALF, 0], kv_full, k_buf.index(w))
         tma_load(v_desc, [batch, kv_head, document + tile * TILE + w * HALF, 0], kv_full, v_buf.index(w))
-    load_query_tiles(
-        descriptors,
-        lines,
-        rings,
-        line_rings,
-        full,
-        empty,
-        far_ptr,
-        batch,
-        kv_head,
-        kv_heads,
-        group,
-        document,
-        padded,
-        stats_rows,
-        tile,
-        columns,
-        2,
-        BLOCK_M,
-        STAGES,
-        TPB,
-    )
+    state = (descriptors, lines, rings, line_rings, full, empty)
+    each_query_tile(load_query_tile, state, far_ptr, where, columns, TPB)
 
 
 @gluon.jit
@@ -306,17 +278,8 @@ def block_pattern_bwd_dkv_kernel(
                     line_rings,
                     barriers,
                     far_ptr,
-                    batch,
-                    kv_head,
-                    kv_heads,
-                    group,
-                    document,
-                    padded * TPB * TILE,
-                    stats_rows,
-                    tile,
+                    (batch, kv_head, kv_heads, group, document, padded * TPB * TILE, stats_rows, tile),
                     (n_own, first, n_near, n_far),
-                    BLOCK_M,
-                    STAGES,
                     TPB,
                 ),
             ),
