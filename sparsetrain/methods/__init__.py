@@ -1,1 +1,1 @@
-"""Attention methods: one file each, with the recipe section that configures it and the object that attends."""
+"""Attention methods, a file or a folder each: the recipe section that configures it, and the object that attends."""

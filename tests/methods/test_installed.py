@@ -174,8 +174,9 @@ def test_without_its_package_a_saved_model_is_refused_by_its_name(runs):
         load(runs["thirds"][0] / "final")
 
 
-def test_it_is_planned_described_and_in_the_schema(environment):
-    plan, tempered, dense, schema, unknown, field = environment.commands(
+def test_it_is_planned_described_and_in_the_schema(environment, runs):
+    kept, plan, tempered, dense, schema, unknown, field = environment.commands(
+        ["recipe", "show", str(runs["thirds"][0] / "recipe.yaml")],
         ["plan", "qwen3-8b-power-128k", "attention.method=thirds"],
         ["plan", "qwen3-8b-power-128k", "attention.method=tempered", "train.parameters=new_modules"],
         ["plan", "qwen3-8b-power-128k", "attention.method=full"],
@@ -183,6 +184,9 @@ def test_it_is_planned_described_and_in_the_schema(environment):
         ["recipe", "validate", "quickstart", "attention.method=third"],
         ["recipe", "validate", "quickstart", "attention.method=tempered", "attention.widow=4"],
     )
+    assert kept[0] == 0, kept[2]
+    assert "method: thirds" in kept[1]
+    assert "block: 16" in kept[1]
     assert (plan[0], tempered[0]) == (0, 0), plan[2] + tempered[2]
     assert "thirds" in plan[1]
     assert plan[1] != dense[1]
