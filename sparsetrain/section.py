@@ -50,6 +50,12 @@ class Bounds:
         return value
 
 
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A name, a path or an id."""
+
+MOST_LISTED = 1000
+"""Entries of a list: sources, lengths that are measured, tasks."""
+
 MOST_TOKENS = 2**27
 """The longest row, document or context: 134 million tokens."""
 

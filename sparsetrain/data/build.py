@@ -14,7 +14,8 @@ from sparsetrain.data.synthetic import SyntheticSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import DataSection, DataSource, SequenceSection
+    from sparsetrain.recipe.schema import DataSection, SequenceSection
+    from sparsetrain.source_section import DataSource
 
 logger = logging.getLogger(__name__)
 

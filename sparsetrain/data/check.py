@@ -21,7 +21,8 @@ from sparsetrain.recipe.local_model import model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import DataSource, Recipe
+    from sparsetrain.recipe.schema import Recipe
+    from sparsetrain.source_section import DataSource
 
 LARGEST_ROW = 2**20
 """Characters of a first row that is still rendered."""

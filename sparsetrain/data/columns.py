@@ -11,7 +11,7 @@ from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
-    from sparsetrain.recipe.schema import DataSource
+    from sparsetrain.source_section import DataSource
 
 Layout = Literal["lines", "documents", "table"]
 """What a raw row is: an unparsed line of JSON, a whole file, or the columns of a table."""

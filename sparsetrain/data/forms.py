@@ -14,7 +14,7 @@ from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
-    from sparsetrain.recipe.schema import DataSource
+    from sparsetrain.source_section import DataSource
 
 _FIELD_SETTINGS: dict[Kind, str] = {
     "text": "text_field",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsetrain.data.document import Tokens
-    from sparsetrain.recipe.schema import DataSource
+    from sparsetrain.source_section import DataSource
 
 datasets.utils.logging.set_verbosity_error()
 if not sys.stderr.isatty():

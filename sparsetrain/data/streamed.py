@@ -20,7 +20,8 @@ from sparsetrain.errors import DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import DataSection, DataSource
+    from sparsetrain.recipe.schema import DataSection
+    from sparsetrain.source_section import DataSource
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from sparsetrain.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import DataSource
+    from sparsetrain.source_section import DataSource
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 

@@ -15,7 +15,7 @@ from sparsetrain.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sparsetrain.recipe.schema import DataSource
+    from sparsetrain.source_section import DataSource
 
 
 def token_stream(source: DataSource, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> np.ndarray:

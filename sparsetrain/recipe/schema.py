@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
@@ -16,26 +15,20 @@ from pydantic import (
 
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.section import MOST_BLOCKS, MOST_STEPS, Bounds, Decay, Section, Steps, Tokens
+from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Decay, Section, Steps, Text, Tokens
+from sparsetrain.source_section import DataSource
 
 SCHEMA_VERSION = 1
 """Raised whenever an existing recipe would change its meaning; a recipe from a newer version is refused."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
-"""A name, a path or an id."""
 Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
 """A learning rate."""
 Constant = Annotated[float, Field(gt=0), Bounds(1e30, "it is used in fp32", least=1e-30)]
-_KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
-Keys = Annotated[int, Field(gt=0), _KEYS]
 _PROMPTS = Bounds(1000, "each is a prompt of its own, at every length")
 
 MOST_SHARING = 1024
 """Ranks that share a row."""
-
-MOST_LISTED = 1000
-"""Sources, or lengths that are measured."""
 
 
 def _no_switch(value: Any) -> Any:
@@ -79,102 +72,6 @@ class ModelSection(Section):
         if self.architecture is not None and not isinstance(self.architecture.get("model_type"), str):
             raise ValueError("model.architecture needs model_type, such as llama or qwen3")
         return self
-
-
-# The columns of a source, and the form that reads each.
-_COLUMNS = {
-    "text_field": "text",
-    "prompt_field": "prompt_completion",
-    "completion_field": "prompt_completion",
-    "separator": "prompt_completion",
-    "messages_field": "chat",
-}
-
-
-class DataSource(Section):
-    """One source of documents. Give ``path`` (files, a folder, a Hub id, ``python-stdlib``) or ``synthetic``."""
-
-    name: Text | None = None
-    """Name in logs and errors; by default the path or the synthetic task."""
-    path: Text | None = None
-    """Local file, glob or folder (jsonl, json, parquet, arrow; txt, md, rst, py: one document a file), a Hub dataset
-    id, or ``python-stdlib``."""
-    synthetic: Literal["passkey", "multikey", "recall"] | None = None
-    """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
-    which are asked for (associative recall, MQAR of 2312.04927)."""
-    form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
-    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), chat messages (loss on the
-    assistant's turns, by the tokenizer's chat template), or ``input_ids`` and ``labels`` as they are. ``auto`` decides
-    by the columns of the first row."""
-    text_field: Text = "text"
-    """Column that holds the text (form ``text``)."""
-    prompt_field: Text = "prompt"
-    """Column that holds the prompt (form ``prompt_completion``)."""
-    completion_field: Text = "completion"
-    """Column that holds the completion (form ``prompt_completion``)."""
-    separator: Annotated[str, Field(max_length=4096)] = ""
-    """Text between a prompt and its completion, which belongs to the prompt (form ``prompt_completion``)."""
-    messages_field: Text = "messages"
-    """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
-    ignore: list[str] = []
-    """Columns, and keys of turns, that have a meaning and are left out all the same, such as ``[rejected]``. Otherwise
-    a row that says what cannot be honoured is refused."""
-    subset: Text | None = None
-    """Configuration name of a Hub dataset."""
-    revision: Text | None = None
-    """Branch, tag or commit of a Hub dataset."""
-    split: Text = "train"
-    """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
-    weight: PositiveFloat = 1.0
-    """Share of this source among what is drawn, relative to the other sources. A draw is a document, or one
-    ``sequence.length`` of a longer one; of a streaming source, a document whole."""
-    streaming: bool = False
-    """Read rows as they are needed instead of tokenising the whole source first (and caching it)."""
-    shuffle: bool = True
-    """Draw documents in a seeded random order, a new one each epoch. A streaming source is read in order, and only
-    the rows packed together (about 32) are shuffled."""
-    lengths: Annotated[list[Tokens], Field(max_length=MOST_LISTED)] = []
-    """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
-    keys: Keys = 4
-    """Synthetic ``multikey`` and ``recall``: how many keys a document hides that may be asked for."""
-    distractors: Annotated[int, Field(ge=0), _KEYS] = 0
-    """Synthetic ``multikey`` and ``recall``: how many more it hides that look alike and are never asked for. With any,
-    the keys that count are marked."""
-    digits: Annotated[int, Field(ge=1, le=12)] = 5
-    """Synthetic ``passkey`` and ``multikey``: digits of a key."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> DataSource:
-        if (self.path is None) == (self.synthetic is None):
-            given = "both" if self.path is not None else "neither"
-            raise ValueError(f"a source has either a path or a synthetic task; {given} is given")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_idle(self) -> DataSource:
-        """Refuse a setting that this kind of source would not read."""
-        kinds = {
-            "sources with a path": (
-                self.synthetic is None,
-                ("form", *_COLUMNS, "ignore", "subset", "revision", "split", "streaming", "shuffle"),
-            ),
-            "synthetic sources": (self.synthetic is not None, ("lengths",)),
-            "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
-            "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
-        } | {
-            f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
-            for form in ("text", "prompt_completion", "chat", "tokens")
-        }
-        for kind, (holds, names) in kinds.items():
-            for name in names:
-                if not holds and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}={getattr(self, name)} has no effect here: it belongs to {kind}")
-        return self
-
-    @property
-    def label(self) -> str:
-        """The name used in logs and errors."""
-        return self.name or self.path or str(self.synthetic)
 
 
 SMALLEST_SHARE = 1e-9

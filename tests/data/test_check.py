@@ -15,7 +15,7 @@ from sparsetrain.cli import main
 from sparsetrain.data.sources import open_source
 from sparsetrain.doctor import check_recipe_data, run_checks
 from sparsetrain.recipe import load_recipe
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 TURNS = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]
 RECIPE = """

@@ -13,7 +13,7 @@ from sparsetrain.data.forms import resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 # Writes all that a conversation can hold, each kind with a sign of its own.
 FULL = (

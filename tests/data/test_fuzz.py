@@ -23,7 +23,7 @@ from sparsetrain.data.meanings import MASKS, SETTINGS, SYSTEM, TOOLS
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 PLAIN = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{{ documents }}{{ enable_thinking }}"

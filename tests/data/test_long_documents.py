@@ -11,7 +11,7 @@ from sparsetrain.data import encoding, token_stream
 from sparsetrain.data.encoding import encode
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataMemoryError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 from sparsetrain.training.out_of_memory import is_out_of_memory
 
 WORDS = ["字漢", " ", "\n\n", "  ", "word", "é😀", "\t", "x1", "</s>", "<s>", "...\n", ",  ", '"', "don't "]

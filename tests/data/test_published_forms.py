@@ -13,7 +13,7 @@ from sparsetrain.data.forms import resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{{ c.function.arguments | tojson }}{% endfor %}<eos>{% endfor %}"  # noqa: E501
 DEEPSEEK = (

@@ -8,7 +8,7 @@ from sparsetrain.data.forms import resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 PREFIX_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"

@@ -6,7 +6,7 @@ import pytest
 
 from sparsetrain.data import token_stream
 from sparsetrain.errors import DataError
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 TEXTS = ["first document", "", "second", "third, never needed"]
 

@@ -7,7 +7,7 @@ import pytest
 from sparsetrain.data import render
 from sparsetrain.data.mapped import tokenized
 from sparsetrain.data.sources import open_source
-from sparsetrain.recipe.schema import DataSource
+from sparsetrain.source_section import DataSource
 
 ROWS = [{"text": f"row {i}", "other": f"another {i}"} for i in range(40)]
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 from sparsetrain.errors import DataError, RecipeError
 from sparsetrain.evaluation import evaluate
 from sparsetrain.modeling import sparsify
-from sparsetrain.recipe.schema import DataSource, EvalSection, PerplexitySection
+from sparsetrain.recipe.schema import EvalSection, PerplexitySection
+from sparsetrain.source_section import DataSource
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want. "
 

@@ -9,7 +9,8 @@ from ports import free_port
 
 from sparsetrain.evaluation import EvalResult, evaluate
 from sparsetrain.evaluation.scoring import Place, deal
-from sparsetrain.recipe.schema import DataSource, EvalSection, PasskeySection, PerplexitySection
+from sparsetrain.recipe.schema import EvalSection, PasskeySection, PerplexitySection
+from sparsetrain.source_section import DataSource
 
 
 @pytest.mark.parametrize(("items", "world"), [(7, 3), (6, 3), (1, 4), (2, 1)])
