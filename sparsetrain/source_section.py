@@ -8,6 +8,9 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from sparsetrain.section import MOST_BLOCKS, MOST_LISTED, Bounds, Section, Text, Tokens
 
+ROOM = 2**17
+"""Tokens in which every synthetic document has room."""
+
 _KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
 
 # The columns of a source, and the form that reads each.

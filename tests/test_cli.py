@@ -193,7 +193,7 @@ def test_schema_is_json(call):
         ["recipe", "validate", "train.lr=3"],
         ["doctor", "gone.yaml"],
         ["eval", "nowhere", "run.yaml"],
-        ["eval", "nowhere", "run.yaml", "eval.passkey.lengths=[128]"],
+        ["eval", "nowhere", "run.yaml", "eval.tasks.passkey.lengths=[128]"],
         ["eval", "nowhere", "run.yaml", "attention.method=full"],
     ],
 )
@@ -255,13 +255,13 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
     loaded = load_recipe(recipe, [f"model={{path: {test_data}/models/stories260K_hf, dtype: float32}}"]).recipe
     model, tokenizer = load_model(loaded.model, loaded.attention, seed=0)
     save(model, "final", tokenizer)
-    measure = "eval.passkey={lengths: [256], depths: 2, trials: 1}"
+    measure = "eval.tasks.passkey={lengths: [256], depths: 2, trials: 1}"
     code, out, err = call("eval", "final", recipe, measure, "--output", "result.json")
     assert code == 0, err
     assert "256" in out
     result = json.loads(Path("result.json").read_text())
-    assert result["passkey"]["lengths"] == [256]
-    assert len(result["passkey"]["correct"][0]) == 2
+    assert result["tasks"]["passkey"]["lengths"] == [256]
+    assert len(result["tasks"]["passkey"]["correct"][0]) == 2
 
     code, _, err = call("eval", "final", recipe, measure, "--output", "nowhere/result.json")
     assert (code, err.startswith("error: --output nowhere/result.json: there is no such folder")) == (2, True)

@@ -12,7 +12,9 @@ from rich.table import Table
 from sparsetrain import doctor
 from sparsetrain.cli import main
 from sparsetrain.evaluation.report import print_results
-from sparsetrain.evaluation.result import EvalResult, PasskeyResult
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.tasks.passkey import PasskeyResult
+from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
 from sparsetrain.tables import print_tables
 
 LENGTHS = [1024 << index for index in range(8)]
@@ -20,7 +22,8 @@ LENGTHS = [1024 << index for index in range(8)]
 
 def _eval() -> None:
     passkey = PasskeyResult(lengths=LENGTHS, depths=[0.0], trials=1, digits=5, correct=[[1] for _ in LENGTHS])
-    print_results({"before": EvalResult(perplexity=dict.fromkeys(LENGTHS, 2.345), passkey=passkey)})
+    perplexity = PerplexityResult(perplexity=dict.fromkeys(LENGTHS, 2.345), tokens=4096)
+    print_results({"before": EvalResult(tasks={"perplexity": perplexity, "passkey": passkey})})
 
 
 def _doctor() -> None:

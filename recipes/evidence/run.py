@@ -24,6 +24,8 @@ from typing import Annotated
 import typer
 
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
+from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
+from sparsetrain.evaluation.tasks.recall import RecallResult
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.recipe import Recipe, load_recipe
 
@@ -103,9 +105,12 @@ def measured(folder: Path, moment: str) -> dict[str, float]:
     if not labels:
         return {}
     result = results[labels[-1]]
-    found = {f"perplexity at {length}": value for length, value in result.perplexity.items()}
-    if result.recall is not None:
-        found |= {ANSWERS: result.recall.accuracy(), "loss": result.recall.loss}
+    found: dict[str, float] = {}
+    for task in result.tasks.values():
+        if isinstance(task, PerplexityResult):
+            found |= {f"perplexity at {length}": value for length, value in task.perplexity.items()}
+        elif isinstance(task, RecallResult):
+            found |= {ANSWERS: task.accuracy(), "loss": task.loss}
     return found
 
 

@@ -26,7 +26,7 @@ def evaluate_folder(
     \b
     Examples:
       sparsetrain eval runs/quickstart/final quickstart
-      sparsetrain eval runs/quickstart/final quickstart eval.passkey.lengths=[4096] --output result.json
+      sparsetrain eval runs/quickstart/final quickstart eval.tasks.passkey.lengths=[4096] --output result.json
     """
     from sparsetrain.recipe import load_recipe
 
@@ -36,7 +36,7 @@ def evaluate_folder(
     loaded = load_recipe(recipe, overrides or [])
     section = loaded.recipe.eval
     if section.empty:
-        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.perplexity, eval.passkey or eval.recall")
+        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.tasks")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(
             f"{folder} holds no model (no config.json or adapter_config.json); give the final/ folder of a run"
@@ -47,10 +47,11 @@ def evaluate_folder(
     from rich.console import Console
     from rich.progress import Progress
 
-    from sparsetrain.evaluation import evaluate
     from sparsetrain.evaluation.report import print_results
+    from sparsetrain.evaluation.runner import evaluate
     from sparsetrain.modeling import load
     from sparsetrain.modeling.tokenizers import load_tokenizer
+    from sparsetrain.world import World
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder)
@@ -62,7 +63,7 @@ def evaluate_folder(
             model,
             tokenizer,
             section,
-            device=device,
+            World(0, 1, device),
             seed=loaded.recipe.train.seed,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -26,7 +26,7 @@ def run(
     Examples:
       sparsetrain run quickstart
       sparsetrain run quickstart attention.method=sliding attention.block=32 --output runs/sliding
-      sparsetrain run my.yaml train.lr=2e-5 eval.passkey.lengths=[4096,8192]
+      sparsetrain run my.yaml train.lr=2e-5 eval.tasks.passkey.lengths=[4096,8192]
       sparsetrain run my.yaml --resume
 
     \b
@@ -45,7 +45,7 @@ def run(
             loaded = load_recipe(recipe, overrides or [], output)
             from sparsetrain.training.belongings import refuse_early, run_folder
 
-            refuse_early(run_folder(loaded.recipe), resume)
+            refuse_early(run_folder(loaded.recipe), loaded.recipe, resume)
             if os.environ.get("RANK", "0") == "0":
                 print_notes(loaded)
                 # Importing torch and DeepSpeed and reading the model take a while, silently.

@@ -17,6 +17,7 @@ from sparsetrain.data.forms import resolve_form, takes_template
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
 from sparsetrain.recipe.local_model import model_folder
+from sparsetrain.source_section import ROOM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +29,6 @@ LARGEST_ROW = 2**20
 """Characters of a first row that is still rendered."""
 LARGEST_ARRAY = 2**28
 """Bytes of a file of JSON that is still read."""
-ROOM = 2**17
-"""Tokens in which every synthetic task has room."""
 
 
 @dataclass
@@ -84,8 +83,10 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
     for index, source in enumerate(recipe.data.sources):
         if source.path is not None:
             yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip"
-    if recipe.eval.perplexity is not None:
-        yield "eval.perplexity.source", recipe.eval.perplexity.source, False
+    for task in recipe.eval.tasks:
+        for name, source in task.sources().items():
+            if source.path is not None:
+                yield task.path(name), source, False
 
 
 def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool) -> bool:
@@ -94,8 +95,6 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
     Raises:
         DataError: it has no rows that a run could read.
     """
-    if source.path is None:
-        raise DataError(f"data source {source.label!r}: perplexity is measured on text, not on a synthetic task")
     seen = tokenizer or _AnyTemplate()
     if source.path == STDLIB:
         refuse_hub_settings(source)
@@ -103,7 +102,7 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
             raise DataError(f"data source {source.label!r}: {STDLIB} has the splits train and validation")
         resolve_form(source, ["text"], seen)
         return False
-    if not is_local(source.path):
+    if not is_local(str(source.path)):
         check.unseen.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
         return False
     kind, files = local_files(source)
@@ -127,19 +126,18 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
 def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:
     """Note the synthetic tasks that their shortest document has no room for."""
     from sparsetrain.data.randomness import generator
-    from sparsetrain.data.synthetic import passkey_prompt, synthetic_task
+    from sparsetrain.data.synthetic import synthetic_task
 
-    asked = [(f"data.sources.{index}", source) for index, source in enumerate(recipe.data.sources) if source.synthetic]
-    if recipe.eval.recall is not None:
-        asked.append(("eval.recall.source", recipe.eval.recall.source))
-    for name, source in asked:
-        with _collected(faults, name):
-            shortest = min(source.lengths, default=recipe.sequence.length)
-            synthetic_task(source, tokenizer).document(min(shortest, ROOM), generator(0))
-    passkey = recipe.eval.passkey
-    if passkey is not None:
-        with _collected(faults, "eval.passkey.lengths"):
-            passkey_prompt(tokenizer, min(*passkey.lengths, ROOM), 0.5, generator(0), passkey.digits)
+    for index, source in enumerate(recipe.data.sources):
+        if source.synthetic:
+            with _collected(faults, f"data.sources.{index}"):
+                shortest = min(source.lengths, default=recipe.sequence.length)
+                synthetic_task(source, tokenizer).document(min(shortest, ROOM), generator(0))
+    for task in recipe.eval.tasks:
+        try:
+            task.try_inputs(tokenizer)
+        except DataError as error:
+            faults.append(str(error))
 
 
 def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | None:
@@ -147,10 +145,10 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
 
     What is wrong with it is told where the model is looked at.
     """
-    sources, evaluation = recipe.data.sources, recipe.eval
-    texts = [*sources, *([evaluation.perplexity.source] if evaluation.perplexity else [])]
-    tried = any(source.path != STDLIB and (source.synthetic or is_local(str(source.path))) for source in texts)
-    if not (tried or evaluation.passkey or evaluation.recall):
+    tasks = recipe.eval.tasks
+    sources = [*recipe.data.sources, *(source for task in tasks for source in task.sources().values())]
+    tried = any(source.path != STDLIB and (source.synthetic or is_local(str(source.path))) for source in sources)
+    if not tried and all(task.sources() for task in tasks):
         return None
     name = recipe.model.tokenizer or recipe.model.path
     folder = model_folder(recipe.model.model_copy(update={"path": name}))

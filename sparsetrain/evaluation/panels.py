@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsetrain.evaluation.result import EvalResult, PasskeyResult
+from sparsetrain.evaluation.base import LossMarks
 from sparsetrain.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -30,11 +29,11 @@ MAX_RESULTS = 4
 T = TypeVar("T")
 
 
-def draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    """Loss and learning rate over steps, with the perplexity of the evaluations between them."""
+def draw_loss(axes: Axes, lines: list[dict[str, Any]], marks: Sequence[LossMarks] = ()) -> None:
+    """Loss and learning rate over steps, with what the evaluations between them measured of a loss."""
     losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     rates = [(line["step"], line["lr"]) for line in lines if line.get("lr") is not None]
-    _title(axes, "Training loss")
+    put_title(axes, "Training loss")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     if not losses:
         _say_instead(axes, "no steps recorded")
@@ -43,7 +42,8 @@ def draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> None:
     steps, values = zip(*losses, strict=True)
     axes.plot(steps, values, color=SKY, alpha=0.6, linewidth=1, label="loss of a step")
     axes.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="smoothed")
-    _mark_evaluations(axes, lines)
+    for found, color in zip(marks, cycle((RED, PURPLE, GREEN))):
+        _mark_evaluations(axes, found, color)
     axes.grid(True, color=PAPER)
     if rates:
         other = axes.twinx()
@@ -58,88 +58,14 @@ def draw_loss(axes: Axes, lines: list[dict[str, Any]]) -> None:
     axes.legend(loc="best", edgecolor="none")
 
 
-def _mark_evaluations(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    """Perplexity at the greatest length, on the loss axis as its logarithm and in words as itself."""
-    lengths = {int(name.rsplit("/", 1)[1]) for line in lines for name in line if name.startswith("eval/perplexity/")}
-    if not lengths:
-        return
-    name = f"eval/perplexity/{max(lengths)}"
-    marks = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    steps, values = zip(*marks, strict=True)
-    label = f"ln perplexity at {max(lengths):,} tokens"
-    axes.plot(steps, [math.log(v) for v in values], "D", color=RED, markeredgecolor="white", label=label, clip_on=False)
-    for index in {0, len(marks) - 1}:
-        place = (steps[index], math.log(values[index]))
-        text = axes.annotate(f"{values[index]:.3g}", place, (0, 8), textcoords="offset points", ha="center", color=RED)
+def _mark_evaluations(axes: Axes, marks: LossMarks, color: str) -> None:
+    """What evaluations measured, at its height on the loss axis and in words."""
+    steps, heights, texts = zip(*marks.points, strict=True)
+    axes.plot(steps, heights, "D", color=color, markeredgecolor="white", label=marks.label, clip_on=False)
+    for index in {0, len(steps) - 1}:
+        place = (steps[index], heights[index])
+        text = axes.annotate(texts[index], place, (0, 8), textcoords="offset points", ha="center", color=color)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
-
-
-def draw_perplexity(axes: Axes, results: Mapping[str, EvalResult], trained_length: int | None) -> None:
-    """Perplexity against length, a line for each result."""
-    from matplotlib.ticker import LogLocator
-
-    _title(axes, "Perplexity by context length")
-    points_of = {label: sorted(result.perplexity.items()) for label, result in results.items() if result.perplexity}
-    measured = few(points_of)
-    if not measured:
-        _say_instead(axes, "perplexity was not measured")
-        return
-    for (label, points), (color, marker) in zip(measured.items(), cycle(SERIES)):
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=2, label=label)
-        end = f"{points[-1][1]:.3g}"
-        axes.annotate(end, points[-1], (7, 0), textcoords="offset points", va="center", color=color)
-    values = [value for points in measured.values() for _, value in points]
-    if max(values) > 4 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    lengths = sorted({length for points in measured.values() for length, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
-    axes.minorticks_off()
-    if trained_length is not None:
-        axes.axvline(trained_length, color=FAINT, linestyle=":", label="trained length")
-    axes.margins(x=0.1)
-    axes.set(xlabel="context length (tokens)", ylabel="perplexity")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color=PAPER)
-    axes.legend(loc="best", edgecolor="none")
-
-
-def draw_heatmaps(figure: Any, results: Mapping[str, EvalResult]) -> None:
-    """Passkey accuracy by length and depth, a map for each result that measured it."""
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
-
-    measured = few(with_passkey(results))
-    if not measured:
-        _say_instead(figure.subplots(), "passkey retrieval was not measured")
-        return
-    colors = LinearSegmentedColormap.from_list("found", MISSED_TO_FOUND)
-    all_axes = figure.subplots(1, len(measured), squeeze=False)[0]
-    for axes, (label, passkey) in zip(all_axes, measured.items(), strict=True):
-        grid = np.array(passkey.accuracy()).T
-        image = axes.pcolormesh(grid, cmap=colors, vmin=0, vmax=1, edgecolor="white", linewidth=2)
-        low, high = passkey.interval()
-        _title(axes, f"{label}\n{passkey.mean():.0%} found  [{low:.0%}, {high:.0%}]")
-        axes.set_xticks(np.arange(len(passkey.lengths)) + 0.5, [_tokens(length) for length in passkey.lengths])
-        axes.set_yticks(np.arange(len(passkey.depths)) + 0.5, [f"{depth:.0%}" for depth in passkey.depths])
-        axes.set_xlabel("prompt length (tokens)")
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        if grid.size <= 120:
-            for (row, column), share in np.ndenumerate(grid):
-                axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", color=INK)
-    all_axes[0].set_ylabel("depth of the key")
-    figure.colorbar(image, ax=all_axes, fraction=0.02, pad=0.01, format="{x:.0%}", ticks=[0, 0.5, 1])
-    passkey = next(iter(measured.values()))
-    figure.supxlabel(
-        f"passkeys found; prompts in a cell: {passkey.trials}, in a map: {passkey.prompts()}; [95 % interval]; "
-        f"by chance 1 in {10**passkey.digits:,}",
-        fontsize=9,
-        color=FAINT,
-    )
 
 
 def draw_attention(figure: Any, attention: MethodConfig, length: int, num_layers: int, num_kv_heads: int = 1) -> None:
@@ -186,7 +112,7 @@ def _draw_mask(axes: Axes, attention: MethodConfig, pattern: Pattern, length: in
     _token_ticks(axes.xaxis, num_blocks, pattern.block)
     _token_ticks(axes.yaxis, num_blocks, pattern.block)
     axes.set(xlabel="key (first KV head; the others differ)" if pattern.per_head else "key", ylabel="query")
-    _title(axes, f"{attention.method}: {pattern.density(length):.1%} of full attention at {_tokens(length)} tokens")
+    put_title(axes, f"{attention.method}: {pattern.density(length):.1%} of full attention at {short(length)} tokens")
     handles = [Patch(color=color, label=label) for color, label in legend.items()]
     if (kinds == 1).any():
         handles.append(Patch(facecolor="white", edgecolor=FAINT, label=f"skipped (blocks of {pattern.block})"))
@@ -218,7 +144,7 @@ def _draw_reach(axes: Axes, pattern: Pattern, length: int, num_layers: int, dens
     axes.set(xlabel="position in the input", ylabel="after layer")
     covered = next((layer + 1 for layer, share in enumerate(shares) if share == 1), None)
     outcome = f"all of it after layer {covered}" if covered else f"{shares[-1]:.0%} of it after all {num_layers} layers"
-    _title(axes, f"What has reached the last block: {outcome}")
+    put_title(axes, f"What has reached the last block: {outcome}")
     coverage = axes.secondary_yaxis("right")
     coverage.set_yticks(middles, [f"{shares[layer]:.0%}" for layer in shown])
     for side in (axes, coverage):
@@ -238,15 +164,16 @@ def pooled(cells: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
 
 def _token_ticks(axis: Any, num_blocks: int, block: int) -> None:
     ticks = [num_blocks * quarter / 4 for quarter in range(5)]
-    axis.set_ticks(ticks, [_tokens(round(tick * block)) for tick in ticks])
+    axis.set_ticks(ticks, [short(round(tick * block)) for tick in ticks])
 
 
-def _tokens(length: int) -> str:
-    """8192 as 8K, 1536 as 1.5K, 1000 as it is."""
+def short(length: int) -> str:
+    """A number of tokens: 8192 as 8K, 1536 as 1.5K, 1000 as it is."""
     return f"{length / 1024:g}K" if length >= 1024 and length % 128 == 0 else f"{length:,}"
 
 
-def _title(axes: Axes, text: str) -> None:
+def put_title(axes: Axes, text: str) -> None:
+    """The title of a panel."""
     axes.set_title(text, loc="left", fontweight="bold", color=INK)
 
 
@@ -262,14 +189,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(span) / len(span) for span in spans]
 
 
-def few(results: dict[str, T]) -> dict[str, T]:
+def few(results: Mapping[str, T]) -> dict[str, T]:
     """The first and the last results, where there are too many to see side by side."""
     if len(results) <= MAX_RESULTS:
-        return results
+        return dict(results)
     labels = list(results)
     return {label: results[label] for label in labels[: MAX_RESULTS // 2] + labels[-MAX_RESULTS // 2 :]}
-
-
-def with_passkey(results: Mapping[str, EvalResult]) -> dict[str, PasskeyResult]:
-    """The results that measured passkey retrieval."""
-    return {label: result.passkey for label, result in results.items() if result.passkey is not None}

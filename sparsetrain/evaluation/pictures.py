@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.durable import write_whole
-from sparsetrain.evaluation.panels import (
-    INK,
-    MAX_RESULTS,
-    draw_attention,
-    draw_heatmaps,
-    draw_loss,
-    draw_perplexity,
-    with_passkey,
-)
-from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.base import Drawing, LossMarks, TaskResult
+from sparsetrain.evaluation.panels import INK, draw_attention, draw_loss
+from sparsetrain.evaluation.registry import TASKS
+from sparsetrain.evaluation.result import EvalResult, by_task
 from sparsetrain.evaluation.survival import draw_survival
 
 if TYPE_CHECKING:
@@ -28,28 +22,34 @@ if TYPE_CHECKING:
     from sparsetrain.methods.base import MethodConfig
 
 
-def loss_curve(metrics: Path, out: Path) -> Path:
-    """Training loss, learning rate and evaluation perplexity over steps, from ``metrics.jsonl``."""
+def loss_curve(metrics: Path, out: Path, results: Mapping[str, EvalResult] | None = None) -> Path:
+    """Training loss, learning rate and what evaluations measured of a loss over steps, from ``metrics.jsonl``."""
     figure = _figure(8, 4.5)
-    draw_loss(figure.subplots(), _read_metrics(metrics))
+    lines = _read_metrics(metrics)
+    draw_loss(figure.subplots(), lines, _loss_marks(results or {}, lines))
     return _save(figure, out)
 
 
-def perplexity_by_length(results: Mapping[str, EvalResult], out: Path, *, trained_length: int | None = None) -> Path:
-    """Perplexity against context length, a line for each labelled result.
+def drawings(results: Mapping[str, EvalResult], trained_length: int | None = None, *, wide: bool) -> dict[str, Drawing]:
+    """What the tasks draw, by their names.
 
     Args:
-        trained_length: drawn as a vertical line.
+        trained_length: tokens of a training row.
+        wide: those with several axes side by side, or those with one.
     """
-    figure = _figure(7, 4.5)
-    draw_perplexity(figure.subplots(), results, trained_length)
-    return _save(figure, out)
+    found = {}
+    for name, measured in by_task(results):
+        result = type(next(iter(measured.values())))
+        drawing = result.drawing(name, measured, trained_length) if result.wide is wide else None
+        if drawing is not None:
+            found[name] = drawing
+    return found
 
 
-def passkey_heatmaps(results: Mapping[str, EvalResult], out: Path) -> Path:
-    """Passkey accuracy by length and depth, a heat map for each labelled result that measured it."""
-    figure = _figure(1 + 4 * max(1, min(MAX_RESULTS, len(with_passkey(results)))), 3.8)
-    draw_heatmaps(figure, results)
+def task_picture(drawing: Drawing, out: Path, *, wide: bool) -> Path:
+    """One of :func:`drawings` as a file of its own."""
+    figure = _figure(drawing.width, drawing.height)
+    drawing.draw(figure if wide else figure.subplots())
     return _save(figure, out)
 
 
@@ -80,21 +80,36 @@ def report_picture(
     num_layers: int,
     num_kv_heads: int = 1,
 ) -> Path:
-    """Loss, perplexity, passkey and attention on one page."""
-    heights = [1.0, 0.85, 1.15] if with_passkey(results) else [1.0, 1.15]
+    """Loss, what the tasks draw, and attention on one page."""
+    panels, wide = (list(drawings(results, length, wide=kind).values()) for kind in (False, True))
+    # One panel stands beside the loss, the others two by two below it.
+    pairs = [panels[start : start + 2] for start in range(1, len(panels), 2)]
+    heights = [1.0, *(0.85 for _ in pairs + wide), 1.15]
     figure = _figure(14, 4.6 * sum(heights))
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.03)
-    if any(result.perplexity for result in results.values()):
+    if panels:
         left, right = parts[0].subplots(1, 2, width_ratios=[3, 2])
-        draw_perplexity(right, results, length)
+        panels[0].draw(right)
     else:
         left = parts[0].subplots()
-    draw_loss(left, _read_metrics(metrics))
-    if len(parts) == 3:
-        draw_heatmaps(parts[1], results)
+    lines = _read_metrics(metrics)
+    draw_loss(left, lines, _loss_marks(results, lines))
+    for part, pair in zip(parts[1:], pairs):
+        for axes, drawing in zip(part.subplots(1, len(pair), squeeze=False)[0], pair, strict=True):
+            drawing.draw(axes)
+    for part, drawing in zip(parts[1 + len(pairs) :], wide):
+        drawing.draw(part)
     draw_attention(parts[-1], attention, length, num_layers, num_kv_heads)
     return _save(figure, out)
+
+
+def _loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) -> list[LossMarks]:
+    """Of the tasks of ``results``, and of those that have their default names in ``metrics.jsonl``."""
+    classes: dict[str, type[TaskResult]] = {name: section.result for name, section in TASKS.items()}
+    classes |= {name: type(next(iter(measured.values()))) for name, measured in by_task(results)}
+    found = (result.loss_marks(name, lines) for name, result in classes.items())
+    return [marks for marks in found if marks is not None]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

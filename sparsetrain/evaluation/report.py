@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -14,8 +14,9 @@ from rich.text import Text
 
 from sparsetrain.durable import read_bytes, write_whole
 from sparsetrain.errors import CheckpointError
-from sparsetrain.evaluation.panels import few, with_passkey
-from sparsetrain.evaluation.result import EvalResult, PasskeyResult
+from sparsetrain.evaluation.base import Rows, TaskReport
+from sparsetrain.evaluation.panels import few
+from sparsetrain.evaluation.result import EvalResult, by_task
 from sparsetrain.tables import print_tables
 
 RESULTS_FILE = "evaluation.json"
@@ -24,23 +25,15 @@ REPORT_FILE = "report.md"
 RESULTS = TypeAdapter(dict[str, EvalResult])
 """What ``evaluation.json`` holds: results by their labels."""
 
-Rows = list[list[str]]
-"""A table as text, its header first."""
-
 
 def print_results(results: Mapping[str, EvalResult], console: Console | None = None) -> None:
-    """Print perplexity by length, passkey accuracy by length, that by depth for a few results, and recall."""
+    """Print the tables of each task."""
     console = console or Console()
-    if perplexity := perplexity_rows(results):
-        print_tables(console, _table("Perplexity by context length", perplexity))
-    measured = with_passkey(results)
-    if measured:
-        title = f"Passkeys found by prompt length (prompts at each length and depth: {_trials(measured)})"
-        print_tables(console, _table(title, passkey_rows(measured), shares=True))
-        maps = [_table(label, depth_rows(passkey), shares=True) for label, passkey in few(measured).items()]
-        print_tables(console, *maps)
-    if recall := recall_rows(results):
-        print_tables(console, _table("Answers found in held-out documents", recall))
+    for report, ending in _reports(results):
+        print_tables(console, _table(report.title + ending, report.rows, report.shares))
+        if report.details:
+            shown = few(report.details)
+            print_tables(console, *(_table(label, rows, report.shares) for label, rows in shown.items()))
 
 
 def write_report(
@@ -63,24 +56,10 @@ def write_report(
     dumped = RESULTS.dump_python(dict(results), mode="json")
     write_whole(folder / RESULTS_FILE, json.dumps(dumped, indent=1) + "\n")
     parts = [f"# {title}"]
-    if perplexity := perplexity_rows(results):
-        tokens = max(result.perplexity_tokens for result in results.values())
-        parts += [
-            "## Perplexity by context length",
-            f"Non-overlapping windows over the same {tokens:,} held-out tokens; the first of a window is not scored.",
-            _markdown(perplexity),
-        ]
-    measured = with_passkey(results)
-    if measured:
-        parts += [
-            "## Passkey retrieval",
-            f"Keys found by prompt length in tokens. Prompts at each length and depth: {_trials(measured)}.",
-            _markdown(passkey_rows(measured)),
-        ]
-    for label, passkey in measured.items():
-        parts += [f"### {label}, by depth of the key", _markdown(depth_rows(passkey))]
-    if recall := recall_rows(results):
-        parts += ["## Recall", "Answers found in held-out documents of the synthetic task.", _markdown(recall)]
+    for shown, ending in _reports(results):
+        parts += [f"## {shown.heading}{ending}", shown.about, _markdown(shown.rows)]
+        for label, rows in shown.details.items():
+            parts += [f"### {label}, {shown.details_heading}", _markdown(rows)]
     if history:
         parts += ["## Changed on the way", "\n".join(f"- {line}" for line in history)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]
@@ -104,60 +83,11 @@ def read_results(folder: Path) -> dict[str, EvalResult]:
         raise CheckpointError(f"{file} does not hold the results of evaluations") from error
 
 
-def perplexity_rows(results: Mapping[str, EvalResult]) -> Rows:
-    """A row for each result and a column for each length; empty if none measured perplexity."""
-    lengths = sorted({length for result in results.values() for length in result.perplexity})
-    if not lengths:
-        return []
-    rows = [["", *(f"{length:,}" for length in lengths)]]
-    for label, result in results.items():
-        values = (result.perplexity.get(length) for length in lengths)
-        rows.append([label, *("-" if value is None else _significant(value) for value in values)])
-    return rows
-
-
-def passkey_rows(measured: Mapping[str, PasskeyResult]) -> Rows:
-    """A row for each result and a column for each length, in percent, then all lengths with their 95 % interval."""
-    lengths = sorted({length for passkey in measured.values() for length in passkey.lengths})
-    rows = [["", *(f"{length:,}" for length in lengths), "all", "95 % interval"]]
-    for label, passkey in measured.items():
-        shares = passkey.by_length()
-        low, high = passkey.interval()
-        cells = [f"{shares[length]:.0%}" if length in shares else "-" for length in lengths]
-        rows.append([label, *cells, f"{passkey.mean():.0%}", f"{low:.0%} to {high:.0%}"])
-    return rows
-
-
-def recall_rows(results: Mapping[str, EvalResult]) -> Rows:
-    """A row for each result that measured recall: answers found, their 95 % interval, the loss; empty if none did."""
-    rows = [["", "found", "95 % interval", "answers", "loss"]]
-    for label, result in results.items():
-        if (recall := result.recall) is not None:
-            low, high = recall.interval()
-            cells = [
-                f"{recall.accuracy():.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{recall.answers:,}",
-                f"{recall.loss:.3f}",
-            ]
-            rows.append([label, *cells])
-    return rows if len(rows) > 1 else []
-
-
-def depth_rows(passkey: PasskeyResult) -> Rows:
-    """A row for each depth and a column for each length, in percent."""
-    rows = [["depth", *(f"{length:,}" for length in passkey.lengths)]]
-    for depth, shares in zip(passkey.depths, zip(*passkey.accuracy(), strict=True), strict=True):
-        rows.append([f"{depth:.0%}", *(f"{share:.0%}" for share in shares)])
-    return rows
-
-
-def _trials(measured: Mapping[str, PasskeyResult]) -> int:
-    return next(iter(measured.values())).trials
-
-
-def _significant(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
+def _reports(results: Mapping[str, EvalResult]) -> Iterator[tuple[TaskReport, str]]:
+    """The tables of each task, and what tells its title from another one's."""
+    for name, measured in by_task(results):
+        result = type(next(iter(measured.values())))
+        yield result.report(measured), result.ending(name)
 
 
 def _table(title: str, rows: Rows, shares: bool = False) -> Table:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,22 +11,12 @@ from transformers import PreTrainedModel
 from sparsetrain.data import Batch
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.modeling import has_plain_head
+from sparsetrain.world import World
 
 CHUNK = 2048
 """Positions whose logits exist at the same time."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an evaluation runs."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-    on_forward: Callable[[], None] = lambda: None
-    """Called after each forward pass."""
 
 
 def predictions(
@@ -69,17 +58,17 @@ def predictions(
         yield part.float(), label, document
 
 
-def deal(items: Sequence[T], place: Place) -> list[tuple[T, int]]:
+def deal(items: Sequence[T], world: World) -> list[tuple[T, int]]:
     """The items of one rank, each with weight 1, filled up with weight 0 so that all ranks get equally many."""
-    rounds = -(-len(items) // place.world)
-    mine = range(place.rank, rounds * place.world, place.world)
+    rounds = -(-len(items) // world.size)
+    mine = range(world.rank, rounds * world.size, world.size)
     return [(items[index], 1) if index < len(items) else (items[0], 0) for index in mine]
 
 
-def sum_over_ranks(counts: torch.Tensor, place: Place) -> torch.Tensor:
+def sum_over_ranks(counts: torch.Tensor, world: World) -> torch.Tensor:
     """``counts`` summed over the default process group."""
-    if place.world == 1:
+    if world.size == 1:
         return counts
-    counts = counts.to(place.device)
+    counts = counts.to(world.device)
     torch.distributed.all_reduce(counts)
     return counts.cpu()

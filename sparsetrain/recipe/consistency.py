@@ -38,29 +38,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             "offloads the inputs of checkpointed layers, and train.activation_checkpointing is none; set that to layer "
             "or selective",
         )
-    evaluation = recipe.eval
-    if evaluation.every is not None and evaluation.empty:
-        yield (
-            ("eval", "every"),
-            f"every {evaluation.every} steps nothing would be measured: give eval.perplexity, passkey or recall",
-        )
-    best = recipe.checkpoint.keep_best
-    if best is not None and evaluation.every is None:
-        yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
-    if best is not None and getattr(evaluation, best) is None:
-        yield ("checkpoint", "keep_best"), f"nothing measures {best}: give eval.{best}, or set it to null"
-    for name, measured in (("perplexity", evaluation.perplexity), ("recall", evaluation.recall)):
-        if measured is not None and measured.source.weight != 1.0:
-            yield (
-                ("eval", name, "source", "weight"),
-                f"weight={measured.source.weight:g} has no effect here: it belongs to a mixture; this is one source",
-            )
-    perplexity = evaluation.perplexity
-    if perplexity is not None and max(perplexity.lengths) > perplexity.tokens:
-        yield (
-            ("eval", "perplexity", "tokens"),
-            f"{perplexity.tokens} tokens hold no window of eval.perplexity.lengths={max(perplexity.lengths)}",
-        )
+    yield from _evaluation(recipe)
 
 
 def without_effect(recipe: Recipe) -> list[str]:
@@ -74,9 +52,9 @@ def without_effect(recipe: Recipe) -> list[str]:
     if recipe.train.mlp_chunk is not None and recipe.train.mlp_chunk >= tokens:
         notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass of a rank has {tokens} tokens")
     evaluation = recipe.eval
-    measured = [name for name in ("perplexity", "passkey", "recall") if getattr(evaluation, name) is not None]
-    if measured and not (evaluation.at_start or evaluation.at_end or evaluation.every):
-        notes.append(f"eval.{' and eval.'.join(measured)}: never measured, as eval.at_start, at_end and every are off")
+    if not (evaluation.empty or evaluation.at_start or evaluation.at_end or evaluation.every):
+        names = " and ".join(f"eval.tasks.{name}" for name in evaluation.by_name)
+        notes.append(f"{names}: never measured, as eval.at_start, at_end and every are off")
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block
@@ -86,6 +64,24 @@ def without_effect(recipe: Recipe) -> list[str]:
                 "every row is trained densely"
             )
     return notes
+
+
+def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """What is measured, and what ``checkpoint.keep_best`` goes by."""
+    evaluation, best = recipe.eval, recipe.checkpoint.keep_best
+    if evaluation.every is not None and evaluation.empty:
+        yield ("eval", "every"), f"every {evaluation.every} steps nothing would be measured: give eval.tasks"
+    if best is not None and evaluation.every is None:
+        yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
+    if best is not None and best not in evaluation.by_name:
+        named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
+        yield (
+            ("checkpoint", "keep_best"),
+            f"nothing measures {best}, and {named}; give eval.tasks one of that name, or set it to null",
+        )
+    for index, task in enumerate(evaluation.tasks):
+        for field, fault in task.faults():
+            yield ("eval", "tasks", index, *field.split(".")), fault
 
 
 def _lengths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

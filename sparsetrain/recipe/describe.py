@@ -76,7 +76,8 @@ def _explain(section: BaseModel, indent: str, comments: bool = True) -> Iterator
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             yield f"{indent}{name}:"
             for position, item in enumerate(value):
-                lines = list(_explain(item, indent + "    ", comments=position == 0))
+                known = any(type(item) is type(earlier) for earlier in value[:position])
+                lines = list(_explain(item, indent + "    ", comments=not known))
                 yield f"{indent}  - {lines[0].lstrip()}"
                 yield from lines[1:]
         else:

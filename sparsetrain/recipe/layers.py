@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sparsetrain.evaluation.registry import TASKS
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import config_or_none
+from sparsetrain.recipe.task_list import TASK_LIST, named, task_entries
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Source, dotted
 
 ALTERNATIVES = (
@@ -49,7 +51,7 @@ def make_room(below: Source, layer: Layer) -> list[str]:
     """
     return [
         note
-        for rule in (_model, _alternatives, _architecture, _sources, _trained, _method)
+        for rule in (_model, _alternatives, _architecture, _tasks, _sources, _trained, _method)
         for note in rule(below, layer)
     ]
 
@@ -78,11 +80,24 @@ def _architecture(below: Source, layer: Layer) -> Iterator[str]:
         yield from _drop(below, layer, path, list(old), (*path, "model_type"))
 
 
+def _tasks(below: Source, layer: Layer) -> Iterator[str]:
+    """Another task of the same name: the settings of the old one say nothing of it."""
+    for index, entry in enumerate(task_entries(below.data)):
+        path = (*TASK_LIST, index)
+        given = layer.get((*path, "task"))
+        if given is not None and isinstance(entry, dict) and entry.get("task", given) != given:
+            yield from _drop(below, layer, path, [key for key in entry if key != "name"], (*path, "task"))
+
+
 def _sources(below: Source, layer: Layer) -> Iterator[str]:
     """A source takes the place of a source: the columns, split and streaming of the old one say nothing of the new."""
     data = _mapping(below, ("data",)).get("sources")
     listed: list[KeyPath] = [("data", "sources", index) for index in range(len(data))] if isinstance(data, list) else []
-    others: list[KeyPath] = [("eval", "perplexity", "source"), ("eval", "recall", "source")]
+    others: list[KeyPath] = [
+        (*TASK_LIST, index, name)
+        for index, entry in enumerate(task_entries(below.data))
+        for name in (TASKS[entry["task"]].source_fields() if _is_task(entry) else ())
+    ]
     for path in listed + others:
         old = _mapping(below, path)
         new = [name for name in ORIGIN if layer.get((*path, name)) is not None]
@@ -130,15 +145,20 @@ def _drop(
 ) -> Iterator[str]:
     """Take settings out of a section but for those that the layer gives itself, and say so of what was set."""
     old = _mapping(below, section)
+    called = {name: dotted(named((*section, name), below.data)) for name in names}
+    new = f"{dotted(named(for_the_sake_of, below.data))}={_short(layer.get(for_the_sake_of))}"
     gone = []
     for name in [name for name in names if name in old and not layer.names((*section, name))]:
         path, value = (*section, name), old.pop(name)
         if value is not None:
-            gone.append(f"{dotted(path)}={_short(value)} ({below.place(path)})")
+            gone.append(f"{called[name]}={_short(value)} ({below.place(path)})")
         below.forget(path, value)
     if gone:
-        new = f"{dotted(for_the_sake_of)}={_short(layer.get(for_the_sake_of))}"
         yield f"{_where(layer, for_the_sake_of)}{new} takes the place of {', '.join(gone)}"
+
+
+def _is_task(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("task"), str) and entry["task"] in TASKS
 
 
 def _mapping(source: Source, path: KeyPath) -> dict[str, Any]:

@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from sparsetrain.errors import RecipeError, SparsetrainError
-from sparsetrain.recipe import problems
+from sparsetrain.recipe import problems, task_list
 from sparsetrain.recipe.consistency import contradictions, without_effect
 from sparsetrain.recipe.layers import Layer, make_room
 from sparsetrain.recipe.overrides import apply_overrides
@@ -68,8 +68,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | N
     Args:
         path: a YAML file, or the name of a shipped recipe such as ``quickstart``.
         overrides: ``key=value`` settings laid over the file: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``,
-            ``eval.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's, and take the place
-            of what excludes them as a file does over its base (:mod:`sparsetrain.recipe.layers`).
+            ``eval.tasks.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's, and take the
+            place of what excludes them as a file does over its base (:mod:`sparsetrain.recipe.layers`).
         output: the run folder, in place of the recipe's; a plain name, not YAML.
 
     Raises:
@@ -86,7 +86,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | N
     source.data["name"] = source.data.get("name") or file.stem
     source.data["output"] = source.data.get("output") or f"runs/{source.data['name']}"
     recipe = _validate(source, file)
-    return LoadedRecipe(recipe, file, notes + without_effect(recipe), source.places)
+    return LoadedRecipe(recipe, file, notes + without_effect(recipe), task_list.named_places(source))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -161,8 +161,8 @@ def _find_base(base: str, file: Path, place: str) -> Path:
 
 
 def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
-    """Merge ``child`` into ``parent``: mappings deeply, everything else by replacement."""
-    notes += make_room(parent, _layer(child))
+    """Merge ``child`` into ``parent``: mappings deeply, tasks by name, everything else by replacement."""
+    notes += task_list.align(parent, child) + make_room(parent, _layer(child))
 
     def merge(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> None:
         for key, value in above.items():
@@ -170,9 +170,18 @@ def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
             old = below.get(key)
             if isinstance(value, dict) and isinstance(old, dict):
                 merge(old, value, here)
+            elif here == task_list.TASK_LIST and isinstance(value, list) and isinstance(old, list):
+                merge_aligned(old, value)
             else:
                 parent.forget(here, old)
                 below[key] = value
+
+    def merge_aligned(below: list[Any], above: list[Any]) -> None:
+        for index, entry in enumerate(above):
+            if index < len(below) and isinstance(below[index], dict) and isinstance(entry, dict):
+                merge(below[index], entry, (*task_list.TASK_LIST, index))
+            else:
+                below[index:] = [entry]
 
     merge(parent.data, child.data, ())
     parent.places.update(child.places)
@@ -181,12 +190,16 @@ def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
 
 
 def _layer(child: Source) -> Layer:
-    """What a file gives. Its lists replace those of the base, so nothing inside them is laid over anything."""
+    """What a file gives. Its lists replace those of the base, so nothing inside them is laid over anything, but tasks
+    are laid over those of the same names."""
 
     def section(path: KeyPath) -> dict[str, Any]:
-        value = child.data
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
+        value: Any = child.data
+        for position, part in enumerate(path):
+            if path[:position] == task_list.TASK_LIST and isinstance(value, list) and isinstance(part, int):
+                value = value[part] if part < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else {}
 
     return Layer(
@@ -204,16 +217,23 @@ def _validate(source: Source, file: Path) -> Recipe:
         waiting = {path[:length] for path in source.unreadable for length in range(1, len(path) + 1)}
         found += [problem for problem in problems.explain(result, source) if problem.path not in waiting]
     if found or not isinstance(result, Recipe):
-        lines = [f"  {problem}{_elsewhere(problem, source)}" for problem in sorted(found, key=_in_order)[:SHOWN]]
+        shown = sorted(found, key=_in_order)[:SHOWN]
+        lines = [f"  {_by_name(problem, source)}{_elsewhere(problem, source)}" for problem in shown]
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more")
         raise RecipeError(f"{file} has {len(found)} problem{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines))
     return result
 
 
+def _by_name(problem: Problem, source: Source) -> Problem:
+    return replace(problem, path=task_list.named(problem.path, source.data))
+
+
 def _elsewhere(problem: Problem, source: Source) -> str:
     """The places of the other settings that a problem names."""
-    return problems.elsewhere(problem.text, source.places, (problem.place.rpartition(":")[0], problem.place))
+    return problems.elsewhere(
+        problem.text, task_list.named_places(source), (problem.place.rpartition(":")[0], problem.place)
+    )
 
 
 def _in_order(problem: Problem) -> tuple[str, int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.recipe import task_list
 from sparsetrain.recipe.layers import Layer, make_room
 from sparsetrain.recipe.yaml_source import DEEPEST, OVERRIDE, KeyPath, Source, dotted, parse_yaml, text_fault
 
@@ -36,14 +37,23 @@ def apply_overrides(source: Source, overrides: Sequence[str], output: str | None
         if fault is not None:
             raise RecipeError(f"{place}: {fault}")
         parsed.append((("output",), Source(output, {(): place})))
-    notes = make_room(source, _layer(parsed))
+    notes = make_room(source, _layer([(task_list.located(path, source.data), value) for path, value in parsed]))
     former: dict[KeyPath, str] = {}
+    given = [path for path, _ in parsed]
+    removed: list[KeyPath] = []
     for path, value in parsed:
-        _set(source, path, value)
-        key, place = tuple(_index(part) for part in path), value.place(())
-        if key in former:
-            notes.append(f"{place} takes the place of {former[key]}")
-        former[key] = place
+        real = tuple(_index(part) for part in task_list.completed(path, value, given, source))
+        place = value.place(())
+        if real[:-1] == task_list.TASK_LIST and value.data is None and not value.unreadable:
+            if isinstance(real[-1], str):
+                continue
+            if real[-1] < len(task_list.task_entries(source.data)):
+                removed.append(real)
+        _set(source, tuple(str(part) for part in real), value)
+        if real in former:
+            notes.append(f"{place} takes the place of {former[real]}")
+        former[real] = place
+    task_list.without_removed(source, removed)
     return notes
 
 
@@ -55,6 +65,9 @@ def _parse(text: str) -> tuple[KeyPath, Source]:
         raise RecipeError(f"{place}: expected key=value, such as train.lr=2e-5")
     if key == "base":
         raise RecipeError(f"{place}: base belongs in a file; write a recipe with this base, or copy it")
+    instead = task_list.former_override(path, text)
+    if instead is not None:
+        raise RecipeError(f"{place}: {instead}")
     fault = f"leads deeper than {DEEPEST} sections" if len(path) > DEEPEST else text_fault(key)
     if fault is not None:
         raise RecipeError(f"{place}: {fault}")

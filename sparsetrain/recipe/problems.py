@@ -10,9 +10,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from sparsetrain.evaluation.base import TaskSection
+from sparsetrain.evaluation.registry import TASKS
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import METHODS, config_or_none
 from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.task_list import former_section, named
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
 
 _EXPECTED = {
@@ -39,7 +42,7 @@ _EXPECTED = {
 }
 
 _SWITCHED_OFF = {
-    "eval": "eval: {perplexity: null, passkey: null, recall: null} measures nothing",
+    "eval": "eval: {tasks: []} measures nothing",
     "checkpoint": "checkpoint: {every: null} saves only at the end, with export: false no final/ either",
     "wandb": "wandb: {mode: disabled} switches it off",
     "lora": "lora: null trains the weights themselves",
@@ -97,7 +100,9 @@ def located(error: Any, data: Any) -> KeyPath:
         elif not (error["type"] == "missing" and position == len(location) - 1):
             continue
         path.append(part)
-    if error["type"] in ("union_tag_invalid", "method_unusable"):
+    if error["type"] == "union_tag_invalid":
+        path.append(error["ctx"]["discriminator"].strip("'"))
+    elif error["type"] == "method_unusable":
         path.append("method")
     return tuple(path)
 
@@ -167,6 +172,8 @@ def _show(value: Any) -> str:
 
 def _unknown_key(path: KeyPath, data: Any) -> str:
     key = str(path[-1])
+    if path[:-1] == ("eval",) and key in TASKS:
+        return former_section(key, data["eval"][key])
     section = section_at(path[:-1], data)
     known = list(section.model_fields) if section else []
     owners = [name for name, config in METHODS.items() if key in config.model_fields] if path[0] == "attention" else []
@@ -177,7 +184,7 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
         return f"unknown key here; did you mean {' or '.join(dotted(other) for other in others)}?"
     nearest = difflib.get_close_matches(key[:_LONGEST_KEY], known, n=1)
     if nearest:
-        return f"unknown key; did you mean {dotted((*path[:-1], nearest[0]))}?"
+        return f"unknown key; did you mean {dotted(named((*path[:-1], nearest[0]), data))}?"
     return f"unknown key; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
 
 
@@ -195,6 +202,8 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections a field's type may hold: ``list[DataSource] | None`` holds ``DataSource``."""
     if annotation is MethodConfig:
         yield from METHODS.values()
+    elif annotation is TaskSection:
+        yield from TASKS.values()
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
@@ -204,15 +213,17 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def section_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
     """The section class that describes the mapping at ``path`` of a recipe, None inside free-form mappings."""
     section: type[BaseModel] | None = Recipe
+    choices: list[type[BaseModel]] = [Recipe]
     for part in path:
         data = data[part]
-        if isinstance(part, int) or section is None:
-            continue
-        field = section.model_fields.get(part)
-        choices = list(sections_in(field.annotation)) if field else []
-        if field is not None and field.annotation is MethodConfig:
-            config = config_or_none(data.get("method")) if isinstance(data, dict) else None
-            choices = [] if config is None else [config]
+        if not isinstance(part, int):
+            field = section.model_fields.get(part) if section else None
+            choices = list(sections_in(field.annotation)) if field else []
+            if field is not None and field.annotation is MethodConfig:
+                config = config_or_none(data.get("method")) if isinstance(data, dict) else None
+                choices = [] if config is None else [config]
+        elif isinstance(data, dict) and any(issubclass(choice, TaskSection) for choice in choices):
+            choices = [choice for name, choice in TASKS.items() if name == data.get("task")]
         section = choices[0] if choices else None
     return section
 

@@ -6,6 +6,7 @@ from math import frexp, ldexp
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PositiveInt,
@@ -13,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from sparsetrain.evaluation.base import TaskName, TaskSection
+from sparsetrain.evaluation.registry import AnyTask
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Decay, Section, Steps, Text, Tokens
@@ -25,7 +28,6 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
 """A learning rate."""
 Constant = Annotated[float, Field(gt=0), Bounds(1e30, "it is used in fp32", least=1e-30)]
-_PROMPTS = Bounds(1000, "each is a prompt of its own, at every length")
 
 MOST_SHARING = 1024
 """Ranks that share a row."""
@@ -245,10 +247,10 @@ class CheckpointSection(Section):
     """Steps between checkpoints; null keeps only the one at the end and on interruption."""
     keep_last: Annotated[int, Field(gt=0), Bounds(10**6, "each is a folder of its own")] = 2
     """Complete checkpoints to keep."""
-    keep_best: Literal["perplexity", "passkey", "recall"] | None = None
-    """Keep one more: the checkpoint of the evaluation (``eval.every``) with the lowest perplexity at the longest
-    length, or the most passkeys or answers found. It is saved even where ``every`` plans none, and named in
-    ``best.json``."""
+    keep_best: TaskName | None = None
+    """Keep one more: the checkpoint of the evaluation (``eval.every``) that is the best in the task of this name: the
+    lowest perplexity at the longest length, or the most passkeys or answers found. It is saved even where ``every``
+    plans none, and named in ``best.json``."""
     asynchronous: bool = True
     """Training waits only until the state is copied to host memory, where that has room, and goes on while it is
     written; false waits until it is on the disk."""
@@ -260,44 +262,12 @@ class CheckpointSection(Section):
     a peft adapter folder."""
 
 
-class PerplexitySection(Section):
-    """Token perplexity by context length: ``exp`` of the mean NLL over non-overlapping windows of each length."""
-
-    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
-    """Context lengths in tokens."""
-    source: DataSource
-    """Held-out documents, read in order and joined."""
-    tokens: Annotated[int, Field(gt=0), Bounds(10**10, "they are scored one window after another")] = 65536
-    """Tokens to score at each length."""
-
-
-class PasskeySection(Section):
-    """Passkey accuracy by length and depth: is every digit of the hidden key the model's first choice?"""
-
-    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
-    """Prompt lengths in tokens."""
-    depths: Annotated[int, Field(gt=0), _PROMPTS] = 5
-    """Depths tried, evenly spread from the beginning (0 %) to the end (100 %)."""
-    trials: Annotated[int, Field(gt=0), _PROMPTS] = 5
-    """Prompts for each length and depth."""
-    digits: Annotated[int, Field(ge=1, le=12)] = 5
-    """Digits of the key; chance is 10 to the minus this."""
-
-
-class RecallSection(Section):
-    """Share of the answers in held-out documents of a synthetic source that are the model's first choice, token by
-    token, and the loss on them."""
-
-    source: DataSource
-    """The task: a source with ``synthetic`` and its ``lengths``. Its documents are never those of training."""
-    documents: Annotated[int, Field(gt=0), Bounds(10**6, "each is answered on its own")] = 200
-    """Documents to answer."""
-
-    @model_validator(mode="after")
-    def _lengths_known(self) -> RecallSection:
-        if self.source.synthetic is None or not self.source.lengths:
-            raise ValueError("source: give synthetic (passkey, multikey or recall) and its lengths")
-        return self
+def _named_apart(tasks: list[TaskSection]) -> list[TaskSection]:
+    labels = [task.label for task in tasks]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{labels.count(label)} tasks are called {label}; give each a name of its own")
+    return tasks
 
 
 class EvalSection(Section):
@@ -309,17 +279,18 @@ class EvalSection(Section):
     """Evaluate before the first step: dense as the model came, and with the method put in."""
     at_end: bool = True
     """Evaluate after the last step."""
-    perplexity: PerplexitySection | None = None
-    """Perplexity by length."""
-    passkey: PasskeySection | None = None
-    """Passkey accuracy by length and depth."""
-    recall: RecallSection | None = None
-    """Answers found in a synthetic task."""
+    tasks: Annotated[list[AnyTask], Field(max_length=MOST_LISTED), AfterValidator(_named_apart)] = []
+    """What is measured. Each entry is a ``task`` with its settings, and has a ``name`` where two are of one kind."""
+
+    @property
+    def by_name(self) -> dict[str, TaskSection]:
+        """The tasks by the names they go by."""
+        return {task.label: task for task in self.tasks}
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to measure."""
-        return self.perplexity is None and self.passkey is None and self.recall is None
+        return not self.tasks
 
     @property
     def measures_at_start(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from sparsetrain.recipe.local_model import model_config
@@ -53,12 +54,8 @@ def oversized(
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     block = getattr(recipe.attention, "block", None)
-    perplexity, passkey = recipe.eval.perplexity, recipe.eval.passkey
-    lengths = [
-        recipe.sequence.length,
-        *(perplexity.lengths if perplexity else ()),
-        *(passkey.lengths if passkey else ()),
-    ]
+    evaluated = (lengths for task in recipe.eval.tasks for lengths in task.lengths_by_field().values())
+    lengths = [recipe.sequence.length, *chain.from_iterable(evaluated)]
     if block is not None and max(lengths) > block * MOST_BLOCKS:
         yield (
             ("attention", "block"),

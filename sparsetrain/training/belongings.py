@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from sparsetrain.errors import CheckpointError, RecipeError
+from sparsetrain.evaluation.base import PICTURES_OF_A_RUN
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 
 LOCK_FILE = ".lock"
@@ -22,9 +23,9 @@ OF_A_RUN = ("final", "evaluation.json", "metrics.jsonl")
 """What a run leaves that took time to make, beside its checkpoints."""
 WRITTEN = (
     *("recipe.yaml", "environment.json", "deepspeed.json", "history.json", "nonfinite.jsonl", "report.md"),
-    *(f"{name}.png" for name in ("report", "loss", "attention", "passkey", "selection")),
+    *(f"{name}.png" for name in PICTURES_OF_A_RUN),
 )
-"""What it would write over."""
+"""What it would write over, beside the pictures of its evaluation tasks."""
 UNFINISHED = re.compile(r".*\.(tmp|part|partial)")
 """Left behind by what was interrupted, and made anew."""
 
@@ -34,7 +35,7 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output or f"runs/{recipe.name}")
 
 
-def refuse_early(folder: Path, resumed: bool) -> None:
+def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
     """What :func:`refuse_inside` and :func:`refuse_over` refuse, before anything is loaded or locked.
 
     That another process is at work, or that the folder cannot be read, is told once it is to be locked.
@@ -45,7 +46,7 @@ def refuse_early(folder: Path, resumed: bool) -> None:
     with contextlib.suppress(OSError):
         refuse_inside(folder)
         if not resumed and not _is_locked(folder):
-            refuse_over(folder)
+            refuse_over(folder, recipe)
 
 
 def refuse_inside(folder: Path) -> None:
@@ -58,7 +59,7 @@ def refuse_inside(folder: Path) -> None:
         raise CheckpointError(f"{folder} lies in {part}, which belongs to another run; choose another output=...")
 
 
-def refuse_over(folder: Path) -> None:
+def refuse_over(folder: Path, recipe: Recipe) -> None:
     """Refuse to begin a run in a folder where something would be written over.
 
     What is in danger decides, not the records beside it: nothing is begun over checkpoints, results or models, nor over
@@ -72,7 +73,7 @@ def refuse_over(folder: Path) -> None:
             f"{folder} already holds a run; continue it with --resume, or choose another folder with output=... "
             f"(it holds {listed(found)})"
         )
-    if found := of_others(folder):
+    if found := of_others(folder, recipe):
         raise CheckpointError(
             f"{folder} holds {listed(found)}, which this run would write over; move that away, or choose another "
             "folder with output=..."
@@ -94,9 +95,10 @@ def of_a_run(folder: Path) -> list[str]:
     return found
 
 
-def of_others(folder: Path) -> list[str]:
+def of_others(folder: Path, recipe: Recipe) -> list[str]:
     """What a run would write over and no run that never began has left. Names below the folder."""
-    found = [name for name in WRITTEN if _holds_anything(folder / name)]
+    drawn = [f"{name}.png" for name, task in recipe.eval.by_name.items() if task.result.wide]
+    found = [name for name in (*WRITTEN, *drawn) if _holds_anything(folder / name)]
     if _is_resolved(folder / "recipe.yaml"):
         found = [name for name in found if name not in ("recipe.yaml", "environment.json", "deepspeed.json")]
     return found

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from sparsetrain.activity import activity
-from sparsetrain.evaluation import EvalResult
+from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.recipe import BatchPlan, dump_recipe
 from sparsetrain.training import folder
-from sparsetrain.training.best import score
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.costs import Costs
 from sparsetrain.training.evaluations import Evaluations
@@ -109,8 +108,8 @@ class RunCallbacks(Callbacks):
         return f"{self.job.recipe.attention.method}, step {step}"
 
     def _is_best(self, result: EvalResult) -> bool:
-        metric = self.job.recipe.checkpoint.keep_best
-        return metric is not None and self.saver.is_best(self.state.step, score(metric, result))
+        task = self.job.recipe.checkpoint.keep_best
+        return task is not None and self.saver.is_best(self.state.step, result.score(task))
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsetrain.evaluation import EvalResult
 from sparsetrain.evaluation.pictures import (
     attention_picture,
+    drawings,
     loss_curve,
-    passkey_heatmaps,
     report_picture,
     selection_picture,
+    task_picture,
 )
+from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe import Recipe
 from sparsetrain.training.tracking import METRICS_FILE
@@ -29,7 +31,7 @@ def draw_run(
     title: str,
     attempt: Callable[[str, Callable[[], Any]], bool],
 ) -> Iterator[Path]:
-    """Draw loss, attention, passkeys, selection, and all of them as ``report.png``, into the run folder.
+    """Draw loss, attention, tasks, selection, and all of them as ``report.png``, into the run folder.
 
     Args:
         attempt: is given what a picture shows and what draws it, and returns whether that went well.
@@ -44,20 +46,20 @@ def draw_run(
         "num_layers": text_config.num_hidden_layers,
         "num_kv_heads": getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads,
     }
-    drawings: dict[str, Callable[[Path], Any]] = {
-        "loss": lambda out: loss_curve(metrics, out),
+    pictures: dict[str, Callable[[Path], Any]] = {
+        "loss": lambda out: loss_curve(metrics, out, results),
         "attention": lambda out: attention_picture(attention, out, **shape),
         "report": lambda out: report_picture(
             out, title=title, metrics=metrics, results=results, attention=attention, **shape
         ),
     }
-    if any(result.passkey for result in results.values()):
-        drawings["passkey"] = lambda out: passkey_heatmaps(results, out)
+    for name, drawing in drawings(results, recipe.sequence.length, wide=True).items():
+        pictures[name] = partial(task_picture, drawing, wide=True)
     methods = [method for _, _, method in sparse_layers(model) if method is not None]
     lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
     if lifetimes:
-        drawings["selection"] = lambda out: selection_picture(lifetimes, out)
-    for name, draw in drawings.items():
+        pictures["selection"] = lambda out: selection_picture(lifetimes, out)
+    for name, draw in pictures.items():
         out = folder / f"{name}.png"
 
         def drawn(draw: Callable[[Path], Any] = draw, out: Path = out) -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
-from sparsetrain.evaluation import EvalResult, evaluate
 from sparsetrain.evaluation.report import read_results, write_report
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.training.changes import told
@@ -55,10 +56,8 @@ class Evaluations:
                 self.model,
                 self.tokenizer,
                 section,
-                device=job.world.device,
+                job.world,
                 seed=job.recipe.train.seed,
-                rank=job.world.rank,
-                world=job.world.size,
                 on_progress=moved,
             )
         self.results[label] = result

@@ -54,7 +54,7 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) ->
         if resumed:
             _check_resumed(folder, recipe)
             return
-        refuse_over(folder)
+        refuse_over(folder, recipe)
         describe(folder, recipe)
     except OSError as error:
         where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "

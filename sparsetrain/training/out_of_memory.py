@@ -108,10 +108,11 @@ def _for_states(recipe: Recipe, world: World) -> Iterator[str]:
 
 
 def _for_evaluation(recipe: Recipe) -> Iterator[str]:
-    for name, section in (("perplexity", recipe.eval.perplexity), ("passkey", recipe.eval.passkey)):
-        if section is not None and max(section.lengths) > recipe.sequence.length // 2:
-            longest = max(section.lengths)
-            yield f"eval.{name}.lengths: up to {longest // 2} (now up to {longest})"
+    for task in recipe.eval.tasks:
+        for field, lengths in task.lengths_by_field().items():
+            longest = max(lengths)
+            if longest > recipe.sequence.length // 2:
+                yield f"{task.path(field)}: up to {longest // 2} (now up to {longest})"
 
 
 def _used(device: torch.device) -> str:

@@ -16,8 +16,9 @@ from sparsetrain.activity import activity
 from sparsetrain.data import StepLoader, build_rows
 from sparsetrain.data.check import check_data
 from sparsetrain.durable import write_whole
-from sparsetrain.evaluation import EvalResult, check_inputs
 from sparsetrain.evaluation.report import print_results
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.runner import check_inputs
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.recipe import Recipe, plan_batch
 from sparsetrain.training import folder, sequence_parallel

@@ -86,11 +86,20 @@ REFUSED = [
     ("data.sources.0={synthetic: passkey, lengths: [32]}", "data.sources.0: a retrieval document of 32 tokens has no"),
     ("data.sources.0={synthetic: multikey, keys: 400}", "has names for 288 keys at most"),
     ("data.sources.0={synthetic: recall, keys: 60}", "a recall document of 128 tokens has no room"),
-    ("eval.passkey={lengths: [4096, 64]}", "eval.passkey.lengths: a retrieval document of 64 tokens has no room"),
-    ("eval.recall={source: {synthetic: recall, lengths: [8]}}", "eval.recall.source: a recall document of 8 tokens"),
-    ("eval.perplexity={lengths: [64], source: {path: table.csv}}", "eval.perplexity.source: data source 'table.csv'"),
-    ("eval.perplexity={lengths: [64], source: {path: gone.txt}}", "gone.txt does not exist"),
-    ("eval.perplexity={lengths: [64], source: {synthetic: passkey}}", "perplexity is measured on text"),
+    (
+        "eval.tasks.passkey={lengths: [4096, 64]}",
+        "eval.tasks.passkey.lengths: a retrieval document of 64 tokens has no room",
+    ),
+    (
+        "eval.tasks.recall={source: {synthetic: recall, lengths: [8]}}",
+        "eval.tasks.recall.source: a recall document of 8 tokens",
+    ),
+    (
+        "eval.tasks.perplexity={lengths: [64], source: {path: table.csv}}",
+        "eval.tasks.perplexity.source: data source 'table.csv'",
+    ),
+    ("eval.tasks.perplexity={lengths: [64], source: {path: gone.txt}}", "gone.txt does not exist"),
+    ("eval.tasks.perplexity={lengths: [64], source: {synthetic: passkey}}", "perplexity is measured on text"),
 ]
 
 
@@ -118,11 +127,14 @@ def test_a_chat_template_that_fails_is_refused(broken, said, folder, capsys):
 
 
 def test_all_four_commands_refuse_the_same_and_name_every_fault(folder, capsys):
-    overrides = ["data.sources=[{path: gone.jsonl}, {path: table.csv}]", "eval.passkey={lengths: [64]}"]
+    overrides = ["data.sources=[{path: gone.jsonl}, {path: table.csv}]", "eval.tasks.passkey={lengths: [64]}"]
     for command in (["recipe", "validate"], ["plan"], ["run"]):
         assert main([*command, "run.yaml", *overrides]) == 2
         lines = capsys.readouterr().err.strip().splitlines()[-3:]
-        assert [line.partition(":")[0].strip() for line in lines][1:] == ["data.sources.1", "eval.passkey.lengths"]
+        assert [line.partition(":")[0].strip() for line in lines][1:] == [
+            "data.sources.1",
+            "eval.tasks.passkey.lengths",
+        ]
         assert "error: data.sources.0: data source 'gone.jsonl'" in lines[0]
     (finding,) = (each for each in run_checks(load_recipe("run.yaml", overrides).recipe) if each.check == "data")
     assert finding.status == "fail"
@@ -152,7 +164,13 @@ def test_what_a_template_writes_is_told_by_validate_and_doctor(folder, capsys):
 def test_local_data_is_looked_at_without_torch(folder):
     script = "import sys; from sparsetrain.cli import main; code = main(sys.argv[1:]); "
     script += "sys.exit(code or 9 * bool({'torch', 'datasets', 'deepspeed'} & set(sys.modules)))"
-    arguments = ["recipe", "validate", "run.yaml", "model={path: sparsetrain:tiny}", "eval.passkey={lengths: [512]}"]
+    arguments = [
+        "recipe",
+        "validate",
+        "run.yaml",
+        "model={path: sparsetrain:tiny}",
+        "eval.tasks.passkey={lengths: [512]}",
+    ]
     assert subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True).returncode == 0
 
 

@@ -6,12 +6,13 @@ import torch
 from sparsetrain.data import collate
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation import evaluate
-from sparsetrain.evaluation.passkey import Passkey, Prompt
-from sparsetrain.evaluation.scoring import Place
+from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.tasks.passkey import Passkey, PasskeySection, Prompt
 from sparsetrain.modeling import sparsify
-from sparsetrain.recipe.schema import EvalSection, PasskeySection
+from sparsetrain.recipe.schema import EvalSection
+from sparsetrain.world import World
 
+ALONE = World(0, 1, torch.device("cpu"))
 GRID = PasskeySection(lengths=[300, 320], depths=3, trials=2, digits=2)
 
 
@@ -45,8 +46,8 @@ def test_teacher_forcing_agrees_with_greedy_generation(tiny_model, byte_tokenize
         )
         expected[prompt.length_index][prompt.depth_index] += torch.equal(written[0, -len(answer) :], answer)
 
-    result = evaluate(tiny_model, byte_tokenizer, EvalSection(passkey=GRID), device="cpu", seed=3)
-    assert result.passkey.correct == expected
+    result = evaluate(tiny_model, byte_tokenizer, EvalSection(tasks=[GRID]), ALONE, seed=3)
+    assert result.tasks["passkey"].correct == expected
     assert 0 < sum(map(sum, expected)) < len(prompts), "the comparison needs right and wrong answers"
 
 
@@ -54,11 +55,12 @@ def test_one_wrong_digit_is_a_wrong_answer(tiny_model, byte_tokenizer):
     section = PasskeySection(lengths=[400], depths=1, trials=1, digits=3)
     (prompt,) = Passkey(section, byte_tokenizer, seed=0).groups[0]
     learn_answers(tiny_model, [prompt])
-    assert evaluate(tiny_model, byte_tokenizer, EvalSection(passkey=section), device="cpu").passkey.correct == [[1]]
+    result = evaluate(tiny_model, byte_tokenizer, EvalSection(tasks=[section]), ALONE)
+    assert result.tasks["passkey"].correct == [[1]]
     wrong = Passkey(section, byte_tokenizer, seed=0)
     wrong.groups[0][0].row.labels[-1] ^= 1
     with torch.no_grad():
-        assert wrong.measure(tiny_model, Place(torch.device("cpu"))).correct == [[0]]
+        assert wrong.measure(tiny_model, ALONE, lambda: None).correct == [[0]]
 
 
 def test_prompts_hold_the_key_at_their_depth_and_repeat_with_the_seed(byte_tokenizer):
@@ -83,5 +85,5 @@ def test_short_prompts_share_a_forward_pass(byte_tokenizer):
 
 def test_a_length_without_room_for_the_task_is_refused(tiny_model, byte_tokenizer):
     section = PasskeySection(lengths=[100], depths=1, trials=1)
-    with pytest.raises(DataError, match=r"eval\.passkey\.lengths: .*100 tokens"):
-        evaluate(tiny_model, byte_tokenizer, EvalSection(passkey=section), device="cpu")
+    with pytest.raises(DataError, match=r"eval\.tasks\.passkey\.lengths: .*100 tokens"):
+        evaluate(tiny_model, byte_tokenizer, EvalSection(tasks=[section]), ALONE)

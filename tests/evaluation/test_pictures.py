@@ -1,29 +1,38 @@
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from rich.console import Console
 
-from sparsetrain.evaluation import EvalResult, PasskeyResult
-from sparsetrain.evaluation.panels import _smooth, _tokens, few, pooled
+from sparsetrain.evaluation.panels import _smooth, few, pooled, short
 from sparsetrain.evaluation.pictures import (
     attention_picture,
+    drawings,
     loss_curve,
-    passkey_heatmaps,
-    perplexity_by_length,
     report_picture,
     selection_picture,
+    task_picture,
 )
+from sparsetrain.evaluation.report import print_results
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.tasks.passkey import PasskeyResult
+from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
 from sparsetrain.methods.registry import parse_attention
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
 RESULTS = {
-    "before": EvalResult(perplexity={512: 12.3, 1024: 80.0}, perplexity_tokens=65536, passkey=PASSKEY),
-    "after": EvalResult(perplexity={512: 7.5, 1024: 7.1}, perplexity_tokens=65536, passkey=PASSKEY),
+    label: EvalResult(tasks={"perplexity": PerplexityResult(perplexity=found, tokens=65536), "passkey": PASSKEY})
+    for label, found in {"before": {512: 12.3, 1024: 80.0}, "after": {512: 7.5, 1024: 7.1}}.items()
 }
+
+
+def passkey_heatmaps(results, out):
+    return task_picture(drawings(results, wide=True)["passkey"], out, wide=True)
 
 
 @pytest.fixture
@@ -47,7 +56,8 @@ BLUE, ORANGE, GREEN, RED = (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94
 
 def test_every_series_is_drawn(metrics, tmp_path):
     assert {BLUE, RED} <= colours(loss_curve(metrics, tmp_path / "loss.png"))
-    assert ORANGE in colours(perplexity_by_length(RESULTS, tmp_path / "perplexity.png", trained_length=1024))
+    perplexity = drawings(RESULTS, 1024, wide=False)["perplexity"]
+    assert ORANGE in colours(task_picture(perplexity, tmp_path / "perplexity.png", wide=False))
 
 
 def test_a_run_without_steps_still_has_a_picture(tmp_path):
@@ -95,6 +105,30 @@ def test_the_report_holds_every_panel(metrics, tmp_path):
     assert sizes[0][0] > sizes[1][0], "without passkey results there is one panel less"
 
 
+def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):
+    first = RESULTS["after"].tasks
+    tasks = first | {f"{name}_far": result for name, result in first.items()}
+    more = tasks | {"third": first["perplexity"]}
+    heights = []
+    for found in (first, tasks, more):
+        path = report_picture(
+            tmp_path / "report.png",
+            title="two of each",
+            metrics=metrics,
+            results={"after": EvalResult(tasks=found)},
+            attention=parse_attention({"method": "power", "block": 32}),
+            length=2048,
+            num_layers=4,
+        )
+        heights.append(imread(path).shape[0])
+    assert heights[0] < heights[1] == heights[2], "the second map and the second panel take a row each, a third none"
+    results = {"after": EvalResult(tasks=tasks)}
+    assert list(drawings(results, wide=True)) == ["passkey", "passkey_far"]
+    console = Console(file=io.StringIO(), width=120)
+    print_results(results, console)
+    assert "Perplexity by context length: perplexity_far" in console.file.getvalue()
+
+
 def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path):
     many = {f"step {step}": RESULTS["after"] for step in range(9)}
     assert list(few(many)) == ["step 0", "step 1", "step 7", "step 8"]
@@ -117,7 +151,7 @@ def test_smoothing_does_not_lag():
 
 
 def test_lengths_are_short():
-    assert [_tokens(length) for length in (512, 1000, 1024, 1536, 131072)] == ["512", "1,000", "1K", "1.5K", "128K"]
+    assert [short(length) for length in (512, 1000, 1024, 1536, 131072)] == ["512", "1,000", "1K", "1.5K", "128K"]
 
 
 def test_tokens_that_live_longer_are_drawn_differently(tmp_path):

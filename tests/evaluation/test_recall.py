@@ -10,13 +10,14 @@ import torch
 from sparsetrain.data import build_rows, collate
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import DataError, RecipeError
-from sparsetrain.evaluation import evaluate
-from sparsetrain.evaluation.recall import Recall
-from sparsetrain.evaluation.scoring import Place
+from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.modeling import sparsify
 from sparsetrain.recipe import load_recipe
-from sparsetrain.recipe.schema import DataSection, EvalSection, RecallSection, SequenceSection
+from sparsetrain.recipe.schema import DataSection, EvalSection, SequenceSection
+from sparsetrain.world import World
 
+ALONE = World(0, 1, torch.device("cpu"))
 TASK = {"synthetic": "recall", "keys": 3, "lengths": [40, 56]}
 SECTION = RecallSection(source=TASK, documents=9)
 
@@ -53,13 +54,14 @@ def test_counts_answers_and_loss_as_one_document_at_a_time_does(tiny_model, byte
             right.append(int(logp[place - 1].argmax()) == int(labels[place]))
             nll.append(-float(logp[place - 1, labels[place]]))
 
-    result = evaluate(tiny_model, byte_tokenizer, EvalSection(recall=SECTION), device="cpu", seed=3)
-    assert (result.recall.answers, result.recall.correct) == (27, sum(right))
+    result = evaluate(tiny_model, byte_tokenizer, EvalSection(tasks=[SECTION]), ALONE, seed=3)
+    recall = result.tasks["recall"]
+    assert (recall.answers, recall.correct) == (27, sum(right))
     assert 10 < sum(right) < 27, "the comparison needs right and wrong answers"
-    assert result.recall.loss == pytest.approx(sum(nll) / len(nll), rel=1e-4)
-    assert result.metrics() == {"eval/recall": sum(right) / 27, "eval/recall_loss": result.recall.loss}
-    low, high = result.recall.interval()
-    assert low < result.recall.accuracy() < high
+    assert recall.loss == pytest.approx(sum(nll) / len(nll), rel=1e-4)
+    assert result.metrics() == {"eval/recall": sum(right) / 27, "eval/recall_loss": recall.loss}
+    low, high = recall.interval()
+    assert low < recall.accuracy() < high
 
 
 def test_an_answer_of_many_tokens_is_right_as_a_whole(tiny_model, byte_tokenizer):
@@ -67,12 +69,11 @@ def test_an_answer_of_many_tokens_is_right_as_a_whole(tiny_model, byte_tokenizer
     section = RecallSection(source=source, documents=2)
     recall = Recall(section, byte_tokenizer, seed=0)
     learn_answers(tiny_model, rows_of(recall))
-    place = Place(torch.device("cpu"))
     with torch.no_grad():
-        result = recall.measure(tiny_model, place)
+        result = recall.measure(tiny_model, ALONE, lambda: None)
         assert (result.answers, result.correct) == (2, 2)
         rows_of(recall)[1].labels[-2] ^= 1
-        assert recall.measure(tiny_model, place).correct == 1
+        assert recall.measure(tiny_model, ALONE, lambda: None).correct == 1
 
 
 def test_documents_repeat_with_the_seed_and_are_not_those_of_training(byte_tokenizer):
@@ -96,18 +97,20 @@ def test_ranks_share_the_passes_equally(byte_tokenizer, documents):
 
 
 def test_a_source_without_a_task_or_room_is_refused(byte_tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"eval\.recall\.source: a recall document of 12 tokens has no room"):
+    with pytest.raises(DataError, match=r"eval\.tasks\.recall\.source: a recall document of 12 tokens has no room"):
         Recall(RecallSection(source=TASK | {"lengths": [12]}), byte_tokenizer, seed=0)
     for source in ({"synthetic": "recall"}, {"path": "python-stdlib"}):
-        (tmp_path / "recipe.yaml").write_text(f"base: quickstart\neval: {{recall: {{source: {source}}}}}\n")
+        (tmp_path / "recipe.yaml").write_text(
+            f"base: quickstart\neval: {{tasks: [{{task: recall, source: {source}}}]}}\n"
+        )
         with pytest.raises(RecipeError, match=r"give synthetic \(passkey, multikey or recall\) and its lengths"):
             load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_recall_alone_is_worth_an_evaluation(tmp_path):
-    evaluation = f"{{every: 5, perplexity: null, passkey: null, recall: {{source: {TASK}}}}}"
+    evaluation = f"{{every: 5, tasks: [{{task: recall, source: {TASK}}}]}}"
     (tmp_path / "recipe.yaml").write_text(f"base: quickstart\neval: {evaluation}\n")
     assert not load_recipe(tmp_path / "recipe.yaml").recipe.eval.empty
-    (tmp_path / "recipe.yaml").write_text("base: quickstart\neval: {every: 5, perplexity: null, passkey: null}\n")
-    with pytest.raises(RecipeError, match=r"nothing would be measured: give eval\.perplexity, passkey or recall"):
+    (tmp_path / "recipe.yaml").write_text("base: quickstart\neval: {every: 5, tasks: []}\n")
+    with pytest.raises(RecipeError, match=r"nothing would be measured: give eval\.tasks"):
         load_recipe(tmp_path / "recipe.yaml")

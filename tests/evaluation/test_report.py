@@ -7,14 +7,24 @@ import pytest
 from rich.console import Console
 
 from sparsetrain.errors import CheckpointError
-from sparsetrain.evaluation import EvalResult, PasskeyResult
 from sparsetrain.evaluation.report import print_results, read_results, write_report
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.tasks.passkey import PasskeyResult
+from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
 RESULTS = {
-    "before": EvalResult(perplexity={512: 12.3456, 1024: 45678.9}, perplexity_tokens=65536, passkey=PASSKEY),
-    "after": EvalResult(perplexity={512: 7.5, 2048: math.inf}, perplexity_tokens=65536),
+    "before": EvalResult(
+        tasks={
+            "perplexity": PerplexityResult(perplexity={512: 12.3456, 1024: 45678.9}, tokens=65536),
+            "passkey": PASSKEY,
+        }
+    ),
+    "after": EvalResult(tasks={"perplexity": PerplexityResult(perplexity={512: 7.5, 2048: math.inf}, tokens=65536)}),
 }
+
+# As it was written before tasks had names.
+FORMER = '{"after": {"perplexity": {"512": 7.5}, "perplexity_tokens": 64, "passkey": null, "recall": null}}'
 
 
 def test_the_run_folder_gets_the_numbers_and_a_page(tmp_path):
@@ -32,7 +42,9 @@ def test_the_run_folder_gets_the_numbers_and_a_page(tmp_path):
     assert "![report](pictures/report.png)" in lines
 
 
-@pytest.mark.parametrize("content", ["", '{"after": {"perp', "[]", "null", '{"after": {"perplexity": 3}}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"after": {"perp', "[]", "null", '{"after": {"tasks": {"perplexity": 3}}}', FORMER]
+)
 def test_a_file_that_holds_no_results_is_named(tmp_path, content):
     assert read_results(tmp_path) == {}
     (tmp_path / "evaluation.json").write_text(content)

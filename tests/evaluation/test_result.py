@@ -5,13 +5,17 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from sparsetrain.evaluation import EvalResult, PasskeyResult, wilson_interval
+from sparsetrain.evaluation.interval import wilson_interval
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.tasks.passkey import PasskeyResult
+from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
 
 
 def test_json_gives_back_the_result():
-    result = EvalResult(perplexity={512: 7.25, 1024: math.inf}, perplexity_tokens=4096, passkey=PASSKEY)
+    perplexity = PerplexityResult(perplexity={512: 7.25, 1024: math.inf}, tokens=4096)
+    result = EvalResult(tasks={"perplexity": perplexity, "passkey": PASSKEY})
     assert EvalResult.model_validate_json(result.model_dump_json()) == result
     assert EvalResult.model_validate_json(EvalResult().model_dump_json()) == EvalResult()
 
@@ -29,7 +33,8 @@ def test_shares_by_cell_length_and_prompt():
 
 
 def test_metrics_are_flat():
-    assert EvalResult(perplexity={512: 7.25}, passkey=PASSKEY).metrics() == {
+    perplexity = PerplexityResult(perplexity={512: 7.25}, tokens=4096)
+    assert EvalResult(tasks={"perplexity": perplexity, "passkey": PASSKEY}).metrics() == {
         "eval/perplexity/512": 7.25,
         "eval/passkey": 0.5,
         "eval/passkey/512": 0.875,

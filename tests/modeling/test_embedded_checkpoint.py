@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsetrain
 from sparsetrain.errors import ModelError
-from sparsetrain.evaluation import evaluate
+from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.modeling import check_positions
 from sparsetrain.recipe.schema import EvalSection
+from sparsetrain.world import World
 
 FOLDER = Path(str(resources.files("sparsetrain"))) / "assets/tiny"
 
@@ -36,8 +37,10 @@ def test_plain_transformers_loads_it_too(model):
 
 def test_it_finds_passkeys_at_its_own_length_and_not_beyond(model):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    section = EvalSection.model_validate({"passkey": {"lengths": [512, 1024], "depths": 3, "trials": 2}})
-    found = evaluate(model, tokenizer, section, device="cpu").passkey.by_length()
+    section = EvalSection.model_validate(
+        {"tasks": [{"task": "passkey", "lengths": [512, 1024], "depths": 3, "trials": 2}]}
+    )
+    found = evaluate(model, tokenizer, section, World(0, 1, torch.device("cpu"))).tasks["passkey"].by_length()
     assert found[512] >= 5 / 6
     assert found[1024] <= 1 / 6
 

@@ -123,7 +123,7 @@ def test_zero_3_begins_with_its_shard_unless_the_model_runs_before(setting):
         assert phase.name == "load"
         return phase.total
 
-    measured = {"passkey": {"lengths": [512]}}
+    measured = {"tasks": [{"task": "passkey", "lengths": [512]}]}
     largest = 1000 * 64
     assert load() == load(eval={**measured, "at_start": False}) == 2 * (TOTAL / 8 + largest)
     assert load(eval=measured) == 2 * TOTAL
@@ -142,7 +142,7 @@ def test_a_model_larger_than_a_gpu_is_sharded_as_it_is_read(setting, recipe_of):
         tied=False,
         qk_norm=False,
     )
-    sections = {"lora": {"rank": 16}, "eval": {"passkey": {"lengths": [512]}}}
+    sections = {"lora": {"rank": 16}, "eval": {"tasks": [{"task": "passkey", "lengths": [512]}]}}
     planned = setting(ranks=8, shape=large, **sections)
     assert estimate_memory(planned).needed > 80e9
 

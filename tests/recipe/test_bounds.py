@@ -43,9 +43,9 @@ def within():
         "data.num_workers",
         "lora.rank",
         "data.sources.0.keys",
-        "eval.passkey={lengths: [64]} eval.passkey.trials",
-        "eval.passkey={lengths: [64]} eval.passkey.depths",
-        "eval.perplexity.source={path: x} eval.perplexity.lengths.0",
+        "eval.tasks.passkey={lengths: [64]} eval.tasks.passkey.trials",
+        "eval.tasks.passkey={lengths: [64]} eval.tasks.passkey.depths",
+        "eval.tasks.perplexity.source={path: x} eval.tasks.perplexity.lengths.0",
         "attention={method: longnet, segments: [[8, 1]]} attention.segments.0.0",
         "attention={method: sparsek} attention.topk",
         "train.lr",
@@ -54,7 +54,9 @@ def within():
 def test_a_number_beyond_sense_is_refused_with_the_reason(refuse, minimal, within, override, value):
     *before, field = override.rsplit(" ", 1)
     before = before[0].split(" eval.", 1)[:1] if before else []
-    message = refuse(minimal + "eval: {perplexity: {lengths: [64], source: {path: x}}}\n", *before, f"{field}={value}")
+    message = refuse(
+        minimal + "eval: {tasks: [{task: perplexity, lengths: [64], source: {path: x}}]}\n", *before, f"{field}={value}"
+    )
     assert "of at most" in message
     assert ": expected a number" in message.replace("\n", "")
 

@@ -57,7 +57,7 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
             "a source has either a path or a synthetic task; both is given",
         ),
         (["eval.every=10"], "every 10 steps nothing would be measured"),
-        (["eval.perplexity={lengths: [512], source: {path: x}, tokens: 256}"], "256 tokens hold no window of"),
+        (["eval.tasks.perplexity={lengths: [512], source: {path: x}, tokens: 256}"], "256 tokens hold no window of"),
         (
             ["model.architecture={model_type: llama}", "model.path=some/model"],
             "model.path=some/model (pretrained) and model.architecture",
@@ -142,7 +142,7 @@ def test_layers_are_checked_against_a_local_model_too(refuse, minimal, tmp_path)
 
 
 def test_settings_without_effect_are_noted(load, minimal):
-    notes = load(minimal, "checkpoint.every=100", "eval.every=50", "eval.passkey.lengths=[128]").notes
+    notes = load(minimal, "checkpoint.every=100", "eval.every=50", "eval.tasks.passkey.lengths=[128]").notes
     assert "checkpoint.every=100 has no effect in a run of 30 steps" in notes
     assert "eval.every=50 has no effect in a run of 30 steps" in notes
     (note,) = load(minimal, "attention.block=32").notes

@@ -49,7 +49,7 @@ def test_the_scorers_are_trained_alone_where_there_is_a_model_to_train_them_for(
 def test_recall_is_measured_where_the_window_alone_finds_nothing():
     for file in RECALL:
         recipe = load_recipe(file).recipe
-        asked = recipe.eval.recall.source
+        asked = recipe.eval.by_name["recall"].source
         pairs = 2 * asked.keys
         assert recipe.attention.topk >= pairs
         assert min(asked.lengths) // 2 - pairs > recipe.attention.window, "pairs end before the questions' window"
@@ -71,7 +71,7 @@ def test_the_table_has_a_row_a_method_and_columns_for_each_seed():
 
 
 def test_the_runner_trains_writes_its_table_and_repeats_nothing(tmp_path):
-    settings = ["train.steps=1", "train.warmup=0", "train.micro_batch=1", "eval.recall.documents=2"]
+    settings = ["train.steps=1", "train.warmup=0", "train.micro_batch=1", "eval.tasks.recall.documents=2"]
     for _ in range(2):
         main("recall", settings, seed=[3], parallel=1, gate=None, only=["window and random keys"], out=tmp_path)
         (log,) = tmp_path.glob("*.txt")

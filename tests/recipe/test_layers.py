@@ -17,8 +17,9 @@ sequence: {length: 128}
 train: {tokens: 100_000_000, global_batch_tokens: 256, lr: 2e-5}
 lora: {rank: 4}
 eval:
-  perplexity: {lengths: [64], source: {path: some/set, split: validation, streaming: true}}
-  recall: {source: {synthetic: recall, lengths: [128], keys: 2}}
+  tasks:
+    - {task: perplexity, lengths: [64], source: {path: some/set, split: validation, streaming: true}}
+    - {task: recall, source: {synthetic: recall, lengths: [128], keys: 2}}
 """
 
 
@@ -37,6 +38,8 @@ def lay(request, write):
             for part in above:
                 section = section.setdefault(part, {})
             section[last] = value
+        if "eval" in tree:
+            tree["eval"]["tasks"] = [{"task": name, **given} for name, given in tree["eval"]["tasks"].items()]
         return load_recipe(write("child.yaml", json.dumps(tree)))
 
     return over
@@ -65,17 +68,20 @@ def test_two_of_them_in_one_layer_are_a_contradiction(lay):
 
 
 def test_a_source_takes_the_place_of_a_source(lay):
-    loaded = lay({"eval.perplexity.source.path": "x.txt"})
-    source = loaded.recipe.eval.perplexity.source
+    loaded = lay({"eval.tasks.perplexity.source.path": "x.txt"})
+    source = loaded.recipe.eval.by_name["perplexity"].source
     assert (source.path, source.split, source.streaming) == ("x.txt", "train", False)
     assert any("split=validation" in note and "streaming=True" in note for note in loaded.notes)
-    loaded = lay({"eval.recall.source.synthetic": "multikey", "eval.recall.source.lengths": [64]})
-    assert (loaded.recipe.eval.recall.source.lengths, loaded.recipe.eval.recall.source.keys) == ([64], 4)
+    loaded = lay({"eval.tasks.recall.source.synthetic": "multikey", "eval.tasks.recall.source.lengths": [64]})
+    source = loaded.recipe.eval.by_name["recall"].source
+    assert (source.lengths, source.keys) == ([64], 4)
 
 
 def test_a_setting_of_the_same_source_is_laid_over_it(lay):
-    for settings in ({}, {"eval.perplexity.source.path": "some/set"}):
-        source = lay({**settings, "eval.perplexity.source.split": "test"}).recipe.eval.perplexity.source
+    for settings in ({}, {"eval.tasks.perplexity.source.path": "some/set"}):
+        source = (
+            lay({**settings, "eval.tasks.perplexity.source.split": "test"}).recipe.eval.by_name["perplexity"].source
+        )
         assert (source.path, source.split, source.streaming) == ("some/set", "test", True)
 
 

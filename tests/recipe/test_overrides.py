@@ -13,7 +13,7 @@ import pytest
         ("train.max_grad_norm=", lambda r: r.train.max_grad_norm, None),
         ("data.sources.0.path=a=b.jsonl", lambda r: r.data.sources[0].path, "a=b.jsonl"),
         ("wandb.tags=[a, '7']", lambda r: r.wandb.tags, ["a", "7"]),
-        ("eval.passkey.lengths=[512,1024]", lambda r: r.eval.passkey.lengths, [512, 1024]),
+        ("eval.tasks.passkey.lengths=[512,1024]", lambda r: r.eval.by_name["passkey"].lengths, [512, 1024]),
         ("attention.dense_layers=[0,-1]", lambda r: r.attention.dense_layers, [0, -1]),
         ("attention.dense_layers.count=1", lambda r: r.attention.dense_layers.count, 1),
         ("model.config_overrides.rope_theta=1000000.0", lambda r: r.model.config_overrides, {"rope_theta": 1e6}),
@@ -63,8 +63,8 @@ def test_a_contradiction_with_the_file_is_placed_on_the_command_line(refuse, min
     message = refuse(minimal, "sequence.length=8")
     assert "run.yaml:2: attention.block: a block of 16 tokens is longer than sequence.length=8" in message
     assert "(sequence.length: command line override sequence.length=8)" in message
-    override = "eval.perplexity.lengths=[64]"
-    assert f"command line override {override}: eval.perplexity.source: is required" in refuse(minimal, override)
+    override = "eval.tasks.perplexity.lengths=[64]"
+    assert f"command line override {override}: eval.tasks.perplexity.source: is required" in refuse(minimal, override)
 
 
 def test_changing_the_method_keeps_what_both_methods_have_and_says_so(load, minimal):

@@ -82,7 +82,7 @@ def test_recipes_for_real_models_use_the_papers_pattern(name):
     assert isinstance(recipe.attention.dense_layers, DenseLayerRule)
     assert recipe.train.activation_checkpointing == "layer"
     assert recipe.train.tokens is not None
-    assert max(recipe.eval.passkey.lengths) == recipe.sequence.length
+    assert max(recipe.eval.by_name["passkey"].lengths) == recipe.sequence.length
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
 
 
@@ -94,7 +94,7 @@ def test_sparsek_recipes_train_what_their_name_says(name):
     assert (recipe.lora is not None) == ("lora-" in name)
     assert (recipe.train.parameters == "new_modules") == ("-scorer-" in name)
     assert (recipe.train.new_modules_lr or recipe.train.lr) == 1e-3
-    assert max(recipe.eval.passkey.lengths) == recipe.sequence.length
+    assert max(recipe.eval.by_name["passkey"].lengths) == recipe.sequence.length
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
 
 
@@ -103,7 +103,7 @@ def test_the_longest_recipes_share_each_row_among_eight_ranks(name):
     recipe = load_recipe(name).recipe
     assert (recipe.sequence.length, recipe.sequence.parallel) == (2**20, 8)
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
-    assert max(recipe.eval.passkey.lengths) < recipe.sequence.length, "an evaluation runs on one GPU"
+    assert max(recipe.eval.by_name["passkey"].lengths) < recipe.sequence.length, "an evaluation runs on one GPU"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

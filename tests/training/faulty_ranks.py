@@ -186,7 +186,10 @@ def be_rank(rank: int, fault: str, options: argparse.Namespace) -> int:
     arguments = [f"deepspeed.timeout={timeout / 60}", "train.steps=4", "checkpoint.export=false"]
     if fault == "slow-evaluation":
         corpus = Path(recipe).parent / "corpus.jsonl"
-        arguments += ["eval.every=2", f"eval.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}"]
+        arguments += [
+            "eval.every=2",
+            f"eval.tasks.perplexity={{lengths: [64], tokens: 64, source: {{path: {corpus}}}}}",
+        ]
     if fault == "raising-while-saving":
         arguments.append(f"checkpoint.every={FAULTY_STEP - 1}")
     return main(["run", recipe, *arguments, "--output", str(folder / fault)])

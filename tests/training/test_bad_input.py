@@ -219,7 +219,9 @@ def test_reports_that_cannot_be_written_stop_nothing(tmp_path, tiny, run_folder,
     """A folder in the way of a file that is to be written refuses it as a full disk would."""
     run = run_folder(tmp_path / "run")
     (run.path / "evaluation.json.part").mkdir(parents=True)
-    evaluation = "eval={every: 3, at_start: false, at_end: true, passkey: {lengths: [160], depths: 1, trials: 1}}"
+    evaluation = (
+        "eval={every: 3, at_start: false, at_end: true, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}"
+    )
     assert main(["run", str(tiny), evaluation, "--output", str(run.path)]) == 0
     said = "".join(capfd.readouterr())
     assert said.count(f"warning: the report in {run.path} cannot be written") == 3

@@ -14,7 +14,7 @@ import torch
 
 from sparsetrain.cli import main
 from sparsetrain.errors import CheckpointError
-from sparsetrain.training import callbacks
+from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.checkpoints.manifest import tensor_files
@@ -265,9 +265,11 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, m
         return step(loop, *rest)
 
     monkeypatch.setattr(Loop, "_step", counted)
-    monkeypatch.setattr(callbacks, "score", lambda metric, _: measured[state["step"]])
+    monkeypatch.setattr(EvalResult, "score", lambda result, name: measured[state["step"]])
     run = run_folder(tmp_path / "run")
-    passkey = "eval={every: 1, at_start: false, at_end: true, passkey: {lengths: [160], depths: 1, trials: 1}}"
+    passkey = (
+        "eval={every: 1, at_start: false, at_end: true, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}"
+    )
     arguments = [passkey, "checkpoint.keep_best=passkey", "checkpoint.every=3", "checkpoint.keep_last=1"]
     assert main(["run", str(tiny), *arguments, "--output", str(run.path)]) == 0
     best = run.path / "checkpoints/best.json"
@@ -285,7 +287,10 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, m
     ("overrides", "said"),
     [
         (["checkpoint.keep_best=passkey"], "passkey is not measured during training: give eval.every"),
-        (["checkpoint.keep_best=recall", "eval.every=1"], "nothing measures recall: give eval.recall"),
+        (
+            ["checkpoint.keep_best=recall", "eval.every=1"],
+            "nothing measures recall, and eval.tasks is empty; give eval.tasks one",
+        ),
         (["checkpoint.keep_best=loss"], "checkpoint.keep_best"),
         (["checkpoint.on_failure=ignore"], "checkpoint.on_failure"),
     ],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import sparsetrain
 from sparsetrain.cli import main
 
-MEASURE = "eval.perplexity={lengths: [64], tokens: 4096, source: {path: python-stdlib, split: validation}}"
+MEASURE = "eval.tasks.perplexity={lengths: [64], tokens: 4096, source: {path: python-stdlib, split: validation}}"
 BLOCK = 4096
 
 

@@ -171,7 +171,9 @@ def test_checkpoints_hold_no_frozen_weight(tmp_path, arguments, stage):
 
 def test_two_ranks_under_zero_3_train_as_one_without(tmp_path, arguments, ranks_of, run_folder):
     overrides = [ALL_KINDS, "lora.dropout=0", "train.activation_checkpointing=layer", "eval.at_end=true"]
-    overrides += ["eval.perplexity={lengths: [64], tokens: 512, source: {path: python-stdlib, split: validation}}"]
+    overrides += [
+        "eval.tasks.perplexity={lengths: [64], tokens: 512, source: {path: python-stdlib, split: validation}}"
+    ]
     alone, together = run_folder(tmp_path / "alone"), run_folder(tmp_path / "together")
     commands = [arguments(together.path, *overrides, "deepspeed.stage=3", "checkpoint.every=1", tied=True)]
     ranks_of(commands, tmp_path / "log", 2).wait()
@@ -415,16 +417,17 @@ def test_load_and_eval_take_a_folder_of_adapters(trained, tmp_path, monkeypatch)
     with pytest.raises(ModelError, match=r"final holds adapters, .*without device_map; they take base, dtype, trust"):
         sparsetrain.load(final, device_map="cpu")
 
-    measure = "eval={perplexity: {lengths: [64], tokens: 256, source: {path: python-stdlib, split: validation}}}"
+    text = "{path: python-stdlib, split: validation}"
+    measure = f"eval={{tasks: [{{task: perplexity, lengths: [64], tokens: 256, source: {text}}}]}}"
     monkeypatch.chdir(tmp_path)
     recipe = str(trained["untied"].path / "recipe.yaml")
     assert main(["eval", str(final), recipe, measure, "--output", "result.json"]) == 0
-    adapted = json.loads((tmp_path / "result.json").read_text())["perplexity"]
+    adapted = json.loads((tmp_path / "result.json").read_text())["tasks"]["perplexity"]["perplexity"]
     merge_adapters(sparsetrain.load(final)).save_pretrained(tmp_path / "merged")
     for file in final.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "merged")
     assert main(["eval", "merged", recipe, measure, "--output", "merged.json"]) == 0
-    merged = json.loads((tmp_path / "merged.json").read_text())["perplexity"]
+    merged = json.loads((tmp_path / "merged.json").read_text())["tasks"]["perplexity"]["perplexity"]
     assert adapted == {length: pytest.approx(value, rel=1e-4) for length, value in merged.items()}
 
 

@@ -124,7 +124,8 @@ def test_an_adapter_carries_the_scorers_along(tmp_path, arguments, pretrained):
 def test_scorers_fitted_to_attention_train_resume_and_load(tmp_path, arguments, run_folder, scorer, overrides):
     whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
     attention = SPARSEK.replace("}", f", init: attention, scorer: {scorer}}}")
-    measure = "eval={perplexity: {lengths: [64], tokens: 256, source: {path: python-stdlib, split: validation}}}"
+    text = "{path: python-stdlib, split: validation}"
+    measure = f"eval={{tasks: [{{task: perplexity, lengths: [64], tokens: 256, source: {text}}}]}}"
     command = [attention, measure, *overrides, "checkpoint.every=1"]
     assert main(arguments(whole.path, *command)) == 0
     shutil.copytree(whole.path, resumed.path)

@@ -81,9 +81,9 @@ def test_one_rank_on_a_cpu_is_advised_nothing_that_needs_others_or_a_gpu():
 
 def test_in_an_evaluation_its_own_lengths_come_first():
     activity.at("evaluating: power, before")
-    long = {"passkey": {"lengths": [4096, 131072]}}
+    long = {"tasks": [{"task": "passkey", "lengths": [4096, 131072]}]}
     assert next(settings_that_help(recipe(evaluation=long), world())) == (
-        "eval.passkey.lengths: up to 65536 (now up to 131072)"
+        "eval.tasks.passkey.lengths: up to 65536 (now up to 131072)"
     )
 
 

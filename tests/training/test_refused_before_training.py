@@ -23,12 +23,12 @@ def test_a_deepspeed_json_that_deepspeed_refuses(tmp_path, tiny, refused, config
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ("passkey={lengths: [8]}", "eval.passkey.lengths: a retrieval document of 8 tokens has no room"),
+        ("passkey={lengths: [8]}", "eval.tasks.passkey.lengths: a retrieval document of 8 tokens has no room"),
         ("perplexity={lengths: [64], tokens: 64, source: {path: nowhere.txt}}", "nowhere.txt does not exist"),
     ],
 )
 @pytest.mark.parametrize("when", ["eval.at_end=true", "eval.every=2"])
 def test_an_evaluation_that_cannot_be_made(tmp_path, tiny, refused, run_folder, section, said, when):
     run = run_folder(tmp_path / "run")
-    assert said in refused("run", str(tiny), f"eval.{section}", when, "--output", str(run.path))
+    assert said in refused("run", str(tiny), f"eval.tasks.{section}", when, "--output", str(run.path))
     assert not run.lines

@@ -36,7 +36,7 @@ CASES = {
         *("lora={rank: 4}", "train.lr=0.05", "train.micro_batch=2", "deepspeed.stage=3", SHORT, CHECKPOINTED),
     ],
 }
-EVALUATION = ["eval.at_end=true", "eval.passkey={lengths: [160], depths: 2, trials: 2}"]
+EVALUATION = ["eval.at_end=true", "eval.tasks.passkey={lengths: [160], depths: 2, trials: 2}"]
 
 # Trains with each list of arguments in turn, and last with scores that change on their way.
 PROGRAM = """

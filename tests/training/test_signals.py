@@ -18,7 +18,9 @@ from sparsetrain.training import evaluations, signals
 from sparsetrain.training import run as training
 from sparsetrain.training.signals import Outcome, Stopped, StopSignals
 
-EVALUATION = "eval={every: 2, at_start: false, at_end: true, passkey: {lengths: [160], depths: 2, trials: 2}}"
+EVALUATION = (
+    "eval={every: 2, at_start: false, at_end: true, tasks: [{task: passkey, lengths: [160], depths: 2, trials: 2}]}"
+)
 
 # Ranks are asked to stop while they load their models.
 ASKED = """

@@ -1,0 +1,229 @@
+"""The seam of an evaluation task: its section of a recipe, its inputs, and what it measured.
+
+A task is one file in ``tasks/`` with three classes, and one line in ``registry.py``. Nothing else names it: the schema,
+the checks before a run, the loop, ``checkpoint.keep_best``, the report and the pictures go through what is declared
+here. Importing a task loads neither torch nor numpy: a recipe is read without them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from sparsetrain.errors import DataError
+from sparsetrain.section import Section
+from sparsetrain.source_section import DataSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsetrain.world import World
+
+PICTURES_OF_A_RUN = ("report", "loss", "attention", "selection")
+"""Pictures that every run draws. Those of a task have its name."""
+
+Rows = list[list[str]]
+"""A table as text, its header first."""
+
+
+def _usable(name: str) -> str:
+    if name in PICTURES_OF_A_RUN or name.endswith("_loss"):
+        raise ValueError(f"{name} is the name of another picture or metric of the run; choose another name")
+    return name
+
+
+TaskName = Annotated[str, Field(max_length=64, pattern="^[a-z_][a-z0-9_]*$"), AfterValidator(_usable)]
+"""A name in metrics, in ``checkpoint.keep_best`` and on the command line (``eval.tasks.NAME.lengths=[4096]``)."""
+
+
+class TaskSection(Section, ABC):
+    """An entry of ``eval.tasks``: which task, and its settings."""
+
+    result: ClassVar[type[TaskResult]]
+    """What the task measures."""
+
+    task: str
+    name: TaskName | None = None
+    """Its name in metrics, tables and ``checkpoint.keep_best``; by default the task's. Two of one kind need two."""
+
+    @property
+    def label(self) -> str:
+        """The name that is used."""
+        return self.name or self.task
+
+    @classmethod
+    def source_fields(cls) -> list[str]:
+        """The fields that hold a source of documents."""
+        return [name for name, info in cls.model_fields.items() if info.annotation is DataSource]
+
+    def sources(self) -> dict[str, DataSource]:
+        """The sources of documents, by field. Their first rows are looked at before a run."""
+        return {name: getattr(self, name) for name in self.source_fields()}
+
+    def path(self, name: str) -> str:
+        """A field as messages call it: ``eval.tasks.passkey.lengths``."""
+        return f"eval.tasks.{self.label}.{name}"
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Values that contradict one another: the field to blame, and a sentence."""
+        for name, source in self.sources().items():
+            if source.weight != 1.0:
+                yield (
+                    f"{name}.weight",
+                    f"weight={source.weight:g} has no effect here: it belongs to a mixture; this is one source",
+                )
+
+    @abstractmethod
+    def lengths_by_field(self) -> dict[str, Sequence[int]]:
+        """How many tokens the model sees at once, by the field that says so: what memory and kernels must hold."""
+
+    @abstractmethod
+    def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the smallest of the inputs, where no row of a file is needed: before a model is loaded, without torch.
+
+        Raises:
+            DataError: there is no room, or what is asked for does not exist. It names the field (:meth:`blaming`).
+        """
+
+    @abstractmethod
+    def build(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+        """All inputs, made: the same for every model and every evaluation with one seed.
+
+        Raises:
+            RecipeError, DataError: they cannot be made.
+        """
+
+    @contextmanager
+    def blaming(self, name: str) -> Iterator[None]:
+        """Put the path of a field before what is said of the data."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.path(name)}: {error}") from error
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if get_origin(cls.model_fields["task"].annotation) is Literal:
+            lacking = sorted(cls.__abstractmethods__) + ([] if hasattr(cls, "result") else ["result"])
+            if lacking:
+                raise TypeError(f"{cls.__name__} names a task but lacks {', '.join(lacking)}")
+
+
+class Task(ABC):
+    """The inputs of a task, and how a model is measured on them."""
+
+    @abstractmethod
+    def num_forwards(self, ranks: int) -> int:
+        """Forward passes of each of so many ranks."""
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> TaskResult:
+        """Measure a model. Every rank makes equally many forward passes, as ZeRO-3 needs, and gets the same result.
+
+        Args:
+            model: gone through :func:`sparsetrain.sparsify`, in evaluation mode, without gradients.
+            on_forward: to be called after each forward pass.
+        """
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """How results are shown, on the console and in ``report.md``."""
+
+    title: str
+    """Of the table on the console."""
+    heading: str
+    """Of the section in ``report.md``."""
+    about: str
+    """What the numbers are: a paragraph in ``report.md``."""
+    rows: Rows
+    """A row for each result."""
+    shares: bool = False
+    """The cells are percentages, which are coloured."""
+    details: Mapping[str, Rows] = field(default_factory=dict)
+    """A table for each result."""
+    details_heading: str = ""
+    """What these show, after the result's label."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of results."""
+
+    draw: Callable[[Any], None]
+    """Draws into matplotlib axes, or for a result that is :attr:`TaskResult.wide` into a figure."""
+    width: float
+    height: float
+    """Inches as a picture of its own."""
+
+
+@dataclass(frozen=True)
+class LossMarks:
+    """Evaluations in the curve of the training loss."""
+
+    label: str
+    points: list[tuple[int, float, str]]
+    """Step, loss in nats per token, and the number beside it."""
+
+
+class TaskResult(BaseModel, ABC):
+    """What a task measured, as JSON."""
+
+    # A diverged model measures inf or nan, which plain JSON has no number for.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    wide: ClassVar[bool] = False
+    """The picture has several axes side by side: a row of ``report.png``, and a file of its own, ``NAME.png``."""
+
+    task: str
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers, by what follows ``eval/NAME`` in their names: nothing, ``_loss``, or ``/`` and a part."""
+
+    @abstractmethod
+    def score(self) -> float:
+        """One number, higher where the model is better: ``checkpoint.keep_best`` goes by it."""
+
+    @classmethod
+    @abstractmethod
+    def report(cls, results: Mapping[str, Self]) -> TaskReport:
+        """Results by label, as tables."""
+
+    @classmethod
+    def drawing(cls, name: str, results: Mapping[str, Self], trained_length: int | None) -> Drawing | None:
+        """Results by label, as a picture; None where tables say it all.
+
+        Args:
+            name: of the task, which says nothing new where it is the default.
+            trained_length: tokens of a training row.
+        """
+        return None
+
+    @classmethod
+    def loss_marks(cls, name: str, lines: Sequence[Mapping[str, Any]]) -> LossMarks | None:
+        """What belongs on the axis of the training loss.
+
+        Args:
+            name: of the task.
+            lines: of ``metrics.jsonl``.
+        """
+        return None
+
+    @classmethod
+    def ending(cls, name: str) -> str:
+        """What tells tasks of one kind apart in a title: nothing for the one with the default name."""
+        return "" if name == cls.model_fields["task"].default else f": {name}"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.__abstractmethods__:
+            lacking = ", ".join(sorted(cls.__abstractmethods__))
+            raise TypeError(f"{cls.__name__} is the result of a task but lacks {lacking}")

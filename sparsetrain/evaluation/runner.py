@@ -1,0 +1,71 @@
+"""Runs the tasks of an ``eval`` section on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.world import World
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsetrain.recipe.schema import EvalSection
+
+
+def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+    """Make the inputs of :func:`evaluate` and drop them: a mistake ends a run before its training, not after.
+
+    Raises:
+        RecipeError, DataError: as :func:`evaluate` would.
+    """
+    for task in section.tasks:
+        task.build(tokenizer, seed)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: EvalSection,
+    world: World,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Measure what the ``eval`` section asks for.
+
+    With several ranks the work is dealt out and the counts are summed over the default process group. Every rank runs
+    equally many forward passes, as ZeRO-3 needs, and returns the same result.
+
+    Args:
+        model: gone through :func:`sparsetrain.sparsify` (method ``full`` for dense attention). It is put into
+            evaluation mode, and afterwards back into the mode it was in.
+        seed: of generated inputs; held-out text is read in order.
+        on_progress: called with the forward passes done and to do, on this rank.
+
+    Raises:
+        RecipeError: a length does not fit the tokens to score.
+        DataError: the held-out source is too short, or a length cannot hold the synthetic task.
+    """
+    tasks = {task.label: task.build(tokenizer, seed) for task in section.tasks}
+    total = sum(task.num_forwards(world.size) for task in tasks.values())
+    done = 0
+
+    def on_forward() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # no_grad and not inference_mode: ZeRO-3 swaps parameter data in forward, which inference tensors forbid.
+        with torch.no_grad():
+            return EvalResult(tasks={name: task.measure(model, world, on_forward) for name, task in tasks.items()})
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,1 @@
+"""The evaluation tasks, each one file."""
