@@ -17,8 +17,8 @@ import sys
 
 from sparsetrain.cli import main
 from sparsetrain.errors import SparsetrainError
-from sparsetrain.training.launched import adopt_slurm, part
-from sparsetrain.training.signals import Ends
+from sparsetrain.training.distributed.launcher import adopt_slurm, leave_group
+from sparsetrain.training.supervision.signals import Ends
 
 EXIT_SECONDS = 60
 """What a failed process may still take to exit: the destructor of a broken process group may wait for ever."""
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     if code:
         signal.alarm(EXIT_SECONDS)
     else:
-        part()
+        leave_group()
     sys.exit(code)

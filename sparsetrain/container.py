@@ -23,7 +23,7 @@ CACHES = {
 """Variables that move caches and settings out of the home, and where below the new folder."""
 
 
-def settle_in(environment: Environment) -> list[str]:
+def prepare_environment(environment: Environment) -> list[str]:
     """Give caches a folder where the home cannot be written to, and the user a name where the system knows none.
 
     What the environment already sets stays. Logins are still read from the home.

@@ -53,7 +53,7 @@ def flush_all(folder: Path) -> None:
         flush(path)
 
 
-def make_way(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove whatever stands at ``path``: a folder, a file, a link or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
-from sparsetrain.training.chunks import chunks_of
 from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.tiled_mlp import _Tiled
+from sparsetrain.training.memory.chunks import chunks_of
+from sparsetrain.training.memory.tiled_mlp import _Tiled
 
 ATTENTION = "plan_test"
 

@@ -298,7 +298,7 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
 def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them_again(monkeypatch):
     monkeypatch.setattr("sparsetrain.cli.entry.main", lambda: 0)
     monkeypatch.setattr(sys, "argv", ["sparsetrain", "doctor"])
-    monkeypatch.delitem(sys.modules, "sparsetrain.training.launched", raising=False)
+    monkeypatch.delitem(sys.modules, "sparsetrain.training.distributed.launcher", raising=False)
     monkeypatch.setitem(sys.modules, "torch.distributed", None)
     with pytest.raises(SystemExit) as ended:
         script()

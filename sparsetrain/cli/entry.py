@@ -16,7 +16,7 @@ from sparsetrain.cli.eval import evaluate_folder
 from sparsetrain.cli.export import export
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.run import run
-from sparsetrain.container import settle_in
+from sparsetrain.container import prepare_environment
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.streams import forgiving
 from sparsetrain.version import __version__
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     try:
-        for note in settle_in(os.environ):
+        for note in prepare_environment(os.environ):
             if os.environ.get("RANK", "0") == "0":
                 print(f"note: {note}", file=sys.stderr)
         for argument in arguments:
@@ -107,7 +107,7 @@ def _refuse_unprintable(argument: str) -> None:
 
 def script() -> NoReturn:
     """The command as a process of its own."""
-    from sparsetrain.training.signals import Ends
+    from sparsetrain.training.supervision.signals import Ends
 
     # Other commands have nothing to be started again for.
     ends = Ends() if sys.argv[1:2] == ["run"] else None
@@ -115,8 +115,8 @@ def script() -> NoReturn:
     if ends is not None:
         ends.code = code
     # Stopped while it loaded its libraries, a run leaves them half loaded: they are not loaded again to end it.
-    if code == 0 and (launched := sys.modules.get("sparsetrain.training.launched")) is not None:
-        launched.part()
+    if code == 0 and (launcher := sys.modules.get("sparsetrain.training.distributed.launcher")) is not None:
+        launcher.leave_group()
     sys.exit(code)
 
 

@@ -29,7 +29,7 @@ def export(
       sparsetrain export runs/qwen3-8b-sparsek-lora-64k my-model --merge
       sparsetrain export runs/my-lora-run my-model --merge --base /models/Qwen3-8B
     """
-    from sparsetrain.training.publish import publish
+    from sparsetrain.training.output.publish import publish
 
     card = publish(run_folder, out, merge=merge, base=base)
     print(f"{out}: read {card}, then load it with sparsetrain.load({str(out)!r})")

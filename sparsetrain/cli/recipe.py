@@ -164,11 +164,11 @@ def schema() -> None:
 def _check_deepspeed(loaded: LoadedRecipe, ranks: int) -> None:
     """Refuse a DeepSpeed JSON that contradicts the recipe, or that DeepSpeed refuses."""
     from sparsetrain.recipe.batch import plan_batch
-    from sparsetrain.training.deepspeed_config import deepspeed_config
+    from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
 
     config = deepspeed_config(loaded.recipe, plan_batch(loaded.recipe, ranks, rows_per_epoch=1))
     if loaded.recipe.deepspeed.config:
-        from sparsetrain.training.engine import check_config
+        from sparsetrain.training.distributed.engine import check_config
 
         check_config(config)
 

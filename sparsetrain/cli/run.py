@@ -35,7 +35,7 @@ def run(
 
     A run stopped by SIGTERM or SIGUSR1 saves what it has and exits with 75: start it again with --resume.
     """
-    from sparsetrain.training.signals import Outcome, Stopped, StopSignals
+    from sparsetrain.training.supervision.signals import Outcome, Stopped, StopSignals
 
     outcome = Outcome.FINISHED
     with StopSignals() as signals:
@@ -43,7 +43,7 @@ def run(
             from sparsetrain.recipe import load_recipe
 
             loaded = load_recipe(recipe, overrides or [], output)
-            from sparsetrain.training.belongings import refuse_early, run_folder
+            from sparsetrain.training.output.folder_contents import refuse_early, run_folder
 
             refuse_early(run_folder(loaded.recipe), loaded.recipe, resume)
             if os.environ.get("RANK", "0") == "0":

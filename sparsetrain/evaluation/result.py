@@ -19,7 +19,7 @@ class EvalResult(BaseModel):
     """By the names of the tasks."""
 
     def metrics(self) -> dict[str, float]:
-        """The result as flat numbers for :class:`~sparsetrain.training.tracking.Tracker`."""
+        """The result as flat numbers for :class:`~sparsetrain.training.output.tracking.Tracker`."""
         return {
             f"eval/{name}{ending}": value
             for name, result in self.tasks.items()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.training.flops import peak_flops
+from sparsetrain.training.output.flops import peak_flops
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sparsetrain.plan.trained import Parameters, count_parameters
 from sparsetrain.recipe.batch import BatchShape, batch_shape
 from sparsetrain.recipe.heads import heads_fault
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 

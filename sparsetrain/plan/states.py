@@ -2,7 +2,7 @@
 
 Read off DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``runtime/fp16/unfused_optimizer.py``) and
 off :mod:`sparsetrain.training.run`, which puts the whole model on every device before ZeRO takes it, unless
-:func:`~sparsetrain.training.deepspeed_config.loads_into_shards`.
+:func:`~sparsetrain.training.distributed.deepspeed_config.loads_into_shards`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sparsetrain.plan.measured import BYTES_4BIT, BYTES_8BIT
 from sparsetrain.plan.setting import Setting
-from sparsetrain.training.deepspeed_config import loads_into_shards
+from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
 
 
 @dataclass(frozen=True)

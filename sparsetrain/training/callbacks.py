@@ -12,13 +12,13 @@ import torch
 from sparsetrain.activity import activity
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.recipe import BatchPlan, dump_recipe
-from sparsetrain.training import folder
 from sparsetrain.training.checkpoints import Saver, TrainState
-from sparsetrain.training.costs import Costs
-from sparsetrain.training.evaluations import Evaluations
 from sparsetrain.training.job import Job
 from sparsetrain.training.loop import Callbacks, StepResult, is_logged
-from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output.costs import Costs
+from sparsetrain.training.output.evaluations import Evaluations
+from sparsetrain.training.output.tracking import Tracker
 
 
 @dataclass

@@ -76,7 +76,7 @@ def may_change(key: str) -> bool:
     return key.startswith((*FREE, *ROUNDING_ALONE)) or key in FROM_HERE_ON
 
 
-def told(line: dict[str, Any]) -> str:
+def describe_change(line: dict[str, Any]) -> str:
     """A line of the history for a reader."""
     return f"from step {line['step'] + 1} on, {Change(line['key'], line['before'], line['after'])}"
 
@@ -121,7 +121,7 @@ class Resumption:
         """
         lines = [change.at(state.step) for change in self.changes]
         state.history += lines
-        said = [f"changed: {told(line)}" for line in lines]
+        said = [f"changed: {describe_change(line)}" for line in lines]
         old, new = self.before.train, recipe.train
         warmup = steps_of_warmup(old.warmup, state.steps)
         rates = (

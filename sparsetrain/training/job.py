@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data import RowStream
 from sparsetrain.recipe import BatchPlan, Recipe
-from sparsetrain.training.progress import Progress
-from sparsetrain.training.signals import StopSignals
-from sparsetrain.training.telling import attempt
+from sparsetrain.training.output.attempt import attempt
+from sparsetrain.training.output.progress import Progress
+from sparsetrain.training.supervision.signals import StopSignals
 from sparsetrain.world import World
 
 

@@ -27,13 +27,13 @@ from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
-from sparsetrain.training.chunks import chunks_of
-from sparsetrain.training.engine import FiniteAdamW
+from sparsetrain.training.distributed.engine import FiniteAdamW
 from sparsetrain.training.job import Job
+from sparsetrain.training.memory.chunks import chunks_of
+from sparsetrain.training.output.attempt import attempt
 from sparsetrain.training.schedule import peak_lr, share_of_peak
-from sparsetrain.training.selfcheck import GradientWatch
-from sparsetrain.training.signals import Outcome, Stopped
-from sparsetrain.training.telling import attempt
+from sparsetrain.training.selfcheck.forward import GradientWatch
+from sparsetrain.training.supervision.signals import Outcome, Stopped
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import balance_factor, has_plain_head
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
-from sparsetrain.training.chunks import split_evenly
-from sparsetrain.training.liger import can_fuse_loss, fuse_loss
+from sparsetrain.training.memory.chunks import split_evenly
+from sparsetrain.training.memory.liger import can_fuse_loss, fuse_loss
 
 
 class CausalLMLoss(nn.Module):

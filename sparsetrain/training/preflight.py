@@ -9,7 +9,7 @@ check                       needs                           called by
 :func:`check_loaded`        the model, sparsified           ``run``, and :func:`check_model` without weights
 ==========================  ==============================  =====================================
 
-Then, on the first batch, a run checks itself: :mod:`sparsetrain.training.selfcheck`.
+Then, on the first batch, a run checks itself: :mod:`sparsetrain.training.selfcheck.forward`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from sparsetrain.modeling.weights import check_headers
 from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import ModelSection, Recipe
-from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import check_config, check_offload
-from sparsetrain.training.memory import check_memory_options
-from sparsetrain.training.quantize import check_quantization
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
+from sparsetrain.training.distributed.engine import check_config, check_offload
+from sparsetrain.training.memory.activations import check_memory_options
+from sparsetrain.training.memory.quantize import check_quantization
 from sparsetrain.training.trainable import choose_trainable
 
 
@@ -76,7 +76,7 @@ def check_model(recipe: Recipe) -> None:
         if folder is None:
             take_special_tokens(config, tokenizer, section.architecture or {})
     if recipe.sequence.parallel > 1:
-        from sparsetrain.training import sequence_parallel  # imports DeepSpeed, which takes seconds
+        from sparsetrain.training.distributed import sequence_parallel  # imports DeepSpeed, which takes seconds
 
         sequence_parallel.check_config(config, recipe.sequence.parallel)
     model = source.skeleton(config, trust_remote_code=section.trust_remote_code)
@@ -102,7 +102,7 @@ def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
     check_dropout(model)
     check_balance(model, recipe.model)
     if recipe.sequence.parallel > 1:
-        from sparsetrain.training import sequence_parallel
+        from sparsetrain.training.distributed import sequence_parallel
 
         sequence_parallel.check_shareable(model, recipe.sequence.parallel)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from sparsetrain.activity import activity
 from sparsetrain.modeling import balance_factor
-from sparsetrain.training import checkpoints, folder
-from sparsetrain.training.build import Engine
+from sparsetrain.training import checkpoints
 from sparsetrain.training.changes import Resumption
 from sparsetrain.training.checkpoints import TrainState
+from sparsetrain.training.distributed.build import Engine
 from sparsetrain.training.job import Job, Loaded
+from sparsetrain.training.output import run_folder as folder
 
 
 @dataclass(frozen=True)

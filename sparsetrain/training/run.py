@@ -21,32 +21,33 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import check_inputs
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.recipe import Recipe, plan_batch
-from sparsetrain.training import folder, sequence_parallel
-from sparsetrain.training.before_training import check_before_training
-from sparsetrain.training.belongings import run_folder
-from sparsetrain.training.build import Engine, build_engine
 from sparsetrain.training.callbacks import RunCallbacks
 from sparsetrain.training.chat_tokens import settle_chat
 from sparsetrain.training.checkpoints import Saver, TrainState
-from sparsetrain.training.costs import Costs
-from sparsetrain.training.deepspeed_config import deepspeed_config, loads_into_shards
-from sparsetrain.training.drawing import draw_run
-from sparsetrain.training.engine import init_world
-from sparsetrain.training.evaluations import Evaluations, evaluate_untrained, recorded_results
-from sparsetrain.training.export import export
-from sparsetrain.training.faults import explained
+from sparsetrain.training.distributed import sequence_parallel
+from sparsetrain.training.distributed.build import Engine, build_engine
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config, loads_into_shards
+from sparsetrain.training.distributed.engine import init_world
 from sparsetrain.training.fitting import fit_to_first_rows
 from sparsetrain.training.job import Job, Loaded
-from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Loop
+from sparsetrain.training.memory.liger import fuse_layers, wants_liger
+from sparsetrain.training.memory.quantize import quantize_base
+from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output.costs import Costs
+from sparsetrain.training.output.evaluations import Evaluations, evaluate_untrained, recorded_results
+from sparsetrain.training.output.export import export
+from sparsetrain.training.output.folder_contents import run_folder
+from sparsetrain.training.output.pictures import draw_run
+from sparsetrain.training.output.progress import Progress
+from sparsetrain.training.output.tracking import Tracker
 from sparsetrain.training.preflight import check_loaded, check_machine
-from sparsetrain.training.progress import Progress
-from sparsetrain.training.quantize import quantize_base
 from sparsetrain.training.resuming import Start, find_checkpoint, restore
-from sparsetrain.training.signals import Outcome, Stopped, StopSignals
-from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.selfcheck.first_batch import check_before_training
+from sparsetrain.training.supervision.faults import explained
+from sparsetrain.training.supervision.signals import Outcome, Stopped, StopSignals
+from sparsetrain.training.supervision.watch import Watch
 from sparsetrain.training.trainable import choose_trainable, trainable_size
-from sparsetrain.training.watch import Watch
 
 
 def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = None) -> Outcome:

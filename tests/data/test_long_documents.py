@@ -12,7 +12,7 @@ from sparsetrain.data.encoding import encode
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataMemoryError
 from sparsetrain.source_section import DataSource
-from sparsetrain.training.out_of_memory import is_out_of_memory
+from sparsetrain.training.supervision.out_of_memory import is_out_of_memory
 
 WORDS = ["字漢", " ", "\n\n", "  ", "word", "é😀", "\t", "x1", "</s>", "<s>", "...\n", ",  ", '"', "don't "]
 

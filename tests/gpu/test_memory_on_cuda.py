@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.recipe import load_recipe, plan_batch
-from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
-from sparsetrain.training.activation_offload import ActivationOffload
-from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import init_world, initialize
-from sparsetrain.training.liger import fuse_layers
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
+from sparsetrain.training.distributed.engine import init_world, initialize
 from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.tiled_mlp import tile_mlps
+from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
+from sparsetrain.training.memory.activation_offload import ActivationOffload
+from sparsetrain.training.memory.liger import fuse_layers
+from sparsetrain.training.memory.tiled_mlp import tile_mlps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 needs_liger = pytest.mark.skipif(util.find_spec("liger_kernel") is None, reason="needs liger-kernel")

@@ -14,8 +14,8 @@ import pytest
 from ports import free_port
 
 from sparsetrain.errors import TrainingError
-from sparsetrain.training import launched
-from sparsetrain.training.launched import SLURM_PORTS, adopt_slurm, interface_to, meeting, settle_ranks
+from sparsetrain.training.distributed import launcher
+from sparsetrain.training.distributed.launcher import SLURM_PORTS, adopt_slurm, interface_to, meeting, settle_ranks
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "16",
@@ -160,7 +160,10 @@ def test_what_torch_says_is_told_with_address_and_rank(ranks):
 
 
 def test_a_rank_whose_others_never_come_gives_up():
-    script = "import time\nfrom sparsetrain.training.launched import meeting\nwith meeting(0.005):\n    time.sleep(60)"
+    script = (
+        "import time\nfrom sparsetrain.training.distributed.launcher import meeting\n"
+        "with meeting(0.005):\n    time.sleep(60)"
+    )
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
     assert done.returncode == 3
@@ -174,7 +177,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from sparsetrain.training.launched import join
+from sparsetrain.training.distributed.launcher import join
 
 failures, Group = [int(sys.argv[1])], distributed_c10d.ProcessGroupGloo
 
@@ -216,10 +219,10 @@ def test_when_one_rank_fails_to_connect_all_try_again(failures):
 
 LEAVES = """
 import torch.distributed as dist
-from sparsetrain.training.launched import part
-part()
+from sparsetrain.training.distributed.launcher import leave_group
+leave_group()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-part()
+leave_group()
 print(dist.is_initialized())
 """
 
@@ -230,9 +233,9 @@ def test_a_process_that_is_done_leaves_its_group():
 
 
 def test_it_does_not_wait_for_ever_for_ranks_that_are_gone(monkeypatch):
-    monkeypatch.setattr(launched, "PATIENCE", timedelta(seconds=0.1))
-    monkeypatch.setattr(launched.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(launched.dist, "destroy_process_group", lambda: time.sleep(20))
+    monkeypatch.setattr(launcher, "PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(launcher.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launcher.dist, "destroy_process_group", lambda: time.sleep(20))
     began = time.monotonic()
-    launched.part()
+    launcher.leave_group()
     assert time.monotonic() - began < 10

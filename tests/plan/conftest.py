@@ -60,6 +60,6 @@ def shape() -> ModelShape:
 @pytest.fixture
 def world() -> World:
     """A process group of this process alone."""
-    from sparsetrain.training.engine import init_world
+    from sparsetrain.training.distributed.engine import init_world
 
     return init_world()

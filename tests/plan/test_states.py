@@ -163,8 +163,8 @@ def test_an_engine_holds_the_bytes_of_the_plan(stage, dtype, world):
     """The embedded model in a real engine of one rank: its weights, and its optimizer after a step."""
     from sparsetrain.modeling import load_model
     from sparsetrain.recipe import plan_batch
-    from sparsetrain.training.deepspeed_config import deepspeed_config
-    from sparsetrain.training.engine import initialize
+    from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
+    from sparsetrain.training.distributed.engine import initialize
 
     recipe = load_recipe(
         "quickstart", [f"deepspeed.stage={stage}", f"model.dtype={dtype}", "train.micro_batch=1"]

@@ -9,7 +9,7 @@ from sparsetrain.methods.base import DenseLayerRule
 from sparsetrain.recipe import dump_recipe, load_recipe, plan_batch, shipped_recipes
 from sparsetrain.recipe.describe import batch_facts, explained, summary
 from sparsetrain.recipe.shipped import recipes_folder
-from sparsetrain.training.deepspeed_config import deepspeed_config
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
 
 REAL_MODELS = {
     "llama-3.2-1b-power-32k": 32768,

@@ -27,7 +27,7 @@ from sparsetrain.cli import main
 from sparsetrain.data.synthetic import WORDINGS
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.yaml_source import dump_yaml
-from sparsetrain.training.engine import init_world
+from sparsetrain.training.distributed.engine import init_world
 from sparsetrain.world import World
 
 VOCABULARY = 384

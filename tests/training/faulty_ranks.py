@@ -28,8 +28,9 @@ from ports import free_port
 from sparsetrain.activity import activity
 from sparsetrain.cli import main
 from sparsetrain.data.loader import StepLoader
-from sparsetrain.training import build, engine, run
 from sparsetrain.training.checkpoints import saver
+from sparsetrain.training.distributed import build, engine
+from sparsetrain.training.output import evaluations
 
 engine._import_deepspeed()
 RANKS = 2
@@ -108,7 +109,7 @@ def in_forward(rank: int, act: Callable[[], Any]) -> Callable[[Path], None]:
 
 def slow_evaluation(moment: Path) -> None:
     """Rank 0 evaluates for longer than the timeout, with progress; rank 1 waits in a collective."""
-    evaluate = run.evaluate
+    evaluate = evaluations.evaluate
 
     def slow(*arguments: Any, **settings: Any) -> Any:
         for done in range(40):
@@ -117,7 +118,7 @@ def slow_evaluation(moment: Path) -> None:
             settings["on_progress"](done, 40)
         return evaluate(*arguments, **settings)
 
-    run.evaluate = slow
+    evaluations.evaluate = slow
 
 
 def fails_while_saving(moment: Path) -> None:

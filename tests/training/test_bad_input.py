@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsetrain.cli import main
 from sparsetrain.training.loop import Loop
-from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.output.tracking import Tracker
 
 LOCKING = """
 import fcntl, sys, time

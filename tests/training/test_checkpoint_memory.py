@@ -6,9 +6,9 @@ import psutil
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.training import host_memory
 from sparsetrain.training.checkpoints import saver
-from sparsetrain.training.host_memory import ControlGroup, allowed_host_memory, available_host_memory
+from sparsetrain.training.memory import host as host_memory
+from sparsetrain.training.memory.host import ControlGroup, allowed_host_memory, available_host_memory
 
 
 @pytest.fixture

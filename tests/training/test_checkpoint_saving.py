@@ -19,7 +19,7 @@ from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.checkpoints.manifest import tensor_files
 from sparsetrain.training.loop import Loop
-from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.output.tracking import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import plan_batch
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.deepspeed_config import IDLE, OWNED_BY_RECIPE, deepspeed_config
+from sparsetrain.training.distributed.deepspeed_config import IDLE, OWNED_BY_RECIPE, deepspeed_config
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_json_is_named_with_its_line(refusal, tmp_path):
 
 
 def test_it_is_made_without_torch():
-    code = "import sys, sparsetrain.training.deepspeed_config; print('torch' in sys.modules)"
+    code = "import sys, sparsetrain.training.distributed.deepspeed_config; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 

@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import os, sys
 from sparsetrain.cli import main
-from sparsetrain.training import watch
+from sparsetrain.training.supervision import watch
 
 if os.environ["RANK"] == sys.argv[1]:
     watch.Watch._connect = lambda self: os._exit(9)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.container import CACHES, settle_in
+from sparsetrain.container import CACHES, prepare_environment
 
 
 def test_a_home_that_can_be_written_to_is_left_alone(tmp_path):
     environment = {"HOME": str(tmp_path)}
-    assert settle_in(environment) == []
+    assert prepare_environment(environment) == []
     assert environment == {"HOME": str(tmp_path)}
 
 
@@ -27,7 +27,7 @@ def test_a_home_that_can_be_written_to_is_left_alone(tmp_path):
 def test_without_a_home_caches_go_to_a_folder_of_their_own(home, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     environment = {"HOME": home, "HF_HOME": "/data/hf"}
-    (note,) = settle_in(environment)
+    (note,) = prepare_environment(environment)
     assert f"HOME={home} cannot be written to" in note
     assert "tokenised data to /data/hf" in note
     assert environment["HF_HOME"] == "/data/hf"
@@ -52,7 +52,7 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path, monkeypatch, take
         (tmp_path / f"sparsetrain-{user + 1}").mkdir()
         monkeypatch.setattr(os, "getuid", lambda: user + 1)
     environment = {"HOME": "/nonexistent"}
-    settle_in(environment)
+    prepare_environment(environment)
     folder = Path(environment["XDG_CACHE_HOME"])
     assert folder.parent == tmp_path
     assert folder not in (taken, tmp_path / f"sparsetrain-{user + 1}", tmp_path / "elsewhere")
@@ -62,15 +62,15 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path, monkeypatch, take
 def test_a_folder_of_our_own_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first, second = {"HOME": "/nonexistent"}, {"HOME": "/nonexistent"}
-    settle_in(first)
-    settle_in(second)
+    prepare_environment(first)
+    prepare_environment(second)
     assert first == second
 
 
 def test_without_a_place_for_temporary_files_a_note_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     environment = {"HOME": "/nonexistent"}
-    (note,) = settle_in(environment)
+    (note,) = prepare_environment(environment)
     assert "set HF_HOME and TMPDIR" in note
 
 
@@ -80,7 +80,7 @@ def test_a_user_that_the_system_does_not_know_gets_a_name(monkeypatch, tmp_path)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     environment = {"HOME": str(tmp_path)}
-    settle_in(environment)
+    prepare_environment(environment)
     assert environment["USER"] == f"user-{os.getuid()}"
 
 

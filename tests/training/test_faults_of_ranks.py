@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "faulty_ranks.py"
 TIMEOUT = 9.0
 GRACE = 3.0
-"""Seconds that a stuck main thread is given, in :mod:`sparsetrain.training.watch`."""
+"""Seconds that a stuck main thread is given, in :mod:`sparsetrain.training.supervision.watch`."""
 SLACK = 8.0
 """Seconds for the ticks of the watch, on a machine that does other things too."""
 

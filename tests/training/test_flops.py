@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsetrain.training.flops import model_flops_per_token, peak_flops
+from sparsetrain.training.output.flops import model_flops_per_token, peak_flops
 
 
 def counted_flops(layers: int, heads: int, head_dim: int, tokens: int) -> tuple[int, int]:

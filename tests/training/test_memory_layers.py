@@ -15,10 +15,10 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
 from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
-from sparsetrain.training.activation_offload import ActivationOffload
-from sparsetrain.training.chunks import chunks_of, split_evenly
-from sparsetrain.training.tiled_mlp import tile_mlps
+from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
+from sparsetrain.training.memory.activation_offload import ActivationOffload
+from sparsetrain.training.memory.chunks import chunks_of, split_evenly
+from sparsetrain.training.memory.tiled_mlp import tile_mlps
 
 POWER = {"method": "power", "block": 16, "window": 1, "sinks": 1}
 SPARSEK = {"method": "sparsek", "topk": 12, "window": 8, "sinks": 2, "init": "normal"}

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.modeling import sparsify
-from sparsetrain.training import build as building
-from sparsetrain.training import liger
 from sparsetrain.training import run as training
+from sparsetrain.training.distributed import build as building
 from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.memory import liger
 
 pytest.importorskip("liger_kernel", reason="needs liger-kernel")
 

@@ -19,9 +19,9 @@ from sparsetrain.modeling.reread import relative_error
 from sparsetrain.modeling.weights import check_headers, load_weights
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.schema import ModelSection
-from sparsetrain.training import merge as merging
-from sparsetrain.training.export import export
-from sparsetrain.training.merge import write_merged
+from sparsetrain.training.output import merge as merging
+from sparsetrain.training.output.export import export
+from sparsetrain.training.output.merge import write_merged
 
 BLOCK = 16
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparsetrain.cli import main
-from sparsetrain.training import build
 from sparsetrain.training.checkpoints import read_weights
+from sparsetrain.training.distributed import build
 
 POISONED = "model.layers.1.self_attn.q_proj.weight"
 
@@ -18,7 +18,7 @@ POISONED = "model.layers.1.self_attn.q_proj.weight"
 SKIP_ON_TWO_RANKS = """
 import os, sys
 from sparsetrain.cli import main
-from sparsetrain.training import build
+from sparsetrain.training.distributed import build
 
 initialize = build.initialize
 

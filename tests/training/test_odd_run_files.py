@@ -9,9 +9,9 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.pictures import loss_curve
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.recipe import load_recipe
-from sparsetrain.training import folder
-from sparsetrain.training.card import _versions
-from sparsetrain.training.tracking import Tracker, _step_of
+from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output.model_card import _versions
+from sparsetrain.training.output.tracking import Tracker, _step_of
 
 
 def test_pipes_are_not_waited_for(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from sparsetrain.activity import activity
 from sparsetrain.recipe import Recipe
-from sparsetrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory, settings_that_help
+from sparsetrain.training.supervision.out_of_memory import explain_out_of_memory, is_out_of_memory, settings_that_help
 from sparsetrain.world import World
 
 

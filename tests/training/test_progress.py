@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from sparsetrain.training.progress import Progress, _clock_time
+from sparsetrain.training.output.progress import Progress, _clock_time
 
 
 def test_plain_lines_where_there_is_no_terminal():
@@ -71,7 +71,7 @@ def test_other_ranks_are_silent():
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("sparsetrain.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sparsetrain.training.output.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -12,8 +12,8 @@ from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import load_model
 from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.training.export import export
-from sparsetrain.training.round_trip import check_round_trip
+from sparsetrain.training.output.export import export
+from sparsetrain.training.selfcheck.round_trip import check_round_trip
 from sparsetrain.training.trainable import choose_trainable
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -11,7 +11,7 @@ import pytest
 
 from sparsetrain.cli import main
 from sparsetrain.training.changes import changes
-from sparsetrain.training.folder import read_history
+from sparsetrain.training.output.run_folder import read_history
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sparsetrain.methods.static import StaticMethod
 from sparsetrain.modeling import load_model, sparse_layers
 from sparsetrain.patterns import SlidingPattern
 from sparsetrain.training import run as training
-from sparsetrain.training import selfcheck
+from sparsetrain.training.selfcheck import forward as selfcheck
 
 
 @pytest.fixture

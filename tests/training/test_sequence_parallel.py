@@ -18,7 +18,7 @@ from sparsetrain.modeling.attention.call import AttentionCall
 from sparsetrain.modeling.attention.interface import attend_call
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, shares_heads
-from sparsetrain.training.sequence_parallel import check_shareable, join_sequence_group
+from sparsetrain.training.distributed.sequence_parallel import check_shareable, join_sequence_group
 
 SHORT = "train.steps=3"
 CHECKPOINTED = "train.activation_checkpointing=layer"

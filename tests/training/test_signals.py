@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.training import evaluations, signals
 from sparsetrain.training import run as training
-from sparsetrain.training.signals import Outcome, Stopped, StopSignals
+from sparsetrain.training.output import evaluations
+from sparsetrain.training.supervision import signals
+from sparsetrain.training.supervision.signals import Outcome, Stopped, StopSignals
 
 EVALUATION = (
     "eval={every: 2, at_start: false, at_end: true, tasks: [{task: passkey, lengths: [160], depths: 2, trials: 2}]}"
@@ -202,7 +203,7 @@ def test_a_ctrl_c_that_another_rank_got_too_is_the_same_one():
 def test_a_process_that_looks_at_no_signal_is_ended(tmp_path):
     code = """
 import ctypes, os, signal, sys
-from sparsetrain.training import signals
+from sparsetrain.training.supervision import signals
 signals.PATIENCE = 0.2
 with signals.StopSignals() as stop:
     stop.last_words = lambda outcome: print("told", outcome.value, flush=True)

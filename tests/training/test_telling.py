@@ -10,9 +10,9 @@ import types
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.training import drawing
 from sparsetrain.training import run as training
-from sparsetrain.training.tracking import Tracker
+from sparsetrain.training.output import pictures as drawing
+from sparsetrain.training.output.tracking import Tracker
 
 
 class Broken:

@@ -16,8 +16,8 @@ import wandb
 from matplotlib.figure import Figure
 
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training import tracking
-from sparsetrain.training.tracking import Tracker, find_wandb_login
+from sparsetrain.training.output import tracking
+from sparsetrain.training.output.tracking import Tracker, find_wandb_login
 
 
 def recipe(mode: str = "auto") -> Recipe:

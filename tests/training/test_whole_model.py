@@ -11,9 +11,9 @@ from small_families import small_model
 from sparsetrain.data import Row, collate
 from sparsetrain.errors import ModelError, TrainingError
 from sparsetrain.modeling import has_plain_head, sparsify
-from sparsetrain.training import selfcheck
 from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.preflight import check_balance
+from sparsetrain.training.selfcheck import forward as selfcheck
 
 TOKENS = 60
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}

@@ -52,7 +52,7 @@ def case(options: Options) -> StepCase:
     from sparsetrain.bench.contenders.steps import WAYS
     from sparsetrain.bench.stepping import StepCase
     from sparsetrain.recipe import load_recipe
-    from sparsetrain.training.engine import init_world
+    from sparsetrain.training.distributed.engine import init_world
 
     known, names = {way.name: way for way in WAYS}, options.ways.split(",")
     if unknown := [name for name in names if name not in known]:

@@ -25,16 +25,16 @@ from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import BatchPlan, Recipe
-from sparsetrain.training.build import build_engine
 from sparsetrain.training.checkpoints import TrainState
-from sparsetrain.training.deepspeed_config import deepspeed_config
-from sparsetrain.training.engine import destroy
+from sparsetrain.training.distributed.build import build_engine
+from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
+from sparsetrain.training.distributed.engine import destroy
+from sparsetrain.training.distributed.sequence_parallel import check_shareable
 from sparsetrain.training.job import Job
-from sparsetrain.training.liger import fuse_layers, wants_liger
 from sparsetrain.training.loop import Callbacks, Loop, StepResult
-from sparsetrain.training.progress import Progress
-from sparsetrain.training.sequence_parallel import check_shareable
-from sparsetrain.training.signals import StopSignals
+from sparsetrain.training.memory.liger import fuse_layers, wants_liger
+from sparsetrain.training.output.progress import Progress
+from sparsetrain.training.supervision.signals import StopSignals
 from sparsetrain.training.trainable import choose_trainable, trainable_size
 from sparsetrain.world import World
 

@@ -28,8 +28,8 @@ from sparsetrain.training.checkpoints import engine_state, store
 from sparsetrain.training.checkpoints.files import Block, write_blocks, write_text
 from sparsetrain.training.checkpoints.manifest import STATE, rank_file
 from sparsetrain.training.checkpoints.state import TrainState, random_state
-from sparsetrain.training.host_memory import available_host_memory
-from sparsetrain.training.launched import ranks_of_this_host
+from sparsetrain.training.distributed.launcher import ranks_of_this_host
+from sparsetrain.training.memory.host import available_host_memory
 from sparsetrain.world import World
 
 SHARE_OF_HOST_MEMORY = 0.8

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sparsetrain.activity import activity
-from sparsetrain.durable import flush, make_way, read_bytes
+from sparsetrain.durable import flush, read_bytes, remove_path
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.content import content_fault
 from sparsetrain.training.checkpoints.files import checksum_of, write_text
@@ -44,7 +44,7 @@ def partial_of(folder: Path, step: int) -> Path:
 
 def make_partial(partial: Path) -> None:
     """An empty folder to write a checkpoint to."""
-    make_way(partial)
+    remove_path(partial)
     partial.mkdir(parents=True)
 
 
@@ -71,7 +71,7 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
     write_manifest(partial, files)
     flush(partial)
     # What stands there was passed over by --resume, however whole it looks, and need not be a folder.
-    make_way(target)
+    remove_path(target)
     os.replace(partial, target)
     flush(target.parent)
     write_text(target.parent / LATEST, f"{target.name}\n")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory
-from sparsetrain.training.watch import Watch
+from sparsetrain.training.supervision.out_of_memory import explain_out_of_memory, is_out_of_memory
+from sparsetrain.training.supervision.watch import Watch
 from sparsetrain.world import World
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.deepspeed_config import loads_into_shards
-from sparsetrain.training.launched import adopt_slurm, join, meeting, ranks_of_this_host, settle_ranks
+from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
+from sparsetrain.training.distributed.launcher import adopt_slurm, join, meeting, ranks_of_this_host, settle_ranks
 from sparsetrain.world import World
 
 
@@ -58,8 +58,8 @@ def init_world(timeout: float = 30.0) -> World:
 def collective_timeout(timeout: float) -> timedelta:
     """How long collectives wait where ``deepspeed.timeout`` is so many minutes.
 
-    Much longer: that a rank is waited for in vain is noticed by :mod:`sparsetrain.training.watch`, which knows progress
-    from a hang, and names the rank.
+    Much longer: that a rank is waited for in vain is noticed by :mod:`sparsetrain.training.supervision.watch`, which
+    tells progress from a hang, and names the rank.
     """
     return timedelta(minutes=20 * timeout)
 
@@ -198,8 +198,8 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
 class FiniteAdamW(torch.optim.AdamW):
     """AdamW that leaves everything as it was when the gradient is not finite.
 
-    ZeRO's optimizers do so themselves, and keep the gradient's norm. Without ZeRO nobody does either in fp32. Every
-    rank holds the same reduced gradients here, so all ranks decide alike. DeepSpeed reads both attributes off it.
+    ZeRO's optimizers do so themselves, and keep the gradient's norm. In fp32 without ZeRO, DeepSpeed does neither.
+    Every rank holds the same reduced gradients here, so all ranks decide alike. DeepSpeed reads both attributes.
     """
 
     # True until the engine is built: for 16-bit weights DeepSpeed steps once on zeros to allocate the state, which

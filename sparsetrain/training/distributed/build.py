@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from sparsetrain.activity import activity
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe import BatchPlan, Recipe
-from sparsetrain.training.engine import initialize
-from sparsetrain.training.liger import wants_liger
+from sparsetrain.training.distributed.engine import initialize
+from sparsetrain.training.distributed.sequence_parallel import join_sequence_group
 from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.memory import save_activation_memory
-from sparsetrain.training.sequence_parallel import join_sequence_group
+from sparsetrain.training.memory.activations import save_activation_memory
+from sparsetrain.training.memory.liger import wants_liger
 from sparsetrain.world import World
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
-from sparsetrain.training.telling import attempt, brief
+from sparsetrain.training.output.attempt import attempt, brief
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe

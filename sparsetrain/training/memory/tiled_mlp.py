@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers
-from sparsetrain.training.chunks import split_evenly
+from sparsetrain.training.memory.chunks import split_evenly
 
 NAMES = ("mlp", "feed_forward")
 """What decoder layers call their MLP."""

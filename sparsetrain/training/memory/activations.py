@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import TrainSection
-from sparsetrain.training.activation_checkpointing import enable_activation_checkpointing
-from sparsetrain.training.activation_offload import ActivationOffload
-from sparsetrain.training.chunks import chunks_of
-from sparsetrain.training.liger import wants_liger
-from sparsetrain.training.tiled_mlp import tile_mlps
+from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
+from sparsetrain.training.memory.activation_offload import ActivationOffload
+from sparsetrain.training.memory.chunks import chunks_of
+from sparsetrain.training.memory.liger import wants_liger
+from sparsetrain.training.memory.tiled_mlp import tile_mlps
 
 
 def check_memory_options(train: TrainSection, device: torch.device) -> None:

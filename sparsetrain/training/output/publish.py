@@ -11,15 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from sparsetrain.durable import copy_files, flush, flush_all, make_way, read_bytes
+from sparsetrain.durable import copy_files, flush, flush_all, read_bytes, remove_path
 from sparsetrain.errors import CheckpointError, ModelError
 from sparsetrain.modeling.adapters import WEIGHTS_FILE
 from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import load_recipe
-from sparsetrain.training.card import model_card
-from sparsetrain.training.merge import write_merged
+from sparsetrain.training.output.merge import write_merged
+from sparsetrain.training.output.model_card import model_card
 
 CARD = "README.md"
 ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
@@ -134,7 +134,7 @@ def _whole(out: Path) -> Iterator[Path]:
         flush(out)
     except BaseException as error:
         for path in (*moved, out if new else partial):
-            make_way(path)
+            remove_path(path)
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
                 f"cannot write {out}: {error}; nothing was left there: give a place that is writable and has the room"

@@ -20,7 +20,7 @@ from sparsetrain.evaluation.pictures import (
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe import Recipe
-from sparsetrain.training.tracking import METRICS_FILE
+from sparsetrain.training.output.tracking import METRICS_FILE
 
 
 def draw_run(

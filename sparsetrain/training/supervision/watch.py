@@ -1,12 +1,12 @@
 """Ranks that watch each other: when one dies, fails or hangs, all of them stop within a set time and name it.
 
-Rank 0 holds a line to each other rank. A thread in every process tells where its main thread is; rank 0 judges, and
-each other rank judges rank 0. What is judged:
+Rank 0 holds a connection to each other rank. A thread in every process tells where its main thread is; rank 0 judges
+the others, and each of them judges rank 0. What is judged:
 
-- A line that ends without a goodbye: that process has died. All others stop at once.
+- A connection that ends without a goodbye: that process has died. All others stop at once.
 - A rank whose main thread raised an error: it says so, and all others stop at once, naming it.
 - A rank that was asked to stop before training: it says so, and all others stop with its exit code.
-- A line that is silent for the timeout: a process that is stopped, or a host that cannot be reached.
+- A connection that is silent for the timeout: a process that is stopped, or a host that cannot be reached.
 - From the first step on, a run in which no rank shows progress for the timeout. All but one then wait in a collective;
   the one to blame is in an earlier part of the run than they are, or is the one that does not wait.
 
@@ -33,9 +33,9 @@ import torch.distributed as dist
 
 from sparsetrain.activity import activity, waits_for_others
 from sparsetrain.errors import SparsetrainError, TrainingError, first_line
-from sparsetrain.training.line import Line, Message, listen, own_address
-from sparsetrain.training.seen import Seen, blame
-from sparsetrain.training.signals import Outcome, Stopped
+from sparsetrain.training.supervision.connection import Connection, Message, listen, own_address
+from sparsetrain.training.supervision.peers import Peer, blame
+from sparsetrain.training.supervision.signals import Outcome, Stopped
 from sparsetrain.world import World, rank_name
 
 GRACE = 3.0
@@ -80,10 +80,10 @@ class Watch:
         self._ending = threading.Event()
         self._closed = threading.Event()
         self._listener: socket.socket | None = None
-        self._lines: dict[Line, int | None] = {}
+        self._connections: dict[Connection, int | None] = {}
         """Open lines and the rank at the other end; None before it has said which."""
         self._selector = selectors.DefaultSelector()
-        self._seen: dict[int, Seen] = {}
+        self._peers: dict[int, Peer] = {}
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
@@ -150,15 +150,15 @@ class Watch:
         address, port, self._token = meeting[0]
         now = time.monotonic()
         others = range(1, self.world.size) if self.world.main else [0]
-        self._seen = {rank: Seen(rank, now, now) for rank in others}
+        self._peers = {rank: Peer(rank, now, now) for rank in others}
         problem = None
         if self.world.main:
-            self._seen[0] = Seen(0, now, now, socket.gethostname())
+            self._peers[0] = Peer(0, now, now, socket.gethostname())
         else:
             try:
-                line = Line(socket.create_connection((address, port), timeout=CONNECT_TIMEOUT))
-                self._add(line, 0)
-                line.send({"token": self._token, "rank": self.world.rank, "host": socket.gethostname()})
+                connection = Connection(socket.create_connection((address, port), timeout=CONNECT_TIMEOUT))
+                self._add(connection, 0)
+                connection.send({"token": self._token, "rank": self.world.rank, "host": socket.gethostname()})
             except OSError as error:
                 problem = f"{rank_name(self.world.rank)} cannot reach rank 0 at {address}:{port} ({error})"
         problems: list[Any] = [None] * self.world.size
@@ -170,14 +170,14 @@ class Watch:
                 "rank 0's host that the others reach"
             )
 
-    def _add(self, line: Line, rank: int | None) -> None:
-        self._lines[line] = rank
-        self._selector.register(line, selectors.EVENT_READ)
+    def _add(self, connection: Connection, rank: int | None) -> None:
+        self._connections[connection] = rank
+        self._selector.register(connection, selectors.EVENT_READ)
 
-    def _drop(self, line: Line) -> None:
-        del self._lines[line]
-        self._selector.unregister(line)
-        line.close()
+    def _drop(self, connection: Connection) -> None:
+        del self._connections[connection]
+        self._selector.unregister(connection)
+        connection.close()
 
     # The thread.
 
@@ -191,8 +191,8 @@ class Watch:
                 continue
             if now - reported > self.timeout / 2:
                 # This process was stopped, and perhaps all were; it knows nothing of the others' time meanwhile.
-                for seen in self._seen.values():
-                    seen.heard = seen.moved = now
+                for peer in self._peers.values():
+                    peer.heard = peer.moved = now
             self._report(now)
             self._judge(now)
             reported = now
@@ -205,81 +205,81 @@ class Watch:
         report |= {"waits": waits_for_others(), "host": socket.gethostname()}
         self._tell({"report": report})
         if self.world.main:
-            self._seen[0].update(report, now)
+            self._peers[0].update(report, now)
 
     def _tell(self, message: Message) -> None:
-        for line, rank in list(self._lines.items()):
+        for connection, rank in list(self._connections.items()):
             if rank is not None:
-                line.send(message)
+                connection.send(message)
 
     def _receive(self, seconds: float) -> None:
         """Wait for messages, at most so long (half a second at a time, so that the end is noticed), and heed them."""
         for key, _ in self._selector.select(min(seconds, 0.5)):
-            if isinstance(key.fileobj, Line):
+            if isinstance(key.fileobj, Connection):
                 self._hear(key.fileobj)
             elif self._listener is not None:
                 with contextlib.suppress(OSError):  # whoever it was has left already
-                    self._add(Line(self._listener.accept()[0]), None)
+                    self._add(Connection(self._listener.accept()[0]), None)
 
-    def _hear(self, line: Line) -> None:
+    def _hear(self, connection: Connection) -> None:
         try:
-            for message in line.receive():
-                rank = self._lines[line]
+            for message in connection.receive():
+                rank = self._connections[connection]
                 if rank is None:
-                    self._lines[line] = self._introduced(message)
+                    self._connections[connection] = self._introduced(message)
                 else:
-                    self._heard(self._seen[rank], message)
+                    self._heard(self._peers[rank], message)
         except EOFError:
-            rank = self._lines[line]
-            self._drop(line)
-            if rank is not None and not self._seen[rank].done:
-                seen = self._seen[rank]
-                self._condemn(
-                    f"{seen.name} died; it was last seen in {seen.report['place']}. Its process ended without a "
+            rank = self._connections[connection]
+            self._drop(connection)
+            if rank is not None and not self._peers[rank].done:
+                peer = self._peers[rank]
+                self._declare_fault(
+                    f"{peer.name} died; it was last seen in {peer.report['place']}. Its process ended without a "
                     "word, as when it is killed; if the host ran out of memory, its kernel's log says so (dmesg)"
                 )
 
     def _introduced(self, message: Message) -> int:
-        """The rank that a new line belongs to.
+        """The rank that a new connection belongs to.
 
         Raises:
             EOFError: it is none of this run.
         """
         rank = message.get("rank")
-        if not hmac.compare_digest(_bytes(message.get("token")), _bytes(self._token)) or rank not in self._seen:
+        if not hmac.compare_digest(_bytes(message.get("token")), _bytes(self._token)) or rank not in self._peers:
             raise EOFError
-        self._seen[rank].host = str(message.get("host"))
+        self._peers[rank].host = str(message.get("host"))
         return int(rank)
 
-    def _heard(self, seen: Seen, message: Message) -> None:
+    def _heard(self, peer: Peer, message: Message) -> None:
         if "report" in message:
-            seen.host = message["report"]["host"]
-            seen.update(message["report"], time.monotonic())
+            peer.host = message["report"]["host"]
+            peer.update(message["report"], time.monotonic())
         elif "goodbye" in message:
-            seen.done = True
+            peer.done = True
         elif "stop" in message:
-            seen.done = True
+            peer.done = True
             self._leave_with(message)
         elif "fault" in message:
-            seen.done = True
-            self._condemn(message["fault"])
+            peer.done = True
+            self._declare_fault(message["fault"])
 
     def _judge(self, now: float) -> None:
         waited = f"{self.timeout / 60:g} minutes (deepspeed.timeout)"
-        for seen in self._seen.values():
-            if not seen.done and now - seen.heard > self.timeout:
-                self._condemn(
-                    f"{seen.name} has not answered for {waited}; it was last seen in {seen.report['place']}. Its "
+        for peer in self._peers.values():
+            if not peer.done and now - peer.heard > self.timeout:
+                self._declare_fault(
+                    f"{peer.name} has not answered for {waited}; it was last seen in {peer.report['place']}. Its "
                     "process is stopped, or its host cannot be reached"
                 )
                 return
-        # A client sees only rank 0's line; whether that rank moves, it judges itself, beside the others.
-        live = [seen for seen in self._seen.values() if not seen.done]
-        timed = self.world.main and any(seen.report["timed"] for seen in live)
-        if timed and now - max(seen.moved for seen in live) > self.timeout:
-            self._condemn(blame(live, waited))
+        # A client sees only rank 0's connection; whether that rank moves, it judges itself, beside the others.
+        live = [peer for peer in self._peers.values() if not peer.done]
+        timed = self.world.main and any(peer.report["timed"] for peer in live)
+        if timed and now - max(peer.moved for peer in live) > self.timeout:
+            self._declare_fault(blame(live, waited))
 
-    def _condemn(self, verdict: str) -> None:
+    def _declare_fault(self, verdict: str) -> None:
         if self.verdict is None:
             self.verdict = verdict
             if self.world.main:
@@ -327,12 +327,12 @@ class Watch:
     def _part(self) -> None:
         """Close the lines so that what was sent arrives: say that it is all, and read until the others say so too."""
         deadline = time.monotonic() + 2.0
-        for line in self._lines:
-            line.finish_sending()
-        while self._lines and time.monotonic() < deadline:
+        for connection in self._connections:
+            connection.finish_sending()
+        while self._connections and time.monotonic() < deadline:
             self._receive(0.1)
-        for line in list(self._lines):
-            self._drop(line)
+        for connection in list(self._connections):
+            self._drop(connection)
         self._selector.close()
         if self._listener is not None:
             self._listener.close()

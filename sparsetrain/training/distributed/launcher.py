@@ -190,7 +190,7 @@ def join(device: torch.device, timeout: timedelta) -> None:
     raise RuntimeError(problem)
 
 
-def part() -> None:
+def leave_group() -> None:
     """Leave the process group where there is one: the last thing that a process does whose run ended well.
 
     Left to its destructors, NCCL warns on every rank, and prints a stack where it looks for the store of a rank 0 that

@@ -14,8 +14,8 @@ from sparsetrain.errors import SparsetrainError, TrainingError
 from sparsetrain.modeling import load
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, load_alone
 from sparsetrain.modeling.reread import logits, own_tensors, relative_error, rounding, same_values
-from sparsetrain.training.export import each_tensor
-from sparsetrain.training.host_memory import available_host_memory
+from sparsetrain.training.memory.host import available_host_memory
+from sparsetrain.training.output.export import each_tensor
 from sparsetrain.world import World
 
 TOKENS = 64

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sparsetrain.modeling import attention_density
 from sparsetrain.recipe import Recipe
-from sparsetrain.training.flops import model_flops_per_token, peak_flops
+from sparsetrain.training.output.flops import model_flops_per_token, peak_flops
 from sparsetrain.training.trainable import total_size, trainable_size
 from sparsetrain.world import World
 

@@ -16,7 +16,7 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
-from sparsetrain.training.changes import told
+from sparsetrain.training.changes import describe_change
 from sparsetrain.training.job import Job, Loaded
 
 
@@ -67,7 +67,7 @@ class Evaluations:
 
     def write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:
         """Write ``evaluation.json`` and ``report.md`` with what was measured so far."""
-        history = [told(line) for line in self.history]
+        history = [describe_change(line) for line in self.history]
         self.job.record(
             "the report",
             lambda: write_report(self.results, self.job.output, title=title, pictures=pictures, history=history),

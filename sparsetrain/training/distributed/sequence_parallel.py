@@ -20,7 +20,7 @@ from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, rotary_fault
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.engine import collective_timeout
+from sparsetrain.training.distributed.engine import collective_timeout
 
 
 def join_sequence_group(recipe: Recipe) -> Ulysses | None:

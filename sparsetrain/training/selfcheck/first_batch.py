@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsetrain.data import collate
-from sparsetrain.training import selfcheck
-from sparsetrain.training.build import Engine
 from sparsetrain.training.checkpoints import Saver
-from sparsetrain.training.export import export
+from sparsetrain.training.distributed.build import Engine
 from sparsetrain.training.job import Job, Loaded
-from sparsetrain.training.round_trip import check_round_trip
+from sparsetrain.training.output.export import export
+from sparsetrain.training.selfcheck import forward as selfcheck
+from sparsetrain.training.selfcheck.round_trip import check_round_trip
 
 
 def check_before_training(job: Job, loaded: Loaded, engine: Engine, saver: Saver) -> None:

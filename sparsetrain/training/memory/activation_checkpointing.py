@@ -21,8 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparse_layers
-from sparsetrain.training.activation_offload import ActivationOffload
-from sparsetrain.training.kept_outputs import Keeps, keeping_contexts
+from sparsetrain.training.memory.activation_offload import ActivationOffload
+from sparsetrain.training.memory.kept_outputs import Keeps, keeping_contexts
 
 
 def enable_activation_checkpointing(

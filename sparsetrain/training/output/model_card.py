@@ -10,7 +10,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import REPORT_FILE, read_results
 from sparsetrain.recipe import Recipe
 from sparsetrain.recipe.describe import attention_facts
-from sparsetrain.training.folder import label_at_end, read_history
+from sparsetrain.training.output.run_folder import label_at_end, read_history
 
 
 def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsetrain.training.line import Message
+from sparsetrain.training.supervision.connection import Message
 from sparsetrain.world import rank_name
 
 
 @dataclass
-class Seen:
+class Peer:
     """What is known of a rank, at which time of our own clock."""
 
     rank: int
@@ -30,18 +30,18 @@ class Seen:
         self.heard, self.report = now, report
 
 
-def blame(live: list[Seen], waited: str) -> str:
+def blame(live: list[Peer], waited: str) -> str:
     """Who keeps the others waiting, among ranks none of which moves."""
-    earliest = min(seen.report["order"] for seen in live)
-    behind = [seen for seen in live if seen.report["order"] == earliest]
+    earliest = min(peer.report["order"] for peer in live)
+    behind = [peer for peer in live if peer.report["order"] == earliest]
     if len(behind) > 1:
-        behind = [seen for seen in behind if not seen.report["waits"]] or behind
+        behind = [peer for peer in behind if not peer.report["waits"]] or behind
     if len(behind) == len(live):
         return (
             f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. What each was doing "
             "stands above its exit; if it was at work, raise deepspeed.timeout"
         )
-    names = ", ".join(seen.name for seen in behind[:4]) + (", ..." if len(behind) > 4 else "")
+    names = ", ".join(peer.name for peer in behind[:4]) + (", ..." if len(behind) > 4 else "")
     return (
         f"{names} made no progress for {waited}, last seen in {behind[0].report['place']}, and the others wait. If it "
         "was at work, raise deepspeed.timeout"

@@ -13,7 +13,7 @@ from sparsetrain.errors import TrainingError, first_line
 from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.changes import may_change
-from sparsetrain.training.host_memory import allowed_host_memory
+from sparsetrain.training.memory.host import allowed_host_memory
 from sparsetrain.world import World
 
 SETTINGS_NAMED = 3

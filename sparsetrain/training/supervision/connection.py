@@ -1,4 +1,4 @@
-"""A line between two ranks: JSON messages over a socket, so that the end of a process is seen at once."""
+"""A connection between two ranks: JSON messages over a socket, so that the end of a process is seen at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST = 1 << 20
 """Bytes of a message; more is no message of ours."""
 
 
-class Line:
+class Connection:
     """Sends and receives messages. Any thread may send; one thread receives.
 
     Args:
@@ -43,7 +43,7 @@ class Line:
         """The messages that have arrived. Call when the socket is readable.
 
         Raises:
-            EOFError: the other side is gone, or speaks another language.
+            EOFError: the other side is gone, or what it sent is no message.
         """
         try:
             data = self._socket.recv(1 << 16)

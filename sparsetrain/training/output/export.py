@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsetrain.durable import flush, flush_all, make_way
+from sparsetrain.durable import flush, flush_all, remove_path
 from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
 from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
@@ -90,7 +90,7 @@ def export(
         place = folder.resolve()
         target = place.with_name(f"{place.name}.tmp") if whole else place
         try:
-            make_way(target)
+            remove_path(target)
             if has_adapters(model):
                 assert base is not None
                 save_adapters(model, target, tokenizer, base=base, state_dict=weights)
@@ -108,6 +108,6 @@ def export(
 def _commit(partial: Path, folder: Path) -> None:
     """Give a folder that has been written its name, in the place of an earlier one."""
     flush_all(partial)
-    make_way(folder)
+    remove_path(folder)
     os.replace(partial, folder)
     flush(folder.parent)

@@ -24,10 +24,10 @@ from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training import checkpoints
-from sparsetrain.training.belongings import LOCK_FILE, listed, of_a_run, refuse_inside, refuse_over
-from sparsetrain.training.changes import Change, Resumption, changes, told
+from sparsetrain.training.changes import Change, Resumption, changes, describe_change
 from sparsetrain.training.checkpoints.store import LATEST
-from sparsetrain.training.tracking import METRICS_FILE
+from sparsetrain.training.output.folder_contents import LOCK_FILE, listed, of_a_run, refuse_inside, refuse_over
+from sparsetrain.training.output.tracking import METRICS_FILE
 
 HISTORY_FILE = "history.json"
 """What was changed when the run was resumed."""
@@ -147,7 +147,7 @@ def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = (
 def read_history(folder: Path) -> list[str]:
     """What was changed when the run in a folder was resumed, a line each; nothing where nothing readable says so."""
     try:
-        return [told(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
+        return [describe_change(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 

@@ -1,0 +1,1 @@
+"""What saves memory: checkpointed, offloaded and tiled layers, fused kernels, a quantised base."""

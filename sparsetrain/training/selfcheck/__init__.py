@@ -1,0 +1,1 @@
+"""What a run proves of itself on its first batch."""
