@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsetrain.data.conversation import REASONING, REFUSED
-from sparsetrain.data.marks import DETAILS, SWITCHES
+from sparsetrain.data.marks import DETAILS, SWITCHES, UNCLEAR
 from sparsetrain.data.meanings import Kind, read_columns
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
@@ -41,7 +41,7 @@ _OTHER_PAIRS = (
 )
 _OTHER_TURNS = ("dialogue", "dialog", "turns", "items", "chat")
 _OTHER_TEXTS = ("content", "document", "raw_content", "body")
-_KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, "name", "id", "tool_call_id", "tool_calls")
+_KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, UNCLEAR, "name", "id", "tool_call_id", "tool_calls")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ SWITCHES = {
 }
 """Keys that say whether a turn is learned (axolotl, OpenAI, ms-swift, torchtune), and what 1 or true means."""
 
+UNCLEAR = "mask"
+"""A key that leaves a turn out in some tools, and in others is what is learned of it."""
+
 DETAILS = ("train_detail", "training_detail")
 """axolotl's parts of a turn: ``[{begin_offset, end_offset, train}, ...]`` in characters, both ends included."""
 
@@ -28,8 +31,13 @@ def learned_of(keys: dict[str, Any], role: str, content: str, turn: str) -> Lear
     """What is learned of a turn; the keys that say so are taken out.
 
     Raises:
-        MalformedRow: two keys disagree, or one says neither yes nor no.
+        MalformedRow: two keys disagree, one says neither yes nor no, or what it says is not clear.
     """
+    if UNCLEAR in keys:
+        raise MalformedRow(
+            f"{turn} has {UNCLEAR!r}, and tools differ in whether that leaves it out; write train: true or false, "
+            f"or ignore: [{UNCLEAR}] learns what the assistant says"
+        )
     said = {key: _switch(keys.pop(key), key, turn) == meaning for key, meaning in SWITCHES.items() if key in keys}
     if len(set(said.values())) > 1:
         raise MalformedRow(f"{turn} says by {' and '.join(said)} that it is learned, and that it is not")

@@ -10,7 +10,7 @@ from sparsetrain.data.values import MalformedRow, listed
 
 Kind = Literal["text", "prompt_completion", "chat", "alpaca", "tokens"]
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 """Columns of a system prompt."""
 TOOLS = ("tools", "functions")
 """Columns of the tools that may be called."""
@@ -19,7 +19,7 @@ SETTINGS = ("chat_template_kwargs", "documents", "tool_choice", "parallel_tool_c
 MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")
 """Columns beside ``input_ids`` that leave tokens out."""
 
-INPUTS = ("input", "context")
+INPUTS = ("input", "context", "article", "passage")
 """Columns of what an instruction or question is about."""
 
 _OF_CONVERSATIONS = (*SYSTEM, *TOOLS, *SETTINGS)
@@ -41,6 +41,8 @@ _TOKENS = "the row is tokenised here; form: tokens takes its own tokens"
 _PLACES = "there is no conversation that it could belong to; form: chat reads it"
 _PROMPT = "the prompt is taken as it stands; write it into the prompt"
 _TURN = "the row is one turn of a conversation; write each conversation as one row with its turns in 'messages'"
+_CORRECTED = "the output is an answer that it corrects; write the better one as the output"
+_MASK = "tools differ in what it leaves out; write train: true or false into the turns, or labels beside input_ids"
 _CHOICES = "the answers to choose from are not part of the question; write them into it"
 _REFUSALS: dict[str, str] = {
     "chosen": _PREFERENCE,
@@ -52,6 +54,7 @@ _REFUSALS: dict[str, str] = {
     "label": _LABEL,
     **dict.fromkeys(("weight", "sample_weight", "loss_weight"), _WEIGHT),
     **dict.fromkeys(("input_ids", "labels", "position_ids", *MASKS), _TOKENS),
+    "mask": _MASK,
     "seq_lengths": "a row is one document; write the documents that were packed into it as rows of their own",
     **dict.fromkeys((*_OF_CONVERSATIONS, "history"), _PLACES),
     "chat_template": "all rows are written by the tokenizer's own",
@@ -61,7 +64,10 @@ _REFUSALS_OF_FORM: dict[Kind, dict[str, str]] = {
     "text": dict.fromkeys(("role", "parent_id"), _TURN),
     "prompt_completion": dict.fromkeys((*INPUTS, "instruction"), _PROMPT),
     "chat": {},
-    "alpaca": dict.fromkeys(("choices", "options"), _CHOICES),
+    "alpaca": {
+        **dict.fromkeys(("choices", "options"), _CHOICES),
+        **dict.fromkeys(("reflection", "corrected"), _CORRECTED),
+    },
     "tokens": {},
 }
 """Columns with a meaning in rows of one form alone."""

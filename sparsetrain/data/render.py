@@ -125,10 +125,10 @@ def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
 
 def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     instruction, answer = (string(row, field) for field in form.fields)
-    given = [string(row, name) for name in INPUTS if name in form.optional and row.get(name)]
+    given = {name: string(row, name) for name in INPUTS if name in form.optional and row.get(name)}
     if len(given) > 1:
-        raise MalformedRow("it has both input and context; ignore one of them, or join them in the data")
-    instruction = "\n\n".join((instruction, *given))
+        raise MalformedRow(f"it has both {' and '.join(given)}; ignore one of them, or join them in the data")
+    instruction = "\n\n".join((instruction, *given.values()))
     history = _history(row) if "history" in form.optional else []
     if not tokenizer.chat_template:
         _no_conversation(row, form, "without a chat template there is no place for it", allowed=SYSTEM)

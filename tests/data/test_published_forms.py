@@ -55,6 +55,8 @@ def read(tokenizer):
         ({"instruction": "q", "output": "a", "response": "another", "question": "other"}, "q"),
         ({"question": "q", "answer": "a"}, "q"),
         ({"question": "q", "context": "c", "answer": "a"}, "q\n\nc"),
+        ({"article": "c", "question": "q", "answer": "a"}, "q\n\nc"),
+        ({"passage": "c", "query": "q", "answer": "a"}, "q\n\nc"),
         ({"query": "q", "response": "a", "type": "t"}, "q"),
         ({"problem": "q", "solution": "a"}, "q"),
         ({"conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "q"),
@@ -67,8 +69,9 @@ def test_questions_and_answers_under_every_usual_name_are_read(row, asked, read)
     assert read(row) == (f"<user>{asked}<eos><assistant>a<eos>", ["<assistant>a<eos>"])
 
 
-def test_a_system_prompt_stands_before_a_question(read):
-    row = {"system_prompt": "s", "question": "q", "response": "a"}
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_a_system_prompt_stands_before_a_question(column, read):
+    row = {column: "s", "question": "q", "response": "a"}
     assert read(row)[0] == "<system>s<eos><user>q<eos><assistant>a<eos>"
 
 
@@ -85,6 +88,10 @@ def test_a_system_prompt_stands_before_a_question(read):
         ({"id": 1, "title": "t", "context": "c", "question": "q", "answers": {}}, "fit no known form. Set form"),
         ({"question": "q", "choices": ["a", "b"], "answer": "a"}, "column 'choices'.*to choose from are not part"),
         ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "both input and context"),
+        ({"article": "b", "question": "q", "context": "c", "answer": "a"}, "both context and article"),
+        ({"instruction": "q", "output": "a", "corrected": "b"}, "column 'corrected'.*an answer that it corrects"),
+        ({"mask": "User", "conversations": [ASK, ANSWER]}, "column 'mask'.*write train: true or false"),
+        ({"conversations": [ASK, {**ANSWER, "mask": False}]}, r"turn 2 has 'mask'.*ignore: \[mask\]"),
         ({"prompt": "q", "context": "c", "completion": "a"}, "column 'context'.*write it into the prompt"),
         ({"text": "hi", "role": "prompter", "message_id": "1", "parent_id": None}, "is one turn of a conversation"),
         ({"text": "hi", "role": "assistant", "parent_id": "1"}, r"columns 'role', 'parent_id'.*\[role, parent_id\]"),
@@ -104,6 +111,7 @@ def test_what_is_no_question_and_answer_is_refused_with_what_reads_it(row, told,
 def test_the_setting_of_a_refusal_reads_the_row(read):
     row = {"problem": "q", "solution": "a", "answer": "4"}
     assert read(row, ignore=["answer"])[0] == "<user>q<eos><assistant>a<eos>"
+    assert read({"messages": [ASK, {**ANSWER, "mask": 1}]}, ignore=["mask"])[1] == ["<assistant>1<eos>"]
     assert read({"prompt": "q", "response": "a"}, completion_field="response") == ("qa<eos>", ["a<eos>"])
     assert read({"dialog": [ASK, ANSWER]}, messages_field="dialog")[0].startswith("<user>one?")
 
