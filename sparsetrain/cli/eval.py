@@ -49,12 +49,14 @@ def evaluate_folder(
 
     from sparsetrain.evaluation.report import print_results
     from sparsetrain.evaluation.runner import evaluate
-    from sparsetrain.modeling import load
+    from sparsetrain.modeling import check_learned_positions, load
     from sparsetrain.modeling.tokenizers import load_tokenizer
     from sparsetrain.world import World
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder)
+    for each in section.tasks:
+        check_learned_positions(model, {each.path(name): lengths for name, lengths in each.lengths_by_field().items()})
     model.to(device)
     tokenizer = load_tokenizer(folder, "FOLDER (its tokenizer)")
     with Progress(console=Console(stderr=True), transient=True) as bar:

@@ -21,7 +21,6 @@ from sparsetrain.modeling.config_faults import SHAPE, config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
 from sparsetrain.modeling.foreign import disarmed
 from sparsetrain.modeling.places import resolve, unloadable
-from sparsetrain.recipe.heads import positions_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -234,16 +233,3 @@ def check_dropout(model: PreTrainedModel) -> None:
                 f"{name}={share}: attention dropout is not supported; switch it off with "
                 f"model.config_overrides={{{name}: 0.0}}"
             )
-
-
-def check_positions(model: PreTrainedModel, length: int) -> None:
-    """Refuse rows longer than the model's config says it can read: rotary positions would go on, but what is exported
-    would not say so, and learned positions would run out.
-
-    Raises:
-        ModelError: names both numbers and the setting.
-    """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    fault = positions_fault(length, limit)
-    if fault is not None:
-        raise ModelError(f"sequence.length={fault}")

@@ -64,5 +64,6 @@ def positions_fault(length: int, limit: Any) -> str | None:
         return None
     return (
         f"{length} is beyond the model's max_position_embeddings={limit}; to train it for longer contexts say so: "
-        f"model.config_overrides={{max_position_embeddings: {length}}}"
+        f"model.config_overrides={{max_position_embeddings: {length}}} (a table of learned positions cannot grow: "
+        f"there, rows end at {limit})"
     )

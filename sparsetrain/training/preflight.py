@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling import balance_factor, check_dropout, check_positions, sparsify
+from sparsetrain.modeling import balance_factor, check_dropout, check_learned_positions, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
 from sparsetrain.modeling.head import BALANCE_FACTORS
 from sparsetrain.modeling.places import resolve
@@ -92,13 +92,15 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Refuse a sparsified model that cannot take the recipe's rows.
+    """Refuse a sparsified model that cannot take the recipe's rows, or what it is measured on.
 
     Raises:
         ModelError: its positions, its dropout, a factor of a loss that it does not add, or what it computes between
             tokens.
     """
     check_positions(model, recipe.sequence.length)
+    for task in recipe.eval.tasks:
+        check_learned_positions(model, {task.path(name): lengths for name, lengths in task.lengths_by_field().items()})
     check_dropout(model)
     check_balance(model, recipe.model)
     if recipe.sequence.parallel > 1:
