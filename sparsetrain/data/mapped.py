@@ -118,6 +118,12 @@ class MappedSource:
                 f"data source {self.label!r}: data.long_documents=drop leaves nothing of it, since all of its "
                 f"documents are longer than sequence.length={row_length}"
             )
+        if data.long_documents == "truncate" and not self._any_learned():
+            raise DataError(
+                f"data source {self.label!r}: all of its documents are longer than sequence.length={row_length}, and "
+                "with data.long_documents=truncate nothing that is learned is left of them, as where a prompt fills a row; "
+                "raise sequence.length, shorten the prompts, or set data.long_documents=split"
+            )
         if empty := len(lengths) - self.malformed - len(self._usable):
             logger.info("data source %r: %d empty rows are left out", self.label, empty)
         self._shuffle = source.shuffle
@@ -147,10 +153,19 @@ class MappedSource:
         number = int(self._order[1][place]) if self._shuffle else place
         self._drawn += 1
         index = int(np.searchsorted(self._pieces_up_to, number, side="right"))
-        row = int(self._usable[index])
-        pieces = cut(Document(f"{self.label}:{row}", int(self.lengths[index]), lambda: self._read(row)), *self._cut)
+        pieces = self._pieces(index)
         first = int(self._pieces_up_to[index]) - len(pieces)
         return [pieces[number - first]]
+
+    def _pieces(self, index: int) -> list[Piece]:
+        row = int(self._usable[index])
+        return cut(Document(f"{self.label}:{row}", int(self.lengths[index]), lambda: self._read(row)), *self._cut)
+
+    def _any_learned(self) -> bool:
+        """Whether a document ends within a row, or the first row of a longer one has anything to learn."""
+        if (self.lengths <= self._cut[0]).any():
+            return True
+        return any(piece.useful for index in range(len(self.lengths)) for piece in self._pieces(index))
 
     def state_dict(self) -> dict[str, Any]:
         """How many pieces were drawn, in all epochs."""

@@ -207,3 +207,11 @@ def test_a_stream_of_prompts_longer_than_a_row_is_refused_early(beside, write_js
     told = r"'mine': 200 documents in a row give nothing .*\(row 0, row 1, row 2, .*long_documents=split"
     with pytest.raises(DataError, match=told):
         list(islice(rows, 600))
+
+
+@pytest.mark.parametrize("beside", [[], [{"synthetic": "passkey"}]], ids=["alone", "in a mixture"])
+def test_prompts_longer_than_a_row_are_refused_with_the_settings_that_help(beside, write_jsonl, stream):
+    path = write_jsonl([{"prompt": "a long question " * 20, "completion": "yes"}] * 5)
+    told = r"'mine': all of its documents are longer .*raise sequence\.length, .*long_documents=split"
+    with pytest.raises(DataError, match=told):
+        stream({"path": path, "name": "mine"}, *beside, long_documents="truncate", length=300)
