@@ -121,8 +121,8 @@ class MappedSource:
         if data.long_documents == "truncate" and not self._any_learned():
             raise DataError(
                 f"data source {self.label!r}: all of its documents are longer than sequence.length={row_length}, and "
-                "with data.long_documents=truncate nothing that is learned is left of them, as where a prompt fills a row; "
-                "raise sequence.length, shorten the prompts, or set data.long_documents=split"
+                "with data.long_documents=truncate nothing that is learned is left of them, as where a prompt fills a "
+                "row; raise sequence.length, shorten the prompts, or set data.long_documents=split"
             )
         if empty := len(lengths) - self.malformed - len(self._usable):
             logger.info("data source %r: %d empty rows are left out", self.label, empty)
