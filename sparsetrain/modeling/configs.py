@@ -21,6 +21,7 @@ from sparsetrain.modeling.config_faults import SHAPE, config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
 from sparsetrain.modeling.foreign import disarmed
 from sparsetrain.modeling.places import resolve, unloadable
+from sparsetrain.modeling.side_files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,6 +155,8 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
     except Exception as error:
         if not is_fault(error):
             raise
+        if file.is_file():
+            read_object(file)  # names the file, where that is the fault
         raise unloadable(field, path, error) from error
     if not isinstance(values, dict):
         raise ModelError(f"{origin} holds {values!r:.60}, and a config is an object")

@@ -110,6 +110,12 @@ def test_a_config_does_not_choose_the_code_that_computes_a_model(folder, fields,
         assert torch.equal(model(tokens(20)).logits, right)
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "{"])
+def test_a_config_that_is_no_object_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder, r"config\.json (holds .* object|is not JSON)")
+
+
 def test_a_part_of_a_config_does_not_choose_it_either(tmp_path, tokens, folder):
     from transformers import AutoConfig, AutoModelForCausalLM
 
