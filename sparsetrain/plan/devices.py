@@ -70,6 +70,6 @@ def parse_memory(text: str) -> float:
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
         raise RecipeError(
             f"--memory {text:.60}: the memory of one GPU is between {LEAST_MEMORY / 1e9:g} GB and "
-            f"{MOST_MEMORY / 1e9:,.0f} GB"
+            f"{MOST_MEMORY / 1e9:,.0f} GB; write it as 80GB or 79.6GiB"
         )
     return size
