@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +37,8 @@ ALSO = {("doctor", "plan"), ("bench", "plan")}
 """Imports between neighbours that are allowed."""
 
 SEAMS = {"sparsetrain.evaluation.base", "sparsetrain.evaluation.registry"}
-"""Modules that every room from ``recipe`` up may import. The schema's union of evaluation tasks derives from their
-registry, and a task is one file: its section, and in functions what it measures with."""
+"""Modules that every room from ``recipe`` up may import: the schema's union of evaluation tasks derives from their
+registry, which names the tasks and imports one when it is asked for."""
 
 LONGEST = 500
 """Lines of a file."""
@@ -56,17 +56,12 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(*, when_loaded: bool = False) -> dict[str, set[str]]:
-    """For each module the modules of ours that it imports, at its top, in a function or for types alone.
-
-    Args:
-        when_loaded: only what is imported while the module itself is.
-    """
+def imports() -> dict[str, set[str]]:
+    """For each module the modules of ours that it imports, at its top, in a function or for types alone."""
     files = modules()
     edges: dict[str, set[str]] = defaultdict(set)
     for module, file in files.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in _at_the_top(tree) if when_loaded else ast.walk(tree):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}"
@@ -74,17 +69,6 @@ def imports(*, when_loaded: bool = False) -> dict[str, set[str]]:
             elif isinstance(node, ast.Import):
                 edges[module] |= {alias.name for alias in node.names} & files.keys()
     return edges
-
-
-def _at_the_top(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is loaded: none of functions, none for types alone."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _at_the_top(node)
 
 
 def room(module: str) -> str:

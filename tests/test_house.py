@@ -30,7 +30,7 @@ def test_imports_run_downwards(house):
 
 
 def test_no_modules_import_each_other(house):
-    assert house.circles(house.imports(when_loaded=True)) == []
+    assert house.circles(house.imports()) == []
 
 
 def test_a_circle_is_found(house):

@@ -1,25 +1,56 @@
-"""The evaluation tasks there are. A new one is a file in ``tasks/`` and a line here."""
+"""The evaluation tasks there are. A new one is a file in ``tasks/`` and a line here.
+
+The schema of a recipe needs their sections, and what they measure with stands above recipes. So they are named
+here, and imported when one is asked for.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from sparsetrain.evaluation.base import TaskResult, TaskSection
-from sparsetrain.evaluation.tasks.passkey import PasskeySection
-from sparsetrain.evaluation.tasks.perplexity import PerplexitySection
-from sparsetrain.evaluation.tasks.recall import RecallSection
 
-TASKS: dict[str, type[TaskSection]] = {
-    "perplexity": PerplexitySection,
-    "passkey": PasskeySection,
-    "recall": RecallSection,
+PLACES = {
+    "perplexity": "sparsetrain.evaluation.tasks.perplexity:PerplexitySection",
+    "passkey": "sparsetrain.evaluation.tasks.passkey:PasskeySection",
+    "recall": "sparsetrain.evaluation.tasks.recall:RecallSection",
 }
-"""The section of each task by name."""
+"""Module and class of each task's section by its name."""
+
+
+class _Tasks(MutableMapping[str, type[TaskSection]]):
+    """The section of each task by name, imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._added: dict[str, type[TaskSection]] = {}
+
+    def __getitem__(self, name: str) -> type[TaskSection]:
+        if name in self._added:
+            return self._added[name]
+        module, _, section = PLACES[name].partition(":")
+        return cast(type[TaskSection], getattr(import_module(module), section))
+
+    def __setitem__(self, name: str, section: type[TaskSection]) -> None:
+        self._added[name] = section
+
+    def __delitem__(self, name: str) -> None:
+        del self._added[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES | self._added)
+
+    def __len__(self) -> int:
+        return len(PLACES | self._added)
+
+
+TASKS = _Tasks()
+"""The section of each task by name. More can be put in, as a test does."""
 
 
 class _ByTask:
