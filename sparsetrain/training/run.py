@@ -17,8 +17,6 @@ from sparsetrain.data import StepLoader, build_rows
 from sparsetrain.data.check import check_data
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation.report import print_results
-from sparsetrain.evaluation.result import EvalResult
-from sparsetrain.evaluation.runner import check_inputs
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.recipe import Recipe, plan_batch
 from sparsetrain.training.callbacks import RunCallbacks
@@ -35,14 +33,14 @@ from sparsetrain.training.memory.liger import fuse_layers, wants_liger
 from sparsetrain.training.memory.quantize import quantize_base
 from sparsetrain.training.output import run_folder as folder
 from sparsetrain.training.output.costs import Costs
-from sparsetrain.training.output.evaluations import Evaluations, evaluate_untrained, recorded_results
+from sparsetrain.training.output.evaluations import Evaluations, results_before_training
 from sparsetrain.training.output.export import export
 from sparsetrain.training.output.folder_contents import run_folder
 from sparsetrain.training.output.pictures import draw_run
 from sparsetrain.training.output.progress import Progress
 from sparsetrain.training.output.tracking import Tracker
 from sparsetrain.training.preflight import check_loaded, check_machine
-from sparsetrain.training.resuming import Start, find_checkpoint, restore
+from sparsetrain.training.resuming import find_checkpoint, restore
 from sparsetrain.training.selfcheck.first_batch import check_before_training
 from sparsetrain.training.supervision.faults import explained
 from sparsetrain.training.supervision.signals import Outcome, Stopped, StopSignals
@@ -129,7 +127,7 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     fit_to_first_rows(model, loaded.rows, world.device, job.say)
     if wants_liger(recipe.train.liger, world.device):
         job.say(f"kernels: {fuse_layers(model, recipe.train.liger, world.device)}")
-    results = _results_before(job, loaded, start)
+    results = results_before_training(job, loaded, resumed=start is not None)
 
     job.say(choose_trainable(model, recipe))
     costs = Costs.of(model, recipe, world)
@@ -225,16 +223,6 @@ def _introduce(job: Job, loaded: Loaded) -> None:
         for line in settle_chat(loaded.model, loaded.tokenizer, job.recipe.lora):
             job.say(line)
     job.say(Costs.of(loaded.model, job.recipe, job.world).describe())
-
-
-def _results_before(job: Job, loaded: Loaded, start: Start | None) -> dict[str, EvalResult]:
-    """What was measured before training, now or by the run that is resumed."""
-    section = job.recipe.eval
-    if start is None and section.at_start:
-        return evaluate_untrained(job, loaded)
-    if section.at_end or section.every is not None:
-        check_inputs(section, loaded.tokenizer, job.recipe.train.seed)
-    return {} if start is None else recorded_results(job)
 
 
 def _track(job: Job, state: TrainState, *, resumed: bool) -> Tracker:

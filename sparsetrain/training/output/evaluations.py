@@ -13,7 +13,7 @@ from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
-from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.runner import check_inputs, evaluate
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.training.changes import describe_change
@@ -72,6 +72,20 @@ class Evaluations:
             "the report",
             lambda: write_report(self.results, self.job.output, title=title, pictures=pictures, history=history),
         )
+
+
+def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[str, EvalResult]:
+    """What was measured before training, now or by the run that is resumed.
+
+    Raises:
+        RecipeError, DataError: what is to be measured later cannot be.
+    """
+    section = job.recipe.eval
+    if not resumed and section.at_start:
+        return evaluate_untrained(job, loaded)
+    if section.at_end or section.every is not None:
+        check_inputs(section, loaded.tokenizer, job.recipe.train.seed)
+    return recorded_results(job) if resumed else {}
 
 
 def evaluate_untrained(job: Job, loaded: Loaded) -> dict[str, EvalResult]:
