@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from sparsetrain.methods.base import Expected, Method, MethodConfig
 from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
+from sparsetrain.methods.dense_oracle import expected_at_the_start
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +21,6 @@ H200, bf16, 2026-11-24, by the commands in docs/performance.md."""
 
 BYTES = 8.06
 """Bytes for each element of the queries: 4,128 MiB for 131,072 tokens of 32 heads of 128 (cuDNN), at every length."""
-
-CHECKED_TOKENS = 2048
-"""How far into a document the oracle goes; its mask grows with the square."""
 
 
 class FullConfig(MethodConfig):
@@ -83,12 +81,6 @@ class FullMethod(Method):
         **options: Unpack[AttentionOptions],
     ) -> Expected:
         """See :meth:`Method.expected`: with a mask over all pairs, at the first tokens of the document."""
-        import torch
         from sparsetrain_kernels import causal_attention_dense
 
-        stop = min(document.stop, document.start + CHECKED_TOKENS)
-        rows = torch.arange(document.start, stop, device=query.device)
-        q, k, v = (tensor[:, :, rows].double() for tensor in (query, key, value))
-        scale, softcap, sinks = options.get("scale"), options.get("softcap"), options.get("sink_logits")
-        out, _ = causal_attention_dense(q, k, v, scale=scale, softcap=softcap, sink_logits=sinks)
-        return Expected(rows, out)
+        return expected_at_the_start(causal_attention_dense, query, key, value, document, options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 from sparsetrain.methods.base import Expected, Method, MethodConfig
 from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
+from sparsetrain.methods.dense_oracle import expected_at_the_start
 from sparsetrain.section import Tokens
 
 if TYPE_CHECKING:
@@ -29,9 +31,6 @@ BYTES = 32.0
 
 HOPPER_SUMS = (4.0, 2.0**31)
 """Bytes for each element of the queries that the Hopper kernels add up in backward, heads of 128; and at most."""
-
-CHECKED_TOKENS = 2048
-"""How far into a document the oracle goes; its mask grows with the square."""
 
 
 class StaticConfig(MethodConfig):
@@ -92,12 +91,8 @@ class StaticMethod(Method):
         **options: Unpack[AttentionOptions],
     ) -> Expected:
         """See :meth:`Method.expected`: the pattern as a mask, at the first tokens of the document."""
-        import torch
         from sparsetrain_kernels import block_pattern_attention_dense
 
-        stop = min(document.stop, document.start + CHECKED_TOKENS)
-        rows = torch.arange(document.start, stop, device=query.device)
-        q, k, v = (tensor[:, :, rows].double() for tensor in (query, key, value))
-        scale, softcap, sinks = options.get("scale"), options.get("softcap"), options.get("sink_logits")
-        out, _ = block_pattern_attention_dense(q, k, v, self.pattern, scale=scale, softcap=softcap, sink_logits=sinks)
-        return Expected(rows, out)
+        return expected_at_the_start(
+            partial(block_pattern_attention_dense, pattern=self.pattern), query, key, value, document, options
+        )
