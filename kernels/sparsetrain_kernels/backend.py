@@ -18,6 +18,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS_ON_CPU = False
 """Whether ``auto`` takes kernels on a CPU too, in Triton's interpreter. Tests of whole models set it: nothing else runs
 a model's kernels without a GPU."""
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_HEAD_DIM = 256
+"""The largest that the attention kernels have tiles for."""
 TESTED_GLUON = ((3, 6), (3, 9))
 """Oldest and newest Triton whose Gluon, still experimental there, the Hopper kernels were compiled with."""
 
@@ -46,6 +49,15 @@ def choose_backend(backend: str, tensor: torch.Tensor, refusals: Mapping[str, st
     if backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto' or 'reference'")
     return "reference"
+
+
+def triton_refusal(query: torch.Tensor) -> str | None:
+    """Why the plain Triton kernels of attention have none for this query, ``[..., head_dim]``, or None."""
+    if query.dtype not in TRITON_DTYPES:
+        return f"its kernels take fp32, fp16 and bf16, not {query.dtype}"
+    if query.shape[-1] > TRITON_HEAD_DIM:
+        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {query.shape[-1]}"
+    return None
 
 
 def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:

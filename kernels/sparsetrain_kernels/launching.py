@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,17 @@ _COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """By what Triton looks at: the compiled kernel, and the constants that end its arguments."""
 MOST_COMPILED = 4096
 """Entries at which they are all dropped."""
+
+
+class Config(NamedTuple):
+    """How one kernel is compiled."""
+
+    block_m: int
+    """Query rows of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    num_warps: int
+    num_stages: int
 
 
 def pad_head_dim(head_dim: int) -> int:

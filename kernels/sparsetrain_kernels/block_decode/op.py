@@ -7,10 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.block_decode import library  # noqa: F401  (defines the operation)
 from sparsetrain_kernels.block_decode.inputs import check_decode_inputs
-from sparsetrain_kernels.block_pattern.op import triton_refusal
 from sparsetrain_kernels.block_pattern.pattern import BlockPattern, block_lists
 
 

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.arguments import check_count
-from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.block_pattern import reference
 from sparsetrain_kernels.block_pattern.library import BlockPatternAttention, block_pattern_forward
 from sparsetrain_kernels.block_pattern.pattern import BlockLists, BlockPattern, block_lists
 from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.inputs import AttentionInputs, AttentionOptions, check_inputs, consecutive_rows
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_HEAD_DIM = 256
 GLUON_DTYPES = (torch.float16, torch.bfloat16)
 GLUON_HEAD_DIMS = (64, 128)
 GLUON_TILE = 128
@@ -122,15 +120,6 @@ def block_pattern_attention(
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     out, lse = apply(BlockPatternAttention, *args) if needs_grad else block_pattern_forward(*args)
     return (out, lse) if return_lse else out
-
-
-def triton_refusal(query: Tensor) -> str | None:
-    """Why plain Triton kernels cannot run this, if so."""
-    if query.dtype not in TRITON_DTYPES:
-        return f"its kernels take fp32, fp16 and bf16, not {query.dtype}"
-    if query.shape[3] > TRITON_HEAD_DIM:
-        return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {query.shape[3]}"
-    return None
 
 
 def _gluon_refusal(inputs: AttentionInputs, lists: BlockLists) -> str | None:

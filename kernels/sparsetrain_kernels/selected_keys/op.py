@@ -7,8 +7,7 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend
-from sparsetrain_kernels.block_pattern.op import triton_refusal
+from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.causal_selection import causal_sparsek
 from sparsetrain_kernels.selected_keys import reference
 from sparsetrain_kernels.selected_keys.inputs import SelectedOptions, check_selected_inputs

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend
-from sparsetrain_kernels.block_pattern.op import triton_refusal
+from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.inputs import check_factors, consecutive_rows
 from sparsetrain_kernels.selected_keys.inputs import GATES
 from sparsetrain_kernels.sparsek_decode import library  # noqa: F401  (defines the operations)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.arguments import check_number, check_tensors, is_integer
-from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.backend import TRITON_DTYPES, choose_backend
 from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.sparsek_projection.library import Sparsek
 
 METHODS = ("sort", "bisect")
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def sparsek(

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.block_pattern.triton.forward import LOG2E, tanh
 from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list
+from sparsetrain_kernels.online_softmax import LOG2E, tanh
 
 
 @triton.jit

@@ -7,7 +7,6 @@ gradient of its log-sum-exp.
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.block_pattern.triton.forward import LOG2E, tanh
 from sparsetrain_kernels.block_pattern.triton.geometry import (
     key_block_at,
     key_list,
@@ -16,6 +15,7 @@ from sparsetrain_kernels.block_pattern.triton.geometry import (
     query_list,
     read_item,
 )
+from sparsetrain_kernels.online_softmax import LOG2E, tanh
 
 
 @triton.jit

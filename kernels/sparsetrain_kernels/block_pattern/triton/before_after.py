@@ -4,8 +4,8 @@ chunks of split sink tiles. Grids and items are those of the kernel beside them.
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.block_pattern.triton.forward import LOG2E
 from sparsetrain_kernels.block_pattern.triton.geometry import place_of, read_item
+from sparsetrain_kernels.online_softmax import LOG2E
 
 
 @triton.jit

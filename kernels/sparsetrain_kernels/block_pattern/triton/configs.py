@@ -7,16 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-
-class Config(NamedTuple):
-    """How one kernel is compiled."""
-
-    block_m: int
-    """Query rows of a tile."""
-    block_n: int
-    """Keys of a tile."""
-    num_warps: int
-    num_stages: int
+from sparsetrain_kernels.launching import Config
 
 
 class Configs(NamedTuple):

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list, read_item
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from sparsetrain_kernels.online_softmax import LOG2E, tanh
 
 
 @triton.jit
@@ -156,9 +155,3 @@ def _accumulate(logits, value, peak, total, acc, to_log2, PRECISION: tl.constexp
     total = total * rescale + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
     return new_peak, total, acc
-
-
-@triton.jit
-def tanh(x):
-    """By ``exp2``, which is everywhere, unlike libdevice's. Saturates through inf and 0."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparsetrain_kernels.block_pattern.triton.configs import Config
+from sparsetrain_kernels.launching import Config
 
 
 class Configs(NamedTuple):

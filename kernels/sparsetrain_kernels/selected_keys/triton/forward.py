@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate_gated
 
 
 @triton.jit
@@ -97,12 +97,12 @@ def selected_fwd_kernel(
         gates = 1.0
         if GATE != "straight":
             gates = gate(tl.load(scores_ptr + index)[None, :], threshold[:, None])
-        peak, total, acc = _accumulate(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
+        peak, total, acc = accumulate_gated(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
     for i in tl.range(0, (high_whole - low_whole) // BLOCK_N):
         index = low_whole + i * BLOCK_N + column
         key, value = gather(key_ptr, value_ptr, index, key_stride_n, value_stride_n, dim, D, D_PAD)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        peak, total, acc = _accumulate(logits, 1.0, value, peak, total, acc, to_log2, "straight", PRECISION)
+        peak, total, acc = accumulate_gated(logits, 1.0, value, peak, total, acc, to_log2, "straight", PRECISION)
     # What not every row sees: the rest of the list, the far edge of the window, and the diagonal.
     rest = whole // BLOCK_N * BLOCK_N
     n_list = tl.cdiv(listed - rest, BLOCK_N)
@@ -122,7 +122,7 @@ def selected_fwd_kernel(
             score = tl.where(is_selected, score, float("inf"))
             gates = gate(score[None, :], threshold[:, None])
         logits = tl.where(visible, logits, float("-inf"))
-        peak, total, acc = _accumulate(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
+        peak, total, acc = accumulate_gated(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
 
     out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
     # Rows past the end saw nothing.
@@ -223,22 +223,3 @@ def gather(key_ptr, value_ptr, index, key_stride_n, value_stride_n, dim, D: tl.c
 def gate(score, threshold):
     """``clip(score - threshold, 0, 1)``. A sink's score is inf, a threshold with room for all is -inf: both give 1."""
     return tl.minimum(tl.maximum(score - threshold, 0.0), 1.0)
-
-
-@triton.jit
-def _accumulate(logits, gates, value, peak, total, acc, to_log2, GATE: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax. The value gate leaves the denominator alone; the log gate is in both."""
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
-    # A row that has seen nothing yet keeps weights of zero.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(logits * to_log2 - (base * to_log2)[:, None])
-    rescale = tl.exp2((peak - base) * to_log2)
-    if GATE == "log":
-        weights = weights * gates
-        total = total * rescale + tl.sum(weights, 1)
-    else:
-        total = total * rescale + tl.sum(weights, 1)
-        if GATE == "value":
-            weights = weights * gates
-    acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-    return new_peak, total, acc

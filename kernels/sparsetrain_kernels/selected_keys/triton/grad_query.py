@@ -7,8 +7,8 @@ whose names begin with ``padded`` have whole tiles of rows (``row_stats.py``).
 import triton
 import triton.language as tl
 
+from sparsetrain_kernels.online_softmax import LOG2E
 from sparsetrain_kernels.selected_keys.triton.forward import (
-    LOG2E,
     gate,
     gather,
     masked_keys,

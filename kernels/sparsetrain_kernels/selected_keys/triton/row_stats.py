@@ -6,7 +6,7 @@ Rows that do not exist have an infinite log-sum-exp, which makes their weights z
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.selected_keys.triton.forward import LOG2E
+from sparsetrain_kernels.online_softmax import LOG2E
 
 
 @triton.jit

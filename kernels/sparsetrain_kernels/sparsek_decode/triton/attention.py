@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.selected_keys.triton.forward import LOG2E, _accumulate
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate_gated
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def sparsek_decode_attention_kernel(
             gates = tl.where(is_selected, above, 1.0)[None, :]
         logits = tl.dot(query, key, input_precision=PRECISION)
         logits = tl.where(is_held[None, :], logits, float("-inf"))
-        peak, total, acc = _accumulate(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
+        peak, total, acc = accumulate_gated(logits, gates, value, peak, total, acc, to_log2, GATE, PRECISION)
 
     # With the log gate a share may hold keys and give none of them a weight.
     is_nothing = total == 0
