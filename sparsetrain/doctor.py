@@ -100,6 +100,7 @@ def run_checks(
         ("shared memory", check_shared_memory),
         ("attention", check_attention),
         ("methods", check_methods),
+        ("serving", check_serving),
         ("compiler", lambda: check_compiler(recipe)),
         ("W&B", lambda: check_wandb(recipe)),
     ]
@@ -308,6 +309,19 @@ def check_methods() -> list[Finding]:
         except ModelError as error:
             found.append(Finding("warn", "methods", str(error)))
     return found
+
+
+def check_serving() -> Finding:
+    """Serving engines, none of which reads the record of a method: they run the dense model."""
+    engines = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name) is not None]
+    if not engines:
+        return Finding("ok", "serving", "no engine installed; vLLM and SGLang would run an exported folder densely")
+    return Finding(
+        "warn",
+        "serving",
+        f"{' and '.join(engines)} installed: it runs an exported folder as the dense model, without a word",
+        "generate with sparsetrain.load(folder).generate(...), which runs the attention method",
+    )
 
 
 def check_compiler(recipe: Recipe | None = None) -> Finding:

@@ -252,3 +252,13 @@ def test_what_this_machine_cannot_train_is_found(monkeypatch, recipe, change, fa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RecipeError, match=re.escape(fault)):
         doctor.check_machine(recipe(change))
+
+
+def test_an_engine_that_would_run_the_dense_model_is_named(monkeypatch):
+    assert doctor.check_serving().status == "ok"
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: find("json") if name == "vllm" else find(name))
+    finding = doctor.check_serving()
+    assert finding.status == "warn"
+    assert "vllm installed" in finding.found
+    assert "sparsetrain.load(folder).generate" in finding.fix

@@ -25,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from sparsetrain.errors import ModelError, first_line
 from sparsetrain.modeling.adapter_expressions import bound_expressions
 from sparsetrain.modeling.adapter_targets import adapter_targets, has_tied_head, norms_of
+from sparsetrain.modeling.attention.name import check_attends
 from sparsetrain.modeling.boundary import explained, is_fault, words
 from sparsetrain.modeling.configs import load_config
 from sparsetrain.modeling.foreign import check_adapter_config, check_adapter_files
@@ -117,8 +118,10 @@ def save_adapters(
         state_dict: the tensors by their names in the folder (:func:`adapter_tensors`).
 
     Raises:
-        ModelError: a tensor is empty, as the shards of ZeRO-3 are, or missing.
+        ModelError: a tensor is empty, as the shards of ZeRO-3 are, or missing; or the model attends by another method
+            than the one that is recorded.
     """
+    check_attends(model)
     wanted = set(adapter_tensors(model).values())
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
     if empty or wanted != state_dict.keys():

@@ -15,6 +15,7 @@ from sparsetrain.methods.installed import package_of
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention.documents import guard_documents
 from sparsetrain.modeling.attention.interface import ATTENTION_NAME
+from sparsetrain.modeling.attention.name import guard_name
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import drop_memory, keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
@@ -61,8 +62,13 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
     if owner is None:
         raise ModelError(f"{type(model).__name__} holds no transformers model that has the config of its decoder")
     owner.set_attn_implementation(ATTENTION_NAME)
+    for each in model.modules():
+        # Continuous batching switches every model that supports flash attention to it, which would be dense.
+        if isinstance(each, PreTrainedModel) and modules[0] in each.modules():
+            each._supports_flash_attn = False
     for module, plan in zip(modules, plans, strict=True):
         put_method(module, plan)
+        guard_name(module)
     guard_documents(decoder, leaks=plans[0].leaks_between_documents)
     rotate_each_document(decoder)
     package = package_of(config.method)

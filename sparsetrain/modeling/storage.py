@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import parse_attention
+from sparsetrain.modeling.attention.name import check_attends
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, take_special_tokens
 from sparsetrain.modeling.layers import new_modules, sparsify
@@ -46,11 +47,13 @@ def save(
         state_dict: the weights by name, where the model itself holds only shards of them (ZeRO-3).
 
     Raises:
-        ModelError: the model was never sparsified, or has LoRA adapters in it.
+        ModelError: the model was never sparsified, has LoRA adapters in it, or attends by another method than the
+            one that is recorded.
     """
     record = getattr(model.config, "sparsetrain", None)
     if record is None:
         raise ModelError("this model has no attention method to save; call sparsetrain.sparsify(model, ...) first")
+    check_attends(model)
     if getattr(model, "peft_config", None) is not None:
         raise ModelError(
             "this model has LoRA adapters, which an ordinary folder cannot hold; fold them into the weights first "

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from sparsetrain.bench.contenders.flex import listed_block_mask
 from sparsetrain.bench.measure import Unavailable
+from sparsetrain.modeling.attention.name import lift_guard
 from sparsetrain.patterns import Pattern
 
 BARE = "bench_none"
@@ -38,6 +39,7 @@ def use_no_attention(model: PreTrainedModel) -> None:
         return _Through.apply(query, key, value), None
 
     _register(BARE, forward)
+    lift_guard(model)
     model.set_attn_implementation(BARE)
 
 
@@ -61,6 +63,7 @@ def use_flex(model: PreTrainedModel, pattern: Pattern, length: int, device: torc
         return out.transpose(1, 2).contiguous(), None
 
     _register(FLEX, forward)
+    lift_guard(model)
     model.set_attn_implementation(FLEX)
 
 

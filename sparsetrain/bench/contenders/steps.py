@@ -23,6 +23,7 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
+from sparsetrain.modeling.attention.name import lift_guard
 from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.checkpoints import TrainState
@@ -151,6 +152,7 @@ def _with_sdpa(recipe: Recipe, world: World) -> tuple[Any, list[torch.nn.Paramet
         raise Unavailable("a loop of one process; start it without the launcher")
     model = sparsify(random_model(recipe, world.device), FullConfig())  # for the adapters; its attention is replaced
     choose_trainable(model, recipe)
+    lift_guard(model)
     model.set_attn_implementation("sdpa")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -19,12 +19,10 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.memory import Memory
 from sparsetrain.modeling.attention.call import AttentionCall, parse_call
 from sparsetrain.modeling.attention.mask import mask_of_requests
+from sparsetrain.modeling.attention.name import ATTENTION_NAME
 from sparsetrain.modeling.attention.padding import Attend, attend_padded, left_padding
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.ulysses import Ulysses
-
-ATTENTION_NAME = "sparsetrain"
-"""The name in transformers' registries. Names with ``flash``, ``sdpa``, ``flex`` or ``/`` would be routed elsewhere."""
 
 
 def registered_attention(

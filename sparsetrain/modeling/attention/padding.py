@@ -75,7 +75,9 @@ def _real_tokens(call: AttentionCall, padding: Tensor, num_keys: int) -> tuple[l
         raise ModelError(
             f"the attention mask has zeros between real tokens (row {row}, at token {hole}), and no key is left out in "
             "the middle of a row; leave such tokens out of the row, keep documents apart by position_ids that restart "
-            "or cu_seqlens, and pad on the left or on the right only"
+            "or cu_seqlens, and pad on the left or on the right only. Without a mask, generate makes one with zeros "
+            "where the prompt holds pad_token_id: if those are real tokens, pass "
+            "attention_mask=torch.ones_like(input_ids)"
         )
     if call.training:
         raise ModelError(
