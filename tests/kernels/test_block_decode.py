@@ -16,6 +16,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_decode.inputs import DecodeInputs
 from sparsetrain_kernels.block_decode.reference import decode_by_gathering
 from sparsetrain_kernels.block_pattern.pattern import block_lists
+from sparsetrain_kernels.dense import causal_attention
 
 from sparsetrain.patterns import (
     DilatedPattern,
@@ -143,6 +144,21 @@ def test_equals_them_with_soft_cap_scale_and_sink_logits(decode, options, sinks:
         # From negligible to dominant beside the logits.
         options = {**options, "sink_logits": torch.tensor([-5.0, 0.0, 3.0, 60.0])}
     assert_close(decode(*tensors, POWER, lengths=lengths, **options), expected(*tensors, POWER, lengths, **options))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("pattern", "window"), [(FullPattern(16), 20), (SlidingPattern(16, 3, 0), 33), (POWER, 1)])
+def test_a_window_of_tokens_equals_dense_attention_in_that_window(decode, pattern, window: int, rows: int) -> None:
+    tensors, lengths = make_cache(4, 2, rows), to_lengths(*LENGTHS)
+    sinks = torch.linspace(-1, 1, 4)
+    out, _ = decode(*tensors, pattern, lengths=lengths, window=window, sink_logits=sinks)
+    for b, length in enumerate(LENGTHS):
+        seen = min(rows, length)
+        query, key, value = (tensor[b, None] for tensor in tensors)
+        want = causal_attention(
+            query[:, :, rows - seen :], key[:, :, :length], value[:, :, :length], window=window, sink_logits=sinks
+        )
+        torch.testing.assert_close(out[b, None, :, rows - seen :], want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 40])
@@ -294,6 +310,7 @@ TABLE = torch.zeros(2, 3, dtype=torch.int32)
         ({"max_length": 0}, ValueError, "max_length=0"),
         ({"scale": 0.0}, ValueError, "scale=0.0 must be positive"),
         ({"softcap": -2.0}, ValueError, "softcap=-2.0 must be positive"),
+        ({"window": 0}, ValueError, "window=0 must be at least 1 token"),
         ({"sink_logits": torch.zeros(2)}, ValueError, r"sink_logits has shape \(2,\)"),
         ({"query": QUERY.clone().requires_grad_()}, ValueError, "query requires a gradient.*torch.no_grad"),
         ({"backend": "gluon"}, ValueError, "backend='gluon' cannot run this: decoding has plain Triton kernels only"),

@@ -26,6 +26,7 @@ class DecodeInputs(NamedTuple):
     scale: float
     softcap: float | None
     sink_logits: Tensor | None
+    token_window: int | None = None
 
 
 def check_decode_inputs(
@@ -40,6 +41,7 @@ def check_decode_inputs(
     scale: float | None,
     softcap: float | None,
     sink_logits: Tensor | None,
+    window: int | None,
 ) -> DecodeInputs:
     """Check shapes, dtypes and ranges and fill in the defaults; ``block`` is the pattern's.
 
@@ -71,13 +73,17 @@ def check_decode_inputs(
     if not 1 <= max_length <= capacity:
         raise ValueError(f"max_length={max_length} must be 1 to the {capacity} keys a sequence has room for")
     check_factors(scale, softcap)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1 token (the query's own), or None for no window")
     if sink_logits is not None and (sink_logits.shape != (heads,) or sink_logits.device != query.device):
         raise ValueError(
             f"sink_logits has shape {tuple(sink_logits.shape)} on {sink_logits.device}, expected one logit a query "
             f"head, ({heads},) on {query.device}"
         )
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return DecodeInputs(query, key_cache, value_cache, lengths, block_table, max_length, scale, softcap, sink_logits)
+    return DecodeInputs(
+        query, key_cache, value_cache, lengths, block_table, max_length, scale, softcap, sink_logits, window
+    )
 
 
 def _check_no_gradient(**tensors: Tensor | None) -> None:

@@ -16,8 +16,8 @@ _INPUTS = len(DecodeInputs._fields)
 torch.library.define(
     "sparsetrain::block_pattern_decode",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor? block_table, int max_length, "
-    "float scale, float? softcap, Tensor? sink_logits, int block, int window, int num_sinks, int heads, int period, "
-    "int[] far, str backend) -> (Tensor, Tensor)",
+    "float scale, float? softcap, Tensor? sink_logits, int? token_window, int block, int window, int num_sinks, "
+    "int heads, int period, int[] far, str backend) -> (Tensor, Tensor)",
 )
 
 

@@ -26,6 +26,7 @@ def block_pattern_decode(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    window: int | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -44,6 +45,7 @@ def block_pattern_decode(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    window: int | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -61,6 +63,7 @@ def block_pattern_decode(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    window: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,6 +91,7 @@ def block_pattern_decode(
         scale: factor on the logits; None means ``D ** -0.5``.
         softcap: ``softcap * tanh(logits / softcap)`` where given.
         sink_logits: ``[Hq]``, one more logit a row that takes part in the softmax denominator only.
+        window: tokens that a row sees at most, its own included, of those in the listed blocks; None means all.
         return_lse: also return the log of the softmax denominator (the sink included).
         backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch, which reads
             ``lengths`` on the host), or ``auto``: on CUDA the first that can run the call, else the last.
@@ -110,6 +114,7 @@ def block_pattern_decode(
         scale=scale,
         softcap=softcap,
         sink_logits=sink_logits,
+        window=window,
     )
     lists = block_lists(pattern, -(-inputs.max_length // pattern.block), key_cache.shape[1])
     refusals = {"triton": triton_refusal(query), "gluon": "decoding has plain Triton kernels only"}

@@ -50,13 +50,16 @@ def _attend(
         blocks = torch.tensor(lists.key_blocks(query_block, head), device=out.device)
         keys = (blocks[:, None] * lists.block + torch.arange(lists.block, device=out.device)).flatten()
         keys = keys[keys < positions.stop]
+        visible = keys <= own[:, None]
+        if call.token_window is not None:
+            visible &= keys > own[:, None] - call.token_window
         heads, query_heads = slice(head, head + heads_per_list), slice(head * group, (head + heads_per_list) * group)
         sinks = None if call.sink_logits is None else call.sink_logits[query_heads]
         part, part_lse = masked_attention(
             call.query[sequence, query_heads, rows].to(lse.dtype)[None],
             _read(call.key_cache, call.block_table, sequence, heads, keys).to(lse.dtype)[None],
             _read(call.value_cache, call.block_table, sequence, heads, keys).to(lse.dtype)[None],
-            keys <= own[:, None],
+            visible,
             scale=call.scale,
             softcap=call.softcap,
             sink_logits=sinks,

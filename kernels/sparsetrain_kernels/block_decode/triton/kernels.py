@@ -30,6 +30,7 @@ def decode_kernel(
     table_stride_b,
     splits,
     max_length,
+    token_window,
     window,
     sinks,
     period,
@@ -48,6 +49,7 @@ def decode_kernel(
     FAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINK_LOGITS: tl.constexpr,
+    TOKEN_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A share of the key tiles of one sequence and KV head, for ``BLOCK_M`` of the ``GROUP * ROWS`` rows that read
@@ -151,6 +153,8 @@ def decode_kernel(
         logits = tl.dot(query, key, input_precision=PRECISION)
         logits = softcap * LOG2E * tanh(logits * (scale / softcap)) if SOFTCAP else logits * (scale * LOG2E)
         visible = (key_position[None, :] <= position[:, None]) & is_key[None, :]
+        if TOKEN_WINDOW:
+            visible = visible & (key_position[None, :] > position[:, None] - token_window)
         if ROWS > 1:
             visible = visible & (position // BLOCK == query_block)[:, None]
         logits = tl.where(visible, logits, float("-inf"))
