@@ -20,7 +20,7 @@ FLOORS: list[dict[str, str]] = [
     {"methods": "how a layer attends"},
     {"recipe": "the schema, loading, overrides"},
     {"data": "rows of tokens", "modeling": "methods in transformers' models"},
-    {"evaluation": "what a model can do"},
+    {"evaluation": "what a model can do", "inference": "texts that a model writes"},
     {"training": "a run from its recipe to an export"},
     {"plan": "memory and time before a run", "doctor": "this machine", "bench": "speed beside others"},
     {"cli": "commands"},

@@ -14,6 +14,7 @@ from sparsetrain.cli import bench, recipe
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import evaluate_folder
 from sparsetrain.cli.export import export
+from sparsetrain.cli.generate import generate
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.run import run
 from sparsetrain.container import prepare_environment
@@ -146,6 +147,7 @@ app = typer.Typer(
 app.callback()(_root)
 app.command()(run)
 app.command(name="eval")(evaluate_folder)
+app.command()(generate)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)

@@ -1,0 +1,195 @@
+"""``sparsetrain generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from rich.filesize import decimal
+
+from sparsetrain.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from sparsetrain.inference.prompts import Prompt
+    from sparsetrain.inference.writer import Usage, Writer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
+            show_default=False,
+        ),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given again.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text to continue, or a .jsonl with prompt or messages in every line; - is standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Write each prompt as a user's message, by the chat template.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new .jsonl of rows with their completions; by default they are printed.", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write after a prompt.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token; by default the model's own.", show_default=False)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this probability.", show_default=False)
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens of this share of the likeliest's.", show_default=False)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: fewer repeats.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of drawn tokens.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
+    ] = None,
+) -> None:
+    """Continue prompts with a trained model, by the attention method it was trained with.
+
+    One prompt is printed as it is written; several are printed as JSON Lines, or go to --output. At the end, standard
+    error says how fast it was and how much memory the cache took.
+
+    \b
+    Examples:
+      sparsetrain generate runs/quickstart --prompt "def main():"
+      sparsetrain generate sparsetrain:tiny --prompt "import " --max-new-tokens 20 --temperature 0.8
+      sparsetrain generate my-model --file questions.jsonl --batch 8 --output answers.jsonl
+    """
+    from sparsetrain.inference.prompts import read_prompts
+
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    prompts = read_prompts(prompt or [], file)
+    if output is not None:
+        _check_output(output)
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+
+    import torch
+
+    from sparsetrain.inference.models import check_room, open_model
+    from sparsetrain.inference.writer import Writer
+
+    place = _device(device)
+    loaded, tokenizer = open_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    own: Any = loaded.generation_config
+    arguments = sampling.arguments(own)
+    encoded = [each.encode(tokenizer, chat=chat) for each in prompts]
+    for each, tokens in zip(prompts, encoded, strict=True):
+        check_room(loaded, each.place, len(tokens), max_new_tokens)
+    _note(loaded, tokenizer, prompts, sampling.describe(own), chat=chat)
+    torch.manual_seed(seed)
+    writer = Writer(loaded.to(place), tokenizer, max_new_tokens, arguments)
+    if len(prompts) == 1 and output is None:
+        _stream(writer, encoded[0])
+    else:
+        _write_rows(writer, prompts, encoded, batch, output)
+    print(_speed(writer.usage), file=sys.stderr)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise DataError(f"--output {output} exists already; remove it, or name another file")
+    if not output.parent.is_dir():
+        raise DataError(f"--output {output}: there is no folder {output.parent}; make it first")
+
+
+def _sampling(*values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from sparsetrain.inference.sampling import Sampling
+
+    try:
+        return Sampling(**dict(zip(Sampling.model_fields, values, strict=True)))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        flag = str(fault["loc"][0]).replace("_", "-")
+        raise ModelError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {name} is not known; choose cuda, cuda:1 or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, chat: bool) -> None:
+    """Say on standard error what decides the text."""
+    method = model.config.sparsetrain["attention"]["method"]
+    print(f"note: attention {method}, {sampling}", file=sys.stderr)
+    if tokenizer.chat_template and not chat and any(each.messages is None for each in prompts):
+        print("note: this model has a chat template; --chat writes a prompt as a user's message", file=sys.stderr)
+
+
+def _stream(writer: Writer, tokens: list[int]) -> None:
+    from transformers import TextStreamer
+
+    writer.complete([tokens], streamer=TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def _write_rows(
+    writer: Writer, prompts: list[Prompt], encoded: list[list[int]], batch: int, output: Path | None
+) -> None:
+    """One JSON object a prompt, in order, written after each batch."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsetrain.inference.prompts import COMPLETION
+
+    with ExitStack() as stack:
+        file: TextIO = stack.enter_context(
+            nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8")
+        )
+        bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+        task = bar.add_task("tokens", total=len(prompts) * writer.max_new_tokens)
+        for start in range(0, len(prompts), batch):
+            part = encoded[start : start + batch]
+            done = writer.complete(part, on_token=partial(bar.advance, task, len(part)))
+            for prompt, completion in zip(prompts[start : start + batch], done, strict=True):
+                row = {**prompt.row, COMPLETION: completion.text, "finish": completion.finish}
+                row |= {"prompt_tokens": completion.prompt_tokens, "new_tokens": completion.new_tokens}
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            bar.update(task, completed=min(start + batch, len(prompts)) * writer.max_new_tokens)
+    if output is not None:
+        print(f"{output}: {len(prompts)} completions", file=sys.stderr)
+
+
+def _speed(usage: Usage) -> str:
+    rate = f"{usage.decoded / usage.decode_seconds:,.1f} tokens/s" if usage.decoded else "no further tokens"
+    return (
+        f"{usage.prompt_tokens:,} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens:,} new tokens "
+        f"({rate} after the first), cache {decimal(usage.cache_bytes)}"
+    )

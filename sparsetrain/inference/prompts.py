@@ -1,0 +1,119 @@
+"""Prompts from the command line, from a text file or from the rows of a JSON Lines file, as token ids."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsetrain.errors import DataError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPLETION = "completion"
+"""The column that a row of the output has beside those of its prompt."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a text, or the messages of a chat."""
+
+    place: str
+    """Where it was given, for messages."""
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    """The columns it came with."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[int]:
+        """Its token ids.
+
+        Args:
+            chat: write a text as a user's message, by the tokenizer's chat template. Messages always are.
+
+        Raises:
+            DataError: it has no tokens, or the template refuses its messages.
+            ModelError: it needs a chat template, and the tokenizer has none.
+        """
+        messages: Any = [{"role": "user", "content": self.text}] if chat and self.messages is None else self.messages
+        tokens: Any
+        if messages is None:
+            tokens = tokenizer(self.text)["input_ids"]
+        elif not tokenizer.chat_template:
+            asked = "messages" if self.messages is not None else "--chat"
+            raise ModelError(f"{self.place}: {asked} needs a chat template, and the tokenizer of this model has none")
+        else:
+            try:
+                tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            except Exception as error:  # templates are programs, and raise what they like
+                raise DataError(f"{self.place}: the chat template refuses it: {first_line(error)}") from error
+        if not tokens:
+            raise DataError(f"{self.place}: the prompt is empty; there is nothing to continue")
+        return list(tokens)
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
+    """All prompts: those of the command line, then those of the file.
+
+    Args:
+        file: ``.jsonl`` has one prompt a line, in ``prompt`` (a text) or ``messages`` (a chat); any other file is one
+            prompt as a whole; ``-`` is standard input.
+
+    Raises:
+        DataError: there is none, or the file cannot be read as that.
+    """
+    prompts = [Prompt(f"--prompt number {number}", text, row={"prompt": text}) for number, text in enumerate(given, 1)]
+    if file is not None:
+        text = _read(file)
+        if file.suffix == ".jsonl":
+            prompts += _rows(text, file)
+        else:
+            prompts.append(Prompt(f"--file {file}", text, row={"prompt": text}))
+    if not prompts:
+        raise DataError("nothing to continue: give --prompt TEXT, or --file with a text or a .jsonl of prompts")
+    return prompts
+
+
+def _read(file: Path) -> str:
+    if str(file) == "-":
+        return sys.stdin.read()
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--file {file}: {error.reason} at byte {error.start}; it must be text in UTF-8") from error
+    except OSError as error:
+        raise DataError(f"--file {file} cannot be read: {error.strerror or error}") from error
+
+
+def _rows(text: str, file: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place} is no JSON: {first_line(error)}") from error
+        yield _prompt(row, place)
+
+
+def _prompt(row: Any, place: str) -> Prompt:
+    if not isinstance(row, dict):
+        raise DataError(f'{place}: expected an object such as {{"prompt": "..."}}, got {type(row).__name__}')
+    if COMPLETION in row:
+        raise DataError(f"{place} has a column {COMPLETION} already, where the answer goes; rename it")
+    text, messages = row.get("prompt"), row.get("messages")
+    if (text is None) == (messages is None):
+        found = ", ".join(row) or "nothing"
+        raise DataError(f"{place}: give either prompt (a text) or messages (a chat); it has {found}")
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{place}: prompt must be a text, got {type(text).__name__}")
+    if messages is None:
+        return Prompt(place, text, row=row)
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise DataError(f'{place}: messages must be a list such as [{{"role": "user", "content": "..."}}]')
+    return Prompt(place, messages=messages, row=row)

@@ -1,0 +1,174 @@
+"""Completions of prompts, batch by batch, with the time and the cache that they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from sparsetrain.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written after one prompt."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    """The end of text, where the model wrote it, counts."""
+    finish: str
+    """``stop`` if the model ended the text, ``length`` if ``max_new_tokens`` did."""
+
+
+@dataclass
+class Usage:
+    """Sums over all batches."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    """Until the first new token of each batch."""
+    decode_seconds: float = 0.0
+    """For the others."""
+    decoded: int = 0
+    """Tokens written in :attr:`decode_seconds`."""
+    cache_bytes: int = 0
+    """The largest cache of a batch."""
+
+
+class _Clock(StoppingCriteria):
+    """Notes when the first token came; never stops anything."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self.first: float | None = None
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.first is None:
+            self.first = now(input_ids.device)
+        self._on_token()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass
+class Writer:
+    """A model that continues prompts.
+
+    Args:
+        arguments: of ``model.generate``.
+        max_new_tokens: the most that are written after a prompt.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        streamer: BaseStreamer | None = None,
+        on_token: Callable[[], None] = lambda: None,
+    ) -> list[Completion]:
+        """Continue a batch of prompts.
+
+        Args:
+            prompts: token ids of each; they may differ in length.
+            streamer: is handed the tokens as they come; for a batch of one.
+            on_token: called after each token of the batch.
+
+        Raises:
+            ModelError: the device has too little memory.
+        """
+        device = self.model.device
+        ids, mask = self._padded(prompts)
+        clock = _Clock(on_token)
+        begin = now(device)
+        try:
+            written: Any = self.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=self._padding(),
+                eos_token_id=sorted(self._ends()) or None,
+                stopping_criteria=StoppingCriteriaList([clock]),
+                streamer=streamer,
+                return_dict_in_generate=True,
+                **self.arguments,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{device} has too little memory for {len(prompts)} prompts of up to {ids.shape[1]} tokens; lower "
+                "--batch, or shorten them"
+            ) from error
+        end = now(device)
+        completions = [
+            self._completion(row, len(prompt))
+            for row, prompt in zip(written.sequences[:, ids.shape[1] :].tolist(), prompts, strict=True)
+        ]
+        first = end if clock.first is None else clock.first
+        self.usage.prompt_tokens += sum(map(len, prompts))
+        self.usage.new_tokens += sum(each.new_tokens for each in completions)
+        self.usage.decoded += sum(max(each.new_tokens - 1, 0) for each in completions)
+        self.usage.prefill_seconds += first - begin
+        self.usage.decode_seconds += end - first
+        self.usage.cache_bytes = max(self.usage.cache_bytes, cache_bytes(written.past_key_values))
+        return completions
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, int64 ``[prompts, tokens]``, padded on the left."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._padding())
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, width - len(prompt) :] = 1
+        return ids, mask
+
+    def _padding(self) -> int:
+        padding = self.tokenizer.pad_token_id
+        return padding if isinstance(padding, int) else min(self._ends(), default=0)
+
+    def _ends(self) -> set[int]:
+        """Tokens that end a text."""
+        config: Any = self.model.generation_config
+        own = config.eos_token_id
+        ends = set(own) if isinstance(own, list) else {own}
+        return {end for end in (*ends, self.tokenizer.eos_token_id) if isinstance(end, int)}
+
+    def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
+        end = next((place for place, token in enumerate(row) if token in self._ends()), None)
+        kept = row if end is None else row[: end + 1]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Completion(str(text), prompt_tokens, len(kept), "length" if end is None else "stop")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a cache of transformers holds."""
+    total = 0
+    for layer in cache.layers:
+        memory = getattr(layer, "memory", None)
+        if memory is not None:
+            total += memory.nbytes()
+            continue
+        held = (getattr(layer, name, None) for name in ("keys", "values"))
+        total += sum(tensor.nbytes for tensor in held if tensor is not None)
+    return total
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,135 @@
+"""``sparsetrain generate``: what it writes is what ``model.generate`` writes, and what it cannot do it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sparsetrain
+from sparsetrain.cli import main
+from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.recipe.yaml_source import dump_yaml
+
+TINY = "sparsetrain:tiny"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    from sparsetrain.modeling.places import resolve
+
+    return sparsetrain.load(TINY), load_tokenizer(resolve(TINY, "path"), "path")
+
+
+@pytest.fixture(scope="module")
+def power_folder(tmp_path_factory, model_and_tokenizer):
+    """A run folder whose model has a method of its own, and a chat template."""
+    run = tmp_path_factory.mktemp("run")
+    model = sparsetrain.sparsify(sparsetrain.load(TINY), {"method": "power", "block": 8, "window": 2, "sinks": 1})
+    sparsetrain.save(model, run / "final")
+    tokenizer = load_tokenizer(model_and_tokenizer[1].name_or_path, "path")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(run / "final")
+    (run / "recipe.yaml").write_text(dump_yaml({"model": {"path": TINY}}))
+    return run
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(("generate", *arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def greedy(model, tokenizer, text, count):
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_one_prompt_is_streamed_and_the_cost_is_told(call, model_and_tokenizer):
+    code, out, err = call(TINY, "--prompt", "import ", "--max-new-tokens", "12")
+    assert code == 0
+    assert out.removesuffix("\n") == greedy(*model_and_tokenizer, "import ", 12)
+    assert "note: attention full, greedy" in err
+    assert "12 new tokens" in err
+    assert "tokens/s" in err
+    assert "cache" in err
+
+
+def test_a_run_writes_by_the_method_it_was_trained_with(call, power_folder):
+    text = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 2
+    code, out, err = call(str(power_folder), "--prompt", text, "--max-new-tokens", "10")
+    model, tokenizer = sparsetrain.load(power_folder / "final"), load_tokenizer(power_folder / "final", "path")
+    assert code == 0
+    assert out.removesuffix("\n") == greedy(model, tokenizer, text, 10)
+    assert "note: attention power" in err
+    assert "--chat" in err
+
+
+def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, power_folder, tmp_path):
+    rows = [
+        {"id": 1, "prompt": "class Reader:\n    def __init__(self"},
+        {"id": 2, "messages": [{"role": "user", "content": "import os"}]},
+        {"id": 3, "prompt": "x"},
+    ]
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    code, printed, _ = call(
+        str(power_folder), "--file", str(file), "--batch", "3", "--max-new-tokens", "6", "--output", str(out)
+    )
+    assert (code, printed) == (0, "")
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    model, tokenizer = sparsetrain.load(power_folder / "final"), load_tokenizer(power_folder / "final", "path")
+    texts = [rows[0]["prompt"], "<user>import os\n<answer>", "x"]
+    for row, answer, text in zip(rows, answers, texts, strict=True):
+        assert {name: answer[name] for name in row} == row
+        assert answer["completion"] == greedy(model, tokenizer, text, 6)
+        assert answer["prompt_tokens"] == len(tokenizer(text)["input_ids"])
+        assert answer["finish"] in ("stop", "length")
+
+
+def test_a_seed_repeats_what_is_drawn(call):
+    def draw(seed):
+        return call(TINY, "--prompt", "import ", "--max-new-tokens", "8", "--temperature", "1.5", "--seed", seed)[1]
+
+    assert draw("1") == draw("1") != draw("2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to continue"),
+        (["--prompt", ""], "--prompt number 1: the prompt is empty"),
+        (["--prompt", "a", "--chat"], "needs a chat template"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p 2"),
+        (["--prompt", "a", "--temperature", "0", "--top-k", "5"], "--top-k would have no effect"),
+        (["--prompt", "a", "--dtype", "int8"], "--dtype int8 is not known"),
+        (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99"),
+        (["--prompt", "a", "--max-new-tokens", "999999"], "set --max-new-tokens to at most"),
+        (["--prompt", "a " * 9000], "leaves none to write"),
+        (["--file", "no.jsonl"], "--file no.jsonl cannot be read"),
+        (["--file", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
+        (["--file", "both.jsonl"], "give either prompt (a text) or messages"),
+        (["--file", "taken.jsonl"], "has a column completion already"),
+        (["--prompt", "a", "--output", "taken.jsonl"], "exists already"),
+        (["--prompt", "a", "--output", "nowhere/a.jsonl"], "there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "both.jsonl").write_text('{"prompt": "a", "messages": []}\n')
+    (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code, out, err = call(TINY, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
