@@ -99,7 +99,7 @@ def run_checks(
         ("caches", check_caches),
         ("shared memory", check_shared_memory),
         ("attention", check_attention),
-        ("methods", check_methods),
+        ("packages", check_packages),
         ("serving", check_serving),
         ("compiler", lambda: check_compiler(recipe)),
         ("W&B", lambda: check_wandb(recipe)),
@@ -296,18 +296,22 @@ def check_attention() -> Finding:
     return Finding("fail", "attention", found, "do not train on this machine; report the versions listed here")
 
 
-def check_methods() -> list[Finding]:
-    """Attention methods of other installed packages (entry points of the group ``sparsetrain.methods``)."""
-    from sparsetrain.methods.installed import entries, package_of
-    from sparsetrain.methods.registry import find_config
+def check_packages() -> list[Finding]:
+    """Methods and tasks of other installed packages."""
+    from sparsetrain.evaluation.registry import INSTALLED as TASKS
+    from sparsetrain.evaluation.registry import PLACES
+    from sparsetrain.methods.installed import INSTALLED as METHODS
+    from sparsetrain.methods.registry import METHODS as OWN
 
     found = []
-    for name in entries():
-        try:
-            find_config(name)
-            found.append(Finding("ok", "methods", f"attention.method={name} comes from {package_of(name)}"))
-        except ModelError as error:
-            found.append(Finding("warn", "methods", str(error)))
+    for check, installed, own in (("methods", METHODS, tuple(OWN)), ("tasks", TASKS, tuple(PLACES))):
+        for name in installed.entries:
+            try:
+                installed.load(name, own)
+                text = f"{installed.setting}={name} comes from {installed.package_of(name)}"
+                found.append(Finding("ok", check, text))
+            except SparsetrainError as error:
+                found.append(Finding("warn", check, str(error)))
     return found
 
 

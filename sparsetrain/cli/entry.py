@@ -12,7 +12,7 @@ import typer
 
 from sparsetrain.cli import bench, recipe
 from sparsetrain.cli.doctor import doctor
-from sparsetrain.cli.eval import evaluate_folder
+from sparsetrain.cli.eval import NamesTasks, evaluate_folder
 from sparsetrain.cli.export import export
 from sparsetrain.cli.generate import generate
 from sparsetrain.cli.plan import plan
@@ -146,7 +146,7 @@ app = typer.Typer(
 )
 app.callback()(_root)
 app.command()(run)
-app.command(name="eval")(evaluate_folder)
+app.command(name="eval", cls=NamesTasks)(evaluate_folder)
 app.command()(generate)
 app.command()(export)
 app.command()(plan)

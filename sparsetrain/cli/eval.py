@@ -6,9 +6,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparsetrain.cli.arguments import Overrides, RecipeArgument
 from sparsetrain.errors import ModelError, RecipeError
+
+
+class NamesTasks(TyperCommand):
+    """Its help ends with the tasks there are, those of installed packages too. None is imported for it."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help of every command, and the tasks."""
+        from sparsetrain.evaluation.registry import INSTALLED, TASKS
+
+        packages = {name: INSTALLED.package_of(name) for name in TASKS}
+        names = [f"{name} ({package})" if package else name for name, package in packages.items()]
+        self.epilog = f"Tasks of eval.tasks: {', '.join(names)}"
+        super().format_help(ctx, formatter)
 
 
 def evaluate_folder(

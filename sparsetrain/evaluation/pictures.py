@@ -106,7 +106,9 @@ def report_picture(
 
 def _loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) -> list[LossMarks]:
     """Of the tasks of ``results``, and of those that have their default names in ``metrics.jsonl``."""
-    classes: dict[str, type[TaskResult]] = {name: section.result for name, section in TASKS.items()}
+    classes: dict[str, type[TaskResult]] = {
+        section.model_fields["task"].default: section.result for section in TASKS.usable()
+    }
     classes |= {name: type(next(iter(measured.values()))) for name, measured in by_task(results)}
     found = (result.loss_marks(name, lines) for name, result in classes.items())
     return [marks for marks in found if marks is not None]

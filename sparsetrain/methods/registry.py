@@ -14,7 +14,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.dilated import DilatedConfig
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.methods.installed import entries, load_installed
+from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.longnet import LongNetConfig
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.sliding import SlidingConfig
@@ -38,7 +38,7 @@ METHODS: dict[str, type[MethodConfig]] = {config.model_fields["method"].default:
 
 def method_names() -> list[str]:
     """All names that ``attention.method`` may have, of installed packages too, which are not imported for this."""
-    return list(dict.fromkeys((*METHODS, *entries())))
+    return list(dict.fromkeys((*METHODS, *INSTALLED.entries)))
 
 
 def find_config(name: str) -> type[MethodConfig]:
@@ -47,8 +47,8 @@ def find_config(name: str) -> type[MethodConfig]:
     Raises:
         ModelError: there is none of that name, or its package cannot be used.
     """
-    if name in entries():
-        return load_installed(name, tuple(METHODS))
+    if name in INSTALLED.entries:
+        return INSTALLED.load(name, tuple(METHODS))
     if name not in METHODS:
         raise ModelError(f"attention.method: {_unknown(name, method_names())}")
     return METHODS[name]
@@ -122,7 +122,7 @@ class _AnyMethod:
     @classmethod
     def _tag(cls, value: Any) -> str:
         method = value.get("method") if isinstance(value, Mapping) else getattr(value, "method", None)
-        return method if isinstance(method, str) and method in METHODS and method not in entries() else cls.ELSE
+        return method if isinstance(method, str) and method in METHODS and method not in INSTALLED.entries else cls.ELSE
 
     @staticmethod
     def _plain(config: MethodConfig) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class _AnyMethod:
         try:
             config = find_config(method)
         except ModelError as error:
-            raise PydanticCustomError("method_unusable", "{fault}", {"fault": str(error)}) from None
+            raise PydanticCustomError("section_unusable", "{fault}", {"fault": str(error), "key": "method"}) from None
         if info.mode == "json":
             return config.model_validate_json(json.dumps(value), strict=True)
         return config.model_validate(value)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
-from sparsetrain.methods.installed import package_of
+from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.attention.documents import guard_documents
 from sparsetrain.modeling.attention.interface import ATTENTION_NAME
@@ -71,7 +71,7 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
         guard_name(module)
     guard_documents(decoder, leaks=plans[0].leaks_between_documents)
     rotate_each_document(decoder)
-    package = package_of(config.method)
+    package = INSTALLED.package_of(config.method)
     model.config.sparsetrain = {  # type: ignore[union-attr]
         "format": RECORD_FORMAT,
         "version": __version__,

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import MethodConfig
-from sparsetrain.methods.installed import package_of
+from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.boundary import nearest
 from sparsetrain.modeling.config_faults import SHAPE
@@ -73,7 +73,7 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
         raise ModelError(
             f"{path} records a method this version ({__version__}) does not know: {error}{known}"
         ) from None
-    installed = package_of(config.method) is not None
+    installed = INSTALLED.package_of(config.method) is not None
     if written == RECORD_FORMAT:
         fields = {*fields, PACKAGE} if installed else fields
         check_fields(record, fields, f"the record of the attention method in {path} is damaged")

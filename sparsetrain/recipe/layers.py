@@ -96,7 +96,8 @@ def _sources(below: Source, layer: Layer) -> Iterator[str]:
     others: list[KeyPath] = [
         (*TASK_LIST, index, name)
         for index, entry in enumerate(task_entries(below.data))
-        for name in (TASKS[entry["task"]].source_fields() if _is_task(entry) else ())
+        for section in TASKS.usable([entry.get("task")] if isinstance(entry, dict) else [])
+        for name in section.source_fields()
     ]
     for path in listed + others:
         old = _mapping(below, path)
@@ -155,10 +156,6 @@ def _drop(
         below.forget(path, value)
     if gone:
         yield f"{_where(layer, for_the_sake_of)}{new} takes the place of {', '.join(gone)}"
-
-
-def _is_task(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("task"), str) and entry["task"] in TASKS
 
 
 def _mapping(source: Source, path: KeyPath) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def located(error: Any, data: Any) -> KeyPath:
         path.append(part)
     if error["type"] == "union_tag_invalid":
         path.append(error["ctx"]["discriminator"].strip("'"))
-    elif error["type"] == "method_unusable":
-        path.append("method")
+    elif error["type"] == "section_unusable":
+        path.append(error["ctx"]["key"])
     return tuple(path)
 
 
@@ -120,7 +120,7 @@ def _describe(path: KeyPath, errors: list[Any], data: Any) -> str:
         return "is required"
     if kind == "value_error":
         return str(context["error"])
-    if kind == "method_unusable":
+    if kind == "section_unusable":
         return str(context["fault"]).removeprefix("attention.")
     if kind == "union_tag_not_found":
         return f"needs {context['discriminator']}"
@@ -203,7 +203,7 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if annotation is MethodConfig:
         yield from METHODS.values()
     elif annotation is TaskSection:
-        yield from TASKS.values()
+        yield from TASKS.usable()
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
@@ -223,7 +223,7 @@ def section_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
                 config = config_or_none(data.get("method")) if isinstance(data, dict) else None
                 choices = [] if config is None else [config]
         elif isinstance(data, dict) and any(issubclass(choice, TaskSection) for choice in choices):
-            choices = [choice for name, choice in TASKS.items() if name == data.get("task")]
+            choices = [*TASKS.usable([data.get("task")])]
         section = choices[0] if choices else None
     return section
 

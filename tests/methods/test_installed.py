@@ -1,4 +1,4 @@
-"""Methods of other installed packages: the examples of docs/adding-a-method.md, installed into a fresh environment."""
+"""Methods and evaluation tasks of other installed packages: the examples of the docs, in a fresh environment."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from sparsetrain import load
 from sparsetrain.errors import ModelError
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/adding-a-method.md").read_text(encoding="utf-8")
+PAGES = {"every-third": "adding-a-method.md", "echoes": "evaluation.md"}
+"""The page that an example package stands on."""
 SHORT = ["sequence.length=128", "train.steps=2", "train.micro_batch=1", "train.global_batch_sequences=2", "eval={}"]
 THIRDS = "attention={method: thirds, block: 16}"
+ECHOES = "eval.tasks=[{task: echoes, length: 32}]"
 TEMPERED = "attention={method: tempered, window: 48}"
 
 BROKEN = """
@@ -36,6 +38,13 @@ other = "thirds:ThirdsConfig"
 partial = "partial:PartialConfig"
 sliding = "thirds:ThirdsConfig"
 twice = "thirds:ThirdsConfig"
+[project.entry-points."sparsetrain.tasks"]
+absent = "no_such_module:Section"
+failing = "leaves:Section"
+method = "thirds:ThirdsConfig"
+recall = "echoes:EchoesSection"
+renamed = "echoes:EchoesSection"
+shared = "echoes:EchoesSection"
 [tool.setuptools]
 py-modules = ["leaves", "partial"]
 """
@@ -46,6 +55,12 @@ class PartialConfig(MethodConfig):
     method: Literal["partial"] = "partial"
     def pattern(self, num_kv_heads=1):
         return None
+"""
+RIVAL = """
+[sparsetrain.methods]
+twice = thirds:ThirdsConfig
+[sparsetrain.tasks]
+shared = echoes:EchoesSection
 """
 COMMANDS = """
 import contextlib, io, json, sys
@@ -78,8 +93,8 @@ print("RESULTS" + json.dumps(results))
 
 DOCTOR = """
 import json
-from sparsetrain.doctor import check_methods
-print("RESULTS" + json.dumps([[finding.status, finding.found] for finding in check_methods()]))
+from sparsetrain.doctor import check_packages
+print("RESULTS" + json.dumps([[finding.status, finding.found] for finding in check_packages()]))
 """
 
 
@@ -93,12 +108,12 @@ class Environment:
         lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
         (own / "borrowed.pth").write_text("".join(lines))
 
-    def install(self, package: Path) -> None:
+    def install(self, *packages: Path) -> None:
         options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
         subprocess.run(
-            [sys.executable, "-m", "pip", "--python", self.python, "install", *options, package],
+            [sys.executable, "-m", "pip", "--python", self.python, "install", *options, *packages],
             check=True,
-            cwd=package,
+            cwd=ROOT.parent,
         )
 
     def results(self, program: str, *arguments: str) -> list:
@@ -113,20 +128,21 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Environment:
-    """The package of the page, and one of which nothing can be used."""
-    good, bad = tmp_path_factory.mktemp("every-third"), tmp_path_factory.mktemp("no-good")
-    for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE, re.DOTALL):
-        (good / name).write_text(text)
+    """The packages of the pages, and one of which nothing can be used."""
+    good, bad = {name: tmp_path_factory.mktemp(name) for name in PAGES}, tmp_path_factory.mktemp("no-good")
+    for package, page in PAGES.items():
+        content = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", content, re.DOTALL):
+            (good[package] / name).write_text(text)
     (bad / "pyproject.toml").write_text(BROKEN)
     (bad / "leaves.py").write_text("import sys\nsys.exit(5)\n")
     (bad / "partial.py").write_text(PARTIAL)
     made = Environment(tmp_path_factory.mktemp("environment"))
-    made.install(good)
-    made.install(bad)
+    made.install(*good.values(), bad)
     rival = made.packages / "rival-3.0.dist-info"
     rival.mkdir()
     (rival / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3.0\n")
-    (rival / "entry_points.txt").write_text("[sparsetrain.methods]\ntwice = thirds:ThirdsConfig\n")
+    (rival / "entry_points.txt").write_text(RIVAL)
     return made
 
 
@@ -137,7 +153,8 @@ def runs(environment, tmp_path_factory) -> dict:
     sections = {"thirds": THIRDS, "tempered": TEMPERED}
     stages = {"thirds": "deepspeed.stage=2", "tempered": "deepspeed.stage=3"}
     commands = [
-        ["run", "quickstart", *SHORT, sections[name], stages[name], f"output={folder / name}"] for name in sections
+        ["run", "quickstart", *SHORT, ECHOES, sections[name], stages[name], f"output={folder / name}"]
+        for name in sections
     ]
     done = dict(zip(sections, environment.commands(*commands), strict=True))
     return {name: (folder / name, *done[name]) for name in sections}
@@ -231,8 +248,54 @@ def test_a_package_that_cannot_be_used_stops_nothing_else(refusals):
 
 def test_doctor_lists_every_installed_method(environment):
     found = environment.results(DOCTOR)
-    assert ["ok", "attention.method=thirds comes from every-third 0.1"] in found
     assert [text for status, text in found if status == "ok"] == [
-        f"attention.method={name} comes from every-third 0.1" for name in ("tempered", "thirds")
+        *(f"attention.method={name} comes from every-third 0.1" for name in ("tempered", "thirds")),
+        "task=echoes comes from echoes 0.1",
     ]
-    assert len([status for status, _ in found if status == "warn"]) == 7
+    assert len([status for status, _ in found if status == "warn"]) == 7 + 6
+
+
+def test_an_installed_task_is_measured_in_a_run_and_by_the_command(environment, runs, tmp_path):
+    folder, *_ = runs["thirds"]
+    measured = json.loads((folder / "evaluation.json").read_text())["thirds, after"]["tasks"]["echoes"]
+    assert measured["tokens"] == 32
+    assert "## Echoes" in (folder / "report.md").read_text()
+    again, help_, schema, mistake = environment.commands(
+        ["eval", str(folder / "final"), "quickstart", ECHOES, "--output", str(tmp_path / "result.json")],
+        ["eval", "--help"],
+        ["recipe", "schema"],
+        ["recipe", "validate", "quickstart", "eval.tasks=[{task: echoes, lenght: 3}]"],
+    )
+    assert again[0] == 0, again[2]
+    assert json.loads((tmp_path / "result.json").read_text())["tasks"]["echoes"] == measured
+    assert "perplexity, passkey, recall" in help_[1]
+    assert "echoes (echoes 0.1)" in " ".join(help_[1].split())
+    assert "EchoesSection" in json.loads(schema[1])["$defs"]
+    assert mistake[0] == 2
+    assert "eval.tasks.echoes.lenght: unknown key; did you mean eval.tasks.echoes.length?" in mistake[2]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("absent", "task=absent comes from the package no-good 2.0, which cannot be used: ModuleNotFoundError"),
+        ("failing", "which cannot be used: SystemExit: 5. Repair or reinstall the package, or choose another"),
+        ("method", "is no subclass of sparsetrain.evaluation.base.TaskSection"),
+        ("renamed", "its entry point is named renamed, but EchoesSection.task is 'echoes'; they must be equal"),
+        ("shared", "is claimed by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
+        ("recall", "is an evaluation task of sparsetrain, and no-good 2.0 claims the same name; uninstall the"),
+        ("echo", "there is no 'echo'; did you mean echoes?"),
+    ],
+)
+def test_a_package_whose_task_cannot_be_used_is_named(task_refusals, task, message):
+    code, out, err = task_refusals[task]
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+@pytest.fixture(scope="module")
+def task_refusals(environment) -> dict:
+    names = ("absent", "failing", "method", "renamed", "shared", "recall", "echo")
+    commands = [["recipe", "validate", "quickstart", f"eval.tasks=[{{task: {name}}}]"] for name in names]
+    return dict(zip(names, environment.commands(*commands), strict=True))
