@@ -7,10 +7,12 @@ from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
+from sparsetrain_kernels.top_p_selection import PositionLists, top_k_lists, top_p_lists
 
 __all__ = [
     "BlockPattern",
     "CausalSelection",
+    "PositionLists",
     "SparseKSlots",
     "block_pattern_attention",
     "block_pattern_attention_dense",
@@ -25,4 +27,6 @@ __all__ = [
     "sparsek_decode_attention",
     "sparsek_decode_update",
     "sparsek_threshold",
+    "top_k_lists",
+    "top_p_lists",
 ]

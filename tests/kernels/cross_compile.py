@@ -31,6 +31,9 @@ from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_
 from sparsetrain_kernels.selected_keys.triton import grad_query as selected_grad_query
 from sparsetrain_kernels.selected_keys.triton import lists
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as choose_selected_configs
+from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
+from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
+from sparsetrain_kernels.top_p_selection.triton import thresholds
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -269,6 +272,35 @@ def compile_query_sum(dtype: str) -> None:
         report(kernel.__name__, compiled)
 
 
+def compile_lists(dtype: str) -> None:
+    """What chooses keys from the scores of one token, of type ``dtype``: rows of their own, and of candidate pages."""
+    known = dict.fromkeys(("lse_ptr", "p_ptr", "bracket_ptr", "threshold_ptr", "level_ptr"), "*fp32")
+    known |= dict.fromkeys(("scores_ptr", "rows_ptr", "pooled_ptr", "rank_ptr", "inside_ptr"), f"*{dtype}")
+    known |= {"sums_ptr": "*i64", "p": "fp32", "deviations": "fp32"}
+    chunk, sizes = {"CHUNK": select_configs.CHUNK}, {"TILE": select_configs.TILE}
+    sample = {"SAMPLE": select_configs.SAMPLE, "PIECE": select_configs.PIECE}
+    row = {"KV_HEADS": 8, "HEADS": 32, "RECENTS": True}
+    for pages in (False, True):
+        kernels: list[tuple[Any, dict[str, Any]]] = [
+            (thresholds.bracket_kernel, {**row, **sample, "P_HEADS": True}),
+            (thresholds.partition_kernel, {**row, **chunk}),
+            (thresholds.threshold_kernel, {**row, **sizes, "P_HEADS": True, "BRACKET": True}),
+            (position_lists.pool_heads_kernel, {**chunk, "KV_HEADS": 8, "GROUP": 4, "MEAN": True}),
+            (position_lists.pool_neighbours_kernel, {**chunk, "KV_HEADS": 8, "WIDTH": 7}),
+            (position_lists.rank_kernel, {**chunk, "KV_HEADS": 8, "GROUP": 4, "RECENTS": True}),
+            (position_lists.fit_kernel, {**chunk, **sizes, "NEWEST": False, "CHUNKS_PAD": 32}),
+            (position_lists.write_kernel, {**chunk, "KV_HEADS": 8, "CHUNKS_PAD": 32}),
+        ]
+        for kernel, own in kernels:
+            constants = {**own, "PAGES": pages} if "PAGES" in kernel.arg_names else own
+            types = {name: known.get(name, "*i32") for name in kernel.arg_names if name in known or "_ptr" in name}
+            options = {"num_warps": select_configs.NUM_WARPS}
+            compiled = triton.compile(
+                source(ASTSource, kernel, dtype, constants, types), target=TARGET, options=options
+            )
+            report(f"{kernel.__name__} {constants}", compiled)
+
+
 if __name__ == "__main__":
     families = {
         "plain": compile_plain,
@@ -276,5 +308,6 @@ if __name__ == "__main__":
         "hopper": compile_hopper,
         "sparsek": compile_sparsek,
         "sum": compile_query_sum,
+        "lists": compile_lists,
     }
     families[sys.argv[1]](sys.argv[2])

@@ -70,7 +70,7 @@ def test_single_precision_kernels_fit() -> None:
     assert all(kernel["shared"] <= SHARED for kernel in kernels)
 
 
-@pytest.mark.parametrize(("family", "count"), [("sparsek fp32", 24), ("sum bf16", 3)])
+@pytest.mark.parametrize(("family", "count"), [("sparsek fp32", 24), ("sum bf16", 3), ("lists fp16", 16)])
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int) -> None:
     kernels = compiled(*family.split())
     assert len(kernels) == count

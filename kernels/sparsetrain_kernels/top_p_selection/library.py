@@ -1,0 +1,39 @@
+"""The operation as PyTorch knows it: opaque to ``torch.compile``, without a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.top_p_selection import reference
+from sparsetrain_kernels.top_p_selection.selection import PositionLists, SelectionInputs
+
+_INPUTS = len(SelectionInputs._fields)
+
+torch.library.define(
+    "sparsetrain::position_lists",
+    "(Tensor scores, Tensor lse, Tensor lengths, Tensor? page_lists, Tensor? page_counts, Tensor? p_heads, "
+    "Tensor? recents, float p, int recent, int sinks, int kv_heads, str group, int width, int min_keys, int capacity, "
+    "bool newest, str backend) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sparsetrain::position_lists", "default")
+def _select(*args: Any) -> PositionLists:
+    inputs, backend = SelectionInputs._make(args[:_INPUTS]), args[_INPUTS]
+    if backend == "reference":
+        return reference.select(inputs)
+    # Imported on first use: Triton may be absent.
+    from sparsetrain_kernels.top_p_selection.triton.launch import select
+
+    return select(inputs)
+
+
+@torch.library.register_fake("sparsetrain::position_lists")
+def _select_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = SelectionInputs._make(args[:_INPUTS])
+    each = (inputs.scores.shape[0], inputs.kv_heads)
+    lists = inputs.lengths.new_empty((*each, inputs.capacity))
+    return lists, inputs.lengths.new_empty(each), inputs.lengths.new_empty(each)

@@ -1,0 +1,162 @@
+"""The public operations: they check their arguments and choose the implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.arguments import check_count
+from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.top_p_selection import library  # noqa: F401  (defines the operation)
+from sparsetrain_kernels.top_p_selection.selection import (
+    PositionLists,
+    SelectionInputs,
+    check_selection,
+    check_width,
+)
+
+_REFUSALS = {"triton": None, "gluon": "selection has plain Triton kernels only"}
+
+
+def top_p_lists(
+    scores: Tensor,
+    lse: Tensor,
+    p: float | Tensor,
+    *,
+    lengths: Tensor,
+    num_kv_heads: int,
+    capacity: int,
+    group: str = "union",
+    min_keys: int = 1,
+    sinks: int = 0,
+    recent: int | Tensor = 0,
+    page_lists: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    backend: str = "auto",
+) -> PositionLists:
+    """Per head, the least keys hold no more than ``1 - p`` of the weight and are left out: Twilight's top-p.
+
+    A softmax weight is counted in integers of ``2^-40``, and a row's threshold is one of the 65,536 numbers that fp16
+    has: the largest below which keys weigh at most ``1 - p`` of what all keys of the row do. So the set is the smallest
+    that holds ``p``, with all keys equal to its least one. It is found without a sort, a tolerance or a sum that
+    depends on its order (2502.02770, Algorithm 1, whose bisection stops at a tolerance).
+
+    The first ``sinks`` tokens and the last ``recent`` ones are attended in any case: they count as kept and are not
+    listed. Where a group's keys are more than ``capacity``, its list has those of the highest weight, where weights of
+    ``exp(score - lse)`` are compared in fp16 and the highest of the heads that chose a key counts; of equal ones that
+    do not all fit there is none. ``dropped`` counts what is left out.
+
+    With the Triton kernels nothing is read on the host, and no shape depends on a value, so that a call can be captured
+    in a CUDA graph (after one call outside of it). They use another exponential function than plain PyTorch, whose
+    last bit may decide where two sets differ by one part in a million of the weight.
+
+    Args:
+        scores: fp16 ``[B, Hq, M]``, the logits of one token's query; -inf where there is no key. Column ``c`` is
+            position ``c``, or token ``c % 16`` of candidate page ``c // 16``.
+        lse: fp32 ``[B, Hq]``, the log-sum-exp of each row of scores.
+        p: share of the weight, above 0 and up to 1, which keeps every key; or fp32 ``[Hq]`` or ``[1]``.
+        lengths: int32 ``[B]``, the tokens of each sequence; scores behind them are not looked at.
+        num_kv_heads: ``Hkv``, which divides ``Hq``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
+        capacity: places of a list.
+        group: how the query heads of a KV head share a list: the ``union`` of their sets, or the set of the ``max`` or
+            the ``mean`` of their weights, with the largest of their ``p``.
+        min_keys: keys that a set has at least, beside those attended in any case, where there are so many.
+        sinks: the first tokens, which are attended in any case.
+        recent: the last tokens, the new one among them, which are; a number, or int32 ``[B]``.
+        page_lists: int32 ``[B, Hkv, ceil(M / 16)]``, the candidates of each KV head, ascending pages of 16 tokens;
+            None means all keys.
+        page_counts: int32 ``[B, Hkv]``, the candidates that there are.
+        backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``.
+
+    Returns:
+        :class:`PositionLists`: ``lists [B, Hkv, capacity]``, ``counts [B, Hkv]`` and ``dropped [B, Hkv]``, int32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and its value.
+    """
+    inputs = check_selection(
+        scores,
+        lse,
+        p,
+        lengths=lengths,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        width=1,
+        min_keys=min_keys,
+        capacity=capacity,
+        newest=False,
+        sinks=sinks,
+        recent=recent,
+        page_lists=page_lists,
+        page_counts=page_counts,
+    )
+    if not inputs.p > 0:
+        raise ValueError(f"p={p} must be above 0, or no key would be kept")
+    return _run(inputs, backend)
+
+
+def top_k_lists(
+    scores: Tensor,
+    lse: Tensor,
+    k: int,
+    *,
+    lengths: Tensor,
+    num_kv_heads: int,
+    width: int = 7,
+    sinks: int = 0,
+    recent: int | Tensor = 0,
+    page_lists: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    backend: str = "auto",
+) -> PositionLists:
+    """The ``k`` keys of the highest weight, as RefreshKV chooses them (2411.05787, section 3).
+
+    A key's weight is the largest of ``exp(score - lse)`` over the heads of its group, and then over the ``width``
+    positions around its own. Logarithms of weights are compared in fp16. Pooling makes many of them equal: of equal
+    keys the newest are taken. All else is as in :func:`top_p_lists`.
+
+    Args:
+        scores: fp16 ``[B, Hq, M]``.
+        lse: fp32 ``[B, Hq]``.
+        k: keys of a list; of fewer all are listed.
+        lengths: int32 ``[B]``.
+        num_kv_heads: ``Hkv``.
+        width: positions over which the largest weight is taken, an odd number; those of the tokens that are attended
+            in any case are among them, those of pages that are no candidates are not.
+        sinks: the first tokens, which are attended in any case and not listed.
+        recent: the last tokens, which are neither; a number, or int32 ``[B]``.
+        page_lists: int32 ``[B, Hkv, ceil(M / 16)]``.
+        page_counts: int32 ``[B, Hkv]``.
+        backend: ``triton``, ``reference`` or ``auto``.
+
+    Returns:
+        :class:`PositionLists`: ``lists [B, Hkv, k]``, ``counts [B, Hkv]`` and ``dropped [B, Hkv]``, which counts the
+        keys that are equal to the last one listed and older.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and its value.
+    """
+    check_count("k", k, 1, unit="keys")
+    check_width(width)
+    inputs = check_selection(
+        scores,
+        lse,
+        0.0,
+        lengths=lengths,
+        num_kv_heads=num_kv_heads,
+        group="max",
+        width=width,
+        min_keys=k,
+        capacity=k,
+        newest=True,
+        sinks=sinks,
+        recent=recent,
+        page_lists=page_lists,
+        page_counts=page_counts,
+    )
+    return _run(inputs, backend)
+
+
+def _run(inputs: SelectionInputs, backend: str) -> PositionLists:
+    chosen = choose_backend(backend, inputs.scores, _REFUSALS)
+    return PositionLists(*torch.ops.sparsetrain.position_lists(*inputs, chosen))

@@ -1,0 +1,133 @@
+"""The selection in plain PyTorch: a threshold for each row of scores, the union over a group, and its positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.top_p_selection.selection import ONE, PAGE, PositionLists, SelectionInputs
+
+LOG2E = math.log2(math.e)
+LEAST = torch.finfo(torch.float16).min
+
+
+def select(call: SelectionInputs) -> PositionLists:
+    """As :func:`sparsetrain_kernels.top_p_selection.op.top_p_lists`, without a loop over keys and without reading the
+    host."""
+    batch, heads, columns = call.scores.shape
+    position, is_key = _columns(call)
+    recents = torch.full_like(call.lengths, call.recent) if call.recents is None else call.recents
+    listed = (position >= call.sinks) & (position < (call.lengths - recents)[:, None, None])
+    # By KV head and query head of its group.
+    grouped = (batch, call.kv_heads, heads // call.kv_heads)
+    rows, lse = call.scores.view(*grouped, columns), call.lse.view(grouped)
+    p = call.scores.new_full((heads,), call.p, dtype=torch.float32) if call.p_heads is None else call.p_heads
+    p = p.view(1, *grouped[1:])
+    is_key = is_key[:, :, None] & (rows > -math.inf)
+    if call.group != "union":
+        rows = _pooled(rows, lse, is_key, position, call)
+        is_key, p = rows > -math.inf, p.amax(2, keepdim=True)
+        lse = torch.zeros_like(lse[:, :, :1])
+    listed = listed[:, :, None] & is_key
+    threshold = _thresholds(rows, lse, is_key, listed, p, call.min_keys)
+    is_member = listed & (rows >= threshold[..., None])
+    # Log of the largest weight that a head which chose the key gives it: what decides where there is no room for all.
+    rank = (rows.float() - lse[..., None]).clamp(min=LEAST).half()
+    rank = rank.masked_fill(~is_member, -math.inf).amax(2)
+    return _fit(rank, position, call)
+
+
+def _columns(call: SelectionInputs) -> tuple[Tensor, Tensor]:
+    """The position of each column, and whether it is one of a key; ``[B, 1 or Hkv, M]``."""
+    column = torch.arange(call.scores.shape[2], dtype=torch.int32, device=call.scores.device)
+    if call.page_lists is None or call.page_counts is None:
+        position = column.expand(1, 1, -1)
+        return position, position < call.lengths[:, None, None]
+    position = call.page_lists[..., column // PAGE] * PAGE + column % PAGE
+    is_key = (column < call.page_counts[..., None] * PAGE) & (position < call.lengths[:, None, None])
+    return position, is_key
+
+
+def _pooled(rows: Tensor, lse: Tensor, is_key: Tensor, position: Tensor, call: SelectionInputs) -> Tensor:
+    """Log of the group's largest or mean weight, in fp16, ``[B, Hkv, 1, M]``; -inf where there is no key."""
+    weights = (rows.float() - lse[..., None]).masked_fill(~is_key, -math.inf)
+    if call.group == "max":
+        pooled = weights.amax(2, keepdim=True)
+    else:
+        pooled = weights.logsumexp(2, keepdim=True) - math.log(rows.shape[2])
+    some = is_key.any(2, keepdim=True)
+    pooled = pooled.clamp(min=LEAST).half().masked_fill(~some, -math.inf)
+    best, at = pooled, position.expand(pooled.shape[0], pooled.shape[1], -1)[:, :, None]
+    for step in range(1, call.width // 2 + 1):
+        # Candidate pages need not follow one another.
+        near = at[..., step:] == at[..., :-step] + step
+        best = torch.cat(
+            (
+                best[..., :step],
+                torch.maximum(best[..., step:], pooled[..., :-step].masked_fill(~near, -math.inf)),
+            ),
+            -1,
+        )
+        best = torch.cat(
+            (
+                torch.maximum(best[..., :-step], pooled[..., step:].masked_fill(~near, -math.inf)),
+                best[..., -step:],
+            ),
+            -1,
+        )
+    return best.masked_fill(~some, -math.inf)
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """int32 0 to 65,535 in the order of the fp16 numbers, equal for equal ones."""
+    bits = (scores + 0.0).view(torch.int16).int()
+    return (bits ^ ((bits >> 15) & 0x7FFF)) + 2**15
+
+
+def masses(scores: Tensor, lse: Tensor) -> Tensor:
+    """The softmax weight of each fp16 score as an integer, in units of 2^-40, rounded down. A function of the two
+    numbers alone, so that sums have the same bits in any order."""
+    return (torch.exp2((scores.float() - lse[..., None]) * LOG2E).clamp(max=1.0) * ONE).long()
+
+
+def _thresholds(rows: Tensor, lse: Tensor, is_key: Tensor, listed: Tensor, p: Tensor, min_keys: int) -> Tensor:
+    """The least score that stays, fp16 ``[...]``: all below it weigh no more than ``1 - p`` together, and as many as
+    ``min_keys`` are not below it. Bit by bit, from the top."""
+    keys = ordered(rows)
+    mass = masses(rows, lse).masked_fill(~is_key, 0)
+    budget = ((1.0 - p.double()) * mass.sum(-1).double()).long().masked_fill(p >= 1, -1)
+    mass = mass.masked_fill(~listed, 0)
+    room = (listed.sum(-1) - min_keys).clamp(min=0)
+    found = torch.zeros_like(budget, dtype=torch.int32)
+    for bit in range(15, -1, -1):
+        candidate = found + (1 << bit)
+        below = listed & (keys < candidate[..., None])
+        fits = (mass.masked_fill(~below, 0).sum(-1) <= budget) & (below.sum(-1) <= room)
+        found = torch.where(fits, candidate, found)
+    infinity = ordered(rows.new_tensor([-math.inf, math.inf]))
+    bits = torch.minimum(torch.maximum(found, infinity[0]), infinity[1]) - 2**15
+    return (bits ^ ((bits >> 15) & 0x7FFF)).to(torch.int16).view(torch.float16)
+
+
+def _fit(rank: Tensor, position: Tensor, call: SelectionInputs) -> PositionLists:
+    """The members in ascending order; where there are more than ``capacity``, those of the highest rank."""
+    is_member = rank > -math.inf
+    members = is_member.sum(-1)
+    zero, one = torch.zeros_like(members), torch.ones_like(members)
+    # The rank of the first that has no room.
+    level = _thresholds(rank, zero.float(), is_member, is_member, zero.float(), call.capacity + 1)
+    fits = members <= call.capacity
+    level = level.masked_fill(fits, -math.inf)[..., None]
+    above, tied = rank > level, is_member & (rank == level)
+    room = (call.capacity - above.sum(-1)) * call.newest * one
+    older = tied.sum(-1) - room
+    kept = above | (tied & (tied.cumsum(-1) > older[..., None]))
+    place = kept.cumsum(-1) - 1
+    # One place more, for all that is not listed.
+    lists = position.new_full((*members.shape, call.capacity + 1), -1)
+    place = place.masked_fill(~kept, call.capacity)
+    lists.scatter_(-1, place, position.expand(rank.shape))
+    counts = kept.sum(-1)
+    return PositionLists(lists[..., :-1].contiguous(), counts.int(), (members - counts).int())

@@ -1,0 +1,405 @@
+"""Lists of keys equal what sorting in fp64 gives, in plain PyTorch and in the kernels, and keep to their room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from sparsetrain_kernels import top_k_lists, top_p_lists
+from sparsetrain_kernels.backend import INTERPRETING
+from sparsetrain_kernels.top_p_selection import PositionLists
+from torch import Tensor
+
+INF = float("inf")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, and integers that no index may be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "alone", "split"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain PyTorch, and the kernels: one program a row, or many that share a row."""
+    if request.param == "reference":
+        return "reference"
+    if not INTERPRETING:
+        pytest.skip("runs in Triton's interpreter, on machines without a GPU")
+    request.getfixturevalue("poisoned")
+    split_rows(monkeypatch, alone=0 if request.param == "split" else 16384)
+    return "triton"
+
+
+def split_rows(monkeypatch: pytest.MonkeyPatch, alone: int) -> None:
+    """Small pieces, so that small tests have several; rows of more than ``alone`` scores are shared."""
+    launch = pytest.importorskip("sparsetrain_kernels.top_p_selection.triton.launch")
+    for name, value in {"ALONE": alone, "SAMPLE": 64, "CHUNK": 128, "TILE": 128}.items():
+        monkeypatch.setattr(launch, name, value)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def to_lengths(*lengths: int) -> Tensor:
+    return torch.tensor(lengths, dtype=torch.int32)
+
+
+def adversarial(columns: int) -> dict[str, Tensor]:
+    """Rows on which a search with a tolerance, from the first key or over a sample goes wrong."""
+    place = torch.arange(columns)
+    peaked, masked = normal(columns, seed=1) * 2, normal(columns, seed=2) * 3
+    peaked[columns // 3] = 25.0
+    masked[::3] = -INF
+    return {
+        "flat": torch.zeros(columns),
+        "nearly flat": normal(columns, seed=3) * 0.01,
+        "uniform": torch.rand(columns, generator=torch.Generator().manual_seed(4)),
+        "peaked": peaked,
+        "three peaks": torch.where(place % (columns // 3) == 5, 16.0, normal(columns, seed=5)),
+        "tied": (normal(columns, seed=6) * 2).round(),
+        "first unimportant": torch.where(place == 0, -30.0, normal(columns, seed=7) * 3),
+        "masked": masked,
+        "one key": torch.where(place == columns - 1, -7.0, -INF),
+        "wide": normal(columns, seed=8) * 40,
+        "signed zeros": torch.where(place % 2 == 0, 0.0, -0.0),
+        "clustered": normal(-(-columns // 32), seed=9).repeat_interleave(32)[:columns] * 3 + normal(columns),
+    }
+
+
+def log_sums(scores: Tensor) -> Tensor:
+    return scores.float().logsumexp(-1)
+
+
+def chosen(row: Tensor, p: float, *, always: Tensor | None = None, min_keys: int = 1) -> Tensor:
+    """By sorting, in fp64: the positions of the least set that holds ``p`` with the keys that are kept ``always``."""
+    weights = row.double().softmax(-1)
+    always = torch.zeros(len(row), dtype=torch.bool) if always is None else always
+    found = (row > -INF) & ~always
+    if p < 1:
+        order = weights.masked_fill(~found, -1).argsort(descending=True)
+        held = weights[order].where(found[order], 0.0).cumsum(0) + weights[always].sum()
+        needed = int((held < p - 1e-12).sum()) + 1 if weights[always].sum() < p - 1e-12 else 0
+        needed = min(max(needed, min_keys), int(found.sum()))
+        found = found & (row >= row[order[needed - 1]]) if needed else found & False
+    return found.nonzero()[:, 0]
+
+
+def entries(found: PositionLists, sequence: int = 0, head: int = 0) -> Tensor:
+    return found.lists[sequence, head, : found.counts[sequence, head]].long()
+
+
+def assert_same(got: PositionLists, want: PositionLists) -> None:
+    assert torch.equal(got.counts, want.counts)
+    assert torch.equal(got.dropped, want.dropped)
+    is_entry = torch.arange(got.lists.shape[2]) < got.counts[..., None]
+    assert torch.equal(got.lists[is_entry], want.lists[is_entry])
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.999, 1.0, 1e-6])
+def test_plain_pytorch_finds_the_smallest_set_of_131072_keys(p: float) -> None:
+    rows = adversarial(131072)
+    scores = torch.stack([*rows.values()]).half()[None]
+    options = {"lengths": to_lengths(131072), "num_kv_heads": len(rows), "capacity": 131072}
+    found = top_p_lists(scores, log_sums(scores), p, **options, backend="reference")
+    for head, name in enumerate(rows):
+        want = chosen(scores[0, head], p)
+        # Its scores are so near that one of them is a millionth of the weight, which the exponential has not.
+        slack = 1 if name in ("nearly flat", "uniform") else 0
+        assert abs(len(want) - int(found.counts[0, head])) <= slack * 40, name
+        if not slack:
+            assert torch.equal(entries(found, head=head), want), name
+
+
+@pytest.mark.parametrize("p", [0.9, 1.0])
+def test_both_find_the_smallest_set(backend: str, p: float) -> None:
+    rows = adversarial(300)
+    scores = torch.stack([*rows.values()]).half()[None]
+    options = {"lengths": to_lengths(300), "num_kv_heads": len(rows), "capacity": 300}
+    found = top_p_lists(scores, log_sums(scores), p, **options, backend=backend)
+    for head, name in enumerate(rows):
+        assert torch.equal(entries(found, head=head), chosen(scores[0, head], p)), name
+    assert not found.dropped.any()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 127, 1000])
+def test_rows_of_any_length_and_empty_ones(backend: str, columns: int) -> None:
+    scores = (normal(3, 1, columns) * 3).half()
+    lengths = to_lengths(columns, columns // 2, 0)
+    for row, length in enumerate(lengths.tolist()):
+        scores[row, :, length:] = -INF
+    lse = log_sums(scores)
+    # Scores behind a length are not looked at.
+    for row, length in enumerate(lengths.tolist()):
+        scores[row, :, length:] = float("nan")
+    found = top_p_lists(scores, lse, 0.8, lengths=lengths, num_kv_heads=1, capacity=columns, backend=backend)
+    for row, length in enumerate(lengths.tolist()):
+        want = chosen(scores[row, 0, :length], 0.8) if length else torch.empty(0)
+        assert torch.equal(entries(found, row), want.long())
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_the_list_of_a_group_is_the_union_of_its_heads(backend: str, group: int) -> None:
+    scores = (normal(2, 2 * group, 200) * 3).half()
+    options = {"lengths": to_lengths(200, 200), "num_kv_heads": 2, "capacity": 200}
+    p = torch.linspace(0.5, 0.95, 2 * group)
+    found = top_p_lists(scores, log_sums(scores), p, **options, backend=backend)
+    for sequence in range(2):
+        for head in range(2):
+            own = range(head * group, head * group + group)
+            want = torch.cat([chosen(scores[sequence, h], float(p[h])) for h in own]).unique()
+            assert torch.equal(entries(found, sequence, head), want)
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+def test_pooled_weights_of_a_group_have_one_set(backend: str, how: str) -> None:
+    scores = (normal(1, 4, 200) * 3).half()
+    lse = log_sums(scores)
+    options = {"lengths": to_lengths(200), "num_kv_heads": 2, "capacity": 200, "group": how}
+    found = top_p_lists(scores, lse, torch.tensor([0.8]), **options, backend=backend)
+    weights = (scores.float() - lse[..., None]).exp().view(2, 2, 200)
+    pooled = (weights.amax(1) if how == "max" else weights.mean(1)).log().half()
+    for head in range(2):
+        assert torch.equal(entries(found, head=head), chosen(pooled[head], 0.8))
+
+
+def test_keys_attended_in_any_case_count_as_kept_and_are_not_listed(backend: str) -> None:
+    scores = (normal(3, 2, 200, seed=3) * 3).half()
+    scores[0, 0, 199] = 20.0
+    lengths, recent = to_lengths(200, 150, 6), to_lengths(30, 1, 4)
+    for row, length in enumerate(lengths.tolist()):
+        scores[row, :, length:] = -INF
+    options = {"lengths": lengths, "num_kv_heads": 2, "capacity": 200, "min_keys": 0, "sinks": 4}
+    found = top_p_lists(scores, log_sums(scores), 0.9, **options, recent=recent, backend=backend)
+    place = torch.arange(200)
+    for row in range(3):
+        always = (place < 4) | (place >= lengths[row] - recent[row])
+        for head in range(2):
+            assert torch.equal(entries(found, row, head), chosen(scores[row, head], 0.9, always=always, min_keys=0))
+    # The last key has nearly all of the weight; the third text is not longer than what is attended in any case.
+    assert found.counts[0, 0] == 0
+    assert found.counts[2].tolist() == [0, 0]
+    alike = top_p_lists(scores[:1], log_sums(scores[:1]), 0.9, **{**options, "lengths": lengths[:1]}, recent=30)
+    assert torch.equal(alike.counts, found.counts[:1])
+
+
+def test_a_set_has_min_keys_with_ties(backend: str) -> None:
+    scores = torch.stack([normal(300), (normal(300) * 2).round(), torch.where(torch.arange(300) < 9, 1.0, -INF)])
+    scores = (scores[None] * 4).half()
+    options = {"lengths": to_lengths(300), "num_kv_heads": 3, "capacity": 300, "min_keys": 64}
+    found = top_p_lists(scores, log_sums(scores), 0.01, **options, backend=backend)
+    for head in range(3):
+        assert torch.equal(entries(found, head=head), chosen(scores[0, head], 0.01, min_keys=64))
+    assert found.counts.tolist()[0][0] == 64
+    assert found.counts.tolist()[0][2] == 9
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_where_there_is_no_room_the_heaviest_are_listed_and_the_rest_is_counted(backend: str, group: int) -> None:
+    scores = torch.cat([normal(2, 2, 300) * 3, (normal(2, 2, 300, seed=1)).round()], 1).half()
+    lse = log_sums(scores)
+    options = {"lengths": to_lengths(300, 40), "num_kv_heads": 4 // group, "backend": backend}
+    lse[1] = log_sums(scores[1, :, :40])
+    everything = top_p_lists(scores, lse, 0.9, **options, capacity=300)
+    found = top_p_lists(scores, lse, 0.9, **options, capacity=20)
+    assert int(found.counts.max()) <= 20
+    assert torch.equal(found.counts + found.dropped, everything.counts)
+    # Weights of the heads that chose a key, as they are compared.
+    weights = (scores.float() - lse[..., None]).half()
+    for sequence, length in enumerate((300, 40)):
+        for head in range(4 // group):
+            rank = torch.full((length,), -INF).half()
+            for own in range(head * group, head * group + group):
+                mine = chosen(scores[sequence, own, :length], 0.9)
+                rank[mine] = torch.maximum(rank[mine], weights[sequence, own, mine])
+            members = (rank > -INF).nonzero()[:, 0]
+            if len(members) > 20:
+                members = (rank > rank.sort(descending=True).values[20]).nonzero()[:, 0]
+            assert torch.equal(entries(found, sequence, head), members)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_candidate_pages_are_a_row_with_the_rest_left_out(backend: str) -> None:
+    whole, lengths = torch.full((2, 4, 320), -INF).half(), to_lengths(313, 100)
+    page_lists = torch.full((2, 2, 9), 2**30, dtype=torch.int32)
+    page_counts = torch.tensor([[9, 5], [3, 0]], dtype=torch.int32)
+    scores = torch.full((2, 4, 140), float("nan")).half()
+    for sequence in range(2):
+        for head in range(2):
+            count = int(page_counts[sequence, head])
+            pages = torch.randperm(7 if sequence else 20, generator=torch.Generator().manual_seed(head))[:count]
+            page_lists[sequence, head, :count] = pages.sort().values
+            place = (pages.sort().values[:, None] * 16 + torch.arange(16)).flatten()[:140]
+            own = (normal(2, len(place), seed=sequence) * 3).half()
+            own[:, place >= lengths[sequence]] = -INF
+            scores[sequence, 2 * head : 2 * head + 2, : len(place)] = own
+            whole[sequence, 2 * head : 2 * head + 2, place] = own
+    lse = log_sums(whole)
+    options = {"lengths": lengths, "num_kv_heads": 2, "sinks": 20, "recent": 3, "backend": backend}
+    pages = {"page_lists": page_lists, "page_counts": page_counts}
+    plain = {**options, "backend": "reference"}
+    got = top_p_lists(scores, lse, 0.9, capacity=60, **options, **pages)
+    assert_same(got, top_p_lists(whole, lse, 0.9, capacity=60, **plain))
+    assert_same(top_k_lists(scores, lse, 25, **options, **pages), top_k_lists(whole, lse, 25, **plain))
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_the_k_heaviest_keys_pooled_and_the_newest_of_equal_ones(backend: str, width: int) -> None:
+    scores = (normal(2, 4, 200) * 2).half()
+    lengths = to_lengths(200, 90)
+    scores[1, :, 90:] = -INF
+    lse = log_sums(scores)
+    options = {"lengths": lengths, "num_kv_heads": 2, "sinks": 2, "recent": 5}
+    found = top_k_lists(scores, lse, 60, **options, width=width, backend=backend)
+    pooled = (scores.float() - lse[..., None]).half().view(2, 2, 2, 200).amax(2).float()
+    if width > 1:
+        pooled = torch.nn.functional.max_pool1d(pooled, width, 1, width // 2)
+    for sequence, length in enumerate(lengths.tolist()):
+        for head in range(2):
+            place = range(2, length - 5)
+            order = sorted(place, key=lambda c: (pooled[sequence, head, c].item(), c), reverse=True)
+            assert entries(found, sequence, head).tolist() == sorted(order[:60])
+            last = pooled[sequence, head, order[59]]
+            tied = sum(1 for c in order[60:] if pooled[sequence, head, c] == last)
+            assert int(found.dropped[sequence, head]) == tied
+    assert width == 1 or int(found.dropped.max()) > 0
+
+
+def test_k_of_fewer_keys_are_all(backend: str) -> None:
+    scores = normal(1, 2, 50).half()
+    found = top_k_lists(scores, log_sums(scores), 80, lengths=to_lengths(50), num_kv_heads=2, backend=backend)
+    assert found.counts.tolist() == [[50, 50]]
+    assert torch.equal(entries(found, head=1), torch.arange(50))
+
+
+def test_larger_shares_contain_smaller_ones_and_calls_repeat(backend: str) -> None:
+    rows = adversarial(200)
+    scores = torch.stack([rows[name] for name in ("nearly flat", "tied", "masked", "wide")]).half()[None]
+    options = {"lengths": to_lengths(200), "num_kv_heads": scores.shape[1], "capacity": 200, "backend": backend}
+    call = partial(top_p_lists, scores, log_sums(scores), **options)
+    small, large = call(0.4), call(0.8)
+    for head in range(scores.shape[1]):
+        assert bool(torch.isin(entries(small, head=head), entries(large, head=head)).all())
+    assert_same(call(0.4), small)
+
+
+def test_how_tensors_lie_in_memory_does_not_matter(backend: str) -> None:
+    scores = (normal(2, 4, 200) * 3).half()
+    options = {"lengths": to_lengths(200, 130), "num_kv_heads": 2, "capacity": 50, "backend": backend}
+    want = top_p_lists(scores, log_sums(scores), 0.9, **options)
+    apart = scores.movedim(-1, 0).contiguous().movedim(0, -1)
+    lengths = torch.stack([options["lengths"], to_lengths(7, 7)], 1)[:, 0]
+    assert_same(top_p_lists(apart, log_sums(scores).T.contiguous().T, 0.9, **{**options, "lengths": lengths}), want)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("deviations", [-30.0, 0.0, 1e6])
+def test_a_wrong_guess_costs_time_alone(monkeypatch: pytest.MonkeyPatch, deviations: float) -> None:
+    split_rows(monkeypatch, alone=0)
+    from sparsetrain_kernels.top_p_selection.triton import launch
+
+    monkeypatch.setattr(launch, "DEVIATIONS", deviations)
+    rows = adversarial(300)
+    scores = torch.stack([*rows.values()]).half()[None]
+    options = {"lengths": to_lengths(300), "num_kv_heads": len(rows), "capacity": 300}
+    found = top_p_lists(scores, log_sums(scores), 0.8, **options, backend="triton")
+    for head, name in enumerate(rows):
+        assert torch.equal(entries(found, head=head), chosen(scores[0, head], 0.8)), name
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(("p", "min_keys"), [(0.9, 1), (0.5, 64), (0.0, 1000)])
+def test_the_guess_holds_the_threshold_between_few_scores(p: float, min_keys: int) -> None:
+    from sparsetrain_kernels.top_p_selection import reference
+    from sparsetrain_kernels.top_p_selection.triton import configs, thresholds
+
+    columns = 65536
+    rows = adversarial(columns)
+    scores = torch.stack([*rows.values()]).half()[None]
+    lse, heads = log_sums(scores), len(rows)
+    bounds, sums = torch.empty(heads, 2), torch.empty(heads, thresholds.SUMS.value, dtype=torch.int64)
+    thresholds.bracket_kernel[(heads,)](
+        *(scores, lse, to_lengths(columns), None, None, None, None, bounds, sums),
+        *(*scores.stride()[:2], 0, 0, columns, 0, 0, min_keys, p, configs.DEVIATIONS),
+        KV_HEADS=heads,
+        HEADS=heads,
+        P_HEADS=False,
+        RECENTS=False,
+        PAGES=False,
+        SAMPLE=configs.SAMPLE,
+        PIECE=configs.PIECE,
+    )
+    is_key = scores > -INF
+    found = reference._thresholds(scores, lse, is_key, is_key, torch.full((1, heads), p), min_keys)[0].float()
+    inside = (is_key[0] & (scores[0].float() >= bounds[:, :1]) & (scores[0].float() < bounds[:, 1:])).sum(1)
+    for head, name in enumerate(rows):
+        # No sample finds one key among many.
+        if name == "one key":
+            continue
+        assert bounds[head, 0] <= found[head] < bounds[head, 1], name
+        one_number = reference.ordered(bounds[head].half()).diff().item() == 1
+        # Where half of the keys have one of two scores, no sample can tell less than half of them apart.
+        assert one_number or name == "tied" or inside[head] <= columns // configs.CANDIDATES, name
+    assert not sums.any()
+
+
+def test_the_operation_is_opaque_to_fake_tensors() -> None:
+    scores, lengths = normal(2, 4, 64).half(), to_lengths(64, 3)
+    real = (scores, log_sums(scores), lengths)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in real]
+        found = top_p_lists(*fakes[:2], 0.9, lengths=fakes[2], num_kv_heads=2, capacity=9)
+    assert (found.lists.shape, found.counts.shape, found.dropped.shape) == ((2, 2, 9), (2, 2), (2, 2))
+    assert {tensor.dtype for tensor in found} == {torch.int32}
+
+
+SCORES = normal(2, 4, 64).half()
+ARGUMENTS = {
+    "scores": SCORES,
+    "lse": log_sums(SCORES),
+    "p": 0.9,
+    "lengths": to_lengths(64, 3),
+    "num_kv_heads": 2,
+    "capacity": 9,
+}
+PAGES, COUNTS = torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "error", "named"),
+    [
+        (top_p_lists, {"scores": SCORES[0]}, ValueError, r"scores has shape \(4, 64\), expected \[batch, query heads"),
+        (top_p_lists, {"scores": SCORES.float()}, TypeError, "scores is torch.float32 on cpu, expected torch.float16"),
+        (top_p_lists, {"lse": SCORES[..., 0]}, TypeError, "lse is torch.float16 on cpu, expected torch.float32"),
+        (top_p_lists, {"lse": log_sums(SCORES)[:1]}, ValueError, r"lse has shape \(1, 4\), expected \(2, 4\)"),
+        (top_p_lists, {"lengths": to_lengths(3)}, ValueError, r"lengths has shape \(1,\), expected \(2,\)"),
+        (top_p_lists, {"num_kv_heads": 3}, ValueError, "4 heads, which is no multiple of num_kv_heads=3"),
+        (top_p_lists, {"group": "sum"}, ValueError, "group='sum' does not exist; choose one of union, max, mean"),
+        (top_p_lists, {"p": 0.0}, ValueError, "p=0.0 must be above 0"),
+        (top_p_lists, {"p": 1.5}, ValueError, "p=1.5 is no share of the weight"),
+        (top_p_lists, {"p": "0.9"}, TypeError, "p='0.9' is no number"),
+        (top_p_lists, {"p": torch.ones(3)}, ValueError, r"p has shape \(3,\), expected \(1,\) or .* \(4,\)"),
+        (top_p_lists, {"p": torch.ones(4).double()}, TypeError, "p is torch.float64"),
+        (top_p_lists, {"capacity": 0}, ValueError, "capacity=0 must be at least 1"),
+        (top_p_lists, {"min_keys": -1}, ValueError, "min_keys=-1 must be at least 0"),
+        (top_p_lists, {"sinks": -1}, ValueError, "sinks=-1 must be at least 0"),
+        (top_p_lists, {"recent": 1.5}, TypeError, "recent=1.5 is no integer"),
+        (top_p_lists, {"recent": to_lengths(1)}, ValueError, r"recent has shape \(1,\), expected \(2,\)"),
+        (top_p_lists, {"page_lists": PAGES}, ValueError, "page_lists and page_counts go together"),
+        (top_p_lists, {"page_lists": PAGES[..., :3], "page_counts": COUNTS}, ValueError, r"expected \(2, 2, 4\)"),
+        (top_p_lists, {"backend": "gluon"}, ValueError, "selection has plain Triton kernels only"),
+        (top_k_lists, {"k": 0}, ValueError, "k=0 must be at least 1: |k=0 must be at least 1"),
+        (top_k_lists, {"k": 4, "width": 4}, ValueError, "width=4 must be an odd number of keys"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(call: Callable, changed, error, named: str) -> None:
+    arguments = {**ARGUMENTS, **changed}
+    if call is top_k_lists:
+        del arguments["p"], arguments["capacity"]
+    with pytest.raises(error, match=named):
+        call(**arguments)
