@@ -25,7 +25,7 @@ from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.distributed import sequence_parallel
 from sparsetrain.training.distributed.build import Engine, build_engine
 from sparsetrain.training.distributed.deepspeed_config import deepspeed_config, loads_into_shards
-from sparsetrain.training.distributed.engine import init_world
+from sparsetrain.training.distributed.engine import init_world, own_linear
 from sparsetrain.training.fitting import fit_to_first_rows
 from sparsetrain.training.job import Job, Loaded
 from sparsetrain.training.loop import Loop
@@ -61,7 +61,7 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
     Raises:
         SparsetrainError: whatever stands in the way, explained, on every rank.
     """
-    with ExitStack() as occupied:
+    with own_linear(), ExitStack() as occupied:
         signals = signals or occupied.enter_context(StopSignals())
         try:
             world = init_world(recipe.deepspeed.timeout)

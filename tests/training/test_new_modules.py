@@ -173,6 +173,7 @@ def test_new_modules_learn_at_a_rate_of_their_own(tmp_path, arguments, run_folde
     assert run.values("lr_new_modules") == [5e-2, 2.5e-2]
     rates = {group["peak_lr"]: group["lr"] for group in seen[0].optimizer.param_groups}
     assert rates == {1e-2: 5e-3, 5e-2: 2.5e-2}
+    assert torch.nn.functional.linear is torch._C._nn.linear, "what DeepSpeed replaces is put back"
 
 
 def test_the_rate_shown_is_the_one_that_something_is_trained_at(scorers):

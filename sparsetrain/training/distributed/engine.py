@@ -6,12 +6,15 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
@@ -133,6 +136,17 @@ def destroy(engine: Any) -> None:
     engine.destroy()
     if stage == 3:
         _forget_modules_of_zero_3()
+
+
+@contextmanager
+def own_linear() -> Iterator[None]:
+    """Puts torch's linear layer back at the end: ZeRO-3 without recomputed layers replaces it for the whole process,
+    and what is computed later would keep the input of every frozen layer for backward."""
+    linear = F.linear
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 def _forget_modules_of_zero_3() -> None:
