@@ -86,8 +86,11 @@ class Ranks:
         Args:
             command: what each runs: a command, or arguments of ``sparsetrain``, list by list and one after the other.
             log: what they say is added to it.
-            ranks: how many to start, with the environment of a launcher; None for a launcher that does so itself.
+            ranks: how many to start, with the environment of a launcher; None for a launcher that does so itself. Where
+                there are GPUs, but fewer than these, the test is skipped.
         """
+        if torch.cuda.is_available() and (ranks or 1) > torch.cuda.device_count():
+            pytest.skip(f"each rank has a GPU: needs {ranks}, and there are {torch.cuda.device_count()}")
         self.log_file = log
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         self.processes: list[subprocess.Popen | Fork] = []

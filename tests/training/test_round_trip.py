@@ -38,8 +38,8 @@ SPARSEK = {"method": "sparsek", "topk": 8, "window": 16, "sinks": 2, "replace_sl
 
 
 @pytest.fixture
-def built(tiny_recipe):
-    """``built(family, attention, **fields)``: recipe's model section, model and tokenizer."""
+def built(tiny_recipe, world):
+    """``built(family, attention, **fields)``: recipe's model section, model on the world's device, and tokenizer."""
 
     def build(family, attention=None, **fields):
         recipe = tiny_recipe()
@@ -71,7 +71,8 @@ def built(tiny_recipe):
             }
         section = recipe.model.model_copy(update={"architecture": {"model_type": family, **common}})
         method = attention or {**recipe.attention.model_dump(), "replace_sliding_layers": True}
-        return section, *load_model(section, method, seed=0)
+        model, tokenizer = load_model(section, method, seed=0)
+        return section, model.to(world.device), tokenizer
 
     return build
 

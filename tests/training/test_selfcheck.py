@@ -20,9 +20,10 @@ def recipe(tiny_recipe):
 
 
 @pytest.fixture
-def loaded(recipe):
+def loaded(recipe, world):
     """Model and tokenizer of the tiny recipe."""
-    return load_model(recipe.model, recipe.attention, seed=0)
+    model, tokenizer = load_model(recipe.model, recipe.attention, seed=0)
+    return model.to(world.device), tokenizer
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_a_sound_model_passes_and_says_what_was_found(model, packed, single, wor
 def test_a_sound_selection_passes(recipe, single, packed, world, gate, scores):
     attention = {"method": "sparsek", "topk": 8, "window": 16, "sinks": 2, "gate": gate, "scores": scores}
     model, _ = load_model(recipe.model, attention, seed=0)
+    model.to(world.device)
     assert "layer 0 equals its oracle on 32 tokens" in selfcheck.check_against_oracle(model, single, world)
     assert "layer 0 equals its oracle" in selfcheck.check_against_oracle(model, packed, world)
 
@@ -82,6 +84,7 @@ def test_another_selection_is_stopped(recipe, single, world, changed):
     attention = {"method": "sparsek", "topk": 8, "window": 16, "sinks": 2}
     model, _ = load_model(recipe.model, attention, seed=0)
     other, _ = load_model(recipe.model, {**attention, **changed}, seed=0)
+    model.to(world.device)
     method = next(method for _, _, method in sparse_layers(model))
     method.attend = next(method for _, _, method in sparse_layers(other)).attend
     with pytest.raises(TrainingError, match="layer 0 differs from its oracle"):
@@ -90,6 +93,7 @@ def test_another_selection_is_stopped(recipe, single, world, changed):
 
 def test_where_nothing_is_sparse_there_is_nothing_to_compare(recipe, single, world):
     model, _ = load_model(recipe.model, {"method": "full"}, seed=0)
+    model.to(world.device)
     assert "layers attend in full" in selfcheck.check_against_oracle(model, single, world)
 
 

@@ -92,12 +92,14 @@ def test_a_family_without_a_balance_loss_refuses_the_switch():
 
 def test_a_loss_that_equals_the_model_passes(batch, world):
     for family, fields in (("llama", {}), ("mixtral", {"output_router_logits": True}), ("gemma2", {})):
-        line = selfcheck.check_against_whole_model(CausalLMLoss(sparsified(family, **fields), 16), batch, world)
+        line = selfcheck.check_against_whole_model(
+            CausalLMLoss(sparsified(family, **fields).to(world.device), 16), batch, world
+        )
         assert "equal those of the whole model on 60 tokens" in line
 
 
 def test_a_model_that_scales_its_logits_unseen_is_found(batch, world, monkeypatch):
-    model = sparsified("cohere", logit_scale=0.5)
+    model = sparsified("cohere", logit_scale=0.5).to(world.device)
     loss = CausalLMLoss(model, None)
     loss.chunk = 16  # as if its config did not tell
     with pytest.raises(TrainingError, match=r"logits of CohereForCausalLM are not.*train\.loss_chunk: null"):
@@ -105,7 +107,7 @@ def test_a_model_that_scales_its_logits_unseen_is_found(batch, world, monkeypatc
 
 
 def test_a_model_that_adds_to_its_loss_unseen_is_found(batch, world, monkeypatch):
-    model = sparsified("llama")
+    model = sparsified("llama").to(world.device)
     plain = model.loss_function
     model.loss_function = lambda logits, *args, **kwargs: plain(logits, *args, **kwargs) + logits.logsumexp(-1).mean()
     with pytest.raises(TrainingError, match="adds something that would not be trained"):
@@ -113,7 +115,7 @@ def test_a_model_that_adds_to_its_loss_unseen_is_found(batch, world, monkeypatch
 
 
 def test_frequencies_chosen_by_the_longest_document_are_found(batch, world):
-    model = sparsified("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=20)
+    model = sparsified("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=20).to(world.device)
     assert "equals itself alone" in next(selfcheck.check_document_alone(model, batch, world))
     del model.model.rotary_emb.forward  # transformers' own
     with pytest.raises(TrainingError, match="15 tokens differs behind one of 45 from itself alone"):
@@ -121,7 +123,7 @@ def test_frequencies_chosen_by_the_longest_document_are_found(batch, world):
 
 
 def test_a_model_that_cannot_pack_is_not_asked_to(batch, world):
-    model = sparsified("qwen3_next")
+    model = sparsified("qwen3_next").to(world.device)
     assert "each has a row to itself" in selfcheck.check_document_isolation(model, batch, world)
     assert list(selfcheck.check_document_alone(model, batch, world)) == []
     assert "equal those of the whole model" in selfcheck.check_against_whole_model(
