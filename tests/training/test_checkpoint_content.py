@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -186,6 +187,29 @@ def test_a_file_that_is_no_document(damaged, small, name, content, tmp_path):
     else:
         folder = damaged(lambda folder: rewrite(folder / name, content))
     assert store.fault(folder) or content_fault(folder)
+
+
+def test_a_checkpoint_of_a_recipe_in_an_old_spelling_is_refused_with_the_new_one(damaged, small, tiny, refused):
+    def old_spelling(folder):
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["eval"] = {"at_end": False, "passkey": {"lengths": [64]}}
+        rewrite(folder / "recipe.yaml", yaml.safe_dump(recipe))
+
+    wanted = "eval.passkey: tasks are a list now; write it as an entry of eval.tasks: - {task: passkey, lengths: [64]}"
+    checkpoint = damaged(old_spelling)
+    assert wanted in content_fault(checkpoint)
+    run = checkpoint.parent / "run"
+    shutil.copytree(small.path, run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    shutil.copytree(checkpoint, run / "checkpoints" / NAME)
+    # By a recipe that is up to date, and by the run's own, which is as old.
+    error = refused("run", str(tiny), "train.steps=3", "--output", str(run), "--resume")
+    assert wanted in error
+    assert "skipping step-000002: its recipe.yaml cannot be read" in error
+    shutil.copy(checkpoint / "recipe.yaml", run / "recipe.yaml")
+    assert wanted in refused("run", str(run / "recipe.yaml"), "--resume")
+    assert (run / "checkpoints" / NAME / "state.json").is_file()
 
 
 def test_a_file_without_an_end_is_not_read(damaged, monkeypatch):

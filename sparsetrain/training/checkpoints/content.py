@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sparsetrain.durable import read_bytes
-from sparsetrain.errors import RecipeError, first_line
+from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.training.checkpoints.files import PieceReader
 from sparsetrain.training.checkpoints.manifest import RECIPE, STATE, rank_file, read_manifest, tensor_files
@@ -36,7 +36,7 @@ def content_fault(checkpoint: Path) -> str | None:
     except (OSError, ValueError, SafetensorError) as error:
         return str(error)
     except RecipeError as error:
-        return f"its {RECIPE} cannot be read ({first_line(error)})"
+        return f"its {RECIPE} cannot be read: {' '.join(str(error).split())}"
 
 
 def recorded_recipe(checkpoint: Path) -> Recipe:
