@@ -4,6 +4,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
 from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
+from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_tokens, key_statistics
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
@@ -12,14 +13,18 @@ from sparsetrain_kernels.top_p_selection import PositionLists, top_k_lists, top_
 __all__ = [
     "BlockPattern",
     "CausalSelection",
+    "KeyMirror",
+    "PageBounds",
     "PositionLists",
     "SparseKSlots",
+    "append_tokens",
     "block_pattern_attention",
     "block_pattern_attention_dense",
     "block_pattern_decode",
     "causal_attention",
     "causal_attention_dense",
     "causal_sparsek",
+    "key_statistics",
     "selected_attention",
     "selected_attention_dense",
     "sparsek",

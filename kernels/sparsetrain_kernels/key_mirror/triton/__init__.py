@@ -1,0 +1,1 @@
+"""Appending in Triton: ``launch.py`` calls the kernel of ``kernels.py``."""
