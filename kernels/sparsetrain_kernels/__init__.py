@@ -4,6 +4,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
 from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
+from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, page_scores
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_tokens, key_statistics
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
@@ -24,7 +25,10 @@ __all__ = [
     "causal_attention",
     "causal_attention_dense",
     "causal_sparsek",
+    "center_logits",
+    "estimate_scores",
     "key_statistics",
+    "page_scores",
     "selected_attention",
     "selected_attention_dense",
     "sparsek",

@@ -25,6 +25,10 @@ from sparsetrain_kernels.causal_selection.triton import (
     selection_kernels,
     statistics_kernels,
 )
+from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
+from sparsetrain_kernels.key_estimate.triton import scores as key_scores
+from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile
+from sparsetrain_kernels.key_mirror.triton import kernels as mirror_kernels
 from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
 from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
 from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_grad_key_value
@@ -61,6 +65,8 @@ def report(name: str, kernel: Any) -> None:
     assert found, usage
     assert "Used" in log, log
     facts = {
+        "copies": "cp.async" in kernel.asm["ptx"],
+        "mma": kernel.asm["ptx"].count("mma.sync"),
         "kernel": name,
         "registers": int(found[1]),
         "stack": int(found[2]),
@@ -301,6 +307,46 @@ def compile_lists(dtype: str) -> None:
             report(f"{kernel.__name__} {constants}", compiled)
 
 
+def compile_mirror(dtype: str) -> None:
+    """What keeps keys in 4 bits and reads them: 8 or 16 heads a program."""
+    known = dict.fromkeys(("scale_low_ptr", "lengths_ptr", "table_ptr", "lists_ptr", "counts_ptr"), "*i32")
+    known |= {"codes_ptr": "*u8", "lse_ptr": "*fp32", "partial_ptr": "*fp32"}
+    known |= {f"{name}_ptr": "*fp32" for name in ("center", "spread", "bounds_center", "bounds_spread")}
+    kernels: list[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]] = []
+    for head_dim in (128, 256):
+        shape = {"HALF": head_dim // 2, "HALF_PAD": head_dim // 2}
+        for tile in (1, 16):
+            for bounds in ("keys", "bytes"):
+                own = {**shape, "KV_HEADS": 8, "PAGE": 256, "TILE": tile, "MIRROR": True, "BOUNDS": bounds}
+                if bounds == "keys":
+                    own |= dict.fromkeys(("bounds_center_ptr", "bounds_spread_ptr"))
+                types = {"scale_low_ptr": "*fp16", "bounds_ptr": f"*{dtype}" if bounds == "keys" else "*u8"}
+                warps = {"num_warps": 1 if tile == 1 else 4}
+                kernels.append((f"append {tile} {bounds} {head_dim}", mirror_kernels.append_kernel, own, types, warps))
+        for heads in (8, 16):
+            for page, listed in ((256, False), (16, False), (256, True))[:: 1 if heads == 8 else 2]:
+                config = choose_config(head_dim // 2, heads, page, listed)
+                own = {**shape, "KV_HEADS": 8, "GROUP": 4, "HEADS": heads, "PAGE": page, "BLOCK_N": config.block_n}
+                own |= {"LISTED": listed, "SOFTCAP": False, "PACKED": True, "STAGES": config.num_stages}
+                if not listed:
+                    own |= dict.fromkeys(("lists_ptr", "counts_ptr"))
+                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                name = f"estimate {heads} {page} {listed} {head_dim}"
+                kernels.append((name, key_scores.estimate_kernel, own, {"scores_ptr": "*fp16"}, options))
+        for in_bytes in (True, False):
+            own = {"KV_HEADS": 8, "GROUP": 4, "HEADS": 8 if in_bytes else 16, "D": head_dim, "D_PAD": head_dim}
+            own |= {"PAGE": 256, "BLOCK_G": granules_of_a_tile(1 if in_bytes else 2, head_dim), "BYTES": in_bytes}
+            own |= {"PRECISION": "ieee"} | ({} if in_bytes else dict.fromkeys(("center_ptr", "spread_ptr")))
+            types = {"bounds_ptr": "*u8" if in_bytes else f"*{dtype}", "scores_ptr": "*fp32"}
+            name = f"pages {in_bytes} {head_dim}"
+            kernels.append((name, page_bounds.page_scores_kernel, own, types, {"num_warps": 4}))
+    kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64}, {}, {"num_warps": 1}))
+    for name, kernel, constants, types, options in kernels:
+        own = known | types
+        compiled = triton.compile(source(ASTSource, kernel, dtype, constants, own), target=TARGET, options=options)
+        report(name, compiled)
+
+
 if __name__ == "__main__":
     families = {
         "plain": compile_plain,
@@ -309,5 +355,6 @@ if __name__ == "__main__":
         "sparsek": compile_sparsek,
         "sum": compile_query_sum,
         "lists": compile_lists,
+        "mirror": compile_mirror,
     }
     families[sys.argv[1]](sys.argv[2])

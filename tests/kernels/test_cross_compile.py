@@ -70,6 +70,18 @@ def test_single_precision_kernels_fit() -> None:
     assert all(kernel["shared"] <= SHARED for kernel in kernels)
 
 
+def test_estimates_keep_to_registers_and_load_ahead() -> None:
+    kernels = compiled("mirror", "bf16")
+    assert len(kernels) == 23
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["stack"] == 0, kernel
+        if kernel["kernel"].startswith("estimate"):
+            # Codes go from memory to the tensor cores by way of shared memory, as integers.
+            assert kernel["copies"], kernel
+            assert kernel["mma"] > 0, kernel
+
+
 @pytest.mark.parametrize(("family", "count"), [("sparsek fp32", 24), ("sum bf16", 3), ("lists fp16", 16)])
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int) -> None:
     kernels = compiled(*family.split())

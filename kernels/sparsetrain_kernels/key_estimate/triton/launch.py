@@ -1,0 +1,129 @@
+"""Launches the kernels of an estimate. Everything follows from shapes and ``max_length``; no tensor is read on the
+host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.backend import INTERPRETING
+from sparsetrain_kernels.block_decode.triton.configs import multiprocessors
+from sparsetrain_kernels.inputs import consecutive_rows, row_major
+from sparsetrain_kernels.key_estimate.inputs import EstimateInputs
+from sparsetrain_kernels.key_estimate.triton.bounds import page_scores_kernel
+from sparsetrain_kernels.key_estimate.triton.configs import (
+    Config,
+    choose_config,
+    choose_heads,
+    choose_splits,
+    granules_of_a_tile,
+)
+from sparsetrain_kernels.key_estimate.triton.scores import add_splits_kernel, estimate_kernel
+from sparsetrain_kernels.key_mirror.layout import BYTES, GRANULE, PageBounds
+from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+
+
+def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """``scores``, fp16 ``[B, Hq, columns]``, and ``lse``, fp32 ``[B, Hq]``."""
+    query = call.query
+    batch, heads = query.shape[:2]
+    _, kv_heads, page, half = call.mirror.codes.shape
+    half_pad = pad_head_dim(2 * half) // 2
+    listed = call.page_lists is not None
+    group = heads // kv_heads
+    tile_heads = choose_heads(group)
+    config = config or choose_config(half_pad, tile_heads, page, listed)
+    programs = batch * kv_heads * triton.cdiv(group, tile_heads)
+    splits = choose_splits(
+        programs, triton.cdiv(call.columns, config.block_n), config.programs * multiprocessors(query.device)
+    )
+    scores = torch.empty((batch, heads, call.columns), dtype=torch.float16, device=query.device)
+    lse = torch.empty((batch, heads), dtype=torch.float32, device=query.device)
+    partial = lse
+    if splits > 1:
+        partial = torch.empty((batch, heads, splits), dtype=torch.float32, device=query.device)
+    (lengths,) = row_major(call.lengths)
+    table = consecutive_rows(call.block_table)
+    lists, counts = (None, None)
+    if call.page_lists is not None and call.page_counts is not None:
+        lists, counts = row_major(call.page_lists, call.page_counts)
+    mirror = call.mirror
+    with on_device(query):
+        launch(
+            estimate_kernel,
+            programs * splits,
+            # Step and low of a token at a time.
+            (
+                *(query, mirror.codes, mirror.scale_low.view(torch.int32), mirror.center, mirror.spread),
+                *(lengths, table, lists, counts, scores, partial),
+            ),
+            (
+                *query.stride()[:2],
+                table.stride(0),
+                0 if lists is None else lists.shape[2],
+                call.columns,
+                splits,
+                call.max_length,
+                call.scale,
+                call.softcap or 0.0,
+            ),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEADS=tile_heads,
+            HALF=half,
+            HALF_PAD=half_pad,
+            PAGE=page,
+            BLOCK_N=config.block_n,
+            LISTED=listed,
+            SOFTCAP=call.softcap is not None,
+            PACKED=not INTERPRETING and torch.version.hip is None,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits > 1:
+            launch(
+                add_splits_kernel,
+                batch * heads,
+                (partial, lse),
+                (splits,),
+                SPLITS_PAD=triton.next_power_of_2(splits),
+                num_warps=1,
+            )
+    return scores, lse
+
+
+def upper_bounds(
+    query: Tensor, bounds: PageBounds, lengths: Tensor, block_table: Tensor, granules: int, scale: float
+) -> Tensor:
+    """As :func:`sparsetrain_kernels.page_scores`, of ``granules`` times 16 tokens."""
+    batch, heads = query.shape[:2]
+    _, kv_heads, in_page, _, head_dim = bounds.values.shape
+    group = heads // kv_heads
+    d_pad = pad_head_dim(head_dim)
+    in_bytes = bounds.values.dtype == BYTES
+    values = bounds.values.view(torch.uint8) if in_bytes else bounds.values
+    block_g = granules_of_a_tile(values.element_size(), d_pad)
+    tiles = triton.cdiv(granules, block_g)
+    scores = torch.empty((batch, kv_heads, granules), dtype=torch.float32, device=query.device)
+    (lengths,) = row_major(lengths)
+    table = consecutive_rows(block_table)
+    with on_device(query):
+        launch(
+            page_scores_kernel,
+            tiles * kv_heads * batch,
+            (query, values, bounds.center, bounds.spread, lengths, table, scores),
+            (*query.stride()[:2], table.stride(0), granules, tiles, scale),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEADS=8 if in_bytes else 16,
+            D=head_dim,
+            D_PAD=d_pad,
+            PAGE=in_page * GRANULE,
+            BLOCK_G=block_g,
+            BYTES=in_bytes,
+            PRECISION="ieee",
+            num_warps=4,
+        )
+    return scores
