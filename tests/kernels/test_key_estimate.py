@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from paged_keys import PagedKeys, by_position, paged_keys
-from sparsetrain_kernels import center_logits, estimate_scores, page_scores
+from sparsetrain_kernels import center_logits, estimate_scores, page_scores, top_p_lists
 from sparsetrain_kernels.backend import INTERPRETING
 from sparsetrain_kernels.key_mirror.reference import unpack
 from torch import Tensor
@@ -256,6 +256,38 @@ def test_page_scores_bound_every_logit_of_the_group(backend, bytes_: bool, page,
     want = torch.maximum(query.double() * low, query.double() * high).sum(3) * head_dim**-0.5
     want = want.unflatten(1, (2, group)).amax(2)
     assert ((scores - want).abs() <= 1e-5 * (1 + want.abs()))[real].all()
+
+
+def test_what_top_p_keeps_of_the_estimate_holds_its_share_of_attention() -> None:
+    p = 0.9
+    query, keys = filled(lengths=(400, 304), dead=())
+    upper = page_scores(query, keys.bounds, **keys.places())
+    lists = upper.topk(8).indices.sort().values.to(torch.int32)
+    counts = torch.full((2, 2), 8, dtype=torch.int32)
+    scores, lse = estimate_scores(query, keys.mirror, **keys.places(), page_lists=lists, page_counts=counts)
+    found = top_p_lists(
+        scores,
+        lse,
+        p,
+        lengths=keys.lengths,
+        num_kv_heads=2,
+        capacity=128,
+        page_lists=lists,
+        page_counts=counts,
+    )
+    logits = (query.double() @ grouped(keys, keys.keys(), 4).mT)[:, :, 0] * 64**-0.5
+    center = center_logits(query, keys.mirror)
+    for b in range(2):
+        for head in range(4):
+            entries = lists[b, head // 2].long()
+            candidates = (entries[:, None] * 16 + torch.arange(16)).flatten()
+            kept = found.lists[b, head // 2, : found.counts[b, head // 2]].long()
+            true = logits[b, head, candidates].softmax(0)
+            error = (scores[b, head].double() + center[b, head] - logits[b, head, candidates]).abs().max()
+            # Twilight's share, after the errors of the scores.
+            share = 1 - (2 * error).exp() * (1 - p)
+            assert true[torch.isin(candidates, kept)].sum() >= share > 0.5
+            assert len(kept) < 128
 
 
 def test_the_operations_are_well_made() -> None:
