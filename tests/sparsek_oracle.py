@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,12 @@ def threshold(z: Array, k: float) -> float:
     if len(z) <= k:
         return -np.inf
     points = np.unique(np.concatenate([z, z - 1]))
-    values = np.array([sum_of_gates(z, point) for point in points])
     # The sum falls from len(z) to 0, linearly between these points.
-    first = int(np.flatnonzero(values <= k)[0])
-    before = first - 1
-    rise = (values[before] - k) / (values[before] - values[first])
-    return float(points[before] + rise * (points[first] - points[before])) if rise < 1 else float(points[first])
+    first = bisect_left(points, True, key=lambda point: sum_of_gates(z, point) <= k)
+    before, after = points[first - 1 : first + 1]
+    most, least = sum_of_gates(z, before), sum_of_gates(z, after)
+    rise = (most - k) / (most - least)
+    return float(before + rise * (after - before)) if rise < 1 else float(after)
 
 
 def project(z: Array, k: float) -> Array:

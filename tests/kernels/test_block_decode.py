@@ -161,7 +161,7 @@ def test_a_window_of_tokens_equals_dense_attention_in_that_window(decode, patter
         torch.testing.assert_close(out[b, None, :, rows - seen :], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize("splits", [1, 2, 9])  # 6 key tiles at most: some of 9 shares are empty
 def test_the_number_of_splits_changes_nothing(monkeypatch, splits: int) -> None:
     launch = pytest.importorskip("sparsetrain_kernels.block_decode.triton.launch")
     monkeypatch.setattr(launch, "choose_splits", lambda *arguments: splits)

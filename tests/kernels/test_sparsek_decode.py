@@ -97,9 +97,10 @@ def test_long_buffers_and_many_places_are_read_piece_by_piece(monkeypatch: pytes
     monkeypatch.setattr(launch, "BLOCK", 8)
     shape = {"topk": 18, "window": 2, "sinks": 1}
     scores = (2 * normal(1, 2, 38)).round() / 4
-    start = read(empty_slots(entries=27, **shape), scores[..., :20], "reference", **shape)
+    start = read(empty_slots(entries=27, **shape), scores[..., :26], "reference", **shape)
     ours, plain = clone(start), clone(start)
-    for n in range(20, 38):
+    # The buffer fills up, and is full.
+    for n in range(26, 38):
         read(ours, scores[..., n : n + 1], "triton", **shape)
         read(plain, scores[..., n : n + 1], "reference", **shape)
         assert_same_slots(ours, plain)
