@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -106,7 +107,13 @@ class CausalLMLoss(nn.Module):
             hidden, output = self._decode(inputs)
             loss = self._sum_over_chunks(*_rows(hidden, positions, targets), num_chunks)
         if self.balance:
-            found = self.balance * torch.as_tensor(output.aux_loss, dtype=torch.float32, device=loss.device)
+            if not isinstance(output.aux_loss, torch.Tensor):
+                raise ModelError(
+                    f"{type(self.model).__name__} of transformers {transformers.__version__} computes no balance loss, "
+                    "though its config asks for it (output_router_logits); upgrade transformers, or set "
+                    "model.config_overrides.output_router_logits=false"
+                )
+            found = self.balance * output.aux_loss.float().to(loss.device)
             self.balance_loss = found.detach()
             loss = loss + found * (len(positions) if balance_weight is None else balance_weight)
         return loss
