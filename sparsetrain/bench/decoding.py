@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from sparsetrain_kernels import block_pattern_decode, sparsek_threshold
+from sparsetrain_kernels import block_pattern_decode
 from torch import Tensor
 
 from sparsetrain.bench.case import Case, Log
@@ -16,6 +16,7 @@ from sparsetrain.bench.measure import captured, copy_gbps, explain
 from sparsetrain.bench.problem import DEVIATION, Shape
 from sparsetrain.bench.table import ComparedRow, Panel, Report, column, formatted, number
 from sparsetrain.methods.sparsek.method import SparseKConfig
+from sparsetrain.methods.sparsek.oracle import attended
 from sparsetrain.patterns import FullPattern, PowerPattern
 
 
@@ -68,39 +69,19 @@ class DecodeProblem(Shape):
         return 2 * keys * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def definition(self, layer: Layer, reads: str) -> Tensor:
-        """The output, computed in fp32 a sequence at a time."""
+        """The output, computed in fp32, or for selected keys in fp64, a sequence at a time."""
         if reads == "selected":
-            rows = [selected_reference(self.sparsek, *row) for row in zip(*layer, self.scores(), strict=True)]
-            return torch.stack(rows)
+            return torch.stack([self._selected(*text) for text in zip(*layer, self.scores(), strict=True)])
         pattern = self.pattern if reads == "blocks" else FullPattern(self.pattern.block)
         return block_pattern_decode(*layer, pattern, lengths=self.cache_lengths(), backend="reference")
 
-
-def selected_reference(config: SparseKConfig, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
-    """SparseK attention of the last token of one sequence, whose keys are all still there (2406.16747, 3).
-
-    The threshold is that of the scores that generation remembers.
-
-    Args:
-        query: ``[Hq, 1, D]``.
-        key, value: ``[H, N, D]``.
-        scores: ``[H, N]``.
-
-    Returns:
-        fp32 ``[Hq, 1, D]``.
-    """
-    leaves_window = max(key.shape[1] - config.window, config.sinks)
-    candidates = scores[:, config.sinks : leaves_window]
-    remembered = candidates.topk(min(candidates.shape[1], config.score_buffer or 4 * config.topk)).values
-    gates, seen = torch.ones_like(scores), torch.ones_like(scores, dtype=torch.bool)
-    if candidates.shape[1] > config.topk:
-        threshold = sparsek_threshold(remembered.double(), config.topk)[:, None]
-        gates[:, config.sinks : leaves_window] = (candidates - threshold).clamp(0, 1)
-        seen[:, config.sinks : leaves_window] = candidates >= remembered[:, config.topk - 1 : config.topk]
-    grouped = query.float().view(key.shape[0], -1, key.shape[2])
-    logits = grouped @ key.float().mT * key.shape[2] ** -0.5
-    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1) * gates[:, None]
-    return (weights @ value.float()).view(query.shape)
+    def _selected(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        method, remembered = self.sparsek, self.sparsek.score_buffer or 4 * self.topk
+        sizes, last, scale = (method.topk, method.window, method.sinks), self.length - 1, self.head_dim**-0.5
+        out = attended(
+            query[:, 0], key, value, scores, last, *sizes, gate=method.gate, scale=scale, remembered=remembered
+        )
+        return out[:, None]
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from sparsetrain_kernels import block_pattern_attention_dense, selected_attentio
 from torch import Tensor
 
 from sparsetrain.methods.sparsek.method import SparseKConfig
+from sparsetrain.methods.sparsek.oracle import largest
 from sparsetrain.patterns import PowerPattern
 
 SHORTEST_DOCUMENT = 64
@@ -163,10 +164,7 @@ def select_by_sorting(scores: Tensor, topk: int, window: int, sinks: int) -> tup
     exact = scores.detach().double().expand(length, length)
     tau = sparsek_threshold(exact, topk, mask=candidates)
 
-    # Newest first, so that a stable sort puts the newer of two equal scores before the older.
-    newest_first = exact.masked_fill(~candidates, -torch.inf).flip(1)
-    ranked = length - 1 - newest_first.sort(dim=1, descending=True, stable=True).indices
-    selected = torch.zeros_like(candidates).scatter_(1, ranked[:, :topk], True) & candidates
+    selected = largest(exact, candidates, topk)
     exit = torch.where(key < sinks, length, (key + window).clamp(max=length) + selected.sum(0))
 
     gates = exact - tau[:, None]

@@ -37,25 +37,53 @@ def expected_rows(
     key, value = (tensor[0, :, document].double() for tensor in (key, value))
     tokens = torch.arange(length, device=query.device)
     checked = tokens[torch.linspace(0, length - 1, min(CHECKED_ROWS, length), device=query.device).long()]
-    answers = []
-    for row in checked.tolist():
-        always = (tokens < sinks) | (tokens > row - window)
-        competes = ~always & (tokens <= row)
-        gates = torch.where(competes, _gates(scores, competes, topk), 1.0)
-        chosen = _largest(scores, competes, topk)
-        seen = (tokens <= row) & (always | chosen)
-        heads = query[0, :, document][:, row].double().unflatten(0, (key.shape[0], -1))
-        logits = (heads @ key.mT) * scale + (gates.log()[:, None] if gate == "log" else 0.0)
-        weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-        if gate == "value":
-            weights = weights * gates[:, None]
-        answers.append((weights @ value).flatten(0, 1))
-    return Expected(checked + document.start, torch.stack(answers, dim=1)[None])
+    rows = [
+        attended(query[0, :, document][:, row], key, value, scores, row, topk, window, sinks, gate=gate, scale=scale)
+        for row in checked.tolist()
+    ]
+    return Expected(checked + document.start, torch.stack(rows, dim=1)[None])
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    row: int,
+    topk: int,
+    window: int,
+    sinks: int,
+    remembered: int | None = None,
+    *,
+    gate: str,
+    scale: float,
+) -> Tensor:
+    """What the token at ``row`` gets, ``[Hq, D]`` in fp64.
+
+    Args:
+        query: ``[Hq, D]``, its own.
+        key, value: ``[Hkv, N, D]``.
+        scores: ``[Hs, N]``.
+        remembered: place the threshold by so many of the largest competing scores, as generation does.
+    """
+    scores, key, value = scores.double(), key.double(), value.double()
+    tokens = torch.arange(scores.shape[1], device=query.device)
+    always = (tokens < sinks) | (tokens > row - window)
+    competes = ~always & (tokens <= row)
+    counted = competes if remembered is None else largest(scores, competes, remembered)
+    gates = torch.where(competes, _gates(scores, counted, topk), 1.0)
+    seen = (tokens <= row) & (always | largest(scores, competes, topk))
+    heads = query.double().unflatten(0, (key.shape[0], -1))
+    logits = (heads @ key.mT) * scale + (gates.log()[:, None] if gate == "log" else 0.0)
+    weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    if gate == "value":
+        weights = weights * gates[:, None]
+    return (weights @ value).flatten(0, 1)
 
 
 def _gates(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
     """``clip(u - tau, 0, 1)``, with the tau at which the competing gates sum to ``topk``, found by bisection."""
-    if int(competes.sum()) <= topk:
+    if int(competes.sum(-1).max()) <= topk:
         return torch.ones_like(scores)
     low, high = scores.amin(-1, keepdim=True) - 1.0, scores.amax(-1, keepdim=True)
     for _ in range(80):
@@ -65,7 +93,7 @@ def _gates(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
     return (scores - (low + high) / 2).clamp(0.0, 1.0)
 
 
-def _largest(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
+def largest(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
     """The ``topk`` largest competing scores as a mask; of equal ones the newer wins."""
     newest_first = scores.masked_fill(~competes, float("-inf")).flip(-1)
     rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
