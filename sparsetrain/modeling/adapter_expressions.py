@@ -1,5 +1,7 @@
-"""The regular expressions in an adapter's config, replaced by the names that they match: peft would compare them with
-every module by ``re``, which an expression made for it keeps busy for ever."""
+"""Replace the regular expressions in an adapter's config by the module names that they match.
+
+peft matches them with ``re`` against every module, which never ends for an expression with catastrophic backtracking.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,18 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_LINEAR = "all-linear"
-"""peft's word, no expression."""
+"""A keyword of peft, not an expression."""
 
 
 def bound_expressions(config: LoraConfig, names: Collection[str], path: Path) -> None:
-    """Replace the expressions of a config that somebody else wrote, in place.
+    """Replace the regular expressions in an untrusted adapter config by names, in place.
 
     Args:
-        names: of all the modules of the model.
-        path: the adapter folder, for errors.
+        names: The names of all modules of the model.
+        path: The adapter folder, for error messages.
 
     Raises:
-        ModelError: one is no expression, or takes for ever; names the field.
+        ModelError: An expression is invalid or takes too long; names the field.
     """
     field = "target_modules"
     try:
@@ -39,13 +41,13 @@ def bound_expressions(config: LoraConfig, names: Collection[str], path: Path) ->
         given = getattr(config, field)
         for pattern in [given] if isinstance(given, str) else given or []:
             if not str(pattern).replace("_", "").isalnum():
-                raise ValueError(f"{pattern!r:.100} is no name of a list of layers, such as layers")
+                raise ValueError(f"{pattern!r:.100} is not the name of a list of layers, such as layers")
     except ValueError as error:
         raise ModelError(f"the adapters in {path}: {field} of adapter_config.json: {error}") from None
 
 
 def _by_name(patterns: Any, names: Collection[str]) -> Any:
-    """Ranks or alphas by whole name; of several patterns that match a name the first counts, as to peft."""
+    """Ranks or alphas by full module name. If several patterns match a name, the first counts, as in peft."""
     if not isinstance(patterns, dict) or all(str(key).replace("_", "").replace(".", "").isalnum() for key in patterns):
         return patterns
     found: dict[str, Any] = {}

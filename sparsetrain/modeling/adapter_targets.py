@@ -1,4 +1,4 @@
-"""Where adapters go: the linear layers and the experts' weights of the text decoder that ``lora.targets`` names."""
+"""Find the linear layers and expert weights of the text decoder that ``lora.targets`` selects."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import LoraSection
 
 KNOWS_PARAMETERS = "0.17"
-"""The peft that can adapt a parameter which is in no linear layer."""
+"""The first version of peft that can adapt a parameter outside of linear layers."""
 
 
 @dataclass(frozen=True)
 class AdapterTargets:
-    """What gets an adapter, by name."""
+    """Names of the modules and parameters that get an adapter."""
 
     linear: dict[str, nn.Module]
     """Linear layers."""
     parameters: dict[str, nn.Parameter]
-    """Weights that peft adapts as parameters: those that hold a matrix for each expert, ``[experts, ., .]``, as
-    transformers keeps them; and the linear layers beside them that peft would take for experts by their names."""
+    """Weights that peft adapts as parameters: stacked expert weights ``[experts, ., .]``, and linear layers beside them
+    that peft would mistake for experts because of their names."""
 
 
 def adapter_targets(model: PreTrainedModel, lora: LoraSection) -> AdapterTargets:
-    """What ``lora.targets`` means in a sparsified model. Towers beside its decoder, and what the method adds, are never
-    meant.
+    """The targets that ``lora.targets`` selects in a sparsified model.
+
+    Vision or audio towers, and the modules that the method adds, are never selected.
 
     Raises:
-        RecipeError: it matches nothing, or a head that is tied; or the section asks of the experts what peft cannot do.
+        RecipeError: ``lora.targets`` matches nothing or a tied head, or peft cannot adapt the experts as configured.
     """
     inside = _decoder(model)
     linear = {name: module for name, module in inside.items() if isinstance(module, nn.Linear | Conv1D)}
@@ -75,7 +76,7 @@ def adapter_targets(model: PreTrainedModel, lora: LoraSection) -> AdapterTargets
 
 
 def norms_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The normalisations of the decoder, by name: every family has classes of its own, all named so."""
+    """The normalisation modules of the decoder by name, recognised by their class names."""
     return {
         name: module
         for name, module in _decoder(model).items()
@@ -84,7 +85,7 @@ def norms_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the output head is the input embedding."""
+    """Whether the output head shares its weight with the input embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
@@ -101,9 +102,9 @@ def _is_of_experts(module: nn.Module, name: str, parameter: nn.Parameter) -> boo
 
 
 def _taken_for_experts(model: PreTrainedModel, names: set[str]) -> set[str]:
-    """Those that peft takes for experts of transformers 4, by their names alone, and would leave without adapters.
+    """Linear layers that peft would skip, because it mistakes them by name for experts of transformers 4.
 
-    So it does with the dense layers and shared experts of families whose experts had layers of the same names.
+    These are dense layers and shared experts of families whose experts had layers of the same names.
     """
     from peft import LoraConfig
 
@@ -116,7 +117,7 @@ def _taken_for_experts(model: PreTrainedModel, names: set[str]) -> set[str]:
         config = LoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
-        except ValueError:  # it misses the other part of a pair
+        except ValueError:  # the other weight of a fused pair is missing
             taken.add(name)
         else:
             taken |= {name} - set(config.target_modules or ())
@@ -125,20 +126,22 @@ def _taken_for_experts(model: PreTrainedModel, names: set[str]) -> set[str]:
 
 def _check_experts(targets: AdapterTargets, lora: LoraSection) -> None:
     some = min(targets.parameters)
-    fix = "or set lora.targets to attention, or to linear layers that are no experts"
+    fix = "or set lora.targets to attention, or to linear layers that are not experts"
     stacked = [name for name, weight in targets.parameters.items() if weight.ndim == 2 and not name.endswith(".weight")]
     if stacked:
         raise RecipeError(
-            f"lora.targets: the experts are stacked in {stacked[0]}, which the model reads from outside of its module, "
-            "and peft cannot adapt; set it to attention, or name linear layers"
+            f"lora.targets: the experts are stacked in {stacked[0]}, which the model reads from outside of the module, "
+            "so peft cannot adapt it; set lora.targets to attention, or name linear layers"
         )
     if Version(importlib.metadata.version("peft")) < Version(KNOWS_PARAMETERS):
         raise RecipeError(f"lora.targets: adapters for {some} need peft {KNOWS_PARAMETERS}; upgrade it, {fix}")
     for name, given in (("dropout", lora.dropout), ("dora", lora.dora)):
         if given:
             raise RecipeError(
-                f"lora.{name}={given}: peft has no such adapters for the weights of experts ({some}); set it to "
+                f"lora.{name}={given}: peft does not support this for expert weights ({some}); set it to "
                 f"{'0' if name == 'dropout' else 'false'}, {fix}"
             )
     if any(isinstance(layer, Conv1D) for layer in targets.linear.values()):
-        raise RecipeError(f"lora.targets: adapters for {some} do not go with those of transposed layers; {fix}")
+        raise RecipeError(
+            f"lora.targets: adapters for {some} cannot be combined with adapters of transposed layers; {fix}"
+        )

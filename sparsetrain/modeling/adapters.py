@@ -1,8 +1,8 @@
-"""LoRA through peft: put into a sparsified model, written as a peft adapter folder, loaded again, merged.
+"""LoRA through peft: inject adapters into a sparsified model, save them as a peft folder, load them and merge them.
 
-The adapters are injected in place, so that the model stays the transformers model it was. What is trained whole beside
-them (embedding, norms, the modules that the attention method adds) is trained in place too, where peft would train a
-copy of each; on disk it is what peft calls ``modules_to_save``, and plain ``PeftModel.from_pretrained`` reads it.
+The adapters are injected in place, so that the model stays a transformers model. Modules that are fully trained beside
+them (embedding, norms, the modules that the attention method adds) are trained in place too, where peft would train a
+copy. On disk they are peft's ``modules_to_save``, and plain ``PeftModel.from_pretrained`` reads them.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import ModelSection
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-"""What a base may be loaded in."""
+"""The dtypes that a base model may be loaded in."""
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft puts before every name: a ``PeftModel`` holds the model as ``base_model.model``."""
+"""peft's prefix of every name: a ``PeftModel`` holds the model as ``base_model.model``."""
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -56,12 +56,12 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
-    """Put LoRA adapters into a sparsified model and freeze the rest, but for what the section trains whole.
+    """Inject LoRA adapters into a sparsified model and freeze all weights but those that ``lora`` trains fully.
 
-    The modules that the method adds stay trainable where the method made them so.
+    Modules that the method adds stay trainable if the method made them so.
 
     Raises:
-        RecipeError: the targets match no linear layer; names those there are.
+        RecipeError: The targets match no linear layer; the message lists the linear layers.
     """
     from peft import LoraConfig
 
@@ -93,11 +93,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, str]:
-    """The tensors of a model that its adapter folder holds: their name in the model, and the one peft gives them."""
+    """The tensors that an adapter folder holds: a mapping from the name in the model to peft's name."""
     config = _config(model)
     whole = tuple(f"{name}." for name in config.modules_to_save or ())
     if config.ensure_weight_tying:
-        # peft wants a trained embedding under both of its names.
+        # peft expects a trained embedding under both of its names.
         whole += tuple(f"{name}." for name, layer in model.named_modules() if layer is model.get_output_embeddings())
     names = [name for name in model.state_dict() if ".lora_" in name or name.startswith(whole)]
     return {name: PREFIX + _without_adapter_name(name) for name in names}
@@ -111,22 +111,22 @@ def save_adapters(
     base: ModelSection,
     state_dict: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write a peft adapter folder, with the tokenizer if given and our record of the base and its attention method.
+    """Write a peft adapter folder with a record of the base model and attention method, and the tokenizer if given.
 
     Args:
-        base: the recipe's ``model`` section, by which :func:`load_adapters` finds the base.
-        state_dict: the tensors by their names in the folder (:func:`adapter_tensors`).
+        base: The recipe's ``model`` section, from which :func:`load_adapters` finds the base model.
+        state_dict: The tensors, by their names in the folder (:func:`adapter_tensors`).
 
     Raises:
-        ModelError: a tensor is empty, as the shards of ZeRO-3 are, or missing; or the model attends by another method
-            than the one that is recorded.
+        ModelError: A tensor is missing, or empty as the shards of ZeRO-3 are; or the model uses another method than the
+            recorded one.
     """
     check_attends(model)
     wanted = set(adapter_tensors(model).values())
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
     if empty or wanted != state_dict.keys():
-        fault = f"{empty[0]} is empty" if empty else f"{min(wanted ^ state_dict.keys())} is missing or not a part of it"
-        raise ModelError(f"the adapter would not be saved whole: {fault}")
+        fault = f"{empty[0]} is empty" if empty else f"{min(wanted ^ state_dict.keys())} is missing or unexpected"
+        raise ModelError(f"the adapter would not be saved completely: {fault}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -162,15 +162,15 @@ def load_adapters(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The base model of an adapter folder with the recorded attention method and the adapters in it, not merged.
+    """Load the base model of an adapter folder with the recorded attention method and the adapters, not merged.
 
     Args:
-        path: a local folder.
-        base: the base where it is not at the recorded place: a Hub id or a folder.
-        dtype: of the weights; by default, and with ``"auto"``, the one trained in.
+        path: A local folder.
+        base: A Hub id or folder, if the base model is not at the recorded location.
+        dtype: The dtype of the weights; by default, and with ``"auto"``, the dtype used in training.
 
     Raises:
-        ModelError: the folder or its base cannot be read, or they do not fit each other.
+        ModelError: The folder or its base model cannot be read, or they do not match.
     """
     path = Path(path)
     check_side_files(str(path))
@@ -183,14 +183,14 @@ def load_adapters(
     if dtype not in (None, "auto"):
         changed["dtype"] = str(dtype).removeprefix("torch.")
         if changed["dtype"] not in DTYPES:
-            raise ModelError(f"dtype={dtype}: the base of adapters loads in auto, {', '.join(DTYPES)}")
+            raise ModelError(f"dtype={dtype}: the base model of adapters loads in auto, {', '.join(DTYPES)}")
     section = section.model_copy(update=changed)
     try:
         check_same_base(trained_on, identity(load_config(section)), str(section.path))
         model, _ = load_model(section, attention, seed=0)
     except ModelError as error:
         raise ModelError(
-            f"the base of the adapters in {path}: {error} "
+            f"the base model of the adapters in {path}: {error} "
             "(if it has moved, give base=... in Python, --base ... to sparsetrain export)"
         ) from error
     read_adapters(model, path)
@@ -199,7 +199,7 @@ def load_adapters(
 
 
 def _stop_as_trained(model: PreTrainedModel, path: Path) -> None:
-    """Take the end tokens that the adapters have learned; folders of before do not say."""
+    """Use the end tokens that the adapters were trained with; older folders do not record them."""
     if model.generation_config is None or not (path / GENERATION_CONFIG_NAME).is_file():
         return
     try:
@@ -209,10 +209,10 @@ def _stop_as_trained(model: PreTrainedModel, path: Path) -> None:
 
 
 def load_alone(path: str | Path, adapted: PreTrainedModel) -> PreTrainedModel:
-    """The adapters of a folder in a model like the one given, but for its other weights, which take no memory.
+    """Load a folder's adapters into a copy of the model whose other weights have no storage.
 
     Raises:
-        ModelError: as :func:`read_adapters`.
+        ModelError: As in :func:`read_adapters`.
     """
     with torch.device("meta"):
         model = type(adapted)(deepcopy(adapted.config))
@@ -222,11 +222,11 @@ def load_alone(path: str | Path, adapted: PreTrainedModel) -> PreTrainedModel:
 
 
 def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
-    """Put the adapters of a folder into a sparsified model.
+    """Load the adapters of a folder into a sparsified model.
 
     Raises:
-        ModelError: the folder's tensors are not exactly those the model has a place for. (peft would drop the rest
-            without a word.)
+        ModelError: The folder's tensors are not exactly those that the model expects. (peft would silently drop the
+            others.)
     """
     from peft import LoraConfig
 
@@ -241,7 +241,7 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
             raise
         raise ModelError(f"cannot read the adapters in {path}: {words(error)}") from error
     if type(config) is not LoraConfig:
-        raise ModelError(f"{path}/{ADAPTER_FILE} is the {type(config).__name__} of peft; sparsetrain loads LoRA alone")
+        raise ModelError(f"{path}/{ADAPTER_FILE} is a {type(config).__name__} of peft; sparsetrain loads only LoRA")
     check_adapter_config(config, path)
     bound_expressions(config, [name for name, _ in model.named_modules()], path)
     with explained(f"the adapters in {path} do not fit {type(model).__name__}"):
@@ -251,7 +251,7 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     given, wanted = shapes
     if given != wanted:
         faults = [
-            *(f"the model has no place for {key.removeprefix(PREFIX)}" for key in sorted(given.keys() - wanted.keys())),
+            *(f"the model has no {key.removeprefix(PREFIX)}" for key in sorted(given.keys() - wanted.keys())),
             *(f"the folder lacks {key.removeprefix(PREFIX)}" for key in sorted(wanted.keys() - given.keys())),
             *(
                 f"{key.removeprefix(PREFIX)} is {list(given[key])} in the folder and {list(wanted[key])} in the model"
@@ -263,16 +263,16 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
             f"the adapters in {path} ({len(given)} tensors) were not made for this model ({len(wanted)}): "
             f"{'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
         )
-    # Not copied into place: a module is told of the weights that it loads, and one may wait for them.
+    # By load_state_dict, not by copying: modules have hooks that run when their weights are loaded.
     found = {name: tensors[key] for name, key in adapter_tensors(model).items()}
     model.load_state_dict(found, strict=False, assign=model.device.type == "meta")
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Fold the adapters into the weights they stand beside, in place; what is left is an ordinary model.
+    """Merge the adapters into the base weights in place, which leaves an ordinary model.
 
     Raises:
-        ModelError: the merged weights would not be finite.
+        ModelError: The merged weights would not be finite.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -284,7 +284,7 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
             raise ModelError(f"{name} cannot be merged: {error}") from error
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        # Adapters of several parameters of one module stand inside each other.
+        # Adapters of several parameters of one module are nested.
         if parent not in layers:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
@@ -297,10 +297,10 @@ def _config(model: PreTrainedModel) -> LoraConfig:
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Put adapters in, in evaluation or training mode as the model is, and freeze everything else."""
+    """Inject adapters in the model's current mode (training or evaluation) and freeze everything else."""
     from peft import inject_adapter_in_model
 
-    # Without these peft leaves the modules that are trained whole as they are, instead of wrapping a copy of each.
+    # Without these, peft leaves fully trained modules in place instead of wrapping a copy of each.
     whole, tying = config.modules_to_save, config.ensure_weight_tying
     config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, False
     try:

@@ -1,4 +1,4 @@
-"""Where other libraries build something from a user's values: whatever they raise becomes one message."""
+"""Turn errors that other libraries raise on a user's values into a :class:`ModelError` with one message."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from sparsetrain.cache_folder import cache_fault
 from sparsetrain.errors import ModelError, SparsetrainError
 
 SEARCH_SECONDS = 3.0
-"""How long the value to blame is looked for."""
+"""Time limit for the search for the value that causes an error, in seconds."""
 
 SPEAKING = (Exception, ValueError, ImportError)
-"""Errors whose class adds nothing to what they say."""
+"""Errors whose class name adds nothing to their message."""
 
 _MEMORY_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def explained(what: str | Callable[[BaseException], str], fix: str = "") -> Iterator[None]:
-    """Turn any error of a library into a :class:`ModelError` with the library's own words.
+    """Turn any error of a library into a :class:`ModelError` that quotes the library's message.
 
-    Errors of our own, an interrupt, and memory that ran out pass as they are.
+    Our own errors, interrupts and out-of-memory errors pass unchanged.
 
     Args:
-        what: what was being done with which file or setting, the beginning of the message; a function of the
-            error where it takes time to find out.
-        fix: what helps, the end of the message.
+        what: The start of the message: which action failed, on which file or setting. A function of the error if
+            this takes time to find out.
+        fix: The end of the message: how to fix it.
 
     Raises:
-        ModelError: for every other error inside.
+        ModelError: For every other error inside.
     """
     try:
         yield
@@ -47,9 +47,9 @@ def explained(what: str | Callable[[BaseException], str], fix: str = "") -> Iter
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an error says that a library was given what it cannot use.
+    """Whether an error means that a library was given invalid input.
 
-    The panics of libraries written in Rust (tokenizers, safetensors) are no ``Exception``.
+    Panics of libraries written in Rust (tokenizers, safetensors) are not subclasses of ``Exception``.
     """
     if isinstance(error, SparsetrainError | MemoryError | torch.OutOfMemoryError):
         return False
@@ -59,7 +59,7 @@ def is_fault(error: BaseException) -> bool:
 
 
 def words(error: BaseException) -> str:
-    """What an error says, in one line; with its class where it says no more than a name, as ``KeyError`` does."""
+    """The message of an error in one line, with its class if the message is only a name (as in ``KeyError``)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # transformers puts the reason on the line after "Validation error for field 'hidden_size':".
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -69,7 +69,7 @@ def words(error: BaseException) -> str:
 
 
 def to_blame(values: Mapping[str, Any], build: Callable[[dict[str, Any]], object]) -> str | None:
-    """The name of the one value without which ``build`` raises nothing; None if there is no such value."""
+    """The name of the single value that makes ``build`` raise; None if no single value does."""
     end = time.monotonic() + SEARCH_SECONDS
     for name in values:
         if time.monotonic() > end:
@@ -85,6 +85,6 @@ def to_blame(values: Mapping[str, Any], build: Callable[[dict[str, Any]], object
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` where a known name is like the one given."""
+    """``; did you mean ...?`` if a known name is similar to ``name``, else an empty string."""
     found = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""

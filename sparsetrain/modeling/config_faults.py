@@ -1,4 +1,4 @@
-"""Values of a transformers config that have the right type and cannot be meant. Its class lets them pass."""
+"""Find invalid values of a transformers config that its class accepts because their type is right."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ SHAPE = (
     "num_key_value_heads",
     "head_dim",
 )
-"""Fields that say how large the tensors of a decoder are."""
+"""Fields that set the tensor sizes of a decoder."""
 
 SIZES = (*SHAPE, "max_position_embeddings")
-"""Fields that count something of which there is at least one."""
+"""Fields whose value must be at least 1."""
 
 LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "head_dim": 2**20, "hidden_size": 2**24}
-"""Beyond these a number is a mistake, and building the model would take for ever."""
+"""Upper limits: a larger number is a mistake, and building the model would take too long."""
 LARGEST_SIZE = 2**40
 
 
 def config_faults(config: Any) -> Iterator[tuple[str, str]]:
-    """Each value of a config, or of its decoder's part, that cannot be meant: the field, and what is wrong."""
+    """Yield the field and the fault of each invalid value of a config or of its decoder's config."""
     decoder = config.get_text_config(decoder=True)
     if not isinstance(decoder, PreTrainedConfig):
         name = next(name for name, value in vars(config).items() if value is decoder)
-        yield name, f"{name}={decoder!r:.60}: a model of model_type={config.model_type} has no such part; leave it out"
+        yield (
+            name,
+            f"{name}={decoder!r:.60}: a model of model_type={config.model_type} has no such sub-config; leave it out",
+        )
         return
     for part in (decoder,) if decoder is config else (config, decoder):
         yield from _wrong_sizes(_fields(part))
@@ -50,7 +53,7 @@ def config_faults(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """What a config holds, under the names that all families share. Not its attributes, which may differ by layer."""
+    """The values of a config under the names that all families share. Not its attributes, which may differ by layer."""
     values: dict[str, Any] = config.to_dict()
     return values | {common: values[own] for common, own in type(config).attribute_map.items() if own in values}
 
@@ -61,7 +64,7 @@ def _wrong_sizes(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, int) and not 1 <= value <= limit:
             yield name, f"{name}={value} is not between 1 and {limit}"
     window = fields.get("sliding_window")
-    if isinstance(window, int) and window < 0:  # some families say none by 0
+    if isinstance(window, int) and window < 0:  # some families write 0 for none
         yield "sliding_window", f"sliding_window={window} is below 0"
     heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
@@ -81,16 +84,16 @@ def _wrong_numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif name.endswith(("_eps", "_epsilon")) and not 0 <= value < 1:
             yield name, f"{name}={value} is not at least 0 and below 1"
         elif (name.endswith("dropout") or name.endswith("pdrop")) and not 0 <= value <= 1:
-            yield name, f"{name}={value} is a share: between 0 and 1"
+            yield name, f"{name}={value} is a probability: it must be between 0 and 1"
         elif name == "initializer_range" and not 0 <= value <= 100:
-            yield name, f"{name}={value} is a standard deviation: between 0 and 100"
+            yield name, f"{name}={value} is a standard deviation: it must be between 0 and 100"
 
 
 def _wrong_activation(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         value = fields.get(name)
         if isinstance(value, str) and value not in ACT2FN:
-            yield name, f"{name}={value!r} is no activation that transformers knows{nearest(value, ACT2FN)}"
+            yield name, f"{name}={value!r} is not an activation that transformers knows{nearest(value, ACT2FN)}"
 
 
 def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
@@ -129,11 +132,11 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
 
 
 ROPE_ORDER = (("llama3", "low_freq_factor", "high_freq_factor"), ("yarn", "beta_slow", "beta_fast"))
-"""Kinds of scaling, and two of their fields of which the first is the smaller one."""
+"""For each kind of scaling, two fields of which the first must be smaller than the second."""
 
 
 def _wrong_scaling(rope: Mapping[str, Any]) -> Iterator[str]:
-    """What transformers only warns of, and computes nonsense from."""
+    """Faults that transformers only warns about, although they make its results meaningless."""
     ordered = {name for _, *pair in ROPE_ORDER for name in pair}
     for name in sorted({"attention_factor", *ordered} & rope.keys()):
         if rope[name] is not None and not _is_factor(rope[name]):
@@ -144,7 +147,7 @@ def _wrong_scaling(rope: Mapping[str, Any]) -> Iterator[str]:
             yield f"{low}={given[0]} is not below {high}={given[1]}"
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
-        # One number would be spread over all pairs without a word; other lengths do not fit.
+        # A single number would silently be broadcast to all pairs; other lengths do not fit.
         if name in rope and not (isinstance(factors, list) and len(factors) > 1 and all(map(_is_factor, factors))):
             yield f"{name}={factors!r:.60} is not a list of numbers above 0, one for each pair of rotated channels"
 
@@ -154,12 +157,12 @@ def _is_factor(value: Any) -> bool:
 
 
 def _wrong_tokens(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Ids below 0. Those beyond the vocabulary are common in small models, and transformers warns of them."""
+    """Negative ids. Ids beyond the vocabulary are common in small models, and transformers warns about them."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = fields.get(name)
         if value == []:
-            yield name, f"{name}=[] names no token; null says that there is none"
+            yield name, f"{name}=[] names no token; use null for none"
         for token in value if isinstance(value, list) else [value]:
-            # -1 is how some models on the Hub say that they have none.
+            # Some models on the Hub write -1 for none.
             if isinstance(token, int) and token < (-1 if name == "pad_token_id" else 0):
-                yield name, f"{name}={token} is no token"
+                yield name, f"{name}={token} is not a token id"

@@ -1,4 +1,4 @@
-"""``model.config_overrides``: fields of a recipe laid over the values that a config is made of."""
+"""``model.config_overrides``: merge the recipe's fields into the values of a model's config."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from sparsetrain.modeling.boundary import nearest
 OVERRIDES = "model.config_overrides"
 
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-"""Under which names configs of all ages keep their rotary embedding; transformers makes the first of them all."""
+"""The names of the rotary parameters in old and new configs; transformers converts all of them to the first."""
 
 ELSEWHERE = {
-    "model_type": "the family is what the files say; choose another model.path",
-    "architectures": "the class is what the files say; choose another model.path",
+    "model_type": "the files decide the family; choose another model.path",
+    "architectures": "the files decide the class; choose another model.path",
     "dtype": "set model.dtype",
     "torch_dtype": "set model.dtype",
-    "sparsetrain": "the attention section says which method the model takes",
-    "auto_map": "which code a model brings is what its files say",
-    "transformers_version": "it only records who wrote the file",
+    "sparsetrain": "the attention section of the recipe chooses the method",
+    "auto_map": "the model's files decide which code it brings",
+    "transformers_version": "it only records which version wrote the file",
 }
-"""What a recipe cannot override, and why."""
+"""Fields that a recipe cannot override, and the reason."""
 
 
 PARTIAL = "partial_rotary_factor"
 ROPE_NAMES = (frozenset(RopeParameters.__annotations__) | {"type", "truncate", "mscale", "mscale_all_dim"}) - {PARTIAL}
-"""What rotary parameters may hold in every family. Some have more, such as a share of each head that is turned, and
-then their config says so; to others it means nothing."""
+"""Rotary parameters that every family accepts. Some families have more, such as the rotated fraction of each head;
+their config class declares them."""
 
 
 def check_name(name: str, value: Any, config: Any, section: str) -> None:
-    """Refuse a field that the class of a config gives no meaning; in a part that is a config, and in rotary
-    parameters, too.
+    """Refuse a field that the config's class does not have, also within sub-configs and rotary parameters.
 
     Args:
-        section: of the recipe, for the message.
+        section: The section of the recipe, for the message.
 
     Raises:
-        ModelError: names the nearest field that there is.
+        ModelError: The field is unknown; names the most similar known field.
     """
     if name in ELSEWHERE:
         raise ModelError(f"{section}.{name} cannot be set here: {ELSEWHERE[name]}")
@@ -64,12 +63,12 @@ def check_name(name: str, value: Any, config: Any, section: str) -> None:
         for each, of_it in value.items():
             for strange in {each, *(of_it if isinstance(of_it, dict) else ())} - known:
                 raise ModelError(
-                    f"{section}.{name}: {strange!r} is no parameter of rotary positions{nearest(strange, known)}"
+                    f"{section}.{name}: {strange!r} is not a parameter of rotary positions{nearest(strange, known)}"
                 )
 
 
 def known_fields(config: Any) -> set[str]:
-    """The names that a config's class gives a meaning, and those that its files gave."""
+    """The fields that a config's class declares, and those that its files contain."""
     names = {*config.to_dict(), *type(config).attribute_map}
     if dataclasses.is_dataclass(config):
         names |= {field.name for field in dataclasses.fields(config)}
@@ -83,19 +82,19 @@ def known_fields(config: Any) -> set[str]:
 def overridden(
     values: Mapping[str, Any], config: Any, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Lay overrides over the values of a config, or of its text part in a multimodal model.
+    """Merge overrides into the values of a config, or into its text config in a multimodal model.
 
-    A mapping is merged into the one that is there, so that a factor of ``rope_parameters`` leaves its theta.
+    A mapping is merged into the existing one, so that a new factor in ``rope_parameters`` keeps its theta.
 
     Args:
-        values: what the config is made of.
-        config: the config that these values make.
+        values: The values of the config.
+        config: The config that these values make.
 
     Returns:
-        The values to make the config of, and where each that is overridden was set.
+        The merged values, and for each overridden field where it was set.
 
     Raises:
-        ModelError: the config has no such field.
+        ModelError: The config has no such field.
     """
     decoder = config.get_text_config(decoder=True)
     part = next((name for name in config.sub_configs if getattr(config, name, None) is decoder), None)
@@ -134,7 +133,7 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 def _rope(owner: Any, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
-    """The rotary parameters of a config with those of a recipe laid over, in the spelling of today."""
+    """The rotary parameters of a config merged with those of the recipe, under their current names."""
     present = copy.deepcopy(owner.rope_parameters)
     kinds = [name for name, value in present.items() if isinstance(value, dict)]
     for name in ("rope_scaling", "rope_parameters"):
@@ -143,19 +142,21 @@ def _rope(owner: Any, given: Mapping[str, Any], overrides: Mapping[str, Any]) ->
         value = given[name]
         if not isinstance(value, dict):
             if name == "rope_scaling" and value is None:
-                value = {"rope_type": "default"}  # what configs of before meant by it
+                value = {"rope_type": "default"}  # the meaning in older configs
             else:
-                raise ModelError(f"{OVERRIDES}.{name}={value!r:.100}: the parameters of rotary positions are a mapping")
+                raise ModelError(
+                    f"{OVERRIDES}.{name}={value!r:.100}: the parameters of rotary positions must be a mapping"
+                )
         if kinds and (strange := value.keys() - set(kinds)):
             raise ModelError(
-                f"{OVERRIDES}.{name}.{min(strange, key=str)}: this model has rotary parameters by kind of layer; give "
-                f"those of {' or '.join(kinds)}"
+                f"{OVERRIDES}.{name}.{min(strange, key=str)}: this model has separate rotary parameters for "
+                f"each layer type; give those of {' or '.join(kinds)}"
             )
         for kind in kinds:
             if kind in value:
                 inner = value[kind]
                 if not isinstance(inner, dict):
-                    raise ModelError(f"{OVERRIDES}.{name}.{kind}={inner!r:.100} is no mapping")
+                    raise ModelError(f"{OVERRIDES}.{name}.{kind}={inner!r:.100} is not a mapping")
                 present[kind] = _with_parameters(present[kind], inner, owner, overrides)
         if not kinds:
             present = _with_parameters(present, value, owner, overrides)
@@ -174,10 +175,10 @@ def _with_parameters(
     if "type" in above:
         above.setdefault("rope_type", above.pop("type"))
     if above.get("rope_type", below.get("rope_type")) != below.get("rope_type"):
-        # The parameters of another kind of scaling mean nothing to this one; where positions begin to turn is its own.
+        # Parameters of another kind of scaling do not apply to this one.
         below = {name: below[name] for name in ("rope_theta", "partial_rotary_factor") if name in below}
     result = {**below, **above}
     if result.get("rope_type") in ("yarn", "longrope", "llama3") and "max_position_embeddings" in overrides:
-        # What is scaled are the positions that the model was trained for, not those that it is to reach.
+        # Scaling starts from the positions that the model was trained for, not from the target length.
         result.setdefault("original_max_position_embeddings", owner.max_position_embeddings)
     return result

@@ -1,4 +1,4 @@
-"""The transformers config of a model: from its files or from the recipe, with overrides, checked before it is used."""
+"""Build the transformers config of a model from its files or the recipe, apply overrides, and check it."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """The values that a config is made of, and where each of them came from."""
+    """The values of a config, and where each of them came from."""
 
     values: dict[str, Any]
-    """As in ``config.json`` or ``model.architecture``, with the overrides merged in."""
+    """The values of ``config.json`` or ``model.architecture``, merged with the overrides."""
     origin: str
-    """The file or the section."""
+    """The file or the recipe section that the values come from."""
     places: Mapping[str, str]
-    """Where those values were set that the recipe overrides."""
+    """For each overridden value, where it was set."""
     make: Callable[[dict[str, Any]], Any]
-    """The config of such values."""
+    """Builds a config from values."""
 
     def config(self) -> Any:
-        """The config, checked.
+        """Build and check the config.
 
         Raises:
-            ModelError: the family's config class refuses a value, or it can make no model.
+            ModelError: The family's config class refuses a value, or no model can be built from the config.
         """
         with explained(partial(self.blame, self.make)):
             config = self.make(copy.deepcopy(self.values))
@@ -59,10 +59,10 @@ class ConfigSource:
         return config
 
     def skeleton(self, config: Any, **options: Any) -> PreTrainedModel:
-        """The model of the config without storage for its weights.
+        """Build the model without storage for its weights (on the meta device).
 
         Raises:
-            ModelError: it cannot be built; names the value to blame if there is one.
+            ModelError: It cannot be built; names the value that causes this, if a single one does.
         """
 
         def build(config: Any) -> Any:
@@ -74,12 +74,12 @@ class ConfigSource:
         return model
 
     def blame(self, build: Callable[[dict[str, Any]], object], error: BaseException) -> str:
-        """Where the value stands that makes ``build`` raise an error, and the value."""
+        """The location and value of the setting that makes ``build`` raise an error."""
         named = re.match(r"Validation error for field '(\w+)'", str(error))
         if named is not None and named[1] in self.values:
             name: str | None = named[1]
         else:
-            # Overrides first: what the user wrote is more often to blame than what came with the model.
+            # Overrides first: a value of the user is a more likely cause than one that came with the model.
             ordered = {**{name: self.values[name] for name in self.places if name in self.values}, **self.values}
             name = to_blame(ordered, lambda values: build(copy.deepcopy(values)))
         return self.origin if name is None else f"{self.place(name)}={self.values[name]!r:.200}"
@@ -92,19 +92,19 @@ class ConfigSource:
 
 
 def load_config(section: ModelSection) -> Any:
-    """The transformers config of the model a recipe names, without its weights.
+    """The transformers config of a recipe's model; no weights are read.
 
     Raises:
-        ModelError: it cannot be read, has no such field as the recipe sets, or describes no model.
+        ModelError: The config cannot be read, lacks a field that the recipe sets, or is invalid.
     """
     return config_source(section).config()
 
 
 def config_source(section: ModelSection) -> ConfigSource:
-    """What the config of a recipe's model is made of.
+    """The values of the config of a recipe's model, with their origin.
 
     Raises:
-        ModelError: it cannot be read, or has no such field as the recipe sets.
+        ModelError: The config cannot be read, or lacks a field that the recipe sets.
     """
     if section.path is None:
         source = _new_source(section.architecture or {}, section.config_overrides)
@@ -122,17 +122,17 @@ def config_source(section: ModelSection) -> ConfigSource:
 
 
 def check_overrides(values: Mapping[str, Any], section: ModelSection) -> None:
-    """Refuse overrides that a config of such values does not have, or that make no model of it.
+    """Refuse overrides that the config does not have, or with which no model can be built.
 
     Args:
-        values: of a ``config.json``, or those of them that are known.
+        values: The values of a ``config.json``, or the known subset of them.
 
     Raises:
-        ModelError: names the override.
+        ModelError: An override is refused; names it.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return  # the family brings code of its own
+        return  # a family with custom code
     config_class = CONFIG_MAPPING[kind]
     source = ConfigSource(dict(values), f"config.json of {section.path}", {}, config_class.from_dict)
     values, places = overridden(source.values, source.config(), section.config_overrides)
@@ -140,11 +140,11 @@ def check_overrides(values: Mapping[str, Any], section: ModelSection) -> None:
 
 
 def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
-    """What the ``config.json`` of a folder or Hub id holds.
+    """The values of the ``config.json`` of a folder or Hub id.
 
     Args:
-        field: what to call the model in an error.
-        options: of ``from_pretrained``, where and how to read.
+        field: The name of the model in error messages.
+        options: Options of ``from_pretrained``: where and how to read.
     """
     options.setdefault("trust_remote_code", False)
     file = Path(path) / "config.json"
@@ -156,18 +156,18 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
         if not is_fault(error):
             raise
         if file.is_file():
-            read_object(file)  # names the file, where that is the fault
+            read_object(file)  # raises an error that names the file if its JSON is the cause
         raise unloadable(field, path, error) from error
     if not isinstance(values, dict):
-        raise ModelError(f"{origin} holds {values!r:.60}, and a config is an object")
+        raise ModelError(f"{origin} holds {values!r:.60}, but a config must be an object")
     kind = values.get("model_type")
     trusted, brings_code = bool(options["trust_remote_code"]), "auto_map" in values
     remote = trusted and brings_code
     values = disarmed(values, trust_remote_code=trusted)
     if not remote and "model_type" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise ModelError(
-            f"{origin}: model_type={kind!r} is no family that transformers knows{nearest(kind, CONFIG_MAPPING)}"
-            f"{'; it comes with code of its own, which runs with trust_remote_code alone' if brings_code else ''}"
+            f"{origin}: model_type={kind!r} is not a family that transformers knows{nearest(kind, CONFIG_MAPPING)}"
+            f"{'; it needs custom code, which runs only with trust_remote_code' if brings_code else ''}"
         )
 
     def make(values: dict[str, Any]) -> Any:
@@ -180,7 +180,7 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
     except Exception as error:
         if not is_fault(error):
             raise
-        # Said by the value to blame, where the class is one of transformers' own.
+        # The message names the value that causes the error if the class belongs to transformers.
         if not isinstance(kind, str) or remote or kind not in CONFIG_MAPPING:
             raise unloadable(field, path, error) from error
         config_class = CONFIG_MAPPING[kind]
@@ -203,7 +203,7 @@ def _new_source(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) -
 
 
 def _check_sized(fields: Mapping[str, Any], default: Any) -> None:
-    """Refuse an architecture that says nothing of its size: the default of a family is a model of billions."""
+    """Refuse an architecture without sizes: the default of a family has billions of parameters."""
     common = {own: name for name, own in type(default).attribute_map.items()}
     parts = {name for name in fields if isinstance(getattr(default, name, None), PreTrainedConfig)}
     if not parts and not {common.get(name, name) for name in fields} & set(SHAPE):
@@ -217,17 +217,17 @@ def _check_sized(fields: Mapping[str, Any], default: Any) -> None:
 
 
 def take_special_tokens(config: Any, tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> None:
-    """Give a config of random weights the special tokens of its tokenizer, but for those that the recipe gives."""
+    """Copy the tokenizer's special tokens into the config of a random model, except those that the recipe sets."""
     for name in SPECIAL_TOKENS:
         if name not in architecture:
             setattr(config, name, getattr(tokenizer, name))
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """Refuse to train with dropout in attention, which no method here computes.
+    """Refuse attention dropout, which no attention method implements.
 
     Raises:
-        ModelError: names the setting.
+        ModelError: The config sets it; names the setting.
     """
     config = model.config.get_text_config(decoder=True)
     for name in ("attention_dropout", "attn_pdrop"):

@@ -1,7 +1,7 @@
-"""Which modules of a model belong to the text decoder: what is trained, and what every walk over modules means.
+"""Find the modules of a model's text decoder, which is the part that is trained.
 
-A model may hold a vision or audio tower beside its decoder, with linear layers and norms of the same names. Text does
-not pass through them.
+A model may have a vision or audio tower beside its decoder, with linear layers and norms of the same names. Text does
+not pass through it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 
 
 def decoder_holding(model: nn.Module, layers: Iterable[nn.Module]) -> PreTrainedModel | None:
-    """The smallest transformers model in ``model`` that holds all of these layers."""
+    """The smallest transformers model within ``model`` that contains all of these layers."""
     wanted = set(layers)
     holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(m.modules())]
-    # Those that hold all of them lie inside each other, the outermost first.
+    # Models that contain all layers are nested; the outermost comes first.
     return holders[-1] if holders else None
 
 
@@ -34,10 +34,10 @@ def decoder_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def freeze_towers(model: PreTrainedModel) -> list[str]:
-    """Freeze what reads images or sound in a model that also does: text gives it no gradient.
+    """Freeze the vision and audio towers of a model, which get no gradient from text.
 
     Returns:
-        The names of the modules.
+        The names of the frozen modules.
     """
     if model.config.get_text_config(decoder=True) is model.config:
         return []

@@ -1,4 +1,4 @@
-"""Fit the modules that a method adds to the attention of the dense model it was put into."""
+"""Fit the modules that a method adds (such as SparseK's scorers) to the dense attention of the original model."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 
 def fit_method(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Give the modules that the method adds the weights that it fits to text, such as SparseK's scorers.
+    """Fit the modules that the method adds, such as SparseK's scorers, to text.
 
-    The layers attend densely while ``batches`` pass, so cost and memory are those of a dense forward pass and of the
-    fit. Every rank of a distributed run must see the same batches.
+    The layers use dense attention for these batches, so time and memory are those of dense forward passes plus the fit.
+    Every rank of a distributed run must be given the same batches.
 
     Args:
-        model: sparsified; its weights are those of the dense model, not yet trained sparse.
-        batches: arguments of the model's forward, such as ``{"input_ids": ..., "position_ids": ...}``; packed rows
-            rather than padded ones. A few times as many tokens as the model is wide are enough.
+        model: A sparsified model with the weights of the dense model, before sparse training.
+        batches: Arguments of the model's forward, such as ``{"input_ids": ..., "position_ids": ...}``, each int64
+            ``[1, N]``; packed rows, not padded ones. A few times as many tokens as the hidden size are enough.
 
     Raises:
-        ModelError: no layer has anything to fit, or the batches told too little.
+        ModelError: No layer has modules to fit, or the batches have too few tokens.
     """
     found = [(layer, method.fit(layer)) for _, layer, method in sparse_layers(model) if method is not None]
     fits = [(layer, fit) for layer, fit in found if fit is not None]
     if not fits:
-        raise ModelError("the attention method of the model has no modules to fit to text; SparseK's scorers are such")
+        raise ModelError("the attention method of the model has no modules to fit to text, such as SparseK's scorers")
     plans: list[LayerPlan] = [getattr(layer, PLAN_ATTRIBUTE) for layer, _ in fits]
-    # Not the output head: logits over a whole vocabulary would be the largest tensor of all, and nobody reads them.
+    # Without the output head: logits over the vocabulary would be the largest tensor, and they are not needed.
     decoder = (model.get_decoder() if isinstance(model, PreTrainedModel) else None) or model
     training = model.training
     model.eval()
@@ -58,12 +58,12 @@ def fit_method(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
 
 
 def needs_fit(model: nn.Module) -> bool:
-    """Whether a layer has weights that still wait for :func:`fit_method`."""
+    """Whether a layer has weights that :func:`fit_method` has not fitted yet."""
     return any(method is not None and method.needs_fit(layer) for _, layer, method in sparse_layers(model))
 
 
 class _Recorder(FullMethod):
-    """Dense attention that shows a fit what it reads."""
+    """Dense attention that passes its inputs to a fit."""
 
     def __init__(self, fit: LayerFit) -> None:
         self._fit = fit
@@ -71,7 +71,7 @@ class _Recorder(FullMethod):
         self._hook: Any = None
 
     def attach(self, layer: nn.Module, layer_index: int) -> None:
-        """Look at the layer's input."""
+        """Register a hook that keeps the layer's input."""
         self._hook = layer.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def detach(self, layer: nn.Module) -> None:
@@ -92,6 +92,6 @@ class _Recorder(FullMethod):
         """See :meth:`Method.attend`."""
         assert self._hidden is not None, "the layer's input comes before its attention"
         if self._hidden.shape[:2] != (query.shape[0], query.shape[2]):
-            raise ModelError("a fit wants rows without padding, packed rows one at a time (batch size 1)")
+            raise ModelError("a fit needs rows without padding, and packed rows one at a time (batch size 1)")
         self._fit.add(self._hidden, query, key, value, **options)
         return super().attend(layer, query, key, value, **options)

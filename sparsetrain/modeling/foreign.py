@@ -1,8 +1,8 @@
-"""What a checkpoint from outside may not do: choose the code that runs here, or be read as a pickle.
+"""Keep untrusted checkpoints from running code: no code chosen by a config, no pickles.
 
 Transformers and peft read more from a folder than weights and numbers. A config may name attention and expert kernels
-that are fetched from the Hub and run, an index may lead to a pickle, an adapter's config may name a module to import.
-None of it is followed. ``trust_remote_code`` allows the model's own Python files, and nothing else of this.
+that are downloaded from the Hub and run, an index may point to a pickle, an adapter's config may name a module to
+import. All of these are refused or ignored. ``trust_remote_code`` allows only the model's own Python files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 PICKLED_ADAPTERS = "adapter_model.bin"
-"""What older versions of peft wrote beside it."""
+"""The pickle that older versions of peft wrote."""
 
 IMPLEMENTATIONS = frozenset(
     f"{prefix}{part}_implementation{suffix}"
@@ -27,7 +27,7 @@ IMPLEMENTATIONS = frozenset(
     for prefix in ("", "_")
     for suffix in ("", "_internal", "_autoset")
 ) | {"use_kernels", "kernel_config", "fusion_config", "distributed_config"}
-"""Fields of a config that say which code computes a part of the model. The name of a repository fetches it."""
+"""Fields of a config that choose the code for a part of the model. The name of a repository would download code."""
 
 APPLIED = frozenset(
     {
@@ -56,13 +56,13 @@ APPLIED = frozenset(
         "auto_mapping",
     }
 )
-"""Fields of an adapter's config that only say which tensors there are, or nothing that is read here."""
+"""Fields of an adapter's config that are safe: they only describe tensors, or are not read here."""
 
 
 def disarmed(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The values of a ``config.json``, nested ones too, without those that choose code.
+    """The values of a ``config.json``, including nested ones, without those that choose code.
 
-    What is left of attention is the method's, and the rest of a model is computed by transformers as it is installed.
+    Attention is then computed by the method, and the rest of the model by the installed transformers.
     """
     dropped = IMPLEMENTATIONS if trust_remote_code else IMPLEMENTATIONS | {"auto_map"}
 
@@ -76,24 +76,24 @@ def disarmed(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> d
 
 
 def check_weight_files(path: str, weights: object = None, variant: str | None = None, **hub: Any) -> list[str]:
-    """Refuse a checkpoint whose weights lie in anything but safetensors within it, and adapters in a model's place.
+    """Refuse a checkpoint with weights outside of its own safetensors files, and adapters where a model is expected.
 
     Args:
-        path: a folder or a Hub id.
-        weights: the config's ``transformers_weights``, if it has one.
-        variant: as transformers takes it.
-        hub: where to find the files (``revision``, ``subfolder``, ...).
+        path: A folder or a Hub id.
+        weights: The config's ``transformers_weights``, if it has this field.
+        variant: The ``variant`` argument of transformers.
+        hub: Where to find the files (``revision``, ``subfolder``, ...).
 
     Returns:
-        The names of its files.
+        The names of the weight files.
 
     Raises:
-        ModelError: names the file and what it leads to.
+        ModelError: The checkpoint is refused; names the file and its target.
     """
     if locate(path, ADAPTER_FILE, hub) is not None:
         raise ModelError(
-            f"{path} holds adapters ({ADAPTER_FILE}), and a model was asked for; fold them into their base first "
-            "(sparsetrain export --merge), or take that file away if it does not belong there"
+            f"{path} holds adapters ({ADAPTER_FILE}), but a model is expected; merge them into their base first "
+            "(sparsetrain export --merge), or remove that file if it does not belong there"
         )
     files = weight_files(path, hub, weights, variant)
     if files is None and (pickle := _pickle(path)):
@@ -104,25 +104,25 @@ def check_weight_files(path: str, weights: object = None, variant: str | None = 
 
 
 def check_adapter_files(path: Path) -> None:
-    """Refuse a folder whose adapters are a pickle.
+    """Refuse a folder whose adapters are stored as a pickle.
 
     Raises:
-        ModelError: names the file.
+        ModelError: They are; names the file.
     """
     if (path / PICKLED_ADAPTERS).is_file() and not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{path} holds adapters as a pickle ({PICKLED_ADAPTERS}), which is never read; convert them")
 
 
 def check_adapter_config(config: LoraConfig, path: Path) -> None:
-    """Refuse adapters that need more than their tensors put beside the base: other modules imported, or another base.
+    """Refuse adapters that need more than their tensors, such as imported modules or a changed base model.
 
     Raises:
-        ModelError: names the field.
+        ModelError: They do; names the field of the config.
     """
     usual = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name == "init_lora_weights":
-            # Any other way to begin changes the base, which the tensors of the adapters do not undo.
+            # Other initialisations change the base weights, and the adapter tensors do not undo that.
             strange = not isinstance(value, bool)
         else:
             strange = name not in APPLIED and value != usual.get(name)
@@ -133,6 +133,6 @@ def check_adapter_config(config: LoraConfig, path: Path) -> None:
 
 
 def _pickle(path: str) -> str | None:
-    """The first pickled weights of a local folder."""
+    """The first pickled weight file of a local folder."""
     found = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in Path(path).glob(ending))
     return next((name for name in found if name != "training_args.bin"), None)

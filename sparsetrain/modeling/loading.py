@@ -1,4 +1,4 @@
-"""A saved model, or adapters and their base, with the attention method put back in."""
+"""Load a saved model, or adapters with their base model, with the recorded attention method."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from sparsetrain.modeling.weights import load_weights
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a model that was saved with its attention method, and put the method back in.
+    """Load a model that was saved with its attention method, and install the method again.
 
     Args:
-        path: a local folder, a Hub id, or ``sparsetrain:tiny``. A folder of LoRA adapters comes with its base.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); of a
+        path: A local folder, a Hub id, or ``sparsetrain:tiny``. For a folder of LoRA adapters the base model is loaded
+            too.
+        kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); for a
             folder of adapters, to :func:`~sparsetrain.modeling.adapters.load_adapters`.
 
     Raises:
-        ModelError: the folder cannot be read, records no method, lacks the weights of what the method adds to the
-            model, or was written by a newer sparsetrain.
+        ModelError: The folder cannot be read, records no method, lacks the weights of modules that the method adds, or
+            was written by a newer sparsetrain.
     """
     if "attn_implementation" in kwargs:
         raise ModelError("attn_implementation: sparsetrain.load restores the recorded method; leave it out")
@@ -57,5 +58,5 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 def _load_with_base(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     accepted = [name for name in inspect.signature(load_adapters).parameters if name != "path"]
     for name in kwargs.keys() - set(accepted):
-        raise ModelError(f"{path} holds adapters, which load without {name}; they take {', '.join(accepted)}")
+        raise ModelError(f"{path} holds adapters, which do not accept {name}; they accept {', '.join(accepted)}")
     return load_adapters(path, **kwargs)

@@ -1,4 +1,4 @@
-"""Where a model lies: a local folder, the Hub, or this package; and what to say where it cannot be read."""
+"""Resolve the location of a model (local folder, Hub, or this package), and explain errors in reading it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ OWN_MODELS = "sparsetrain:"
 """Prefix of the checkpoints that ship with the package."""
 
 ADAPTER_FILE = "adapter_config.json"
-"""What peft writes into a folder of adapters."""
+"""The files that peft writes into a folder of adapters."""
 
 HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
-"""Arguments of ``from_pretrained`` that say where a checkpoint lies."""
+"""Arguments of ``from_pretrained`` that locate a checkpoint."""
 
 
 def resolve(name: str, field: str) -> str:
-    """A local folder as a path, a Hub id as it is.
+    """Expand the path of a local folder; a Hub id is returned unchanged.
 
     Args:
-        field: what to call it in an error.
+        field: The name of the setting in error messages.
 
     Raises:
-        ModelError: it is a path, and there is no such folder, or it is that of a run or of a checkpoint in one.
+        ModelError: The folder does not exist, or is the folder of a run or of a run's checkpoint.
     """
     if name.startswith(OWN_MODELS):
         folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
@@ -35,7 +35,7 @@ def resolve(name: str, field: str) -> str:
             shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
         return str(folder)
-    # os.path, where pathlib raises for names of no user and for those that no file can have.
+    # os.path, because pathlib raises for unknown users (~name) and for invalid file names.
     place = os.path.expanduser(name)
     if name and os.path.isdir(place):
         folder = Path(place)
@@ -48,32 +48,32 @@ def resolve(name: str, field: str) -> str:
 
 
 def _check_holds_model(folder: Path, what: str) -> None:
-    """Refuse a folder of a run in the place of the model that lies in it."""
+    """Refuse a run folder or checkpoint folder where a model is expected."""
     if any((folder / file).is_file() for file in ("config.json", ADAPTER_FILE, "tokenizer_config.json")):
         return
     folder = folder.absolute()
     if (folder / "state.json").is_file() and (folder / "manifest.json").is_file():
-        kind, run = "a checkpoint, from which a run goes on", folder.parent.parent
+        kind, run = "a checkpoint, from which a run resumes", folder.parent.parent
     elif folder.name == "checkpoints" and (folder.parent / "recipe.yaml").is_file():
-        kind, run = "the folder of checkpoints, from which a run goes on", folder.parent
+        kind, run = "the folder of checkpoints, from which a run resumes", folder.parent
     elif (folder / "recipe.yaml").is_file():
         kind, run = "the folder of a run", folder
     else:
         return
     if (run / "final").is_dir():
         raise ModelError(
-            f"{what} is {kind}; the model that it trained is {run / 'final'} (sparsetrain export copies it)"
+            f"{what} is {kind}; the model that the run trained is {run / 'final'} (sparsetrain export copies it)"
         )
     raise ModelError(
-        f"{what} is {kind}, and holds no model: continue the run with --resume, its end writes {run / 'final'}"
+        f"{what} is {kind}, and holds no model: continue the run with --resume; at its end it writes {run / 'final'}"
     )
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder with something in it that is neither a file nor a folder: reading a pipe waits for ever.
+    """Refuse a folder with an entry that is neither a file nor a folder: reading a pipe would block for ever.
 
     Raises:
-        ModelError: names the first.
+        ModelError: There is such an entry; names the first.
     """
     try:
         entries = sorted(folder.iterdir())
@@ -81,23 +81,23 @@ def check_files(folder: Path) -> None:
         raise ModelError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in entries:
         if not (entry.is_file() or entry.is_dir()):
-            kind = "a link to nothing" if entry.is_symlink() and not entry.exists() else "no regular file"
+            kind = "a broken link" if entry.is_symlink() and not entry.exists() else "not a regular file"
             raise ModelError(f"{entry} is {kind}")
 
 
 def unloadable(field: str, name: str | None, error: BaseException) -> ModelError:
-    """The error of a model or tokenizer that a library cannot read, with what helps."""
+    """The error for a model or tokenizer that a library cannot read, with a fix."""
     if (fault := cache_fault(error)) is not None:
         return ModelError(f"{field}={name!r} cannot be loaded: {fault}")
     return ModelError(f"{field}={name!r} cannot be loaded: {words(error)} {remedy(field, name)}")
 
 
 def remedy(field: str, name: str | None) -> str:
-    """What helps where a model or tokenizer cannot be read."""
+    """The fix to suggest when a model or tokenizer cannot be read."""
     if Path(str(name)).is_dir():
         needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
         return f"The folder must hold {needed}, complete and readable."
     return (
-        f"If it is a Hub id, check its spelling, that this machine reaches the Hub (or download it before: "
+        f"If it is a Hub id, check its spelling, that this machine can reach the Hub (or download it first: "
         f"hf download {name}), and that you are logged in if it is gated (hf auth login)."
     )

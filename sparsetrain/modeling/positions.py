@@ -1,4 +1,4 @@
-"""How many positions a model has: rotary ones go on, and a table of learned ones ends."""
+"""Check lengths against the positions that a model supports: its config's limit, and tables of learned positions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from sparsetrain.errors import ModelError
 from sparsetrain.recipe.heads import positions_fault
 
 MOST_OFFSET = 2
-"""Rows that some tables (OPT's) have before that of the first position."""
+"""Rows that some tables (OPT's) have before the row of the first position."""
 
 
 def check_positions(model: PreTrainedModel, length: int) -> None:
-    """Refuse rows longer than the model's config says it can read: rotary positions would go on, but what is exported
-    would not say so, and learned positions would run out.
+    """Refuse rows longer than ``max_position_embeddings`` of the model's config.
+
+    Rotary positions would work beyond it, but the exported config would be wrong; learned positions end there.
 
     Raises:
-        ModelError: names both numbers and the setting.
+        ModelError: The rows are longer; names both numbers and the setting.
     """
     check_learned_positions(model, {"sequence.length": [length]})
     fault = positions_fault(length, _limit(model))
@@ -31,17 +32,17 @@ def check_learned_positions(model: PreTrainedModel, lengths: Mapping[str, Sequen
     """Refuse lengths beyond a table of learned positions.
 
     Args:
-        lengths: how many tokens the model is to see at once, by the setting that says so.
+        lengths: Sequence lengths in tokens, by the setting that asks for them.
 
     Raises:
-        ModelError: names the setting, the length, and the table.
+        ModelError: A length is too large; names the setting, the length and the table.
     """
     limit, table = _limit(model), _table(model)
     for field, asked in lengths.items():
         if table is not None and limit is not None and max(asked, default=0) > limit:
             raise ModelError(
-                f"{field}: {max(asked)} is beyond the {limit} learned positions of the model ({table}), which end "
-                f"there; ask for at most {limit} tokens, or take a model of rotary positions"
+                f"{field}: {max(asked)} tokens exceed the {limit} learned positions of the model ({table}); "
+                f"use at most {limit} tokens, or a model with rotary positions"
             )
 
 
@@ -51,7 +52,7 @@ def _limit(model: PreTrainedModel) -> int | None:
 
 
 def _table(model: PreTrainedModel) -> str | None:
-    """The name of the table of learned positions; None where there is none."""
+    """The name of the table of learned positions; None if there is none."""
     limit = _limit(model)
     if limit is None:
         return None

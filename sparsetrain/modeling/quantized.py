@@ -1,5 +1,6 @@
-"""Bases that are stored quantised. Training and merging take place in full precision, so they are unpacked as they are
-loaded; what is saved afterwards is an ordinary model, and says so.
+"""Unpack quantised base models when they are loaded.
+
+Training and merging use full precision, and the model is saved as an ordinary, unquantised one.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ PACKING = (
     "_packed",
     ".SCB",
 )
-"""How the names of tensors end that stand beside packed weights."""
+"""Suffixes of the names of tensors that accompany packed weights, such as scales."""
 
 SCALES_OF_TILES = "_scale_inv"
-"""How the name of FP8 weights goes on in the name of the scales of their tiles."""
+"""Suffix that makes the name of FP8 weights the name of their tile scales."""
 
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", ".q_scale", ".k_scale", ".v_scale")
-"""How the names of scales end that belong to activations and caches."""
+"""Suffixes of the names of scales for activations and caches."""
 
 
 def unpack_when_loaded(config: Any, what: str) -> bool:
-    """Have transformers unpack the weights of a quantised checkpoint as it reads them.
+    """Configure transformers to unpack the weights of a quantised checkpoint while it reads them.
 
     Args:
-        config: the model's, which is changed.
-        what: what to call the model in an error.
+        config: The model's config, which is changed in place.
+        what: The name of the model in error messages.
 
     Returns:
-        Whether they are packed; :func:`finish_unpacking` is due once they are loaded.
+        Whether the weights are packed; then call :func:`finish_unpacking` after loading.
 
     Raises:
-        ModelError: transformers cannot unpack weights of this kind.
+        ModelError: Transformers cannot unpack this kind of quantisation.
     """
     packed = False
     for owner in (config, config.get_text_config(decoder=True)):
@@ -66,16 +67,16 @@ def unpack_when_loaded(config: Any, what: str) -> bool:
         packed = True
         fields = stored.to_dict() if hasattr(stored, "to_dict") else stored
         if not isinstance(fields, dict):
-            raise ModelError(f"{what}: {FIELD}={stored!r:.100} of its config.json is no mapping")
+            raise ModelError(f"{what}: {FIELD}={stored!r:.100} of its config.json is not a mapping")
         method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
         if fields.get("load_in_4bit") or fields.get("load_in_8bit") or method.startswith("bitsandbytes"):
             _check_installed(fields, method, what)
-            continue  # unpacked once it is loaded
+            continue  # unpacked after loading
         kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
         if kind is None or "dequantize" not in inspect.signature(kind).parameters:
             raise ModelError(
-                f"{what} is quantised by {method}, which can be neither trained nor unpacked; give the model that it "
-                "was made from"
+                f"{what} is quantised by {method}, which can be neither trained nor unpacked; use the original "
+                "unquantised model"
             )
         fields = {**fields, "dequantize": True}
         _check_installed(fields, method, what)
@@ -84,8 +85,8 @@ def unpack_when_loaded(config: Any, what: str) -> bool:
 
 
 def _check_installed(fields: Mapping[str, Any], method: str, what: str) -> None:
-    """Refuse packed weights whose library is missing. What else their quantiser dislikes is told when they are read,
-    maybe on another machine."""
+    """Refuse packed weights if their library is not installed. Other requirements of the quantiser are checked when the
+    weights are read, which may be on another machine."""
     try:
         quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(dict(fields)), pre_quantized=True)
         quantizer.validate_environment(device_map=None)
@@ -96,10 +97,10 @@ def _check_installed(fields: Mapping[str, Any], method: str, what: str) -> None:
 
 
 def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
-    """The model that :func:`unpack_when_loaded` was for, in full precision and to be saved as an ordinary one.
+    """Finish what :func:`unpack_when_loaded` began: the model in full precision, to be saved as an ordinary one.
 
     Raises:
-        ModelError: weights are still packed.
+        ModelError: Some weights are still packed.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         loaded: Any = model
@@ -108,7 +109,7 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
         if parameter.dtype not in FULL_PRECISION:
             raise ModelError(f"{what}: {name} is stored as {parameter.dtype}, and could not be unpacked")
     _cast(model, model.dtype if model.config.dtype is None else model.config.dtype)
-    # Transformers keeps how it read the weights, to write them so again, and would write full weights as scales.
+    # Transformers keeps the conversions used in reading and would apply them in writing, to weights that are unpacked.
     read: list[Any] = getattr(model, "_weight_conversions", None) or []
     prefixes = {str(one) for one in read if isinstance(one, PrefixChange)}
     plain = get_model_conversion_mapping(model, add_legacy=False)
@@ -119,7 +120,7 @@ def finish_unpacking(model: PreTrainedModel, what: str) -> PreTrainedModel:
 
 
 def _cast(model: PreTrainedModel, dtype: Any) -> None:
-    """Bring what stood unpacked in a packed checkpoint, and was read as it was, to the dtype asked for."""
+    """Cast the tensors that were stored unpacked in a packed checkpoint to the requested dtype."""
     kept = (*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ()))
     for name, parameter in model.named_parameters():
         if not any(part in name for part in kept):
@@ -127,28 +128,28 @@ def _cast(model: PreTrainedModel, dtype: Any) -> None:
 
 
 def check_packed(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
-    """Refuse weights that are not packed as the config says: plain ones, and FP8 weights that their tiles do not
-    divide.
+    """Refuse weights that are not packed as the config says: unpacked weights, and FP8 weights of incomplete tiles.
 
     Args:
-        config: the model's.
-        shapes: of the tensors that the checkpoint holds, by name.
-        what: what to call the model in an error.
+        config: The model's config.
+        shapes: The shapes of the checkpoint's tensors, by name.
+        what: The name of the model in error messages.
 
     Raises:
-        ModelError: names the field, or a weight that ends within a tile.
+        ModelError: The weights are refused; names the field, or a weight that ends within a tile.
     """
     if not any(name.endswith(PACKING) for name in shapes):
         raise ModelError(
-            f"{what}: its config.json says that weights are packed ({FIELD}), and the files hold plain ones, without "
-            f"scales; take {FIELD} out of config.json"
+            f"{what}: its config.json says that weights are packed ({FIELD}), but the files hold unpacked ones, "
+            f"without scales; remove {FIELD} from config.json"
         )
     _check_tiles(config, shapes, what)
 
 
 def _check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) -> None:
-    """Refuse FP8 weights that their tiles do not divide. transformers takes the size of a tile from the number of
-    scales, and would give some of the weights the scale of their neighbours.
+    """Refuse FP8 weights whose shape is not a multiple of the tile.
+
+    Transformers derives the tile size from the number of scales, and would apply wrong scales near the borders.
     """
     stored: Any = getattr(config, FIELD, None)
     fields = stored.to_dict() if hasattr(stored, "to_dict") else stored or {}
@@ -164,26 +165,26 @@ def _check_tiles(config: Any, shapes: Mapping[str, Sequence[int]], what: str) ->
                 raise ModelError(
                     f"{what} holds FP8 weights that end within a tile of {list(tile)} "
                     f"({name.removesuffix(SCALES_OF_TILES)} is {list(weight)}), which transformers unpacks with the "
-                    "wrong scales; give the model that it was made from"
+                    "wrong scales; use the original unquantised model"
                 )
 
 
 def without_scales(unexpected: Iterable[str], what: str) -> list[str]:
-    """The tensors of a checkpoint that a model has no place for, but for scales of activations, which full precision
-    does not need. A scale of weights among them means that packed weights were read as they are.
+    """Filter the unexpected tensors of a checkpoint: scales of activations are dropped, as full precision has no use
+    for them.
 
     Args:
-        unexpected: the names of those tensors.
-        what: what to call the model in an error.
+        unexpected: The names of tensors that the model does not have.
+        what: The name of the model in error messages.
 
     Raises:
-        ModelError: names that scale.
+        ModelError: A scale of weights is among them, so packed weights were read without unpacking; names it.
     """
     left = [name for name in unexpected if not name.endswith(OF_ACTIVATIONS)]
     packed = sorted(name for name in left if name.endswith(PACKING))
     if packed:
         raise ModelError(
-            f"{what} holds packed weights ({packed[0]}) in another form than its config.json tells of; restore its "
-            f"{FIELD}, or give the model that it was made from"
+            f"{what} holds packed weights ({packed[0]}) in another format than its config.json says; restore its "
+            f"{FIELD}, or use the original unquantised model"
         )
     return left

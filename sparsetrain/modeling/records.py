@@ -1,5 +1,6 @@
-"""What a folder records of itself: the attention method, in ``config.json`` and ``sparsetrain.json``, and of adapters
-the base. A record of today's format has all of its fields, so a field that is not there was lost.
+"""Records in saved folders: the attention method (``config.json``, ``sparsetrain.json``) and the base of adapters.
+
+A record in the current format has all of its fields; a missing field is an error.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "sparsetrain.json"
 RECORD_FORMAT = 2
-"""Raised when a record gains or loses a field, or an older sparsetrain would misread it."""
+"""The format number; increased when fields change, or when an older sparsetrain would misread a record."""
 
 IN_CONFIG = frozenset({"format", "version", "attention"})
 """Fields of the record in a model's ``config.json``."""
 IN_FILE = IN_CONFIG | {"base", "versions"}
-"""Those of its ``sparsetrain.json``."""
+"""Fields of a model's ``sparsetrain.json``."""
 OF_ADAPTERS = IN_FILE | {"base_config", "model"}
-"""Those of ``sparsetrain.json`` beside adapters."""
+"""Fields of the ``sparsetrain.json`` in an adapter folder."""
 PACKAGE = "package"
-"""In each of them where the method is of another package: its name and version."""
+"""Additional field for a method of another package: the package's name and version."""
 
 IDENTITY = ("model_type", "tie_word_embeddings", *SHAPE)
-"""Fields of a base's config that its adapters record: tensors of the same shapes fit other models too."""
+"""Fields of the base's config that adapters record, because tensors of the same shapes fit other models too."""
 
 
 def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = IN_CONFIG) -> MethodConfig:
-    """The method that a record names: that of a model's config, or ``sparsetrain.json``.
+    """The attention method in a record from a model's config or ``sparsetrain.json``.
 
     Args:
-        record: what stands there, which may be anything.
-        path: where it stands, for the message.
-        fields: of a record of this kind.
+        record: The record as read, of any type.
+        path: Where it was read, for the message.
+        fields: The fields of a record of this kind.
 
     Raises:
-        ModelError: there is no record, it is malformed, or a newer sparsetrain wrote it.
+        ModelError: There is no record, it is malformed, or a newer sparsetrain wrote it.
     """
     if record is None:
         raise ModelError(
@@ -71,7 +72,7 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
         package = record.get(PACKAGE)
         known = "" if package is None else f" (the folder was written with the package {package!s:.100})"
         raise ModelError(
-            f"{path} records a method this version ({__version__}) does not know: {error}{known}"
+            f"{path} records a method that this version ({__version__}) does not know: {error}{known}"
         ) from None
     installed = INSTALLED.package_of(config.method) is not None
     if written == RECORD_FORMAT:
@@ -84,22 +85,22 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
 
 
 def check_fields(values: Mapping[str, Any], fields: Collection[str], what: str) -> None:
-    """Refuse a mapping that has other fields than those that are always written.
+    """Refuse a mapping with missing or unknown fields.
 
     Raises:
-        ModelError: names the first.
+        ModelError: There is such a field; names the first.
     """
     if lost := sorted(set(fields) - values.keys()):
-        raise ModelError(f"{what}: it has no {lost[0]}; take the file from the run that wrote the folder")
+        raise ModelError(f"{what}: the field {lost[0]} is missing; copy the file from the run that wrote the folder")
     if strange := sorted(values.keys() - set(fields)):
-        raise ModelError(f"{what}: there is no field {strange[0]!r:.60}{nearest(strange[0], fields)}")
+        raise ModelError(f"{what}: unknown field {strange[0]!r:.60}{nearest(strange[0], fields)}")
 
 
 def check_same_method(path: str, attention: MethodConfig) -> None:
-    """Refuse a local folder whose ``sparsetrain.json`` is damaged, or of another method than its ``config.json``.
+    """Refuse a local folder whose ``sparsetrain.json`` is damaged or differs from its ``config.json``.
 
     Raises:
-        ModelError: says what it records.
+        ModelError: It does; shows both records.
     """
     file = Path(path) / RECORD_FILE
     if not (file.exists() or file.is_symlink()):
@@ -108,15 +109,15 @@ def check_same_method(path: str, attention: MethodConfig) -> None:
     if found != attention:
         raise ModelError(
             f"{file} records attention={found.model_dump(mode='json')}, and config.json beside it "
-            f"{attention.model_dump(mode='json')}; take both files from the run that wrote the folder"
+            f"{attention.model_dump(mode='json')}; copy both files from the run that wrote the folder"
         )
 
 
 def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:
-    """What a folder of adapters records: its base, the attention method, and what is known of the base's config.
+    """Read the record of an adapter folder: its base, the attention method, and recorded fields of the base's config.
 
     Raises:
-        ModelError: there is no such record, or it is damaged.
+        ModelError: There is no such record, or it is damaged.
     """
     from sparsetrain.recipe.schema import ModelSection
 
@@ -124,7 +125,7 @@ def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, A
     try:
         record = read_object(file)
     except ModelError as error:
-        raise ModelError(f"{path} is no adapter folder of sparsetrain: {error}") from error
+        raise ModelError(f"{path} is not an adapter folder of sparsetrain: {error}") from error
     attention = recorded_attention(record, file, OF_ADAPTERS)
     values = record.get("model")
     try:
@@ -134,12 +135,12 @@ def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, A
         field = ".".join(str(part) for part in ("model", *fault["loc"]))
         raise ModelError(
             f"{file} does not say which model the adapters belong to: {field}={fault['input']!r:.100}: {fault['msg']}; "
-            "take the file from the run that wrote the folder"
+            "copy the file from the run that wrote the folder"
         ) from error
-    # Folders of before do not have it.
+    # Older folders do not have it.
     known = record.get("base_config", {})
     if not isinstance(known, dict):
-        raise ModelError(f"{file}: base_config={known!r:.100} is no mapping")
+        raise ModelError(f"{file}: base_config={known!r:.100} is not a mapping")
     if record.get("format") == RECORD_FORMAT:
         check_fields(record["model"], ModelSection.model_fields, f"{file} is damaged: model")
         check_fields(known, IDENTITY, f"{file} is damaged: base_config")
@@ -147,19 +148,19 @@ def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, A
 
 
 def identity(config: PreTrainedConfig) -> dict[str, Any]:
-    """What is recorded of a base's config."""
+    """The fields of a base's config that adapters record."""
     decoder = config.get_text_config(decoder=True)
     return {name: getattr(decoder, name, None) for name in IDENTITY}
 
 
 def check_same_base(trained_on: Mapping[str, Any], found: Mapping[str, Any], base: str) -> None:
-    """Refuse another base than the one that adapters were trained on.
+    """Refuse a base other than the one that the adapters were trained on.
 
     Raises:
-        ModelError: names what differs.
+        ModelError: The base differs; names the differences.
     """
-    # Only what both know: an older transformers may have had no such field.
+    # Only fields that both have: an older transformers may lack some.
     both = [name for name in IDENTITY if trained_on.get(name) is not None and found[name] is not None]
     if names := [name for name in both if trained_on[name] != found[name]]:
         faults = (f"{name} is {found[name]!r} instead of {trained_on[name]!r}" for name in names)
-        raise ModelError(f"{base} is not the model that they were trained on, {', '.join(faults)}")
+        raise ModelError(f"{base} is not the model that the adapters were trained on: {', '.join(faults)}")

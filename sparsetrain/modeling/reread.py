@@ -1,7 +1,7 @@
-"""Whether a model on disk is the one in memory: compared by the model's own names, and by what it computes.
+"""Compare a saved model with the one in memory, by tensor names and by logits.
 
-Transformers renames, splits and converts tensors as it saves them and undoes it as it loads. Only a model that was
-loaded again tells whether all of it came back.
+Transformers renames, splits and converts tensors when it saves them, and reverses this when it loads them. Only loading
+the model again shows whether nothing was lost.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 PIECE = 1 << 26
-"""Elements of a tensor that are looked at in one go."""
+"""Number of tensor elements compared at once."""
 
 
 def own_tensors(model: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a model by name.
+    """Yield the parameters and persistent buffers of a model by name; tensors have any shape ``[...]`` and dtype.
 
     Args:
-        names: which; by default all of them, and of tied ones the first.
+        names: The names to yield; by default all, and of tied parameters the first.
     """
     kept = model.state_dict(keep_vars=True)
     if names is not None:
@@ -32,7 +32,7 @@ def own_tensors(model: nn.Module, names: Collection[str] | None = None) -> Itera
 
 
 def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors hold the same numbers; one may be kept in a wider dtype than the other."""
+    """Whether two tensors ``[...]`` of one shape hold the same numbers; their dtypes may differ in width."""
     if first.shape != second.shape:
         return False
     wide = torch.promote_types(first.dtype, second.dtype)
@@ -40,7 +40,7 @@ def same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """What the tensors of a model hold, in a few bytes each, so that the model itself can be let go."""
+    """Checksums of a model's tensors by name, so that the model itself can be freed."""
     return {name: _checksum(tensor) for name, tensor in own_tensors(model)}
 
 
@@ -53,19 +53,19 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
-    """Relative root mean square difference of two tensors; infinite where one is not finite."""
+    """Relative root mean square error of ``found`` against ``right``, both ``[...]``; infinite if one is not finite."""
     right = right.float()
     error = ((found.to(right) - right).norm() / right.norm().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The relative error that rounding alone may make of logits in a dtype."""
+    """The relative error of logits that rounding in a dtype may cause."""
     return {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
 def logits(model: Any, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a model on a device computes of one document ``[1, T]``: ``[1, T, vocabulary]``."""
+    """Compute the logits ``[1, T, vocabulary]`` of one document, int64 ``[1, T]``, on a device."""
     training = model.training
     model.eval()
     try:

@@ -1,9 +1,9 @@
-"""Rotary embeddings whose frequencies depend on a length: each document gets those of its own.
+"""Rotary embeddings whose frequencies depend on the length: choose the frequencies of each document separately.
 
 Two kinds of rotary embedding choose their frequencies by the longest position of the call (``longrope``, as in Phi-3,
-and ``dynamic``), and the second keeps what it chose for later calls. A document behind a longer one in its row, or
-beside one in its batch, would be rotated by the other's frequencies. Here each is rotated as it would be alone: that is
-what plain transformers does with it, in a forward pass and in generation.
+and ``dynamic``), and the second keeps them for later calls. A document packed or batched with a longer one would be
+rotated with the other's frequencies. Here each document is rotated as it would be alone, which is what plain
+transformers does with a single document, in a forward pass and in generation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsetrain.errors import ModelError
 
 
 def rotate_each_document(decoder: nn.Module) -> None:
-    """Make the rotary embeddings of a decoder that depend on lengths look at each document alone, in place."""
+    """Make the length-dependent rotary embeddings of a decoder treat each document separately, in place."""
     for module in decoder.modules():
         kinds: Any = getattr(module, "rope_type", None)
         if any(_depends_on_length(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
@@ -30,13 +30,13 @@ def _depends_on_length(kind: Any) -> bool:
 
 
 def _forward(module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-    """The module's own forward, called once for each set of frequencies that the call needs.
+    """Call the module's original forward once for each set of frequencies that the call needs.
 
     Args:
         position_ids: int64 ``[B, N]`` or ``[1, N]``.
 
     Returns:
-        What the module's own returns: tensors ``[B, N, ...]``.
+        The result of the original forward: tensors ``[B, N, ...]``.
     """
     chosen = {} if layer_type is None else {"layer_type": layer_type}
     own = type(module).forward
@@ -46,10 +46,10 @@ def _forward(module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_typ
     if position_ids.ndim != 2:
         raise ModelError(
             f"the {kind} rotary embedding chooses its frequencies by length, and positions of shape "
-            f"{list(position_ids.shape)} tell no lengths of documents; not supported"
+            f"{list(position_ids.shape)} do not give the lengths of documents; not supported"
         )
     lengths = _lengths_of_documents(position_ids)
-    # Up to the length that the model was made for, all documents share the frequencies it was made with.
+    # Up to the model's original length, all documents share its original frequencies.
     original = _original_length(module, kind, layer_type)
     sets = lengths.where(lengths > original, 0)
     if kind == "longrope":
@@ -60,17 +60,19 @@ def _forward(module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_typ
         mine = sets == each
         if kind != "longrope":
             _forget(module, x.device, layer_type)
-        # The positions of the others must not be the longest of the call.
+        # Positions of other documents must not determine the longest position of this call.
         found = own(module, x, position_ids.where(mine, 0), **chosen)
         result = found if result is None else _join(mine[..., None], found, result)
     return result
 
 
 def _check_crossing(position_ids: torch.Tensor, original: int) -> None:
-    """Alone, a row whose generation crosses the length is read again with the other frequencies; in a batch it is not.
+    """Refuse a batch in which a generated row crosses the length at which frequencies change.
+
+    A single row is processed again with the new frequencies; in a batch this does not happen.
 
     Raises:
-        ModelError: a row of a batch does so.
+        ModelError: A row of a batch crosses the length.
     """
     if position_ids.shape[0] > 1 and position_ids.shape[1] == 1 and bool((position_ids == original).any()):
         raise ModelError(
@@ -81,7 +83,7 @@ def _check_crossing(position_ids: torch.Tensor, original: int) -> None:
 
 
 def _lengths_of_documents(position_ids: torch.Tensor) -> torch.Tensor:
-    """For each token, int64 ``[B, N]``, the last position of its document plus one."""
+    """The length of each token's document: its last position plus one, int64 ``[B, N]``."""
     tokens = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     ends = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (0, 1), value=True)
     end = tokens.where(ends, position_ids.shape[1]).flip(1).cummin(dim=1).values.flip(1)
@@ -96,7 +98,7 @@ def _original_length(module: Any, kind: str, layer_type: str | None) -> int:
 
 
 def _forget(module: Any, device: torch.device, layer_type: str | None) -> None:
-    """Go back to the frequencies that the model was made with."""
+    """Restore the model's original frequencies."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     frequencies = getattr(module, f"{prefix}original_inv_freq").to(device)
     module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)

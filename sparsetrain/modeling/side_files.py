@@ -1,4 +1,4 @@
-"""The small JSON files beside weights, whose values libraries take as they come: checked for what they may hold."""
+"""Validate the small JSON files beside weights, whose values libraries use unchecked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsetrain.errors import ModelError, first_line
 from sparsetrain.modeling.boundary import nearest
 
 OLD_ADAPTER_FIELDS = frozenset({"merge_weights"})
-"""What peft wrote once: whether adapters are merged while a model is not trained, which changes no result."""
+"""A field of old peft versions: whether adapters are merged during evaluation, which changes no result."""
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
@@ -24,7 +24,7 @@ Token = Annotated[int, Field(ge=0)]
 
 
 class _Generation(BaseModel):
-    """What of ``generation_config.json`` decides how tokens are chosen and where they end."""
+    """The fields of ``generation_config.json`` that control sampling and the end of generation."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -49,11 +49,12 @@ _SpecialTokens = TypeAdapter(dict[str, str | dict[str, Any] | list[str | dict[st
 
 
 def check_side_files(folder: str) -> None:
-    """Refuse a local folder whose generation config or special tokens are not what libraries take them for; a Hub id
-    passes. Transformers would go on without the first, and forget where answers end.
+    """Refuse a local folder with an invalid generation config or invalid special tokens; Hub ids are not checked.
+
+    Transformers would ignore an invalid generation config and lose the end tokens.
 
     Raises:
-        ModelError: names the file, the field and the value.
+        ModelError: A value is invalid; names the file, the field and the value.
     """
     for name, schema in (
         (GENERATION_CONFIG_NAME, TypeAdapter(_Generation)),
@@ -69,11 +70,12 @@ def check_side_files(folder: str) -> None:
 
 
 def check_adapter_values(file: Path) -> None:
-    """Refuse values in an adapter's config that are not of the kind that peft says they are, and fields that peft does
-    not know: it would leave them out. A field that is null says nothing.
+    """Refuse values of the wrong type in an adapter's config, and fields that peft does not know and would ignore.
+
+    A null field counts as absent.
 
     Raises:
-        ModelError: names the file, the field and the value.
+        ModelError: A value is refused; names the file, the field and the value.
     """
     from peft import LoraConfig
     from peft import __version__ as peft_version
@@ -81,19 +83,19 @@ def check_adapter_values(file: Path) -> None:
     values = read_object(file)
     kind = values.get("peft_type")
     if kind != "LORA":
-        raise ModelError(f"{file}: peft_type={kind!r:.60}; sparsetrain loads LORA alone")
+        raise ModelError(f"{file}: peft_type={kind!r:.60}; sparsetrain loads only LORA")
     for name in ("r", "lora_alpha", "target_modules"):
         if name not in values:
-            raise ModelError(f"{file} has no {name}, which peft would make up")
+            raise ModelError(f"{file} has no {name}, and peft would use a default instead")
     hints = typing.get_type_hints(LoraConfig, include_extras=True)
     strange = sorted(name for name in values.keys() - hints.keys() - OLD_ADAPTER_FIELDS if values[name] is not None)
     if strange:
         raise ModelError(
-            f"{file}: {strange[0]}={values[strange[0]]!r:.100} means nothing to peft {peft_version}"
+            f"{file}: {strange[0]}={values[strange[0]]!r:.100} is unknown to peft {peft_version}"
             f"{nearest(strange[0], hints)}; the adapters were written by peft {values.get('peft_version')!s:.40}: "
-            "upgrade peft, or take the field out if it is no setting of theirs"
+            "upgrade peft, or remove the field if it is not one of its settings"
         )
-    # Whole or not: what a recipe's scale makes of a rank need not be whole.
+    # An alpha need not be an integer: it is the recipe's scale times the rank.
     hints["lora_alpha"] = Annotated[float, Field(gt=0, lt=2**31)]
     for name, value in values.items():
         if name not in hints:
@@ -105,13 +107,13 @@ def check_adapter_values(file: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        ModelError: there is none, or something else.
+        ModelError: The file does not exist, cannot be read, or does not hold a JSON object.
     """
     if not file.is_file():
-        raise ModelError(f"{file} is no file, and a JSON object is wanted there")
+        raise ModelError(f"{file} is not a file; a file with a JSON object is expected")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,7 +121,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {first_line(error)}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{file} holds {values!r:.60}, and a JSON object is wanted there")
+        raise ModelError(f"{file} holds {values!r:.60}; a JSON object is expected")
     return values
 
 

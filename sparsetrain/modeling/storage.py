@@ -1,4 +1,4 @@
-"""Sparsified models on disk: save, and build the model a recipe names."""
+"""Save sparsified models, and build the model of a recipe."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ def save(
     """Write a transformers folder: weights, config with the method, tokenizer if given, and ``sparsetrain.json``.
 
     Args:
-        state_dict: the weights by name, where the model itself holds only shards of them (ZeRO-3).
+        state_dict: The weights by name, if the model itself holds only shards of them (ZeRO-3).
 
     Raises:
-        ModelError: the model was never sparsified, has LoRA adapters in it, or attends by another method than the
-            one that is recorded.
+        ModelError: The model is not sparsified, contains LoRA adapters, or uses another method than the recorded one.
     """
     record = getattr(model.config, "sparsetrain", None)
     if record is None:
@@ -56,9 +55,9 @@ def save(
     check_attends(model)
     if getattr(model, "peft_config", None) is not None:
         raise ModelError(
-            "this model has LoRA adapters, which an ordinary folder cannot hold; fold them into the weights first "
-            "(sparsetrain.modeling.adapters.merge_adapters, in a PeftModel merge_and_unload), or save them alone "
-            "(save_adapters, beside it)"
+            "this model has LoRA adapters, which an ordinary folder cannot hold; merge them into the weights first "
+            "(sparsetrain.modeling.adapters.merge_adapters, or merge_and_unload of a PeftModel), or save only the "
+            "adapters (sparsetrain.modeling.adapters.save_adapters)"
         )
     path = Path(path)
     model.save_pretrained(path, state_dict=None if state_dict is None else dict(state_dict))
@@ -70,32 +69,32 @@ def save(
 
 
 def write_record(path: Path, about: Mapping[str, Any]) -> None:
-    """Write ``sparsetrain.json`` as the last file of a folder, and give the weights its mode.
+    """Write ``sparsetrain.json`` as the last file of a folder, and set its file mode on the weights.
 
-    safetensors makes files that only their owner may read; this one is as the user's umask says.
+    safetensors creates files that only the owner can read; ``sparsetrain.json`` follows the user's umask.
     """
     record = path / RECORD_FILE
     record.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for weights in path.glob("*.safetensors"):
-        with suppress(OSError):  # some file systems know no modes
+        with suppress(OSError):  # some file systems have no modes
             weights.chmod(record.stat().st_mode & 0o777)
 
 
 def load_model(
     section: ModelSection, attention: Mapping[str, Any] | MethodConfig, *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer a recipe names, with its attention method put in.
+    """Load the model and tokenizer of a recipe, and install its attention method.
 
-    A method that the checkpoint records gives way to ``attention``. Where both are the same one, the modules it has
-    added keep the checkpoint's weights.
+    ``attention`` replaces a method that the checkpoint records. If both are the same method, the modules it adds keep
+    the checkpoint's weights.
 
     Args:
-        section: the recipe's ``model`` section.
-        attention: the recipe's ``attention`` section.
-        seed: seed of the random weights (``model.architecture``).
+        section: The recipe's ``model`` section.
+        attention: The recipe's ``attention`` section.
+        seed: Seed of random weights (``model.architecture``).
 
     Raises:
-        ModelError: the model or tokenizer cannot be loaded, they do not fit each other, or the model cannot take the
+        ModelError: The model or tokenizer cannot be loaded, they do not match, or the model does not support the
             method.
     """
     path = None if section.path is None else resolve(section.path, "model.path")
@@ -126,7 +125,7 @@ def load_model(
 
 
 def _check_memory(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse random weights that this host cannot hold: the system would kill the process without a word."""
+    """Refuse random weights that exceed the host's memory: the system would kill the process without a message."""
     needed = skeleton.num_parameters() * dtype.itemsize
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > held:
@@ -137,13 +136,13 @@ def _check_memory(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: str, hub: dict[str, Any]) -> bool:
-    """Give the modules that the method has added their weights from a checkpoint: transformers drops them in loading.
+    """Load the weights of the modules that the method adds from a checkpoint, because transformers drops them.
 
     Returns:
         False if the checkpoint holds none of them.
 
     Raises:
-        ModelError: it holds only some, or some of another shape.
+        ModelError: The checkpoint holds only some of them, or some of another shape.
     """
     added = new_modules(model, attention)
     wanted = {f"{name}.{key}": tensor for name, module in added.items() for key, tensor in module.state_dict().items()}
@@ -157,7 +156,7 @@ def restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: s
             found = f"a tensor of shape {tuple(saved[name].shape)}" if name in saved else "nothing"
             raise ModelError(
                 f"{path} holds {found} for {name}, where attention.method={attention.method} needs one of shape "
-                f"{tuple(tensor.shape)}; give the attention section that the checkpoint was trained with"
+                f"{tuple(tensor.shape)}; use the attention section that the checkpoint was trained with"
             )
     for name, module in added.items():
         module.load_state_dict({key: saved[f"{name}.{key}"] for key in module.state_dict()})
@@ -165,11 +164,11 @@ def restore_new_modules(model: PreTrainedModel, attention: MethodConfig, path: s
 
 
 def _names_on_disk(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> set[str]:
-    """What a tensor may be called in a checkpoint: as in the model, and as transformers renames it when it saves."""
+    """The possible names of a tensor in a checkpoint: as in the model, and as transformers renames it in saving."""
     return {name, *revert_weight_conversion(model, {name: tensor})}
 
 
 def _names(record: Any, attention: MethodConfig) -> bool:
-    """Whether a record, which may be anything, is of the same method."""
+    """Whether a record (of any type) names the same method."""
     section = record.get("attention") if isinstance(record, dict) else None
     return isinstance(section, dict) and section.get("method") == attention.method

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: loaded, tried, and compared with the model's vocabulary."""
+"""Load the tokenizer of a model, test it, and compare it with the model's vocabulary."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SAMPLE = "A line of text, 12 + 34.\n"
 
 
 def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer a recipe names: its own, or the one beside the model.
+    """The tokenizer of a recipe: ``model.tokenizer``, or the one in the model's folder.
 
     Raises:
-        ModelError: it cannot be loaded, or cannot encode.
+        ModelError: It cannot be loaded, or cannot encode.
     """
     if section.tokenizer is not None:
         path = resolve(section.tokenizer, "model.tokenizer")
@@ -36,22 +36,22 @@ def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the Hub, after it has encoded a line.
+    """Load a tokenizer from a folder or the Hub, and test it on a line of text.
 
     Args:
-        field: what to call it in an error.
-        options: of ``AutoTokenizer.from_pretrained``.
+        field: The name of the setting in error messages.
+        options: Options of ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        ModelError: it cannot be loaded, or cannot encode.
+        ModelError: It cannot be loaded, or cannot encode.
     """
     name = str(path)
-    options.setdefault("trust_remote_code", False)  # without it a question may wait for an answer
+    options.setdefault("trust_remote_code", False)  # if unset, transformers may prompt the user
     with explained(partial(_fault, name, field), remedy(field, name)):
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
     limit = tokenizer.model_max_length
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 1:
-        raise ModelError(f"{field}={name!r}: model_max_length={limit!r:.60} of its tokenizer_config.json is no length")
+        raise ModelError(f"{field}={name!r}: model_max_length={limit!r:.60} in tokenizer_config.json is not a length")
     with explained(f"{field}={name!r}: the tokenizer cannot encode a line of text"):
         ids = tokenizer(SAMPLE)["input_ids"]
         tokenizer.decode(ids)
@@ -63,10 +63,10 @@ def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTo
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
+    """Refuse a tokenizer with more tokens than the model's embedding has rows.
 
     Raises:
-        ModelError: names both numbers.
+        ModelError: It has more; names both numbers.
     """
     needed, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config(decoder=True).vocab_size
     if needed > rows:
@@ -77,21 +77,21 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
 
 
 def _fault(name: str, field: str, error: BaseException) -> str:
-    own = ", it comes with code of its own, which runs with trust_remote_code alone"
+    own = ", it needs custom code, which runs only with trust_remote_code"
     return f"{_blame(name, field)} cannot be loaded{own if 'trust_remote_code' in str(error) else ''}"
 
 
 def _blame(name: str, field: str) -> str:
-    """The field, and the file to blame where that can be told."""
+    """The field, and the damaged file if it can be found."""
     file = Path(name) / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
         try:
             Tokenizer.from_file(str(file))
-        except BaseException as error:  # its panics are no Exception
+        except BaseException as error:  # panics of tokenizers are not subclasses of Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
             return f"{field}={name!r}: {file.name}"
-        return f"{field}={name!r}: tokenizer_config.json or what stands beside it"
+        return f"{field}={name!r}: tokenizer_config.json or a file beside it"
     return f"{field}={name!r}"

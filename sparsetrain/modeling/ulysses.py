@@ -1,16 +1,16 @@
-"""Attention over a sequence that several ranks share: DeepSpeed-Ulysses around our attention function.
+"""Sequence parallelism: DeepSpeed-Ulysses around our attention function, for a sequence split over several ranks.
 
-Outside attention every rank holds the same number of consecutive tokens. Inside, it holds all tokens of some heads: one
-all-to-all each brings queries, keys and values there, and a fourth brings the output back. A method therefore attends
-as on one rank, with fewer heads.
+Outside attention every rank holds the same number of consecutive tokens. Inside attention it holds all tokens of some
+heads: one all-to-all each for queries, keys and values, and a fourth for the output. A method therefore attends as on
+one rank, with fewer heads.
 
-The all-to-alls are those of DeepSpeed's integration for transformers (ALST, 2506.13996), ``UlyssesSPAttentionHF``. What
-is not used of it is ``register_with_transformers``, which wraps the registered function for the whole process: every
-model in it would be split in training *and* in evaluation, where each rank has rows of its own, or else
-(``disable_in_eval``) not in the checks before the first step, which run in evaluation mode. It also knows neither
-SparseK's scores nor learned sinks, which have heads too, and finds the documents of a row by gathering its positions in
-every layer. Here a forward pass that is to be split says so, by the argument :data:`ULYSSES_ARGUMENT`, which travels
-like ``cu_seqlens``; a recomputed layer gets it again, and what does not get it is not split.
+The all-to-alls are those of DeepSpeed's integration for transformers (ALST, 2506.13996), ``UlyssesSPAttentionHF``. Its
+``register_with_transformers`` is not used, because it wraps the attention function for the whole process: every model
+would be split, in training and in evaluation, where each rank has its own rows. With ``disable_in_eval`` the self-check
+before the first step, which runs in evaluation mode, would not be split. It also does not handle SparseK's scores and
+learned sinks, which have heads too, and gathers positions in every layer to find the documents. Here only forward
+passes with the argument :data:`ULYSSES_ARGUMENT` are split. It is passed on like ``cu_seqlens``, also to recomputed
+layers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling.attention.call import AttentionCall
 
 ULYSSES_ARGUMENT = "sparsetrain_ulysses"
-"""Name under which the :class:`Ulysses` of a forward pass travels to the attention function."""
+"""Keyword argument that passes the :class:`Ulysses` of a forward pass to the attention function."""
 
 AttendCall = Callable[[nn.Module, AttentionCall], Tensor]
-"""How a layer attends, ``[B, N, Hq, D]``."""
+"""A layer's attention; it returns ``[B, N, Hq, D]``."""
 
 
 class Ulysses:
-    """Wraps an attention function so that the ranks of ``group`` share each sequence.
+    """Wraps an attention function so that each sequence is split over the ranks of ``group``.
 
     Args:
-        group: the ranks, in the order of their tokens.
+        group: The ranks, in the order of their tokens.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -47,10 +47,10 @@ class Ulysses:
         self._layers: dict[tuple[int, int, int], nn.Module] = {}
 
     def __call__(self, attend: AttendCall, module: nn.Module, call: AttentionCall) -> Tensor:
-        """``attend`` over the whole sequence, called with this rank's tokens of it.
+        """Run ``attend`` over the whole sequence, given this rank's tokens.
 
         Args:
-            call: query ``[1, Hq, n, D]``, this rank's ``n`` tokens, as many on each rank; key and value
+            call: Query ``[1, Hq, n, D]`` for this rank's ``n`` tokens, the same number on each rank; key and value
                 ``[1, Hkv, n, D]``; extra inputs ``[1, Hkv, n]``, or ``[1, 1, n]`` where all heads share them;
                 ``cu_seqlens`` of the whole sequence.
 
@@ -58,25 +58,25 @@ class Ulysses:
             ``[1, n, Hq, D]``.
 
         Raises:
-            ModelError: the heads cannot be dealt out, or the documents of the sequence are not given.
+            ModelError: The heads cannot be divided among the ranks, or ``cu_seqlens`` is missing.
         """
         query, key = call.query, call.key
         heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
         if heads % self.size or (kv_heads % self.size and self.size % kv_heads):
             raise ModelError(
-                f"{type(module).__name__} has {heads} query and {kv_heads} key/value heads, which {self.size} ranks "
-                "cannot share (sequence.parallel)"
+                f"{type(module).__name__} has {heads} query and {kv_heads} key/value heads, which cannot be divided "
+                f"among {self.size} ranks (sequence.parallel)"
             )
         if call.padding is not None or call.cu_seqlens is None:
             raise ModelError(
-                "a sequence that ranks share needs cu_seqlens of the whole sequence, and no attention mask"
+                "a sequence split over ranks needs cu_seqlens of the whole sequence, and no attention mask"
             )
-        # Sorted: the order of a set of strings differs between processes, and would exchange one for another.
+        # Sorted, because the order of a set of strings differs between processes: ranks would exchange wrong tensors.
         extra = {name: self._deal_heads(call.extra[name]) for name in sorted(call.extra)}
         sinks = call.sink_logits
         if sinks is not None:
             sinks = sinks.tensor_split(self.size)[self.rank]
-        # The class gathers positions, which tell nothing that cu_seqlens does not: give it as few as it takes.
+        # The class gathers positions, which cu_seqlens makes redundant: pass the fewest that it accepts.
         positions = torch.zeros(1, 1, dtype=torch.long, device=query.device)
         out, _ = self._layer(heads, kv_heads, width)(
             module,
@@ -91,7 +91,7 @@ class Ulysses:
         return out.unflatten(-1, (heads, width))
 
     def _layer(self, heads: int, kv_heads: int, width: int) -> nn.Module:
-        """DeepSpeed's wrapper for layers of this shape; nothing in it belongs to one layer or one call."""
+        """DeepSpeed's wrapper for layers of this shape; it has no state of a single layer or call."""
         shape = (heads, kv_heads, width)
         if shape not in self._layers:
             from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -109,7 +109,7 @@ class Ulysses:
         return self._layers[shape]
 
     def _deal_heads(self, values: Tensor) -> Tensor:
-        """``[1, H, n]`` of this rank's tokens to ``[1, H / ranks, N]`` of all, copying heads that are too few."""
+        """From ``[1, H, n]`` of this rank's tokens to ``[1, H / ranks, N]`` of all; heads are repeated if too few."""
         heads = values.shape[1]
         if heads < self.size:
             values = values.repeat_interleave(self.size // heads, dim=1)
@@ -129,12 +129,12 @@ def _attend_dealt(
     call: AttentionCall,
     position_ids: Tensor,
 ) -> tuple[Tensor, None]:
-    """What DeepSpeed's wrapper calls with all tokens of some heads."""
+    """The function that DeepSpeed's wrapper calls with all tokens of some heads."""
     return attend(module, replace(call, query=query, key=key, value=value)), None
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part ``i`` along the first dimension goes to rank ``i``; what comes back is ordered by the rank it comes from."""
+    """All-to-all along the first dimension: slice ``i`` goes to rank ``i``; received slices are ordered by sender."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:

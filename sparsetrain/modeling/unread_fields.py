@@ -1,6 +1,6 @@
-"""Fields of a config that change attention or logits in some families, in a family that never reads them.
+"""Find config fields that change attention or logits in some model families, but are ignored by this family.
 
-transformers keeps them and goes on without them, so the model would not be what its config says.
+Transformers keeps such fields without using them, so the model would not be what its config says.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "logit_scale": (1,),
 }
-"""Names of such fields, and the values that change nothing; null, false, 0 and what is empty change nothing either."""
+"""Names of such fields, and their neutral values; null, false, 0 and empty values are neutral too."""
 
 
 def unread_fields(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each field that asks for something that the family of a config does not do: its name, and what is wrong.
+    """Yield the name and the fault of each field that the config's family does not read.
 
     Args:
-        config: of a decoder.
-        fields: what it holds, by name.
+        config: The config of a decoder.
+        fields: Its values, by name.
     """
     if not type(config).__module__.startswith("transformers."):
-        return  # what code of its own reads is not known
+        return  # the fields that custom code reads are not known
     source = _source(Path(inspect.getfile(type(config))).parent)
     rope = getattr(config, "rope_parameters", None)
     within = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
@@ -59,13 +59,13 @@ def unread_fields(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str,
             continue
         yield (
             name,
-            f"{name}={value!r:.60} means nothing to model_type={config.model_type}, which computes without it; take it "
-            "out of the config, or correct model_type",
+            f"{name}={value!r:.60} is not used by model_type={config.model_type}; remove it "
+            "from the config, or correct model_type",
         )
 
 
 @cache
 def _source(folder: Path) -> str:
-    """The text of a family's config and model: a field that it reads is named there."""
+    """The source code of a family's config and model, which names each field that it reads."""
     files = sorted(file for kind in ("configuration", "modeling") for file in folder.glob(f"{kind}_*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files)

@@ -1,4 +1,4 @@
-"""Which files hold the weights of a checkpoint: one safetensors file, or the shards that an index names."""
+"""Find the files with the weights of a checkpoint: one safetensors file, or the shards that an index lists."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.side_files import read_object
 
 WEIGHTS_FIELD = "transformers_weights"
-"""Field of a config that names the file of its weights."""
+"""The config field that names the weights file."""
 
 
 def locate(path: str, file: str, hub: Mapping[str, Any]) -> Path | None:
-    """Where a file of a checkpoint lies, local or on the Hub; None where there is none, which its reader tells."""
+    """The local path of a checkpoint's file, downloaded from the Hub if needed; None if it does not exist."""
     quiet = dict.fromkeys((f"_raise_exceptions_for_{what}" for what in ("missing_entries", "connection_errors")), False)
     found = cached_file(path, file, **quiet, **hub)
     return None if found is None else Path(found)
@@ -27,19 +27,19 @@ def locate(path: str, file: str, hub: Mapping[str, Any]) -> Path | None:
 def weight_files(
     path: str, hub: Mapping[str, Any], weights: object = None, variant: str | None = None
 ) -> list[str] | None:
-    """The names of the safetensors files that transformers reads the weights of a checkpoint from.
+    """The names of the safetensors files from which transformers reads the weights of a checkpoint.
 
     Args:
-        path: a folder or a Hub id.
-        hub: where to find the files (``revision``, ``subfolder``, ...).
-        weights: the config's ``transformers_weights``, if it has one.
-        variant: as transformers takes it.
+        path: A folder or a Hub id.
+        hub: Where to find the files (``revision``, ``subfolder``, ...).
+        weights: The config's ``transformers_weights``, if it has this field.
+        variant: The ``variant`` argument of transformers.
 
     Returns:
-        None if there is neither such a file nor an index.
+        The file names; None if there is neither such a file nor an index.
 
     Raises:
-        ModelError: the index is damaged, or leads to anything but safetensors within the checkpoint.
+        ModelError: The index is damaged, or points to anything but safetensors files within the checkpoint.
     """
     infix = "" if variant is None else f".{variant}"
     whole, index = (
@@ -61,24 +61,24 @@ def weight_files(
 
 
 def _read_index(file: Path, what: str) -> dict[str, str]:
-    """In which file of its folder each tensor lies, as an index says."""
+    """Read an index: a mapping from each tensor's name to its file."""
     content = read_object(file)
     shards = content.get("weight_map")
     if not isinstance(shards, dict):
-        raise ModelError(f"{what} has no weight_map, which says where each tensor lies")
+        raise ModelError(f"{what} has no weight_map, the mapping from tensors to files")
     for tensor, shard in shards.items():
         if not isinstance(shard, str) or not (_is_inside(shard) and shard.endswith(".safetensors")):
             raise ModelError(
-                f"{what} leads {tensor:.100} to {shard!r:.100}, which is no safetensors file in it; nothing else is "
+                f"{what} maps {tensor:.100} to {shard!r:.100}, which is not a safetensors file in it; nothing else is "
                 "read (a pickle may run code)"
             )
     if not isinstance(about := content.get("metadata"), dict):
-        raise ModelError(f"{what}: metadata={about!r:.60}, and transformers reads a mapping there")
+        raise ModelError(f"{what}: metadata={about!r:.60}, but transformers expects a mapping")
     return shards
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
-    """The shapes of the tensors in safetensors files, by name; nothing is read but their headers."""
+    """The shapes of the tensors in safetensors files, by name; only the headers are read."""
     shapes: dict[str, list[int]] = {}
     for file in files:
         with explained(f"{file} cannot be read"), safe_open(file, framework="pt") as weights:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: read, and compared with what the model needs. Nothing is made up where they lack."""
+"""Load the weights of a checkpoint and check that they are exactly those of the model; none are initialised instead."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from sparsetrain.modeling.quantized import check_packed, finish_unpacking, unpac
 from sparsetrain.modeling.weight_files import WEIGHTS_FIELD, locate, stored_shapes, weight_files
 
 NAMED = 3
-"""How many tensors a message names."""
+"""The number of tensors that a message names."""
 
 ROWS = 8192
-"""Of two tensors that are compared at a time."""
+"""Number of elements of two tensors compared at once."""
 
 
 def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) -> PreTrainedModel:
-    """A model with the weights of its checkpoint, all of them and nothing else in their place.
+    """Load a model with all weights of its checkpoint; missing weights are an error.
 
     Args:
-        field: what to call the model in an error.
-        cut: whether the model is meant to have fewer layers than its checkpoint.
-        options: of ``AutoModelForCausalLM.from_pretrained``, with the config.
+        field: The name of the setting in error messages.
+        cut: Whether the model is meant to have fewer layers than its checkpoint.
+        options: Options of ``AutoModelForCausalLM.from_pretrained``, including the config.
 
     Raises:
-        ModelError: a file cannot be read or is no safetensors, a tensor is missing, of another shape or not finite, the
-            config ties embeddings that the checkpoint holds twice, or the weights are packed and cannot be unpacked.
+        ModelError: A file cannot be read or is not safetensors; a tensor is missing, has another shape or is not
+            finite; the config ties embeddings that the checkpoint stores twice; or packed weights cannot be unpacked.
     """
     what = f"{field}={path!r}"
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     if not options["use_safetensors"]:
-        raise ModelError("use_safetensors=False: weights are read from safetensors alone; leave it out")
+        raise ModelError("use_safetensors=False: weights are read only from safetensors; leave it out")
     config = options["config"] = copy.deepcopy(options["config"])
     hub = {name: options[name] for name in HUB_ARGUMENTS & options.keys()}
     with explained(f"{what} cannot be loaded", remedy(field, path)):
@@ -53,7 +53,7 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
         if packed:
             check_packed(config, stored_shapes(_located(path, files, hub)), what)
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(config):
-        # Told of what does not fit, not stopped by it: its own error names no tensor.
+        # Mismatches are reported below: the error of transformers names no tensor.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     model, info = loaded
@@ -69,17 +69,18 @@ def load_weights(path: str, field: str, *, cut: bool = False, **options: Any) ->
 
 
 def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: Any, *, cut: bool = False) -> None:
-    """Compare what the files of a local folder say they hold with what the model of a config needs; nothing is read
-    but their headers, and an output head beside an embedding that is said to be the same.
+    """Compare the tensors in a local folder's files with those that the config's model needs.
+
+    Only headers are read, and an output head next to an embedding to which it should be tied.
 
     Args:
-        field: what to call the model in an error.
-        kind: the class of the model.
-        cut: whether the model is meant to have fewer layers than its checkpoint.
+        field: The name of the setting in error messages.
+        kind: The class of the model.
+        cut: Whether the model is meant to have fewer layers than its checkpoint.
 
     Raises:
-        ModelError: a file is not whole or no safetensors, a tensor is missing or of another shape, or it is packed,
-            tied or plain against what the config says.
+        ModelError: A file is incomplete or not safetensors; a tensor is missing or has another shape; or packing or
+            tying differs from the config.
     """
     what, config = f"{field}={path!r}", copy.deepcopy(config)
     with explained(f"{what} cannot be loaded", remedy(field, path)):
@@ -90,7 +91,7 @@ def check_headers(path: str, field: str, kind: type[PreTrainedModel], config: An
     shapes = stored_shapes(files)
     if packed:
         check_packed(config, shapes, what)
-        return  # what is packed has other shapes
+        return  # packed weights have other shapes
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     with explained(f"{what} cannot be loaded", remedy(field, path)), _expecting_new_modules(config), _no_reports():
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
@@ -107,7 +108,7 @@ def _located(path: str, files: Iterable[str], hub: Mapping[str, Any]) -> list[Pa
 
 
 def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, *, cut: bool) -> None:
-    """Refuse a model some of whose weights were not in its checkpoint as they should be."""
+    """Refuse a model if weights were missing in its checkpoint, had other shapes or were unexpected."""
     name = type(model).__name__
     unexpected = without_scales(info["unexpected_keys"], what)
     if missing := sorted(info["missing_keys"]):
@@ -125,19 +126,22 @@ def _check_complete(model: PreTrainedModel, info: Mapping[str, Any], what: str, 
             f"not have: {_some(left)}"
         )
     if left := _beside_weights(model, unexpected):
-        raise ModelError(f"{what} holds {len(left)} weights that the config of {name} leaves out: {_some(left)}")
+        raise ModelError(f"{what} holds {len(left)} weights that {name} with this config does not have: {_some(left)}")
 
 
 def read_tensors(
     path: str, names: Collection[str], hub: Mapping[str, Any], weights: object = None
 ) -> dict[str, torch.Tensor]:
-    """Those of the tensors that a checkpoint holds, local or on the Hub, in one safetensors file or in several.
+    """Read those of the named tensors that a checkpoint (a local folder or a Hub id) holds.
 
     Args:
-        weights: the config's ``transformers_weights``, if it has one.
+        weights: The config's ``transformers_weights``, if it has this field.
+
+    Returns:
+        The tensors by name, each in the shape ``[...]`` and dtype in which it is stored.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: A file cannot be read.
     """
     found: dict[str, torch.Tensor] = {}
     with explained(f"cannot read the weights in {path}"):
@@ -149,7 +153,7 @@ def read_tensors(
 
 @contextmanager
 def _expecting_new_modules(model_config: Any) -> Iterator[None]:
-    """Keep transformers from reporting what methods add to a model as unexpected: it is read afterwards."""
+    """Keep transformers from reporting the weights of added modules as unexpected: they are read afterwards."""
     record: Any = getattr(model_config, "sparsetrain", None)
     section = record.get("attention") if isinstance(record, dict) else None
     recorded = config_or_none(section.get("method")) if isinstance(section, dict) else None
@@ -165,7 +169,7 @@ def _expecting_new_modules(model_config: Any) -> Iterator[None]:
 
 @contextmanager
 def _no_reports() -> Iterator[None]:
-    """Keep transformers from printing a table of what did not fit: no weights are read yet, and it names no file."""
+    """Keep transformers from printing its table of mismatches: no weights are read yet, and it names no file."""
     former = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -175,19 +179,19 @@ def _no_reports() -> Iterator[None]:
 
 
 def _of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """What is like the weights of the model's layers, and of a layer beyond them: a config that does not belong."""
+    """Unexpected weights of layers beyond the model's last: a sign that the config belongs to another model."""
     layers = {re.sub(r"\.\d+\.", ".N.", name, count=1) for name in model.state_dict() if re.search(r"\.\d+\.", name)}
     return sorted(name for name in unexpected if re.sub(r"\.\d+\.", ".N.", name, count=1) in layers)
 
 
 def _beside_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """What belongs to a module that has weights, as a bias does that the config says there is none of."""
+    """Unexpected tensors of modules that have weights, such as a bias that the config switches off."""
     owners = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     return sorted(name for name in unexpected if name.rpartition(".")[0] in owners)
 
 
 def _has_own_head(model: PreTrainedModel) -> bool:
-    """Whether a checkpoint gave a model, whose config ties them, an output head beside the embedding."""
+    """Whether a checkpoint has a separate output head although the config ties it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
     if not tied or not model._tied_weights_keys or head is None or embedding is None:
@@ -197,13 +201,13 @@ def _has_own_head(model: PreTrainedModel) -> bool:
 
 def _not_tied(what: str) -> str:
     return (
-        f"{what}: its config says tie_word_embeddings=true, and its weights hold an output head that is not the "
-        "embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
+        f"{what}: its config says tie_word_embeddings=true, but its weights hold an output head that differs from "
+        "the embedding; set tie_word_embeddings=false (model.config_overrides, or config.json)"
     )
 
 
 def _tied_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
-    """What embedding and output head are called in a checkpoint, which may put a prefix before them."""
+    """The names of the embedding and the output head in a checkpoint, which may add a prefix."""
     wanted = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     names = [name for name, weights in model.named_parameters() if any(weights is each for each in wanted)]
     endings = [".".join(name.split(".")[-2:]) for name in names]
@@ -211,7 +215,7 @@ def _tied_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
 
 
 def _differ(files: Iterable[Path], *names: str) -> bool:
-    """Whether two tensors in safetensors files are not the same; False where there are not two. Read row by row."""
+    """Whether two tensors in safetensors files differ; False unless both exist. They are read row by row."""
     found: dict[str, Any] = {}
     with ExitStack() as opened:
         for file in files:

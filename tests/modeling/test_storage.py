@@ -131,7 +131,7 @@ def test_the_two_records_of_a_folder_agree(saved):
         sparsetrain.load(folder)
     file.unlink()
     edit_record(folder, attention={"method": "power", "block": 4, "window": 2})
-    with pytest.raises(ModelError, match=r"is damaged: attention: it has no dense_layers"):
+    with pytest.raises(ModelError, match=r"is damaged: attention: the field dense_layers is missing"):
         sparsetrain.load(folder)
 
 

@@ -211,7 +211,7 @@ def test_a_memory_that_no_gpu_has_is_refused(memory, capsys):
         ("nonsense=1", "model.config_overrides.nonsense: Qwen3Config has no such field"),
         ("model_type=llama", "model.config_overrides.model_type cannot be set here"),
         ("num_attention_heads=7", "num_attention_heads"),
-        ("rope_parameters.factr=4", "'factr' is no parameter of rotary positions"),
+        ("rope_parameters.factr=4", "'factr' is not a parameter of rotary positions"),
         ("rope_theta=5e6", None),
     ],
 )

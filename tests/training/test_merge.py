@@ -91,7 +91,7 @@ def test_fp8_weights_that_end_within_a_tile_are_refused(bases):
         lambda: check_headers(str(folder), "model.path", LlamaForCausalLM, config),
     ):
         with pytest.raises(
-            ModelError, match=r"end within a tile of \[.*up_proj\.weight is .*the model that it was made"
+            ModelError, match=r"end within a tile of \[.*up_proj\.weight is .*use the original unquantised"
         ):
             check()
 
@@ -161,7 +161,7 @@ def test_a_merge_that_goes_wrong_is_refused(adapted, tmp_path, monkeypatch):
         changed(model, -1)
 
     monkeypatch.setattr(merging, "save", save_another)
-    lost = r"does not come back as it was saved: model\.layers\.0\.mlp\.up_proj\.weight is different"
+    lost = r"the reloaded merged model differs from the saved one: model\.layers\.0\.mlp\.up_proj\.weight is different"
     with pytest.raises(CheckpointError, match=lost):
         write_merged(adapters, out, None)
 
