@@ -1,7 +1,7 @@
-"""What other installed packages bring, found by their entry points: attention methods and evaluation tasks.
+"""Load attention methods and evaluation tasks of other installed packages through entry points.
 
-An entry point names a section: ``thirds = every_third:ThirdsConfig``. A package is imported when its section is used,
-so that one that is broken stops nothing else.
+An entry point names a section class: ``thirds = every_third:ThirdsConfig``. A package is imported only when its section
+is used, so that a broken package does not affect others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Installed(Generic[Kind]):
     """The sections of one entry-point group.
 
     Args:
-        group: of the entry points.
-        base: what every section is a subclass of.
-        key: the field of a section that holds its name.
-        setting: how a recipe chooses one, for messages: ``attention.method``.
-        noun: what one is.
-        error: raised where a package cannot be used.
+        group: The group of the entry points.
+        base: The base class of all sections.
+        key: The field of a section that holds its name.
+        setting: The setting of a recipe that chooses one, for messages: ``attention.method``.
+        noun: The kind of the section, for messages: ``a method``.
+        error: The error class to raise if a package cannot be used.
     """
 
     def __init__(
@@ -40,27 +40,27 @@ class Installed(Generic[Kind]):
 
     @cached_property
     def entries(self) -> dict[str, tuple[EntryPoint, ...]]:
-        """The entry points by name. More than one claim a name by mistake."""
+        """The entry points by name; several for one name are a conflict."""
         found: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=self.group):
             found.setdefault(entry.name, []).append(entry)
         return {name: tuple(found[name]) for name in sorted(found)}
 
     def package_of(self, name: str) -> str | None:
-        """The package that a name comes from, with its version; None if it is one of ours or of none."""
+        """The package of a section, with its version; None for our own sections and unknown names."""
         found = self.entries.get(name)
         return None if found is None else _package(found[0])
 
     def load(self, name: str, own: Collection[str]) -> type[Kind]:
-        """The section of an installed package.
+        """Import the section class of an installed package.
 
         Args:
-            name: a name in :attr:`entries`.
-            own: the names of our own.
+            name: A name in :attr:`entries`.
+            own: The names of our own sections.
 
         Raises:
-            SparsetrainError: the package cannot be used, or the name is taken; the message names the package and what
-                to do. It is an ``error``.
+            SparsetrainError: The package cannot be used, or the name is taken; names the package and a fix. Its class
+                is ``error``.
         """
         if name not in self._usable:
             self._usable[name] = self._load(name, own)
@@ -71,12 +71,12 @@ class Installed(Generic[Kind]):
         packages = [_package(entry) for entry in found]
         if name in own:
             raise self.error(
-                f"{self.setting}={name} is {self.noun} of sparsetrain, and {' and '.join(packages)} claims the same "
+                f"{self.setting}={name} is {self.noun} of sparsetrain, but {' and '.join(packages)} uses the same "
                 "name; uninstall the package, or rename its entry point"
             )
         if len(found) > 1:
             raise self.error(
-                f"{self.setting}={name} is claimed by {' and by '.join(packages)}; uninstall all of them but one"
+                f"{self.setting}={name} is provided by {' and by '.join(packages)}; uninstall all of them but one"
             )
         try:
             section: Any = found[0].load()
@@ -95,7 +95,7 @@ class Installed(Generic[Kind]):
 
     def _fault(self, name: str, found: object) -> str | None:
         if not (isinstance(found, type) and issubclass(found, self.base)):
-            return f"{found!r:.100} is no subclass of {self.base.__module__}.{self.base.__name__}"
+            return f"{found!r:.100} is not a subclass of {self.base.__module__}.{self.base.__name__}"
         section: Any = found
         if inspect.isabstract(section):
             return f"{section.__name__} lacks {', '.join(sorted(section.__abstractmethods__))}"

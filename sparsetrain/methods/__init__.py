@@ -1,1 +1,1 @@
-"""Attention methods, a file or a folder each: the recipe section that configures it, and the object that attends."""
+"""Attention methods, one file or folder each: the config (a recipe section) and the class that computes attention."""

@@ -1,7 +1,7 @@
-"""The seam of a method: its section of a recipe, and the object a layer calls instead of dense attention.
+"""The interface of an attention method: its config, and the object that a layer calls instead of dense attention.
 
-What a run would otherwise get silently wrong is abstract: pattern, costs, density, attention and its oracle. A class
-that names a method and lacks one of them is refused where it is defined. docs/adding-a-method.md has examples.
+Pattern, costs, density, attention and its oracle are abstract, so that no run uses a wrong default. A method class that
+lacks one of them raises when it is defined. See docs/adding-a-method.md for examples.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class DenseLayerRule(Section):
 
 
 class MethodConfig(Section, ABC):
-    """The ``attention`` section of a recipe: which method, its parameters, and which layers stay dense."""
+    """The ``attention`` section of a recipe: the method, its parameters, and the layers that stay dense."""
 
     new_modules: ClassVar[tuple[str, ...]] = ()
-    """Attribute names of the submodules :meth:`Method.attach` adds to an attention layer, which a run can train alone
-    or at a learning rate of their own, and which an adapter carries with it."""
+    """Attribute names of the submodules that :meth:`Method.attach` adds to an attention layer. A run can train only
+    these, or use a separate learning rate for them, and adapter folders include them."""
 
     method: str
     dense_layers: list[int] | DenseLayerRule = []
@@ -69,7 +69,7 @@ class MethodConfig(Section, ABC):
         """The dense layers as indices.
 
         Raises:
-            ModelError: a listed layer does not exist.
+            ModelError: A listed layer does not exist.
         """
         if isinstance(self.dense_layers, DenseLayerRule):
             return self.dense_layers.layers(num_layers)
@@ -85,50 +85,52 @@ class MethodConfig(Section, ABC):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if get_origin(cls.model_fields["method"].annotation) is Literal and cls.__abstractmethods__:
-            raise TypeError(f"{cls.__name__} names a method but lacks {', '.join(sorted(cls.__abstractmethods__))}")
+            raise TypeError(f"{cls.__name__} defines a method but lacks {', '.join(sorted(cls.__abstractmethods__))}")
 
     @abstractmethod
     def pattern(self, num_kv_heads: int = 1) -> Pattern | None:
-        """The static block pattern of this method, or None where it has none (full attention, learned selections).
+        """The static block pattern of this method; None for full attention and learned selections.
 
-        ``num_kv_heads`` matters only to patterns that differ by head (LongNet with head shifts).
+        ``num_kv_heads`` is used only by patterns that differ by head (LongNet with head shifts).
         """
 
     @abstractmethod
     def build(self, num_kv_heads: int = 1) -> Method:
-        """The object that attends for the layers using this method; ``num_kv_heads`` as in :meth:`pattern`."""
+        """Create the object that computes attention for the layers; ``num_kv_heads`` as in :meth:`pattern`."""
 
     @abstractmethod
     def costs(self, shape: LayerShape) -> AttentionCosts:
-        """What ``sparsetrain plan`` counts of one layer in training."""
+        """The costs of one layer in training, for ``sparsetrain plan``."""
 
     def pattern_drawn(self, length: int, num_kv_heads: int = 1) -> Pattern | None:
-        """The pattern that pictures of ``length`` tokens show; None where there is none to draw."""
+        """The pattern to draw for ``length`` tokens; None if there is none."""
         return self.pattern(num_kv_heads)
 
     @property
     def waits_for_fit(self) -> bool:
-        """Layers have weights that are fitted to text before step 1 (:meth:`Method.fit`)."""
+        """Whether layers have weights that are fitted to text before step 1 (:meth:`Method.fit`)."""
         return False
 
     def settled(self) -> Self:
-        """This config as it is at the end of its schedule over the steps of a run."""
+        """This config at the end of its schedule over the steps of a run."""
         return self
 
     def heads_fault(self, num_kv_heads: int) -> str | None:
-        """Why ranks cannot share out a layer's heads (``sequence.parallel``), and what to set; None if they can."""
+        """The reason why a layer's heads cannot be divided among ranks (``sequence.parallel``), with a fix; None if
+        they can."""
         pattern = self.pattern(num_kv_heads)
         if pattern is None or not pattern.per_head:
             return None
         return f"attention.method={self.method} gives each head its own pattern by its number in the model; set it to 1"
 
     def training_fault(self) -> str | None:
-        """Why a run cannot train the new modules alone, and what to set (``train.parameters: new_modules``)."""
+        """The reason why a run cannot train only the new modules (``train.parameters: new_modules``), with a fix; None
+        if it can."""
         return None
 
 
 class Expected(NamedTuple):
-    """What a layer should have answered at some rows of a packed row."""
+    """The expected output of a layer at some positions of a packed row."""
 
     rows: torch.Tensor
     """int64 ``[R]``."""
@@ -137,18 +139,18 @@ class Expected(NamedTuple):
 
 
 class Method(ABC):
-    """How one method attends. Built once a model from its config and shared by all the layers that use it."""
+    """The attention of one method. Built once per model from its config, and shared by all layers that use it."""
 
     dense: ClassVar[bool] = False
-    """:meth:`attend` is full attention: there is no sparse layer to check before step 1."""
+    """Whether :meth:`attend` is full attention, so that there is no sparse layer to check before step 1."""
 
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
-    """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and :meth:`attend` takes: tensors
-    ``[B, heads, N]``, one value a token of the call."""
+    """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and that :meth:`attend` takes:
+    tensors ``[B, heads, N]``, one value per token of the call."""
 
     selection_operations: ClassVar[frozenset[str]] = frozenset()
-    """PyTorch operations (``namespace::name``) that select what :meth:`attend` reads, whose outputs activation
-    checkpointing keeps instead of selecting again."""
+    """PyTorch operations (``namespace::name``) that select the keys :meth:`attend` reads. Activation checkpointing
+    keeps their outputs instead of recomputing them."""
 
     observing: bool = False
     """While True, a method with telemetry keeps statistics of every call of :meth:`attend` for
@@ -157,47 +159,52 @@ class Method(ABC):
     def attach(self, layer: nn.Module, layer_index: int) -> None:  # noqa: B027 (most methods need nothing)
         """Add what the method needs (submodules, forward pre-hooks) to one attention layer.
 
-        A layer that already carries it, from an earlier call, keeps its weights.
+        A layer that already has the submodules, from an earlier call, keeps their weights.
         """
 
-    def detach(self, layer: nn.Module) -> None:  # noqa: B027 (what was never attached need not go)
-        """Take away what :meth:`attach` added, before the layer takes another method.
+    def detach(self, layer: nn.Module) -> None:  # noqa: B027 (most methods attach nothing)
+        """Remove what :meth:`attach` added, before the layer gets another method.
 
-        The weights are set aside with the layer, so that attaching the method again brings them back: evaluating a
-        model dense in the middle of a run must not cost it what it has learned.
+        The weights are kept with the layer, and attaching the method again restores them: evaluating a model with dense
+        attention in the middle of a run must not lose trained weights.
         """
 
     def memory(self) -> Memory | None:
-        """The memory of one layer for generation, or None for a method that reads a cache of all keys and values."""
+        """The KV memory of one layer for generation; None for a method that uses a cache of all keys and values."""
         return None
 
     def fit(self, layer: nn.Module) -> LayerFit | None:
-        """What fits the layer's new modules to text before training; None where there is nothing to fit."""
+        """The fit of the layer's new modules to text before training; None if there is nothing to fit."""
         return None
 
     def needs_fit(self, layer: nn.Module) -> bool:
-        """The layer has weights that still wait for :meth:`fit`."""
+        """Whether the layer has weights that :meth:`fit` has not fitted yet."""
         return False
 
     def fit_tokens(self, lengths: Sequence[int]) -> int:
-        """How many tokens of a row with documents of these lengths a fit learns from."""
+        """The number of tokens that a fit can use from a row with documents of these lengths."""
         return sum(lengths)
 
     def begin_step(self, step: int, steps: int) -> None:  # noqa: B027 (most methods have no schedule)
-        """Told before every optimizer step: the 0-based ``step`` of a run of ``steps``."""
+        """Called before every optimizer step with the 0-based ``step`` of a run of ``steps``."""
 
     def observations(self) -> dict[str, float]:
-        """What was kept while :attr:`observing`, by names such as ``sparsek/kept_mass/layer_03``; then forgets it."""
+        """Return and reset the statistics kept while :attr:`observing`, by names such as
+        ``sparsek/kept_mass/layer_03``."""
         return {}
 
     def lifetimes(self) -> dict[int, torch.Tensor]:
-        """Of methods that drop keys: by layer, in how many rows each key of the last call made while :attr:`observing`
-        was read after it had left the window, int32 ``[heads, N]``. What a run draws as ``selection.png``."""
+        """Lifetimes of keys by layer, for methods that drop keys; a run draws them as ``selection.png``.
+
+        Returns:
+            For each layer, int32 ``[heads, N]``: the number of queries that read a key after it left the window, in the
+            last call made while :attr:`observing`.
+        """
         return {}
 
     @abstractmethod
     def density(self, length: int) -> float:
-        """Share of the causal pairs of ``length`` tokens that are attended."""
+        """The fraction of the causal pairs of ``length`` tokens that is attended."""
 
     @abstractmethod
     def attend(
@@ -211,14 +218,14 @@ class Method(ABC):
         """Causal attention of one layer.
 
         Args:
-            layer: the attention module that calls.
+            layer: The calling attention module.
             query: ``[B, Hq, N, D]``, rotary position already applied.
             key, value: ``[B, Hkv, M, D]``, ``M >= N`` (a KV cache holds ``M - N`` earlier keys).
-            options: always all of them. ``cu_seqlens``: int32 ``[documents + 1]`` for packed rows (``B == 1``,
+            options: All are always given. ``cu_seqlens``: int32 ``[documents + 1]`` for packed rows (``B == 1``,
                 ``M == N``), else None. ``q_start``: position of the first query among the keys; None means ``M - N``.
                 ``scale``: factor on the logits. ``softcap``: ``softcap * tanh(logits / softcap)`` or None (Gemma-2).
-                ``sink_logits``: ``[Hq]`` learned logits in the softmax denominator, or None (gpt-oss). A method with
-                :attr:`extra_inputs` takes those by name beside them.
+                ``sink_logits``: ``[Hq]`` learned logits in the softmax denominator, or None (gpt-oss). The
+                :attr:`extra_inputs` of the method are passed by name, too.
 
         Returns:
             ``[B, Hq, N, D]`` in the query's dtype.
@@ -235,19 +242,19 @@ class Method(ABC):
         document: slice,
         **options: Unpack[AttentionOptions],
     ) -> Expected:
-        """The oracle: what :meth:`attend` should have returned for one document of a packed row, in fp64.
+        """The oracle: the expected result of :meth:`attend` for one document of a packed row, in fp64.
 
-        Before step 1 every run compares its first sparse layer with this. It follows the definition of the method,
-        row by row if need be, and shares no kernel with :meth:`attend`.
+        Before step 1 every run compares its first sparse layer with it. It follows the definition of the method, row by
+        row if necessary, and shares no kernel with :meth:`attend`.
 
         Args:
             query: ``[1, Hq, N, D]``.
             key, value: ``[1, Hkv, N, D]``.
-            document: the rows of the document.
-            options: those of the call.
+            document: The positions of the document in the row.
+            options: The options of the call.
 
         Returns:
-            As many rows as are affordable, and what they should be.
+            Some positions (as many as are affordable), and the expected output there.
         """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

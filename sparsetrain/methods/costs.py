@@ -1,4 +1,4 @@
-"""What ``sparsetrain plan`` counts of a method: the rates, bytes and parameters of one layer."""
+"""The costs of a method for ``sparsetrain plan``: rates, bytes and parameters of one layer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One attention layer in training, as far as its costs depend on it."""
+    """The properties of an attention layer in training on which its costs depend."""
 
     hidden: int
-    """Width of the layer's input."""
+    """Hidden size of the layer's input."""
     heads: int
     """Query heads."""
     kv_heads: int
@@ -20,7 +20,7 @@ class LayerShape:
     tokens: int
     """Tokens of a micro batch on one rank."""
     hopper: bool
-    """The GPU runs the Hopper kernels."""
+    """Whether the GPU runs the Hopper kernels."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class AttentionRate:
     """Rates of one attention implementation at head dims 128 and 64, on one H200 in bf16."""
 
     forward: tuple[float, float]
-    """FLOP/s over the pairs that are attended, heads of 128 and of 64."""
+    """FLOP/s over the attended pairs, for head dims 128 and 64."""
     backward: tuple[float, float]
     """The same for backward, counted as 2.5 times forward."""
 
 
 @dataclass(frozen=True)
 class NewParameters:
-    """What a method adds to one layer and trains."""
+    """The trained parameters that a method adds to one layer."""
 
     matrices: int
-    """Elements of tensors with two dimensions or more, which have weight decay."""
+    """Elements of tensors with two or more dimensions, which have weight decay."""
     vectors: int
-    """Elements of the others."""
+    """Elements of tensors with one dimension, without weight decay."""
     largest: int
     """Elements of the largest tensor."""
 
@@ -50,15 +50,15 @@ NO_PARAMETERS = NewParameters(0, 0, 0)
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """One layer of a method in training. Nothing has a default but the note: a plan must not guess."""
+    """The costs of one layer of a method in training. Only the note has a default: a plan must not guess."""
 
     rate: AttentionRate
     backward_bytes: float
-    """Bytes for each token that the operation needs in backward, beyond its inputs, its output and their gradients."""
+    """Bytes per token that the operation needs in backward, besides inputs, output and their gradients."""
     saved_bytes: float
-    """Bytes for each token that it keeps for backward besides inputs, output and log-sum-exp: a selection."""
+    """Bytes per token that it saves for backward besides inputs, output and log-sum-exp, such as a selection."""
     keeps_input: bool
-    """Its new modules keep the layer's input for backward."""
+    """Whether its new modules save the layer's input for backward."""
     parameters: NewParameters
     note: str | None = None
-    """A sentence that a plan adds."""
+    """A sentence to add to the plan."""

@@ -1,4 +1,4 @@
-"""The oracle of methods whose pairs are a mask: attention with all logits in memory, in fp64."""
+"""The oracle of methods that can be written as a mask: attention with all logits in memory, in fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKED_TOKENS = 2048
-"""How far into a document the oracle goes; its mask grows with the square."""
+"""Number of tokens of a document that the oracle covers; its mask grows quadratically."""
 
 
 def expected_at_the_start(
@@ -22,14 +22,17 @@ def expected_at_the_start(
     document: slice,
     options: Mapping[str, Any],
 ) -> Expected:
-    """What a layer should have answered at the first tokens of a document.
+    """The expected output of a layer at the first tokens of a document, in fp64.
 
     Args:
-        attention: takes query, key, value, ``scale``, ``softcap`` and ``sink_logits``; returns output and log-sum-exp.
+        attention: Takes query, key, value, ``scale``, ``softcap`` and ``sink_logits``; returns output and log-sum-exp.
         query: ``[1, Hq, N, D]``.
         key, value: ``[1, Hkv, N, D]``.
-        document: the document's place among the N tokens.
-        options: of :meth:`Method.attend`.
+        document: The positions of the document among the N tokens.
+        options: The options of :meth:`Method.attend`.
+
+    Returns:
+        The positions, and the output there: fp64 ``[1, Hq, R, D]``.
     """
     import torch
 

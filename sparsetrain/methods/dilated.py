@@ -17,9 +17,9 @@ class DilatedConfig(StaticConfig):
     method: Literal["dilated"] = "dilated"
     """Dilated window."""
     window: Blocks = 10
-    """Blocks read, the query's own included."""
+    """Number of blocks read, including the query's own block."""
     dilation: Blocks = 2
-    """Distance in blocks between neighbours in the list."""
+    """Distance in blocks between neighbouring blocks that are read."""
 
     def pattern(self, num_kv_heads: int = 1) -> DilatedPattern:
         """The dilated window as block lists."""

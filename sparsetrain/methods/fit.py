@@ -1,4 +1,4 @@
-"""Weights that a method fits to text before training, in closed form, while the model attends densely."""
+"""The interface for fitting a method's weights to text before training, in closed form, with dense attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class LayerFit(ABC):
-    """The fit of one layer: it sees the layer's calls, and then writes the weights."""
+    """The fit of one layer: it collects the layer's calls, and then writes the weights."""
 
     @abstractmethod
     def add(
@@ -22,19 +22,19 @@ class LayerFit(ABC):
         value: torch.Tensor,
         **options: Unpack[AttentionOptions],
     ) -> None:
-        """Take in one call of the layer, which attends densely meanwhile.
+        """Add one call of the layer, which uses dense attention during the fit.
 
         Args:
-            hidden: the layer's input ``[B, N, width]``.
+            hidden: The layer's input ``[B, N, hidden_size]``.
             query: ``[B, Hq, N, D]``.
             key, value: ``[B, Hkv, N, D]``.
-            options: as in :meth:`~sparsetrain.methods.base.Method.attend`.
+            options: As in :meth:`~sparsetrain.methods.base.Method.attend`.
         """
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what was found into the layer's modules.
+        """Solve the fit and write the weights into the layer's modules.
 
         Raises:
-            ModelError: the calls told too little.
+            ModelError: The calls have too few usable tokens.
         """

@@ -1,4 +1,4 @@
-"""Full causal attention: the control every sparse run is compared with, on the same training path."""
+"""Full causal attention: the baseline of every sparse run, on the same training path."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class FullConfig(MethodConfig):
         return FullMethod()
 
     def costs(self, shape: LayerShape) -> AttentionCosts:
-        """Those of cuDNN's kernels."""
+        """The costs of cuDNN's kernels."""
         return AttentionCosts(RATE, BYTES * shape.heads * shape.head_dim, 0.0, False, NO_PARAMETERS)
 
     def pattern_drawn(self, length: int, num_kv_heads: int = 1) -> Pattern:
-        """All earlier blocks, about 64 of them."""
+        """All earlier blocks, with a block size that gives about 64 blocks."""
         from sparsetrain.patterns import FullPattern
 
         return FullPattern(block=max(1, length // 64))
@@ -80,7 +80,10 @@ class FullMethod(Method):
         document: slice,
         **options: Unpack[AttentionOptions],
     ) -> Expected:
-        """See :meth:`Method.expected`: with a mask over all pairs, at the first tokens of the document."""
+        """See :meth:`Method.expected`: a causal mask over all pairs, at the first tokens of the document.
+
+        ``query`` ``[1, Hq, N, D]``; ``key``, ``value`` ``[1, Hkv, N, D]``; fp64 output ``[1, Hq, R, D]``.
+        """
         from sparsetrain_kernels import causal_attention_dense
 
         return expected_at_the_start(causal_attention_dense, query, key, value, document, options)

@@ -1,4 +1,4 @@
-"""LongNet's dilated segments (2307.02486), as configured in 2503.03588 (appendix D) or with its per-head shifts."""
+"""LongNet's dilated segments (2307.02486), as configured in 2503.03588 (appendix D), or with per-head shifts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Segment = tuple[Blocks, Blocks]
 
 MOST_LISTED = 2**22
-"""Entries of the lists of all blocks until they repeat."""
+"""Limit on the number of list entries over all blocks of one period of the pattern."""
 
 
 class LongNetConfig(StaticConfig):
@@ -52,13 +52,13 @@ class LongNetConfig(StaticConfig):
         most = MOST_LISTED // 32 if self.head_shift else MOST_LISTED  # a list for each head
         if listed > most:
             raise ValueError(
-                f"segments: together they repeat only every {period:,} blocks, so that lists of {listed:,} blocks "
-                f"would be made, and {most:,} is the most; choose shorter segments, or numbers that divide one another"
+                f"segments: the pattern repeats only every {period:,} blocks, which needs lists of {listed:,} blocks, "
+                f"and the limit is {most:,}; choose shorter segments, or lengths and rates that divide one another"
             )
         return self
 
     def pattern(self, num_kv_heads: int = 1) -> LongNetPattern:
-        """The segments as block lists, one list a head with ``head_shift``."""
+        """The segments as block lists, one list per head with ``head_shift``."""
         from sparsetrain.patterns import LongNetPattern
 
         return LongNetPattern(

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 class PowerConfig(StaticConfig):
     """Each block reads its window, the sinks, and the blocks at power-of-two distances (Algorithm 1).
 
-    The blocks read grow by one with every doubling of the length, and after ``log2`` as many layers as there are blocks
-    every token has reached the last one.
+    Each doubling of the length adds one block to read. After ``log2(blocks)`` layers, information from every token has
+    reached the last block.
     """
 
     method: Literal["power"] = "power"
     """PowerAttention."""
     window: Blocks = 5
-    """Blocks in the local window, the query's own included."""
+    """Blocks in the local window, including the query's own block."""
     sinks: BlocksOrNone = 1
     """Blocks at the start of each document that every query reads."""
 

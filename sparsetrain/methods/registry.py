@@ -1,4 +1,4 @@
-"""The methods there are: ours, one line each, and those of installed packages. Importing it loads no torch."""
+"""The registry of attention methods: ours, one line each, and those of installed packages. It does not import torch."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ CONFIGS: tuple[type[MethodConfig], ...] = (
     LongNetConfig,
     SparseKConfig,
 )
-"""A new method of ours is a file beside this one and a line here."""
+"""The configs of our methods. A new method is a file in this folder and a line here."""
 
 METHODS: dict[str, type[MethodConfig]] = {config.model_fields["method"].default: config for config in CONFIGS}
 """The config of each of our methods by name."""
 
 
 def method_names() -> list[str]:
-    """All names that ``attention.method`` may have, of installed packages too, which are not imported for this."""
+    """All valid values of ``attention.method``, including those of installed packages, which are not imported."""
     return list(dict.fromkeys((*METHODS, *INSTALLED.entries)))
 
 
 def find_config(name: str) -> type[MethodConfig]:
-    """The config of a method.
+    """The config class of a method.
 
     Raises:
-        ModelError: there is none of that name, or its package cannot be used.
+        ModelError: There is no such method, or its package cannot be used.
     """
     if name in INSTALLED.entries:
         return INSTALLED.load(name, tuple(METHODS))
@@ -55,7 +55,7 @@ def find_config(name: str) -> type[MethodConfig]:
 
 
 def config_or_none(name: Any) -> type[MethodConfig] | None:
-    """:func:`find_config`, None where that raises, and for what is no name."""
+    """:func:`find_config`, but None if that raises or ``name`` is not a string."""
     if not isinstance(name, str) or name not in method_names():
         return None
     try:
@@ -68,15 +68,15 @@ def parse_attention(attention: Mapping[str, Any] | MethodConfig, *, strict: bool
     """The typed config of an ``attention`` mapping such as ``{"method": "power", "block": 256}``.
 
     Args:
-        strict: take values as JSON has them: ``"4"`` is no number, and ``true`` is not 1.
+        strict: Do not convert types: ``"4"`` is not a number, and ``true`` is not 1.
 
     Raises:
-        ModelError: no method, an unknown one, or a parameter that is unknown or out of range.
+        ModelError: The method is missing or unknown, or a parameter is unknown or out of range.
     """
     if isinstance(attention, MethodConfig):
         return attention
     if not isinstance(attention, Mapping):
-        raise ModelError(f"attention={attention!r} is no mapping such as {{'method': 'power', 'block': 256}}")
+        raise ModelError(f"attention={attention!r} is not a mapping such as {{'method': 'power', 'block': 256}}")
     method = attention.get("method")
     if not isinstance(method, str):
         raise ModelError(f"attention.method: {_unknown(method, method_names())}")
@@ -91,10 +91,10 @@ def parse_attention(attention: Mapping[str, Any] | MethodConfig, *, strict: bool
 
 
 class _AnyMethod:
-    """Validates a section by the config that its ``method`` names.
+    """Validates an ``attention`` section with the config class of its ``method``.
 
-    Ours are a tagged union. Everything else has one tag: an installed package's method, imported on this occasion, or
-    what there is no config for.
+    Our methods are a tagged union. All other values share one tag: methods of installed packages, which are imported
+    here, and unknown methods.
     """
 
     ELSE = "another method"
@@ -152,7 +152,7 @@ class _AnyMethod:
 
 
 AttentionConfig = Annotated[MethodConfig, _AnyMethod]
-"""The ``attention`` section of a recipe: the field ``method`` decides which of the configs it is."""
+"""The ``attention`` section of a recipe; its field ``method`` selects the config class."""
 
 
 def _explain(problem: Any, config: type[MethodConfig]) -> str:

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class SlidingConfig(StaticConfig):
-    """Each block reads its window and the sinks; information travels ``window - 1`` blocks a layer."""
+    """Each block reads its window and the sinks; information moves at most ``window - 1`` blocks per layer."""
 
     method: Literal["sliding"] = "sliding"
     """Sliding window with sinks."""
     window: Blocks = 9
-    """Blocks in the local window, the query's own included."""
+    """Blocks in the local window, including the query's own block."""
     sinks: BlocksOrNone = 1
     """Blocks at the start of each document that every query reads."""
 

@@ -1,4 +1,4 @@
-"""What the static patterns share: attention over lists of key blocks that depend on the positions alone."""
+"""The base of static patterns: attention over lists of key blocks that depend only on positions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ TRITON_RATE = AttentionRate(forward=(374e12, 278e12), backward=(279e12, 255e12))
 """The plain Triton kernels on the same problem: 15.4 ms forward, 66.5 both; heads of 64 scaled as HOPPER_RATE."""
 
 BYTES = 32.0
-"""Bytes for each token and query head: 128 MiB for 131,072 tokens of 32 heads, at every length."""
+"""Bytes per token and query head: 128 MiB for 131,072 tokens of 32 heads, at every length."""
 
 HOPPER_SUMS = (4.0, 2.0**31)
-"""Bytes for each element of the queries that the Hopper kernels add up in backward, heads of 128; and at most."""
+"""Bytes per query element that the Hopper kernels need to accumulate gradients in backward (head dim 128), and the
+maximum in total."""
 
 
 class StaticConfig(MethodConfig):
@@ -41,14 +42,14 @@ class StaticConfig(MethodConfig):
 
     @abstractmethod
     def pattern(self, num_kv_heads: int = 1) -> Pattern:
-        """The blocks each query block reads."""
+        """The block pattern: the key blocks that each query block reads."""
 
     def build(self, num_kv_heads: int = 1) -> StaticMethod:
-        """The method that attends along :meth:`pattern`."""
+        """The method object for :meth:`pattern`."""
         return StaticMethod(self.pattern(num_kv_heads))
 
     def costs(self, shape: LayerShape) -> AttentionCosts:
-        """Those of the block pattern kernels, whatever the pattern: its density is counted apart."""
+        """The costs of the block pattern kernels, which do not depend on the pattern; density is counted separately."""
         each, most = HOPPER_SUMS
         sums = 0.0
         if shape.hopper and shape.head_dim == 128:
@@ -64,7 +65,7 @@ class StaticMethod(Method):
         self.pattern = pattern
 
     def density(self, length: int) -> float:
-        """Share of the causal pairs of ``length`` tokens that are attended, averaged over the heads."""
+        """The fraction of the causal pairs of ``length`` tokens that is attended, averaged over the heads."""
         return sum(self.pattern.density(length, head) for head in self.pattern.heads) / len(self.pattern.heads)
 
     def attend(
@@ -90,7 +91,10 @@ class StaticMethod(Method):
         document: slice,
         **options: Unpack[AttentionOptions],
     ) -> Expected:
-        """See :meth:`Method.expected`: the pattern as a mask, at the first tokens of the document."""
+        """See :meth:`Method.expected`: the pattern as a mask, at the first tokens of the document.
+
+        ``query`` ``[1, Hq, N, D]``; ``key``, ``value`` ``[1, Hkv, N, D]``; fp64 output ``[1, Hq, R, D]``.
+        """
         from sparsetrain_kernels import block_pattern_attention_dense
 
         return expected_at_the_start(

@@ -17,14 +17,14 @@ class StrideConfig(StaticConfig):
     method: Literal["stride"] = "stride"
     """Strided slash."""
     window: Blocks = 6
-    """Blocks in the local window, the query's own included."""
+    """Blocks in the local window, including the query's own block."""
     sinks: BlocksOrNone = 1
     """Blocks at the start of each document that every query reads."""
     stride: Blocks = 32
-    """Distance in blocks between the slashes: the blocks at distance ``stride``, ``2 * stride``, ... are read."""
+    """Distance in blocks between the diagonals: the blocks at distance ``stride``, ``2 * stride``, ... are read."""
 
     def pattern(self, num_kv_heads: int = 1) -> StridePattern:
-        """The window, the slashes and the sinks as block lists."""
+        """The window, the diagonals and the sinks as block lists."""
         from sparsetrain.patterns import StridePattern
 
         return StridePattern(block=self.block, window=self.window, sinks=self.sinks, stride=self.stride)

@@ -221,11 +221,11 @@ def test_it_is_planned_described_and_in_the_schema(environment, runs):
     [
         ("gone", "comes from the package no-good 2.0, which cannot be used: ModuleNotFoundError: No module named"),
         ("leaves", "comes from the package no-good 2.0, which cannot be used: SystemExit: 5. Repair or reinstall"),
-        ("number", "no subclass of sparsetrain.methods.base.MethodConfig"),
+        ("number", "not a subclass of sparsetrain.methods.base.MethodConfig"),
         ("other", "its entry point is named other, but ThirdsConfig.method is 'thirds'"),
-        ("partial", "PartialConfig names a method but lacks build, costs"),
-        ("twice", "is claimed by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
-        ("sliding", "is a method of sparsetrain, and no-good 2.0 claims the same name; uninstall the package"),
+        ("partial", "PartialConfig defines a method but lacks build, costs"),
+        ("twice", "is provided by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
+        ("sliding", "is a method of sparsetrain, but no-good 2.0 uses the same name; uninstall the package"),
     ],
 )
 def test_a_package_that_cannot_be_used_is_named(refusals, method, message):
@@ -280,10 +280,10 @@ def test_an_installed_task_is_measured_in_a_run_and_by_the_command(environment, 
     [
         ("absent", "task=absent comes from the package no-good 2.0, which cannot be used: ModuleNotFoundError"),
         ("failing", "which cannot be used: SystemExit: 5. Repair or reinstall the package, or choose another"),
-        ("method", "is no subclass of sparsetrain.evaluation.base.TaskSection"),
+        ("method", "is not a subclass of sparsetrain.evaluation.base.TaskSection"),
         ("renamed", "its entry point is named renamed, but EchoesSection.task is 'echoes'; they must be equal"),
-        ("shared", "is claimed by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
-        ("recall", "is an evaluation task of sparsetrain, and no-good 2.0 claims the same name; uninstall the"),
+        ("shared", "is provided by no-good 2.0 and by rival 3.0; uninstall all of them but one"),
+        ("recall", "is an evaluation task of sparsetrain, but no-good 2.0 uses the same name; uninstall the"),
         ("echo", "there is no 'echo'; did you mean echoes?"),
     ],
 )

@@ -97,7 +97,7 @@ def test_mistakes_are_explained(section, message):
 
 @pytest.mark.parametrize("section", [None, "sparsek"])
 def test_what_is_no_mapping_is_told_so(section):
-    with pytest.raises(ModelError, match="is no mapping such as"):
+    with pytest.raises(ModelError, match="is not a mapping such as"):
         parse_attention(section)
 
 

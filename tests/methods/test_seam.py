@@ -42,7 +42,7 @@ def test_the_oracle_is_what_a_layer_answers(method):
 
 
 def test_a_config_without_costs_is_refused_where_it_is_defined():
-    with pytest.raises(TypeError, match="NoCosts names a method but lacks build, costs"):
+    with pytest.raises(TypeError, match="NoCosts defines a method but lacks build, costs"):
 
         class NoCosts(MethodConfig):
             method: Literal["none"] = "none"

@@ -92,5 +92,5 @@ def test_a_calibrated_model_survives_saving_and_other_methods(tiny, tokens, tmp_
 def test_what_cannot_be_calibrated_is_refused(tiny, tokens):
     with pytest.raises(ModelError, match="no modules to fit to text"):
         fit_method(sparsify(tiny("llama"), {"method": "full"}), [])
-    with pytest.raises(ModelError, match="give longer ones"):
+    with pytest.raises(ModelError, match="use longer documents"):
         fit_method(sparsify(tiny("llama"), SPARSEK), [{"input_ids": tokens(20)}])

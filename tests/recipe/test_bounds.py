@@ -81,7 +81,7 @@ def test_blocks_too_many_to_list_are_refused(refuse, minimal, within):
 
 def test_segments_that_never_repeat_are_refused(refuse, minimal, within):
     message = refuse(minimal, "attention={method: longnet, segments: [[1021, 1], [1019, 1], [1013, 1]]}")
-    assert "attention: segments: together they repeat only every 1,053," in message
+    assert "attention: segments: the pattern repeats only every 1,053," in message
 
 
 def test_long_runs_are_legitimate_and_answered_at_once(minimal, tmp_path, capsys, within):

@@ -91,7 +91,7 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         (["train.new_modules_lr=1"], "attention.method=power adds none; set it to null"),
         (
             ["attention={method: sparsek, scorer: frozen}", "train.parameters=new_modules"],
-            "train.parameters: new_modules trains the scorers alone, and with attention.scorer=frozen nothing trains",
+            "train.parameters: new_modules trains only the scorers, but with attention.scorer=frozen they are not",
         ),
         (
             ["attention={method: sparsek}", "train.parameters=new_modules", "lora={}"],

@@ -1,1 +1,1 @@
-"""SparseK attention: its config and method, the scorer and how it joins a layer, its fit, memory, costs and oracle."""
+"""SparseK attention: config, method, scorer and its installation in a layer, fit, KV memory, costs and oracle."""

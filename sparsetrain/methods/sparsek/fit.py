@@ -1,4 +1,4 @@
-"""Fit a scorer to the attention that keys really receive: ridge regression in closed form, without a gradient step."""
+"""Fit a scorer to the dense attention that keys receive, by ridge regression in closed form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparsetrain.methods.fit import LayerFit
 from sparsetrain.methods.sparsek.scorer import SparseKScorer
 
 MIN_ROWS = 32
-"""Keys that fewer queries see from behind their window tell too little."""
+"""Keys that fewer queries read from beyond their window are left out of the fit."""
 
 TILE_LOGITS = 1 << 26
-"""Logits that are formed at a time."""
+"""Number of logits computed at once."""
 
 RIDGE = 1e-2
 """Regularisation, relative to the mean variance of an input."""
@@ -28,11 +28,11 @@ class SparseKFit(LayerFit):
 
     A key's target is the logarithm of the attention it receives from beyond its window, relative to uniform attention:
     the mean over those queries of its weight times the number of keys the query sees, averaged over the query heads
-    that share a selection. That is the score it would have to have to be kept as long as it is read.
+    that share a selection. With this score a key is kept as long as it is read.
 
     Args:
-        scorer: that of the layer.
-        window, sinks: as in :class:`~sparsetrain.methods.sparsek.method.SparseKConfig`.
+        scorer: The scorer of the layer.
+        window, sinks: As in :class:`~sparsetrain.methods.sparsek.method.SparseKConfig`.
     """
 
     def __init__(self, scorer: SparseKScorer, window: int, sinks: int) -> None:
@@ -60,12 +60,12 @@ class SparseKFit(LayerFit):
         """Write the solution into the scorer.
 
         Raises:
-            ModelError: no document was longer than the window by enough.
+            ModelError: No document was sufficiently longer than the window.
         """
         if self._sums is None or self.count == 0:
             raise ModelError(
-                f"no document in the batches is longer than attention.window={self.window} by enough to tell which "
-                "keys are read from afar; give longer ones"
+                f"no document in the batches is long enough beyond attention.window={self.window} to show which "
+                "distant keys are read; use longer documents"
             )
         sum_x, sum_y, xx, xy = (total / self.count for total in self._sums)
         covariance = xx - sum_x[:, None] * sum_x
@@ -77,9 +77,9 @@ class SparseKFit(LayerFit):
 def received_attention(
     query: Tensor, key: Tensor, heads: int, window: int, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What each key receives of the attention from beyond its window, relative to uniform attention.
+    """The attention that each key receives from beyond its window, relative to uniform attention.
 
-    In tiles of queries: memory is linear in N.
+    It is computed in tiles of queries, so memory is linear in N.
 
     Returns:
         Mean over those queries ``[B, heads, N]``, fp32 (1 for uniform attention), and their number ``[N]``.

@@ -1,4 +1,4 @@
-"""How the scorer becomes a part of an attention layer, and leaves it again."""
+"""Install a SparseK scorer in an attention layer, and remove it again."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ SCORER = "sparsek_scorer"
 """Name of the scorer among the layer's submodules."""
 
 ASIDE = "sparsek_scorer_aside"
-"""Where a scorer waits while its layer attends by another method: an attribute, so that nothing trains or saves it."""
+"""Attribute that keeps a scorer while its layer uses another method, so that it is neither trained nor saved."""
 
 HOOK = "sparsek_hook"
 
 
 def attach_scorer(layer: Any, layer_index: int, spec: ScorerSpec | None) -> None:
-    """Give an attention layer a scorer, or the one back that was set aside, and score its input before each call.
+    """Add a scorer to an attention layer (a new one, or the one that was set aside) and score its input in each call.
 
-    A scorer that does not fit ``spec`` (other heads, normalisation or training, or still waiting for a fit that
-    ``spec`` does not ask for) gives way to a new one.
+    A scorer that does not match ``spec`` (heads, normalisation, training, or a pending fit that ``spec`` does not ask
+    for) is replaced by a new one.
 
     Args:
-        spec: None where scores come from no network, which only checks the layer.
+        spec: The scorer's properties; None if scores need no network, and then the layer is only checked.
 
     Raises:
-        ModelError: the layer's attention has a part SparseK does not compute, or its weights are not on a device.
+        ModelError: The layer's attention has a part that SparseK does not support, or its weights are offloaded.
     """
     _check(layer, layer_index)
     if spec is None:
@@ -46,7 +46,7 @@ def attach_scorer(layer: Any, layer_index: int, spec: ScorerSpec | None) -> None
 
 
 def detach_scorer(layer: Any) -> None:
-    """Remove the hook and set the scorer aside."""
+    """Remove the hook, and set the scorer aside for a later :func:`attach_scorer`."""
     hook = layer.__dict__.pop(HOOK, None)
     if hook is not None:
         hook.remove()
@@ -54,7 +54,7 @@ def detach_scorer(layer: Any) -> None:
 
 
 def scorer_of(layer: nn.Module) -> SparseKScorer:
-    """The scorer of a layer that has one."""
+    """The scorer of a layer (which must have one)."""
     scorer = layer.get_submodule(SCORER)
     assert isinstance(scorer, SparseKScorer)
     return scorer
@@ -63,7 +63,7 @@ def scorer_of(layer: nn.Module) -> SparseKScorer:
 def _score_input(
     names: list[str], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: the scores of the layer's input travel through its keyword arguments to its attention."""
+    """Forward pre-hook: pass the scores of the layer's input to its attention as keyword arguments."""
     arguments = dict(zip(names, args, strict=False)) | kwargs
     scorer = scorer_of(layer)
     if not scorer.ready:
@@ -80,22 +80,22 @@ def _check(layer: Any, layer_index: int) -> None:
     name, parameters = type(layer).__name__, inspect.signature(layer.forward).parameters
     for attribute, meaning in (("attn_logit_softcapping", "soft-capped logits"), ("sinks", "learned sink logits")):
         if getattr(layer, attribute, None) is not None:
-            raise ModelError(f"layer {layer_index} ({name}) has {meaning}, which SparseK attention does not compute")
+            raise ModelError(f"layer {layer_index} ({name}) has {meaning}, which SparseK attention does not support")
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if "hidden_states" not in parameters or not takes_more:
         raise ModelError(
-            f"layer {layer_index} ({name}) does not hand further arguments on to its attention, so SparseK's scores "
-            "cannot reach it"
+            f"layer {layer_index} ({name}) does not pass additional keyword arguments to its attention, which "
+            "SparseK's scores need"
         )
 
 
 def _model_weight(layer: Any, layer_index: int) -> torch.Tensor:
-    """A weight that tells device and dtype of the layer (quantised ones are not in its dtype)."""
+    """A weight with the device and dtype of the layer (quantised weights have another dtype)."""
     weights = [parameter for parameter in layer.parameters() if parameter.is_floating_point()]
-    # Where everything is made without storage nothing is offloaded.
+    # A model built on the meta device is not offloaded.
     if torch.get_default_device().type != "meta" and any(weight.is_meta for weight in layer.parameters()):
         raise ModelError(
-            f"the weights of layer {layer_index} are offloaded; load the model onto devices only (device_map) before "
-            "it takes SparseK"
+            f"the weights of layer {layer_index} are offloaded; load the model without offloading (device_map) before "
+            "using SparseK"
         )
     return weights[0] if weights else torch.empty(0, dtype=torch.bfloat16, device=next(layer.parameters()).device)

@@ -1,4 +1,4 @@
-"""SparseK attention (2406.16747): every key competes once, by a score of its own, for a fixed number of places."""
+"""SparseK attention (2406.16747): each query reads the keys with the ``topk`` largest learned scores."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from sparsetrain.methods.sparsek.memory import SparseKMemory
 
 STATISTICS = {"support": "support_size", "interior": "interior_size", "saturated": "saturated_share"}
-"""What the statistics of a selection are called in a run's metrics, where it is not their own name."""
+"""Names of selection statistics in a run's metrics, if they differ from the statistic's own name."""
 
 
 class SparseKConfig(MethodConfig):
     """Each token reads the sinks, its window, and the ``topk`` earlier tokens with the largest scores.
 
-    A score depends on its own token and what came before it, never on the query, so a token that has lost its place
-    never comes back: generation needs ``sinks + topk + window`` keys however long the text (2406.16747, 3).
+    A key's score depends on its token and the preceding ones, never on the query. A key that drops out of the top-k
+    therefore never returns, and generation needs ``sinks + topk + window`` keys for any length (2406.16747, section 3).
     """
 
     new_modules: ClassVar[tuple[str, ...]] = ("sparsek_scorer",)
@@ -41,11 +41,11 @@ class SparseKConfig(MethodConfig):
     method: Literal["sparsek"] = "sparsek"
     """SparseK."""
     topk: Tokens = 1024
-    """Earlier tokens that each token reads besides its window and the sinks: those with the largest scores."""
+    """Number of earlier tokens with the largest scores that each token reads besides its window and the sinks."""
     window: Tokens = 1024
-    """Tokens in the local window, the query's own included. A token starts to compete when it leaves the window."""
+    """Tokens in the local window, including the query's own. A token takes part in top-k once it leaves the window."""
     sinks: TokensOrNone = 4
-    """Tokens at the start of each document that every query reads; they do not compete."""
+    """Tokens at the start of each document that every query reads; they do not take part in top-k."""
     gate: Literal["value", "log", "straight"] = "value"
     """How the soft selection ``p = clip(score - threshold, 0, 1)`` reaches the output: ``value`` multiplies the values
     by it (the paper), ``log`` adds its logarithm to the logits, ``straight`` selects hard and only takes its
@@ -53,38 +53,38 @@ class SparseKConfig(MethodConfig):
     scores: Literal["head", "layer"] = "head"
     """One score and one selection for each key/value head, or one for the whole layer."""
     scorer: Literal["learned", "frozen", "detached", "random"] = "learned"
-    """Where scores come from: a linear network that is trained; the same network left as it was initialised, while what
-    it reads still learns from the selection (``frozen``) or does not (``detached``); or a hash of the position without
-    any network (``random``). The last three are the controls a trained scorer has to beat."""
+    """The source of the scores: ``learned``, a trained linear network; ``frozen``, the same network without training,
+    through which the model still gets gradients; ``detached``, without these gradients; ``random``, a hash of the
+    position without a network. The last three are baselines for a trained scorer."""
     normalize: bool = True
     """Normalise scores by the mean and variance of all scores so far in the document (timestep normalisation), with a
     learned gain: thresholds then mean the same at every length."""
     slope: Annotated[float, Field(ge=0), Bounds(1e6, "scores are fp32")] = 1e-4
-    """Added to the score for every position: newer tokens win over older ones. With ``normalize`` its unit is one
-    standard deviation of the scores: at 1e-4 a token must stand out by one more to live 10,000 tokens longer."""
+    """Added to the score per position, so that newer tokens rank higher. With ``normalize`` its unit is one standard
+    deviation of the scores: at 1e-4 a token needs one standard deviation more to be kept 10,000 tokens longer."""
     init: Literal["normal", "zeros", "attention"] | None = None
-    """How the network starts: ``normal`` (also null) at random; ``zeros`` leaves the selection to ``slope``, a longer
-    window at first; ``attention`` is fitted, in closed form and on text, to the attention that keys receive from behind
-    their window: a run does so on its first rows, elsewhere ``sparsetrain.modeling.fit_method`` does."""
+    """Initialisation of the network: ``normal`` (also null) is random; ``zeros`` leaves the selection to ``slope``, at
+    first a longer window; ``attention`` is fitted in closed form to the attention that keys receive from beyond their
+    window, on the first rows of a run, or elsewhere by ``sparsetrain.modeling.fit_method``."""
     topk_start: Tokens | None = None
-    """Start training with this many places and shrink to ``topk`` over ``topk_steps``; null = ``topk`` throughout."""
+    """Start training with this many keys and decrease to ``topk`` over ``topk_steps``; null: ``topk`` throughout."""
     topk_steps: Annotated[float, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")] | None = None
-    """Length of that warm-up: a number of steps if 1 or more, a share of all steps if below 1."""
+    """Length of that warm-up: a number of steps if 1 or more, a fraction of all steps if below 1."""
     score_buffer: Tokens | None = None
-    """Scores that generation remembers for each head, to place the threshold: tokens that lost their place still count
-    there. null = ``4 * topk``."""
+    """Number of scores per head that generation keeps to compute the threshold, which also depends on dropped tokens.
+    null: ``4 * topk``."""
 
     @model_validator(mode="after")
     def _without_contradictions(self) -> SparseKConfig:
         if self.scorer == "random":
             if self.init is not None:
-                raise ValueError(f"init={self.init} is for a network, but scorer=random has none; leave init out")
+                raise ValueError(f"init={self.init} needs a network, but scorer=random has none; leave init out")
             if not self.normalize:
-                raise ValueError("normalize=false is for a network, but scorer=random has none; leave normalize out")
+                raise ValueError("normalize=false needs a network, but scorer=random has none; leave normalize out")
         elif self.init == "zeros" and (self.slope == 0 or self.scorer != "learned"):
             raise ValueError(
                 f"init=zeros with slope={self.slope:g} and scorer={self.scorer}: every token would have the same score "
-                "and none would be selected for a reason; use init=normal or attention"
+                "and the selection would be arbitrary; use init=normal or attention"
             )
         if (self.topk_start is None) != (self.topk_steps is None):
             raise ValueError("topk_start and topk_steps belong together; give both or neither")
@@ -94,7 +94,7 @@ class SparseKConfig(MethodConfig):
             )
         if self.topk_steps is not None and self.topk_steps >= 1 and self.topk_steps != int(self.topk_steps):
             raise ValueError(
-                f"topk_steps={self.topk_steps}: 1 or more counts steps and must be whole; below 1 is a share"
+                f"topk_steps={self.topk_steps}: 1 or more is a number of steps and must be whole; below 1 is a fraction"
             )
         if self.score_buffer is not None and self.score_buffer <= self.topk:
             raise ValueError(
@@ -108,11 +108,11 @@ class SparseKConfig(MethodConfig):
         return None
 
     def build(self, num_kv_heads: int = 1) -> SparseKMethod:
-        """The method with this selection."""
+        """The method object for this config."""
         return SparseKMethod(self, num_kv_heads)
 
     def costs(self, shape: LayerShape) -> AttentionCosts:
-        """Those of the selection and of attention over it."""
+        """The costs of the selection and of attention over it."""
         warms_up = self.topk_start is not None
         return layer_costs(
             shape,
@@ -136,7 +136,7 @@ class SparseKConfig(MethodConfig):
         if self.scorer != "random":
             return None
         return (
-            "attention.scorer=random draws scores by the number of a head in the model; set it to 1, or scorer: frozen"
+            "attention.scorer=random computes scores from the head's index in the model; set it to 1, or scorer: frozen"
         )
 
     def training_fault(self) -> str | None:
@@ -144,7 +144,7 @@ class SparseKConfig(MethodConfig):
         if self.scorer == "learned":
             return None
         return (
-            f"new_modules trains the scorers alone, and with attention.scorer={self.scorer} nothing trains them; set "
+            f"new_modules trains only the scorers, but with attention.scorer={self.scorer} they are not trained; set "
             "attention.scorer: learned, or parameters: all"
         )
 
@@ -159,12 +159,12 @@ class SparseKMethod(Method):
         self.config = config
         self.score_heads = num_kv_heads if config.scores == "head" else 1
         self.training_topk = config.topk
-        """``topk`` of the step in training; evaluation and generation always use the config's."""
+        """The current ``topk`` in training; evaluation and generation always use the config's."""
         self._seen: dict[int, list[dict[str, torch.Tensor]]] = {}
         self._exits: dict[int, torch.Tensor] = {}
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Shrink the selection from ``topk_start`` to ``topk``, linearly over ``topk_steps``."""
+        """Decrease the selection from ``topk_start`` to ``topk`` linearly over ``topk_steps``."""
         start, end, length = self.config.topk_start, self.config.topk, self.config.topk_steps
         if start is None or length is None:
             return
@@ -172,8 +172,8 @@ class SparseKMethod(Method):
         self.training_topk = round(start + (end - start) * min(1.0, step / warmup))
 
     def density(self, length: int) -> float:
-        """Share of the causal pairs of ``length`` tokens that are attended: the token at position i reads
-        ``min(i + 1, sinks + topk + window)``."""
+        """The fraction of the causal pairs of ``length`` tokens that is attended: the token at position i reads
+        ``min(i + 1, sinks + topk + window)`` keys."""
         keys = self.config.sinks + self.config.topk + self.config.window
         growing = min(length, keys)
         pairs = growing * (growing + 1) // 2 + (length - growing) * keys
@@ -183,7 +183,7 @@ class SparseKMethod(Method):
         """Add the scorer to a layer, and a forward pre-hook that scores the layer's input.
 
         Raises:
-            ModelError: the layer's attention has a part that SparseK does not compute, or its weights are elsewhere.
+            ModelError: The layer's attention has a part that SparseK does not support, or its weights are offloaded.
         """
         from sparsetrain.methods.sparsek.layer import attach_scorer
         from sparsetrain.methods.sparsek.scorer import ScorerSpec
@@ -211,14 +211,17 @@ class SparseKMethod(Method):
         sparsek_gain: torch.Tensor | None = None,
         **options: Unpack[AttentionOptions],
     ) -> torch.Tensor:
-        """See :meth:`Method.attend`. ``sparsek_scores`` and ``sparsek_gain`` are what the layer's scorer returned."""
+        """See :meth:`Method.attend`; ``query`` ``[B, Hq, N, D]``; ``key``, ``value`` ``[B, Hkv, M, D]``.
+
+        ``sparsek_scores`` and ``sparsek_gain`` are the result of the layer's scorer, each ``[B, heads, N]``.
+        """
         from sparsetrain_kernels.score_placement import document_positions
 
         check_options(options)
         if key.shape[2] != query.shape[2]:
             raise ModelError(
                 f"SparseK got a cache of {key.shape[2]} keys for {query.shape[2]} queries, but no scores of the "
-                "earlier ones; let the model make its own cache, or pass an empty transformers.DynamicCache()"
+                "earlier keys; let the model create its own cache, or pass an empty transformers.DynamicCache()"
             )
         cu_seqlens = options.get("cu_seqlens")
         places = document_positions(query.shape[2], cu_seqlens, query.device)
@@ -238,7 +241,10 @@ class SparseKMethod(Method):
         sparsek_gain: torch.Tensor | None = None,
         **options: Unpack[AttentionOptions],
     ) -> Expected:
-        """See :meth:`Method.expected`: at some rows of the document, with the config's ``topk``."""
+        """See :meth:`Method.expected`: at some positions of the document, with the config's ``topk``.
+
+        ``query`` ``[1, Hq, N, D]``; ``key``, ``value`` ``[1, Hkv, N, D]``; fp64 output ``[1, Hq, R, D]``.
+        """
         from sparsetrain_kernels.score_placement import document_positions
 
         from sparsetrain.methods.sparsek.oracle import expected_rows
@@ -260,7 +266,7 @@ class SparseKMethod(Method):
         )
 
     def memory(self) -> SparseKMemory:
-        """Room for ``sinks + topk + window`` keys and values a head."""
+        """A KV memory of ``sinks + topk + window`` keys and values per head."""
         from sparsetrain.methods.sparsek.memory import SparseKMemory
         from sparsetrain.methods.sparsek.state import SparseKState
 
@@ -275,7 +281,8 @@ class SparseKMethod(Method):
         return SparseKMemory(state, config.gate, self._scores, self._select_and_attend)
 
     def fit(self, layer: nn.Module) -> LayerFit | None:
-        """Fits the scorer to the attention that keys receive from behind their window; None for ``scorer: random``."""
+        """The fit of the scorer to the attention that keys receive from beyond their window; None for
+        ``scorer: random``."""
         if self.config.scorer == "random":
             return None
         from sparsetrain.methods.sparsek.fit import SparseKFit
@@ -284,7 +291,7 @@ class SparseKMethod(Method):
         return SparseKFit(scorer_of(layer), self.config.window, self.config.sinks)
 
     def needs_fit(self, layer: nn.Module) -> bool:
-        """With ``init: attention``, until that is done or weights are loaded."""
+        """True with ``init: attention`` until the scorer is fitted or its weights are loaded."""
         if self.config.scorer == "random":
             return False
         from sparsetrain.methods.sparsek.layer import scorer_of
@@ -292,18 +299,19 @@ class SparseKMethod(Method):
         return not scorer_of(layer).ready
 
     def fit_tokens(self, lengths: Sequence[int]) -> int:
-        """Tokens that others read from behind their window."""
+        """The number of tokens that others read from beyond their window."""
         return sum(max(0, length - self.config.window) for length in lengths)
 
     def observations(self) -> dict[str, float]:
-        """What ``sparsetrain_kernels.causal_selection.topk_statistics`` tells of each layer's selections, and mean and
-        spread of its scores: means over the calls since the last time. Without the numbers a short text cannot give."""
+        """``sparsetrain_kernels.causal_selection.topk_statistics`` of each layer's selections, and mean and standard
+        deviation of its scores, averaged over the calls since the last time. Statistics that are undefined for short
+        texts are left out."""
         import torch
 
         seen, self._seen = self._seen, {}
         means = {}
         for layer, calls in sorted(seen.items()):
-            # Read from the device at once.
+            # One copy from the device for all values.
             numbers = torch.stack([number for call in calls for number in call.values()]).tolist()
             for i, name in enumerate(calls[0]):
                 mean = sum(numbers[i :: len(calls[0])]) / len(calls)
@@ -312,7 +320,7 @@ class SparseKMethod(Method):
         return means
 
     def lifetimes(self) -> dict[int, torch.Tensor]:
-        """See :meth:`Method.lifetimes`. Sinks are read to the end of their document."""
+        """See :meth:`Method.lifetimes`, int32 ``[heads, N]`` by layer. Sinks are read to the end of their document."""
         import torch
 
         found = {}
@@ -330,7 +338,7 @@ class SparseKMethod(Method):
         places: DocumentPositions,
         moments: Moments | None = None,
     ) -> tuple[torch.Tensor, Moments | None]:
-        """The scores that compete, and the moments of normalisation after them."""
+        """The normalised scores, and the moments of normalisation after the last token."""
         from sparsetrain_kernels.score_placement import place_scores
 
         from sparsetrain.methods.sparsek.scorer import hashed_scores
@@ -339,8 +347,8 @@ class SparseKMethod(Method):
             linear = hashed_scores(self.score_heads, layer.layer_idx, places, like=query)
         if linear is None:
             raise ModelError(
-                f"{type(layer).__name__} did not hand the scores of its input on to its attention; this architecture "
-                "cannot take SparseK"
+                f"{type(layer).__name__} did not pass the scores of its input to its attention; this architecture "
+                "does not support SparseK"
             )
         if self.config.scorer == "detached":
             linear = linear.detach()

@@ -1,4 +1,4 @@
-"""What a model may ask of its attention and SparseK does not compute."""
+"""Check for attention options that SparseK does not support."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sparsetrain.errors import ModelError
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of a call that would be left out.
+    """Refuse options of a call that SparseK would ignore.
 
     Raises:
-        ModelError: names the option.
+        ModelError: There is such an option; names it.
     """
     for name in ("softcap", "sink_logits"):
         if options.get(name) is not None:
-            raise ModelError(f"SparseK attention has no {name}, which this model asks for; not supported")
+            raise ModelError(f"SparseK attention does not support {name}, which this model uses")

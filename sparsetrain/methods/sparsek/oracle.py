@@ -1,4 +1,4 @@
-"""SparseK by its definition (2406.16747, 3), in fp64 and row by row: it shares no kernel with the method."""
+"""The oracle of SparseK: its definition (2406.16747, section 3) in fp64, row by row, without the method's kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsetrain.methods.base import Expected
 
 CHECKED_ROWS = 32
-"""Tokens of a document that are checked, evenly spread; each reads the whole document."""
+"""Number of evenly spaced tokens of a document that are checked; each reads the whole document."""
 
 
 def expected_rows(
@@ -24,13 +24,16 @@ def expected_rows(
     gate: str,
     scale: float,
 ) -> Expected:
-    """Who competes, the threshold, the gates, and attention over what is left.
+    """Compute candidates, threshold, gates, and attention over the selected keys.
 
     Args:
         query: ``[1, Hq, N, D]``.
         key, value: ``[1, Hkv, N, D]``.
-        scores: as the layer placed them, ``[1, Hs, N]``: rounded otherwise, two near scores could change places.
-        document: the rows of the document.
+        scores: ``[1, Hs, N]``, the layer's own: with other rounding, two close scores could swap ranks.
+        document: The positions of the document in the row.
+
+    Returns:
+        The positions, and the output there: fp64 ``[1, Hq, R, D]``.
     """
     length = document.stop - document.start
     scores = scores[0, :, document].double()
@@ -94,7 +97,7 @@ def _gates(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
 
 
 def largest(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
-    """The ``topk`` largest competing scores as a mask; of equal ones the newer wins."""
+    """The ``topk`` largest candidate scores as a mask of their shape; of equal scores the newer token is selected."""
     newest_first = scores.masked_fill(~competes, float("-inf")).flip(-1)
     rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
     return competes & (rank < topk)

@@ -1,8 +1,8 @@
-"""The scores by which tokens compete: a linear network, timestep normalisation, and a slope (2406.16747, 3).
+"""SparseK's scores: a linear network, timestep normalisation, and a slope (2406.16747, section 3).
 
-The network is a submodule of the attention layer and runs once a call, before the layer: what it returns is linear in
-the input and knows no documents. Normalisation and slope count tokens from the start of their document, so they follow
-where the documents are known, in the layer's attention.
+The network is a submodule of the attention layer and runs before the layer in each call. Its result is linear in the
+input and does not depend on documents. Normalisation and slope depend on the position in the document, so they are
+applied in the layer's attention, where documents are known.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from sparsetrain_kernels.score_placement.reference import per_head
 from torch import Tensor, nn
 
 CHUNK = 8192
-"""Tokens that are lifted to fp32 at a time."""
+"""Number of tokens converted to fp32 at once."""
 
 
 class SparseKScorer(nn.Module):
-    """One linear score a token and head, without activation or bias, and the gain of the normalisation.
+    """One linear score per token and head, without activation or bias, and the gain of the normalisation.
 
-    There is no learned offset: adding a constant to all scores of a head moves its threshold by as much and changes
+    There is no learned offset: a constant added to all scores of a head shifts its threshold equally and changes
     neither selection nor gates, so it would never get a gradient.
 
     Args:
-        width: width of the layer's input.
-        heads: scores a token: the KV heads, or 1 where they share a selection.
-        normalize: scores are normalised, so their size is a parameter of its own: the gain, which acts as an inverse
+        width: Hidden size of the layer's input.
+        heads: Scores per token: the number of KV heads, or 1 if they share a selection.
+        normalize: Whether scores are normalised. Their scale is then a separate parameter: the gain, an inverse
             temperature of the soft selection.
-        trainable: False makes the weights buffers: saved with the model, but nothing an optimizer could find.
+        trainable: False makes the weights buffers, which are saved with the model but not optimised.
     """
 
     def __init__(self, width: int, heads: int, *, normalize: bool, trainable: bool) -> None:
         super().__init__()
         self.heads, self.normalize, self.trainable = heads, normalize, trainable
         self.ready = True
-        """False while the weights still wait to be fitted (``init: attention``)."""
+        """False until the weights are fitted (``init: attention``)."""
         self.weight: Tensor
         self.gain: Tensor
         self._register("weight", torch.zeros(heads, width))
@@ -57,18 +57,17 @@ class SparseKScorer(nn.Module):
         self.ready = self.ready or f"{prefix}weight" in state_dict
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores before normalisation, and the gain at every token.
+        """Compute the scores before normalisation, and the gain at every token.
 
-        Computed in fp32 from whatever dtype the weights and inputs have, under autocast too (fp64 for fp64 inputs):
-        in bf16, tens of thousands of scores would share a few hundred values and ties would decide. An engine that
-        casts the model to bf16 stores these weights in bf16 as well; its optimizer keeps the fp32 master.
+        They are computed in fp32 for all dtypes of weights and inputs, also under autocast (fp64 for fp64 inputs): in
+        bf16, tens of thousands of scores would share a few hundred values and ties would decide. An engine that casts
+        the model to bf16 stores these weights in bf16 too; its optimizer keeps the fp32 master weights.
 
         Args:
-            hidden_states: the layer's input ``[B, N, width]``.
+            hidden_states: The layer's input ``[B, N, width]``.
 
         Returns:
-            Scores ``[B, heads, N]``, and the gain expanded to the same shape (no memory of its own) or None without
-            normalisation.
+            Scores ``[B, heads, N]``, and the gain as an expanded view of the same shape, or None without normalisation.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             scores = _WideLinear.apply(hidden_states, self.weight).transpose(1, 2)
@@ -79,23 +78,23 @@ class SparseKScorer(nn.Module):
 
 @dataclass(frozen=True)
 class ScorerSpec:
-    """What a layer's scorer has to be."""
+    """The properties of a layer's scorer."""
 
     heads: int
-    """Scores a token."""
+    """Scores per token."""
     normalize: bool
     trainable: bool
     init: Literal["normal", "zeros", "attention"] | None
-    """How it starts; None means ``normal``."""
+    """Initialisation; None means ``normal``."""
 
     def fits(self, scorer: SparseKScorer) -> bool:
-        """Whether a scorer that is there already will do."""
+        """Whether an existing scorer has these properties."""
         wanted = (self.heads, self.normalize, self.trainable)
         waits_in_vain = not scorer.ready and self.init != "attention"
         return (scorer.heads, scorer.normalize, scorer.trainable) == wanted and not waits_in_vain
 
     def build(self, width: int) -> SparseKScorer:
-        """A new scorer for inputs of ``width``."""
+        """Build a scorer for inputs of hidden size ``width``."""
         scorer = SparseKScorer(width, self.heads, normalize=self.normalize, trainable=self.trainable)
         scorer.ready = self.init != "attention"
         if self.init in (None, "normal"):
@@ -105,9 +104,9 @@ class ScorerSpec:
 
 
 class _WideLinear(torch.autograd.Function):
-    """``x @ weight.T`` in fp32 that keeps for backward only ``x`` as it came, which the layer's projections keep too.
+    """``x @ weight.T`` in fp32 that saves only the original ``x`` for backward, which the layer's projections save too.
 
-    A plain ``linear(x.float(), ...)`` would keep an fp32 copy of the input of every layer.
+    A plain ``linear(x.float(), ...)`` would save an fp32 copy of every layer's input.
     """
 
     @staticmethod
@@ -138,7 +137,7 @@ class _WideLinear(torch.autograd.Function):
 
 
 def hashed_scores(heads: int, layer_index: int, places: DocumentPositions, *, like: Tensor) -> Tensor:
-    """Scores of ``scorer: random``: standard normal numbers that depend on layer, head and position alone.
+    """Scores of ``scorer: random``: standard normal numbers that depend only on layer, head and position.
 
     Returns:
         ``[B, heads, N]`` for a batch of queries ``like`` ``[B, Hq, N, D]``, fp32 or fp64.
