@@ -1,1 +1,1 @@
-"""Training on a DeepSpeed engine: the loop, its loss, schedule, checkpoints, self-checks and tracking."""
+"""Training on a DeepSpeed engine: loop, loss, schedule, checkpoints, self-checks and tracking."""

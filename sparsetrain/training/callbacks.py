@@ -1,4 +1,4 @@
-"""What a run does between its steps: show, record, evaluate, save."""
+"""The callbacks of a run between steps: progress, metrics, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunCallbacks(Callbacks):
     evaluations: Evaluations
 
     def on_step(self, step: int, result: StepResult) -> None:
-        """Show and record a step that is logged."""
+        """Show a step and record its metrics if it is logged."""
         recipe = self.job.recipe
         if not is_logged(recipe, self.plan, step):
             return
@@ -72,7 +72,7 @@ class RunCallbacks(Callbacks):
         return self._label(step) in self.evaluations.results
 
     def evaluate_at_end(self) -> None:
-        """Measure the trained model; its last checkpoint may turn out to be the best."""
+        """Evaluate the trained model; its last checkpoint may be the best one."""
         result = self.evaluations.measure(folder.label_at_end(self.job.recipe))
         if result is None:
             return
@@ -98,7 +98,7 @@ class RunCallbacks(Callbacks):
         self.saver.keep_as_best()
 
     def save_failed(self, step: int) -> None:
-        """Tell those who watch the run that the checkpoint of ``step`` cannot be written."""
+        """Send an alert that the checkpoint of ``step`` cannot be written."""
         self.tracker.log({"checkpoint_failed": 1.0}, self.state.step)
         self.tracker.alert(
             "checkpoint failed", f"{self.job.recipe.name}: the checkpoint of step {step} cannot be written"
@@ -113,7 +113,7 @@ class RunCallbacks(Callbacks):
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak bytes of this process: on the device, or resident in host memory where there is none."""
+    """Peak memory of this process in bytes: on the device, or resident in host memory without a device."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,4 +1,4 @@
-"""What the recipe of a resumed run may change: nothing that decides what its checkpoint means."""
+"""Which settings of a recipe may change when a run is resumed: none on which the meaning of its checkpoint depends."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 
 FREE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every", "data.num_workers")
-"""Decides nothing about the weights."""
+"""Settings without influence on the weights."""
 MICRO_BATCH = "train.micro_batch"
-"""Decides more where routers add a balance loss: that of a micro batch is no mean over its tokens."""
+"""Settings that also matter if routers add a balance loss, which is not a mean over tokens of a micro batch."""
 ROUNDING_ALONE = (
     "deepspeed",
     "sequence.parallel",
     MICRO_BATCH,
-    "train.global_batch",  # said another way, or said at last: its rows are compared with those of the checkpoint
+    "train.global_batch",  # may be written in another unit; the number of rows is compared with the checkpoint's
     "train.activation_checkpointing",
     "train.offload_activations",
     "train.mlp_chunk",
     "train.loss_chunk",
     "train.liger",
 )
-"""Decides them by rounding alone, as other devices need: how the batch is cut and where things are kept."""
+"""Settings that change the weights only by rounding, such as the micro batch and offloading."""
 FROM_HERE_ON = (
     "train.lr",
     "train.new_modules_lr",
@@ -38,21 +38,21 @@ FROM_HERE_ON = (
     "data.on_malformed",
     MICRO_BATCH,
 )
-"""Steers the steps to come, and is recorded."""
+"""Settings of future steps; changes are recorded."""
 SOURCE = re.compile(r"data\.sources\.(\d+)\.(\w+)")
 WHERE_ROWS_ARE = ("path", "subset", "revision", "split", "form")
-"""Of a source, beside the names of its columns. The tokens that come of it are compared."""
+"""Settings of a source that may change, besides its column names. The resulting tokens are compared."""
 
 REASONS = (
     (("model.", "attention.", "lora", "train.parameters"), "the weights of the checkpoint belong to it"),
-    (("data.", "sequence.", "train.seed"), "the position in the data stands for other rows"),
+    (("data.", "sequence.", "train.seed"), "the saved position in the data would mean other rows"),
     (
         ("train.schedule", "train.min_lr_ratio", "train.warmup"),
-        "it shaped the rate of the steps that were taken; train.lr may change instead",
+        "it determined the learning rate of earlier steps; change train.lr instead",
     ),
-    (("train.optimizer", "train.max_grad_norm"), "the optimizer's state was made with it"),
+    (("train.optimizer", "train.max_grad_norm"), "the optimizer's state depends on it"),
 )
-"""Why the rest must stay, by how its keys begin."""
+"""Reasons why other settings must not change, by prefix of the key."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Change:
         return f"{self.key}: {self.before!r} -> {self.after!r}"
 
     def at(self, step: int) -> dict[str, Any]:
-        """The line of the history of a run that goes on from ``step`` with it."""
+        """The history entry of a run that resumes from ``step`` with this change."""
         return {"step": step, **asdict(self)}
 
 
@@ -77,15 +77,15 @@ def may_change(key: str) -> bool:
 
 
 def describe_change(line: dict[str, Any]) -> str:
-    """A line of the history for a reader."""
+    """A history entry as text."""
     return f"from step {line['step'] + 1} on, {Change(line['key'], line['before'], line['after'])}"
 
 
 def changes(before: Recipe, after: Recipe, *, balanced: bool = False) -> tuple[list[Change], list[str]]:
-    """What a resumed run changes: what is to be recorded, and lines about what is to be refused.
+    """The changes of a resumed run: those to record, and messages about those to refuse.
 
     Args:
-        balanced: the model's routers add a balance loss.
+        balanced: Whether the model's routers add a balance loss.
     """
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, after))
     free = tuple(key for key in (*FREE, *ROUNDING_ALONE) if not (balanced and key == MICRO_BATCH))
@@ -101,23 +101,23 @@ def changes(before: Recipe, after: Recipe, *, balanced: bool = False) -> tuple[l
             recorded.append(change)
         else:
             refused.append(f"{change} ({reason})")
-    # The label of a source, which only messages show.
+    # The label of a source appears only in messages.
     return [change for change in recorded if not re.fullmatch(r"data\.sources\.\d+\.name", change.key)], refused
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run that goes on by a recipe with some changes."""
+    """A resumed run whose recipe has changed."""
 
     before: Recipe
     changes: list[Change]
 
     def record(self, state: TrainState, plan: BatchPlan, recipe: Recipe) -> list[str]:
-        """Add the changes to the history that a loaded state carries on, and say what they come to.
+        """Add the changes to the history in a loaded state, and describe their effect.
 
         Args:
-            state: as loaded; its steps become those of ``plan``.
-            plan: of the run that goes on.
+            state: The loaded state; its number of steps becomes that of ``plan``.
+            plan: The plan of the resumed run.
         """
         lines = [change.at(state.step) for change in self.changes]
         state.history += lines
@@ -138,7 +138,7 @@ class Resumption:
 
 
 def _reason(key: str, before: Recipe, after: Recipe) -> str | None:
-    """Why a setting must stay; None where it may change."""
+    """The reason why a setting must not change; None if it may."""
     if key in FROM_HERE_ON:
         return None
     match = SOURCE.fullmatch(key)
@@ -150,8 +150,8 @@ def _reason(key: str, before: Recipe, after: Recipe) -> str | None:
         if (name in WHERE_ROWS_ARE or name.endswith("_field")) and all(source.path for source in sources):
             if not any(source.streaming for source in sources):
                 return None
-            return "rows of a streaming source cannot be compared with those that it had elsewhere"
-    return next((reason for begins, reason in REASONS if key.startswith(begins)), "the steps before were taken with it")
+            return "rows of a streaming source at another location cannot be compared"
+    return next((reason for begins, reason in REASONS if key.startswith(begins)), "earlier steps were made with it")
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tokens that a chat template writes, against the model that is trained with them: found before step 1."""
+"""Check the special tokens of a chat template against the model before step 1."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from sparsetrain.data.ending import Ending, remarks, turn_ending
 from sparsetrain.recipe.lora_section import LoraSection
 
 UNTRAINED = 0.05
-"""A row of an embedding whose norm is below this share of the median was never trained."""
+"""An embedding row whose norm is below this fraction of the median counts as untrained."""
 SAMPLED = 2048
-"""Rows that the median is taken of."""
+"""Number of rows from which the median is computed."""
 COMPARED = 8
-"""Elements by which equal rows are looked for, before they are compared whole."""
+"""Number of elements compared first in the search for equal rows."""
 
 
 def settle_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection | None) -> list[str]:
-    """Make the model stop at the tokens that end its turns in the data; say that, and what of the tokens cannot work.
+    """Make generation stop at the tokens that end turns in the data; return messages about this and about tokens that
+    cannot be learned.
 
-    The end tokens join ``generation_config.eos_token_id``, which is written with the model.
+    The end tokens are added to ``generation_config.eos_token_id``, which is saved with the model.
 
     Args:
-        model: as it was loaded, its weights in full.
-        lora: the recipe's section, if adapters are trained: what they leave frozen stays as it is.
+        model: The model as loaded, with unsharded weights.
+        lora: The recipe's section, if adapters are trained; embedding rows that they leave frozen are not learned.
     """
     ending = turn_ending(tokenizer)
     lines = [f"warning: {remark}" for remark in remarks(ending, tokenizer)]
@@ -45,11 +46,11 @@ def _stop_at(tokens: list[int], model: PreTrainedModel, tokenizer: PreTrainedTok
         return []
     config.eos_token_id = [*known, *added]
     names = _names(added, tokenizer)
-    return [f"chat: turns end with {names}, which joins eos_token_id in generation_config: generation stops there"]
+    return [f"chat: turns end with {names}, added to eos_token_id in generation_config: generation stops there"]
 
 
 def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection, ending: Ending) -> list[str]:
-    """Control tokens whose rows the base never trained, and that adapters leave as they are."""
+    """Warnings about control tokens whose rows are untrained in the base and frozen with adapters."""
     lines = []
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -58,7 +59,7 @@ def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lo
     if unread:
         lines.append(
             f"warning: the base never trained the embedding of {_names(unread, tokenizer)}, which the chat template "
-            "writes, and lora leaves it frozen: the model cannot tell what it means. Set lora.train_embeddings: true, "
+            "writes, and lora keeps it frozen: the model cannot learn its meaning. Set lora.train_embeddings: true, "
             "or start from an instruction-tuned model"
         )
     learned = [] if ending.token is None else [ending.token, *ending.others]
@@ -67,7 +68,7 @@ def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lo
     if unwritten:
         lines.append(
             f"warning: the base never trained the output row of {_names(unwritten, tokenizer)}, which ends turns, and "
-            "lora leaves it frozen: the model will not learn to stop. Start from an instruction-tuned model, train "
+            "lora keeps it frozen: the model will not learn to stop. Start from an instruction-tuned model, train "
             "without lora, or name lm_head in lora.targets"
         )
     return lines
@@ -75,7 +76,7 @@ def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lo
 
 @torch.no_grad()
 def _untrained(weight: torch.Tensor, tokens: list[int] | tuple[int, ...]) -> list[int]:
-    """Those of the tokens whose rows of ``weight`` ([rows, width]) are about zero, or equal to another token's."""
+    """The tokens whose rows of ``weight`` ``[rows, width]`` are near zero or equal to another token's row."""
     sample = weight[:: max(1, len(weight) // SAMPLED)].float().norm(dim=-1)
     typical = sample[sample > 0].median() if (sample > 0).any() else sample.new_tensor(1.0)
 

@@ -1,4 +1,4 @@
-"""Before step 1, modules of a method that are fitted to text (``attention.init: attention``) see the first rows."""
+"""Fit a method's modules to the first rows before step 1 (``attention.init: attention``)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from sparsetrain.modeling import fit_method, sparse_layers
 from sparsetrain.modeling.fit import needs_fit
 
 TOKENS_A_CHANNEL = 4
-"""Tokens that a fit learns from, for each channel of the model."""
+"""Tokens for a fit per channel of the hidden size."""
 
 MOST_ROWS = 64
-"""Rows that are looked at for them."""
+"""Maximum number of rows read for a fit."""
 
 
 def fit_to_first_rows(
     model: PreTrainedModel, rows: RowStream, device: torch.device, say: Callable[[str], None]
 ) -> None:
-    """Fit the modules that wait for it to the model as it came; the rows are then read again.
+    """Fit the modules that need it to the attention of the original model; training then starts with the same rows.
 
-    In a resumed run too, before the checkpoint is read: it holds only what is trained, and these may be frozen.
+    A resumed run fits them too, before it reads the checkpoint: that holds only trained parameters, and these may be
+    frozen.
 
     Raises:
-        ModelError: the rows told too little.
+        ModelError: The rows have too few usable tokens.
     """
     if not needs_fit(model):
         return

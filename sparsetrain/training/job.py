@@ -1,4 +1,4 @@
-"""What every stage of a run knows, and none changes: the job, and what was loaded for it."""
+"""The immutable inputs of every stage of a run: the job, and the loaded model and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsetrain.world import World
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, where it is carried out, and who is told of it."""
+    """A recipe, its ranks and run folder, and its outputs."""
 
     recipe: Recipe
     output: Path
@@ -29,7 +29,7 @@ class Job:
     signals: StopSignals
     progress: Progress
     occupied: ExitStack = field(default_factory=ExitStack)
-    """Lets other processes into the run folder again when it is left."""
+    """Closing it unlocks the run folder for other processes."""
 
     @property
     def checkpoints(self) -> Path:
@@ -41,16 +41,16 @@ class Job:
         self.progress.log(line)
 
     def record(self, what: str, write: Callable[[], Any]) -> bool:
-        """Write a file that reports on the run and is no part of it; returns whether that went well."""
-        return attempt(f"{what} in {self.output} cannot be written", write, self.say, "the run goes on without it")
+        """Write a report file that the run does not depend on; returns whether it succeeded."""
+        return attempt(f"{what} in {self.output} cannot be written", write, self.say, "the run continues without it")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a recipe names, in memory."""
+    """The loaded model, tokenizer and data of a recipe."""
 
     model: PreTrainedModel
-    """Sparsified, its weights as they came."""
+    """The sparsified model with its original weights."""
     tokenizer: PreTrainedTokenizerBase
     rows: RowStream
     plan: BatchPlan

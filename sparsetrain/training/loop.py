@@ -1,9 +1,9 @@
-"""The training loop: one optimizer step after another on a DeepSpeed engine, read top to bottom in :meth:`Loop.run`.
+"""The training loop on a DeepSpeed engine; start reading at :meth:`Loop.run`.
 
-The loss is the mean over every target token of the global batch: each micro batch contributes its summed NLL, divided
-by the number of targets that all its ranks and accumulation steps hold together. How the batch is cut into micro
-batches and ranks therefore changes nothing but rounding. One thing knows of micro batches, though not of ranks: the
-balance loss that routers add is a product of two means over the tokens of one, and its mean over all tokens is taken.
+The loss is the mean over all target tokens of the global batch: each micro batch contributes its summed NLL, divided by
+the number of targets over all ranks and accumulation steps. Dividing the batch differently into micro batches and ranks
+therefore only changes rounding. The exception is the routers' balance loss, a product of two means over the tokens of a
+micro batch; it is averaged over all tokens.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from sparsetrain.training.supervision.signals import Outcome, Stopped
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured."""
+    """The metrics of one optimizer step."""
 
     loss: float
-    """Mean NLL of a target token, in nats, over the global batch, and the routers' balance loss where there is one."""
+    """Mean NLL per target token of the global batch, in nats, plus the routers' balance loss if there is one."""
     balance_loss: float
-    """That part of it, averaged over the tokens of the global batch; 0 where the model adds none."""
+    """The balance loss alone, averaged over the tokens of the global batch; 0 if the model adds none."""
     lr: float
-    """Learning rate: of the model or its adapters, or of the new modules where they alone are trained."""
+    """Learning rate of the model or its adapters, or of the new modules if only they are trained."""
     lr_new_modules: float
-    """Of the modules that the attention method adds."""
+    """Learning rate of the modules that the attention method adds."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     tokens: int
     """Tokens of the global batch."""
     applied: bool
-    """False when a gradient was not finite and the weights stayed as they were."""
+    """False if a gradient was not finite and the step was skipped."""
     seconds: float
     observations: dict[str, float]
-    """What the attention methods observed in a step that is logged, averaged over the ranks; empty in the others."""
+    """Statistics of the attention methods in a logged step, averaged over the ranks; empty in other steps."""
 
 
 def is_logged(recipe: Recipe, plan: BatchPlan, step: int) -> bool:
@@ -65,31 +65,31 @@ def is_logged(recipe: Recipe, plan: BatchPlan, step: int) -> bool:
 
 
 class Callbacks:
-    """What happens between the steps, which a run and the benchmarks each say; here nothing does.
+    """Hooks between steps, overridden by runs and benchmarks; here they do nothing.
 
     Every rank calls them in the same order.
     """
 
     def on_step(self, step: int, result: StepResult) -> None:
-        """``step`` (1 is the first) is done."""
+        """Called after ``step`` (1 is the first)."""
 
     def evaluate(self) -> bool:
-        """Measure the model; returns whether the checkpoint of this step is to be kept as the best.
+        """Evaluate the model; returns whether to keep the checkpoint of this step as the best.
 
         Raises:
-            Stopped: that was asked for.
+            Stopped: The run was asked to stop.
         """
         return False
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether a step has been evaluated, before this process began too."""
+        """Whether a step has been evaluated, in this process or before it was resumed."""
         return True
 
     def save(self, wait: bool) -> None:
         """Begin a checkpoint; ``wait`` until it is complete."""
 
     def poll_checkpoint(self) -> None:
-        """Complete a checkpoint that has been written meanwhile."""
+        """Complete a pending checkpoint if its files have been written."""
 
     def keep_as_best(self) -> None:
         """Keep the last checkpoint as the best."""
@@ -97,11 +97,11 @@ class Callbacks:
 
 @dataclass
 class Loop:
-    """Takes the steps of a run.
+    """Runs the optimizer steps of a run.
 
     Args:
-        engine: the DeepSpeed engine around :class:`~sparsetrain.training.loss.CausalLMLoss`.
-        state: counts the steps; of a run that is resumed, those already done.
+        engine: The DeepSpeed engine around :class:`~sparsetrain.training.loss.CausalLMLoss`.
+        state: Counts the steps, including those before the run was resumed.
     """
 
     job: Job
@@ -120,8 +120,8 @@ class Loop:
         """Train to the end of the plan, or until a signal stops the run early (after saving a checkpoint).
 
         Raises:
-            TrainingError: a loss or gradient was not finite and the recipe says stop; or, at the first step, a
-                trainable parameter got no gradient.
+            TrainingError: A loss or gradient was not finite and the recipe says stop; or a trainable parameter got no
+                gradient in the first step.
         """
         watch = GradientWatch(self.engine.module) if self.state.step == 0 else None
         activity.timed = True
@@ -154,7 +154,8 @@ class Loop:
         return Outcome.FINISHED
 
     def _evaluate_belatedly(self) -> Outcome | None:
-        """What is owed for the step that a run was stopped at, which saved at once; who stops it now, if anybody."""
+        """Run the evaluation that was skipped when the run was stopped; returns how the run ends if it is stopped
+        again, else None."""
         step = self.state.step
         owed = (
             0 < step < self.plan.steps
@@ -169,7 +170,7 @@ class Loop:
         return None
 
     def _step(self, batch: Step, watch: GradientWatch | None) -> tuple[StepResult, Outcome | None]:
-        """One optimizer step. The second value says whether any rank was asked to stop, and by whom."""
+        """One optimizer step. The second value is how the run ends if any rank was asked to stop, else None."""
         began = time.perf_counter()
         train = self.job.recipe.train
         share = share_of_peak(train, self.state.step, self.plan.steps, self.plan.warmup_steps)
@@ -179,7 +180,7 @@ class Loop:
             method.begin_step(self.state.step, self.plan.steps)
             method.observing = is_logged(self.job.recipe, self.plan, self.state.step + 1)
 
-        # [targets, tokens] summed over ranks; stays on the device until the step is done.
+        # The numbers of targets and tokens, summed over ranks; they stay on the device until the end of the step.
         counts = self._on_device(
             sum(micro.num_target_tokens for micro in batch.micro_batches),
             sum(micro.num_tokens for micro in batch.micro_batches),
@@ -191,11 +192,11 @@ class Loop:
         balance = torch.zeros_like(nll)
         for index, micro in enumerate(batch.micro_batches):
             activity.at("forward", self.state.step + 1)
-            # Each token counts alike for the balance loss, whichever micro batch or rank it is in.
+            # Each token has equal weight in the balance loss, in any micro batch and on any rank.
             weight = micro.num_tokens * counts[0].clamp(min=1.0) / counts[1]
             loss = self.engine(**self._inputs(micro), balance_weight=weight.float())
             activity.at("backward", self.state.step + 1)
-            # ZeRO averages gradients over ranks; the factor makes it the sum that the global mean needs.
+            # ZeRO averages gradients over ranks; the factor turns this into the sum that the global mean needs.
             self.engine.backward(loss * (scale * self.job.world.size).float(), scale_wrt_gas=False)
             nll += loss.detach()
             if (found := self.engine.module.balance_loss) is not None:
@@ -208,7 +209,7 @@ class Loop:
             activity.at("optimizer step", self.state.step + 1)
             self.engine.step()
 
-        # A signal counts however late in the step it comes, and on whichever rank.
+        # A signal is honoured on any rank and until the end of the step.
         sums = torch.cat(
             [nll[None], balance[None], self._on_device(self.job.signals.preempted, self.job.signals.interrupted)]
         )
@@ -234,11 +235,11 @@ class Loop:
         return result, stop
 
     def _on_device(self, *values: float) -> torch.Tensor:
-        """Numbers of this rank in fp64, for all ranks to add up; the host does not wait for the copy."""
+        """Values of this rank as an fp64 tensor, to be summed over ranks; the copy is asynchronous."""
         return torch.tensor(values, dtype=torch.float64).to(self.job.world.device, non_blocking=True)
 
     def _observations(self) -> dict[str, float]:
-        """What the methods with telemetry saw in this step, averaged over the ranks."""
+        """The statistics of methods with telemetry in this step, averaged over the ranks."""
         observers = [m for m in self.methods if m.observing and type(m).observations is not Method.observations]
         for method in self.methods:
             method.observing = False
@@ -260,14 +261,14 @@ class Loop:
             "targets": micro.labels[0, positions + 1],
         }
         inputs: dict[str, Any] = {name: t.to(self.job.world.device, non_blocking=True) for name, t in tensors.items()}
-        # From the recipe, not from this batch: all ranks must make the same number of chunks.
+        # From the recipe, not from this batch: the number of chunks must be equal on all ranks.
         inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.job.recipe.train.loss_chunk)
         return inputs
 
     def _nonfinite(self, batch: Step, result: StepResult) -> None:
-        """Name the batch in ``nonfinite.jsonl``, then stop or go on as the recipe says.
+        """Record the batch in ``nonfinite.jsonl``, then stop or continue as the recipe says.
 
-        Under fp16 a step that the loss scaler skipped is routine while the loss itself is finite.
+        Under fp16 it is normal that the loss scaler skips a step, as long as the loss itself is finite.
         """
         if self.job.recipe.model.dtype == "float16" and math.isfinite(result.loss):
             return
@@ -281,9 +282,9 @@ class Loop:
             name, rate = peak_lr(self.job.recipe.train)
             raise TrainingError(
                 f"step {self.state.step + 1}: loss {result.loss} with a gradient norm of {result.grad_norm}; the "
-                f"weights are as they were before it, and the documents of the batch are named in {path}. Lower "
-                f"train.{name} ({rate}), look at those documents, or set train.on_nonfinite: skip; with either "
-                "changed, --resume goes on from the last checkpoint"
+                f"weights were not updated, and {path} lists the documents of the batch. Lower "
+                f"train.{name} ({rate}), look at those documents, or set train.on_nonfinite: skip; then "
+                "--resume continues from the last checkpoint"
             )
 
 

@@ -1,4 +1,4 @@
-"""The training loss: summed negative log-likelihood, so that the caller divides by the tokens of the whole batch."""
+"""The training loss: the summed negative log-likelihood, which the caller divides by the tokens of the whole batch."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from sparsetrain.training.memory.liger import can_fuse_loss, fuse_loss
 class CausalLMLoss(nn.Module):
     """A causal language model that returns the summed NLL of chosen positions.
 
-    The logits of a 128K-token row over a 128K vocabulary take 64 GiB in fp32. They never exist here: the decoder's
-    hidden states go through the output projection a chunk at a time, recomputed in backward. With Liger, one operation
-    projects, takes the loss and forms the gradient, a chunk of its own at a time, and nothing is recomputed.
+    The logits of a 128K-token row over a 128K vocabulary would take 64 GiB in fp32. They are never computed at once:
+    the decoder's hidden states go through the output projection in chunks, which are recomputed in backward. With
+    Liger, one fused operation computes projection, loss and gradient in its own chunks, and nothing is recomputed.
 
-    DeepSpeed's ``TiledFusedLogitsLoss`` is a third way. It forms the gradient in the forward pass as well, but scales
-    only that of the hidden states by what comes from behind, not that of the projection's weight; the loss here is
-    divided by the targets of the global batch behind it. It also makes fewer tiles than asked for where the tokens do
-    not divide, and ranks that gather weights of ZeRO-3 must make equally many.
+    DeepSpeed's ``TiledFusedLogitsLoss`` is an alternative that is not used. It also computes gradients in the forward
+    pass, but in backward it multiplies only the gradient of the hidden states by the incoming gradient, not that of the
+    projection's weight; here the loss is divided by the targets of the global batch later. It also makes fewer tiles
+    than requested if the tokens do not divide evenly, but under ZeRO-3 all ranks need the same number.
 
     Args:
-        model: a transformers causal language model.
-        chunk: positions in a chunk; None computes all logits at once, by the model itself.
-        fused: use Liger's operation where it computes this model's loss.
-        ulysses: splits each forward pass over the ranks that share a sequence, which then hold a part of it.
+        model: A transformers causal language model.
+        chunk: Positions in a chunk; None computes all logits at once in the model itself.
+        fused: Use Liger's operation if it supports this model's loss.
+        ulysses: Splits each forward pass over the ranks that share a sequence; each then holds a part of it.
 
     Raises:
-        ModelError: the model's routers add a balance loss, and ranks share its sequences.
+        ModelError: The model's routers add a balance loss, and sequence parallelism is on.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class CausalLMLoss(nn.Module):
                 "sequence.parallel: 1, or model.config_overrides={output_router_logits: false}"
             )
         self.balance_loss: torch.Tensor | None = None
-        """That of the last call, fp32, with its factor; None where the model adds none."""
+        """The balance loss of the last call, fp32 scalar, including its factor; None if the model adds none."""
         self.shared = {} if ulysses is None else {ULYSSES_ARGUMENT: ulysses}
         self.fused = fused and self.chunk is not None and can_fuse_loss(model)
         if self.fused:
             fuse_loss(model.get_output_embeddings())
 
     def describe(self) -> str:
-        """How the loss is computed."""
+        """A description of how the loss is computed."""
         how = f"logits of {self.chunk:,} tokens at a time" if self.chunk else "logits of all tokens at once"
         if self.fused:
-            how = "fused by Liger, logits in chunks of its own"
+            how = "fused by Liger, which computes logits in chunks"
         return how + (f", and {self.balance:g} of the routers' balance loss" if self.balance else "")
 
     def forward(
@@ -83,12 +83,12 @@ class CausalLMLoss(nn.Module):
             input_ids: int64 ``[1, T]``, packed documents.
             position_ids: int64 ``[1, T]``, restarting at each document.
             cu_seqlens: int32 ``[documents + 1]``.
-            positions: int64 ``[K]``, where a token is predicted.
+            positions: int64 ``[K]``, the positions at which a token is predicted.
             targets: int64 ``[K]``, the token that follows each position.
-            num_chunks: chunks to make of the K positions, the same on every rank: under ZeRO-3 each use of the output
-                projection gathers it, which all ranks must do together. A chunk may be empty.
-            balance_weight: what the balance loss of these tokens is multiplied by beside its factor; by default K, so
-                that it is added to the mean NLL of a target.
+            num_chunks: Number of chunks of the K positions, the same on every rank: under ZeRO-3 each use of the output
+                projection gathers it, a collective operation. A chunk may be empty.
+            balance_weight: Weight of the balance loss of these tokens besides its factor; by default K, so that it is
+                added to the mean NLL per target.
 
         Returns:
             fp32 scalar.
@@ -119,12 +119,12 @@ class CausalLMLoss(nn.Module):
         return loss
 
     def _decode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        """The decoder's hidden states ``[T, hidden]``, and where it adds a loss, what the model itself returns."""
+        """The decoder's hidden states ``[T, hidden]``, and the model's own output if it adds a loss."""
         decoder = self.model.get_decoder()
         if not self.balance:
-            # An index would give the gradient a copy; this gives it a view.
+            # Indexing would copy the gradient; this gives a view.
             return decoder(**inputs).last_hidden_state.squeeze(0), None
-        # The family's own function, at the cost of one token's logits.
+        # Use the model's own loss function, which needs logits of one token only.
         found: list[torch.Tensor] = []
         hook = decoder.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
         try:
@@ -147,11 +147,11 @@ class CausalLMLoss(nn.Module):
 
 
 def _rows(hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden states that predict something, and what; or all of them, the others with the target that is ignored.
+    """The hidden states at the chosen positions with their targets, or all of them with ignored targets elsewhere.
 
-    Picking rows copies them, and their gradient too: 2 GiB for 128K tokens of width 4,096. Where most rows are picked,
-    projecting the few others costs less. Rows without any targets are ignored as a whole: an operation over no rows is
-    none that every kernel knows.
+    Selecting rows copies them and their gradient: 2 GiB for 128K tokens of hidden size 4,096. If most rows are
+    selected, projecting the few others is cheaper. If there are no targets, all rows are ignored, because not every
+    kernel accepts an empty input.
     """
     if 0 < 2 * len(positions) < len(hidden):
         return hidden[positions], targets

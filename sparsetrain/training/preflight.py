@@ -1,4 +1,4 @@
-"""Every check between a valid recipe and a run that may begin, in the order they are made.
+"""The checks between loading a recipe and starting a run, in order.
 
 ==========================  ==============================  =====================================
 check                       needs                           called by
@@ -9,7 +9,7 @@ check                       needs                           called by
 :func:`check_loaded`        the model, sparsified           ``run``, and :func:`check_model` without weights
 ==========================  ==============================  =====================================
 
-Then, on the first batch, a run checks itself: :mod:`sparsetrain.training.selfcheck.forward`.
+The self-check on the first batch follows: :mod:`sparsetrain.training.selfcheck.forward`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from sparsetrain.training.trainable import choose_trainable
 
 
 def check_machine(recipe: Recipe, device: torch.device, ranks: int) -> None:
-    """Refuse what the devices of a run cannot do, a batch that does not divide, and a DeepSpeed JSON that contradicts
-    the recipe.
+    """Refuse settings that the device does not support, a batch that does not divide evenly, and a DeepSpeed JSON that
+    contradicts the recipe.
 
     Raises:
-        RecipeError: names the setting.
+        RecipeError: A setting is refused; names it.
     """
-    # The steps, which ``train.epochs`` knows only after the data is read, do not matter here.
+    # The number of steps, which with ``train.epochs`` is known only after reading the data, does not matter here.
     check_config(deepspeed_config(recipe, batch_shape(recipe, ranks).with_steps(1)))
     check_quantization(recipe.base_bits, device)
     check_memory_options(recipe.train, device)
@@ -51,14 +51,14 @@ def check_machine(recipe: Recipe, device: torch.device, ranks: int) -> None:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Build a recipe's model without storage, put its method and adapters in, and open its files.
+    """Build a recipe's model without storage, install its method and adapters, and open its files.
 
-    Nothing of the Hub is read: a model that does not lie in a local folder passes.
+    Nothing is read from the Hub: a model that is not in a local folder is not checked.
 
     Raises:
-        SparsetrainError: what would stop the run.
+        SparsetrainError: The run would fail.
     """
-    logging.disable_progress_bar()  # of weights that are not read
+    logging.disable_progress_bar()  # it would show weights that are not read
     section = recipe.model
     for field in ("path", "tokenizer"):
         if (name := getattr(section, field)) is not None:
@@ -92,11 +92,11 @@ def check_model(recipe: Recipe) -> None:
 
 
 def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Refuse a sparsified model that cannot take the recipe's rows, or what it is measured on.
+    """Refuse a sparsified model that does not support the recipe's training rows or evaluations.
 
     Raises:
-        ModelError: its positions, its dropout, a factor of a loss that it does not add, or what it computes between
-            tokens.
+        ModelError: Its positions are too few, it has attention dropout or a factor of a loss that it does not add, or
+            it mixes tokens in a way that sequence parallelism does not support.
     """
     check_positions(model, recipe.sequence.length)
     for task in recipe.eval.tasks:
@@ -110,10 +110,10 @@ def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def check_balance(model: PreTrainedModel, section: ModelSection) -> None:
-    """Refuse a factor for the routers' balance loss in a recipe that leaves the loss itself off.
+    """Refuse a factor of the routers' balance loss in a recipe that does not enable the loss.
 
     Raises:
-        ModelError: names the factor and the switch.
+        ModelError: The recipe does this; names the factor and the switch.
     """
     given = {**(section.architecture or {}), **section.config_overrides}
     for name in BALANCE_FACTORS:

@@ -1,4 +1,4 @@
-"""Where a resumed run goes on."""
+"""Find the checkpoint of a resumed run, and restore it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sparsetrain.training.output import run_folder as folder
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint, and what the recipe changes from there on."""
+    """The checkpoint to resume from, and the recipe's changes since."""
 
     checkpoint: Path
     resumption: Resumption
 
 
 def find_checkpoint(job: Job, loaded: Loaded) -> Start | None:
-    """The newest whole checkpoint of the run folder; None where there is nothing that a fresh start would write over.
+    """The newest complete checkpoint of the run folder; None if there is none and a new start overwrites nothing.
 
     Raises:
-        CheckpointError: there is, or the recipe changes what must stay.
+        CheckpointError: A fresh start would overwrite something, or the recipe changes a setting that must not change.
     """
     activity.at("reading checkpoints")
     newest, skipped = checkpoints.find(job.checkpoints, job.world)
@@ -43,7 +43,7 @@ def find_checkpoint(job: Job, loaded: Loaded) -> Start | None:
 
 
 def restore(job: Job, loaded: Loaded, engine: Engine, start: Start) -> TrainState:
-    """The engine, the data and every random state as the checkpoint has them."""
+    """Restore the engine, the position in the data and the random states from the checkpoint."""
     rows, plan, seed = loaded.rows, loaded.plan, job.recipe.train.seed
     state = checkpoints.load(engine.deepspeed, start.checkpoint, job.world, plan, rows, seed=seed, say=job.say)
     job.say(f"resumed {start.checkpoint} at step {state.step}")

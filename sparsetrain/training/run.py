@@ -1,6 +1,6 @@
-"""One run from recipe to trained model, read top to bottom: prepare, build, train, finish. Called by every rank.
+"""A run from recipe to trained model, in four stages: prepare, build, train, finish. Called by every rank.
 
-Each stage is a function that takes what it needs and returns what the next one takes.
+Each stage is a function that takes the results of the previous ones.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from sparsetrain.training.trainable import choose_trainable, trainable_size
 
 
 def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = None) -> Outcome:
-    """Train what the recipe says.
+    """Train as the recipe says.
 
     Args:
-        resume: continue from the newest complete checkpoint in the run folder, or start if there is none.
-        signals: what asks the run to stop, where somebody listens already.
+        resume: Continue from the newest complete checkpoint in the run folder, or start if there is none.
+        signals: Handlers of stop signals, if they are installed already.
 
     Returns:
-        Whether training reached its end, or who stopped it.
+        Whether training was completed, or by whom it was stopped.
 
     Raises:
-        SparsetrainError: whatever stands in the way, explained, on every rank.
+        SparsetrainError: The run cannot start or continue, on every rank.
     """
     with own_linear(), ExitStack() as occupied:
         signals = signals or occupied.enter_context(StopSignals())
@@ -71,10 +71,10 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
                 loaded = prepare(job, resume)
                 built = build(job, loaded, resume)
                 watch.last_words = built.callbacks.saver.abandon
-                # Around the end of a failed run too: a launcher sends SIGTERM as soon as the first rank has left.
+                # This includes the end of a failed run: a launcher sends SIGTERM as soon as the first rank has exited.
                 signals.hold()
                 try:
-                    # The other ranks hear of an error before W&B is closed, which may take a minute.
+                    # Report an error to the other ranks before closing W&B, which may take a minute.
                     with explained(recipe, world, watch):
                         return train_and_finish(job, loaded, built)
                 except BaseException as error:
@@ -88,15 +88,15 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
 
 @dataclass(frozen=True)
 class Built:
-    """What takes the steps, checked."""
+    """The engine and the other objects for training, after all checks."""
 
     engine: Engine
     callbacks: RunCallbacks
 
 
 def prepare(job: Job, resume: bool) -> Loaded:
-    """Load model and data. What cannot work is refused before anything heavy is loaded."""
-    # transformers draws a bar for every folder it reads or writes; this run has its own.
+    """Check the recipe and the machine, then load model and data."""
+    # transformers shows a progress bar for every folder it reads or writes; a run has its own.
     transformers.utils.logging.disable_progress_bar()
     recipe, world = job.recipe, job.world
     world.on_main(lambda: folder.prepare(job.output, recipe, resume, job.occupied))
@@ -108,7 +108,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_loaded(model, recipe)
-    # It is written with the model, and others cut their texts at it.
+    # It is saved with the model, and other programs truncate texts to it.
     tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.sequence.length)
     quantize_base(model, recipe.base_bits)
     if not loads_into_shards(recipe):
@@ -120,7 +120,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
 
 
 def build(job: Job, loaded: Loaded, resume: bool) -> Built:
-    """Measure the model as it came, choose what is trained, make the engine around it, and check or resume it."""
+    """Evaluate the original model, choose the trained parameters, build the engine, and check or resume it."""
     recipe, world, model, plan = job.recipe, job.world, loaded.model, loaded.plan
     _introduce(job, loaded)
     start = find_checkpoint(job, loaded) if resume else None
@@ -151,22 +151,22 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
 
 
 def train_and_finish(job: Job, loaded: Loaded, built: Built) -> Outcome:
-    """Take the steps, and where they come to their end, export, measure and draw what was trained."""
+    """Train, and if all steps are done, export, evaluate and draw the trained model."""
     outcome = train(job, loaded, built)
     if outcome is Outcome.FINISHED:
         try:
             finish(job, loaded, built.callbacks)
         except Stopped as stopped:
             outcome = stopped.outcome
-            job.say(f"stopped in {activity}; what was trained is saved: --resume does the rest")
+            job.say(f"stopped in {activity}; the trained weights are saved: continue with --resume")
     built.callbacks.tracker.finish()
-    # A launcher kills the other ranks as soon as one has left with an exit code: they leave together.
+    # A launcher kills the other ranks as soon as one exits with an error code, so all exit together.
     dist.barrier()
     return outcome
 
 
 def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
-    """Take the steps that are left."""
+    """Run the remaining steps."""
     plan, callbacks, state = loaded.plan, built.callbacks, built.callbacks.state
     loader = StepLoader(loaded.rows, plan, job.world.rank)
     loop = Loop(job, plan, built.engine.deepspeed, loader, state, callbacks)
@@ -184,10 +184,10 @@ def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
 
 
 def finish(job: Job, loaded: Loaded, callbacks: RunCallbacks) -> None:
-    """Export, evaluate what was trained, draw, and say what came out of it.
+    """Export and evaluate the trained model, draw pictures, and print the results.
 
     Raises:
-        Stopped: that was asked for, before or after the export or in the evaluation.
+        Stopped: The run was asked to stop before or after the export, or in the evaluation.
     """
     recipe, world, step = job.recipe, job.world, callbacks.state.step
     final = job.output / "final"
@@ -215,7 +215,7 @@ def finish(job: Job, loaded: Loaded, callbacks: RunCallbacks) -> None:
 
 
 def _introduce(job: Job, loaded: Loaded) -> None:
-    """Say what will be trained, and let the model stop where its chats do."""
+    """Print the model's costs and data, and set the end tokens of its chats."""
     job.say(f"batch: {loaded.plan.describe()}")
     for line in loaded.rows.preview(loaded.tokenizer) if job.world.main else ():
         job.say(line)
@@ -234,7 +234,7 @@ def _track(job: Job, state: TrainState, *, resumed: bool) -> Tracker:
         say=job.say,
         remake=lambda: folder.remake(job.output, job.recipe, job.occupied),
     )
-    # Not even step 0 is kept of a run that died before its first checkpoint.
+    # Also drop step 0 of a run that died before its first checkpoint.
     tracker.rewind(state.step if resumed else -1)
     state.wandb_run_id = tracker.run_id
     return tracker

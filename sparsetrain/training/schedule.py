@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""The learning rate as a function of the step, so that resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparsetrain.recipe.schema import TrainSection
 
 
 def share_of_peak(train: TrainSection, step: int, steps: int, warmup_steps: int) -> float:
-    """Learning rate of optimizer step ``step`` (0-based) in a run of ``steps``, as a share of its group's peak.
+    """Learning rate of optimizer step ``step`` (0-based) in a run of ``steps``, as a fraction of the group's peak.
 
     The warmup rises linearly and reaches the peak at step ``warmup_steps - 1``; linear and cosine schedules then fall
     to ``train.min_lr_ratio`` at the last step.
@@ -23,8 +23,8 @@ def share_of_peak(train: TrainSection, step: int, steps: int, warmup_steps: int)
 
 
 def peak_lr(train: TrainSection) -> tuple[str, float]:
-    """Name and value of the peak learning rate that stands for a run: where the new modules alone are trained, and have
-    a rate of their own, nothing is trained at ``lr``."""
+    """Name and value of a run's peak learning rate: ``train.lr``, or that of the new modules if only they are trained
+    with a separate rate."""
     if train.parameters == "new_modules" and train.new_modules_lr is not None:
         return "new_modules_lr", train.new_modules_lr
     return "lr", train.lr

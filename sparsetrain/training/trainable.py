@@ -1,4 +1,4 @@
-"""Which parameters a run trains: all of them, adapters beside frozen weights, or the method's new modules alone."""
+"""Choose the trained parameters: all, adapters with frozen weights, or only the method's new modules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sparsetrain.recipe.schema import Recipe
 
 
 def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
-    """Freeze what the recipe does not train and put its adapters in; say what is trained.
+    """Freeze the parameters that the recipe does not train, and add its adapters; returns a description.
 
     Raises:
-        RecipeError: the adapters have nothing to attach to.
+        RecipeError: ``lora.targets`` matches nothing.
     """
     lora = recipe.lora
     if lora is not None:
-        # Equal adapters on every rank, whatever was drawn before.
+        # Seed here, so that adapters are equal on every rank.
         torch.manual_seed(recipe.train.seed)
         add_adapters(model, lora)
         what = f"LoRA of rank {lora.rank} beside {adapted_share(model):.0%} of the decoder's weights"
@@ -28,16 +28,16 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
         added = {id(p) for new in new_modules(model).values() for p in new.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in added)
-        what = f"the {', '.join(recipe.attention.new_modules)} of each layer alone"
+        what = f"only the {', '.join(recipe.attention.new_modules)} of each layer"
     else:
         towers = freeze_towers(model)
-        what = f"the language model without {', '.join(towers)}, which no text reaches" if towers else "everything"
+        what = f"the language model without {', '.join(towers)}, which text does not use" if towers else "everything"
     trained, all_of_them = trainable_size(model), total_size(model)
     return f"trained: {what}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})"
 
 
 def adapted_share(model: PreTrainedModel) -> float:
-    """The share of the decoder's matrices, embeddings and head left out, that have an adapter beside them."""
+    """The fraction of the decoder's matrices (without embedding and head) that have an adapter."""
     from peft.tuners.lora import LoraLayer
 
     head = model.get_output_embeddings()
@@ -58,15 +58,15 @@ def adapted_share(model: PreTrainedModel) -> float:
 
 
 def total_size(model: nn.Module) -> int:
-    """Parameters of a model."""
+    """Number of parameters of a model."""
     return sum(map(_size, model.parameters()))
 
 
 def trainable_size(model: nn.Module) -> int:
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     return sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """Elements of a parameter; bitsandbytes packs two 4-bit ones into a byte."""
+    """Number of elements of a parameter; bitsandbytes packs two 4-bit elements into a byte."""
     return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)

@@ -74,7 +74,7 @@ def test_unequal_nodes_are_refused():
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"])
 def test_what_srun_would_not_say_is_refused(name):
-    with pytest.raises(TrainingError, match=f"{name}='abc' in the environment is no number"):
+    with pytest.raises(TrainingError, match=f"{name}='abc' in the environment is not a number"):
         adopt_slurm({**STEP, "MASTER_ADDR": "node-7", name: "abc"})
     with pytest.raises(TrainingError, match="16 tasks on 0 nodes"):
         adopt_slurm({**STEP, "MASTER_ADDR": "node-7", "SLURM_STEP_NUM_NODES": "0"})
@@ -88,14 +88,20 @@ def test_a_task_that_does_not_know_its_number_is_refused():
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node-7"}, "WORLD_SIZE=2 makes this one of several ranks, and RANK"),
-        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is no number"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is no number"),
-        ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE=None is not larger"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is set, and WORLD_SIZE=2 is not larger"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "WORLD_SIZE=2, but LOCAL_RANK does not say which rank"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR does not say where"),
-        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' in the environment is no number"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node-7"}, "WORLD_SIZE=2 means several ranks, but RANK"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is not a number"),
+        ({"RANK": "0"}, "RANK=0 is set, but WORLD_SIZE=None, the number of all ranks, is not larger"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is set, but WORLD_SIZE=2, the number of all ranks, is not larger"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "WORLD_SIZE=2, but LOCAL_RANK (the rank within its host) is not set",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "WORLD_SIZE=2, but MASTER_ADDR (the address of rank 0) is not set",
+        ),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' in the environment is not a number"),
     ],
 )
 def test_half_a_launcher_is_refused(environment, said):
@@ -152,7 +158,7 @@ def test_what_torch_says_is_told_with_address_and_rank(ranks):
     ranks("127.0.0.1", here=2)
     with (
         pytest.raises(
-            TrainingError, match=r"rank 0 of 2 \(host .*\) did not find the others at 127\.0\.0\.1:29500: no"
+            TrainingError, match=r"rank 0 of 2 \(host .*\) could not connect to the others at 127\.0\.0\.1:29500: no"
         ),
         meeting(1.0),
     ):

@@ -151,7 +151,7 @@ def test_a_resume_on_other_ranks_that_would_change_the_batch(tmp_path, tiny, ref
     names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
     (checkpoint / "manifest.json").write_text(json.dumps({name: entry(name) for name in names}))
     error = refused("run", str(tiny), *arguments, "--resume")
-    assert "was written by 2 ranks with 2 rows in a step, and this run of 1 makes it 1" in error
+    assert "was written by 2 ranks with 2 rows per step, but this run of 1 has 1" in error
     assert "add train.global_batch_sequences=2" in error
 
 
@@ -162,7 +162,7 @@ def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused):
     )
     assert holder.stdout.readline() == "locked\n"
     error = refused("run", str(tiny), "train.steps=2", "--output", str(tmp_path))
-    assert f"another process is at work in {tmp_path}" in error
+    assert f"another process uses {tmp_path}" in error
     assert not (tmp_path / "recipe.yaml").exists()
     holder.kill()
     holder.wait()
@@ -175,7 +175,7 @@ def test_a_dtype_that_the_device_does_not_train(multiplies_fp16, tmp_path, tiny,
         pytest.skip("a GPU does")
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: multiplies_fp16)
     error = refused("run", str(tiny), "model.dtype=float16", "--output", str(tmp_path))
-    assert "model.dtype=float16: a cpu does not train it" in error
+    assert "model.dtype=float16 cannot be trained on a cpu" in error
 
 
 def test_a_folder_below_a_file(tmp_path, tiny, refused):
@@ -241,7 +241,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path, tiny, run_
     monkeypatch.setattr(Loop, "_step", delete)
     run = run_folder(tmp_path / "run")
     assert main(["run", str(tiny), "checkpoint.every=2", "--output", str(run.path)]) == 0
-    assert f"warning: {run.path}/metrics.jsonl has gone while the run wrote to it" in "".join(capfd.readouterr())
+    assert f"warning: {run.path}/metrics.jsonl was deleted during the run" in "".join(capfd.readouterr())
     assert run.values("step") == [4, 5, 6]
     assert run.checkpoints == ["step-000004", "step-000006"]
     assert run.weights
@@ -260,7 +260,9 @@ def test_a_metrics_file_torn_within_a_character_is_read_up_to_there(tmp_path, ti
 def test_results_that_cannot_be_read_are_lost_and_the_run_goes_on(finished, tiny, capfd):
     (finished / "evaluation.json").write_text("")
     assert main(["run", str(tiny), "--output", str(finished), "--resume"]) == 0
-    assert "evaluation.json does not hold the results of evaluations; the report goes on" in "".join(capfd.readouterr())
+    assert "evaluation.json does not hold the results of evaluations; the report continues" in "".join(
+        capfd.readouterr()
+    )
 
 
 def test_metrics_that_cannot_be_written_stop_nothing(tmp_path, tiny_recipe):

@@ -58,7 +58,7 @@ def answer(model, tokenizer):
 def test_a_model_that_learned_another_end_token_stops_there(chat, lora, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["run", str(chat / "chat.yaml"), *([f"lora={lora}"] if lora else []), f"output={run}"]) == 0
-    assert "turns end with '<|end|>', which joins eos_token_id" in capsys.readouterr().err
+    assert "turns end with '<|end|>', added to eos_token_id" in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "out"), *(["--merge"] if lora else [])]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]

@@ -128,7 +128,7 @@ def test_what_the_recipe_decides_is_refused(refusal, key):
 
 @pytest.mark.parametrize("key", IDLE)
 def test_what_would_do_nothing_is_refused(refusal, key):
-    assert f"has {key}, which does not serve a run: {IDLE[key]}; leave it out" in refusal({key: {}})
+    assert f"has {key}, which has no use in a run: {IDLE[key]}; leave it out" in refusal({key: {}})
 
 
 def test_an_unknown_key_is_answered_with_the_nearest(refusal):

@@ -102,7 +102,7 @@ def test_a_final_folder_that_lacks_a_file_is_not_exported(kind, gone, request, t
     name = dict(zip(("config", "weights"), names[kind], strict=True)).get(gone, gone)
     (run / "final" / name).unlink()
     error = refused("export", str(run), str(tmp_path / "out"))
-    assert f"{run}/final is not whole: {name} is missing; continue the run with --resume" in error
+    assert f"{run}/final is incomplete: {name} is missing; continue the run with --resume" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -126,7 +126,7 @@ def test_a_final_folder_with_a_damaged_file_is_not_exported(finished, tmp_path, 
     if name == "model.safetensors.index.json":
         (run / "final/model.safetensors").unlink()  # which is read first
     error = refused("export", str(run), str(tmp_path / "out"))
-    assert f"{run}/final is not whole: {name}" in error
+    assert f"{run}/final is incomplete: {name}" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -189,7 +189,7 @@ def test_an_export_that_finds_no_room_leaves_nothing_behind(adapters, tmp_path, 
     assert error.startswith(f"cannot write {out}: ")
     assert "No space left on device" in error
     assert "[(" not in error
-    assert "give a place that is writable and has the room" in error
+    assert "use a writable folder with enough free space" in error
     assert out.exists() is not new
     assert not list(disk.rglob("*.*"))
     assert main(["export", str(adapters), str(tmp_path / "elsewhere"), *flag]) == 0

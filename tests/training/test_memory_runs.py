@@ -46,7 +46,7 @@ def test_ranks_with_rows_of_different_lengths_stay_together(runs):
 def test_a_run_says_what_it_did_about_memory(runs):
     said = [line.partition("memory: ")[2] for line in runs["log"].splitlines() if "memory: " in line]
     assert said == [
-        "2 MLPs in 5 tiles each; every layer checkpointed, recomputed whole",
+        "2 MLPs in 5 tiles each; every layer checkpointed, fully recomputed",
         *["2 MLPs in 5 tiles each; every layer checkpointed, attention outputs kept"] * 2,
         "every activation is kept",
     ]

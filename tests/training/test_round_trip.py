@@ -118,7 +118,7 @@ def test_what_is_saved_of_adapters_is_what_was_trained(lora, tied, built, checke
 def test_what_no_text_reaches_is_frozen_and_saved(built, checked, tiny_recipe):
     section, model, tokenizer = built("gemma3")
     said = choose_trainable(model, tiny_recipe())
-    assert "the language model without multi_modal_projector, vision_tower, which no text reaches, " in said
+    assert "the language model without multi_modal_projector, vision_tower, which text does not use, " in said
     frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"multi_modal_projector", "vision_tower"}
     assert "62 tensors" in checked(section, model, tokenizer)
@@ -143,7 +143,7 @@ def test_a_save_of_other_values_is_stopped_by_the_name_in_the_model(built, check
         experts = [f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight" for expert in (0, 1)]
         tensors[experts[0]], tensors[experts[1]] = tensors[experts[1]], tensors[experts[0]]
 
-    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj comes back different"):
+    with pytest.raises(TrainingError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj differs after saving"):
         checked(*built("mixtral"), spoil=lambda folder: edit(folder, swap))
 
 
@@ -164,5 +164,5 @@ def test_adapters_that_come_back_different_are_stopped(built, checked):
     def change(tensors):
         tensors[min(tensors)] += 1
 
-    with pytest.raises(TrainingError, match=r"q_proj|k_proj|v_proj|o_proj.* comes back different"):
+    with pytest.raises(TrainingError, match=r"q_proj|k_proj|v_proj|o_proj.* differs after saving"):
         checked(section.model_copy(update={"path": "."}), model, tokenizer, spoil=lambda folder: edit(folder, change))

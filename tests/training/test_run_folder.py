@@ -46,9 +46,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished, tiny, refused, gone):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("recipe.yaml", "holds recipe.yaml, which this run would write over"),
-        ("loss.png", "holds loss.png, which this run would write over"),
-        ("environment.json", "holds environment.json, which this run would write over"),
+        ("recipe.yaml", "holds recipe.yaml, which this run would overwrite"),
+        ("loss.png", "holds loss.png, which this run would overwrite"),
+        ("environment.json", "holds environment.json, which this run would overwrite"),
         ("model.safetensors", "already holds a run"),
         ("config.json", "already holds a run"),
         ("export/adapter_config.json", "already holds a run"),
@@ -86,7 +86,7 @@ def test_a_used_folder_is_refused_before_the_libraries_are_loaded(finished):
 def test_a_folder_in_the_place_of_a_file_is_named_at_the_start(tmp_path, tiny, refused, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     error = refused("run", str(tiny), "--output", str(tmp_path / "run"))
-    assert f"{tmp_path}/run/{name} is a folder, and a run writes a file of that name" in error
+    assert f"{tmp_path}/run/{name} is a folder, but a run writes a file with that name" in error
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_named_at_the_start(tmp_path, tiny, refused):
@@ -128,8 +128,8 @@ def test_a_resume_compares_with_the_recipe_of_the_checkpoint(finished, tiny, ref
     changed = ["train.lr=1", "attention.window=3", "train.warmup=1", "train.optimizer.eps=1e-4"]
     error = refused("run", str(tiny), *changed, "--output", str(finished), "--resume")
     assert "attention.window: 2 -> 3 (the weights of the checkpoint belong to it)" in error
-    assert "train.warmup: 2.0 -> 1.0 (it shaped the rate of the steps that were taken" in error
-    assert "train.optimizer.eps: 0.001 -> 0.0001 (the optimizer's state was made with it)" in error
+    assert "train.warmup: 2.0 -> 1.0 (it determined the learning rate of earlier steps" in error
+    assert "train.optimizer.eps: 0.001 -> 0.0001 (the optimizer's state depends on it)" in error
     assert "train.lr: 0.01 ->" not in error
     assert content(finished) == before
 
@@ -138,7 +138,7 @@ def test_a_resume_does_not_start_over_where_something_would_be_lost(finished, ti
     (finished / "checkpoints/step-000006/state.json").write_text("{}")
     before = content(finished)
     error = refused("run", str(tiny), "--output", str(finished), "--resume")
-    assert f"there is no whole checkpoint in {finished} to resume from" in error
+    assert f"there is no complete checkpoint in {finished} to resume from" in error
     assert "skipping step-000006: state.json has 2 bytes instead of" in error
     assert content(finished) == before
     shutil.rmtree(finished / "checkpoints")
@@ -183,7 +183,7 @@ def test_data_that_lies_elsewhere_must_be_the_same(finished, tiny, tmp_path, ref
 
 def test_fewer_steps_than_were_taken(finished, tiny, refused):
     error = refused("run", str(tiny), "train.steps=4", "--output", str(finished), "--resume")
-    assert "step-000006 is at step 6, and this run has 4" in error
+    assert "step-000006 is at step 6, but this run has only 4" in error
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,13 @@ def test_fewer_steps_than_were_taken(finished, tiny, refused):
         ("data.sources.0.name=other", None),
         ("data.sources.0.text_field=body", None),
         ("data.sources.0.split=test", None),
-        ("data.sources.0.weight=2", "the position in the data stands for other rows"),
-        ("data.sources.0.streaming=true", "the position in the data stands for other rows"),
-        ("data.sources.1.lengths=[150]", "the position in the data stands for other rows"),
-        ("sequence.packing=false", "the position in the data stands for other rows"),
-        ("train.seed=1", "the position in the data stands for other rows"),
-        ("train.schedule=linear", "it shaped the rate of the steps that were taken"),
-        ("train.max_grad_norm=1.0", "the optimizer's state was made with it"),
+        ("data.sources.0.weight=2", "the saved position in the data would mean other rows"),
+        ("data.sources.0.streaming=true", "the saved position in the data would mean other rows"),
+        ("data.sources.1.lengths=[150]", "the saved position in the data would mean other rows"),
+        ("sequence.packing=false", "the saved position in the data would mean other rows"),
+        ("train.seed=1", "the saved position in the data would mean other rows"),
+        ("train.schedule=linear", "it determined the learning rate of earlier steps"),
+        ("train.max_grad_norm=1.0", "the optimizer's state depends on it"),
         ("model.dtype=bfloat16", "the weights of the checkpoint belong to it"),
         ("attention.window=3", "the weights of the checkpoint belong to it"),
     ],

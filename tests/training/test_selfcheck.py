@@ -100,7 +100,7 @@ def test_where_nothing_is_sparse_there_is_nothing_to_compare(recipe, single, wor
 @pytest.mark.parametrize("batch", ["packed", "single"])
 def test_a_method_that_leaks_across_documents_is_stopped(model, world, attend, request, batch):
     attend(lambda original, self, q, k, v, call: original(q, k, v, **{**call, "cu_seqlens": None}))
-    with pytest.raises(TrainingError, match=r"self-check failed: documents leak: .* moved the others' hidden states"):
+    with pytest.raises(TrainingError, match=r"self-check failed: documents leak: .* changed the others' hidden states"):
         selfcheck.check_document_isolation(model, request.getfixturevalue(batch), world)
 
 

@@ -195,7 +195,7 @@ def test_the_heads_say_how_many_ranks_can_share(heads, kv_heads, fitting):
         (["sequence.parallel=3"], "3 ranks cannot share a sequence of a model with 4 query and 2 key/value heads"),
         (
             ["sequence.parallel=2", "attention={method: sparsek, topk: 16, window: 16, scorer: random}"],
-            "attention.scorer=random draws scores by the number of a head",
+            "attention.scorer=random computes scores from the head's index",
         ),
         (
             ["sequence.parallel=2", "attention={method: longnet, block: 16, head_shift: true}"],

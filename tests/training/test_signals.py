@@ -136,7 +136,7 @@ def test_an_evaluation_stops_at_its_next_batch_and_is_made_up_for(
     assert main(arguments()) == code
     assert batches[-1][1] == 1, "it went on"
     said = capfd.readouterr().err
-    assert "stopping after this batch of the evaluation, with all that was trained saved" in said
+    assert "stopping after this batch of the evaluation; the trained weights are saved" in said
     assert ("Ctrl-C again leaves at once" in said) == (number == signal.SIGINT)
     assert "--resume" in said
     assert run.checkpoints == [f"step-{step:06d}"]

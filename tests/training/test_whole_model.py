@@ -97,7 +97,7 @@ def test_a_factor_without_the_loss_is_refused():
 
 
 def test_a_family_without_a_balance_loss_refuses_the_switch():
-    with pytest.raises(ModelError, match=r"Llama.* has no balance loss of its routers"):
+    with pytest.raises(ModelError, match=r"Llama.* has no known balance loss of its routers"):
         CausalLMLoss(sparsified("llama", output_router_logits=True), 16)
 
 
@@ -121,7 +121,7 @@ def test_a_model_that_adds_to_its_loss_unseen_is_found(batch, world, monkeypatch
     model = sparsified("llama").to(world.device)
     plain = model.loss_function
     model.loss_function = lambda logits, *args, **kwargs: plain(logits, *args, **kwargs) + logits.logsumexp(-1).mean()
-    with pytest.raises(TrainingError, match="adds something that would not be trained"):
+    with pytest.raises(TrainingError, match="adds a term that would not be trained"):
         selfcheck.check_against_whole_model(CausalLMLoss(model, 16), batch, world)
 
 
@@ -135,7 +135,7 @@ def test_frequencies_chosen_by_the_longest_document_are_found(batch, world):
 
 def test_a_model_that_cannot_pack_is_not_asked_to(batch, world):
     model = sparsified("qwen3_next").to(world.device)
-    assert "each has a row to itself" in selfcheck.check_document_isolation(model, batch, world)
+    assert "each has its own row" in selfcheck.check_document_isolation(model, batch, world)
     assert list(selfcheck.check_document_alone(model, batch, world)) == []
     assert "equal those of the whole model" in selfcheck.check_against_whole_model(
         CausalLMLoss(model, 16), batch, world

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent, and that any number of ranks can take up.
+"""Checkpoints that are written atomically and can be loaded on any number of ranks.
 
-:mod:`.files` holds the format of the tensors, :mod:`.schema` that of the others, :mod:`.manifest` what a checkpoint
-consists of, :mod:`.content` whether it makes sense, :mod:`.engine_state` where a DeepSpeed engine keeps it,
-:mod:`.store` the folder, :mod:`.saver` the writing beside the training, and :mod:`.loading` the way back.
+:mod:`.files` is the format of the tensors, :mod:`.schema` that of the JSON files, :mod:`.manifest` the list of files.
+:mod:`.content` checks consistency, :mod:`.engine_state` reads and writes a DeepSpeed engine, :mod:`.store` manages the
+folder, :mod:`.saver` saves during training, and :mod:`.loading` restores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the content of a checkpoint makes sense, told before its tensors are read and without an engine."""
+"""Check that the content of a checkpoint is consistent, before its tensors are read and without an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def content_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint whose files are all there and listed; None if nothing is."""
+    """An inconsistency in a checkpoint whose files are complete; None if there is none."""
     try:
         state = read(checkpoint / STATE, StateFile)
         if checkpoint.name != (name := f"step-{state.step:06d}"):
@@ -40,17 +40,17 @@ def content_fault(checkpoint: Path) -> str | None:
 
 
 def recorded_recipe(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint was trained by.
+    """The recipe of the run that wrote a checkpoint.
 
     Raises:
-        OSError, ValueError, RecipeError: it cannot be read.
+        OSError, ValueError, RecipeError: The recipe cannot be read.
     """
     read_bytes(checkpoint / RECIPE)
     return load_recipe(checkpoint / RECIPE).recipe
 
 
 def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
-    """What the names and shapes of the tensors say of them, and the counts of steps."""
+    """An inconsistency in the names, sizes or step counts of the tensors; None if there is none."""
     weights = {name: reader.numel("weight", name) for name in reader.names("weight")}
     if not weights:
         return "it holds no weights"
@@ -61,7 +61,7 @@ def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
     for kind in MOMENTS:
         if moments[kind] != weights:
             name = next(iter(sorted({*moments[kind].items()} ^ {*weights.items()})))[0]
-            return f"its {kind} does not fit its weights, at {name}"
+            return f"its {kind} does not match its weights, at {name}"
     if counts != dict.fromkeys(weights, 1):
         return "it does not count the steps of every weight"
     for name in counts:

@@ -1,9 +1,9 @@
-"""What a DeepSpeed engine has learned, as flat tensors that say which elements of which parameter they hold.
+"""The training state of a DeepSpeed engine as flat slices of parameters, which do not depend on the ZeRO stage.
 
-Every ZeRO stage keeps fp32 masters and moments in flat tensors of its own cut: whole parameters (stage 0), this rank's
-part of the parameters of a group strung together (1, 2), or this rank's part of each parameter (3). Here they are told
-apart once; the checkpoint then knows only elements of parameters, and any stage on any number of ranks can take them.
-The 16-bit weights are not kept: they are the masters, rounded.
+Every ZeRO stage partitions fp32 master weights and moments differently: whole parameters (stage 0), this rank's part of
+a group's concatenated parameters (1, 2), or this rank's part of each parameter (3). This module maps them to elements
+of parameters, so that any stage on any number of ranks can load a checkpoint. The 16-bit weights are not saved: they
+are the rounded master weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of elements of one parameter within a flat tensor."""
+    """A contiguous slice of one parameter within a flat tensor."""
 
     name: str
     start: int
@@ -36,17 +36,17 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Flat:
-    """fp32 masters that this rank holds."""
+    """A flat tensor of fp32 master weights on this rank."""
 
     master: torch.Tensor
-    """Any shape; the optimizer's state is keyed by it."""
+    """A parameter of any shape; the optimizer's state is keyed by it."""
     pieces: tuple[_Piece, ...]
 
 
 def blocks(engine: Any) -> list[Block]:
-    """What this rank writes: its part of the masters, moments and step counts; rank 0 the buffers too.
+    """The blocks that this rank saves: its part of master weights, moments and step counts; on rank 0 also buffers.
 
-    The tensors are views of the engine's own.
+    The tensors are views of the engine's tensors.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     replicated = engine.zero_optimization_stage() == 0
@@ -57,7 +57,7 @@ def blocks(engine: Any) -> list[Block]:
         for kind, tensor in {"weight": flat.master, **moments}.items():
             elements = tensor.detach().view(-1)
             slices = tuple(Slice(kind, piece.name, piece.start, piece.offset, piece.numel) for piece in flat.pieces)
-            # Without ZeRO every rank holds all of it, and writes its share.
+            # Without ZeRO every rank holds everything, and saves an equal part.
             found.append(_share(elements, slices[0], rank, size) if replicated else Block(elements, slices))
         if "step" in state:
             firsts = tuple(Slice("step", piece.name, 0, 0, 1) for piece in flat.pieces if piece.start == 0)
@@ -70,11 +70,11 @@ def blocks(engine: Any) -> list[Block]:
 
 
 def fill(engine: Any, reader: PieceReader) -> None:
-    """Give a new engine the masters, moments, step counts and buffers of a checkpoint.
+    """Load the master weights, moments, step counts and buffers of a checkpoint into a new engine.
 
     Raises:
-        CheckpointError: it holds other parameters than the engine trains.
-        ValueError: it holds numbers that no training leaves.
+        CheckpointError: The checkpoint has other parameters than the engine trains.
+        ValueError: The checkpoint holds invalid numbers.
     """
     _check_same_parameters(engine, reader)
     _check_same_buffers(engine, reader)
@@ -119,7 +119,7 @@ def set_counters(engine: Any, counts: EngineCounters, loss_scale: LossScale) -> 
 
 
 def trained_elements(engine: Any) -> int:
-    """Elements of all trained parameters together, however they are cut."""
+    """The total number of elements of all trained parameters, on all ranks."""
     shapes = (getattr(p, "ds_shape", p.shape) for p in engine.module.parameters() if p.requires_grad)
     return sum(shape.numel() for shape in shapes)
 
@@ -133,7 +133,7 @@ def _flats(engine: Any) -> Iterator[_Flat]:
         masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
         groups = optimizer.bit16_groups if masters is not None else optimizer.bf16_groups
         for master, group in zip(masters or optimizer.fp32_groups_flat_partition, groups, strict=True):
-            # Where a parameter meets this rank's part; both addresses count elements.
+            # The overlap of a parameter with this rank's part; both addresses count elements.
             pieces = []
             for parameter in group:
                 if (met := parameter._hp_mapping) is not None:
@@ -159,7 +159,7 @@ def _partitioned(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[_Fl
         for parameter in group:
             found, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
             if found != index:
-                raise CheckpointError(f"ZeRO-3 keeps {names[parameter]} elsewhere than it says; please report this")
+                raise CheckpointError(f"ZeRO-3 keeps {names[parameter]} in an unexpected place; please report this")
             start = part * dist.get_rank(group=parameter.ds_process_group)
             numel = min(part, parameter.ds_numel - start)
             if numel > 0:
@@ -183,18 +183,19 @@ def _read_flat(out: torch.Tensor, kind: str, flat: _Flat, reader: PieceReader) -
 
 
 def _step_as_kept_by(optimizer: Any, step: torch.Tensor, master: torch.Tensor) -> torch.Tensor | int:
-    """torch counts in a tensor, on the device where the fused kernel reads it; DeepSpeedCPUAdam in an int."""
+    """The step count in the optimizer's own form: a tensor for torch (on the device if fused), an int for
+    DeepSpeedCPUAdam."""
     if not isinstance(optimizer, torch.optim.AdamW):
         return int(step)
     return step[0].to(master.device if optimizer.defaults["fused"] else "cpu")
 
 
 def _round_masters(engine: Any) -> None:
-    """Make the weights that the model computes with from the masters, on every rank."""
+    """Update the model's weights from the master weights, on every rank."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         optimizer.checkpoint_event_prologue()
-        state = optimizer.state_dict()  # whose masters are the ones just filled
+        state = optimizer.state_dict()  # contains the master weights that were just loaded
         optimizer.load_state_dict([state] * dist.get_world_size(), load_optimizer_states=False)
         optimizer.checkpoint_event_epilogue()
     elif stage > 0:
@@ -206,7 +207,7 @@ def _round_masters(engine: Any) -> None:
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those that a state dict would hold."""
+    """The persistent buffers, as in a state dict."""
     for prefix, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:

@@ -1,8 +1,8 @@
-"""The tensor files of a checkpoint: safetensors written in one pass, with a checksum, and read piece by piece.
+"""The tensor files of a checkpoint: safetensors, written in one pass with a checksum, and read in slices.
 
 Every tensor is one-dimensional and named ``kind/start/parameter``: elements ``start``, ``start + 1``, ... of a
-parameter laid out flat, or of one of its optimizer moments. Together the files of all ranks hold each element once, so
-they can be read by any number of ranks, and by any program that reads safetensors.
+flattened parameter, or of one of its optimizer moments. The files of all ranks together hold each element once, so any
+number of ranks can read them, and so can any program that reads safetensors.
 """
 
 from __future__ import annotations
@@ -36,55 +36,55 @@ DTYPES = {
 }
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "step", "buffer")
 CHUNK = 1 << 26
-"""Bytes that are written, or read to be summed, at a time."""
+"""Bytes that are written or checksummed at once."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of a block under the name it is saved by."""
+    """A slice of a block, and the name under which it is saved."""
 
     kind: str
     """One of :data:`KINDS`."""
     name: str
-    """Of the parameter."""
+    """The name of the parameter."""
     start: int
-    """Its first element, within the parameter laid out flat."""
+    """The index of its first element in the flattened parameter."""
     offset: int
-    """Its first element, within the block."""
+    """The index of its first element in the block."""
     numel: int
     """Its elements."""
 
     @property
     def key(self) -> str:
-        """Name of the tensor in the file."""
+        """The name of the tensor in the file."""
         return f"{self.kind}/{self.start}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A flat tensor of this rank, on any device, of which slices are saved."""
+    """A flat tensor of this rank on any device, and its slices to save."""
 
     tensor: torch.Tensor
     slices: tuple[Slice, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """The size of the tensor in bytes."""
         return self.tensor.numel() * self.tensor.element_size()
 
     def copied(self) -> Block:
-        """The same in host memory of its own, which training does not change."""
+        """A copy in host memory, which training does not change."""
         return Block(self.tensor.detach().to("cpu", copy=True), self.slices)
 
 
 def write_blocks(path: Path, blocks: Sequence[Block], on_progress: Callable[[], None]) -> dict[str, Any]:
     """Write the slices of ``blocks`` as a safetensors file, flushed to the disk.
 
-    safetensors' own writer wants all tensors in host memory at once and knows no checksum; this one copies a chunk at a
-    time from the device.
+    The writer of safetensors needs all tensors in host memory and computes no checksum; this one copies them from the
+    device in chunks.
 
     Args:
-        on_progress: called after each part that was written.
+        on_progress: Called after each chunk.
 
     Returns:
         ``bytes`` and ``crc32`` of the file.
@@ -112,14 +112,14 @@ def write_blocks(path: Path, blocks: Sequence[Block], on_progress: Callable[[], 
 
 
 def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a text file, flushed to the disk; returns its ``bytes`` and ``crc32``. It appears whole or not at all."""
+    """Write a text file atomically and flush it to the disk; returns its ``bytes`` and ``crc32``."""
     data = text.encode()
     write_whole(path, data)
     return {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
 
 
 def checksum_of(path: Path, on_progress: Callable[[], None] = lambda: None) -> str:
-    """CRC-32 of a file, in hexadecimal; ``on_progress`` is called after each part that was read."""
+    """CRC-32 of a file in hexadecimal; ``on_progress`` is called after each chunk."""
     checksum = 0
     with path.open("rb") as file:
         while data := file.read(CHUNK):
@@ -138,14 +138,14 @@ def _stream(header: bytes, blocks: Iterable[Block]) -> Iterator[memoryview]:
 
 
 class PieceReader:
-    """Reads runs of elements from the tensor files of all ranks, wherever they lie.
+    """Reads slices of parameters from the tensor files of all ranks.
 
     Args:
-        files: those of one complete checkpoint.
+        files: The tensor files of one complete checkpoint.
 
     Raises:
-        OSError, SafetensorError: a file cannot be read.
-        ValueError: a tensor is none of a checkpoint, or the pieces do not hold each element once.
+        OSError, SafetensorError: A file cannot be read.
+        ValueError: A tensor does not belong in a checkpoint, or the slices do not hold each element exactly once.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -154,14 +154,14 @@ class PieceReader:
         self._dtypes: dict[tuple[str, str], str] = {}
         for file in files:
             handle = safe_open(file, framework="pt")
-            for key in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+            for key in handle.keys():  # noqa: SIM118 (the handle is not a mapping)
                 self._add(file, handle, key)
         for (kind, name), pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[:2])
             position = 0
             for start, numel, _, _ in pieces:
                 if start != position:
-                    fault = "is missing" if start > position else "is there twice"
+                    fault = "is missing" if start > position else "appears twice"
                     raise ValueError(f"element {min(start, position)} of {kind} of {name} {fault}")
                 position += numel
 
@@ -171,7 +171,7 @@ class PieceReader:
         piece = handle.get_slice(key)
         shape, dtype = piece.get_shape(), piece.get_dtype()
         if kind not in KINDS or not (start.isascii() and start.isdecimal()) or not name or len(shape) != 1:
-            raise ValueError(f"{file.name} holds {key!r:.80} of shape {shape}, which is no tensor of a checkpoint")
+            raise ValueError(f"{file.name} holds {key!r:.80} of shape {shape}, which is not a tensor of a checkpoint")
         if dtype not in DTYPES.values() or (kind != "buffer" and dtype != "F32"):
             raise ValueError(f"{file.name} holds {kind} of {name} in {dtype}; checkpoints keep it in F32")
         if self._dtypes.setdefault((kind, name), dtype) != dtype:
@@ -179,22 +179,22 @@ class PieceReader:
         self._pieces.setdefault((kind, name), []).append((int(start), shape[0], handle, key))
 
     def names(self, kind: str) -> set[str]:
-        """Of the parameters that have anything of ``kind``."""
+        """The names of the parameters with data of ``kind``."""
         return {name for found, name in self._pieces if found == kind}
 
     def numel(self, kind: str, name: str) -> int:
-        """Elements of a parameter, laid out flat."""
+        """The number of elements of a parameter."""
         return max(start + numel for start, numel, _, _ in self._pieces[kind, name])
 
     def dtype(self, kind: str, name: str) -> str:
-        """Of a parameter, as safetensors names it."""
+        """The dtype of a parameter, as safetensors names it."""
         return self._dtypes[kind, name]
 
     def read_into(self, out: torch.Tensor, kind: str, name: str, start: int) -> None:
-        """Fill ``out`` (one-dimensional, any device) with the elements of a parameter from ``start`` on.
+        """Fill ``out`` ``[n]`` (any device) with the elements of a flattened parameter from ``start`` on.
 
         Raises:
-            CheckpointError: the checkpoint does not hold all of them.
+            CheckpointError: The checkpoint does not hold all of them.
         """
         position, end = start, start + out.numel()
         for first, numel, handle, key in self._pieces.get((kind, name), ()):
@@ -210,7 +210,7 @@ class PieceReader:
             )
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
-        """All elements of a parameter, one-dimensional, in host memory."""
+        """All elements of a parameter, flattened ``[n]``, in its stored dtype and in host memory."""
         first = self._pieces[kind, name][0]
         out = torch.empty(self.numel(kind, name), dtype=first[2].get_slice(first[3])[:0].dtype)
         self.read_into(out, kind, name, 0)

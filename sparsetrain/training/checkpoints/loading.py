@@ -1,4 +1,4 @@
-"""Reading a checkpoint back: into an engine that may be cut for another number of ranks, or as whole weights."""
+"""Load a checkpoint, into an engine with any number of ranks, or as unsharded weights."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def load(
     """Restore the engine, the position in the data and the random state from a complete checkpoint. Called by every
     rank.
 
-    On as many ranks as wrote it everything is as it was, bit for bit. On another number the weights, moments, counts
-    and the position in the data are, while the ranks draw new random numbers (for dropout) and sums round otherwise.
+    On the same number of ranks the state is restored bit for bit. On another number, the weights, moments, counts and
+    the position in the data are restored, but the ranks draw new random numbers (for dropout) and sums round
+    differently.
 
     Args:
-        plan: the batch and the steps of this run.
-        rows: its training rows.
-        seed: where new random numbers come from.
-        say: prints a line for the user.
+        plan: The batch and the steps of this run.
+        rows: The training rows of this run.
+        seed: Seed of new random numbers.
+        say: Prints a line for the user.
 
     Raises:
-        CheckpointError: it belongs to another model or batch, is further than this run goes, or cannot be read.
-        DataError: the data is not what it was.
+        CheckpointError: The checkpoint belongs to another model or batch, is beyond the steps of this run, or cannot
+            be read.
+        DataError: The data has changed.
     """
     try:
         saved = read(checkpoint / STATE, StateFile)
@@ -54,13 +56,13 @@ def load(
         engine_state.set_counters(engine, saved.engine, saved.loss_scale)
         rows.load_state_dict(saved.data)
         if rows.given != saved.step * saved.rows_per_step:
-            raise ValueError(f"its position in the data is that of row {rows.given}, and not that of its step")
+            raise ValueError(f"its position in the data is row {rows.given}, which does not match its step")
         if saved.ranks == world.size:
             set_random_state(read(rank_file(checkpoint, world.rank, "json"), RankFile).random)
         else:
             draw_random_state(seed, saved.step, world.rank)
             say(
-                f"taking up on {_ranks(world.size)} what {_ranks(saved.ranks)} left: the same batches, equal but for "
+                f"resuming on {_ranks(world.size)} a run of {_ranks(saved.ranks)}: the same batches up to "
                 "rounding, and new random numbers for dropout"
             )
         return TrainState(
@@ -68,7 +70,7 @@ def load(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({type(error).__name__}: {error}); delete it, and --resume takes the one "
+            f"{checkpoint} cannot be read ({type(error).__name__}: {error}); delete it, and --resume uses the one "
             "before it"
         ) from error
 
@@ -77,16 +79,16 @@ def _check_plan(checkpoint: Path, saved: StateFile, world: World, plan: BatchPla
     rows = plan.global_batch_sequences
     if saved.rows_per_step != rows:
         raise CheckpointError(
-            f"{checkpoint} was written by {_ranks(saved.ranks)} with {saved.rows_per_step} rows in a step, and this "
-            f"run of {world.size} makes it {rows}; add train.global_batch_sequences={saved.rows_per_step}"
+            f"{checkpoint} was written by {_ranks(saved.ranks)} with {saved.rows_per_step} rows per step, but this "
+            f"run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
         )
     if saved.step > plan.steps:
         raise CheckpointError(
-            f"{checkpoint} is at step {saved.step}, and this run has {plan.steps}; make train.steps (or epochs, or "
-            f"tokens) at least that much, or delete the checkpoint"
+            f"{checkpoint} is at step {saved.step}, but this run has only {plan.steps} steps; raise "
+            f"train.steps (or epochs, or tokens) to at least that, or delete the checkpoint"
         )
     if saved.tokens > saved.step * plan.tokens_per_step:
-        raise ValueError(f"it counts {saved.tokens:,} tokens, more than {saved.step} steps hold")
+        raise ValueError(f"it counts {saved.tokens:,} tokens, more than {saved.step} steps contain")
 
 
 def _ranks(number: int) -> str:
@@ -94,13 +96,15 @@ def _ranks(number: int) -> str:
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a complete checkpoint by their names in the model that was trained: fp32, each laid out
-    flat (checkpoints know no shapes), in host memory.
+    """The trained parameters of a complete checkpoint, by their names in the trained model.
+
+    Returns:
+        fp32 tensors in host memory, flattened ``[n]``, because checkpoints do not store shapes.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is none.
+        OSError, ValueError: The checkpoint cannot be read, or is not a checkpoint.
     """
     reader = PieceReader(tensor_files(Path(checkpoint)))
     names = sorted(reader.names("weight"))
-    # The engine holds the model inside of its loss.
+    # In the engine the model is a submodule of the loss.
     return {name.removeprefix("model."): reader.whole("weight", name) for name in names}

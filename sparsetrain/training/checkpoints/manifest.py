@@ -1,4 +1,4 @@
-"""``manifest.json``: size and CRC-32 of every file of a checkpoint. It is written last, so what it lists was there."""
+"""``manifest.json``: size and CRC-32 of every file of a checkpoint. It is written last, after all files it lists."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def rank_file(checkpoint: Path, rank: int, suffix: str) -> Path:
 
 
 def write_manifest(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Say what a checkpoint consists of: ``bytes`` and ``crc32`` by file."""
+    """Write the manifest of a checkpoint: ``bytes`` and ``crc32`` by file."""
     write_text(checkpoint / MANIFEST, json.dumps(files, indent=1))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Entry]:
-    """The files of a checkpoint, by name.
+    """The files that a checkpoint's manifest lists, by name.
 
     Raises:
-        OSError, ValueError: there is no manifest.
+        OSError, ValueError: There is no valid manifest.
     """
     return read(checkpoint / MANIFEST, Manifest).root
 
 
 def unlisted(checkpoint: Path, files: dict[str, Entry]) -> str | None:
-    """A file that the checkpoint must have and its manifest leaves out, whose bytes nobody would compare.
+    """A required file of the checkpoint that the manifest does not list, so that its checksum is unknown; else None.
 
     Raises:
-        OSError, ValueError: ``state.json`` does not say how many ranks wrote it.
+        OSError, ValueError: ``state.json`` does not give the number of ranks that wrote the checkpoint.
     """
     if lacking := [name for name in (STATE, RECIPE) if name not in files]:
         return lacking[0]
@@ -47,10 +47,10 @@ def unlisted(checkpoint: Path, files: dict[str, Entry]) -> str | None:
 
 
 def tensor_files(checkpoint: Path) -> list[Path]:
-    """Where the ranks that wrote a checkpoint put their tensors. Whatever else lies there is none of it.
+    """The tensor files of a checkpoint, one for each rank that wrote it. Other files in the folder are ignored.
 
     Raises:
-        OSError, ValueError: ``state.json`` does not say how many they were.
+        OSError, ValueError: ``state.json`` does not give the number of ranks.
     """
     ranks = range(read(checkpoint / STATE, StateFile).ranks)
     return [rank_file(checkpoint, rank, "safetensors") for rank in ranks]

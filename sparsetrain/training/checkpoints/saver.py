@@ -1,8 +1,8 @@
-"""Saving while training goes on: copy the state to host memory, write it in a thread, commit when all ranks are done.
+"""Asynchronous saving: copy the state to host memory, write it in a thread, commit when all ranks are done.
 
-A save begins and ends with all ranks together, in :meth:`Saver.save` and in :meth:`Saver.poll`, which every step calls;
-what lies between, the writing, is each rank's own and speaks to nobody. Rank 0 then describes and renames the folder. A
-checkpoint therefore needs every rank to have written its part, and a part that failed on one rank fails on all of them.
+A save begins and ends collectively, in :meth:`Saver.save` and in :meth:`Saver.poll`, which every step calls. In
+between, each rank writes its own files without communication. Rank 0 then writes the manifest and renames the folder. A
+checkpoint is therefore complete only if every rank has written its part; a failure on one rank fails the save on all.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from sparsetrain.training.memory.host import available_host_memory
 from sparsetrain.world import World
 
 SHARE_OF_HOST_MEMORY = 0.8
-"""Of what is available, that the copies of all ranks of a machine may take; beyond it, training waits for the disk."""
+"""Fraction of available host memory that the copies of all ranks of a machine may use; beyond it, training waits."""
 LAST_WORDS = 15.0
-"""Seconds that a rank waits for its own part of a checkpoint when the run has failed, and rank 0 for the others': fewer
-than the 30 that launchers leave a rank once the first has exited."""
+"""Seconds that a rank waits for its own part of a checkpoint after a failure, and rank 0 for the others': less than the
+30 seconds that launchers leave a rank once the first has exited."""
 GLANCE = 0.2
-"""Seconds between two looks at a thread that is waited for."""
+"""Seconds between two checks of a thread."""
 
 
 @dataclass
 class _Write:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     step: int
     texts: dict[str, str]
     best: dict[str, Any] | None
     thread: threading.Thread | None = None
     parts: int = 0
-    """Signs of the writer's progress."""
+    """Progress counter of the writer."""
     error: str | None = None
 
     def wrote(self) -> None:
@@ -62,7 +62,7 @@ class _Write:
         return self.thread is None or not self.thread.is_alive()
 
     def join(self) -> None:
-        """Wait for the writer, showing its progress to the other ranks as this one's."""
+        """Wait for the writer, and report its progress to the other ranks as this rank's progress."""
         parts = -1
         while self.thread is not None and self.thread.is_alive():
             if self.parts != parts:
@@ -72,14 +72,14 @@ class _Write:
 
 
 class Saver:
-    """Writes the checkpoints of a run. All methods but :meth:`abandon` are called by every rank together.
+    """Writes the checkpoints of a run. All methods except :meth:`abandon` are collective.
 
     Args:
-        engine: the DeepSpeed engine.
-        folder: the folder of checkpoints.
-        section: what the recipe says about them.
-        world: the ranks.
-        say: prints a line for the user.
+        engine: The DeepSpeed engine.
+        folder: The folder of checkpoints.
+        section: The recipe's ``checkpoint`` section.
+        world: The ranks.
+        say: Prints a line for the user.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:
         self.on_failure: Callable[[int], None] = lambda step: None
-        """Is told the step whose checkpoint could not be written, where the recipe lets the run go on."""
+        """Called with the step whose checkpoint could not be written, if the recipe lets the run continue."""
         self._engine = engine
         self._folder = folder
         self._section = section
@@ -104,10 +104,10 @@ class Saver:
         self._candidate: dict[str, Any] | None = None
 
     def check(self) -> str:
-        """Prove that checkpoints will hold every trained element once; returns a line that says so.
+        """Check that checkpoints will hold every trained element exactly once; returns a line to print.
 
         Raises:
-            CheckpointError: DeepSpeed keeps some of the state where it is not looked for.
+            CheckpointError: DeepSpeed keeps part of the state in an unexpected place.
         """
         held = sum(
             each.numel for block in engine_state.blocks(self._engine) for each in block.slices if each.kind == "weight"
@@ -118,18 +118,18 @@ class Saver:
         if counted.item() != trained:
             raise CheckpointError(
                 f"checkpoints would hold {counted.item():,} of {trained:,} trained elements; a setting of "
-                "deepspeed.config moves the optimizer's state where it cannot be found"
+                "deepspeed.config moves the optimizer's state to an unknown place"
             )
         return f"checkpoints hold each of the {trained:,} trained elements, whatever the number of ranks"
 
     def save(self, state: TrainState, documents: dict[str, str], wait: bool) -> None:
-        """Begin a checkpoint; wait until it is complete where ``wait`` or the recipe says so.
+        """Begin a checkpoint; wait until it is complete if ``wait`` or the recipe says so.
 
         Args:
-            documents: small text files to put beside the state (``recipe.yaml``, ``environment.json``).
+            documents: Small text files to save with the state (``recipe.yaml``, ``environment.json``).
 
         Raises:
-            CheckpointError: the disk is full or not writable, and the recipe says stop; earlier checkpoints are whole.
+            CheckpointError: The disk is full or not writable, and the recipe says stop; earlier checkpoints are intact.
         """
         self.finish()
         partial, best = store.partial_of(self._folder, state.step), self._candidate
@@ -158,10 +158,10 @@ class Saver:
             write.thread.start()
 
     def poll(self) -> None:
-        """After every step: commit the checkpoint that is being written once all ranks have written their parts.
+        """Called after every step: commit the pending checkpoint once all ranks have written their parts.
 
         Raises:
-            CheckpointError: it could not be written, and the recipe says stop.
+            CheckpointError: It could not be written, and the recipe says stop.
         """
         if self._write is None:
             return
@@ -175,9 +175,9 @@ class Saver:
             self._settle(self._write)
 
     def abandon(self) -> None:
-        """Complete the checkpoint that is being written when the run has failed, without the other ranks' help.
+        """Complete the pending checkpoint after the run has failed, without collective operations.
 
-        Any thread may call it: the main thread may be stuck.
+        Any thread may call it, because the main thread may be stuck.
         """
         write, self._write = self._write, None
         if write is None:
@@ -189,13 +189,13 @@ class Saver:
         while write.error is None and time.monotonic() < deadline:
             if all(record.is_file() for record in mine):
                 if self._world.main:
-                    with contextlib.suppress(OSError, CheckpointError):  # the run has told of a worse fault
+                    with contextlib.suppress(OSError, CheckpointError):  # the run has already reported a worse error
                         self._commit(write)
                 return
             time.sleep(GLANCE)
 
     def is_best(self, step: int, value: float) -> bool:
-        """Whether an evaluation is the best so far, so that its checkpoint is to be kept. Higher is better."""
+        """Whether an evaluation is the best so far (higher is better), so that its checkpoint is kept."""
         pending = self._write.best if self._write is not None else None
         if math.isnan(value) or any(value <= best["value"] for best in (self._best, pending) if best is not None):
             return False
@@ -204,7 +204,7 @@ class Saver:
         return True
 
     def keep_as_best(self) -> None:
-        """Name the last checkpoint, which is complete, the best: after the evaluation at the end of a run."""
+        """Mark the last, complete checkpoint as the best, after the evaluation at the end of a run."""
         best, self._candidate = self._candidate, None
 
         def name_it() -> None:
@@ -217,19 +217,19 @@ class Saver:
             self._say(f"warning: {self._folder / store.BEST} cannot be written: {error}")
 
     def _write_part(self, write: _Write, blocks: list[Block], record: dict[str, Any]) -> None:
-        """This rank's files; the record comes last, and says that the other is whole."""
+        """Write this rank's files; the record comes last, and marks the tensor file as complete."""
         partial, rank = store.partial_of(self._folder, write.step), self._world.rank
         try:
             record["file"] = write_blocks(rank_file(partial, rank, "safetensors"), blocks, write.wrote)
             write_text(rank_file(partial, rank, "json"), json.dumps(record))
-        except Exception as error:  # a thread has nobody to raise to; the next poll does
+        except Exception as error:  # a thread cannot raise; the next poll does
             write.error = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
     def _settle(self, write: _Write) -> None:
         write.join()
         errors: list[Any] = [None] * self._world.size
         dist.all_gather_object(errors, write.error)
-        # Not before: where a rank has died meanwhile, abandon() is still to commit what all have written.
+        # Not earlier: if a rank has died meanwhile, abandon() must still commit the files that all have written.
         self._write = None
         error = next((each for each in errors if each is not None), None)
         if error is None:
@@ -272,9 +272,9 @@ class Saver:
         return error[0]
 
     def _fits(self, blocks: list[Block]) -> bool:
-        """Whether every rank's host memory has room for a copy of its blocks, and of those of its neighbours.
+        """Whether the host memory has room for copies of the blocks of all ranks on this machine.
 
-        All decide before any of them copies: a copy that a neighbour has made already would count twice.
+        All ranks decide before any of them copies: an existing copy would be counted twice.
         """
         copies = sum(block.nbytes for block in blocks) * ranks_of_this_host(self._world.size)
         return not self._world.largest(float(copies >= SHARE_OF_HOST_MEMORY * available_host_memory()))

@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint may hold. A checksum says that they are what was written, no more."""
+"""Schemas of a checkpoint's JSON files. A checksum only shows that a file is unchanged, not that it is valid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Strict(Section):
 
 
 class Entry(_Strict):
-    """A file as it was written."""
+    """Size and checksum of a file."""
 
     bytes: Count
     crc32: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
@@ -53,7 +53,7 @@ class Change(_Strict):
     """A setting that was changed when a run was resumed."""
 
     step: Count
-    """Of the checkpoint from which the run goes on with it."""
+    """The step of the checkpoint from which the run resumed with the change."""
     key: str
     before: Any
     after: Any
@@ -75,7 +75,7 @@ class StateFile(_Strict):
 
 
 class RandomState(_Strict):
-    """The random state of a rank, as the generators give it."""
+    """The random state of a rank, in the form that the generators return."""
 
     python: tuple[Literal[3], Annotated[list[Word], Field(min_length=625, max_length=625)], float | None]
     numpy: tuple[
@@ -90,19 +90,19 @@ class RandomState(_Strict):
 
 
 class RankFile(_Strict):
-    """``rank-00000.json``: what one rank has beside its tensors."""
+    """``rank-00000.json``: the random state of one rank, and the record of its tensor file."""
 
     random: RandomState
     file: Entry
-    """Its file of tensors."""
+    """Its tensor file."""
 
 
 def read(file: Path, schema: type[M]) -> M:
-    """A JSON file of a checkpoint.
+    """Read and validate a JSON file of a checkpoint.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file, or holds something else; the message says what, where.
+        OSError: The file cannot be read.
+        ValueError: It is not a file, or its content is invalid; the message names the place.
     """
     try:
         return schema.model_validate_json(read_bytes(file))
@@ -110,4 +110,4 @@ def read(file: Path, schema: type[M]) -> M:
         first = error.errors(include_url=False, include_input=True)[0]
         place = ".".join(map(str, first["loc"]))
         found = f" ({place}={first['input']!r:.60})" if place else ""
-        raise ValueError(f"{file.name} does not hold what it should{found}: {first['msg'][:200]}") from None
+        raise ValueError(f"{file.name} is invalid{found}: {first['msg'][:200]}") from None

@@ -1,4 +1,4 @@
-"""What a run knows about itself beyond the engine, and the random state of each rank."""
+"""The state of a run besides the engine's, and the random state of each rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sparsetrain.training.checkpoints.schema import RandomState
 
 @dataclass
 class TrainState:
-    """JSON-able, and the same on every rank."""
+    """The state of a run: serialisable as JSON, and equal on every rank."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens seen, counted without padding (there is none)."""
+    """Tokens processed (rows have no padding)."""
     ranks: int = 1
-    """Ranks of the run that wrote it."""
+    """Number of ranks of the run that wrote the checkpoint."""
     rows_per_step: int = 0
-    """Rows of the global batch, which the number of ranks must not change."""
+    """Rows of the global batch, which must stay the same on another number of ranks."""
     steps: int = 0
-    """Steps of the whole run, as planned."""
+    """Planned number of steps of the whole run."""
     data: dict[str, Any] = field(default_factory=dict)
     """Position in the stream of training rows."""
     wandb_run_id: str | None = None
@@ -48,10 +48,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Undo :func:`random_state`.
+    """Restore a state returned by :func:`random_state`.
 
     Raises:
-        ValueError: a generator does not take it.
+        ValueError: A generator does not accept it.
     """
     version, words, gauss = state.python
     name, numbers, position, has_gauss, gaussian = state.numpy
@@ -62,11 +62,11 @@ def set_random_state(state: RandomState) -> None:
         if state.cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(_bytes(state.cuda))
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the random state is none ({first_line(error)})") from error
+        raise ValueError(f"the random state is invalid ({first_line(error)})") from error
 
 
 def draw_random_state(seed: int, step: int, rank: int) -> None:
-    """A random state for a rank that the run did not have before: another one for every step and rank."""
+    """Seed the generators of a rank that the checkpoint has no state for; different for every step and rank."""
     value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
     random.seed(value)
     np.random.seed(value % 2**32)

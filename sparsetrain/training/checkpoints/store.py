@@ -1,10 +1,10 @@
-"""The folder of checkpoints: what is complete, how a new one takes its place, what may go.
+"""The folder of checkpoints: find complete ones, commit a new one, delete old ones.
 
 ``step-000120/`` holds ``rank-*.safetensors`` (see :mod:`.files`), ``rank-*.json`` (random state; size and checksum of
 the former), ``state.json``, the resolved recipe, and ``manifest.json`` with the size and CRC-32 of every file. It is
-written as ``step-000120.tmp``, flushed, and renamed; the manifest is its last file, so a folder whose files match it
-survived whatever interrupted the run. ``latest`` names the newest and is replaced last of all; ``best.json`` names the
-one with the best evaluation.
+written as ``step-000120.tmp``, flushed, and renamed. The manifest is written last, so a folder whose files match it is
+complete. ``latest`` names the newest checkpoint and is replaced last of all; ``best.json`` names the one with the best
+evaluation.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ BEST = "best.json"
 
 
 def target_of(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """The folder of a step's checkpoint."""
     return folder / f"step-{step:06d}"
 
 
 def partial_of(folder: Path, step: int) -> Path:
-    """Where it is written before it is complete."""
+    """The folder in which a checkpoint is written before it is complete."""
     return folder / f"step-{step:06d}.tmp"
 
 
 def make_partial(partial: Path) -> None:
-    """An empty folder to write a checkpoint to."""
+    """Create an empty folder for writing a checkpoint."""
     remove_path(partial)
     partial.mkdir(parents=True)
 
@@ -52,17 +52,17 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
     """Complete a checkpoint whose ranks have all written their files, and move ``latest`` to it.
 
     Raises:
-        OSError: it cannot be written; nothing has changed.
-        CheckpointError: the file of a rank is not there.
+        OSError: It cannot be written; nothing has changed.
+        CheckpointError: The file of a rank is missing.
     """
     if not partial.is_dir():
-        raise CheckpointError(f"{partial} has been removed while it was written")
+        raise CheckpointError(f"{partial} was removed while it was being written")
     files: dict[str, dict[str, Any]] = {}
     for rank in range(ranks):
         record = rank_file(partial, rank, "json")
         if not record.is_file():
             raise CheckpointError(
-                f"rank {rank} wrote its part where rank 0 does not see it; output must be a folder shared by all nodes"
+                f"rank 0 does not see the files of rank {rank}; output must be a folder shared by all nodes"
             )
         files[rank_file(partial, rank, "safetensors").name] = json.loads(record.read_text())["file"]
         files[record.name] = {"bytes": record.stat().st_size, "crc32": checksum_of(record)}
@@ -70,7 +70,7 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
         files[name] = write_text(partial / name, text)
     write_manifest(partial, files)
     flush(partial)
-    # What stands there was passed over by --resume, however whole it looks, and need not be a folder.
+    # An existing entry was skipped by --resume, even if it looks complete; it need not be a folder.
     remove_path(target)
     os.replace(partial, target)
     flush(target.parent)
@@ -79,18 +79,18 @@ def commit(partial: Path, target: Path, texts: dict[str, str], ranks: int) -> No
 
 
 def prune(newest: Path, keep_last: int) -> None:
-    """Delete what lies before the checkpoints to keep, and what interrupted saves and deletions left behind.
+    """Delete checkpoints older than those to keep, and the remains of interrupted saves and deletions.
 
     Args:
-        newest: the last checkpoint of this run. Those of later steps were passed over by ``--resume``: they do not
-            count among the ones to keep, and stay until the run comes to their step again.
+        newest: The last checkpoint of this run. Those of later steps were skipped by ``--resume``: they do not count
+            among the ones to keep, and stay until the run reaches their step again.
     """
     folder = newest.parent
     found = [path for path in _checkpoints(folder) if _step_of(path) <= _step_of(newest)]
     whole = [path for path in found if fault(path) is None]
     best = read_best(folder)
     spared = None if best is None else best["checkpoint"]
-    # Nothing where the newest cannot be read back: the storage is not to be trusted now.
+    # Delete nothing if the newest cannot be read back: the storage may be faulty.
     before = found.index(whole[-keep_last:][0]) if whole and whole[-1] == newest else 0
     old = [path for path in found[:before] if path.name != spared]
     for path in (*old, *folder.glob("step-*.tmp")):
@@ -98,7 +98,7 @@ def prune(newest: Path, keep_last: int) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """``best.json``: ``checkpoint``, ``metric`` and ``value``; None while there is none that is complete."""
+    """``best.json``: ``checkpoint``, ``metric`` and ``value``; None if there is no complete best checkpoint."""
     try:
         best = json.loads(read_bytes(folder / BEST))
         best = {"checkpoint": best["checkpoint"], "metric": best["metric"], "value": float(best["value"])}
@@ -115,9 +115,9 @@ def write_best(folder: Path, best: dict[str, Any]) -> None:
 
 
 def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that was passed over. Called by every rank.
+    """The newest intact checkpoint, and a line for each newer one that was skipped. Called by every rank.
 
-    The ranks share the work of summing its files, and must all see them.
+    The ranks divide the work of computing checksums, and all must see the files.
     """
     skipped: list[str] = []
     while True:
@@ -137,7 +137,7 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not complete, told without reading its tensors; None if it is."""
+    """The reason why a checkpoint is incomplete, without reading its tensors; None if it is complete."""
     try:
         manifest = read_manifest(checkpoint)
     except (OSError, ValueError) as error:
@@ -156,10 +156,10 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def newest(folder: Path, skipped: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that looks whole without reading its tensors, and a line for each newer one that does not.
+    """The newest checkpoint that looks complete (tensors are not read), and a line for each newer one that does not.
 
     Args:
-        skipped: lines about those to pass over whatever they look like; they come first.
+        skipped: Lines about checkpoints to skip in any case; they come first.
     """
     lines = list(skipped)
     told = {line.split(":")[0] for line in lines}
@@ -174,19 +174,19 @@ def newest(folder: Path, skipped: Sequence[str] = ()) -> tuple[Path | None, list
 
 
 def _damage(checkpoint: Path, world: World) -> str | None:
-    """What is wrong with the files that fall to this rank."""
+    """The fault in the files that this rank checks; None if there is none."""
     try:
         manifest = read_manifest(checkpoint)
         for index, (name, entry) in enumerate(sorted(manifest.items())):
             if index % world.size == world.rank and checksum_of(checkpoint / name, activity.moved) != entry.crc32:
-                return f"the bytes of {name} are not those that were written (its CRC-32 differs)"
+                return f"{name} is not what was written (its CRC-32 differs)"
     except (OSError, ValueError) as error:
         return f"rank {world.rank} cannot read it ({error})"
     return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Whole or not, the oldest first."""
+    """All checkpoints, complete or not, the oldest first."""
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
 
 

@@ -1,1 +1,1 @@
-"""The ranks of a run: the launcher's environment, the DeepSpeed engine, shared sequences."""
+"""The ranks of a run: the launcher's environment, the DeepSpeed engine, sequence parallelism."""

@@ -1,4 +1,4 @@
-"""From a model that knows what it trains to the engine that trains it."""
+"""Build the DeepSpeed engine for a model whose trainable parameters are chosen."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sparsetrain.world import World
 
 @dataclass(frozen=True)
 class Engine:
-    """What takes the steps."""
+    """The DeepSpeed engine and its sequence parallelism."""
 
     deepspeed: Any
     """DeepSpeed's engine around :class:`~sparsetrain.training.loss.CausalLMLoss`."""
     ulysses: Ulysses | None
-    """What splits a forward pass where ranks share their sequences."""
+    """Splits a forward pass over ranks; None without sequence parallelism."""
 
 
 def build_engine(
@@ -37,15 +37,15 @@ def build_engine(
     world: World,
     say: Callable[[str], None],
 ) -> Engine:
-    """The DeepSpeed engine around the loss of a sparsified model; every rank calls this.
+    """Build the DeepSpeed engine around the loss of a sparsified model; every rank calls this.
 
     Args:
-        config: DeepSpeed's, of :func:`~sparsetrain.training.deepspeed_config.deepspeed_config`.
-        say: prints a line for the user.
+        config: DeepSpeed's config from :func:`~sparsetrain.training.distributed.deepspeed_config.deepspeed_config`.
+        say: Prints a line for the user.
 
     Raises:
-        ModelError: the model's activations cannot be saved as the recipe says.
-        RecipeError: nothing is left to train.
+        ModelError: The model does not support the recipe's settings that save activation memory.
+        RecipeError: No parameter is trained.
     """
     say(f"memory: {save_activation_memory(model, recipe.train, plan, world.device)}")
     model.train()

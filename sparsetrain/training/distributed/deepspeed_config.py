@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON, generated from the recipe; a JSON of the user's own is laid under it and checked against it.
+"""Generate the DeepSpeed config from the recipe, and merge and check the user's own DeepSpeed JSON.
 
-DeepSpeed accepts a misspelt top-level key without a word and understands ``auto`` only inside Hugging Face's Trainer,
-so both are refused here, before anything is loaded.
+DeepSpeed silently accepts a misspelt top-level key, and understands ``auto`` only within Hugging Face's Trainer. Both
+are refused here, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.textfile import read_text
 
-# Sections of the DeepSpeed JSON that would decide what the recipe decides, and where the recipe says it.
+# Sections of the DeepSpeed JSON that would override the recipe, and the setting of the recipe to use instead.
 OWNED_BY_RECIPE = {
     "optimizer": "train.optimizer and train.lr",
     "scheduler": "train.schedule",
@@ -29,15 +29,15 @@ OWNED_BY_RECIPE = {
 }
 _NOT_ITS = "DeepSpeed's own checkpoints are never written; see checkpoint in the recipe"
 IDLE = {
-    "autotuning": "it starts jobs of its own and ends this one after a few steps",
+    "autotuning": "it starts other jobs and ends this one after a few steps",
     "checkpoint": _NOT_ITS,
     "use_node_local_storage": _NOT_ITS,
     "compile": "it waits for a call of engine.compile(), which runs do not make",
 }
-"""Sections of the DeepSpeed JSON that would do nothing, or no training."""
+"""Sections of the DeepSpeed JSON that would have no effect, or would not train."""
 _LOST = "checkpoints do not find the optimizer's state"
-_UNSEEN = "train.on_nonfinite does not see every gradient that is not finite"
-# Settings under which a run could not keep what its recipe promises: the only value that is accepted, and why.
+_UNSEEN = "train.on_nonfinite would miss gradients that are not finite"
+# Settings that would break guarantees of a run: the only accepted value, and the reason.
 FIXED = {
     "zero_optimization.offload_optimizer.ratio": (1.0, _LOST),
     "zero_optimization.offload_optimizer.super_offload": (False, _LOST),
@@ -79,19 +79,19 @@ PASSED_THROUGH = {
 
 
 REDUCE_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at a time by default."""
+"""Number of gradient elements that DeepSpeed reduces at once by default."""
 
 
 def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run.
 
     Args:
-        trained: elements that are trained, where they are known: the buffer in which gradients are reduced need not be
-            larger. DeepSpeed allocates all of it, a gigabyte for a few adapters.
+        trained: Number of trained elements, if known: the buffer for reducing gradients need not be larger. By default
+            DeepSpeed would allocate a gigabyte even for a few adapters.
 
     Raises:
-        RecipeError: the user's JSON is unreadable, has a key DeepSpeed does not know, says ``auto``, or contradicts
-            the recipe; or it switches off what the recipe relies on.
+        RecipeError: The user's JSON is unreadable, has an unknown key or ``auto``, contradicts the recipe, or switches
+            off a feature that the recipe needs.
     """
     generated = _generated(recipe, plan)
     given = _read(recipe.deepspeed.config)
@@ -99,7 +99,7 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
     config = _lay_under(given, generated, "")
     _check_fixed(config)
     zero = config["zero_optimization"]
-    # Stated until here so that a JSON cannot offload what the recipe does not.
+    # Kept until here, so that the user's JSON cannot offload against the recipe.
     for name in ("offload_optimizer", "offload_param"):
         if zero[name]["device"] == "none":
             del zero[name]
@@ -117,10 +117,10 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
 
 
 def loads_into_shards(recipe: Recipe) -> bool:
-    """Whether weights go from the host straight into the shards of ZeRO-3, so that no device ever holds them all.
+    """Whether weights go from the host directly into the shards of ZeRO-3, so that no device holds all of them.
 
-    Only where nothing runs the model before the engine exists: no evaluation at the start and nothing to fit. Then
-    the model may be larger than a device.
+    This needs a run that does not use the model before the engine exists: no evaluation at the start and nothing to
+    fit. Then the model may be larger than a device.
     """
     runs_before = recipe.eval.measures_at_start or recipe.attention.waits_for_fit
     return recipe.deepspeed.stage == 3 and not runs_before
@@ -136,7 +136,7 @@ def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        # DeepSpeed counts rows of its own for every rank, those that share one too.
+        # DeepSpeed counts separate rows for every rank, also for ranks that share a row.
         "train_batch_size": plan.global_batch_sequences * plan.parallel,
         "gradient_clipping": recipe.train.max_grad_norm or 0.0,
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
@@ -177,7 +177,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _no_number(name: str) -> float:
     if name == "Infinity":  # of steps_per_print: never
         return math.inf
-    raise ValueError(f"{name} is no number of JSON; leave it out")
+    raise ValueError(f"{name} is not a JSON number; leave it out")
 
 
 def _check_keys(given: dict[str, Any]) -> None:
@@ -185,14 +185,14 @@ def _check_keys(given: dict[str, Any]) -> None:
         if key in OWNED_BY_RECIPE:
             raise RecipeError(f"deepspeed.config has {key}, which the recipe decides: use {OWNED_BY_RECIPE[key]}")
         if key in IDLE:
-            raise RecipeError(f"deepspeed.config has {key}, which does not serve a run: {IDLE[key]}; leave it out")
+            raise RecipeError(f"deepspeed.config has {key}, which has no use in a run: {IDLE[key]}; leave it out")
         if key not in PASSED_THROUGH:
             nearest = difflib.get_close_matches(key[:64], PASSED_THROUGH, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise RecipeError(f"deepspeed.config has {key:.100}, which is not supported here{hint}")
     steps = given.get("steps_per_print", 1)  # infinite for never
     if isinstance(steps, bool) or not isinstance(steps, int | float) or not steps >= 1:
-        raise RecipeError(f"deepspeed.config: steps_per_print is {steps!r} and no number of steps; leave it out")
+        raise RecipeError(f"deepspeed.config: steps_per_print={steps!r} is not a number of steps; leave it out")
 
 
 def _check_fixed(config: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def _check_fixed(config: dict[str, Any]) -> None:
 
 
 def _lay_under(given: dict[str, Any], generated: dict[str, Any], path: str) -> dict[str, Any]:
-    """``given`` completed by ``generated``; a leaf that both set must be equal."""
+    """Merge ``generated`` into ``given``; a leaf that both set must be equal."""
     merged = dict(given)
     for key, value in given.items():
         if value == "auto":

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: process group, optimizer, ``deepspeed.initialize``. What differs by device is here."""
+"""The DeepSpeed engine: process group, optimizer, ``deepspeed.initialize``, and differences between devices."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from sparsetrain.world import World
 
 
 def init_world(timeout: float = 30.0) -> World:
-    """Join the process group of the launcher, or start one of a single process.
+    """Join the process group of the launcher, or start one with a single process.
 
-    gloo on CPU, NCCL on CUDA. DeepSpeed's shared-memory op for CPU is switched off: it compiles for minutes, and
-    an interrupted compile leaves a lock that hangs every later run.
+    It uses gloo on CPU and NCCL on CUDA. DeepSpeed's shared-memory op for CPU is switched off: it compiles for minutes,
+    and an interrupted compile leaves a lock that blocks every later run.
 
     Args:
-        timeout: minutes to wait for the other ranks.
+        timeout: Minutes to wait for the other ranks.
 
     Raises:
-        TrainingError: the ranks do not find one another, or the environment is wrong about them.
+        TrainingError: The ranks cannot connect, or the environment variables about them are wrong.
     """
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -53,22 +53,22 @@ def init_world(timeout: float = 30.0) -> World:
             join(device, collective_timeout(timeout))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that share the cores must not each start a thread for every core: they would wait for one another.
+        # Ranks on one host share its cores, so they must not each start one thread per core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def collective_timeout(timeout: float) -> timedelta:
-    """How long collectives wait where ``deepspeed.timeout`` is so many minutes.
+    """The timeout of collectives for a ``deepspeed.timeout`` in minutes.
 
-    Much longer: that a rank is waited for in vain is noticed by :mod:`sparsetrain.training.supervision.watch`, which
-    tells progress from a hang, and names the rank.
+    It is much longer, because :mod:`sparsetrain.training.supervision.watch` detects a hanging rank: it distinguishes
+    progress from a hang, and names the rank.
     """
     return timedelta(minutes=20 * timeout)
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Let DeepSpeed read its JSON before anything heavy is loaded; it alone knows what its sections may hold.
+    """Validate the config with DeepSpeed itself, before models and data are loaded.
 
     Raises:
         RecipeError: DeepSpeed refuses it.
@@ -78,9 +78,9 @@ def check_config(config: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     device = get_accelerator().device_name()
-    # Some CPUs multiply fp16, and DeepSpeed would train on them. A recipe must not depend on the CPU it finds.
+    # DeepSpeed would train in fp16 on some CPUs, but a recipe must not depend on the CPU.
     if config["fp16"]["enabled"] and (device == "cpu" or not get_accelerator().is_fp16_supported()):
-        raise RecipeError(f"model.dtype=float16: a {device} does not train it; set it to bfloat16 or float32")
+        raise RecipeError(f"model.dtype=float16 cannot be trained on a {device}; set it to bfloat16 or float32")
     try:
         DeepSpeedConfig(deepcopy(config))
     except ValidationError as error:
@@ -91,10 +91,10 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def check_offload(recipe: Recipe, device: torch.device) -> None:
-    """Refuse to move off a GPU what is on none.
+    """Refuse offloading from a GPU on a machine without one.
 
     Raises:
-        RecipeError: names the setting.
+        RecipeError: The recipe asks for it; names the setting.
     """
     if recipe.deepspeed.offload_optimizer == "cpu" and device.type != "cuda":
         raise RecipeError(
@@ -107,12 +107,12 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
     """Wrap ``module`` in a DeepSpeed engine with the recipe's optimizer.
 
     Raises:
-        RecipeError: nothing is left to train, or DeepSpeed refuses a JSON of the user's own.
+        RecipeError: No parameter is trained, or DeepSpeed refuses the user's JSON.
     """
     deepspeed = _import_deepspeed()
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
-        raise RecipeError("the recipe leaves no parameter to train")
+        raise RecipeError("the recipe trains no parameters")
     # Before weights are sharded, as it groups them by shape.
     optimizer = build_optimizer(module, recipe, world.device)
     if recipe.deepspeed.stage == 3:
@@ -131,7 +131,7 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
 
 
 def destroy(engine: Any) -> None:
-    """Let an engine go: what is left of one would keep its model and states for the rest of the process."""
+    """Free an engine: references that DeepSpeed keeps would hold its model and states until the process ends."""
     stage = engine.zero_optimization_stage()
     engine.destroy()
     if stage == 3:
@@ -153,7 +153,7 @@ def _forget_modules_of_zero_3() -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    # The modules in forward, one within the other; a recomputation that stops early leaves its own behind.
+    # The stack of modules in forward; a recomputation that stops early leaves its modules on it.
     parameter_offload.FWD_MODULE_STACK.clear()
     # A method with a cache by engine and module, inside a wrapper.
     method = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
@@ -163,7 +163,8 @@ def _forget_modules_of_zero_3() -> None:
 
 
 def _announce_dora(deepspeed: Any, module: Any) -> None:
-    """DoRA's magnitudes read weights of the modules beside them, which ZeRO-3 gathers only for those themselves."""
+    """Register external parameters: DoRA's magnitudes read weights of neighbouring modules, which ZeRO-3 would not
+    gather for them."""
     for layer in module.modules():
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", {})
         for name, magnitude in magnitudes.items():
@@ -172,7 +173,7 @@ def _announce_dora(deepspeed: Any, module: Any) -> None:
 
 
 def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
-    """Shard a module on the host, one parameter after another; left to itself DeepSpeed moves all of it first."""
+    """Shard a module parameter by parameter from the host; by default DeepSpeed moves all of it to the device first."""
     zero = config["zero_optimization"]
     quantized = {
         name: zero.get(name, False) for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
@@ -184,8 +185,8 @@ def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: to
 
 
 def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in up to four groups: matrices are decayed; norms, biases and embeddings are not; and the modules that the
-    attention method adds learn at a rate of their own. Each group holds its ``peak_lr``.
+    """AdamW in up to four groups: with weight decay (matrices) and without (norms, biases, embeddings), each also for
+    the modules that the attention method adds, which have their own learning rate. Each group holds its ``peak_lr``.
     """
     embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     added = {id(p) for new in new_modules(module, recipe.attention).values() for p in new.parameters()}
@@ -210,10 +211,11 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it was when the gradient is not finite.
+    """AdamW that skips the step if the gradient is not finite.
 
-    ZeRO's optimizers do so themselves, and keep the gradient's norm. In fp32 without ZeRO, DeepSpeed does neither.
-    Every rank holds the same reduced gradients here, so all ranks decide alike. DeepSpeed reads both attributes.
+    ZeRO's optimizers do this themselves, and record the gradient norm. In fp32 without ZeRO, DeepSpeed does neither.
+    Without ZeRO every rank has the same reduced gradients, so all ranks take the same decision. DeepSpeed reads both
+    attributes.
     """
 
     # True until the engine is built: for 16-bit weights DeepSpeed steps once on zeros to allocate the state, which
@@ -222,7 +224,7 @@ class FiniteAdamW(torch.optim.AdamW):
     _global_grad_norm: float | None = None
 
     def measure(self) -> None:
-        """Note the norm of the whole gradient, before DeepSpeed clips it and forgets it."""
+        """Record the norm of the whole gradient before DeepSpeed clips it."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._global_grad_norm = torch.nn.utils.get_total_norm(gradients).item()
         self.overflow = not math.isfinite(self._global_grad_norm)
@@ -234,9 +236,9 @@ class FiniteAdamW(torch.optim.AdamW):
 def _import_deepspeed() -> Any:
     # DeepSpeed logs a page at import and a line per setting; warnings still come through.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It calls collectives by names that torch deprecates, and torch says so at each; users cannot help it.
+    # It calls collectives by deprecated names, and torch warns at each call; users cannot change this.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # NCCL alone, where a process is alone; there is one device it can be.
+    # NCCL warns in a run of one process, where there is only one possible device.
     warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
     try:
         import deepspeed

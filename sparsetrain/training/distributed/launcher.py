@@ -1,5 +1,4 @@
-"""What launchers say about the ranks, and what the names of hosts leave unsaid. Read from and written to the
-environment, before the process group exists."""
+"""Read the launcher's environment variables, complete them, and connect the ranks to a process group."""
 
 from __future__ import annotations
 
@@ -18,46 +17,49 @@ from torch.distributed import distributed_c10d
 from sparsetrain.errors import TrainingError, first_line
 
 Environment = MutableMapping[str, str]
-"""Always given, and no default: datasets puts a copy in the place of ``os.environ``."""
+"""The environment is always passed explicitly, because datasets replaces ``os.environ`` by a copy."""
 
 SLURM_PORTS = range(20000, 30000)
-"""Ports at which the ranks of a Slurm job meet where MASTER_PORT is not set; which one follows from the job's id."""
+"""Range of ports for the ranks of a Slurm job without MASTER_PORT; the job id selects one."""
 
 ATTEMPTS = 3
-"""How often the ranks try to connect to one another. gloo now and then loses a connection while it makes it ("no
-error", "connection reset"), on one of the two ranks only, and gives up."""
+"""Number of attempts to connect the ranks. gloo occasionally loses a connection while setting it up ("no error",
+"connection reset"), on only one of two ranks, and gives up."""
 PATIENCE = timedelta(minutes=1)
-"""How long a rank that could not connect waits to hear how the others fared."""
+"""How long a rank that could not connect waits for the results of the others."""
 
 
 def adopt_slurm(environment: Environment) -> None:
-    """Under ``srun`` with one task a GPU, say what Slurm says in the variables of torch (RANK and its like).
+    """Under ``srun`` with one task per GPU, set torch's variables (RANK and so on) from those of Slurm.
 
-    Does nothing where another launcher has set them, or outside of a job step of several tasks: a batch script has
-    some of Slurm's variables too.
+    Does nothing if another launcher has set them, or outside of a job step with several tasks: a batch script has some
+    of Slurm's variables, too.
 
     Raises:
-        TrainingError: nobody says where rank 0 is, or which of the tasks this is.
+        TrainingError: The address of rank 0 or the number of this task is unknown.
     """
     _check_numbers(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     if lacking := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
-        raise TrainingError(f"SLURM_STEP_NUM_TASKS is set, as by srun, and {lacking[0]} is not; use srun")
+        raise TrainingError(f"SLURM_STEP_NUM_TASKS is set, as by srun, but {lacking[0]} is not; use srun")
     tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if nodes < 1 or tasks % nodes:
-        raise TrainingError(f"srun started {tasks} tasks on {nodes} nodes; start as many on each (--ntasks-per-node)")
+        raise TrainingError(
+            f"srun started {tasks} tasks on {nodes} nodes; start as many on each node (--ntasks-per-node)"
+        )
     if "MASTER_ADDR" not in environment:
         if nodes > 1:
             raise TrainingError(
-                "srun started tasks on several nodes, and MASTER_ADDR does not say which is the first; before srun: "
+                "srun started tasks on several nodes, but MASTER_ADDR, the address of the first, is not set; "
+                "before srun: "
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         environment["MASTER_ADDR"] = "127.0.0.1"
     port = SLURM_PORTS[int(environment.get("SLURM_JOB_ID", "0")) % len(SLURM_PORTS)]
     environment.setdefault("MASTER_PORT", str(port))
     environment["RANK"] = environment["SLURM_PROCID"]
-    # With --gpus-per-task each task sees its own GPU alone, and that is number 0.
+    # With --gpus-per-task each task sees only its own GPU, as number 0.
     own = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
     environment["LOCAL_RANK"] = "0" if own else environment["SLURM_LOCALID"]
     environment["WORLD_SIZE"] = str(tasks)
@@ -65,67 +67,65 @@ def adopt_slurm(environment: Environment) -> None:
 
 
 def settle_ranks(environment: Environment) -> None:
-    """Check what launchers say about the ranks; where none says anything, say that this process is alone.
+    """Check the launcher's variables; without any, set those of a single process.
 
     Raises:
-        TrainingError: a variable is missing, or is not what launchers set it to.
+        TrainingError: A variable is missing or invalid.
     """
     _check_numbers(environment, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
     if rank is None:
         if int(size or 1) > 1:
             raise TrainingError(
-                f"WORLD_SIZE={size} makes this one of several ranks, and RANK, which launchers set too, does not say "
-                "which; start the run through one, or unset WORLD_SIZE"
+                f"WORLD_SIZE={size} means several ranks, but RANK, which launchers set too, is missing; "
+                "start the run through a launcher, or unset WORLD_SIZE"
             )
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
         return
     if size is None or int(rank) >= int(size):
-        raise TrainingError(f"RANK={rank} is set, and WORLD_SIZE={size} is not larger: it is the number of all ranks")
+        raise TrainingError(f"RANK={rank} is set, but WORLD_SIZE={size}, the number of all ranks, is not larger")
     if int(size) == 1:
         environment.setdefault("LOCAL_RANK", "0")
         return
     for name, what in (
-        ("LOCAL_RANK", "which rank of its host this is"),
-        ("MASTER_ADDR", "where the ranks meet"),
-        ("MASTER_PORT", "where the ranks meet"),
+        ("LOCAL_RANK", "the rank within its host"),
+        ("MASTER_ADDR", "the address of rank 0"),
+        ("MASTER_PORT", "the port of rank 0"),
     ):
         if not environment.get(name):
-            raise TrainingError(f"WORLD_SIZE={size}, but {name} does not say {what}; start the run through a launcher")
+            raise TrainingError(f"WORLD_SIZE={size}, but {name} ({what}) is not set; start the run through a launcher")
 
 
 def _check_numbers(environment: Environment, names: Sequence[str]) -> None:
     for name in names:
         if not environment.get(name, "0").isdecimal():
-            raise TrainingError(
-                f"{name}={environment[name]!r} in the environment is no number, as launchers set it; unset or mend it"
-            )
+            raise TrainingError(f"{name}={environment[name]!r} in the environment is not a number; unset or correct it")
 
 
 @contextmanager
 def meeting(timeout: float) -> Iterator[None]:
-    """Around the start of the process group: choose an address and interface that work, explain what does not.
+    """Context for the start of the process group: choose a working address and interface, and explain failures.
 
     Args:
-        timeout: minutes after which the process ends with the explanation.
+        timeout: Minutes after which the process exits with the explanation.
 
     Raises:
-        TrainingError: the ranks do not find one another.
+        TrainingError: The ranks cannot connect.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     several_hosts = ranks_of_this_host(int(size)) != int(size)
     if not several_hosts and not _resolves(address):
-        # A container's own name often has no address, and no rank is anywhere else.
+        # A container's host name often has no address, and all ranks are on this host.
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     if several_hosts and (interface := interface_to(address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
     def message(reason: str) -> str:
         return (
-            f"rank {rank} of {size} (host {socket.gethostname()}) did not find the others at {address}:{port}: "
-            f"{reason}. Check that all ranks were started, that MASTER_ADDR is the address of rank 0's host and reached"
-            " from the others, and that the port is free there"
+            f"rank {rank} of {size} (host {socket.gethostname()}) could not connect to the others at {address}:{port}: "
+            f"{reason}. Check that all ranks were started, that MASTER_ADDR is the address of rank 0's host, that the "
+            "others can reach it, and that the port is free there"
         )
 
     def give_up() -> None:
@@ -133,7 +133,7 @@ def meeting(timeout: float) -> Iterator[None]:
         print(f"error (rank {rank}): {message(reason)}", file=sys.stderr, flush=True)
         os._exit(TrainingError.exit_code)
 
-    # torch has one timeout for this and for all collectives to come, and nothing else ends its wait.
+    # torch uses one timeout for this and for all later collectives, and cannot be interrupted otherwise.
     patience = threading.Timer(60 * timeout, give_up)
     patience.daemon = True
     patience.start()
@@ -146,23 +146,23 @@ def meeting(timeout: float) -> Iterator[None]:
 
 
 def join(device: torch.device, timeout: timedelta) -> None:
-    """Start the process group, on all ranks or on none; where one rank fails to connect, all of them try again.
+    """Start the process group on all ranks or on none; if one rank fails to connect, all of them try again.
 
-    Ranks meet at the environment's MASTER_ADDR and MASTER_PORT. A process alone opens no port.
+    Ranks connect at MASTER_ADDR and MASTER_PORT. A single process opens no port.
 
     Args:
-        device: of this rank, which decides on NCCL or gloo.
-        timeout: of the collectives of the group, and of the first wait for the other ranks.
+        device: The device of this rank, which selects NCCL or gloo.
+        timeout: The timeout of collectives, and of the first wait for the other ranks.
 
     Raises:
-        RuntimeError: some rank does not connect, time and again.
+        RuntimeError: A rank fails to connect in every attempt.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if int(os.environ["WORLD_SIZE"]) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # With its device NCCL connects here and not in the first collective, and splits later groups off.
+    # Given the device, NCCL connects here instead of in the first collective, and splits later groups from this one.
     bound = device if backend == "nccl" else None
     for attempt in range(ATTEMPTS):
         own = dist.PrefixStore(f"attempt-{attempt}", store)
@@ -172,7 +172,7 @@ def join(device: torch.device, timeout: timedelta) -> None:
         except RuntimeError as error:
             problem = f"rank {rank}: {error}"
             own.set("problem", problem)
-            # Names of groups count up, and must be equal on all ranks; where a group was made, destroying it does this.
+            # Group names contain a counter that must be equal on all ranks; destroying a group resets it.
             distributed_c10d._world.group_count = 0
         if own.add("arrived", 1) == size:
             own.set("verdict", own.get("problem").decode() if own.check(["problem"]) else "")
@@ -191,10 +191,10 @@ def join(device: torch.device, timeout: timedelta) -> None:
 
 
 def leave_group() -> None:
-    """Leave the process group where there is one: the last thing that a process does whose run ended well.
+    """Destroy the process group if there is one, at the end of a successful run.
 
-    Left to its destructors, NCCL warns on every rank, and prints a stack where it looks for the store of a rank 0 that
-    has ended already. A rank that the others have left does not wait for them for ever.
+    Otherwise NCCL's destructors warn on every rank, and print a stack trace if the store of rank 0 is gone. A rank does
+    not wait for ever for ranks that have left.
     """
     if dist.is_initialized():
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
@@ -203,9 +203,9 @@ def leave_group() -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface on the way to an address; None where that cannot be told.
+    """The network interface that routes to an address; None if it cannot be determined.
 
-    gloo binds to the address that the host's own name stands for, which in many containers is none, or 127.0.1.1.
+    gloo binds to the address of the host's name, which in many containers does not exist or is 127.0.1.1.
     """
     import psutil
 
@@ -218,13 +218,13 @@ def interface_to(address: str) -> str | None:
         return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == own for each in addresses):
-            # An address of this host itself is reached by the loopback, but bears the name of its own interface.
+            # An address of this host is reached through the loopback, but belongs to another interface.
             return name
     return None
 
 
 def ranks_of_this_host(ranks: int) -> int:
-    """How many of all ``ranks`` run on this host; all of them where neither torch's launcher nor deepspeed's says."""
+    """How many of all ``ranks`` run on this host; all of them if the launcher does not set this."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
 
 

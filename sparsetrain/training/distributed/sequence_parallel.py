@@ -1,10 +1,10 @@
-"""Sequence parallelism in a run: which ranks share a sequence, and which models allow it.
+"""Sequence parallelism in a run: the groups of ranks that share a sequence, and the models that support it.
 
-Rank ``r`` of a run with ``sequence.parallel: P`` holds part ``r % P`` of the rows of group ``r // P``. The engine is
-not told: to ZeRO all ranks are data-parallel ranks that hold different tokens, and the mean over them of the gradients
-of their summed losses is what the loop wants from it. Handing it the groups (``mpu``) would only change by what it
-divides, and not even alike: stages 0 to 2 of DeepSpeed 0.19.8 divide by the groups, stage 3, which reduces by
-``reduce_scatter_coalesced``, by all ranks.
+Rank ``r`` of a run with ``sequence.parallel: P`` holds part ``r % P`` of the rows of group ``r // P``. The engine does
+not know the groups: for ZeRO all ranks are data-parallel ranks with different tokens, and the loop needs the mean over
+all ranks of the gradients of their summed losses. Passing the groups (``mpu``) would only change the divisor, and not
+consistently: stages 0 to 2 of DeepSpeed 0.19.8 divide by the number of groups, stage 3, which reduces with
+``reduce_scatter_coalesced``, by the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def join_sequence_group(recipe: Recipe) -> Ulysses | None:
     """Form the groups of neighbouring ranks that share a sequence; every rank calls this.
 
     Returns:
-        What splits a forward pass over the group of this rank, None where a rank has its sequences to itself.
+        The object that splits a forward pass over this rank's group; None without sequence parallelism.
     """
     if recipe.sequence.parallel == 1:
         return None
@@ -37,10 +37,10 @@ def join_sequence_group(recipe: Recipe) -> Ulysses | None:
 
 
 def check_config(config: Any, parallel: int) -> None:
-    """Refuse a model whose config, a transformers one, says that ranks cannot share its sequences.
+    """Refuse a transformers config that does not support sequence parallelism.
 
     Raises:
-        ModelError: its heads do not divide, or its rotary embedding depends on the length of what it sees.
+        ModelError: The number of heads is not divisible, or the rotary embedding depends on the sequence length.
     """
     if parallel == 1:
         return
@@ -53,15 +53,15 @@ def check_config(config: Any, parallel: int) -> None:
 
 
 def check_shareable(model: PreTrainedModel, parallel: int) -> None:
-    """Refuse a sparsified model that would compute something else when each rank sees a part of the tokens.
+    """Refuse a sparsified model whose result would change if each rank has only a part of the tokens.
 
     Raises:
-        ModelError: it mixes tokens outside attention, or its config is refused by :func:`check_config`.
+        ModelError: The model mixes tokens outside attention, or :func:`check_config` refuses its config.
     """
     check_config(model.config, parallel)
     leaks = any(getattr(layer, PLAN_ATTRIBUTE).leaks_between_documents for _, layer, _ in sparse_layers(model))
     if parallel > 1 and leaks:
         raise ModelError(
             f"sequence.parallel={parallel}: {type(model).__name__} also mixes tokens outside attention (state-space, "
-            "convolution or linear attention layers), where each rank would see its own part alone; set it to 1"
+            "convolution or linear attention layers), where each rank would see only its own part; set it to 1"
         )

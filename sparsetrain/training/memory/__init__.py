@@ -1,1 +1,1 @@
-"""What saves memory: checkpointed, offloaded and tiled layers, fused kernels, a quantised base."""
+"""Saving memory: activation checkpointing and offloading, tiled MLPs, fused kernels, a quantised base."""

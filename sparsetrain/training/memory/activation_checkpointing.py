@@ -1,12 +1,12 @@
-"""Activation checkpointing: which activations of a decoder layer are kept for backward, and which are made again.
+"""Activation checkpointing: which activations of a decoder layer are saved for backward, and which are recomputed.
 
-Every mode keeps the input of each layer and recomputes the rest in backward. Two kinds of result are worth keeping:
+Every mode saves the input of each layer and recomputes the rest in backward, except two kinds of results:
 
-- What was selected. A recompute finds the same as long as it sees the same bits, which holds on one device with
-  deterministic matrix products; a selection that differed would be a gradient of something else than the forward pass.
-  It is small and dear to find, so every mode keeps it.
-- What attention returned (``selective``). It is of the size of one hidden state, and by far the dearest part of a layer
-  at long lengths to compute again.
+- Selections, in every mode. A recomputed selection is equal only if its inputs are bitwise equal, which needs one
+  device and deterministic matrix products; otherwise the gradient would not belong to the forward pass. Selections are
+  small and expensive to compute.
+- Outputs of attention (``selective``). Each has the size of one hidden state, and attention is by far the most
+  expensive part of a layer to recompute at long lengths.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def enable_activation_checkpointing(
     """Checkpoint every decoder layer of a sparsified model from its next training pass on.
 
     Args:
-        mode: ``layer`` keeps selections, ``selective`` the outputs of every attention operation.
-        offload: moves the layers' inputs to host memory until backward.
+        mode: ``layer`` keeps selections, ``selective`` also the outputs of every attention operation.
+        offload: Moves the layers' inputs to host memory until backward.
 
     Raises:
-        ModelError: the model's layers cannot be checkpointed.
+        ModelError: The model's layers cannot be checkpointed.
     """
     selections = frozenset().union(*(m.selection_operations for _, _, m in sparse_layers(model) if m is not None))
     keeps: Keeps = selections.__contains__ if mode == "layer" else is_attention
-    # The reentrant kind would cut the gradient off where a layer's inputs need none, which is everywhere below the
-    # first adapter.
+    # Reentrant checkpointing loses the gradient of layers whose inputs need none, which are all layers below the first
+    # adapter.
     options: dict[str, Any] = {"use_reentrant": False}
-    # Watching every operation costs a little, so only where there is something to keep.
+    # Intercepting every operation has a small cost, so only do it if there is something to keep.
     if mode == "selective" or selections:
         options["context_fn"] = partial(keeping_contexts, keeps)
     # transformers renamed the method and will remove the old name.
@@ -56,7 +56,7 @@ def enable_activation_checkpointing(
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
-            f"train.offload_activations: the layers of {type(model).__name__} are checkpointed in a way of their own, "
+            f"train.offload_activations: the layers of {type(model).__name__} use their own checkpointing, "
             "which cannot be offloaded; set it to false"
         )
     for layer in layers:
@@ -64,17 +64,17 @@ def enable_activation_checkpointing(
 
 
 def is_attention(name: str) -> bool:
-    """Whether an operation (``namespace::name``) is attention, or finds what attention reads.
+    """Whether an operation (``namespace::name``) is attention, or selects the keys of attention.
 
-    Ours, and torch's fused kernels in dense layers. Attention put together from smaller operations (a soft cap or sinks
-    in a layer that stays dense) has no single result to keep, and is recomputed.
+    These are our operations, and torch's fused kernels in dense layers. Attention composed of smaller operations (a
+    soft cap or sinks in a dense layer) has no single result to keep, and is recomputed.
     """
     namespace, _, operation = name.partition("::")
     return namespace in ("sparsetrain", "torch_attn") or operation.startswith("_scaled_dot_product_")
 
 
 def _offloaded(offload: ActivationOffload, options: dict[str, Any], layer: Callable[..., Any], *args: Any) -> Any:
-    # The checkpoint saves its inputs outside its own hooks, so these are the tensors that the offload sees; what is
-    # recomputed inside stays where it is.
+    # The checkpoint saves its inputs outside its own hooks, so only these tensors are offloaded; recomputed ones stay
+    # on the device.
     with offload:
         return checkpoint(layer, *args, **options)

@@ -1,7 +1,7 @@
-"""Inputs of checkpointed layers wait in host memory: copied out while the next layer computes, fetched one layer ahead.
+"""Offload the inputs of checkpointed layers to host memory, asynchronously, and prefetch them one layer ahead.
 
-torch has :func:`torch.autograd.graph.save_on_cpu`, which transformers offers too; both copies run on the stream that
-computes, so every layer waits for them. Here they run beside it.
+:func:`torch.autograd.graph.save_on_cpu`, which transformers offers too, copies on the compute stream, so every layer
+waits for the copies. Here they overlap with computation.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ SMALLEST = 1 << 20
 
 
 class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
-    """A context: what autograd saves inside it is kept in host memory until backward asks for it.
+    """A context in which tensors that autograd saves are kept in host memory until backward needs them.
 
     Memory is bounded by the order of the streams, not by how far the host runs ahead: a tensor leaves the device when
-    the next one is saved, and the computing stream then waits for the copy before the memory is used again. So two of
-    them are on the device at a time, in the forward pass as in the backward pass.
+    the next one is saved, and the compute stream then waits for the copy before the memory is reused. So at most two of
+    them are on the device at a time, in the forward and the backward pass.
 
-    Backward passes must ask in the opposite order of saving, as those over layers do; anything else is correct but
-    waits. On a device that is no GPU the copies are plain ones.
+    Prefetching assumes that backward reads tensors in reverse order, as it does over layers; any other order is correct
+    but waits for copies. On a device other than a GPU the copies are synchronous.
 
     Args:
-        device: where the activations are.
-        smallest: bytes below which a tensor stays there.
+        device: The device of the activations.
+        smallest: Size in bytes below which a tensor stays on the device.
     """
 
     def __init__(self, device: torch.device, smallest: int = SMALLEST) -> None:
@@ -47,7 +47,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         with self._beside():
             host = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None)
             host.copy_(tensor, non_blocking=True)
-        # Held until the next one comes: by then the copy has had a layer's time.
+        # Kept until the next one is saved: the copy then had the time of one layer.
         self.in_flight.append((tensor, self._mark()))
         saved = _Saved(host, self.last)
         self.last = weakref.ref(saved)
@@ -61,16 +61,16 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         saved.coming = None
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        # What is asked for next, while the layer of this one is recomputed.
+        # Prefetch the next tensor while the layer of this one is recomputed.
         before = None if saved.before is None else saved.before()
         if before is not None and before.coming is None:
             before.coming = self._bring(before)
-            # Held here too: its memory must not be used again under the copy should nobody ask for it.
+            # Keep a reference: its memory must not be reused during the copy, even if it is never fetched.
             self.in_flight.append(before.coming)
         return tensor
 
     def _bring(self, saved: _Saved) -> tuple[Tensor, torch.cuda.Event | None]:
-        # Allocated by the computing stream, which also frees it; the copy waits for whatever used the memory before.
+        # Allocated and freed on the compute stream; the copy waits for earlier users of the memory.
         tensor = torch.empty_like(saved.host, device=self.device)
         with self._beside():
             tensor.copy_(saved.host, non_blocking=True)
@@ -83,7 +83,7 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
                 torch.cuda.current_stream(self.device).wait_event(copied)
 
     def _beside(self) -> Any:
-        """The copying stream, behind what is queued on the computing one so far."""
+        """The copy stream, synchronised with the work queued on the compute stream so far."""
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -94,10 +94,10 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Saved:
-    """A tensor in host memory, and on its way back once backward is near."""
+    """A tensor in host memory, and its copy on the device once it is prefetched."""
 
     def __init__(self, host: Tensor, before: weakref.ref[_Saved] | None) -> None:
         self.host = host
-        # Weak: a forward pass whose graph is gone must not live on in the next one.
+        # A weak reference, so that a forward pass whose graph is freed is not kept alive by the next one.
         self.before = before
         self.coming: tuple[Tensor, torch.cuda.Event | None] | None = None

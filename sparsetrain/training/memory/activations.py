@@ -1,4 +1,4 @@
-"""What a run does about memory, from its recipe: fused kernels, checkpointed layers, offloaded inputs, tiled MLPs."""
+"""Apply a recipe's memory settings: activation checkpointing, offloading of layer inputs, tiled MLPs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sparsetrain.training.memory.tiled_mlp import tile_mlps
 
 
 def check_memory_options(train: TrainSection, device: torch.device) -> None:
-    """Refuse, before anything heavy is loaded, what this machine cannot do.
+    """Refuse memory settings that this machine does not support, before models and data are loaded.
 
     Raises:
-        RecipeError: a setting is for GPUs and there is none, or needs a package that is missing.
+        RecipeError: A setting needs a GPU and there is none, or needs a package that is missing.
     """
     wants_liger(train.liger, device)
     if train.offload_activations and device.type != "cuda":
@@ -29,10 +29,10 @@ def check_memory_options(train: TrainSection, device: torch.device) -> None:
 
 
 def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: BatchPlan, device: torch.device) -> str:
-    """Checkpoint, offload and tile a sparsified model as the recipe says; say what was done.
+    """Apply checkpointing, offloading and tiling to a sparsified model; returns a description.
 
     Raises:
-        ModelError: the model cannot do it.
+        ModelError: The model does not support a setting.
     """
     done = []
     if train.mlp_chunk is not None:
@@ -42,6 +42,6 @@ def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: Ba
     if train.activation_checkpointing != "none":
         offload = ActivationOffload(device) if train.offload_activations else None
         enable_activation_checkpointing(model, train.activation_checkpointing, offload)
-        kept = "attention outputs kept" if train.activation_checkpointing == "selective" else "recomputed whole"
+        kept = "attention outputs kept" if train.activation_checkpointing == "selective" else "fully recomputed"
         done.append(f"every layer checkpointed, {kept}{', its input in host memory' if offload else ''}")
     return "; ".join(done) or "every activation is kept"

@@ -1,4 +1,4 @@
-"""Cutting the tokens of a pass into a number of chunks that all ranks agree on."""
+"""Split the tokens of a pass into a number of chunks that is equal on all ranks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def chunks_of(tokens: int, chunk: int | None) -> int:
-    """How many chunks of at most ``chunk`` tokens a pass of at most ``tokens`` is cut into; None means one."""
+    """The number of chunks of at most ``chunk`` tokens in a pass of at most ``tokens``; ``chunk=None`` means one."""
     return 1 if chunk is None else math.ceil(tokens / chunk)
 
 
 def split_evenly(tensor: torch.Tensor, num_chunks: int, dim: int = 0) -> tuple[torch.Tensor, ...]:
-    """``tensor_split`` whose gradient is put together in one piece.
+    """``torch.tensor_split`` of ``[..., N, ...]`` along ``dim``, with a gradient that is concatenated once.
 
-    torch's own gives every chunk a gradient of the whole tensor's size, zero elsewhere, and adds them up. The number of
-    chunks is what is asked for, whatever the length: under ZeRO-3 each of them gathers weights, which all ranks must do
-    equally often. The last ones may be empty.
+    In torch's own backward each chunk has a gradient of the whole tensor's size, zero elsewhere, and these are summed.
+    The result always has ``num_chunks`` chunks ``[..., n, ...]``: under ZeRO-3 each chunk gathers weights, which all
+    ranks must do equally often. The last ones may be empty.
     """
     whole, longer = divmod(tensor.shape[dim], num_chunks)
     return tensor.split_with_sizes([whole + (index < longer) for index in range(num_chunks)], dim)

@@ -1,4 +1,4 @@
-"""How much host memory a process may take, and how much is left of it."""
+"""The host memory that a process may use, and the part that is available."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import psutil
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """Where the kernel says what a container may use, and what it uses, in one version of control groups."""
+    """The files of one version of Linux control groups with a container's memory limit and usage."""
 
     folder: Path
     limit: str
-    """Its files that hold the limit ..."""
+    """The files with the limit."""
     use: str
-    """... and what is in use."""
+    """The file with the usage."""
     cache: str
-    """Field of ``memory.stat``: what files take, which is given back when it is needed ..."""
+    """Field of ``memory.stat``: the page cache, which the kernel frees when needed."""
     shared: str
-    """... but for this part of it, which is memory under the name of a file."""
+    """Field of ``memory.stat``: shared memory, a part of the page cache that cannot be freed."""
 
     def allowed(self) -> int | None:
-        """Bytes of the limit; None where there is no such group, or no limit."""
+        """The limit in bytes; None if there is no such group or no limit."""
         return self._read(self.limit)
 
     def available(self) -> int | None:
-        """Bytes up to the limit; None as above."""
+        """Available bytes up to the limit; None if there is no such group or no limit."""
         limit, use = self._read(self.limit), self._read(self.use)
         if limit is None or use is None:
             return None
@@ -59,13 +59,13 @@ CONTROL_GROUPS = (
 
 
 def available_host_memory() -> int:
-    """Bytes that can be taken without swapping, or without exceeding the limit of this container."""
+    """Bytes that can be allocated without swapping and within the limit of this container."""
     limits = [psutil.virtual_memory().available, *(group.available() for group in CONTROL_GROUPS)]
     return min(limit for limit in limits if limit is not None)
 
 
 def allowed_host_memory() -> int:
-    """Bytes that this process may use in all: the machine's, or what its container or a limit of its own leaves it."""
+    """Bytes that this process may use in total: the machine's memory, or the limit of the container or process."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(group.allowed() for group in CONTROL_GROUPS)]
     own = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return min(limit for limit in (*limits, *own) if limit is not None and limit != resource.RLIM_INFINITY)

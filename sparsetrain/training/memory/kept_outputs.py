@@ -1,8 +1,8 @@
-"""Selective checkpointing: outputs of chosen operations are kept by a checkpoint and handed back in its recompute.
+"""Selective checkpointing: outputs of chosen operations are saved and reused in the recomputation.
 
-``torch.utils.checkpoint.create_selective_checkpoint_contexts`` does the same, but wants the recompute to run every
-operation as often as the forward pass did. Under ZeRO-3 it does not: which weights have to be gathered in a layer
-depends on what is still there from the one before. Here only the kept operations are counted.
+``torch.utils.checkpoint.create_selective_checkpoint_contexts`` does the same, but requires that the recomputation runs
+every operation as often as the forward pass did. This fails under ZeRO-3, where the gather operations of a layer depend
+on the weights that are still present from the previous one. Here only the kept operations are counted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 Keeps = Callable[[str], bool]
-"""Of an operation's name (``namespace::name``), whether its outputs are kept."""
+"""A predicate on an operation's name (``namespace::name``): whether its outputs are kept."""
 
 
 def keeping_contexts(keeps: Keeps) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The contexts of a checkpoint's forward pass and of its recompute: a ``context_fn`` once ``keeps`` is bound."""
+    """The contexts of a checkpoint's forward pass and recomputation; with ``keeps`` bound, a ``context_fn``."""
     outputs: deque[tuple[Any, Any]] = deque()
     return _Keep(keeps, outputs), _HandBack(keeps, outputs)
 
@@ -33,7 +33,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.keeps(func._schema.name):
-            # Autograd will hang the graph of the forward pass on the tensors themselves.
+            # Detached, because autograd attaches the graph of the forward pass to the tensors themselves.
             self.outputs.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, output)))
         return output
 
@@ -49,6 +49,6 @@ class _HandBack(TorchDispatchMode):
         kept, output = self.outputs.popleft() if self.outputs else (None, None)
         if kept is not func:
             raise RuntimeError(
-                f"a checkpointed layer calls {func} in its recompute, where its forward pass called {kept or 'no more'}"
+                f"a checkpointed layer recomputes {func}, but its forward pass called {kept or 'nothing more'}"
             )
         return output

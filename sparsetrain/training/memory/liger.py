@@ -1,9 +1,9 @@
-"""Liger's fused Triton kernels for what is not attention: RMSNorm, the MLP's activation, rotary positions, the loss.
+"""Liger's fused Triton kernels for everything except attention: RMSNorm, MLP activation, rotary positions, loss.
 
-Liger knows which of its kernels equals which module of which model, and is asked to patch this model. For models built
-later it also replaces classes and functions in transformers' modules; those are put back, so that nothing outside this
-model changes. A rotary function has no module to patch: the attention layers of this model get a copy of their forward
-that sees Liger's function under the old name.
+Liger patches this model, as it knows the kernels for the modules of each model family. It also replaces classes and
+functions in transformers' modules for models built later; these are restored, so that nothing outside this model
+changes. A rotary function has no module to patch: the attention layers of this model get a copy of their forward that
+refers to Liger's function under the old name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparsetrain.modeling import has_plain_head, sparse_layers
 
 Choice = Literal["auto", "on", "off"]
 
-# Liger patches the MLP of a model by its type alone; these are the activations that its kernels compute.
+# Liger patches the MLP of a model based only on its type; these are the activations that its kernels support.
 ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}
 PROBE_TOKENS = 64
 
@@ -49,22 +49,22 @@ def wants_liger(choice: Choice, device: torch.device) -> bool:
 
 
 def fuse_layers(model: PreTrainedModel, choice: Choice, device: torch.device) -> str:
-    """Put Liger's kernels into the decoder layers of a sparsified model, in place, and compare them with its own code.
+    """Install Liger's kernels in the decoder layers of a sparsified model in place, and compare with the model's code.
 
     Args:
-        device: where the comparison runs. The model may be on the host, and larger than the device: no more than the
-            weights of one module are on the device at a time.
+        device: The device of the comparison. The model may be on the host, and larger than the device: only the weights
+            of one module are on the device at a time.
 
     Returns:
-        What was fused, in a sentence.
+        A sentence that describes the fused kernels.
 
     Raises:
-        ModelError: a kernel computes something else; Liger cannot be imported; or ``on``, and it does not know the
-            model.
+        ModelError: A kernel's result differs; Liger cannot be imported; or ``choice`` is ``on`` and Liger does not
+            support the model.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
-    except ImportError as error:  # it reaches into transformers, of whose versions it fits some
+    except ImportError as error:  # it imports internals of transformers, and supports only some versions
         raise ModelError(
             f"train.liger: {_name()} cannot be imported beside transformers {metadata.version('transformers')} "
             f"({error}); install another version of liger-kernel, or set it to off"
@@ -95,9 +95,9 @@ def can_fuse_loss(model: PreTrainedModel) -> bool:
 
 
 def fuse_loss(head: Any) -> None:
-    """Teach an output projection to return the summed NLL of ``targets`` where it is called with some.
+    """Make an output projection return the summed NLL of ``targets`` if it is called with targets.
 
-    The loss has to be computed inside the projection's own call: under ZeRO-3 its weight is there only then.
+    The loss must be computed inside the projection's forward, because under ZeRO-3 its weight exists only there.
     """
     head.forward = MethodType(_project, head)
 
@@ -107,13 +107,13 @@ def _project(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> 
         return F.linear(hidden, head.weight, head.bias)
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
-    # Summed in fp32: the gradient of the weight is a sum over all chunks. The other values are Liger's defaults.
+    # Accumulate in fp32, because the gradient of the weight is a sum over all chunks. The other values are defaults.
     options = (None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32)
     return LigerFusedLinearCrossEntropyFunction.apply(hidden, head.weight, targets, head.bias, *options)[0]
 
 
 def _options(model: PreTrainedModel, known: Any) -> dict[str, bool]:
-    """Which kernels to ask for, of those that Liger has for this model. The loss is not among them: it is ours."""
+    """The options of Liger's patch for this model. The loss is not patched: we call its kernel directly."""
     text_config = model.config.get_text_config()
     activation = getattr(text_config, "hidden_act", None) or getattr(text_config, "hidden_activation", None)
     options = {"rope": True, "rms_norm": True, "layer_norm": True}
@@ -124,7 +124,7 @@ def _options(model: PreTrainedModel, known: Any) -> dict[str, bool]:
 
 @contextmanager
 def _transformers_unchanged() -> Iterator[dict[ModuleType, dict[str, Any]]]:
-    """Put back what is replaced in transformers' modules; yields the replacements by module, filled in at the end."""
+    """Restore what is replaced in transformers' modules; yields the replacements by module, filled in at the end."""
     modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
     before = {module: dict(vars(module)) for module in modules if type(module) is ModuleType}
     replaced: dict[ModuleType, dict[str, Any]] = {}
@@ -139,7 +139,7 @@ def _transformers_unchanged() -> Iterator[dict[ModuleType, dict[str, Any]]]:
 
 
 def _replace_functions(model: PreTrainedModel, replaced: dict[ModuleType, dict[str, Any]]) -> int:
-    """Give the attention layers the functions that took a place in their module; how many layers call one."""
+    """Make the attention layers call the functions that were replaced in their module; returns the number of layers."""
     layers = 0
     for _, layer, _ in sparse_layers(model):
         forward = inspect.unwrap(type(layer).forward)
@@ -164,10 +164,10 @@ def _replace_functions(model: PreTrainedModel, replaced: dict[ModuleType, dict[s
 
 @torch.no_grad()
 def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
-    """Of the output of any patched module from what its own class computes, as relative RMS, on a few tokens.
+    """The largest relative RMS difference between a patched module's output and that of its own class, on a few tokens.
 
     Raises:
-        ModelError: it is more than rounding.
+        ModelError: It is larger than rounding explains.
     """
     differences: dict[str, float] = {}
 
@@ -186,7 +186,7 @@ def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
     training = model.training
     model.eval()
     try:
-        # Inside: a module is compared before its weights go back.
+        # Inside the context: a module is compared before its weights return to the host.
         with _visiting(decoder, device):
             decoder(input_ids=ids, position_ids=tokens, use_cache=False)
     finally:
@@ -204,7 +204,7 @@ def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
 
 @contextmanager
 def _visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Tensors of each module are on the device while it computes, and back in their place on the host afterwards."""
+    """Move the tensors of each module to the device for its forward, and back to the host afterwards."""
     at_home: dict[Tensor, Tensor] = {}
 
     def visit(module: nn.Module, _: Any) -> None:

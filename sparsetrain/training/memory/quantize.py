@@ -16,7 +16,7 @@ Bits = Literal["none", "4bit", "8bit"]
 
 
 def check_quantization(bits: Bits, device: torch.device) -> None:
-    """Refuse, before anything heavy is loaded, what this machine cannot do.
+    """Refuse quantisation on a machine that does not support it, before models and data are loaded.
 
     Raises:
         RecipeError: bitsandbytes is not installed, or there is no CUDA device.
@@ -35,7 +35,7 @@ def check_quantization(bits: Bits, device: torch.device) -> None:
 
 
 def quantize_base(model: PreTrainedModel, bits: Bits) -> None:
-    """Replace the linear layers of the decoder, in place. They are quantised when they move to a CUDA device.
+    """Replace the linear layers of the decoder in place by layers that are quantised when they move to a CUDA device.
 
     The output head and the modules that the attention method adds keep their precision.
     """
@@ -47,7 +47,7 @@ def quantize_base(model: PreTrainedModel, bits: Bits) -> None:
         if id(layer) in inside and type(layer) is nn.Linear:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _quantized(layer, bits))
-    # peft chooses its layers by this.
+    # peft selects its adapter classes by this.
     setattr(model, f"is_loaded_in_{bits}", True)
 
 

@@ -1,9 +1,8 @@
-"""The MLP of each decoder layer a part of the tokens at a time, so that its wide intermediates never exist at once.
+"""Compute the MLP of each decoder layer in tiles of tokens, so that its wide intermediates never exist all at once.
 
-DeepSpeed's ``TiledMLP`` does the same by an autograd function of its own. torch's checkpoint per tile is used instead:
-it replays the dropout of LoRA where that draws again in backward; it finds trained adapters inside an MLP whose input
-needs no gradient; a weight gets its gradient once, after all tiles, at every ZeRO stage; and no tile goes missing when
-the tokens do not divide.
+DeepSpeed's ``TiledMLP`` does the same with its own autograd function. torch's checkpoint per tile is used instead: it
+repeats LoRA's dropout masks in backward, it gives gradients to adapters inside an MLP whose input needs none, a weight
+gets its gradient once after all tiles at every ZeRO stage, and no tile is lost if the tokens do not divide evenly.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from sparsetrain.modeling import sparse_layers
 from sparsetrain.training.memory.chunks import split_evenly
 
 NAMES = ("mlp", "feed_forward")
-"""What decoder layers call their MLP."""
+"""Attribute names of the MLP in decoder layers."""
 
 
 def tile_mlps(model: nn.Module, num_chunks: int) -> int:
-    """Make the MLP beside every attention layer of a sparsified model compute ``num_chunks`` tiles, one by one.
+    """Make the MLP of every decoder layer of a sparsified model compute its tokens in ``num_chunks`` tiles.
 
-    Outputs and gradients stay the same; the MLP is computed once more in backward, tile by tile. The modules stay as
-    they are and keep their names: only their ``forward`` is wrapped.
+    Outputs and gradients stay the same; the MLP is recomputed in backward, tile by tile. The modules and their names do
+    not change: only ``forward`` is wrapped.
 
     Args:
-        num_chunks: the same on every rank, in training and evaluation, whatever the length of the row.
+        num_chunks: The number of tiles, the same on every rank, in training and evaluation, for rows of any length.
 
     Returns:
-        How many MLPs there are.
+        The number of MLPs.
 
     Raises:
-        ModelError: the decoder layers have no MLP by a known name.
+        ModelError: The decoder layers have no MLP with a known name.
     """
     mlps = _mlps(model)
     if not mlps:
@@ -50,13 +49,13 @@ def tile_mlps(model: nn.Module, num_chunks: int) -> int:
 
 
 class _Tiled:
-    """The forward of one MLP, tile by tile."""
+    """The forward of one MLP in tiles."""
 
     def __init__(self, mlp: nn.Module, forward: Callable[..., Any], num_chunks: int) -> None:
         self.name, self.forward, self.num_chunks = type(mlp).__name__, forward, num_chunks
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``[..., T, width]`` to the same shape; every token is computed by itself."""
+        """From ``[..., T, width]`` to the same shape; tokens are independent of each other."""
         outputs = [self._tile(part) for part in split_evenly(hidden_states, self.num_chunks, dim=-2)]
         return torch.cat(outputs, dim=-2)
 

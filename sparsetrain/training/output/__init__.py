@@ -1,1 +1,1 @@
-"""What a run writes and shows: its folder, metrics, reports, pictures, exports."""
+"""The output of a run: run folder, metrics, reports, pictures, exports."""

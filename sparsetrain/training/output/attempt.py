@@ -1,4 +1,4 @@
-"""What only tells of a run stops nothing: metrics, W&B, reports and pictures that fail become a warning."""
+"""Run optional output (metrics, W&B, reports, pictures): a failure becomes a warning and does not stop the run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sparsetrain.errors import first_line
 
 
 def attempt(what: str, act: Callable[[], Any], say: Callable[[str], None], instead: str) -> bool:
-    """Do what only tells of a run; returns whether it went well.
+    """Run ``act``; if it fails, print a warning. Returns whether it succeeded.
 
     Args:
-        what: what cannot be done if it does not, for the warning.
-        say: prints the warning.
-        instead: what comes instead, for the warning.
+        what: The start of the warning: what failed.
+        say: Prints the warning.
+        instead: The end of the warning: how the run continues.
     """
     try:
         act()
-    # A library may end in anything, sys.exit() too.
+    # A library may raise anything, even SystemExit.
     except (Exception, SystemExit) as error:
         say(f"warning: {what} ({brief(error)}); {instead}")
         return False
@@ -26,7 +26,7 @@ def attempt(what: str, act: Callable[[], Any], say: Callable[[str], None], inste
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line; of the system's own errors, what they say of their file and no number."""
+    """An error in one line; for errors of the operating system, the message and the file without the number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {first_line(error)[:200]}" if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a model costs in this run: parameters, the share of attention that is computed, FLOPs of a token."""
+"""The costs of a model in this run: parameters, attention density, FLOPs per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsetrain.world import World
 
 @dataclass(frozen=True)
 class Costs:
-    """What the model costs: parameters, the density of each layer, and FLOPs of a token."""
+    """The costs of a model: parameters, the density of each layer, and FLOPs per token."""
 
     parameters: int
     densities: list[float]
@@ -57,5 +57,5 @@ class Costs:
         return {f"attention/density/layer_{index:02d}": density for index, density in enumerate(self.densities)}
 
     def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation, where the peak of the device is known."""
+        """Model FLOP utilisation; None if the peak of the device is not known."""
         return tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None

@@ -1,4 +1,4 @@
-"""The evaluations of a run, by label, and the report that shows them."""
+"""The evaluations of a run by label, and their report."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sparsetrain.training.job import Job, Loaded
 
 @dataclass
 class Evaluations:
-    """Measures what the ``eval`` section asks for, and keeps the results of the whole run in its folder.
+    """Runs the evaluations of the ``eval`` section, and keeps the results of the whole run in its folder.
 
     Args:
-        results: of this run so far, by label.
-        history: what was changed when the run was resumed, for the report.
+        results: The results of this run so far, by label.
+        history: The changes made when the run was resumed, for the report.
     """
 
     job: Job
@@ -36,10 +36,10 @@ class Evaluations:
     history: Sequence[dict[str, Any]] = ()
 
     def measure(self, label: str) -> EvalResult | None:
-        """Evaluate the model as it is and keep the result under ``label``; None where the section is empty.
+        """Evaluate the current model and keep the result under ``label``; None if the section is empty.
 
         Raises:
-            Stopped: that was asked for, in a run that has something to save.
+            Stopped: The run was asked to stop after training has begun.
         """
         job, section = self.job, self.job.recipe.eval
         if section.empty:
@@ -66,7 +66,7 @@ class Evaluations:
         return result
 
     def write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:
-        """Write ``evaluation.json`` and ``report.md`` with what was measured so far."""
+        """Write ``evaluation.json`` and ``report.md`` with the results so far."""
         history = [describe_change(line) for line in self.history]
         self.job.record(
             "the report",
@@ -75,10 +75,10 @@ class Evaluations:
 
 
 def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[str, EvalResult]:
-    """What was measured before training, now or by the run that is resumed.
+    """The results before training, measured now or by the run that is resumed.
 
     Raises:
-        RecipeError, DataError: what is to be measured later cannot be.
+        RecipeError, DataError: A later evaluation is not possible.
     """
     section = job.recipe.eval
     if not resumed and section.at_start:
@@ -89,7 +89,7 @@ def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[
 
 
 def evaluate_untrained(job: Job, loaded: Loaded) -> dict[str, EvalResult]:
-    """Measure the model dense, as it came, and then with the method put in but not yet trained."""
+    """Evaluate the original dense model, and then the model with the method before training."""
     attention = job.recipe.attention
     evaluations = Evaluations(job, loaded.model, loaded.tokenizer, {})
     if attention.method != "full":
@@ -101,9 +101,9 @@ def evaluate_untrained(job: Job, loaded: Loaded) -> dict[str, EvalResult]:
 
 
 def recorded_results(job: Job) -> dict[str, EvalResult]:
-    """The results of the run that is resumed. A file that cannot be read does not end the run."""
+    """The results of the run that is resumed; an unreadable file only causes a warning."""
     try:
         return read_results(job.output)
     except (CheckpointError, OSError) as error:
-        job.say(f"warning: {error}; the report goes on without what was measured before")
+        job.say(f"warning: {error}; the report continues without earlier results")
         return {}

@@ -1,4 +1,4 @@
-"""The trained model as a transformers folder, or its adapters as a peft folder, whatever the ZeRO stage."""
+"""Export the trained model as a transformers folder, or its adapters as a peft folder, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sparsetrain.world import World
 def each_tensor(
     model: PreTrainedModel, world: World, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers in full, one after another, on rank 0; nothing on the other ranks, which must
-    all come to the end of it.
+    """Yield the names and full tensors ``[...]`` of parameters and persistent buffers on rank 0, and nothing on other
+    ranks, which must exhaust the iterator too.
 
-    Under ZeRO-3 a parameter is a shard and saves as an empty tensor, so each is gathered in turn by all ranks together.
+    Under ZeRO-3 a parameter is sharded and would be saved as an empty tensor, so all ranks gather each in turn.
 
     Args:
-        names: which; by default all of them, and of tied ones the first.
+        names: The names to yield; by default all, and of tied parameters the first.
     """
     for name, parameter in model.named_parameters(remove_duplicate=names is None):
         if names is not None and name not in names:
@@ -50,10 +50,10 @@ def each_tensor(
 
 
 def full_weights(model: PreTrainedModel, world: World, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-    """What :func:`each_tensor` gives, on the CPU of rank 0; empty on the other ranks.
+    """The tensors ``[...]`` of :func:`each_tensor` by name, on the CPU of rank 0; empty on other ranks.
 
     Raises:
-        TrainingError: a tensor is empty all the same.
+        TrainingError: A tensor is empty nevertheless.
     """
     weights = {name: tensor.cpu() for name, tensor in each_tensor(model, world, names)}
     empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
@@ -71,14 +71,14 @@ def export(
     *,
     whole: bool = False,
 ) -> None:
-    """Write the model, or its adapters where it has some, with tokenizer and attention record into ``folder``.
+    """Write the model, or its adapters if it has any, with tokenizer and attention record into ``folder``.
 
     Args:
-        base: the recipe's model section, which an adapter folder records.
-        whole: write aside, flush and rename, so that ``folder`` is complete or as it was.
+        base: The recipe's model section, which an adapter folder records.
+        whole: Write atomically: into a temporary folder that is flushed and renamed.
 
     Raises:
-        CheckpointError: the disk is full or not writable; nothing of what was written stays.
+        CheckpointError: The disk is full or not writable; partial output is removed.
     """
     if has_adapters(model):
         names = adapter_tensors(model)
@@ -86,7 +86,7 @@ def export(
     else:
         weights = full_weights(model, world)
     if world.main:
-        # A link leads to a place with more room, as somebody has arranged it.
+        # Follow links: the user may have linked the folder to a larger disk.
         place = folder.resolve()
         target = place.with_name(f"{place.name}.tmp") if whole else place
         try:
@@ -100,13 +100,13 @@ def export(
                 _commit(target, place)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(target, ignore_errors=True)
-            fix = "mend that or free some space there" + (" and continue with --resume" if whole else "")
+            fix = "fix that or free some space there" + (" and continue with --resume" if whole else "")
             raise CheckpointError(f"cannot write the model to {folder}: {error}; {fix}") from error
     torch.distributed.barrier()
 
 
 def _commit(partial: Path, folder: Path) -> None:
-    """Give a folder that has been written its name, in the place of an earlier one."""
+    """Rename a complete folder to its final name, replacing an earlier one."""
     flush_all(partial)
     remove_path(folder)
     os.replace(partial, folder)

@@ -1,12 +1,12 @@
-"""How many floating-point operations a token costs, and how many the device could do: model FLOP utilisation."""
+"""FLOPs per token of a model and peak FLOP/s of a device, for model FLOP utilisation."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# Dense (not 2:4 sparse) peaks in TFLOP/s from the makers' data sheets: half precision with fp32 accumulation on tensor
-# cores, and fp32 on the ordinary cores (torch does not use TF32 unless told to). The first pattern that matches counts.
+# Dense (not 2:4 sparse) peaks in TFLOP/s from the vendors' data sheets: half precision with fp32 accumulation on tensor
+# cores, and fp32 on the ordinary cores (torch does not use TF32 by default). The first pattern that matches counts.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"\bB200\b|\bGB200\b", 2250.0, 75.0),
     (r"\bH200 NVL\b", 835.0, 60.0),
@@ -32,22 +32,22 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 def model_flops_per_token(
     num_params: int, layers: int, heads: int, head_dim: int, mean_visible_keys: float, frozen_params: int = 0
 ) -> float:
-    """Floating-point operations to train on one token: forward, and backward at twice the forward.
+    """Floating-point operations to train on one token: forward, and backward with twice as many.
 
-    Half of backward is for the gradients of the weights, which frozen ones do not need.
+    Half of the backward pass computes gradients of weights, which frozen ones do not need.
 
-    Work that is done twice to save memory (activation checkpointing) is not counted: utilisation measures what the
-    model needs, not what the run spends.
+    Recomputation to save memory (activation checkpointing) is not counted: utilisation measures the operations that the
+    model needs, not those that the run performs.
 
     Args:
-        num_params: parameters that multiply activations. Leave the input embedding out unless it is also the output
-            projection: a lookup multiplies nothing.
-        layers: decoder layers.
-        heads: query heads.
-        head_dim: dimensions of a head.
-        mean_visible_keys: keys a query attends to, averaged over queries and layers; with block patterns, those in
+        num_params: Parameters of matrix products. Leave the input embedding out unless it is also the output
+            projection: a lookup is not a product.
+        layers: Decoder layers.
+        heads: Query heads.
+        head_dim: Dimension of a head.
+        mean_visible_keys: Keys that a query attends to, averaged over queries and layers; with block patterns, those in
             visible tiles. Full causal attention over ``T`` tokens has ``(T + 1) / 2``.
-        frozen_params: how many of the parameters are not trained.
+        frozen_params: Number of parameters that are not trained.
     """
     matrices = 2 * num_params
     attention = 4 * layers * heads * head_dim * mean_visible_keys  # query times key, then weights times value
@@ -55,11 +55,11 @@ def model_flops_per_token(
 
 
 def peak_flops(device_name: str, dtype: Any) -> float | None:
-    """Peak FLOP/s of a device, or None where it is not known (CPUs, laptop GPUs, slices of a GPU, fp64).
+    """Peak FLOP/s of a device; None if it is not known (CPUs, laptop GPUs, slices of a GPU, fp64).
 
     Args:
-        device_name: as ``torch.cuda.get_device_name`` gives it, such as ``NVIDIA H100 80GB HBM3``.
-        dtype: a torch dtype or its name.
+        device_name: The result of ``torch.cuda.get_device_name``, such as ``NVIDIA H100 80GB HBM3``.
+        dtype: A torch dtype or its name.
     """
     column = {"bfloat16": 1, "float16": 1, "float32": 2}.get(str(dtype).removeprefix("torch."))
     if column is None or re.search(r"\bMIG\b|Laptop|Max-Q", device_name):

@@ -1,6 +1,6 @@
-"""What lies in a folder that a run is to write to: a run must not begin over what somebody would miss.
+"""Inspect the folder that a run will write to, and refuse to overwrite checkpoints, results, models or other files.
 
-Needs no torch, so that a used folder is refused before the libraries are loaded.
+It does not import torch, so that a used folder is refused before the libraries are loaded.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from sparsetrain.evaluation.base import PICTURES_OF_A_RUN
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 
 LOCK_FILE = ".lock"
-"""Locked while a process trains in the folder. It stays there."""
+"""The file that is locked while a process trains in the folder. It is not deleted."""
 MODEL_FILES = re.compile(r"config\.json|adapter_config\.json|.*\.(safetensors|bin|pt|pth|gguf)")
 OF_A_RUN = ("final", "evaluation.json", "metrics.jsonl")
-"""What a run leaves that took time to make, beside its checkpoints."""
+"""Valuable results of a run besides its checkpoints."""
 WRITTEN = (
     *("recipe.yaml", "environment.json", "deepspeed.json", "history.json", "nonfinite.jsonl", "report.md"),
     *(f"{name}.png" for name in PICTURES_OF_A_RUN),
 )
-"""What it would write over, beside the pictures of its evaluation tasks."""
+"""Files that a run would overwrite, besides the pictures of its evaluation tasks."""
 UNFINISHED = re.compile(r".*\.(tmp|part|partial)")
-"""Left behind by what was interrupted, and made anew."""
+"""Remains of interrupted processes, which are written again."""
 
 
 def run_folder(recipe: Recipe) -> Path:
-    """Where a run writes: the recipe's ``output``, or a folder of its name."""
+    """The run folder of a recipe: its ``output``, or a folder with the recipe's name."""
     return Path(recipe.output or f"runs/{recipe.name}")
 
 
 def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
-    """What :func:`refuse_inside` and :func:`refuse_over` refuse, before anything is loaded or locked.
+    """Call :func:`refuse_inside` and :func:`refuse_over` before anything is loaded or locked.
 
-    That another process is at work, or that the folder cannot be read, is told once it is to be locked.
+    Another process in the folder, and an unreadable folder, are reported later, when it is locked.
 
     Raises:
-        CheckpointError: names what the folder holds, or the run that it belongs to.
+        CheckpointError: The folder is refused; names what it holds, or the run that it belongs to.
     """
     with contextlib.suppress(OSError):
         refuse_inside(folder)
@@ -50,23 +50,22 @@ def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
 
 
 def refuse_inside(folder: Path) -> None:
-    """Refuse to begin a run within the checkpoints or the model of another one.
+    """Refuse a folder within the checkpoints or the model of another run.
 
     Raises:
-        CheckpointError: names the run.
+        CheckpointError: It is within one; names that run.
     """
     if (part := enclosing_run(folder)) is not None:
         raise CheckpointError(f"{folder} lies in {part}, which belongs to another run; choose another output=...")
 
 
 def refuse_over(folder: Path, recipe: Recipe) -> None:
-    """Refuse to begin a run in a folder where something would be written over.
+    """Refuse to start a run in a folder with files that would be overwritten.
 
-    What is in danger decides, not the records beside it: nothing is begun over checkpoints, results or models, nor over
-    the files of somebody else.
+    These are checkpoints, results and models, whatever records are beside them, and files that are not of a run.
 
     Raises:
-        CheckpointError: names what the folder holds.
+        CheckpointError: There are such files; names them.
     """
     if found := of_a_run(folder):
         raise CheckpointError(
@@ -75,13 +74,13 @@ def refuse_over(folder: Path, recipe: Recipe) -> None:
         )
     if found := of_others(folder, recipe):
         raise CheckpointError(
-            f"{folder} holds {listed(found)}, which this run would write over; move that away, or choose another "
+            f"{folder} holds {listed(found)}, which this run would overwrite; move that away, or choose another "
             "folder with output=..."
         )
 
 
 def of_a_run(folder: Path) -> list[str]:
-    """What an earlier run left in a folder: checkpoints, results, models. Names below it."""
+    """Checkpoints, results and models of an earlier run in a folder, as names relative to it."""
     checkpoints = (path for path in _entries(folder / "checkpoints") if re.fullmatch(r"step-\d+", path.name))
     found = [f"checkpoints/{path.name}" for path in checkpoints if _holds_anything(path)]
     found += [name for name in OF_A_RUN if _holds_anything(folder / name)]
@@ -96,7 +95,7 @@ def of_a_run(folder: Path) -> list[str]:
 
 
 def of_others(folder: Path, recipe: Recipe) -> list[str]:
-    """What a run would write over and no run that never began has left. Names below the folder."""
+    """Files that a run would overwrite and that no unstarted run has left, as names relative to the folder."""
     drawn = [f"{name}.png" for name, task in recipe.eval.by_name.items() if task.result.wide]
     found = [name for name in (*WRITTEN, *drawn) if _holds_anything(folder / name)]
     if _is_resolved(folder / "recipe.yaml"):
@@ -105,7 +104,7 @@ def of_others(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def enclosing_run(folder: Path) -> Path | None:
-    """The part of another run's folder (its checkpoints, its model) that ``folder`` lies in."""
+    """The subfolder of another run (checkpoints or model) that contains ``folder``; None if there is none."""
     place = folder.resolve()
     for above in place.parents:
         for part in (above / "checkpoints", above / "final"):
@@ -115,12 +114,12 @@ def enclosing_run(folder: Path) -> Path | None:
 
 
 def listed(names: list[str]) -> str:
-    """A few names for a message."""
+    """The first few names, for a message."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether another process is at work in a folder. Not for a process that holds the lock: it would lose it."""
+    """Whether another process uses a folder. Not to be called by the process that holds the lock: it would lose it."""
     try:
         number = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -149,7 +148,7 @@ def _holds_anything(path: Path) -> bool:
 
 
 def _is_resolved(file: Path) -> bool:
-    """Whether a recipe is one that a run wrote down; one written by hand differs at least in its comments."""
+    """Whether a recipe file was written by a run; a file written by hand differs at least in its comments."""
     try:
         return file.is_file() and dump_recipe(load_recipe(file).recipe) == file.read_text(encoding="utf-8")
     except (RecipeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Adapters folded into their base and written as an ordinary model, which is loaded again before it is given away."""
+"""Merge adapters into their base, write an ordinary model, and verify it by loading it again."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.reread import checksums, logits, relative_error, rounding
 
 TOKENS = 32
-"""How many tokens the logits are compared on."""
+"""Number of tokens for comparing logits."""
 
 OF_ADAPTERS = frozenset({ADAPTER_FILE, WEIGHTS_FILE, RECORD_FILE, GENERATION_CONFIG_NAME})
-"""What a folder of adapters holds beside the tokenizer."""
+"""The files of an adapter folder besides the tokenizer."""
 
 
 def write_merged(adapters: Path, target: Path, base: str | None, *, trust_remote_code: bool = False) -> None:
-    """Write the base of a folder of adapters with the adapters in its weights into ``target``, and compare the three:
-    the base with the adapters beside it, merged, and merged and loaded again. One of them is in memory at a time.
+    """Merge the adapters of a folder into their base, write the model to ``target``, and compare the logits of three
+    models: with separate adapters, merged, and merged and reloaded. Only one of them is in memory at a time.
 
     Args:
-        base: where the base is, if not at the recorded place.
-        trust_remote_code: load the base's own code.
+        base: The location of the base, if it is not the recorded one.
+        trust_remote_code: Load the base's own code.
 
     Raises:
-        ModelError: the base cannot be loaded, or does not take the adapters.
-        CheckpointError: what was written is not the model that was trained.
+        ModelError: The base cannot be loaded, or does not match the adapters.
+        CheckpointError: The written model differs from the trained one.
     """
     transformers.utils.logging.disable_progress_bar()
     model: Any = load_adapters(adapters, base=base, trust_remote_code=trust_remote_code)
@@ -49,13 +49,13 @@ def write_merged(adapters: Path, target: Path, base: str | None, *, trust_remote
     del model
     again: Any = load(target, dtype=dtype, trust_remote_code=trust_remote_code)
     if faults := sorted(_differences(written, checksums(again))):
-        raise CheckpointError(f"the merged model does not come back as it was saved: {faults[0]}")
+        raise CheckpointError(f"the reloaded merged model differs from the saved one: {faults[0]}")
     _check("loaded again, the merged model's logits", _logits(again, tokens), merged, dtype)
     copy_files(adapters, target, leave_out=OF_ADAPTERS)
 
 
 def _tokens(vocabulary: int) -> torch.Tensor:
-    """Some of everything, ``[1, T]``; adapters change all of it."""
+    """Tokens spread over the vocabulary, int64 ``[1, T]``."""
     return torch.linspace(0, vocabulary - 1, TOKENS).long()[None]
 
 
@@ -67,8 +67,8 @@ def _check(what: str, found: torch.Tensor, right: torch.Tensor, dtype: torch.dty
     error, limit = relative_error(found, right), rounding(dtype)
     if not error <= limit:
         raise CheckpointError(
-            f"{what} differ by {error:.3g} (relative RMS, limit {limit:g}) from those of the base with the adapters "
-            "beside it; load the adapters as they are (sparsetrain.load) instead"
+            f"{what} differ by {error:.3g} (relative RMS, limit {limit:g}) from those of the base with separate "
+            "adapters; load the adapters without merging (sparsetrain.load) instead"
         )
 
 

@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained, how, and what was measured."""
+"""The model card of a run: the model, its training and its evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
     """The card in the Hub's format: YAML, then Markdown.
 
     Args:
-        run: the run folder.
-        adapters: whether the folder holds adapters alone.
+        run: The run folder.
+        adapters: Whether the folder holds only adapters.
     """
     base = recipe.model.path
     named = base is not None and not base.startswith(("/", ".", "~", "sparsetrain:"))
@@ -44,7 +44,7 @@ def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
         "```python",
         "import sparsetrain",
         "",
-        'folder = "."  # where this card lies',
+        'folder = "."  # the folder of this card',
         f"model = sparsetrain.load(folder)  # {what}",
         "```",
         "",
@@ -63,13 +63,13 @@ def model_card(recipe: Recipe, run: Path, *, adapters: bool) -> str:
 
 
 def _history(run: Path) -> list[str]:
-    """What the recipe was before the run was resumed."""
+    """The changes of the recipe when the run was resumed."""
     lines = read_history(run)
-    return ["Changed on the way:", "", *(f"- {line}" for line in lines), ""] if lines else []
+    return ["Changed during the run:", "", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _versions(run: Path) -> str:
-    """What the run recorded of Python and its packages. They are a fact on the card, not worth an export."""
+    """The versions of Python and packages that the run recorded. If they are missing, the export does not fail."""
     try:
         environment = json.loads(read_bytes(run / "environment.json"))
         versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
@@ -79,10 +79,10 @@ def _versions(run: Path) -> str:
 
 
 def _evaluation(recipe: Recipe, run: Path) -> list[str]:
-    """What the run measured, from its report, and whether that is all it was to measure."""
+    """The results of the run from its report, with a note if the final evaluation is missing."""
     try:
         results = read_results(run)
-    except (CheckpointError, OSError):  # damaged, which counts as missing
+    except (CheckpointError, OSError):  # damaged: treated as missing
         results = {}
     notes = []
     if recipe.eval.at_end and not recipe.eval.empty and label_at_end(recipe) not in results:

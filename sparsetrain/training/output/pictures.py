@@ -1,4 +1,4 @@
-"""The pictures at the end of a run, each drawn by itself: one that fails leaves the others."""
+"""Draw the pictures at the end of a run, independently: a failure of one does not affect the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def draw_run(
     """Draw loss, attention, tasks, selection, and all of them as ``report.png``, into the run folder.
 
     Args:
-        attempt: is given what a picture shows and what draws it, and returns whether that went well.
+        attempt: Called with a picture's description and the function that draws it; returns whether it succeeded.
 
     Yields:
         The PNG files, each as soon as it is drawn.

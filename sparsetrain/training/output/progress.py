@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, a line an update elsewhere, nothing on the other ranks."""
+"""Progress of a run on rank 0: a bar on a terminal, otherwise a line per update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 WINDOW = 20
-"""Updates over which tokens per second and the time left are averaged."""
+"""Number of updates over which tokens per second and remaining time are averaged."""
 
 
 class Progress:
@@ -25,11 +25,11 @@ class Progress:
     plain line per :meth:`update`: ``step 12/100  loss 3.214  lr 2.0e-04  grad 0.71  12,345 tok/s  left 0:42``.
 
     Args:
-        total_steps: optimizer steps of the whole run, where they are known; else :meth:`begin` tells them.
-        start_step: steps already done, when resuming.
-        tokens_per_step: tokens of one optimizer step over all ranks.
-        rank: only rank 0 shows anything.
-        file: where to write; standard error by default, so that standard output stays free for results.
+        total_steps: Optimizer steps of the whole run; set later by :meth:`begin` if not known yet.
+        start_step: Steps already done, when resuming.
+        tokens_per_step: Tokens of one optimizer step over all ranks.
+        rank: Only rank 0 shows anything.
+        file: The output file; standard error by default, which keeps standard output free for results.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Progress:
         self.begin(total_steps, start_step, tokens_per_step)
 
     def begin(self, total_steps: int, start_step: int, tokens_per_step: int) -> None:
-        """Say how many steps there are, how many of them are done, and how many tokens each has."""
+        """Set the number of steps, the number of completed steps, and the tokens per step."""
         self.total_steps, self.tokens_per_step, self._step = total_steps, tokens_per_step, start_step
         if self._bar is not None:
             self._bar.update(self._task, total=total_steps, completed=start_step)
@@ -79,7 +79,7 @@ class Progress:
         """Show that ``step`` is done.
 
         Args:
-            tokens: tokens since the last update, where the steps did not have ``tokens_per_step`` each.
+            tokens: Tokens since the last update, if the steps did not have ``tokens_per_step`` each.
         """
         steps = step - self._step
         now = time.monotonic()
@@ -100,21 +100,21 @@ class Progress:
             self.log(f"step {step}/{self.total_steps}  {status}")
 
     def restart_clock(self) -> None:
-        """Call after an evaluation or a checkpoint: the time since the last update was not spent training."""
+        """Ignore the time since the last update; call after an evaluation or a checkpoint."""
         self._clock = time.monotonic()
 
     def log(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._console is not None:
-            # What cannot be shown must not end the run, and there is no place left to say so.
+            # A failure to print must not stop the run, and cannot be reported either.
             with suppress(Exception):
                 self._console.print(text, markup=False)
 
     @contextmanager
     def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """Show work that is counted as ``done`` of ``total``: a bar of its own on a terminal, else a line at the start.
+        """Show counted work: a separate bar on a terminal, otherwise a line at the start.
 
-        Gives the function to call with both numbers.
+        Yields a function to call with ``done`` and ``total``.
         """
         if (
             self._console is None
@@ -132,13 +132,13 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second over all ranks, averaged over the last updates; 0 before the first."""
+        """Tokens per second over all ranks, averaged over the last updates; 0 before the first."""
         seconds = sum(interval[2] for interval in self._intervals)
         return sum(interval[1] for interval in self._intervals) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """Seconds of training left at the present speed, evaluations and checkpoints not counted."""
+        """Remaining seconds of training at the current speed, without evaluations and checkpoints."""
         steps = sum(interval[0] for interval in self._intervals)
         seconds = sum(interval[2] for interval in self._intervals)
         return (self.total_steps - self._step) * seconds / steps if steps else 0.0

@@ -1,4 +1,4 @@
-"""A finished run as a folder to give away: the model or its adapters, and a card that says what it is."""
+"""Export a finished run as a folder to publish: the model or its adapters, and a model card."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from sparsetrain.training.output.model_card import model_card
 
 CARD = "README.md"
 ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
-"""Not every model has them."""
+"""Optional files of a model."""
 PARTIAL = ".partial"
-"""Where in its folder an export is written before it is complete. Not beside it: the folder may be a mount."""
+"""The subfolder in which an export is written until it is complete. The target folder itself may be a mount."""
 MARK = ".sparsetrain-export"
-"""The first file in there. What an interrupted export left has it, and is made anew; nothing else is removed."""
+"""The first file written there. It marks the remains of an interrupted export, which may be removed."""
 
 
 def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = None) -> Path:
-    """Write what a run trained into ``out``, with a model card. It is complete, or nothing of it stays.
+    """Write the trained model of a run with a model card into ``out``, completely or not at all.
 
-    A run that ended before its last evaluation may be published; the card says so.
+    A run that ended before its last evaluation may be published; the card then has a note.
 
     Args:
-        run: the run folder.
-        out: a new or empty folder.
-        merge: fold LoRA adapters into the base, so that an ordinary model comes out.
-        base: the base to fold them into, where it is not at the recorded place: a Hub id or a folder.
+        run: The run folder.
+        out: A new or empty folder.
+        merge: Merge LoRA adapters into the base, which gives an ordinary model.
+        base: A Hub id or folder of the base for merging, if it is not at the recorded location.
 
     Returns:
-        The model card.
+        The path of the model card.
 
     Raises:
-        CheckpointError: the run has not finished, there is nothing to merge, or ``out`` cannot be written.
-        ModelError: the base of the adapters cannot be loaded, or what comes of merging is not the model trained.
+        CheckpointError: The run has not finished, there is nothing to merge, or ``out`` cannot be written.
+        ModelError: The base of the adapters cannot be loaded, or merging changes the model's logits.
     """
     final = run / "final"
     if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(f"{run} is no run folder (no recipe.yaml); give the folder that holds final/")
+        raise CheckpointError(f"{run} is not a run folder (it has no recipe.yaml); give the folder that holds final/")
     if not final.is_dir():
         raise CheckpointError(
             f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
@@ -58,13 +58,13 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
     recipe = load_recipe(run / "recipe.yaml").recipe
     adapters = recipe.lora is not None
     if (fault := _fault(final, adapters)) is not None:
-        raise CheckpointError(f"{final} is not whole: {fault}; continue the run with --resume, which writes it again")
+        raise CheckpointError(f"{final} is incomplete: {fault}; continue the run with --resume, which writes it again")
     if merge and not adapters:
-        raise CheckpointError(f"{final} holds a whole model, so there is nothing to merge; leave --merge out")
+        raise CheckpointError(f"{final} holds a full model, so there is nothing to merge; leave --merge out")
     if base == "":
         raise CheckpointError("--base is empty; give a Hub id or a folder, or leave it out")
     if base is not None and not merge:
-        raise CheckpointError(f"--base {base} names what adapters are merged into; add --merge, or leave it out")
+        raise CheckpointError(f"--base {base} is the base for merging adapters; add --merge, or leave it out")
     _check_place(run, out)
     card = model_card(recipe, run, adapters=adapters and not merge)
     with _whole(out) as partial:
@@ -79,7 +79,7 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
 
 
 def _fault(final: Path, adapters: bool) -> str | None:
-    """What a folder of a trained model lacks, or which of its weights are torn; None if it is whole."""
+    """A missing or incomplete file in the folder of a trained model; None if it is complete."""
     try:
         weights = [WEIGHTS_FILE] if adapters else weight_files(str(final), {}) or [SAFE_WEIGHTS_NAME]
     except ModelError as error:
@@ -91,13 +91,13 @@ def _fault(final: Path, adapters: bool) -> str | None:
     for name in (*described, *(name for name in ALSO_DESCRIBED if (final / name).exists())):
         try:
             if not isinstance(json.loads(read_bytes(final / name)), dict):
-                return f"{name} does not hold what it should"
+                return f"{name} has unexpected content"
         except (OSError, ValueError, RecursionError) as error:
             return f"{name} cannot be read ({error})"
     for name in weights:
         try:
             with safe_open(final / name, framework="pt"):
-                pass  # its header says how long the file is
+                pass  # opening checks the file size against the header
         except (OSError, SafetensorError) as error:
             return f"{name} cannot be read ({error})"
     return None
@@ -117,7 +117,7 @@ def _check_place(run: Path, out: Path) -> None:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A folder in ``out`` to fill, whose content moves up when all of it is on the disk; otherwise none of it stays."""
+    """Yield a subfolder of ``out`` to fill; its content moves up to ``out`` when complete, or else is removed."""
     partial, new = out / PARTIAL, not out.exists()
     moved: list[Path] = []
     try:
@@ -137,6 +137,6 @@ def _whole(out: Path) -> Iterator[Path]:
             remove_path(path)
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
-                f"cannot write {out}: {error}; nothing was left there: give a place that is writable and has the room"
+                f"cannot write {out}: {error}; nothing was left there: use a writable folder with enough free space"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""The run folder: whose run it holds, and the record of what produced it.
+"""Prepare the run folder, lock it, and write the record of how the run was produced.
 
 ``recipe.yaml`` (resolved), ``deepspeed.json``, ``environment.json``, ``history.json`` (of a run that was resumed with
 changes), ``metrics.jsonl``, ``evaluation.json``, ``report.md``, the pictures, ``checkpoints/`` and ``final/``.
@@ -30,21 +30,21 @@ from sparsetrain.training.output.folder_contents import LOCK_FILE, listed, of_a_
 from sparsetrain.training.output.tracking import METRICS_FILE
 
 HISTORY_FILE = "history.json"
-"""What was changed when the run was resumed."""
+"""The file with the changes made when the run was resumed."""
 AFTER = ", after"
 NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LATEST}")
-"""What a run cannot do without, beside folders."""
+"""Files that a run must be able to write."""
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
 def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) -> None:
-    """Make the run folder, or check that it holds the run to be resumed, and keep other processes out of it.
+    """Create the run folder, or check that it holds the run to be resumed, and lock it.
 
     Args:
-        occupied: lets other processes in again when it is left.
+        occupied: Closing it releases the lock.
 
     Raises:
-        CheckpointError: it holds another run, another process is at work in it, or it cannot be written.
+        CheckpointError: The folder holds another run, another process uses it, or it cannot be written.
     """
     try:
         refuse_inside(folder)
@@ -62,13 +62,13 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) ->
 
 
 def resume(folder: Path, checkpoint: Path, recipe: Recipe, *, balanced: bool = False) -> Resumption:
-    """What the recipe changes in the run that wrote a checkpoint, as the checkpoint itself tells.
+    """Compare the recipe with the one recorded in a checkpoint, and return the changes.
 
     Args:
-        balanced: the model's routers add a balance loss.
+        balanced: Whether the model's routers add a balance loss.
 
     Raises:
-        CheckpointError: it changes what must stay.
+        CheckpointError: The recipe changes a setting that must not change.
     """
     before = checkpoints.recorded_recipe(checkpoint)
     return Resumption(before, _checked(folder, before, recipe, checkpoint.name, balanced=balanced))
@@ -86,29 +86,29 @@ def _checked(folder: Path, before: Recipe, after: Recipe, since: str, *, balance
 
 
 def refuse_to_start_over(folder: Path, skipped: Sequence[str]) -> None:
-    """Refuse to begin at step 0 where checkpoints, which are damaged, or a trained model would be written over.
+    """Refuse to start at step 0 if this would overwrite damaged checkpoints or a trained model.
 
     Raises:
-        CheckpointError: names them.
+        CheckpointError: It would; names them.
     """
     found = [name for name in of_a_run(folder) if name != METRICS_FILE]
     if RESULTS_FILE in found and not _is_evaluated(folder):
-        # Measured before the first checkpoint, and measured again.
+        # These were measured before the first checkpoint, and will be measured again.
         found.remove(RESULTS_FILE)
     if found:
         raise CheckpointError(
-            f"there is no whole checkpoint in {folder} to resume from, and a run from step 0 would write over "
+            f"there is no complete checkpoint in {folder} to resume from, and a run from step 0 would overwrite "
             f"{listed(found)}; move that away, or choose another folder with output=..."
             + "".join(f"\n  {line}" for line in skipped)
         )
 
 
 def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
-    """Make the folder again that was deleted under its run.
+    """Create the run folder again after it was deleted during the run.
 
     Raises:
-        CheckpointError: another process has made it before.
-        OSError: it cannot be written.
+        CheckpointError: Another process has created it first.
+        OSError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _occupy(folder, occupied)
@@ -116,13 +116,13 @@ def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
 
 
 def label_at_end(recipe: Recipe) -> str:
-    """The name in ``evaluation.json`` of what the trained model reaches."""
+    """The label of the trained model's results in ``evaluation.json``."""
     return f"{recipe.attention.method}{AFTER}"
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, and the git revision of the working directory."""
+    """Versions of Python and the main packages, and the git revision of the working directory."""
     packages: dict[str, str | None] = {}
     for name in ("sparsetrain", *PACKAGES):
         try:
@@ -133,10 +133,10 @@ def environment() -> dict[str, Any]:
 
 
 def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = ()) -> None:
-    """Write down what produces the run: recipe, versions, and what was changed when it was resumed.
+    """Record how the run is produced: recipe, versions, and changes when it was resumed.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: The folder cannot be written.
     """
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
@@ -145,7 +145,7 @@ def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = (
 
 
 def read_history(folder: Path) -> list[str]:
-    """What was changed when the run in a folder was resumed, a line each; nothing where nothing readable says so."""
+    """The changes made when a folder's run was resumed, one line each; empty if there is no readable record."""
     try:
         return [describe_change(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -153,7 +153,7 @@ def read_history(folder: Path) -> list[str]:
 
 
 def _check_resumed(folder: Path, recipe: Recipe) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Refuse changes of the recipe that can be detected before anything is loaded."""
     newest, skipped = checkpoints.newest(folder / "checkpoints")
     if newest is not None:
         resume(folder, newest, recipe)
@@ -163,12 +163,12 @@ def _check_resumed(folder: Path, recipe: Recipe) -> None:
         try:
             before = load_recipe(folder / "recipe.yaml").recipe
         except RecipeError:
-            return  # there is nothing to lose but a few lines of metrics
+            return  # only a few lines of metrics could be lost
         _checked(folder, before, recipe, "it began")
 
 
 def _is_evaluated(folder: Path) -> bool:
-    """Whether the results in a folder are those of a run that came to its end."""
+    """Whether the results in a folder are those of a completed run."""
     try:
         return any(label.endswith(AFTER) for label in read_results(folder))
     except (CheckpointError, OSError):
@@ -176,35 +176,35 @@ def _is_evaluated(folder: Path) -> bool:
 
 
 def _check_kinds(folder: Path) -> None:
-    """Refuse a folder where a file is to be written, or a file where a folder is: the first checkpoint would fail."""
+    """Refuse a folder in place of a file to write, or a file in place of a folder: the first checkpoint would fail."""
     for name in NEEDED_FILES:
         place = folder / name
         if place.is_dir() and (name == LOCK_FILE or not place.is_symlink()):  # other links are replaced, not followed
-            raise CheckpointError(f"{place} is a folder, and a run writes a file of that name; move it away")
+            raise CheckpointError(f"{place} is a folder, but a run writes a file with that name; move it away")
     place = folder / "checkpoints"
     if place.exists() and not place.is_dir():
-        raise CheckpointError(f"{place} is no folder, and a run keeps its checkpoints in one; move it away")
+        raise CheckpointError(f"{place} is not a folder, but a run keeps its checkpoints there; move it away")
 
 
 def _occupy(folder: Path, occupied: ExitStack) -> None:
-    # Neither emptied, which a link would lead elsewhere, nor waited for, as a pipe without a reader is.
+    # Do not truncate it (it may be a link to another file), and do not block (it may be a pipe without a reader).
     number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     lock = occupied.enter_context(os.fdopen(number, "rb+", buffering=0))
     try:
-        # Of the process, so that it ends with it however it is killed, and not with the last of its children.
+        # A lock of the process: it is released when the process ends in any way, not when its last child does.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise CheckpointError(
-                f"another process is at work in {folder}; wait for its end, or choose another folder with output=... "
-                "(if these are the ranks of one run, their launcher does not tell them so)"
+                f"another process uses {folder}; wait for its end, or choose another folder with output=... "
+                "(if these are ranks of one run, their launcher did not set RANK and WORLD_SIZE)"
             ) from error
-        # A file system that knows no locks.
+        # The file system does not support locks.
 
 
 def _git_revision() -> str | None:
     try:
-        # A repository may name a program that watches its files; none is run for a version.
+        # A repository's config may name a file monitor program; do not run it.
         describe = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
         answer = subprocess.run(describe, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Where metrics go: always to ``metrics.jsonl``, and to Weights & Biases as the recipe says. Neither may stop a run."""
+"""Write metrics to ``metrics.jsonl``, and to Weights & Biases if the recipe says so. Failures do not stop a run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ FINISH_TIMEOUT = 60.0
 class Tracker:
     """Writes metrics, images and the summary of one run; does nothing on ranks other than 0.
 
-    Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B gets the same;
-    if it cannot be imported, reached or logged in to, a line says so, the run is recorded offline where that is
-    possible, and training goes on. Every W&B file is below the run folder.
+    Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B gets the same.
+    If W&B cannot be imported, reached or logged in to, a warning is printed, the run is recorded offline if possible,
+    and training continues. All W&B files are in the run folder.
 
     Args:
-        recipe: the resolved recipe; it becomes the W&B config.
-        run_dir: the run folder, created if need be.
-        rank: rank of this process.
+        recipe: The resolved recipe; it becomes the W&B config.
+        run_dir: The run folder, created if necessary.
+        rank: Rank of this process.
         resume_id: W&B id of the run to continue, from its checkpoint.
-        say: prints a line for the user; standard error by default.
-        remake: makes the run folder again where it has been deleted.
+        say: Prints a line for the user; standard error by default.
+        remake: Creates the run folder again if it has been deleted.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tracker:
         remake: Callable[[], None] = lambda: None,
     ) -> None:
         self.run_id = resume_id
-        """W&B id of this run, for the checkpoint; None where W&B is disabled or failed, and on other ranks."""
+        """W&B id of this run, for the checkpoint; None if W&B is disabled or failed, and on other ranks."""
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._remake = remake
         self._file: TextIO | None = None
@@ -67,7 +67,7 @@ class Tracker:
             self._start_wandb(recipe, Path(run_dir))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record numbers (Python, numpy or one-element tensors) at ``step``. A non-finite one is written as null."""
+        """Record numbers (Python, numpy, or tensors ``[1]``) at ``step``. Non-finite numbers are written as null."""
         if self._rank != 0:
             return
         values = {name: _number(value) for name, value in metrics.items()}
@@ -83,10 +83,10 @@ class Tracker:
         self._try("log", lambda: self._wandb.log({"step": step, **values}))
 
     def _open(self) -> None:
-        """Open the file of metrics, or do without."""
+        """Open the metrics file; without it on failure."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # A pipe without a reader is an error instead of a wait.
+            # Non-blocking: a pipe without a reader raises instead of blocking.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             self._file = os.fdopen(os.open(self._path, flags, 0o666), "a", encoding="utf-8")
         except OSError as error:
@@ -98,7 +98,7 @@ class Tracker:
 
     def _begin_anew(self) -> None:
         if self._file is not None:
-            self._say(f"warning: {self._path} has gone while the run wrote to it, and begins anew")
+            self._say(f"warning: {self._path} was deleted during the run, and is created again")
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._remake()
         self._open()
@@ -118,20 +118,20 @@ class Tracker:
         self._try("set the summary", lambda: self._wandb.summary.update(dict(values)))
 
     def alert(self, title: str, text: str) -> None:
-        """Notify the people who watch the run in W&B (by mail or Slack, as they have set it there)."""
+        """Send a W&B alert (by mail or Slack, as configured there)."""
         self._try("send an alert", lambda: self._wandb.alert(title=title, text=text))
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, and one torn by a crash: a resumed run writes those steps again.
+        """Drop the lines after ``step``, and an incomplete line after a crash: a resumed run writes those steps again.
 
-        W&B keeps what it was sent; its charts are drawn over ``step``, which may repeat.
+        W&B keeps the points it has received; its charts are drawn over ``step``, which may repeat.
         """
         if self._file is None or not self._path.is_file():
             return
         with contextlib.suppress(OSError):
             self._file.close()
         try:
-            # A crash may have torn a character too.
+            # After a crash the last character may be incomplete.
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_whole(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
         except OSError as error:
@@ -143,12 +143,12 @@ class Tracker:
         self._try("finish", lambda: self._wandb.finish(exit_code=exit_code))
         self._wandb = None
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what could not be written was told when it was logged
+            with contextlib.suppress(OSError):  # write errors were reported when they occurred
                 self._file.close()
             self._file = None
 
     def _start_wandb(self, recipe: Recipe, run_dir: Path) -> None:
-        # W&B's own error telemetry would hold the process for ten seconds at exit where the network is closed.
+        # W&B's own error telemetry would delay the exit by ten seconds without network access.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             mode = _wandb().setup().settings.mode if recipe.wandb.mode == "auto" else recipe.wandb.mode
@@ -172,7 +172,7 @@ class Tracker:
             self._init_wandb("offline", recipe, run_dir)
             self._say(f"W&B: offline; upload later with `wandb sync {self._wandb.settings.sync_dir}`")
         except (Exception, SystemExit) as error:
-            self._say(f"warning: W&B cannot be used ({brief(error)}); metrics go to {self._path} alone")
+            self._say(f"warning: W&B cannot be used ({brief(error)}); metrics go only to {self._path}")
 
     def _init_wandb(self, mode: str, recipe: Recipe, run_dir: Path) -> None:
         wandb = _wandb()
@@ -204,12 +204,12 @@ class Tracker:
     def _try(self, what: str, act: Callable[[], Any]) -> None:
         if self._wandb is None:
             return
-        if not attempt(f"W&B could not {what}", act, self._say, f"metrics go to {self._path} alone from here on"):
+        if not attempt(f"W&B could not {what}", act, self._say, f"from here on metrics go only to {self._path}"):
             self._wandb = None
 
 
 def find_wandb_login() -> str | None:
-    """Where a W&B login was found (an environment variable, the netrc file, W&B's settings), or None.
+    """The source of a W&B login (an environment variable, the netrc file, W&B's settings); None without a login.
 
     Raises:
         ImportError: wandb is not installed.
@@ -245,7 +245,7 @@ def _number(value: Any) -> float | int:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for a torn one, so that it lies after every step."""
+    """The step of a line of metrics; infinity for an incomplete line, so that it is after every step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -253,10 +253,10 @@ def _step_of(line: str) -> float:
 
 
 def _refusal(error: BaseException) -> str:
-    """Why a run could not be started online, in words that say what to do."""
+    """The reason why a run could not be started online, with a fix."""
     said, server = str(error), _wandb().setup().settings.base_url
     if "error 401" in said or "error 403" in said:
-        return f"{server} refuses the login; `wandb login --relogin`, or mend wandb.entity: {brief(error)}"
+        return f"{server} refuses the login; `wandb login --relogin`, or correct wandb.entity: {brief(error)}"
     if "deadline exceeded" in said or "timed out" in said.lower() or "timeout" in said.lower():
         return f"{server} gave no usable answer within {INIT_TIMEOUT:g} seconds"
     return brief(error)

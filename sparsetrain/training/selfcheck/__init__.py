@@ -1,1 +1,1 @@
-"""What a run proves of itself on its first batch."""
+"""The self-check of a run on its first batch, before step 1."""

@@ -1,4 +1,4 @@
-"""The checks that a run makes of itself on its first batch, in order."""
+"""The self-checks on the first batch, in order."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sparsetrain.training.selfcheck.round_trip import check_round_trip
 
 
 def check_before_training(job: Job, loaded: Loaded, engine: Engine, saver: Saver) -> None:
-    """The contract: prove on the first batch that the run does what its recipe says.
+    """Check on the first batch that the run does what its recipe says.
 
     Raises:
-        SparsetrainError: it does not.
+        SparsetrainError: A check failed.
     """
     world, model, ulysses = job.world, loaded.model, engine.ulysses
     position = loaded.rows.state_dict()

@@ -1,6 +1,6 @@
-"""What a run proves about itself before it trusts its recipe: the checks of the contract, one line each.
+"""Self-checks of forward passes and gradients before training; each gives one line to print.
 
-A failure raises TrainingError with the reason, on all ranks alike.
+A failed check raises TrainingError with the reason, on all ranks.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.world import World
 
 SHARED_TOKENS = 8192
-"""How much of a row is computed both by one rank alone and by all that share it."""
+"""Number of tokens of a row that are computed both on one rank and with sequence parallelism."""
 
 WHOLE_TOKENS = 256
-"""How much of it goes through the whole model, logits and all."""
+"""Number of tokens that are computed with the whole model including logits."""
 
 ALONE_TOKENS = 1024
-"""The longest document that is compared with itself behind a longer one."""
+"""Maximum length of a document that is computed both alone and behind a longer one."""
 
 
 def check_shared_sequence(
     model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None
 ) -> Iterator[str]:
-    """The hidden states of a row that ranks share equal those that one rank computes of it alone.
+    """Check that sequence parallelism gives the hidden states that one rank computes alone.
 
     Yields:
-        The line to say; none where each rank has its rows to itself.
+        The line to print; none without sequence parallelism.
     """
     if ulysses is None:
         return
@@ -54,7 +54,7 @@ def check_shared_sequence(
     part = part[: len(alone)]
     error = ((part - alone).float().norm() / alone.float().norm().clamp(min=1e-30)).item() if len(alone) else 0.0
     error = world.largest(error)
-    # In 16 bits rounding alone makes a few percent: matrix products of other shapes add up in another order.
+    # In 16 bits rounding alone gives a few percent: matrix products of other shapes sum in another order.
     limit = 1e-3 if part.dtype == torch.float32 else 0.1
     reason = (
         f"a sequence over {ulysses.size} ranks differs from one rank's by {error:.3g} (relative RMS, limit {limit:g})"
@@ -64,14 +64,14 @@ def check_shared_sequence(
 
 
 def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> str:
-    """Changing the first document of a packed row must leave the hidden states of the others as they are.
+    """Check that changing the first document of a packed row does not change the hidden states of the others.
 
-    A row that holds one document is cut into two for the check.
+    A row with a single document is split into two for the check.
     """
     tokens, boundaries = batch.input_ids, batch.cu_seqlens
     if len(boundaries) == 2:
         if not keeps_documents_apart(model):
-            return "documents are isolated: each has a row to itself"
+            return "documents are isolated: each has its own row"
         length = tokens.shape[1]
         boundaries = torch.tensor([0, length // 2, length], dtype=torch.int32)
     first = int(boundaries[1])
@@ -82,13 +82,13 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World,
     before, after = (hidden[max(0, first - start) :] for hidden in (before, after))
     reason = f"hidden states are not finite before any training; look at the model's weights and dtype ({before.dtype})"
     _agree(bool(before.isfinite().all()), reason, world)
-    # Of ranks that share the row, the first may hold nothing but the document that was changed.
+    # With sequence parallelism, the first rank may hold only the changed document.
     difference, size = (
         world.largest(tensor.abs().max().item() if tensor.numel() else 0.0) for tensor in (before - after, before)
     )
     _agree(
         difference <= 1e-3 * size,
-        f"documents leak: changing the first document of the row moved the others' hidden states by {difference:.3g}",
+        f"documents leak: changing the first document of the row changed the others' hidden states by {difference:.3g}",
         world,
     )
     return f"documents are isolated: {len(boundaries) - 1} in the row, largest change of the others {difference:.1e}"
@@ -97,10 +97,10 @@ def check_document_isolation(model: PreTrainedModel, batch: Batch, world: World,
 def check_document_alone(
     model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None
 ) -> Iterator[str]:
-    """A short document behind a long one has the hidden states that it has alone: nothing is chosen by the longest.
+    """Check that a short document has the same hidden states behind a long one as alone.
 
     Yields:
-        The line to say; none where ranks share a row (:func:`check_shared_sequence`), or a row holds one document.
+        The line to print; none with sequence parallelism (:func:`check_shared_sequence`), or if a row has one document.
     """
     length = batch.input_ids.shape[1]
     short = min(length // 4, ALONE_TOKENS)
@@ -109,13 +109,13 @@ def check_document_alone(
     both = _row(batch, batch.input_ids, torch.tensor([0, length - short, length], dtype=torch.int32))
     one = _row(batch, batch.input_ids[:, length - short :], torch.tensor([0, short], dtype=torch.int32))
     packed, alone = _hidden(model, both, world)[length - short :].float(), _hidden(model, one, world)
-    # Of the token in the middle: with experts, rounding alone may send one to another.
+    # The median over tokens: with experts, rounding alone may route a token differently.
     errors = (packed - alone).norm(dim=-1) / alone.float().norm(dim=-1).clamp(min=1e-30)
     error = world.largest(errors.median().item())
     limit = 1e-3 if alone.dtype == torch.float32 else 0.1
     reason = (
         f"a document of {short:,} tokens differs behind one of {length - short:,} from itself alone by {error:.3g} "
-        f"(relative, limit {limit:g}): the model chooses something by the longest document of a row; set "
+        f"(relative, limit {limit:g}): the model depends on the longest document of a row; set "
         "sequence.packing: false and train.micro_batch: 1"
     )
     _agree(error <= limit, reason, world)
@@ -123,7 +123,7 @@ def check_document_alone(
 
 
 def check_against_whole_model(loss: CausalLMLoss, batch: Batch, world: World) -> str:
-    """The logits and the loss of the run equal those of the model as a whole, which may do more than its parts."""
+    """Check that the logits and loss of the run equal those of the whole model, which may compute additional terms."""
     model = loss.model
     tokens = batch.input_ids[:, :WHOLE_TOKENS].to(world.device)
     tokens = torch.cat([tokens, tokens], 1) if tokens.shape[1] == 1 else tokens
@@ -132,7 +132,7 @@ def check_against_whole_model(loss: CausalLMLoss, batch: Batch, world: World) ->
     documents = positions.new_tensor([0, length], dtype=torch.int32)
     inputs = {"input_ids": tokens, "position_ids": positions[None], "cu_seqlens": documents}
     training, shared = loss.training, loss.shared
-    # Each rank the whole row, where ranks share them: that a shared one is the same has a check of its own.
+    # Each rank computes the whole row: sequence parallelism has its own check.
     loss.eval()
     loss.shared = {}
     try:
@@ -160,16 +160,16 @@ def check_against_whole_model(loss: CausalLMLoss, batch: Batch, world: World) ->
     _agree(
         apart <= limit * max(1.0, abs(wanted.item())),
         f"the loss of {name} on {length} tokens is {wanted.item():.6g} and the run's {found.item():.6g}: it adds "
-        "something that would not be trained; switch that off with model.config_overrides",
+        "a term that would not be trained; switch it off with model.config_overrides",
         world,
     )
     return f"logits and loss equal those of the whole model on {length} tokens: {difference:.1e} and {apart:.1e}"
 
 
 def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> str:
-    """The output of the first sparse layer equals its definition in fp64 on the longest document of the first batch.
+    """Check the first sparse layer's output against its oracle in fp64, on the longest document of the first batch.
 
-    Ranks that share the row each check their heads.
+    With sequence parallelism each rank checks its heads.
     """
     layers = [(index, method) for index, _, method in sparse_layers(model) if method is not None]
     index, method = next(((index, method) for index, method in layers if method and not method.dense), (None, None))
@@ -191,7 +191,7 @@ def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, uly
 
 
 class GradientWatch:
-    """Notes which trainable parameters receive a gradient during the first step's backward passes."""
+    """Records which trainable parameters receive a gradient in the backward passes of the first step."""
 
     def __init__(self, module: nn.Module) -> None:
         self.missing = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -203,7 +203,7 @@ class GradientWatch:
         ]
 
     def check(self) -> str:
-        """Raise TrainingError unless every trainable parameter got one."""
+        """Raise TrainingError unless every trainable parameter got a gradient."""
         for hook in self.hooks:
             hook.remove()
         if self.missing:
@@ -216,15 +216,15 @@ class GradientWatch:
 
 
 def _row(batch: Batch, tokens: torch.Tensor, boundaries: torch.Tensor) -> Batch:
-    """``batch`` with other tokens and documents, whose loss nobody asks for."""
+    """``batch`` with other tokens and documents, and without targets."""
     positions = torch.cat([torch.arange(length) for length in boundaries.diff().tolist()])[None]
     labels = torch.full_like(tokens, IGNORE)
     return replace(batch, input_ids=tokens, position_ids=positions, cu_seqlens=boundaries, labels=labels)
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses | None = None) -> torch.Tensor:
-    """Last hidden states ``[T, hidden]`` of a packed row (logits of a long row would not fit), or of the part that this
-    rank holds, filled up so that all hold as many."""
+    """Last hidden states ``[T, hidden]`` of a packed row (logits of a long row would not fit), or of the part on
+    this rank, padded to equal length on all ranks."""
     part = batch if ulysses is None else sequence_part(batch, ulysses.rank, ulysses.size)
     part = part.to(world.device)
     shared = {} if ulysses is None else {ULYSSES_ARGUMENT: ulysses}
@@ -253,7 +253,7 @@ def _recorded(method: Any) -> Iterator[list[Any]]:
 
     def attend(layer: nn.Module, query: Any, key: Any, value: Any, **call: Any) -> Any:
         output = original(layer, query, key, value, **call)
-        # A learned sink is a parameter, and under ZeRO-3 it is empty again once the layer is done.
+        # A learned sink is a parameter; under ZeRO-3 it is empty again after the layer.
         learned = {name: v.detach().clone() for name, v in call.items() if isinstance(v, nn.Parameter)}
         calls.append((layer, query, key, value, output, call | learned))
         return output

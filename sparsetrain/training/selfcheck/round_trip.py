@@ -1,4 +1,4 @@
-"""The check before step 1 that what a run will save is what it trains: written, loaded again as a model, compared."""
+"""The self-check that a run's export is correct: save the model, load it again, and compare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsetrain.training.output.export import each_tensor
 from sparsetrain.world import World
 
 TOKENS = 64
-"""How many tokens the logits are compared on."""
+"""Number of tokens for comparing logits."""
 
 
 def check_round_trip(
@@ -31,21 +31,20 @@ def check_round_trip(
     *,
     trust_remote_code: bool = False,
 ) -> str:
-    """What is saved is the model: it is written, loaded again, and compared by the model's own names and by its logits.
+    """Save the model, load it again, and compare tensors by name and logits.
 
-    Of a model with adapters their tensors are compared, in a model without any weights of its own: those of the base
-    stay where they are.
+    For a model with adapters only their tensors are compared; the base is not loaded a second time.
 
     Args:
-        export: writes the model into a folder.
-        tokens: of a document ``[1, T]``; the first of them are used.
-        trust_remote_code: load the model's own code, which was saved with it.
+        export: Writes the model into a folder.
+        tokens: int64 ``[1, T]``, tokens of a document; the first of them are used.
+        trust_remote_code: Load the model's own code, which was saved with it.
 
     Returns:
-        The line to say.
+        The line to print.
 
     Raises:
-        TrainingError: on all ranks; says what differs.
+        TrainingError: The saved model differs; raised on all ranks.
     """
     target = folder / "selfcheck.tmp"
     export(target)
@@ -58,12 +57,12 @@ def check_round_trip(
             if room:
                 reloaded = _reload(target, model if names else None, trust_remote_code)
         except SparsetrainError as error:
-            fault = f"what was saved does not load again: {error}"
+            fault = f"the saved model cannot be loaded: {error}"
         finally:
             shutil.rmtree(target)
     _agree(fault, world)
     if not room:
-        return f"saved, but not loaded again: the host has no room for {_size(model) / 2**30:,.1f} GiB more"
+        return f"saved, but not loaded again: that needs {_size(model) / 2**30:,.1f} GiB more host memory"
     there = dict(own_tensors(reloaded, names)) if world.main else {}
     compared = 0
     for name, tensor in each_tensor(model, world, names):
@@ -71,9 +70,9 @@ def check_round_trip(
         if name not in there:
             fault = fault or f"{name} is not in the saved model"
         elif not same_values(tensor, there.pop(name)):
-            fault = fault or f"{name} comes back different from what was saved"
+            fault = fault or f"{name} differs after saving and loading"
     if there:
-        fault = fault or f"the saved model has {min(there)}, which was not there"
+        fault = fault or f"the saved model has {min(there)}, which the model does not have"
     _agree(fault, world)
     line = f"saved and loaded again bit for bit: {compared} tensors"
     if names is not None:
@@ -82,7 +81,7 @@ def check_round_trip(
 
 
 def _reload(target: Path, adapted: PreTrainedModel | None, trust_remote_code: bool) -> PreTrainedModel:
-    # What is drawn for weights that are read afterwards must not be missing from the run.
+    # Initialising weights that are read afterwards must not change the random state of the run.
     with torch.random.fork_rng(devices=[]):
         if adapted is not None:
             return load_alone(target, adapted)
@@ -90,7 +89,7 @@ def _reload(target: Path, adapted: PreTrainedModel | None, trust_remote_code: bo
 
 
 def _compare_logits(model: PreTrainedModel, reloaded: Any, tokens: torch.Tensor, world: World) -> str:
-    """What to say of the logits; nothing where the device has no room for a second model."""
+    """The part of the line about logits, which are not compared if the device has no memory for a second model."""
     short = (
         world.main and world.device.type == "cuda" and torch.cuda.mem_get_info(world.device)[0] < 1.2 * _size(reloaded)
     )
@@ -108,7 +107,7 @@ def _compare_logits(model: PreTrainedModel, reloaded: Any, tokens: torch.Tensor,
 
 
 def _size(model: PreTrainedModel) -> int:
-    """Bytes of the weights, all of them where this rank holds shards."""
+    """Bytes of the unsharded weights."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
 

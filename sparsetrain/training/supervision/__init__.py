@@ -1,1 +1,1 @@
-"""What watches a run: the other ranks, signals, faults, memory that runs out."""
+"""Supervision of a run: failures of other ranks, signals, errors, out of memory."""

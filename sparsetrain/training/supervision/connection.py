@@ -1,4 +1,4 @@
-"""A connection between two ranks: JSON messages over a socket, so that the end of a process is seen at once."""
+"""A connection between two ranks: JSON messages over a socket, which shows at once when a process ends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 Message = dict[str, Any]
 
 SEND_TIMEOUT = 2.0
-"""Seconds to wait for room to send; a message is some hundred bytes, and only a stopped process leaves them lie."""
+"""Seconds to wait for space in the send buffer; messages are small, so only a stopped process fills it."""
 LONGEST = 1 << 20
-"""Bytes of a message; more is no message of ours."""
+"""Maximum bytes of a message; a longer one is invalid."""
 
 
 class Connection:
     """Sends and receives messages. Any thread may send; one thread receives.
 
     Args:
-        connection: a connected socket.
+        connection: A connected socket.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -35,7 +35,7 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Send, or do without: the other side's end is noticed when receiving."""
+        """Send a message; errors are ignored, because the end of the other side is noticed when receiving."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
@@ -43,7 +43,7 @@ class Connection:
         """The messages that have arrived. Call when the socket is readable.
 
         Raises:
-            EOFError: the other side is gone, or what it sent is no message.
+            EOFError: The other side has closed, or sent an invalid message.
         """
         try:
             data = self._socket.recv(1 << 16)
@@ -63,7 +63,7 @@ class Connection:
         return messages
 
     def finish_sending(self) -> None:
-        """Say that no more will come; what the other side sends can still be received."""
+        """Close the sending direction; messages can still be received."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
@@ -74,7 +74,7 @@ class Connection:
 
 
 def listen() -> socket.socket:
-    """A listening socket on a free port of every address of this machine, IPv6 where there is any."""
+    """A listening socket on a free port of every address of this machine, including IPv6 if available."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
@@ -82,8 +82,8 @@ def listen() -> socket.socket:
 
 
 def own_address() -> str:
-    """An address of this machine that the other ranks reach: the master's where that is here, else the address on the
-    way to it. The host's own name may not resolve, or resolve to an address of the loopback.
+    """An address of this machine that the other ranks can reach: MASTER_ADDR if it is this machine, else the address of
+    the interface towards it. The host's name may not resolve, or resolve to a loopback address.
     """
     master, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     family, kind, protocol, _, address = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
@@ -91,7 +91,7 @@ def own_address() -> str:
         try:
             probe.bind((address[0], 0))
         except OSError:
-            # Connecting a datagram socket sends nothing; it only picks the interface.
+            # Connecting a datagram socket sends nothing; it only selects the interface.
             probe.connect(address)
             return str(probe.getsockname()[0])
     return master

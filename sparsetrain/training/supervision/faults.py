@@ -1,4 +1,4 @@
-"""Faults in flight: what goes wrong while a run is under way becomes one message, on every rank."""
+"""Turn errors during a run into one message on every rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsetrain.world import World
 
 @contextmanager
 def explained(recipe: Recipe, world: World, watch: Watch) -> Iterator[None]:
-    """Tell the other ranks of an error at once, and explain what can be explained.
+    """Report an error to the other ranks at once, and explain known causes.
 
     Raises:
-        TrainingError: memory ran out, or the error is the echo of another rank's end, which is named.
+        TrainingError: Memory ran out, or the error was caused by another rank, which is named.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What to say when memory runs out: how much was used, for which sequence, and the settings that would help most."""
+"""The message for out-of-memory errors: memory used, sequence length, and the settings that would help most."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sparsetrain.world import World
 
 SETTINGS_NAMED = 3
 FRAGMENTED = 0.05
-"""Share of the device that may lie reserved and unused before the allocator is worth a mention."""
+"""Fraction of device memory that may be reserved but unused before the message mentions fragmentation."""
 
-# Not every failed allocation has a class of its own: cuBLAS and the driver raise plain errors.
+# Not every failed allocation has its own exception class: cuBLAS and the driver raise plain errors.
 _SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) -> TrainingError:
-    """The error to raise instead: the peak, the sequence, and the three unused settings that save most."""
+    """The error to raise instead, with the peak, the sequence length, and the three unused settings that save most."""
     rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
     settings = [_with_its_run(setting) for setting in settings_that_help(recipe, world)]
     message = (
@@ -50,13 +50,13 @@ def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) ->
 
 
 def _with_its_run(setting: str) -> str:
-    """A setting with what it takes, where a resumed run may not change it."""
+    """A setting, with a note if it needs a new run because a resumed run must not change it."""
     return setting if may_change(setting.partition(": ")[0]) else f"{setting}, in a new run (another output)"
 
 
 def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
-    """Settings that save memory and are not used yet, in the order in which to try them at this place: in forward and
-    backward first what activations take, elsewhere first what weights, gradients and optimizer state take.
+    """Unused settings that save memory, in the order to try them: in forward and backward first those for activations,
+    elsewhere first those for weights, gradients and optimizer state.
     """
     length = recipe.sequence.length
     activations, states = list(_for_activations(recipe, world)), list(_for_states(recipe, world))
@@ -72,7 +72,7 @@ def settings_that_help(recipe: Recipe, world: World) -> Iterator[str]:
 def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
     train, cuda = recipe.train, world.device.type == "cuda"
     tokens = recipe.sequence.length * train.micro_batch
-    # A resumed run keeps its global batch, which follows from both where the recipe does not say it.
+    # A resumed run keeps its global batch, which depends on both settings if the recipe does not set it.
     shape = batch_shape(recipe, world.size)
     said = train.global_batch_sequences is not None or train.global_batch_tokens is not None
     kept = "" if said else f" with train.global_batch_sequences: {shape.global_batch_sequences}"
@@ -86,7 +86,7 @@ def _for_activations(recipe: Recipe, world: World) -> Iterator[str]:
     if train.mlp_chunk is None and tokens > chunk:
         yield f"train.mlp_chunk: {chunk} (now null)"
     if train.activation_checkpointing != "none" and not train.offload_activations and cuda:
-        yield "train.offload_activations: true (what checkpointing keeps waits in host memory)"
+        yield "train.offload_activations: true (inputs of checkpointed layers are kept in host memory)"
     if world.size % (2 * recipe.sequence.parallel) == 0:
         parallel = recipe.sequence.parallel
         yield f"sequence.parallel: {2 * parallel}{kept} (now {parallel}, ranks share a row)"
@@ -96,9 +96,9 @@ def _for_states(recipe: Recipe, world: World) -> Iterator[str]:
     section, lora = recipe.deepspeed, recipe.lora
     quantized = recipe.base_bits != "none"
     if world.size > 1 and section.stage < (2 if quantized else 3):
-        yield f"deepspeed.stage: {2 if section.stage < 2 else 3} (now {section.stage}, more is shared out over ranks)"
+        yield f"deepspeed.stage: {2 if section.stage < 2 else 3} (now {section.stage}, more is sharded over ranks)"
     if section.offload_optimizer == "none" and section.stage > 0 and world.device.type == "cuda":
-        yield "deepspeed.offload_optimizer: cpu (the optimizer's state waits in host memory)"
+        yield "deepspeed.offload_optimizer: cpu (optimizer state is kept in host memory)"
     if lora is not None and not quantized and section.stage < 3 and world.device.type == "cuda":
         yield "lora.quantize_base: 4bit (a quarter of the frozen weights)"
     if lora is None and recipe.train.parameters == "all" and recipe.model.path is not None:
@@ -127,11 +127,11 @@ def _used(device: torch.device) -> str:
 
 
 def _fragmented(device: torch.device) -> int:
-    """Bytes reserved by torch's allocator and not in use, if they are many and it may not yet move them."""
+    """Bytes that torch's allocator has reserved but not used, if they are many and segments are not expandable."""
     configured = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:True" in configured:
         return 0
-    # At the peak: by now the failed step has been unwound.
+    # Use the peak, because the failed step has released its memory already.
     idle = torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)
     return idle if idle > FRAGMENTED * torch.cuda.get_device_properties(device).total_memory else 0
 

@@ -1,4 +1,4 @@
-"""What a rank knows of the others from their reports, and which of several that do not move is to blame."""
+"""The state of other ranks from their reports, and which rank to blame if none makes progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsetrain.world import rank_name
 
 @dataclass
 class Peer:
-    """What is known of a rank, at which time of our own clock."""
+    """The last report of a rank, with times of this process's clock."""
 
     rank: int
     heard: float
@@ -18,7 +18,7 @@ class Peer:
     host: str = "unknown"
     report: Message = field(default_factory=lambda: {"place": "start", "order": 0, "moves": 0, "timed": False})
     done: bool = False
-    """It has said goodbye."""
+    """Whether the rank has announced its end."""
 
     @property
     def name(self) -> str:
@@ -31,18 +31,18 @@ class Peer:
 
 
 def blame(live: list[Peer], waited: str) -> str:
-    """Who keeps the others waiting, among ranks none of which moves."""
+    """A message that names the rank that the others wait for, if no rank makes progress."""
     earliest = min(peer.report["order"] for peer in live)
     behind = [peer for peer in live if peer.report["order"] == earliest]
     if len(behind) > 1:
         behind = [peer for peer in behind if not peer.report["waits"]] or behind
     if len(behind) == len(live):
         return (
-            f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. What each was doing "
-            "stands above its exit; if it was at work, raise deepspeed.timeout"
+            f"no rank has made progress for {waited}; all are in {behind[0].report['place']}. Each rank "
+            "prints its stack before it exits; if it was still working, raise deepspeed.timeout"
         )
     names = ", ".join(peer.name for peer in behind[:4]) + (", ..." if len(behind) > 4 else "")
     return (
         f"{names} made no progress for {waited}, last seen in {behind[0].report['place']}, and the others wait. If it "
-        "was at work, raise deepspeed.timeout"
+        "was still working, raise deepspeed.timeout"
     )

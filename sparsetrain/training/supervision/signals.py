@@ -1,11 +1,11 @@
-"""Signals that ask a run to stop. What they come to depends on what there is to lose.
+"""Handle signals that ask a run to stop.
 
-SIGTERM comes from schedulers and from owners of spot machines, some time before they kill; SIGUSR1 from Slurm, as early
-as its ``--signal=USR1@SECONDS`` says; SIGHUP from a terminal that has gone. They mean: requeue. Ctrl-C (SIGINT) means
-that a person has had enough.
+SIGTERM comes from schedulers and spot machines, some time before they kill the process; SIGUSR1 from Slurm, at the time
+set by ``--signal=USR1@SECONDS``; SIGHUP from a closed terminal. They mean: requeue the run. Ctrl-C (SIGINT) means that
+a person stops it.
 
-Until training begins there is nothing to save, and the run ends where it is. From then on it ends its step, or the
-batch of an evaluation, saves a checkpoint, and says by its exit code what to do next.
+Before training begins there is nothing to save, and the run stops at once. Afterwards it completes its step or the
+batch of an evaluation, saves a checkpoint, and its exit code tells whether to start it again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 from sparsetrain.activity import activity
 
 PREEMPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: try again later. What a run that a scheduler stopped exits with, its checkpoint saved."""
+"""EX_TEMPFAIL of sysexits.h (try again later): the exit code of a run that a scheduler stopped and that was saved."""
 INTERRUPTED_TWICE = 130
-"""What shells make of a process that Ctrl-C ended."""
+"""The exit code that shells use for a process ended by Ctrl-C."""
 PATIENCE = 10.0
-"""Seconds that a main thread gets which is to stop at once: it may be in a library that looks at no signal."""
+"""Seconds for the main thread to stop at once: it may be in a library that ignores signals."""
 PATIENCE_OF_A_PERSON = 3.0
 """The same after a second Ctrl-C."""
 
@@ -46,20 +46,20 @@ class Outcome(Enum):
     """How a run ended."""
 
     FINISHED = "finished"
-    """It took all its steps."""
+    """All steps are done."""
     INTERRUPTED = "interrupted"
     """A person stopped it."""
     PREEMPTED = "preempted"
-    """A scheduler stopped it; it is to be started again with ``--resume``."""
+    """A scheduler stopped it; start it again with ``--resume``."""
 
     @property
     def exit_code(self) -> int:
-        """Of the process."""
+        """The exit code of the process."""
         return PREEMPTED_EXIT_CODE if self is Outcome.PREEMPTED else 0
 
 
 class Stopped(BaseException):
-    """A run was asked to stop where it has nothing to lose. No error, so that nothing takes it for one."""
+    """A run was asked to stop where nothing needs to be saved. Not an Exception, so that error handlers ignore it."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.value)
@@ -67,20 +67,20 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """While used as a context manager, turns the signals into requests, and says at once what will come of them.
+    """A context manager that turns signals into stop requests, and prints their effect at once.
 
-    Until :meth:`hold` a request raises :class:`Stopped` wherever the main thread is; from then on it waits to be asked
-    for. A second SIGINT interrupts at once. The others may come more than once: DeepSpeed's launcher answers a Ctrl-C,
-    which every rank gets too, with SIGTERM, and so it does when the first rank has left.
+    Until :meth:`hold` a request raises :class:`Stopped` in the main thread; afterwards it is stored until it is polled.
+    A second SIGINT interrupts at once. Other signals may arrive several times: DeepSpeed's launcher sends SIGTERM after
+    a Ctrl-C, which every rank gets too, and after the first rank has exited.
 
-    Outside of the main thread, where Python handles no signals, it does nothing.
+    Outside of the main thread, where Python cannot handle signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.preempted = False
         self.interrupted = False
         self.last_words: Callable[[Outcome], None] = lambda outcome: None
-        """Called before a process is ended whose main thread is stuck: to tell other ranks why."""
+        """Called before a process with a stuck main thread is ended, to tell other ranks the reason."""
         self._holding = False
         self._raised = False
         self._pressed = False
@@ -93,7 +93,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return self
-        # From the system's own handler straight to a thread: the main thread may be in a library for minutes.
+        # The signal is written to a socket that a thread reads: the main thread may be in a library for minutes.
         self._ends = socket.socketpair()
         for end in self._ends:
             end.setblocking(False)
@@ -103,7 +103,7 @@ class StopSignals:
         )
         self._thread.start()
         for number in NAMES:
-            # A terminal that goes is ignored where nohup says so.
+            # nohup ignores SIGHUP; keep that.
             if number != signal.SIGHUP or signal.getsignal(number) == signal.SIG_DFL:
                 self._former[number] = signal.signal(number, self._request)
         _active.append(self)
@@ -114,32 +114,32 @@ class StopSignals:
             return
         _active.remove(self)
         self._give_back()
-        # What came is answered before the end.
+        # Process pending signals before the end.
         self._ends[1].close()
         self._thread.join(1.0)
         self._ends = None
 
     def hold(self) -> None:
-        """From now on there is something to lose: requests wait for whoever asks."""
+        """From now on there is progress to save: requests are stored until they are polled."""
         self._holding = True
-        # An earlier one was swallowed, and is heeded with the next step.
+        # A library swallowed an earlier request; it is honoured after the next step.
         self._end_at = None
 
     def pass_on(self, outcome: Outcome) -> None:
-        """Stop because another rank was asked to. Called in any thread; a Ctrl-C that came there is none here, where
-        one of this rank's own may have come, or be to come."""
+        """Stop because another rank was asked to. May be called in any thread. It does not count as a Ctrl-C of this
+        rank, which may get its own."""
         self._passed_on = outcome
         _thread.interrupt_main(signal.SIGTERM)
 
     def pause(self, largest: Callable[[float], float]) -> None:
-        """Stop here where that was asked for: of any rank once there is something to lose, and before of this one,
-        where a library has swallowed what was raised.
+        """Stop here if a stop was requested: on any rank after :meth:`hold`, and before it on this rank, if a library
+        swallowed the exception.
 
         Args:
-            largest: the largest value over all ranks, which then all call this.
+            largest: Returns the maximum of a value over all ranks; a collective operation.
 
         Raises:
-            Stopped: it was; once there is something to lose, on all ranks alike.
+            Stopped: A stop was requested; after :meth:`hold` it is raised on all ranks.
         """
         asked = 2.0 if self.interrupted else float(self.preempted)
         if self._holding:
@@ -188,10 +188,10 @@ class StopSignals:
                         self._answer(signal.SIGINT if passed_on else number, presses)
 
     def _answer(self, number: int, presses: int) -> None:
-        """Say what will happen, and see to it where the main thread cannot.
+        """Print what will happen, and end the process if the main thread cannot.
 
         Args:
-            presses: how often Ctrl-C has come to this process.
+            presses: How many times this process got Ctrl-C.
         """
         again = number == signal.SIGINT and presses > 1
         if again:
@@ -208,7 +208,7 @@ class StopSignals:
         if not self._holding:
             return f"stopping now ({activity})"
         if activity.part.startswith("evaluating"):
-            what = "stopping after this batch of the evaluation, with all that was trained saved"
+            what = "stopping after this batch of the evaluation; the trained weights are saved"
         elif activity.part.startswith(("saving", "exporting", "drawing")):
             what = f"stopping after {activity.part}"
         else:
@@ -226,11 +226,11 @@ class StopSignals:
 
 
 class Ends:
-    """Answers a request to stop with an exit code while no run does: in the first moments of a process and the last."""
+    """Handles stop signals at the start and the end of a process, when no run handles them."""
 
     def __init__(self) -> None:
         self.code = PREEMPTED_EXIT_CODE
-        """Of the process: to be started again until it has done what it is for."""
+        """The exit code of the process: it should be started again until its work is done."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._leave)
 
@@ -243,8 +243,8 @@ _masks = threading.local()
 
 
 def _before_fork() -> None:
-    """A child inherits the handlers and the way to the thread that answers: until it has forgotten them, a signal to it
-    would be taken for one to the run."""
+    """Block signals before a fork: a child inherits the handlers, and until it resets them, a signal to the child would
+    reach the run."""
     if _active:
         _masks.former = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
 
@@ -255,7 +255,7 @@ def _after_fork() -> None:
 
 
 def _forget() -> None:
-    """In a process that was forked (workers that tokenise): signals end it, and are no news to the run."""
+    """Reset the handlers in a forked process (a tokenisation worker): signals end it, and do not reach the run."""
     for signals in _active:
         with contextlib.suppress(ValueError):
             signals._give_back()

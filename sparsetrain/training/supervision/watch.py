@@ -1,16 +1,16 @@
-"""Ranks that watch each other: when one dies, fails or hangs, all of them stop within a set time and name it.
+"""Mutual supervision of ranks: if one dies, fails or hangs, all others stop within a set time and name it.
 
-Rank 0 holds a connection to each other rank. A thread in every process tells where its main thread is; rank 0 judges
-the others, and each of them judges rank 0. What is judged:
+Rank 0 has a connection to each other rank. A thread in every process reports the progress of its main thread; rank 0
+supervises the others, and each of them supervises rank 0. The following is detected:
 
-- A connection that ends without a goodbye: that process has died. All others stop at once.
-- A rank whose main thread raised an error: it says so, and all others stop at once, naming it.
-- A rank that was asked to stop before training: it says so, and all others stop with its exit code.
-- A connection that is silent for the timeout: a process that is stopped, or a host that cannot be reached.
-- From the first step on, a run in which no rank shows progress for the timeout. All but one then wait in a collective;
-  the one to blame is in an earlier part of the run than they are, or is the one that does not wait.
+- A connection closes without a goodbye message: the process has died. All others stop at once.
+- The main thread of a rank raised an error: the rank reports it, and all others stop at once and name the rank.
+- A rank was asked to stop before training: it reports this, and all others stop with its exit code.
+- No message arrives within the timeout: the process is stopped, or its host cannot be reached.
+- From the first step on, no rank makes progress within the timeout. All but one then wait in a collective; the rank to
+  blame is in an earlier stage of the run than the others, or is the one that does not wait.
 
-Times are differences of one process's monotonic clock: clocks of two hosts are never compared. The device is not asked.
+Times are differences of one process's monotonic clock: clocks of two hosts are not compared. The device is not polled.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from sparsetrain.training.supervision.signals import Outcome, Stopped
 from sparsetrain.world import World, rank_name
 
 GRACE = 3.0
-"""Seconds that a main thread gets to raise an error of its own after another rank failed, and that one with a broken
-connection waits to hear which rank that was."""
+"""Seconds for a main thread to raise its own error after another rank failed, and for a rank with a broken connection
+to wait for the name of the failed rank."""
 GRACE_ON_CUDA = 1.0
-"""The same where a collective raises no error: NCCL's watchdog aborts a process that lost a peer, and names no rank."""
+"""The same for NCCL, whose collectives raise no error: its watchdog aborts a process that lost a peer."""
 ENDING = 90.0
-"""Seconds that it may then take to close metrics and W&B (at most a minute) and exit."""
+"""Seconds for the main thread to then close metrics and W&B (at most a minute) and exit."""
 CONNECT_TIMEOUT = 30.0
 LONGEST_TICK = 10.0
 
 
 class Watch:
-    """Watches the other ranks while used as a context manager, and tells them of an error that leaves it.
+    """A context manager that supervises the other ranks, and reports an error of this rank to them.
 
-    With one rank it does nothing. After a fault elsewhere, what the main thread raises becomes a
-    :class:`~sparsetrain.errors.TrainingError` that names the rank; a main thread that is stuck is ended with the
-    same message and exit code.
+    With one rank it does nothing. After a failure of another rank, errors of the main thread become a
+    :class:`~sparsetrain.errors.TrainingError` that names that rank; a process with a stuck main thread is ended with
+    the same message and exit code.
 
     Args:
-        timeout: seconds without an answer, or from the first step on without progress.
+        timeout: Seconds without an answer, or from the first step on without progress.
 
     Raises:
-        TrainingError: a rank has ended already or cannot reach rank 0, or (on leaving) another rank failed.
+        TrainingError: A rank has ended already or cannot reach rank 0, or (on exit) another rank failed.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
@@ -69,19 +69,19 @@ class Watch:
         self.tick = min(timeout / 8, LONGEST_TICK)
         """Seconds between two messages of a rank."""
         self.verdict: str | None = None
-        """What happened to another rank, once it is known."""
+        """The failure of another rank, once it is known."""
         self.stop: Outcome | None = None
-        """Where another rank was asked to stop: how this one is to end."""
+        """The outcome for this rank if another rank was asked to stop."""
         self.last_words: Callable[[], None] = lambda: None
-        """Called before a process whose main thread is stuck is ended; it may take some seconds."""
+        """Called before a process with a stuck main thread is ended; it may take some seconds."""
         self.pass_on: Callable[[Outcome], None] = lambda outcome: None
-        """Called in the thread where another rank was asked to stop, to have the main thread stop."""
+        """Called in the supervising thread if another rank was asked to stop, to stop the main thread."""
         self._known = threading.Event()
         self._ending = threading.Event()
         self._closed = threading.Event()
         self._listener: socket.socket | None = None
         self._connections: dict[Connection, int | None] = {}
-        """Open lines and the rank at the other end; None before it has said which."""
+        """Open connections and their ranks; None until the rank has introduced itself."""
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._thread: threading.Thread | None = None
@@ -93,8 +93,8 @@ class Watch:
                 self._connect()
             except (RuntimeError, OSError) as error:
                 raise TrainingError(
-                    f"{rank_name(self.world.rank)} lost another rank while they met ({first_line(error)}); what that "
-                    "one printed last says why it ended"
+                    f"{rank_name(self.world.rank)} lost another rank while connecting ({first_line(error)}); see "
+                    "the last output of that rank for the reason"
                 ) from error
             self._thread = threading.Thread(target=self._run, name="sparsetrain-watch", daemon=True)
             self._thread.start()
@@ -112,10 +112,10 @@ class Watch:
             self._say_goodbye()
 
     def settle(self, error: BaseException) -> None:
-        """Tell the others of an error of this rank, or find out which of them it came from.
+        """Report an error of this rank to the others, or find out which rank caused it.
 
         Raises:
-            TrainingError: it came from another rank, which is named.
+            TrainingError: Another rank caused it, which is named.
         """
         if self._thread is None or self._ending.is_set():
             return
@@ -135,7 +135,7 @@ class Watch:
         self._tell({"fault": f"{rank_name(self.world.rank)} failed{where}: {said}"})
 
     def tell_stop(self, outcome: Outcome) -> None:
-        """Tell the others that this rank was asked to stop and has left, so that they leave with it."""
+        """Report to the others that this rank was asked to stop, so that they stop too."""
         self._tell({"stop": outcome.value, "by": rank_name(self.world.rank)})
 
     # Meeting.
@@ -190,7 +190,7 @@ class Watch:
             if now - reported < self.tick:
                 continue
             if now - reported > self.timeout / 2:
-                # This process was stopped, and perhaps all were; it knows nothing of the others' time meanwhile.
+                # This process was stopped, and perhaps all were; the state of the others is unknown meanwhile.
                 for peer in self._peers.values():
                     peer.heard = peer.moved = now
             self._report(now)
@@ -213,12 +213,12 @@ class Watch:
                 connection.send(message)
 
     def _receive(self, seconds: float) -> None:
-        """Wait for messages, at most so long (half a second at a time, so that the end is noticed), and heed them."""
+        """Wait for messages up to ``seconds`` (half a second at a time, to notice the end), and handle them."""
         for key, _ in self._selector.select(min(seconds, 0.5)):
             if isinstance(key.fileobj, Connection):
                 self._hear(key.fileobj)
             elif self._listener is not None:
-                with contextlib.suppress(OSError):  # whoever it was has left already
+                with contextlib.suppress(OSError):  # the peer has closed already
                     self._add(Connection(self._listener.accept()[0]), None)
 
     def _hear(self, connection: Connection) -> None:
@@ -236,14 +236,14 @@ class Watch:
                 peer = self._peers[rank]
                 self._declare_fault(
                     f"{peer.name} died; it was last seen in {peer.report['place']}. Its process ended without a "
-                    "word, as when it is killed; if the host ran out of memory, its kernel's log says so (dmesg)"
+                    "message, as when it is killed; if the host ran out of memory, the kernel log shows it (dmesg)"
                 )
 
     def _introduced(self, message: Message) -> int:
-        """The rank that a new connection belongs to.
+        """The rank of a new connection.
 
         Raises:
-            EOFError: it is none of this run.
+            EOFError: The connection does not belong to this run.
         """
         rank = message.get("rank")
         if not hmac.compare_digest(_bytes(message.get("token")), _bytes(self._token)) or rank not in self._peers:
@@ -273,7 +273,7 @@ class Watch:
                     "process is stopped, or its host cannot be reached"
                 )
                 return
-        # A client sees only rank 0's connection; whether that rank moves, it judges itself, beside the others.
+        # Other ranks only check rank 0's connection; rank 0 checks the progress of all ranks, including itself.
         live = [peer for peer in self._peers.values() if not peer.done]
         timed = self.world.main and any(peer.report["timed"] for peer in live)
         if timed and now - max(peer.moved for peer in live) > self.timeout:
@@ -287,7 +287,7 @@ class Watch:
             self._known.set()
 
     def _leave_with(self, message: Message) -> None:
-        """Another rank was asked to stop before there was anything to lose: ask this one too."""
+        """Another rank was asked to stop before training: stop this one too."""
         if self.verdict is None:
             self.stop = Outcome(message["stop"])
             if self.world.main:
@@ -297,8 +297,7 @@ class Watch:
             self.pass_on(self.stop)
 
     def _stop(self) -> None:
-        """See to it that the process ends. What lies unread in a socket would destroy what was just sent: go on
-        reading meanwhile."""
+        """End the process. Keep reading meanwhile: closing a socket with unread data would discard sent messages."""
         deadline = time.monotonic() + (GRACE_ON_CUDA if self.world.device.type == "cuda" else GRACE)
         while not self._closed.is_set():
             self._receive(0.1)
@@ -325,7 +324,7 @@ class Watch:
         activity.timed = False
 
     def _part(self) -> None:
-        """Close the lines so that what was sent arrives: say that it is all, and read until the others say so too."""
+        """Close the connections after all messages have arrived: close for sending, and read until the others do so."""
         deadline = time.monotonic() + 2.0
         for connection in self._connections:
             connection.finish_sending()
@@ -339,10 +338,10 @@ class Watch:
 
 
 def _is_of_connection(error: BaseException) -> bool:
-    """Whether an error may only be the echo of another rank's end."""
+    """Whether an error may be caused by the end of another rank."""
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
 
 
 def _bytes(token: object) -> bytes:
-    """For a comparison that takes only ASCII as text; strangers may send anything."""
+    """Bytes of a token for comparison; an unknown sender may send any type."""
     return str(token).encode(errors="replace")
