@@ -167,14 +167,14 @@ def test_every_command_refuses_a_recipe_in_the_same_words(call, recipe, override
 def test_an_override_that_is_given_twice_is_told(call, recipe):
     code, _, err = call("recipe", "validate", recipe, "train.lr=1e-3", "train.lr=1e-4")
     assert code == 0
-    assert "override train.lr=1e-4 takes the place of command line override train.lr=1e-3" in err
+    assert "override train.lr=1e-4 replaces command line override train.lr=1e-3" in err
 
 
 @pytest.mark.parametrize("name", [" ", "..", "a/../b", "x "])
 def test_a_name_that_is_no_folder_is_refused(call, recipe, name):
     code, _, err = call("recipe", "validate", recipe, f'name="{name}"')
     assert code == 2
-    assert "names no folder in runs" in err
+    assert "is not a valid folder name in runs" in err
 
 
 def test_schema_is_json(call):

@@ -1,4 +1,4 @@
-"""The recipe: what it may say (schema), how it is read (loading), and the batch arithmetic that follows from it."""
+"""The recipe: its schema, loading with bases and overrides, and the batch arithmetic."""
 
 from __future__ import annotations
 

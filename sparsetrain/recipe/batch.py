@@ -11,14 +11,14 @@ from sparsetrain.recipe.schema import MOST_SHARING, Recipe
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of one optimizer step are shared out."""
+    """How the rows of one optimizer step are divided among ranks and forward passes."""
 
     micro_batch: int
     """Rows in one forward pass of one rank."""
     accumulation: int
     """Forward passes of one rank in one step."""
     ranks: int
-    """Processes that train side by side, each on rows of its own; with ``parallel`` above 1, groups of processes."""
+    """Data-parallel processes; with ``parallel`` above 1, groups of processes."""
     sequence_length: int
     """Tokens in a row."""
     parallel: int = field(default=1, kw_only=True)
@@ -40,7 +40,7 @@ class BatchShape:
         return math.ceil(self.sequence_length * self.micro_batch / self.parallel)
 
     def with_steps(self, steps: int, warmup_steps: int = 0) -> BatchPlan:
-        """The plan that takes so many steps of this shape."""
+        """The plan for ``steps`` steps of this shape."""
         return BatchPlan(**asdict(self), steps=steps, warmup_steps=warmup_steps)
 
     def describe(self) -> str:
@@ -54,7 +54,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class BatchPlan(BatchShape):
-    """The batch of every step, and how many steps there are."""
+    """The batch of every step, and the number of steps."""
 
     steps: int
     """Optimizer steps of the run."""
@@ -62,19 +62,19 @@ class BatchPlan(BatchShape):
     """Steps over which the learning rate rises."""
 
     def describe(self) -> str:
-        """The arithmetic in one line: ``... = 32,768 tokens a step; 30 steps = 983,040 tokens``."""
+        """The batch arithmetic in one line: ``... = 32,768 tokens a step; 30 steps = 983,040 tokens``."""
         return f"{super().describe()}; {_count(self.steps, 'step')} = {self.steps * self.tokens_per_step:,} tokens"
 
 
 def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
-    """The accumulation that makes the global batch of the recipe on ``ranks`` ranks.
+    """The batch shape, with the accumulation that gives the recipe's global batch on ``ranks`` ranks.
 
     Without a global batch in the recipe there is no accumulation, and the batch grows with the ranks. Ranks that share
     a sequence count as one.
 
     Raises:
-        RecipeError: the global batch does not divide, or ``sequence.parallel`` does not divide the ranks; names the
-            nearest values that do.
+        RecipeError: The global batch does not divide evenly, or ``sequence.parallel`` does not divide the ranks; names
+            the nearest values that do.
     """
     train, length, parallel = recipe.train, recipe.sequence.length, recipe.sequence.parallel
     if ranks % parallel:
@@ -94,13 +94,13 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
     """Resolve the batch, the steps and the warmup of a run on ``ranks`` ranks.
 
     Args:
-        recipe: the recipe.
-        ranks: processes of the run.
-        rows_per_epoch: rows in one pass over the data; needed by ``train.epochs`` alone.
+        recipe: The recipe.
+        ranks: Number of processes of the run.
+        rows_per_epoch: Rows in one pass over the data; needed only for ``train.epochs``.
 
     Raises:
-        RecipeError: the global batch does not divide, the warmup is longer than the run, or ``train.epochs`` is given
-            without ``rows_per_epoch``.
+        RecipeError: The global batch does not divide evenly, the warmup is longer than the run, or ``train.epochs`` is
+            given without ``rows_per_epoch``.
     """
     shape = batch_shape(recipe, ranks)
     train = recipe.train
@@ -116,14 +116,14 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
 
 
 def steps_of_warmup(warmup: float, steps: int) -> int:
-    """What ``train.warmup`` means in a run of so many steps.
+    """The number of warmup steps that ``train.warmup`` gives in a run of ``steps`` steps.
 
     Raises:
-        RecipeError: it is longer.
+        RecipeError: The warmup is longer than the run.
     """
     if warmup > steps:
         raise RecipeError(
-            f"train.warmup={warmup:g} steps is longer than the run, which has {steps} steps; make it a share"
+            f"train.warmup={warmup:g} steps is longer than the run, which has {steps} steps; make it a fraction"
         )
     if warmup >= 1 or warmup == 0:
         return int(warmup)

@@ -1,4 +1,4 @@
-"""Mistakes no single section can see: values of two sections that contradict each other."""
+"""Contradictions between values of different sections of a recipe."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _USUAL_NAMES = tuple(
     for layer in (0, 31)
     for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.experts.127.down_proj")
 )
-"""Names of linear layers, to find out whether an expression ever ends, before the model's own are known."""
+"""Typical names of linear layers, to test whether an expression terminates before the model's names are known."""
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """The contradictions of a recipe: the field to blame and a sentence naming both sides."""
+    """Yield the contradictions of a recipe: the field to change, and a sentence that names both settings."""
     oversized = list(too_large(recipe))
-    if oversized:  # the other rules count what is too much to count
+    if oversized:  # the other rules would take too long with these sizes
         yield from oversized
         return
     yield from _lengths(recipe)
@@ -42,7 +42,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def without_effect(recipe: Recipe) -> list[str]:
-    """Settings that are valid but do nothing in this run, one sentence each."""
+    """Settings that are valid but have no effect in this run, one sentence each."""
     steps, notes = recipe.train.steps, []
     if steps is not None:
         for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
@@ -67,7 +67,7 @@ def without_effect(recipe: Recipe) -> list[str]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """What is measured, and what ``checkpoint.keep_best`` goes by."""
+    """Contradictions of evaluations and ``checkpoint.keep_best``."""
     evaluation, best = recipe.eval, recipe.checkpoint.keep_best
     if evaluation.every is not None and evaluation.empty:
         yield ("eval", "every"), f"every {evaluation.every} steps nothing would be measured: give eval.tasks"
@@ -123,7 +123,8 @@ def _batch(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if train.steps is not None and train.warmup > train.steps:
         yield (
             ("train", "warmup"),
-            f"{train.warmup:g} steps of warmup in a run of train.steps={train.steps}; lower it or give a share below 1",
+            f"{train.warmup:g} steps of warmup in a run of train.steps={train.steps}; lower it or give a "
+            "fraction below 1",
         )
     for index, source in enumerate(recipe.data.sources):
         if train.epochs is not None and (source.streaming or source.synthetic):
@@ -155,7 +156,7 @@ def _layers(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _shared_sequence(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """What ranks cannot do together on one sequence."""
+    """Contradictions of ``sequence.parallel``."""
     parallel, attention = recipe.sequence.parallel, recipe.attention
     if parallel == 1:
         return
@@ -169,7 +170,7 @@ def _shared_sequence(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """What is trained, and beside what."""
+    """Contradictions of the trained parameters."""
     train, lora, method = recipe.train, recipe.lora, recipe.attention.method
     if not recipe.attention.new_modules:
         for name, default in (("parameters", "all"), ("new_modules_lr", None)):
@@ -191,7 +192,7 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if recipe.model.architecture is not None and (lora is not None or train.parameters == "new_modules"):
         yield (
             ("lora",) if lora is not None else ("train", "parameters"),
-            "freezes the model, but model.architecture starts it from random weights, which nothing keeps; give "
+            "freezes the model, but model.architecture starts it from random weights, which would not be trained; give "
             "model.path",
         )
     if lora is not None and isinstance(lora.targets, str) and lora.targets not in ("attention", "linear"):

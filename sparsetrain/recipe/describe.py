@@ -1,4 +1,4 @@
-"""Recipes for readers: facts in a line, a listing with every field explained, and the JSON Schema for editors."""
+"""Descriptions of recipes: one-line facts, a listing with a comment on every field, and the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sparsetrain.recipe.yaml_source import dump_yaml
 
 
 def batch_facts(recipe: Recipe, ranks: int) -> str:
-    """The batch arithmetic in one line; the steps of a recipe that counts epochs depend on the data.
+    """The batch arithmetic in one line; with ``train.epochs`` without the steps, which depend on the data.
 
     Raises:
-        RecipeError: the global batch cannot be made on so many ranks.
+        RecipeError: The global batch is not possible on this number of ranks.
     """
     if recipe.train.epochs is not None:
         return f"{batch_shape(recipe, ranks).describe()}; {recipe.train.epochs:g} epochs"
@@ -29,7 +29,7 @@ def batch_facts(recipe: Recipe, ranks: int) -> str:
 
 
 def attention_facts(recipe: Recipe) -> str:
-    """The method, the share of causal pairs it computes at the training length, and the layers that stay dense."""
+    """The method, the fraction of causal pairs it computes at the training length, and the dense layers."""
     attention, length = recipe.attention, recipe.sequence.length
     parts = [f"{attention.method} attention"]
     pattern = attention.pattern()
@@ -46,7 +46,7 @@ def attention_facts(recipe: Recipe) -> str:
 
 
 def summary(file: Path) -> str:
-    """What a recipe file says it is: the first sentence of its opening comment."""
+    """The summary of a recipe file: the first sentence of its opening comment."""
     comment = []
     for line in file.read_text(encoding="utf-8").splitlines():
         text = line.lstrip("#").strip()
@@ -58,7 +58,7 @@ def summary(file: Path) -> str:
 
 
 def explained(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, each field under its description."""
+    """The resolved recipe as YAML, with its description as a comment above each field."""
     return "\n".join(_explain(recipe, "")) + "\n"
 
 
@@ -88,8 +88,8 @@ def _explain(section: BaseModel, indent: str, comments: bool = True) -> Iterator
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe *file*, for completion and checks in editors.
 
-    A file may leave to its ``base`` what a recipe needs, so nothing is required here; `sparsetrain recipe validate`
-    checks that a recipe is whole.
+    A file may inherit required fields from its ``base``, so nothing is required here; `sparsetrain recipe validate`
+    checks that a recipe is complete.
     """
     schema = json.loads(json.dumps(Recipe.model_json_schema()))
     schema["properties"]["base"] = {
@@ -109,7 +109,7 @@ def _relax(node: Any) -> None:
     elif isinstance(node, dict):
         if isinstance(node.get("required"), list):
             del node["required"]
-        # Without required fields a section can match several methods, so one is no longer the right number.
+        # Without required fields a section can match several methods, so oneOf would fail.
         if "oneOf" in node:
             node["anyOf"] = node.pop("oneOf")
             node.pop("discriminator", None)

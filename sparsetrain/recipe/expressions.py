@@ -1,4 +1,4 @@
-"""Regular expressions that others wrote, compared with names in a bounded time."""
+"""Match untrusted regular expressions against names within a time limit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from functools import lru_cache
 from pathlib import Path
 
 LONGEST = 2000
-"""Characters of an expression."""
+"""Maximum number of characters of an expression."""
 
 PATIENCE = 2.0
-"""Seconds for an expression to go through all names; most take a thousandth of one."""
+"""Time limit in seconds for matching an expression against all names; most take a millisecond."""
 
 _MEMORY = 2**30
 _CHILD = Path(__file__).with_name("match_child.py")
 
 
 def check_expression(expression: str) -> None:
-    """Whether this is a regular expression of ``re``.
+    """Check that a string is a valid regular expression of ``re``.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: It is not; gives the reason.
     """
     if len(expression) > LONGEST:
         raise ValueError(f"{_shown(expression)} is longer than {LONGEST} characters; list the names instead")
@@ -34,16 +34,16 @@ def check_expression(expression: str) -> None:
             warnings.simplefilter("ignore")
             re.compile(expression)
     except re.error as error:
-        raise ValueError(f"{_shown(expression)} is no regular expression: {error}") from None
+        raise ValueError(f"{_shown(expression)} is not a regular expression: {error}") from None
     except (RecursionError, OverflowError, MemoryError):
         raise ValueError(f"{_shown(expression)} is nested or repeated too deeply for a regular expression") from None
 
 
 def matching(expression: str, names: Collection[str]) -> set[str]:
-    """Those of ``names`` that an expression matches as a whole, found in :data:`PATIENCE` seconds or not at all.
+    """The ``names`` that an expression fully matches, with a time limit of :data:`PATIENCE` seconds.
 
     Raises:
-        ValueError: it is no expression, or it goes through ever more ways to match, as ``(a+)+b`` does.
+        ValueError: It is not a regular expression, or takes too long (catastrophic backtracking, as in ``(a+)+b``).
     """
     check_expression(expression)
     return set(_matching(expression, tuple(names)))
@@ -58,7 +58,7 @@ def _matching(expression: str, names: tuple[str, ...]) -> tuple[str, ...]:
     if child.returncode:
         raise ValueError(
             f"{_shown(expression)} takes more than {PATIENCE:g} seconds, or too much memory, to compare with the names "
-            "of the layers; do not repeat what repeats itself, as (a+)+ does, or list the names"
+            "of the layers; avoid nested repetition such as (a+)+, or list the names"
         )
     return tuple(json.loads(child.stdout))
 

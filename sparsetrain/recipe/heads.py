@@ -1,4 +1,4 @@
-"""Over how many ranks a sequence can be shared: Ulysses gives every rank whole heads, and a part of the positions."""
+"""The numbers of ranks that can share a sequence: in Ulysses every rank has whole heads and a part of the positions."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from sparsetrain.recipe.schema import ModelSection
 
 
 def attention_heads(section: ModelSection) -> tuple[int, int] | None:
-    """Query heads and key/value heads of a model, None where its config is not on this machine."""
+    """The numbers of query heads and key/value heads of a model; None if its config is not on this machine."""
     config = decoder_config(section)
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or min(heads, kv_heads) < 1:
-        return None  # building the model says what is wrong with them
+        return None  # building the model reports invalid values
     return heads, kv_heads
 
 
 def shares_heads(parallel: int, heads: int, kv_heads: int) -> bool:
-    """Whether ``parallel`` ranks can have equally many query heads and the key/value heads that these read: several
-    whole ones, or a copy of one that is also another rank's."""
+    """Whether the heads can be divided among ``parallel`` ranks: the same number of query heads on each rank, and whole
+    key/value heads or copies of them."""
     return heads % parallel == 0 and (kv_heads % parallel == 0 or parallel % kv_heads == 0)
 
 
 def heads_fault(parallel: int, heads: int, kv_heads: int) -> str | None:
-    """Why ``sequence.parallel`` does not suit a model, with the values that do; None if it does."""
+    """The reason why a model does not support ``sequence.parallel``, with valid values; None if it does."""
     if shares_heads(parallel, heads, kv_heads):
         return None
     fitting = [str(size) for size in range(1, heads + 1) if shares_heads(size, heads, kv_heads)]
@@ -38,7 +38,7 @@ def heads_fault(parallel: int, heads: int, kv_heads: int) -> str | None:
 
 
 def rotary_fault(parameters: Any) -> str | None:
-    """Why ranks cannot share a sequence under a config's rope parameters; None if they can."""
+    """The reason why a config's rope parameters do not allow sequence parallelism; None if they do."""
     for kind in _rope_types(parameters):
         if kind in ("longrope", "su") or "dynamic" in kind:
             return (
@@ -49,7 +49,7 @@ def rotary_fault(parameters: Any) -> str | None:
 
 
 def _rope_types(parameters: Any) -> Iterator[str]:
-    """``rope_type`` (in older configs ``type``) of rope parameters, which some models have by kind of layer."""
+    """The ``rope_type`` (in older configs ``type``) of rope parameters, which some models have per layer type."""
     if isinstance(parameters, dict):
         for name in ("rope_type", "type"):
             if isinstance(parameters.get(name), str):
@@ -59,11 +59,11 @@ def _rope_types(parameters: Any) -> Iterator[str]:
 
 
 def positions_fault(length: int, limit: Any) -> str | None:
-    """Why rows of a length do not suit a model with so many positions; None if they do, or it does not say."""
+    """The reason why rows of ``length`` exceed a model's positions; None if they do not, or the limit is unknown."""
     if not isinstance(limit, int) or length <= limit:
         return None
     return (
-        f"{length} is beyond the model's max_position_embeddings={limit}; to train it for longer contexts say so: "
+        f"{length} is beyond the model's max_position_embeddings={limit}; to train it for longer contexts, set "
         f"model.config_overrides={{max_position_embeddings: {length}}} (a table of learned positions cannot grow: "
         f"there, rows end at {limit})"
     )

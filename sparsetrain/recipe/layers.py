@@ -1,6 +1,8 @@
-"""What a layer of a recipe takes the place of beyond the values it names: a file over its base, the command line over
-the file. Of settings that exclude one another the upper layer's stays, and what belongs to a model, a source or a
-method does not outlive it."""
+"""Remove inherited settings that conflict with a new layer of a recipe (a file over its base, overrides over a file).
+
+If settings exclude one another, the upper layer's is kept. Settings that belong to a model, a source or a method are
+dropped when the upper layer replaces it.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +21,35 @@ ALTERNATIVES = (
     ("train", ("global_batch_sequences", "global_batch_tokens")),
     ("model", ("path", "architecture")),
 )
-"""Settings of a section of which only one may be given."""
+"""Settings of a section that exclude one another."""
 
 OF_A_MODEL = ("revision", "trust_remote_code")
-"""What is said of one pretrained model, and not of the next."""
+"""Settings that belong to one pretrained model and do not apply to another."""
 
 ORIGIN = ("path", "synthetic")
-"""What makes a source the one it is."""
+"""Settings that identify a source."""
 
 OF_A_MIXTURE = ("weight",)
-"""What a source in a list has for its place in the mixture, whatever it reads."""
+"""Settings of a source for its role in the mixture, which are kept if the source is replaced."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a file or the command line gives."""
+    """The settings of a file or of the command line."""
 
     get: Callable[[KeyPath], Any]
-    """The value given for a path, None where there is none."""
+    """The value given for a path; None if there is none."""
     names: Callable[[KeyPath], bool]
     """Whether a value is given for a path, null included."""
     place: Callable[[KeyPath], str]
-    """Where it is written."""
+    """Where a path is set, for messages."""
 
 
 def make_room(below: Source, layer: Layer) -> list[str]:
-    """Take out of a recipe, in place, what cannot stand beside the layer that is about to be laid over it.
+    """Remove from a recipe, in place, the settings that conflict with a layer that will be merged over it.
 
     Returns:
-        What was taken out, one sentence each.
+        A sentence for each removal.
     """
     return [
         note
@@ -64,7 +66,7 @@ def _alternatives(below: Source, layer: Layer) -> Iterator[str]:
 
 
 def _model(below: Source, layer: Layer) -> Iterator[str]:
-    """Another model: a revision names a commit of the old one, and trust was given to its code alone."""
+    """Another model: ``revision`` is a commit of the old one, and ``trust_remote_code`` was meant for its code."""
     model = _mapping(below, ("model",))
     for name in ("path", "architecture"):
         given = layer.get(("model", name))
@@ -81,7 +83,7 @@ def _architecture(below: Source, layer: Layer) -> Iterator[str]:
 
 
 def _tasks(below: Source, layer: Layer) -> Iterator[str]:
-    """Another task of the same name: the settings of the old one say nothing of it."""
+    """Another task of the same name: the settings of the old one do not apply."""
     for index, entry in enumerate(task_entries(below.data)):
         path = (*TASK_LIST, index)
         given = layer.get((*path, "task"))
@@ -90,7 +92,7 @@ def _tasks(below: Source, layer: Layer) -> Iterator[str]:
 
 
 def _sources(below: Source, layer: Layer) -> Iterator[str]:
-    """A source takes the place of a source: the columns, split and streaming of the old one say nothing of the new."""
+    """A source replaces a source: the columns, split and streaming of the old one do not apply to the new one."""
     data = _mapping(below, ("data",)).get("sources")
     listed: list[KeyPath] = [("data", "sources", index) for index in range(len(data))] if isinstance(data, list) else []
     others: list[KeyPath] = [
@@ -108,7 +110,7 @@ def _sources(below: Source, layer: Layer) -> Iterator[str]:
 
 
 def _trained(below: Source, layer: Layer) -> Iterator[str]:
-    """Adapters, or the new modules alone."""
+    """Adapters, or training only the new modules."""
     parameters = ("train", "parameters")
     if layer.get(parameters) == "new_modules":
         yield from _drop(below, layer, (), ("lora",), parameters)
@@ -117,14 +119,14 @@ def _trained(below: Source, layer: Layer) -> Iterator[str]:
 
 
 def _method(below: Source, layer: Layer) -> Iterator[str]:
-    """Another method keeps what the two have in common, which is what their nearest common ancestor defines:
-    ``dense_layers`` always, ``block`` between block patterns. A field of the same name elsewhere, such as ``window``,
-    may mean another budget."""
+    """Another method keeps the settings that the nearest common base class of both configs defines: ``dense_layers``
+    always, ``block`` between block patterns. Other fields of the same name, such as ``window``, may have another
+    meaning."""
     path = ("attention", "method")
     old, method = _mapping(below, ("attention",)), layer.get(path)
     if method is None or old.get("method", method) == method:
         return
-    # What is not known has nothing more in common, and the recipe's check says so later.
+    # An unknown method has only the base fields in common; the validation reports it later.
     ancestors = (config_or_none(old["method"]) or MethodConfig).__mro__
     new = config_or_none(method) or MethodConfig
     common = next(a for a in ancestors if issubclass(a, MethodConfig) and issubclass(new, a)).model_fields
@@ -144,7 +146,7 @@ def _method(below: Source, layer: Layer) -> Iterator[str]:
 def _drop(
     below: Source, layer: Layer, section: KeyPath, names: Collection[str], for_the_sake_of: KeyPath
 ) -> Iterator[str]:
-    """Take settings out of a section but for those that the layer gives itself, and say so of what was set."""
+    """Remove settings from a section, except those that the layer sets itself; yield a sentence if any had a value."""
     old = _mapping(below, section)
     called = {name: dotted(named((*section, name), below.data)) for name in names}
     new = f"{dotted(named(for_the_sake_of, below.data))}={_short(layer.get(for_the_sake_of))}"
@@ -155,11 +157,11 @@ def _drop(
             gone.append(f"{called[name]}={_short(value)} ({below.place(path)})")
         below.forget(path, value)
     if gone:
-        yield f"{_where(layer, for_the_sake_of)}{new} takes the place of {', '.join(gone)}"
+        yield f"{_where(layer, for_the_sake_of)}{new} replaces {', '.join(gone)}"
 
 
 def _mapping(source: Source, path: KeyPath) -> dict[str, Any]:
-    """The mapping at a path, empty where there is something else."""
+    """The mapping at a path; empty if there is something else."""
     value = source.data
     for part in path:
         if isinstance(value, dict):
@@ -172,7 +174,7 @@ def _mapping(source: Source, path: KeyPath) -> dict[str, Any]:
 
 
 def _where(layer: Layer, path: KeyPath) -> str:
-    """The line of a file; an override says itself where it is."""
+    """The file and line of a setting; empty for an override, which names itself."""
     place = layer.place(path)
     return "" if place.startswith(OVERRIDE) else f"{place}: "
 

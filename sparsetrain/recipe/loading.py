@@ -1,4 +1,4 @@
-"""From a file and overrides to a :class:`Recipe`: inheritance, environment variables, overrides, validation."""
+"""Load a :class:`Recipe` from a file and overrides: inheritance, environment variables, overrides, validation."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from sparsetrain.recipe.yaml_source import LARGEST, KeyPath, Problem, Source, du
 from sparsetrain.textfile import read_text
 
 LARGEST_FILE = 2**18
-"""Bytes of a recipe; the longest that ships has three thousand."""
+"""Maximum bytes of a recipe; the longest shipped one has three thousand."""
 
 MOST_BASES = 16
-"""Recipes in a chain of bases."""
+"""Maximum number of recipes in a chain of bases."""
 
 SHOWN = 20
-"""Problems that are listed; of more the number is told."""
+"""Maximum number of problems that are listed; for more, the number is given."""
 
 NOT_INHERITED = ("name", "output")
-"""What a recipe never takes from its base: two runs must not share a name or a folder."""
+"""Settings that a recipe does not inherit from its base: two runs must not share a name or a folder."""
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, the file it came from, and what its reader should know."""
+    """A valid recipe, its file, and notes for the user."""
 
     recipe: Recipe
     path: Path
     notes: list[str]
-    """What was replaced or has no effect, one sentence each. To be printed, not to be ignored."""
+    """Settings that were replaced or have no effect, one sentence each. Print them."""
     places: dict[KeyPath, str]
-    """Where each setting is written: file and line, of this recipe or of a base, or the override."""
+    """Where each setting is set: file and line of this recipe or of a base, or the override."""
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The whole recipe, defaults included, as plain values."""
+        """The complete recipe, including defaults, as plain values."""
         return self.recipe.model_dump(mode="json")
 
     @contextmanager
     def naming_places(self) -> Iterator[None]:
-        """Add to an error where the settings are written that it names, if not in the recipe's own file."""
+        """Add to an error the places of the settings that it names, if they are not in the recipe's own file."""
         try:
             yield
         except SparsetrainError as error:
@@ -66,14 +66,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | N
     """Read, merge and validate a recipe.
 
     Args:
-        path: a YAML file, or the name of a shipped recipe such as ``quickstart``.
-        overrides: ``key=value`` settings laid over the file: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``,
-            ``eval.tasks.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's, and take the
-            place of what excludes them as a file does over its base (:mod:`sparsetrain.recipe.layers`).
-        output: the run folder, in place of the recipe's; a plain name, not YAML.
+        path: A YAML file, or the name of a shipped recipe such as ``quickstart``.
+        overrides: ``key=value`` settings merged over the file: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``,
+            ``eval.tasks.passkey.lengths=[512,1024]``. Values are YAML and are validated like the file's. They replace
+            conflicting settings as a file does over its base (:mod:`sparsetrain.recipe.layers`).
+        output: The run folder, instead of the recipe's; a plain path, not YAML.
 
     Raises:
-        RecipeError: with every mistake of the recipe, one line each, naming the file and line or the override.
+        RecipeError: Lists every mistake of the recipe, one line each, with the file and line or the override.
     """
     file = find_recipe(path)
     notes: list[str] = []
@@ -109,7 +109,7 @@ def _read(file: Path) -> Source:
 
 
 def _called(file: Path) -> str:
-    """What errors call a recipe: its path, or its name where it comes with the package and not from a path."""
+    """The name of a recipe in errors: its path, or its name if it ships with the package."""
     folder = recipes_folder()
     return f"shipped recipe {file.relative_to(folder)}" if file.is_relative_to(folder) else str(file)
 
@@ -152,7 +152,7 @@ def _find_base(base: str, file: Path, place: str) -> Path:
             if os.path.isfile(folder / name):
                 return folder / name
     if os.path.exists(file.parent / base):
-        raise RecipeError(f"{place}: base: {base} is no file; a recipe is a YAML file")
+        raise RecipeError(f"{place}: base: {base} is not a file; a recipe is a YAML file")
     nearest = difflib.get_close_matches(Path(base).stem[:LONGEST_NAME], shipped_recipes(), n=1)
     guess = f"; did you mean {nearest[0]}?" if nearest else ""
     raise RecipeError(
@@ -190,8 +190,7 @@ def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
 
 
 def _layer(child: Source) -> Layer:
-    """What a file gives. Its lists replace those of the base, so nothing inside them is laid over anything, but tasks
-    are laid over those of the same names."""
+    """The layer of a file. Its lists replace those of the base; only tasks are merged with those of the same name."""
 
     def section(path: KeyPath) -> dict[str, Any]:
         value: Any = child.data
@@ -213,7 +212,7 @@ def _validate(source: Source, file: Path) -> Recipe:
     if isinstance(result, Recipe):
         found += [Problem(source.place(path), path, text) for path, text in contradictions(result)]
     else:
-        # A value that waits for a variable is null until then; neither it nor its section is judged.
+        # A value with an unset environment variable is null; neither it nor its section is validated.
         waiting = {path[:length] for path in source.unreadable for length in range(1, len(path) + 1)}
         found += [problem for problem in problems.explain(result, source) if problem.path not in waiting]
     if found or not isinstance(result, Recipe):
@@ -242,12 +241,12 @@ def _in_order(problem: Problem) -> tuple[str, int]:
 
 
 def _parse(data: dict[str, Any]) -> Recipe | list[Any]:
-    """The recipe, or pydantic's errors. Strict as JSON is: ``"30"`` is no number and ``1`` is not true."""
+    """The recipe, or pydantic's errors. Types are strict: ``"30"`` is not a number and ``1`` is not true."""
     try:
         return Recipe.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         errors = error.errors()
-    # 1e9 is a float to YAML, and the natural way to write a number of tokens.
+    # YAML parses 1e9 as a float, but it is a natural way to write a number of tokens.
     whole = [error for error in errors if error["type"] == "int_type" and _is_whole(error["input"])]
     for each in whole:
         *above, last = problems.located(each, data)

@@ -1,4 +1,4 @@
-"""What is known about a recipe's model from this machine's files alone, without loading it."""
+"""Facts about a recipe's model from local files, without loading it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWN_MODELS = "sparsetrain:"
 
 
 def model_folder(section: ModelSection) -> Path | None:
-    """The local folder of a model, None for a Hub id and for random weights."""
+    """The local folder of a model; None for a Hub id and for random weights."""
     if section.path is None:
         return None
     if section.path.startswith(OWN_MODELS):
@@ -26,10 +26,9 @@ def model_folder(section: ModelSection) -> Path | None:
 
 
 def is_own(recipe: Recipe) -> bool:
-    """Whether the model can be looked at here and may be wrong: what is written as a place on this machine, or a shape
-    that the recipe gives.
+    """Whether the model can and should be checked locally: a local folder, or an architecture in the recipe.
 
-    What ships with the package is known to be right, with more positions too, where the recipe adds nothing to it.
+    The shipped checkpoint is not checked if the recipe overrides nothing but its number of positions.
     """
     section = recipe.model
     if section.architecture is not None or any(map(_lies_here, (section.path, section.tokenizer))):
@@ -41,14 +40,14 @@ def is_own(recipe: Recipe) -> bool:
 
 
 def _lies_here(name: str | None) -> bool:
-    """Whether a name is that of a folder, there or not, and neither a Hub id nor what ships with the package."""
+    """Whether a name is a local path (existing or not), and neither a Hub id nor a shipped checkpoint."""
     if name is None or name.startswith(OWN_MODELS):
         return False
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
 
 
 def model_config(section: ModelSection) -> dict[str, Any]:
-    """The transformers config of a model, empty where it is not on this machine."""
+    """The transformers config of a model; empty if it is not on this machine."""
     if section.architecture is not None:
         return section.architecture
     folder = model_folder(section)
@@ -57,18 +56,18 @@ def model_config(section: ModelSection) -> dict[str, Any]:
     try:
         config = json.loads(read_text(folder / "config.json", "config.json", ModelError))
     except (ModelError, ValueError, RecursionError):
-        return {}  # loading the model reports what is wrong with it
+        return {}  # loading the model reports the error
     return config if isinstance(config, dict) else {}
 
 
 def decoder_config(section: ModelSection) -> dict[str, Any]:
-    """The same with the recipe's overrides, and the fields of its text part where there are several."""
+    """The config of the text decoder, with the recipe's overrides; empty if it is not on this machine."""
     config = model_config(section) | section.config_overrides
     text_config = config.get("text_config")
     return {**text_config, **config} if isinstance(text_config, dict) else config
 
 
 def num_layers(section: ModelSection) -> int | None:
-    """Decoder layers of a model, None where its config is not on this machine."""
+    """The number of decoder layers of a model; None if its config is not on this machine."""
     layers = decoder_config(section).get("num_hidden_layers")
     return layers if isinstance(layers, int) else None

@@ -11,28 +11,28 @@ from sparsetrain.section import Bounds, Decay, Section
 
 
 class LoraSection(Section):
-    """Low-rank adapters (2106.09685) beside frozen weights, through peft. The modules that the attention method adds
-    are trained whole and saved with the adapters."""
+    """Low-rank adapters (2106.09685) with frozen base weights, through peft. The modules that the attention method adds
+    are fully trained and saved with the adapters."""
 
     rank: Annotated[int, Field(gt=0), Bounds(2**16, "no matrix has a higher rank")] = 16
     """Rank of the update of each matrix."""
     alpha: Annotated[int, Field(gt=0), Bounds(2**24, "it scales the update")] | None = None
-    """The update is scaled by ``alpha / rank``; null = ``2 * rank``, as LongLoRA and most recipes have it."""
+    """The update is scaled by ``alpha / rank``; null: ``2 * rank``, as in LongLoRA and most recipes."""
     dropout: Decay = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Dropout probability of an adapter's inputs in training."""
     targets: str | Annotated[list[str], Field(min_length=1)] = "attention"
     """Which linear layers get an adapter: ``attention`` (the projections of queries, keys, values and output),
     ``linear`` (every one of the decoder; never the output head or a module that the method adds), a list of names
     (``[q_proj, mlp.down_proj]``, matched from the end), or a regular expression for whole names."""
     dora: bool = False
-    """Train the length of each column beside the low-rank update of its direction (2402.09353)."""
+    """DoRA: also train the magnitude of each column, besides the low-rank update of its direction (2402.09353)."""
     rslora: bool = False
-    """Scale by ``alpha / sqrt(rank)`` instead, which keeps high ranks from learning ever slower (2312.03732)."""
+    """Scale by ``alpha / sqrt(rank)`` instead, so that higher ranks do not learn more slowly (2312.03732)."""
     train_embeddings: bool = False
-    """Train the input embedding too, whole. For longer contexts LongLoRA (2309.12307, 3.3) found this and the norms
-    necessary."""
+    """Also train the full input embedding. LongLoRA (2309.12307, section 3.3) found this and the norms necessary for
+    longer contexts."""
     train_norms: bool = False
-    """Train the weights of the norms too; they are few."""
+    """Also train the weights of the norms, which are few."""
     quantize_base: Literal["none", "4bit", "8bit"] = "none"
     """Keep the frozen matrices of the decoder in 4 bits (NF4, as QLoRA, 2305.14314) or 8 (LLM.int8), by bitsandbytes.
     Needs CUDA and a ZeRO stage below 3."""
@@ -42,10 +42,10 @@ class LoraSection(Section):
         if not isinstance(self.targets, str) or self.targets in ("attention", "linear"):
             return self
         if self.targets.lower() == "all-linear":
-            raise ValueError(f"targets={self.targets!r} is peft's word for what is called linear here; choose linear")
+            raise ValueError(f"targets={self.targets!r} is a keyword of peft; the equivalent here is linear")
         if self.targets.replace("_", "").isalnum():
             raise ValueError(
-                f"targets={self.targets!r} is no rule; choose attention, linear, a list of names such as "
+                f"targets={self.targets!r} is not a rule; choose attention, linear, a list of names such as "
                 f"[{self.targets}], or a regular expression for whole names such as .*layers.[0-7].*proj"
             )
         try:

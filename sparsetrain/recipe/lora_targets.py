@@ -1,4 +1,4 @@
-"""The layers that ``lora.targets`` names, of a model that is loaded and of one that is only planned."""
+"""Select the layers that ``lora.targets`` names, for loaded models and for ``plan``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sparsetrain.recipe.expressions import matching
 
 
 def layers_named(targets: str | list[str], names: Collection[str], model: str) -> set[str]:
-    """Those of ``names`` that an expression matches as a whole, or that are or end with a name of a list.
+    """The ``names`` that an expression fully matches, or that equal or end with a name of a list.
 
     Args:
-        names: whole names of the decoder's linear layers, and of its experts' weights.
-        model: what to call it in an error.
+        names: Full names of the decoder's linear layers and expert weights.
+        model: The name of the model in error messages.
 
     Raises:
-        RecipeError: the expression, or one of the list, matches none.
+        RecipeError: The expression, or a name of the list, matches none.
     """
     if isinstance(targets, str):
         matches = {targets: _named(targets, names)}
@@ -35,7 +35,7 @@ def _named(targets: str, names: Collection[str]) -> set[str]:
 
 
 def no_layer(missed: str, names: Collection[str], model: str) -> RecipeError:
-    """The error of targets that match nothing; it says what there is."""
+    """The error for targets that match nothing; it lists the available names."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
     return RecipeError(
         f"lora.targets: {missed} matches no linear layer of {model}, whose decoder's linear layers are named "
@@ -44,8 +44,8 @@ def no_layer(missed: str, names: Collection[str], model: str) -> RecipeError:
 
 
 def tied_head() -> RecipeError:
-    """The error of targets that name an output head which is the embedding."""
+    """The error for targets that name an output head tied to the embedding."""
     return RecipeError(
-        "lora.targets names the output head, whose weight is the embedding's too (tied): an adapter would change "
-        "only one of them; leave it out, and set lora.train_embeddings to train both"
+        "lora.targets names the output head, which shares its weight with the embedding (tied): an adapter would "
+        "change only one of them; leave it out, and set lora.train_embeddings to train both"
     )

@@ -1,7 +1,7 @@
-"""The process that compares an expression with names, as Python's ``re`` cannot be stopped in the one that asks.
+"""A subprocess that matches an expression against names, because Python's ``re`` cannot be interrupted.
 
-Reads ``{"expression", "names", "seconds", "bytes"}`` as JSON and writes the names that match. It imports nothing else,
-so that it starts at once, and is killed by its own timer.
+It reads ``{"expression", "names", "seconds", "bytes"}`` as JSON and writes the names that match. It imports nothing
+else, so that it starts quickly, and is killed by its own timer.
 """
 
 import json

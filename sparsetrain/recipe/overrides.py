@@ -1,4 +1,4 @@
-"""Settings of the command line: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``, ``attention.method=full``."""
+"""Command line overrides: ``train.lr=2e-5``, ``data.sources.0.path=corpus.jsonl``, ``attention.method=full``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sparsetrain.recipe.layers import Layer, make_room
 from sparsetrain.recipe.yaml_source import DEEPEST, OVERRIDE, KeyPath, Source, dotted, parse_yaml, text_fault
 
 LONGEST_INDEX = 6
-"""Digits of the number of a list's entry."""
+"""Maximum number of digits of a list index."""
 
 SHOWN = 100
-"""Characters of an override that an error repeats."""
+"""Maximum number of characters of an override that an error repeats."""
 
 
 def apply_overrides(source: Source, overrides: Sequence[str], output: str | None = None) -> list[str]:
-    """Lay ``key=value`` settings over a recipe, in place.
+    """Apply ``key=value`` overrides to a recipe, in place.
 
     Args:
-        output: the run folder of ``--output``: a name as it is, not YAML.
+        output: The run folder of ``--output``: a plain path, not YAML.
 
     Returns:
-        Notes on what they replaced beyond the values they name.
+        Notes on other settings that they replaced.
 
     Raises:
-        RecipeError: an override is not ``key=value``, or leads through something that has no settings inside.
+        RecipeError: An override is not ``key=value``, or its path goes through a value that is not a section.
     """
     parsed = [_parse(text) for text in overrides]
     if output is not None:
@@ -51,7 +51,7 @@ def apply_overrides(source: Source, overrides: Sequence[str], output: str | None
                 removed.append(real)
         _set(source, tuple(str(part) for part in real), value)
         if real in former:
-            notes.append(f"{place} takes the place of {former[real]}")
+            notes.append(f"{place} replaces {former[real]}")
         former[real] = place
     task_list.without_removed(source, removed)
     return notes
@@ -75,7 +75,7 @@ def _parse(text: str) -> tuple[KeyPath, Source]:
 
 
 def _layer(parsed: Sequence[tuple[KeyPath, Source]]) -> Layer:
-    """The settings of a command line together; of two for one path the later."""
+    """The layer of all overrides of a command line; of two for one path the later counts."""
     given = {tuple(_index(part) for part in path): value for path, value in parsed}
     inside: dict[KeyPath, dict[KeyPath, Source]] = {}
     for path, value in given.items():
@@ -93,13 +93,13 @@ def _layer(parsed: Sequence[tuple[KeyPath, Source]]) -> Layer:
 
 
 def _index(part: str | int) -> str | int:
-    """A part of a path that is the number of a list's entry as a number."""
+    """Convert a component of a path to an integer if it is a list index."""
     text = str(part)
     return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_INDEX else part
 
 
 def _set(source: Source, path: KeyPath, value: Source) -> None:
-    """Put an override's value into the tree, making the sections on the way."""
+    """Set an override's value in the tree, creating missing sections."""
     place = value.places[()]
     container: Any = source.data
     real: KeyPath = ()

@@ -1,4 +1,4 @@
-"""From pydantic's errors to sentences: which field, what was given, what is expected, which name was meant."""
+"""Turn pydantic's errors into sentences with field, given value, expected value, and a suggested name."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ _SWITCHED_OFF = {
     "wandb": "wandb: {mode: disabled} switches it off",
     "lora": "lora: null trains the weights themselves",
 }
-"""What to write instead, for sections that people try to switch off with one word."""
+"""Hints for sections that users try to switch off with a single word."""
 _OFF = (None, False, "off", "no", "none", "None", "false", "disabled")
 
 _DOTTED = re.compile(r"\b[a-z_]+(?:\.[a-z_0-9]{1,64}){1,8}")
 _LONGEST_KEY = 64
-"""Characters of a key that is compared with those there are."""
+"""Maximum number of characters of a key that is compared with known keys."""
 
 
 def explain(errors: list[Any], source: Source) -> list[Problem]:
-    """One problem a mistaken field, in the order of the file."""
+    """One problem per mistaken field, in the order of the file."""
     found: dict[KeyPath, list[Any]] = {}
     for error in errors:
         found.setdefault(located(error, source.data), []).append(error)
-    # A union reports every alternative. The one that went deeper is the one that was meant.
+    # A union reports every alternative. Keep the one with the deepest path, which was probably meant.
     around = {path[:length] for path in found for length in range(len(path))}
     paths = [path for path in found if not (path in around and _is_type(found[path]))]
-    # Neither are the other kinds a value could have had, once it is of one kind and that section refuses it.
+    # Drop errors about other types of a value if it has one valid type and that section refuses it.
     refused = {path: [error for error in found[path] if error["type"] == "value_error"] for path in paths}
     return [_problem(path, refused[path] or found[path], source) for path in paths]
 
@@ -72,7 +72,7 @@ def _problem(path: KeyPath, errors: list[Any], source: Source) -> Problem:
     text = _describe(path, errors, source.data)
     place = source.place(path)
     if errors[0]["type"] == "value_error":
-        # A section's validator blames no field by path, but names it. What the command line changed is the likeliest.
+        # A section's validator names fields only in its text. Prefer one that the command line changed.
         named = [(*path, word) for word in re.findall(r"\w+", text) if (*path, word) in source.places]
         places = [source.place(each) for each in named] or [place]
         place = next((each for each in places if each.startswith(OVERRIDE)), places[0])
@@ -80,7 +80,7 @@ def _problem(path: KeyPath, errors: list[Any], source: Source) -> Problem:
 
 
 def elsewhere(text: str, places: Mapping[KeyPath, str], known: Collection[str]) -> str:
-    """Where the settings are written that a message names, each in brackets; nothing for files and places ``known``."""
+    """The places of the settings that a message names, each in brackets, except files and places in ``known``."""
     found = {}
     for name in _DOTTED.findall(text):
         place = places.get(tuple(int(part) if part.isdecimal() else part for part in name.split(".")))
@@ -90,7 +90,7 @@ def elsewhere(text: str, places: Mapping[KeyPath, str], known: Collection[str]) 
 
 
 def located(error: Any, data: Any) -> KeyPath:
-    """The path of an error in the recipe. Pydantic also names the alternatives of unions, which no file holds."""
+    """The path of an error in the recipe, without pydantic's names for alternatives of unions."""
     path: list[str | int] = []
     location = error["loc"]
     for position, part in enumerate(location):
@@ -199,7 +199,7 @@ def _choose(given: str, choices: list[str]) -> str:
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections a field's type may hold: ``list[DataSource] | None`` holds ``DataSource``."""
+    """The section classes in a field's type: ``list[DataSource] | None`` contains ``DataSource``."""
     if annotation is MethodConfig:
         yield from METHODS.values()
     elif annotation is TaskSection:
@@ -211,7 +211,7 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def section_at(path: KeyPath, data: Any) -> type[BaseModel] | None:
-    """The section class that describes the mapping at ``path`` of a recipe, None inside free-form mappings."""
+    """The section class of the mapping at ``path`` of a recipe; None inside free-form mappings."""
     section: type[BaseModel] | None = Recipe
     choices: list[type[BaseModel]] = [Recipe]
     for part in path:

@@ -22,7 +22,7 @@ from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Decay, Section,
 from sparsetrain.source_section import DataSource
 
 SCHEMA_VERSION = 1
-"""Raised whenever an existing recipe would change its meaning; a recipe from a newer version is refused."""
+"""Increased whenever the meaning of existing recipes changes; recipes of a newer version are refused."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
@@ -30,29 +30,29 @@ Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp3
 Constant = Annotated[float, Field(gt=0), Bounds(1e30, "it is used in fp32", least=1e-30)]
 
 MOST_SHARING = 1024
-"""Ranks that share a row."""
+"""Maximum number of ranks that share a row."""
 
 
 def _no_switch(value: Any) -> Any:
-    """``true`` is 1 to Python, and to nobody who writes a recipe."""
+    """Refuse booleans as numbers: Python would accept ``true`` as 1."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {str(value).lower()}")
     return value
 
 
 class ModelSection(Section):
-    """Which model is trained. Give ``path`` (pretrained) or ``architecture`` (random weights), not both."""
+    """The model to train. Give ``path`` (pretrained) or ``architecture`` (random weights), not both."""
 
     path: Text | None = None
-    """Hub id (``Qwen/Qwen3-8B``), local folder, or ``sparsetrain:tiny`` for the checkpoint that ships with us."""
+    """Hub id (``Qwen/Qwen3-8B``), local folder, or ``sparsetrain:tiny`` for the shipped checkpoint."""
     architecture: dict[str, Any] | None = None
     """A transformers config as a mapping (``{model_type: llama, hidden_size: 256, ...}``): random weights."""
     revision: Text | None = None
     """Branch, tag or commit of a Hub model."""
     tokenizer: Text | None = None
-    """Hub id or folder of the tokenizer, where it is not beside the model."""
+    """Hub id or folder of the tokenizer, if it is not in the model's folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Dtype of the weights in forward and backward; the optimizer always keeps fp32 masters."""
+    """Dtype of the weights in forward and backward; the optimizer always keeps fp32 master weights."""
     config_overrides: dict[str, Any] = {}
     """Fields of the transformers config to change at load, such as ``{max_position_embeddings: 131072}``."""
     trust_remote_code: bool = False
@@ -77,19 +77,19 @@ class ModelSection(Section):
 
 
 SMALLEST_SHARE = 1e-9
-"""Of the weights of a mixture: a source with less would not be drawn in any run."""
+"""Minimum fraction of a mixture's weights: a source below it would not be drawn in any run."""
 
 
 class DataSection(Section):
-    """What is trained on: one source, or a weighted mixture."""
+    """The training data: one source, or a weighted mixture."""
 
     sources: Annotated[list[DataSource], Field(min_length=1, max_length=MOST_LISTED)]
     """The mixture. Each draw takes from one source, with probability proportional to its ``weight``."""
     on_malformed: Literal["stop", "skip"] = "stop"
-    """A row that cannot be read: stop and name it, or skip it and count it (the first few are named in the log)."""
+    """Handling of an unreadable row: stop and name it, or skip and count it (the log names the first few)."""
     long_documents: Literal["split", "truncate", "drop"] = "split"
-    """Documents longer than ``sequence.length``: continue in other rows, keep the beginning, or leave out. A document
-    that fits into a row is never cut."""
+    """Handling of documents longer than ``sequence.length``: split over several rows, truncate, or drop. A document
+    that fits into a row is never split."""
     num_workers: Annotated[int, Field(gt=0), Bounds(1024, "each is a process")] = 1
     """Processes that tokenise mapped sources."""
 
@@ -107,7 +107,7 @@ class DataSection(Section):
     def shares(self) -> list[float]:
         """The probability of each source in a draw; weights of any size are summed without overflow."""
         exponent = frexp(max(source.weight for source in self.sources))[1]
-        # Powers of two round nothing.
+        # Scaling by powers of two is exact.
         scaled = [ldexp(source.weight, -exponent) for source in self.sources]
         return [weight / sum(scaled) for weight in scaled]
 
@@ -116,14 +116,14 @@ class SequenceSection(Section):
     """The shape of a training row."""
 
     length: Tokens
-    """Tokens in a row; the context length trained at."""
+    """Tokens in a row: the context length of training."""
     packing: bool = True
-    """Fill each row with several documents. They never see each other: positions restart and attention stops at the
-    boundary. Without packing a row holds one document and may be shorter than ``length``."""
+    """Fill each row with several documents. They are isolated: positions restart and attention stops at the boundary.
+    Without packing a row holds one document and may be shorter than ``length``."""
     parallel: Annotated[int, Field(gt=0), Bounds(MOST_SHARING, "each needs heads of its own")] = 1
-    """Ranks that share each row (DeepSpeed-Ulysses): every one holds an equal part of its tokens, and in attention all
-    tokens for a part of the heads. The model's heads must divide; more ranks than key/value heads keep copies of
-    those."""
+    """Number of ranks that share each row (DeepSpeed-Ulysses): each holds an equal part of the tokens, and in attention
+    all tokens for a part of the heads. The number of heads must be divisible by it; with more ranks than key/value
+    heads, these are replicated."""
 
 
 class OptimizerSection(Section):
@@ -140,7 +140,7 @@ class OptimizerSection(Section):
 
 
 class TrainSection(Section):
-    """How long, how fast, and how much at once. Give one of ``steps``, ``epochs`` and ``tokens``."""
+    """Length of the run, batch, learning rate and memory. Give one of ``steps``, ``epochs`` and ``tokens``."""
 
     steps: Steps | None = None
     """Optimizer steps."""
@@ -159,39 +159,40 @@ class TrainSection(Section):
     lr: Rate
     """Peak learning rate."""
     new_modules_lr: Rate | None = None
-    """Peak learning rate of the modules that the attention method adds (SparseK's scorers), which start from nothing
-    where the rest is pretrained; null = ``lr``. The schedule is the same."""
+    """Peak learning rate of the modules that the attention method adds (SparseK's scorers), which are not pretrained;
+    null: ``lr``. The schedule is the same."""
     parameters: Literal["all", "new_modules"] = "all"
-    """What is trained: every parameter (with ``lora``, its adapters), or only the modules that the attention method
-    adds, beside a frozen model."""
+    """The trained parameters: all (with ``lora``, its adapters), or only the modules that the attention method adds,
+    with the rest frozen."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the learning rate after the warmup."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate as a share of ``lr`` (linear and cosine)."""
+    """Final learning rate as a fraction of ``lr`` (linear and cosine)."""
     warmup: Annotated[float, Field(ge=0), Bounds(MOST_STEPS, "no run has more steps")] = 0.0
-    """Warmup: a number of steps if 1 or more, a share of all steps if below 1."""
+    """Warmup: a number of steps if 1 or more, a fraction of all steps if below 1."""
     max_grad_norm: Constant | None = 1.0
     """Clip the global gradient norm; null switches clipping off."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
     activation_checkpointing: Literal["none", "layer", "selective"] = "none"
-    """What is kept for backward: everything; only the input of each decoder layer (``layer``), which is computed once
-    more, about a third more time; or that and the outputs of attention (``selective``), which costs another hidden
-    state a layer and spares attention the second time. What an attention method selected is always kept."""
+    """Activations saved for backward: all (``none``); only the input of each decoder layer (``layer``), which is then
+    recomputed, in about a third more time; or also the outputs of attention (``selective``), which takes one more
+    hidden state per layer and does not recompute attention. Selections of an attention method are always saved."""
     offload_activations: bool = False
-    """Keep the inputs of checkpointed layers in pinned host memory until backward; the copies run beside the
+    """Keep the inputs of checkpointed layers in pinned host memory until backward; the copies overlap with
     computation."""
     mlp_chunk: Tokens | None = None
-    """Compute the MLP of each layer about this many tokens at a time, so that its wide intermediates never exist for
-    the whole row; it is computed once more in backward. null = all tokens at once."""
+    """Compute the MLP of each layer in chunks of about this many tokens, so that its wide intermediates never exist for
+    the whole row; it is recomputed in backward. null: all tokens at once."""
     loss_chunk: Tokens | None = 4096
-    """Compute the loss this many tokens at a time, so that logits of the whole row never exist; null = all at once.
-    Liger's fused loss makes chunks of its own, about as large as the hidden states in all."""
+    """Compute the loss in chunks of this many tokens, so that logits of the whole row never exist; null: all at once.
+    Liger's fused loss chooses its own chunks, whose logits are about as large as the hidden states."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's fused kernels for norms, MLP activation, rotary positions and the loss: ``auto`` where there is a CUDA
-    device and ``liger-kernel`` is installed. The log says which were used."""
+    """Liger's fused kernels for norms, MLP activation, rotary positions and the loss; ``auto`` uses them if there is a
+    CUDA device and ``liger-kernel`` is installed. The log says which were used."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A non-finite loss or gradient: stop the run or skip the step. The batch is named in ``nonfinite.jsonl``."""
+    """Handling of a non-finite loss or gradient: stop the run or skip the step. The batch is recorded in
+    ``nonfinite.jsonl``."""
     log_every: Steps = 1
     """Steps between log lines."""
 
@@ -208,7 +209,7 @@ class TrainSection(Section):
             )
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
-                f"train.warmup={self.warmup}: 1 or more counts steps and must be whole; below 1 is a share"
+                f"train.warmup={self.warmup}: 1 or more is a number of steps and must be whole; below 1 is a fraction"
             )
         return self
 
@@ -217,7 +218,7 @@ class DeepSpeedSection(Section):
     """The DeepSpeed engine. Its JSON is generated from the recipe and saved in the run folder."""
 
     stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_switch)] = 2
-    """ZeRO stage: what is sharded over ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
+    """ZeRO stage: the state sharded over ranks (1: optimizer state, 2: also gradients, 3: also parameters)."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
     offload_parameters: Literal["none", "cpu"] = "none"
@@ -225,10 +226,10 @@ class DeepSpeedSection(Section):
     timeout: Annotated[float, Field(gt=0), Bounds(100_000, "ranks answer one another within seconds", least=0.01)] = (
         30.0
     )
-    """Minutes after which a rank that does not answer, or a run in which no rank makes progress, stops all ranks with
-    that rank's name. Longer than the longest checkpoint, export or first step (which compiles)."""
+    """Timeout in minutes: if a rank does not answer, or no rank makes progress, all ranks stop and name that rank. Make
+    it longer than the longest checkpoint, export or first step (which compiles)."""
     config: dict[str, Any] | str | None = None
-    """A whole DeepSpeed JSON, inline or as a path, laid under the generated one. A value that contradicts the recipe
+    """A DeepSpeed JSON, inline or as a path, that is merged with the generated one. A value that contradicts the recipe
     is an error, and so is ``auto``."""
 
     @model_validator(mode="after")
@@ -241,22 +242,22 @@ class DeepSpeedSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept, and when. A checkpoint is complete or absent: it is written aside and renamed."""
+    """Checkpoints and the export. A checkpoint is written atomically: in a temporary folder that is renamed."""
 
     every: Steps | None = None
-    """Steps between checkpoints; null keeps only the one at the end and on interruption."""
+    """Steps between checkpoints; null: only at the end and on interruption."""
     keep_last: Annotated[int, Field(gt=0), Bounds(10**6, "each is a folder of its own")] = 2
-    """Complete checkpoints to keep."""
+    """Number of complete checkpoints to keep."""
     keep_best: TaskName | None = None
-    """Keep one more: the checkpoint of the evaluation (``eval.every``) that is the best in the task of this name: the
-    lowest perplexity at the longest length, or the most passkeys or answers found. It is saved even where ``every``
-    plans none, and named in ``best.json``."""
+    """Also keep the best checkpoint according to the evaluations (``eval.every``) of the task of this name: the lowest
+    perplexity at the longest length, or the most passkeys or answers found. It is saved even at steps without a regular
+    checkpoint, and named in ``best.json``."""
     asynchronous: bool = True
-    """Training waits only until the state is copied to host memory, where that has room, and goes on while it is
-    written; false waits until it is on the disk."""
+    """Write asynchronously: training waits only for a copy of the state to host memory, if there is enough; false: wait
+    until the checkpoint is on the disk."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """A checkpoint that cannot be written (full disk, read-only folder, lost mount): stop, or go on, warn, and try
-    again when the next one is planned. The last good one stays either way."""
+    """Handling of a checkpoint that cannot be written (full disk, read-only folder, lost mount): stop, or warn,
+    continue and try again at the next one. The last complete checkpoint is kept in both cases."""
     export: bool = True
     """Write ``final/`` at the end: a transformers folder (safetensors, tokenizer, ``sparsetrain.json``), with ``lora``
     a peft adapter folder."""
@@ -266,35 +267,35 @@ def _named_apart(tasks: list[TaskSection]) -> list[TaskSection]:
     labels = [task.label for task in tasks]
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(f"{labels.count(label)} tasks are called {label}; give each a name of its own")
+            raise ValueError(f"{labels.count(label)} tasks are called {label}; give each its own name")
     return tasks
 
 
 class EvalSection(Section):
-    """What is measured before, during and after training."""
+    """Evaluations before, during and after training."""
 
     every: Steps | None = None
     """Steps between evaluations during training; null = none."""
     at_start: bool = True
-    """Evaluate before the first step: dense as the model came, and with the method put in."""
+    """Evaluate before the first step: the original dense model, and the model with the method."""
     at_end: bool = True
     """Evaluate after the last step."""
     tasks: Annotated[list[AnyTask], Field(max_length=MOST_LISTED), AfterValidator(_named_apart)] = []
-    """What is measured. Each entry is a ``task`` with its settings, and has a ``name`` where two are of one kind."""
+    """The evaluation tasks. Each entry is a ``task`` with its settings, and a ``name`` if two are of one kind."""
 
     @property
     def by_name(self) -> dict[str, TaskSection]:
-        """The tasks by the names they go by."""
+        """The tasks by name."""
         return {task.label: task for task in self.tasks}
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to measure."""
+        """Whether there are no tasks."""
         return not self.tasks
 
     @property
     def measures_at_start(self) -> bool:
-        """Whether the model runs before the first step."""
+        """Whether the model is evaluated before the first step."""
         return self.at_start and not self.empty
 
 
@@ -314,7 +315,7 @@ class WandbSection(Section):
 
 
 class Recipe(Section):
-    """A run: everything that decides what is trained, and nothing else."""
+    """A run: all settings that determine the training."""
 
     version: PositiveInt = SCHEMA_VERSION
     """Version of this schema the recipe was written for."""
@@ -325,32 +326,32 @@ class Recipe(Section):
     model: ModelSection
     """The model that is trained."""
     attention: AttentionConfig
-    """The attention method and its parameters; ``method`` decides which parameters there are."""
+    """The attention method and its parameters, which depend on ``method``."""
     data: DataSection
     """The documents."""
     sequence: SequenceSection
-    """The rows made of them."""
+    """The shape of training rows."""
     train: TrainSection
     """The optimization."""
     lora: LoraSection | None = None
-    """Low-rank adapters; null trains the weights themselves."""
+    """Low-rank adapters; null: train the weights themselves."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
-    """The engine that distributes it."""
+    """The DeepSpeed engine."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """What is kept."""
+    """Checkpoints and the export."""
     eval: EvalSection = EvalSection()
-    """What is measured."""
+    """Evaluations."""
     wandb: WandbSection = WandbSection()
-    """Where it is shown."""
+    """Weights & Biases."""
 
     @property
     def base_bits(self) -> Literal["none", "4bit", "8bit"]:
-        """``lora.quantize_base``; ``none`` without adapters too."""
+        """``lora.quantize_base``, or ``none`` without adapters."""
         return "none" if self.lora is None else self.lora.quantize_base
 
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str | None) -> str | None:
         if name and (name != name.strip() or {".", ".."} & set(name.split("/"))):
-            raise ValueError(f"{name!r} names no folder in runs, where the run writes by default")
+            raise ValueError(f"{name!r} is not a valid folder name in runs, where the run writes by default")
         return name

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparsetrain.errors import RecipeError
 
 LONGEST_NAME = 255
-"""Characters of a name that errors repeat and compare with those of the shipped recipes."""
+"""Maximum number of characters of a name that errors repeat and compare with shipped recipes."""
 
 
 def recipes_folder() -> Path:
@@ -26,10 +26,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file of a recipe given by path or by the name of a shipped one.
+    """The file of a recipe given by path or by the name of a shipped recipe.
 
     Raises:
-        RecipeError: there is none; names the nearest.
+        RecipeError: There is no such recipe; names the most similar one.
     """
     file = Path(path)
     if os.path.isfile(file):

@@ -1,4 +1,4 @@
-"""Numbers of a model and of its rows that would take hours or all memory before anything says so."""
+"""Refuse sizes of a model and its rows that would take hours or all memory before an error appears."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sparsetrain.recipe.yaml_source import KeyPath
 from sparsetrain.section import MOST_BLOCKS
 
 _BOUNDS = (
-    (re.compile(r"layer|block|depth"), 4096, "each is a module of its own"),
-    (re.compile(r"head(?!_dim)|expert|group"), 2**16, "each has weights of its own"),
-    (re.compile(r"(_size|_dim|_rank|embd|d_model|d_ff|d_kv)$"), 2**27, "weights of this width fit no machine"),
+    (re.compile(r"layer|block|depth"), 4096, "each is a separate module"),
+    (re.compile(r"head(?!_dim)|expert|group"), 2**16, "each has its own weights"),
+    (re.compile(r"(_size|_dim|_rank|embd|d_model|d_ff|d_kv)$"), 2**27, "such weights do not fit any machine"),
 )
-"""Names of whole numbers in a transformers config, the most each may be, and why."""
+"""Patterns of integer fields in a transformers config, the maximum, and the reason."""
 
 _NOT_A_COUNT = re.compile(r"window|chunk|_id$|_ids$|coef|block_size|_type")
 
 
 def too_large(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
-    """Sizes of the recipe's model, and blocks of its rows, above what anything here can hold."""
+    """Yield the sizes of the recipe's model and the block counts of its rows that are too large."""
     model = recipe.model
     named: list[tuple[KeyPath, Any]] = [(("model", "config_overrides"), model.config_overrides)]
     if model.architecture is not None:
@@ -41,7 +41,7 @@ def too_large(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 def oversized(
     config: Mapping[str, Any], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], int, int, str]]:
-    """The whole numbers of a transformers config that are too large: path, value, the most, and why."""
+    """Yield the integers of a transformers config that are too large: path, value, maximum and reason."""
     for name, value in config.items():
         if isinstance(value, dict) and len(above) < 4:
             yield from oversized(value, (*above, str(name)))
@@ -59,6 +59,6 @@ def _blocks(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if block is not None and max(lengths) > block * MOST_BLOCKS:
         yield (
             ("attention", "block"),
-            f"a row of {max(lengths):,} tokens would be {-(-max(lengths) // block):,} blocks of {block}, and "
-            f"{MOST_BLOCKS:,} is the most, as there is a list for each; raise it",
+            f"a row of {max(lengths):,} tokens would be {-(-max(lengths) // block):,} blocks of {block}, but "
+            f"the limit is {MOST_BLOCKS:,}, as there is a list for each; raise it",
         )

@@ -1,5 +1,4 @@
-"""The list ``eval.tasks`` goes by names: a file lays its entries over those of its base, and the command line says
-``eval.tasks.passkey.lengths=[4096]``."""
+"""Address entries of ``eval.tasks`` by name, in bases and overrides (``eval.tasks.passkey.lengths=[4096]``)."""
 
 from __future__ import annotations
 
@@ -16,33 +15,33 @@ from sparsetrain.recipe.yaml_source import KeyPath, Source
 TASK_LIST: KeyPath = ("eval", "tasks")
 
 LONGEST_NAME = 64
-"""Characters of a task's name."""
+"""Maximum number of characters of a task's name."""
 
 LONGEST = 500
-"""Characters of an entry that an error writes out."""
+"""Maximum number of characters of an entry that an error quotes."""
 
 
 def label_of(entry: Any) -> str | None:
-    """The name an entry goes by, None of what has none."""
+    """The name of an entry; None if it has none."""
     if not isinstance(entry, dict):
         return None
     return next((name for key in ("name", "task") if isinstance(name := entry.get(key), str)), None)
 
 
 def task_entries(data: Any) -> list[Any]:
-    """The entries of a recipe's ``eval.tasks``, none where that is no list."""
+    """The entries of a recipe's ``eval.tasks``; empty if that is not a list."""
     for part in TASK_LIST:
         data = data.get(part) if isinstance(data, dict) else None
     return data if isinstance(data, list) else []
 
 
 def align(parent: Source, child: Source) -> list[str]:
-    """Put the base's entries, in place, where the file that is laid over it has entries of the same names.
+    """Reorder the base's entries, in place, to match the entries of the same names in the file merged over it.
 
-    What the file does not list is not measured, as with every list; what it lists takes the base's settings.
+    Tasks that the file does not list are dropped, as with every list; listed ones inherit the base's settings.
 
     Returns:
-        What is not measured any more, a sentence.
+        A sentence about dropped tasks, if any.
     """
     tasks = child.data.get("eval")
     if not isinstance(tasks, dict) or not isinstance(tasks.get("tasks"), list) or not task_entries(parent.data):
@@ -60,11 +59,11 @@ def align(parent: Source, child: Source) -> list[str]:
 
 
 def arrange(source: Source, order: Sequence[int | None]) -> None:
-    """Put the entries of ``eval.tasks`` in another order, with their places; None makes an empty one."""
+    """Reorder the entries of ``eval.tasks`` and their places; None inserts an empty entry."""
     entries, depth = task_entries(source.data), len(TASK_LIST)
 
     def moved(path: KeyPath) -> list[KeyPath]:
-        """Where what stood at a path stands now."""
+        """The new paths of an old path."""
         if len(path) <= depth or path[:depth] != TASK_LIST:
             return [path]
         return [(*TASK_LIST, new, *path[depth + 1 :]) for new, old in enumerate(order) if old == path[depth]]
@@ -78,7 +77,7 @@ def arrange(source: Source, order: Sequence[int | None]) -> None:
 
 
 def located(path: KeyPath, data: Any) -> KeyPath:
-    """A path of the command line with a task's name as its number in the list. Others, and unknown names, stay."""
+    """Replace a task's name in an override's path by its list index. Other paths and unknown names are unchanged."""
     depth = len(TASK_LIST)
     if len(path) > depth and path[:depth] == TASK_LIST:
         labels = [label_of(entry) for entry in task_entries(data)]
@@ -88,16 +87,16 @@ def located(path: KeyPath, data: Any) -> KeyPath:
 
 
 def completed(path: KeyPath, value: Source, given: Sequence[KeyPath], source: Source) -> KeyPath:
-    """The path at which an override of a task's setting is to be put, in a list that has the task.
+    """The path for an override of a task's setting; adds an entry for a missing task.
 
     Args:
-        path: as it was given.
-        value: of the override. A whole entry gets the task and the name that it was given for.
-        given: the paths of all overrides.
-        source: the recipe, whose list gets an entry for a task that it lacks.
+        path: The path as given.
+        value: The value of the override. A whole entry gets the task and name from the path.
+        given: The paths of all overrides.
+        source: The recipe, to whose list a missing task is added.
 
     Raises:
-        RecipeError: there is no task of that name.
+        RecipeError: There is no task of that name.
     """
     depth, place = len(TASK_LIST), value.place(())
     if len(path) <= depth or path[:depth] != TASK_LIST or str(path[depth]).isdigit():
@@ -134,14 +133,14 @@ def completed(path: KeyPath, value: Source, given: Sequence[KeyPath], source: So
 
 
 def without_removed(source: Source, removed: Sequence[KeyPath]) -> None:
-    """Take the entries out that the command line set to null."""
+    """Remove the entries that the command line set to null."""
     gone = {path[-1] for path in removed}
     if gone:
         arrange(source, [index for index in range(len(task_entries(source.data))) if index not in gone])
 
 
 def named(path: KeyPath, data: Any) -> KeyPath:
-    """A path with a task's number in the list as its name, where no other task has that: messages say it so."""
+    """Replace a task's list index in a path by its name, if the name is unique; for messages."""
     number = path[len(TASK_LIST)] if len(path) > len(TASK_LIST) and path[: len(TASK_LIST)] == TASK_LIST else None
     labels = [label_of(entry) for entry in task_entries(data)]
     label = labels[number] if isinstance(number, int) and number < len(labels) else None
@@ -151,12 +150,12 @@ def named(path: KeyPath, data: Any) -> KeyPath:
 
 
 def named_places(source: Source) -> dict[KeyPath, str]:
-    """The places of all settings, those of tasks by their names too."""
+    """The places of all settings, with those of tasks also by name."""
     return source.places | {named(path, source.data): place for path, place in source.places.items()}
 
 
 def former_section(task: str, value: Any) -> str:
-    """What to write instead of a section ``eval.TASK``, with the values that were given."""
+    """The replacement of a former section ``eval.TASK``, with the given values."""
     if value is None:
         return "tasks are a list now, and one that eval.tasks does not list is not measured; leave this out"
     entry = {"task": task, **(value if isinstance(value, dict) else {})}
@@ -166,12 +165,12 @@ def former_section(task: str, value: Any) -> str:
 
 
 def former_override(path: KeyPath, text: str) -> str | None:
-    """What to write instead of an override ``eval.TASK...=VALUE``; None of others."""
+    """The replacement of a former override ``eval.TASK...=VALUE``; None for other overrides."""
     if len(path) < 2 or path[0] != "eval" or path[1] not in TASKS:
         return None
     return f"tasks are a list now; write eval.tasks.{text.removeprefix('eval.')}"
 
 
 def _copied(entry: Any) -> Any:
-    """Two entries of one name, which are refused later, must not be one object."""
+    """A copy of an entry: two entries of one name, which are refused later, must not be one object."""
     return dict(entry) if isinstance(entry, dict) else entry

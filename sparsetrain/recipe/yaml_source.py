@@ -1,4 +1,4 @@
-"""YAML with a memory: every value knows the line it came from, and plain scalars mean what they look like."""
+"""Parse YAML with the line of every value, and with the scalar types of YAML 1.2."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sparsetrain.errors import RecipeError
 KeyPath = tuple[str | int, ...]
 
 OVERRIDE = "command line override"
-"""How the place of a value from the command line begins."""
+"""Prefix of the place of a value from the command line."""
 
 MOST_VALUES = 100_000
-"""Values of a recipe, aliases spelled out."""
+"""Maximum number of values of a recipe, with aliases expanded."""
 
 DEEPEST = 32
-"""Lists and mappings inside one another."""
+"""Maximum nesting depth of lists and mappings."""
 
 LARGEST = 2**63 - 1
-"""The largest whole number that the libraries below can hold."""
+"""The largest integer that the libraries used here support."""
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -68,7 +68,7 @@ for _class in (_Loader, _Dumper):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a recipe: where it is written, which field, what is wrong."""
+    """A mistake in a recipe: its place, field and description."""
 
     place: str
     path: KeyPath
@@ -80,14 +80,14 @@ class Problem:
 
 @dataclass
 class Source:
-    """A parsed recipe: plain values, the place of each, and the mistakes found on the way."""
+    """A parsed recipe: plain values, the place of each, and the mistakes found so far."""
 
     data: Any
     places: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unreadable: dict[KeyPath, Problem] = field(default_factory=dict)
-    """Values that stand for nothing: a number out of range, or one that waits for an environment variable that does
-    not exist. Each is null in ``data``, and replacing it settles it."""
+    """Invalid values: a number out of range, or an unset environment variable. Each is null in ``data``, and replacing
+    it removes the problem."""
 
     def place(self, path: KeyPath) -> str:
         """``file:line`` of a value, or of the nearest section around it."""
@@ -96,7 +96,7 @@ class Source:
         return self.places.get(path, "recipe")
 
     def forget(self, path: KeyPath, value: Any) -> None:
-        """Forget what is known of a value that is about to be replaced, and of everything inside it."""
+        """Remove the places and problems of a value that will be replaced, and of everything inside it."""
         self.places.pop(path, None)
         self.unreadable.pop(path, None)
         inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -113,13 +113,12 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
     """Parse YAML into plain values and their places.
 
     Args:
-        text: the YAML.
-        place: what errors call it: the file's path.
-        number_lines: add ``:line`` to the place.
+        text: The YAML.
+        place: The name of the text in errors: the file's path.
+        number_lines: Whether to add ``:line`` to the place.
 
     Raises:
-        RecipeError: the text is not YAML, or holds a tag or an alias that plain settings do not have, or more values
-            than a recipe can need.
+        RecipeError: The text is not YAML, has a tag or a recursive alias, or has too many values.
     """
     try:
         loader = _Loader(text)
@@ -142,9 +141,9 @@ def parse_yaml(text: str, place: str, *, number_lines: bool = True) -> Source:
 
 
 def text_fault(text: str) -> str | None:
-    """Why no name, path or setting can be this text; None if it can."""
+    """The reason why a text is invalid as a name, path or setting; None if it is valid."""
     found = _UNPRINTABLE.search(text)
-    return f"holds the character U+{ord(found[0]):04X}, which no text has; remove it" if found else None
+    return f"holds the character U+{ord(found[0]):04X}, which is not allowed in text; remove it" if found else None
 
 
 class _Reader:
@@ -164,7 +163,7 @@ class _Reader:
         return f"{self.file}:{node.start_mark.line + 1}" if self.number_lines else self.file
 
     def spend(self, values: int, node: yaml.Node) -> None:
-        """Count what is read: aliases and merge keys can make millions of values of a few lines."""
+        """Count values: aliases and merge keys can expand a few lines to millions of values."""
         self.count += values
         if self.count > MOST_VALUES:
             raise RecipeError(f"{self.at(node)}: with its aliases the recipe has more than {MOST_VALUES:,} values")
@@ -189,7 +188,7 @@ class _Reader:
             self.open.remove(id(node))
 
     def check_tag(self, node: yaml.Node, plain: str, path: KeyPath) -> None:
-        """Refuse what a tag makes of a value: dates, bytes, sets and Python objects are no settings."""
+        """Refuse tags: dates, bytes, sets and Python objects are not valid settings."""
         if node.tag not in (plain, _TEXT if isinstance(node, yaml.ScalarNode) else plain):
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             raise RecipeError(
@@ -206,7 +205,7 @@ class _Reader:
         return data
 
     def merged(self, node: yaml.MappingNode, path: KeyPath) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-        """The pairs of a mapping, those that a merge key takes from others first, each key once."""
+        """The pairs of a mapping, first those from merge keys, each key once."""
         if id(node) in self.pairs:
             return self.pairs[id(node)]
         if id(node) in self.merging:
@@ -240,7 +239,7 @@ class _Reader:
         return self.pairs[id(node)]
 
     def plain_tag(self, node: yaml.ScalarNode) -> str:
-        """What a scalar without a tag is: what it looks like, or text in quotes."""
+        """The type of a scalar without a tag: resolved by its form, or text if quoted."""
         return self.loader.resolve(yaml.ScalarNode, node.value, (True, False)) if node.style is None else _TEXT
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
@@ -258,10 +257,10 @@ class _Reader:
 
 
 def _from_environment(text: str) -> str:
-    """The text with the values of the environment variables it names.
+    """The text with environment variables replaced by their values.
 
     Raises:
-        ValueError: a variable is not set, or what stands in the braces is no variable.
+        ValueError: A variable is not set, or a reference is invalid.
     """
     faults: list[str] = []
 
@@ -292,7 +291,7 @@ def _plain(text: str, tag: str) -> Any:
     """The value of a scalar.
 
     Raises:
-        ValueError: it is out of range, or text that holds what no text has.
+        ValueError: It is out of range, or text with an invalid character.
     """
     kind = tag.rpartition(":")[2]
     if kind == "null":

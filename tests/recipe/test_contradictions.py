@@ -15,7 +15,7 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
         (["train.global_batch_tokens=100"], "100 is not a whole number of rows of sequence.length=128; 128 is"),
         (["train.global_batch_sequences=6", "train.micro_batch=4"], "6 rows is not a multiple of train.micro_batch=4"),
         (["train.warmup=31"], "31 steps of warmup in a run of train.steps=30"),
-        (["train.warmup=1.5"], "train.warmup=1.5: 1 or more counts steps and must be whole"),
+        (["train.warmup=1.5"], "train.warmup=1.5: 1 or more is a number of steps and must be whole"),
         (
             ["train.tokens=1000", "train.steps=3"],
             "train.steps and train.tokens are given; keep one and set the others to null",
@@ -103,9 +103,9 @@ ARCHITECTURE = "{architecture: {model_type: llama, num_hidden_layers: 4}, tokeni
             "train.parameters: freezes the model, but model.architecture",
         ),
         (["lora={quantize_base: 4bit}", "deepspeed.stage=3"], "4bit weights cannot be sharded by deepspeed.stage=3"),
-        (["lora={targets: q_proj}"], "targets='q_proj' is no rule; choose attention, linear, a list of names"),
-        (["lora={targets: all-linear}"], "targets='all-linear' is peft's word for what is called linear here"),
-        (["lora={targets: '.*[q'}"], "targets='.*[q' is no regular expression"),
+        (["lora={targets: q_proj}"], "targets='q_proj' is not a rule; choose attention, linear, a list of names"),
+        (["lora={targets: all-linear}"], "targets='all-linear' is a keyword of peft; the equivalent here is linear"),
+        (["lora={targets: '.*[q'}"], "targets='.*[q' is not a regular expression"),
         (["lora={dropout: 1}"], "lora.dropout: expected a number below 1"),
     ],
 )

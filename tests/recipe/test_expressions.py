@@ -22,7 +22,7 @@ def test_an_expression_matches_whole_names_as_re_does():
     [
         ("(.+)+#", "takes more than"),
         ("(.*)*#", "takes more than"),
-        ("[", "is no regular expression"),
+        ("[", "is not a regular expression"),
         ("(" * 900 + ")" * 900, "nested"),
         (".*" * 1500, "is longer than 2000 characters"),
     ],

@@ -59,7 +59,7 @@ def test_one_of_several_settings_takes_the_place_of_the_others(lay, settings, go
     for key, value in settings.items():
         assert getattr(loaded.recipe.train, key.removeprefix("train.")) == value
     assert [note for note in loaded.notes if "takes the place" in note] == ([] if gone is None else loaded.notes[:1])
-    assert gone is None or f"takes the place of {gone} (" in loaded.notes[0]
+    assert gone is None or f"replaces {gone} (" in loaded.notes[0]
 
 
 def test_two_of_them_in_one_layer_are_a_contradiction(lay):

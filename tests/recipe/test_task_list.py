@@ -56,7 +56,7 @@ def test_a_task_is_replaced_or_taken_out_by_its_name(load, minimal):
         (["eval.tasks.far.trial=2"], "eval.tasks.far.trial: unknown key; did you mean eval.tasks.far.trials?"),
         (["eval.tasks.far.trials=many"], "eval.tasks.far.trials: expected a whole number, got 'many'"),
         (["eval.tasks.far={task: passkey, name: away, lengths: [4]}"], "the task is called far, and away in its value"),
-        (["eval.tasks.1.name=passkey"], "eval.tasks: 2 tasks are called passkey; give each a name of its own"),
+        (["eval.tasks.1.name=passkey"], "eval.tasks: 2 tasks are called passkey; give each its own name"),
         (["eval.tasks.1.name=loss"], "loss is the name of another picture or metric"),
         (["eval.tasks.1.name=recall_loss"], "recall_loss is the name of another picture or metric"),
         (["eval.tasks.1.name=a/b"], "eval.tasks.a/b.name"),
@@ -95,7 +95,7 @@ def test_another_task_of_the_same_name_takes_nothing_of_the_old_one(write, minim
     loaded = load_recipe(child)
     (far,) = loaded.recipe.eval.tasks
     assert (far.task, far.label) == ("recall", "far")
-    assert any("eval.tasks.far.task=recall takes the place of" in note for note in loaded.notes)
+    assert any("eval.tasks.far.task=recall replaces" in note for note in loaded.notes)
 
 
 def test_what_a_base_lacks_is_asked_for_by_name(write, minimal):

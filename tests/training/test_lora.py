@@ -261,7 +261,7 @@ def test_targets_that_match_nothing_name_what_there_is(model, targets):
 
 def test_an_adapter_for_a_tied_head_is_refused(tmp_path, arguments, refused):
     error = refused(*arguments(tmp_path / "run", "lora.targets=[lm_head]", tied=True))
-    assert "the embedding's too (tied)" in error
+    assert "shares its weight with the embedding (tied)" in error
 
 
 def test_adapters_that_do_not_fit_the_model_are_refused(trained, pretrained, tmp_path):
