@@ -1,6 +1,6 @@
-"""Training data: sources, tokenisation, synthetic tasks, packing, and a stream of rows that resumes exactly.
+"""Training data: sources, tokenisation, synthetic tasks, packing, and an exactly resumable stream of rows.
 
-What is named here is imported when it is first asked for, so that a recipe's data can be looked at without torch.
+The names here are imported lazily, so that a recipe's data can be checked without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows and batches: packed documents as one flat row that carries its boundaries."""
+"""Rows and batches: packed documents as one flat row with document boundaries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Row:
     input_ids: np.ndarray
     """int64 ``[n]``."""
     labels: np.ndarray
-    """int64 ``[n]``, aligned with ``input_ids`` (not shifted); ``-100`` carries no loss. The first token of every
-    document is ``-100``: nothing before it may predict it."""
+    """int64 ``[n]``, aligned with ``input_ids`` (not shifted); ``-100`` means no loss. The first token of every
+    document is ``-100``, because no token precedes it."""
     lengths: list[int]
     """Tokens of each document; they sum to ``n``."""
     origin: list[str]
-    """Name of each document: ``source:row``, with ``@token`` where a long document goes on."""
+    """Name of each document: ``source:row``, with ``@token`` for the continuation of a long document."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Batch:
     input_ids: torch.Tensor
     """int64 ``[1, T]``."""
     labels: torch.Tensor
-    """int64 ``[1, T]``, aligned with ``input_ids``; ``-100`` carries no loss."""
+    """int64 ``[1, T]``, aligned with ``input_ids``; ``-100`` means no loss."""
     position_ids: torch.Tensor
     """int64 ``[1, T]``; restarts at 0 with every document."""
     cu_seqlens: torch.Tensor
-    """int32 ``[documents + 1]``: where each document starts, and ``T``."""
+    """int32 ``[documents + 1]``: the start of each document, and ``T``."""
     num_target_tokens: int
-    """Tokens that carry loss. Shifting the labels loses none, since no document starts with one."""
+    """Number of tokens with loss. Shifting the labels loses none, since no document starts with one."""
     origin: list[str]
     """Name of each document."""
     padding: int = 0
-    """Tokens at the end that only fill it up, where ranks share a sequence that does not divide."""
+    """Padding tokens at the end, for sequence parallelism if the length is not divisible."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,16 +62,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank feeds forward and backward in one optimizer step."""
+    """The batches of one rank in one optimizer step."""
 
     micro_batches: list[Batch]
-    """One for each accumulation step."""
+    """One batch per accumulation step."""
     state: dict[str, Any]
-    """State of the row stream after this step, the same on every rank and JSON-able."""
+    """State of the row stream after this step, equal on every rank and serialisable as JSON."""
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Lay rows end to end in one flat row. Every document of every row keeps its own boundaries and positions."""
+    """Concatenate rows to one flat batch ``[1, T]``. All documents keep their boundaries and positions."""
     lengths = [length for row in rows for length in row.lengths]
     labels = np.concatenate([row.labels for row in rows])
     return Batch(

@@ -1,4 +1,4 @@
-"""From the recipe's ``data`` and ``sequence`` sections to the stream of training rows."""
+"""Build the stream of training rows from the recipe's ``data`` and ``sequence`` sections."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 def build_rows(
     data: DataSection, sequence: SequenceSection, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> RowStream:
-    """Open every source of the mixture (tokenising the mapped ones, or taking them from the cache) and pack them.
+    """Open every source of the mixture (mapped ones are tokenised, or read from the cache) and pack them.
 
     Raises:
-        DataError: a source is missing, empty, malformed where the recipe says stop, lacks a column, or does not fit
-            into memory.
+        DataError: A source is missing, empty, malformed (if the recipe says stop), lacks a column, or does not fit into
+            memory.
     """
     sources: list[DocumentSource] = []
     for index, source in enumerate(data.sources):
@@ -59,7 +59,7 @@ def _source(
     mapped = MappedSource(source, data, tokenizer, sequence.length, seed, index)
     long = int((mapped.lengths > sequence.length).sum())
     if long and data.long_documents != "split":
-        done = "left out" if data.long_documents == "drop" else "cut to their first row"
+        done = "dropped" if data.long_documents == "drop" else "truncated to one row"
         logger.warning(
             "data source %r: %d of %d documents are longer than sequence.length=%d and are %s (data.long_documents=%s)",
             mapped.label, long, len(mapped.lengths), sequence.length, done, data.long_documents,

@@ -1,7 +1,7 @@
-"""How a chat template wants the calls of a turn: arguments as objects or as text, an empty content as text or as null.
+"""Convert tool calls to the form that a chat template expects: arguments as objects or text, empty content or null.
 
-Transformers' own convention is objects and text. Some templates (DeepSeek's) join the arguments as text, or write calls
-only where the content is null.
+The convention of transformers is objects and empty text. Some templates (DeepSeek's) concatenate the arguments as text,
+or write calls only if the content is null.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsetrain.data.values import MalformedRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Words that hardly any template writes itself.
+# Words that templates are unlikely to contain.
 _NAME, _KEY, _VALUE = ("\u2042name\u2042", "\u2042key\u2042", "\u2042value\u2042")
 
 
@@ -29,11 +29,11 @@ class _Convention(NamedTuple):
 def as_called(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Turns as the tokenizer's template wants them, if any of them calls a tool.
+    """Convert turns with tool calls to the form that the tokenizer's template expects.
 
     Args:
-        messages: turns whose calls have arguments as objects, and whose contents are text.
-        tools: the tools that may be called; some tokenizers have a template of their own for them.
+        messages: Turns with call arguments as objects and contents as text.
+        tools: The available tools; some tokenizers have a separate template for tools.
     """
     if not any(message.get("tool_calls") for message in messages):
         return messages
@@ -43,7 +43,7 @@ def as_called(
 
 @lru_cache(maxsize=8)
 def _convention(tokenizer: PreTrainedTokenizerBase, template: str, with_tools: bool) -> _Convention:
-    """The first convention in which the template writes a call whole; transformers' own if it does in none."""
+    """The first convention with which the template writes a complete call; by default that of transformers."""
     schema = {"name": _NAME, "description": "", "parameters": {"type": "object", "properties": {}}}
     tools: list[dict[str, Any]] | None = [{"type": "function", "function": schema}] if with_tools else None
     call = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}

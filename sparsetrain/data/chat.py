@@ -1,4 +1,4 @@
-"""From a conversation to tokens, by the tokenizer's chat template, with loss on what the assistant says."""
+"""Convert a conversation to tokens with the tokenizer's chat template, with loss on the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sparsetrain.data.conversation import Conversation
 from sparsetrain.data.encoding import Rendered, encode, tokenized, tokens_up_to
 from sparsetrain.data.ending import with_end_tokens
 from sparsetrain.data.stretches import places_of
+from sparsetrain.data.template_coverage import check_coverage
 from sparsetrain.data.turns import added
-from sparsetrain.data.unsaid import check_all_is_said
 from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 
 def render_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Loss on what the assistant says, and on the token that ends its turn; or on what the row chooses itself.
+    """Render a conversation with loss on assistant turns and their end tokens, or on the spans that the row selects.
 
-    Nothing where the row says that nothing of it is learned.
+    The result is empty if the row selects nothing.
 
     Raises:
-        MalformedRow: no turn is the assistant's, or the template refuses the conversation or leaves some of it out.
-        DataError: the template cannot be compiled, or does not come to an end.
+        MalformedRow: There is no assistant turn, or the template refuses the conversation or omits a part of it.
+        DataError: The template cannot be compiled, or does not terminate.
     """
     if not any(message["role"] == "assistant" for message in conversation.messages):
-        raise MalformedRow("no turn is the assistant's, so there is nothing to learn from")
+        raise MalformedRow("it has no assistant turn, so there is nothing to learn")
     if not any(conversation.learns(turn) for turn in range(len(conversation.messages))):
         return [], []
     conversation = _without_doubles(conversation, tokenizer)
     render = _marked_chat if marks_generation(tokenizer, conversation.tools) else _prefix_chat
     input_ids, targets = with_end_tokens(render(conversation, tokenizer), tokenizer)
     if not targets:
-        raise MalformedRow("the chat template leaves the assistant nothing to say")
+        raise MalformedRow("the chat template writes nothing for the assistant's turns")
     return input_ids, targets
 
 
 def _without_doubles(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """A conversation without the BOS and EOS of contents that were rendered before, if the template writes them."""
+    """Remove BOS and EOS from contents that were rendered before, if the template writes them."""
     bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
     contents = [str(message["content"]) for message in conversation.messages]
     if not any((bos and each.lstrip().startswith(bos)) or (eos and each.rstrip().endswith(eos)) for each in contents):
@@ -58,9 +58,9 @@ def _without_doubles(conversation: Conversation, tokenizer: PreTrainedTokenizerB
 
 
 def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The template itself marks the assistant's words with ``{% generation %}``."""
+    """Render with a template that marks the assistant's text with ``{% generation %}``."""
     text, spans = conversation.written(tokenizer)
-    check_all_is_said(conversation, tokenizer, text)
+    check_coverage(conversation, tokenizer, text)
     if conversation.chosen:
         spans = _chosen_spans(conversation, tokenizer, text, spans)
     if not tokenizer.is_fast:
@@ -78,9 +78,9 @@ def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
 def _chosen_spans(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str, marked: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Those of the template's marks, or parts of them, that belong to what the row chooses.
+    """The spans marked by the template that the row selects for learning.
 
-    The marks of a turn are those that the conversation gains by it.
+    The marks of a turn are those that the turn adds to the conversation.
     """
     chosen: list[tuple[int, int]] = []
     known = 0
@@ -97,19 +97,19 @@ def _chosen_spans(
             chosen += _learned_spans(conversation, turn, text, span) if learned is not True else [span]
     if known != len(marked):
         raise MalformedRow(
-            "the chat template marks other words once the conversation goes on, so the turns that are not to be "
-            "learned cannot be told from the others"
+            "the chat template marks other text when the conversation continues, so turns without loss "
+            "cannot be distinguished from the others"
         )
     return sorted(chosen)
 
 
 def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """An assistant's turn is what the conversation gains by it.
+    """Render with loss on the text that each assistant turn adds to the conversation.
 
-    As in a completion, a token that reaches from the prompt into the turn counts to the turn.
+    As in a completion, a token that overlaps prompt and turn belongs to the turn.
     """
     whole = conversation.written(tokenizer).text
-    check_all_is_said(conversation, tokenizer, whole)
+    check_coverage(conversation, tokenizer, whole)
     turns = [turn for turn in range(len(conversation.messages)) if conversation.learns(turn)]
     places = places_of(conversation, tokenizer, turns, whole)
     spans = [span for turn, place in zip(turns, places) for span in _learned_spans(conversation, turn, whole, place)]
@@ -120,16 +120,16 @@ def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
 def _in_tokens(
     spans: list[tuple[int, int]], text: str, input_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """Spans of characters as spans of tokens, without those that are empty."""
+    """Convert spans of characters to spans of tokens, without empty ones."""
     edges = tokens_up_to(tokenizer, text, input_ids, [edge for span in spans for edge in span])
     return [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
 
 
 def _learned_spans(conversation: Conversation, turn: int, text: str, place: tuple[int, int]) -> list[tuple[int, int]]:
-    """What is learned of a turn, in characters of the whole text.
+    """The learned spans of a turn, in characters of the whole text.
 
-    Of an assistant's turn all that it adds; of another, which nothing prompts, its content and what ends it; of a turn
-    in parts, these, the last of them with what ends the turn.
+    For an assistant turn these are all characters that it adds; for another role its content and the end of the turn;
+    for a turn with selected parts these parts, the last one with the end of the turn.
     """
     learned = conversation.learns(turn)
     message = conversation.messages[turn]
@@ -139,7 +139,7 @@ def _learned_spans(conversation: Conversation, turn: int, text: str, place: tupl
     content = message["content"].strip()
     found = text.find(content, start, stop)
     if not content or found < 0:
-        raise MalformedRow(f"the chat template changes the content of turn {turn + 1}: its parts cannot be found")
+        raise MalformedRow(f"the chat template changes the content of turn {turn + 1}, so its parts cannot be found")
     if learned is True:
         return [(found, stop)]
     assert isinstance(learned, tuple)

@@ -1,8 +1,8 @@
-"""Evaluating a tokenizer's chat template: bounded in time, memory and length, and never by a traceback.
+"""Evaluate a tokenizer's chat template in a separate process with limits on time, memory and output length.
 
-Templates come with models from outside. Each process that renders rows starts one helper
-(:mod:`sparsetrain.data.template_process`) that evaluates them in transformers' sandbox, and that the kernel ends when a
-conversation takes more than :data:`SECONDS` of processor time; it cannot take more than :data:`MEMORY`.
+Templates are untrusted, as they come with models. Each process that renders rows starts one helper
+(:mod:`sparsetrain.data.template_process`) that evaluates them in transformers' sandbox. The kernel ends it when a
+conversation takes more than :data:`SECONDS` of processor time; its memory is limited to :data:`MEMORY`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SECONDS = 2.0
-"""Processor time for a conversation; one of more than 10 MB gets a second for each 10 MB more."""
+"""Processor time in seconds for a conversation; above 10 MB one more second per 10 MB."""
 MEMORY = 2 * 2**30
-"""Bytes that evaluating may take."""
+"""Memory limit of the helper in bytes."""
 OWN_CHARACTERS, GROWTH = 2**17, 16
-"""A text longer than the first, and than so many times what it was made of, is the template's own doing."""
+"""Output limits: a text longer than the first, and longer than this multiple of its input, is a template fault."""
 
 
 _NEEDED = re.compile("PATH|HOME|PYTHON.*|LD_.*|DYLD_.*|LANG|LC_.*|TZ|TZDIR|TMPDIR|VIRTUAL_ENV|CONDA_PREFIX")
-"""Environment variables by which Python finds its libraries and writes dates. Of the rest, which may hold secrets, a
-template has no business near any, should it ever leave its sandbox."""
+"""Environment variables that Python needs for its libraries and dates. The helper gets no others, as they may hold
+secrets, in case a template escapes its sandbox."""
 
 
 class ChatText(NamedTuple):
-    """A conversation as its template writes it."""
+    """The rendered text of a conversation."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -48,11 +48,11 @@ class ChatText(NamedTuple):
 
 
 def marks_generation(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None = None) -> bool:
-    """Whether the tokenizer's template (with ``tools`` that for tools) marks what the assistant says with
+    """Whether the tokenizer's template (with ``tools``, that for tools) marks the assistant's text with
     ``{% generation %}``.
 
     Raises:
-        DataError: the template cannot be compiled.
+        DataError: The template cannot be compiled.
     """
     return _marked(_template_of(tokenizer, tools))
 
@@ -65,17 +65,17 @@ def apply_template(
     settings: Mapping[str, Any] | None = None,
     prompt: bool = False,
 ) -> ChatText:
-    """The text of a conversation.
+    """Render the text of a conversation.
 
     Args:
-        messages: its turns.
-        tools: JSON schemas of the tools it may call.
-        settings: more variables of the template; they hide special tokens of the same name.
-        prompt: end where the assistant's next turn begins.
+        messages: The turns.
+        tools: JSON schemas of the available tools.
+        settings: Additional variables of the template; they override special tokens of the same name.
+        prompt: Add the generation prompt: end where the assistant's next turn begins.
 
     Raises:
-        MalformedRow: the template refuses this conversation, or fails on it.
-        DataError: the template cannot be compiled, or takes more time, memory or room than any conversation needs.
+        MalformedRow: The template refuses this conversation, or fails on it.
+        DataError: The template cannot be compiled, or exceeds the limits on time, memory or length.
     """
     template = _template_of(tokenizer, tools)
     marked = _marked(template)
@@ -142,7 +142,7 @@ def _raise_fault(answer: dict[str, Any]) -> None:
 
 
 class _Helper:
-    """The one helper of this process, started when it is first needed, and again when it was ended."""
+    """The helper of this process, started when first needed, and restarted after it has ended."""
 
     def __init__(self) -> None:
         self._renew()
@@ -155,7 +155,7 @@ class _Helper:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: str, seconds: float) -> dict[str, Any]:
-        """The answer to a request (one line of JSON); that of a helper that did not survive it is a fault as well."""
+        """The answer to a request (one line of JSON); a fault if the helper ended."""
         with self._lock:
             process = self._process = self._process or self._start()
             assert process.stdin is not None
@@ -172,7 +172,7 @@ class _Helper:
         if code == -signal.SIGPROF:
             return {"fault": "time", "error": seconds}
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return {"fault": "crash", "error": f"{name}, most likely for want of memory" if code == -9 else name}
+        return {"fault": "crash", "error": f"{name}, probably out of memory" if code == -9 else name}
 
     def _start(self) -> subprocess.Popen[bytes]:
         script = Path(__file__).with_name("template_process.py")

@@ -1,6 +1,6 @@
-"""What can be known of a recipe's data before anything is loaded: no model, no torch, the first row of local files.
+"""Check a recipe's data before anything is loaded, with the first row of local files, without a model or torch.
 
-``sparsetrain recipe validate``, ``plan``, ``doctor`` and ``run`` all begin with this.
+``sparsetrain recipe validate``, ``plan``, ``doctor`` and ``run`` all begin with this check.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
     from sparsetrain.source_section import DataSource
 
 LARGEST_ROW = 2**20
-"""Characters of a first row that is still rendered."""
+"""Maximum number of characters of a first row that is rendered."""
 LARGEST_ARRAY = 2**28
-"""Bytes of a file of JSON that is still read."""
+"""Maximum bytes of a JSON file that is read."""
 
 
 @dataclass
 class DataCheck:
-    """What was found of data that a run can start with."""
+    """The result of a successful check."""
 
     unseen: list[str] = field(default_factory=list)
-    """What could not be looked at, so that only the run finds out."""
+    """Data that could not be checked, so that only the run will."""
     remarks: list[str] = field(default_factory=list)
-    """What the user should know, a sentence each."""
+    """Notes for the user, one sentence each."""
     shown: list[str] = field(default_factory=list)
-    """How each source is read, with the first row of those that could be tokenised."""
+    """Descriptions of how each source is read, with the first row if it could be tokenised."""
 
 
 @dataclass(frozen=True)
 class _AnyTemplate:
-    """Stands for a tokenizer that could not be looked at: it may have a chat template."""
+    """A placeholder for a tokenizer that could not be read; it may have a chat template."""
 
     chat_template: Any = "unknown"
 
 
 def check_data(recipe: Recipe) -> DataCheck:
-    """Look at files, columns, the first row of each source, the room for synthetic tasks, and the chat template.
+    """Check files, columns, the first row of each source, the lengths of synthetic tasks, and the chat template.
 
-    Nothing of the Hub is read. The tokenizer is read where it lies in a local folder and something depends on it.
+    Nothing is read from the Hub. The tokenizer is read if it is in a local folder and needed for a check.
 
     Raises:
-        DataError: with every fault that would stop the run, a line each.
+        DataError: Lists every fault that would stop the run, one per line.
     """
     check = DataCheck()
     faults: list[str] = []
@@ -79,7 +79,7 @@ def check_data(recipe: Recipe) -> DataCheck:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
-    """Every source with rows, the field it stands in, and whether malformed rows of it are skipped."""
+    """Yield every source with rows, with its field, and whether its malformed rows are skipped."""
     for index, source in enumerate(recipe.data.sources):
         if source.path is not None:
             yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip"
@@ -90,10 +90,10 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
 
 
 def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool) -> bool:
-    """Whether a source's rows go through the chat template; False of one that cannot be looked at.
+    """Check a source; returns whether its rows go through the chat template (False if it cannot be read).
 
     Raises:
-        DataError: it has no rows that a run could read.
+        DataError: The source has no readable rows.
     """
     seen = tokenizer or _AnyTemplate()
     if source.path == STDLIB:
@@ -124,7 +124,7 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:
-    """Note the synthetic tasks that their shortest document has no room for."""
+    """Add faults for synthetic tasks that do not fit their shortest document."""
     from sparsetrain.data.randomness import generator
     from sparsetrain.data.synthetic import synthetic_task
 
@@ -141,9 +141,9 @@ def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list
 
 
 def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | None:
-    """The recipe's tokenizer, if it lies in a local folder and something is to be tried with it.
+    """The recipe's tokenizer, if it is in a local folder and needed for a check.
 
-    What is wrong with it is told where the model is looked at.
+    Its own faults are reported by the check of the model.
     """
     tasks = recipe.eval.tasks
     sources = [*recipe.data.sources, *(source for task in tasks for source in task.sources().values())]
@@ -164,7 +164,7 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
     except BaseException as error:
-        # The panics of a library written in Rust are no Exception.
+        # Panics of a library written in Rust are not subclasses of Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         check.unseen.append(f"the tokenizer in {folder} ({first_line(error)})")

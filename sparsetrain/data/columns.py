@@ -1,4 +1,4 @@
-"""The files of a local source and the first row of them, without the libraries that read them all."""
+"""Find the files of a local source and read their first row, without importing ``datasets``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from sparsetrain.source_section import DataSource
 
 Layout = Literal["lines", "documents", "table"]
-"""What a raw row is: an unparsed line of JSON, a whole file, or the columns of a table."""
+"""The layout of a raw row: an unparsed line of JSON, a whole file, or the columns of a table."""
 
 STDLIB = "python-stdlib"
 ROWS_TRIED = 1000
-"""Lines looked at to find the first that parses, whose keys are taken for the columns."""
+"""Number of lines to search for the first that parses; its keys are the columns."""
 
 
 def local_files(source: DataSource) -> tuple[Kind, list[str]]:
-    """What kind of files a source names, and which.
+    """The kind of a source's files, and their paths.
 
     Raises:
-        DataError: none, several kinds or an unknown one, or the source has settings of a Hub dataset.
+        DataError: There are no files, several kinds or an unknown one, or the source has settings of a Hub dataset.
     """
     assert source.path is not None
     refuse_hub_settings(source)
@@ -33,10 +33,10 @@ def local_files(source: DataSource) -> tuple[Kind, list[str]]:
 
 
 def refuse_hub_settings(source: DataSource) -> None:
-    """Refuse what only a Hub dataset would read.
+    """Refuse settings that apply only to Hub datasets.
 
     Raises:
-        DataError: names the setting.
+        DataError: There is such a setting; names it.
     """
     settings = ["subset", "revision"] if source.path == STDLIB else ["subset", "revision", "split"]
     for name in settings:
@@ -48,7 +48,7 @@ def refuse_hub_settings(source: DataSource) -> None:
 
 
 def layout_of(kind: Kind) -> Layout:
-    """How files of this kind give their rows."""
+    """The layout of rows in files of this kind."""
     return "table" if kind in ("parquet", "arrow") else "lines" if kind == "lines" else "documents"
 
 
@@ -56,7 +56,7 @@ def fields_of(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
     """The columns of a raw row.
 
     Raises:
-        MalformedRow: it is no JSON object, or stands for what could not be read.
+        MalformedRow: It is not a JSON object, or marks an unreadable part of a file.
     """
     if layout == "table":
         return raw
@@ -71,13 +71,13 @@ def fields_of(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
 
 
 def first_row(source: DataSource, kind: Kind, files: list[str], *, skip: bool) -> tuple[str, Mapping[str, Any]]:
-    """Where the first row that can be read stands, and its columns.
+    """The place of the first readable row, and its columns.
 
     Args:
-        skip: pass over rows and files that cannot be read; else refuse them.
+        skip: Skip unreadable rows and files; else refuse them.
 
     Raises:
-        DataError: there is no such row.
+        DataError: There is no such row.
     """
     layout, problem = layout_of(kind), ""
     rows = _table(source, kind, files, skip) if layout == "table" else _lines(kind, files)

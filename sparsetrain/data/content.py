@@ -1,4 +1,4 @@
-"""What the documents of a source are, as a short text that does not depend on where they lie."""
+"""A hash of a source's documents that does not depend on their location."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import datasets
 import numpy as np
 
 READ_WHOLE = 1 << 28
-"""Tokens up to which every document is read, in about a second a GB. Of more, documents spread evenly over all; the
-lengths of all documents count in any case."""
+"""Up to this number of tokens all documents are hashed, in about a second per GB; beyond it, an evenly spaced sample.
+The lengths of all documents are always included."""
 AT_ONCE = 1000
-"""Documents read at a time."""
+"""Number of documents read at once."""
 SAMPLE = 1 << 16
-"""Bytes read at the beginning, in the middle and at the end of a file."""
+"""Number of bytes read at the beginning, in the middle and at the end of a file."""
 
 
 def content_of(rows: datasets.Dataset, usable: np.ndarray, lengths: np.ndarray) -> str:
-    """A hash of the tokens and targets of documents, in their order.
+    """A hash of the tokens and targets of documents, in order.
 
     Args:
-        rows: with the columns ``input_ids`` and ``targets``.
-        usable: the numbers of those that count.
-        lengths: tokens of each of these.
+        rows: A dataset with the columns ``input_ids`` and ``targets``.
+        usable: Indices of the documents to include, integers ``[n]``.
+        lengths: Tokens of each of these, integers ``[n]``.
     """
     found = hashlib.blake2b(np.ascontiguousarray(lengths, dtype=np.int64).tobytes(), digest_size=8)
     chosen = usable[:: -(-int(lengths.sum()) // READ_WHOLE)]
@@ -31,7 +31,7 @@ def content_of(rows: datasets.Dataset, usable: np.ndarray, lengths: np.ndarray) 
     for start in range(0, len(chosen), AT_ONCE):
         table = tables[chosen[start : start + AT_ONCE]]
         for name in ("input_ids", "targets"):
-            # How the table is cut into chunks does not count.
+            # The hash must not depend on the table's chunks.
             chunks = table[name].chunks
             found.update(b"".join(np.diff(chunk.offsets).astype(np.int64).tobytes() for chunk in chunks))
             found.update(b"".join(np.asarray(chunk.flatten()).astype(np.int32).tobytes() for chunk in chunks))
@@ -39,7 +39,7 @@ def content_of(rows: datasets.Dataset, usable: np.ndarray, lengths: np.ndarray) 
 
 
 def content_of_files(files: list[str]) -> str:
-    """A hash of the sizes of files and of a sample of each, in their order; a stream cannot be read to its end."""
+    """A hash of the sizes of files and of a sample of each, in order, for streams, which are not read completely."""
     found = hashlib.blake2b(digest_size=8)
     for file in files:
         size = os.stat(file).st_size

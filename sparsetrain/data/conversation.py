@@ -1,4 +1,4 @@
-"""A conversation, from any of the formats that write them: OpenAI's, ShareGPT's, TRL's and axolotl's."""
+"""Parse a conversation in the formats of OpenAI, ShareGPT, TRL and axolotl."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ ROLES = {
     ),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "function_response", "ipython"), "tool"),
 }
-"""The names of roles in small letters, and what chat templates call them."""
+"""Role names in lower case, and the corresponding names in chat templates."""
 
 CALL_ROLES = ("function_call", "tool_call")
-"""Roles of turns whose text is the JSON of a call, or of a list of them."""
+"""Roles of turns whose text is a tool call, or a list of them, as JSON."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of what an assistant thinks before it answers."""
+"""Keys of an assistant's reasoning before its answer."""
 
 REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "models are trained on text alone"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "models are trained only on text"),
     "refusal": "write it as content, if it is to be learned",
 }
-"""Keys of turns, and columns, with a meaning that no setting here can give them."""
+"""Keys of turns, and columns, with a meaning that is not supported, and the reason."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given, and which turns are learned."""
+    """The input of a chat template, and the spans to learn."""
 
     messages: list[dict[str, Any]]
-    """Turns: ``role``, ``content`` (text), ``tool_calls`` with arguments as objects, and whatever else they hold."""
+    """Turns: ``role``, ``content`` (text), ``tool_calls`` with arguments as objects, and other keys."""
     learned: list[Learned] = field(default_factory=list)
-    """What is learned of each turn; empty = all that the assistant says."""
+    """The learned part of each turn; empty: all assistant turns."""
     tools: list[dict[str, Any]] | None = None
-    """Schemas of the tools that may be called."""
+    """Schemas of the available tools."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """More variables of the template (``chat_template_kwargs``, ``documents``)."""
+    """Additional variables of the template (``chat_template_kwargs``, ``documents``)."""
 
     def written(
         self, tokenizer: PreTrainedTokenizerBase, turns: int | None = None, *, prompt: bool = False
@@ -62,19 +62,19 @@ class Conversation:
         return apply_template(tokenizer, messages, tools=self.tools, settings=self.settings, prompt=prompt)
 
     def learns(self, turn: int) -> Learned:
-        """What is learned of a turn."""
+        """The learned part of a turn."""
         return self.learned[turn] if self.learned else self.messages[turn]["role"] == "assistant"
 
     @property
     def chosen(self) -> bool:
-        """Whether the row itself says what is learned, other than all that the assistant says."""
+        """Whether the row selects another part to learn than all assistant turns."""
         return any(self.learns(turn) != (each["role"] == "assistant") for turn, each in enumerate(self.messages))
 
     def behind(self, system: str | None) -> Conversation:
-        """The conversation behind a system prompt that the row holds in a column of its own.
+        """Prepend a system prompt from a separate column.
 
         Raises:
-            MalformedRow: it has another one already.
+            MalformedRow: The conversation already has a different one.
         """
         if not system or not system.strip():
             return self
@@ -87,14 +87,14 @@ class Conversation:
 
 
 def conversation_of(turns: Any, name: str, ignore: Collection[str] = ()) -> Conversation:
-    """The turns of a list.
+    """Parse a list of turns.
 
     Args:
-        name: where the list stands.
-        ignore: keys of turns that are left unread.
+        name: The name of the list in error messages.
+        ignore: Keys of turns to ignore.
 
     Raises:
-        MalformedRow: it is no list of turns, one of them cannot be read, or says what cannot be honoured.
+        MalformedRow: It is not a list of turns, or a turn is unreadable or has an unsupported key.
     """
     if isinstance(turns, list) and not turns:
         raise MalformedRow(f"{name} is empty, not a list of turns")
@@ -115,7 +115,7 @@ def _turn(turn: Any, name: str, ignore: Collection[str]) -> tuple[dict[str, Any]
     if named.lower() not in ROLES:
         raise MalformedRow(f"{name} has the unknown role {named!r}")
     for key, reason in REFUSED.items():
-        # An empty list is what some writers put where there is none.
+        # Some writers use an empty list for none.
         if keys.get(key):
             raise MalformedRow(f"{name} has {key!r}, and {reason}; ignore: [{key}] trains without it")
         keys.pop(key, None)
@@ -128,30 +128,30 @@ def _turn(turn: Any, name: str, ignore: Collection[str]) -> tuple[dict[str, Any]
             raise MalformedRow(f"{name} is a {named}, and has tool_calls beside it")
         calls, content = call_of(content, f"the content of {name}, a {named},"), ""
     if calls and role != "assistant":
-        raise MalformedRow(f"{name} calls a tool, and is the {role}'s")
+        raise MalformedRow(f"{name} calls a tool, but its role is {role}")
     if content is None and not calls:
         raise MalformedRow(f"the content of {name} is null, not a string")
     learned = learned_of(keys, role, content or "", name)
     thoughts = _thoughts(keys, role, name)
-    # Templates differ in what they make of a missing content; an empty one is nothing to all of them.
+    # Templates treat a missing content differently, but all accept an empty one.
     message = {"role": role, "content": content or "", **({"tool_calls": calls} if calls else {})}
     return {**message, **thoughts, **plain(keys, name)}, learned
 
 
 def _thoughts(keys: dict[str, Any], role: str, turn: str) -> dict[str, str]:
-    """What the assistant thinks, under both names by which templates read it."""
+    """The assistant's reasoning, under both names that templates use."""
     said = {key: value for key in REASONING if (value := keys.pop(key, None))}
     if not said:
         return {}
     if role != "assistant" or len(set(map(str, said.values()))) > 1:
-        whose = "which differ" if role == "assistant" else f"and is the {role}'s"
-        raise MalformedRow(f"{turn} has {' and '.join(said)}, {whose}")
+        fault = "which differ" if role == "assistant" else f"but its role is {role}"
+        raise MalformedRow(f"{turn} has {' and '.join(said)}, {fault}")
     key, value = next(iter(said.items()))
     return dict.fromkeys(("reasoning_content", "thinking"), text_value(value, f"{key} of {turn}"))
 
 
 def _one_of(keys: dict[str, Any], names: tuple[str, str], turn: str) -> Any:
-    """The value under one of two names, which are taken out."""
+    """Remove two keys and return the value of either."""
     first, second = (keys.pop(name, None) for name in names)
     if first is not None and second is not None and first != second:
         raise MalformedRow(f"{turn} has both {names[0]} and {names[1]}, and they differ")
@@ -159,7 +159,7 @@ def _one_of(keys: dict[str, Any], names: tuple[str, str], turn: str) -> Any:
 
 
 def _content(value: Any, name: str) -> str | None:
-    """The text of a content, which may come in parts."""
+    """The text of a content, which may be a list of parts."""
     if value is None or isinstance(value, str):
         return None if value is None else text_value(value, name)
     if not isinstance(value, Sequence):

@@ -11,30 +11,30 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 IGNORE = -100
-"""Label of a token that carries no loss."""
+"""Label of a token without loss."""
 
 LongDocuments = Literal["split", "truncate", "drop"]
 
 MIN_TOKENS = 2
-"""A shorter piece has no token that could be predicted."""
+"""Minimum length of a piece: a shorter one has no token to predict."""
 
 
 class Tokens(NamedTuple):
-    """The tokens of a document and which of them are learned."""
+    """The tokens of a document, and the spans with loss."""
 
     input_ids: np.ndarray
     """Integers ``[n]``."""
     targets: list[tuple[int, int]]
-    """Half-open spans of tokens that carry loss, ascending."""
+    """Half-open spans of tokens with loss, in ascending order."""
 
 
 class Document:
-    """One document. Its length is known; its tokens are read when they are first needed.
+    """A document with known length, whose tokens are read when first needed.
 
     Args:
-        origin: its name, ``source:row``.
-        length: number of tokens.
-        read: gives the tokens.
+        origin: Its name, ``source:row``.
+        length: Number of tokens.
+        read: Returns the tokens.
     """
 
     def __init__(self, origin: str, length: int, read: Callable[[], Tokens]) -> None:
@@ -78,12 +78,12 @@ class Piece:
 
     @property
     def has_target(self) -> bool:
-        """Whether any token but the first, which nothing predicts, carries loss."""
+        """Whether any token except the first, which cannot be predicted, has loss."""
         return any(max(first, self.start + 1) < min(last, self.stop) for first, last in self.document.tokens.targets)
 
     @property
     def useful(self) -> bool:
-        """Whether it is worth a place in a row: part of a long prompt would cost compute and change no weight."""
+        """Whether it should be put into a row: a piece without targets would cost compute without training."""
         return self.whole or self.has_target
 
     def input_ids(self) -> np.ndarray:
@@ -91,7 +91,7 @@ class Piece:
         return self.document.tokens.input_ids[self.start : self.stop].astype(np.int64)
 
     def labels(self) -> np.ndarray:
-        """int64 ``[length]``; ``-100`` at the first token and wherever no loss is taken."""
+        """int64 ``[length]``; ``-100`` at the first token and at tokens without loss."""
         input_ids = self.input_ids()
         labels = np.full_like(input_ids, IGNORE)
         for first, last in self.document.tokens.targets:
@@ -101,7 +101,7 @@ class Piece:
 
 
 def count_pieces(lengths: np.ndarray, row_length: int, long_documents: LongDocuments) -> np.ndarray:
-    """How many pieces :func:`cut` makes of documents of these lengths; integers ``[n]`` both."""
+    """The number of pieces that :func:`cut` makes of documents of these lengths, integers ``[n]`` to ``[n]``."""
     long = {"split": -(-lengths // row_length), "truncate": np.ones_like(lengths), "drop": np.zeros_like(lengths)}
     return np.where(lengths <= row_length, 1, long[long_documents])
 
@@ -110,7 +110,7 @@ def cut(document: Document, row_length: int, long_documents: LongDocuments) -> l
     """The pieces of a document that go into rows of ``row_length`` tokens.
 
     A document that fits into a row is never cut: a question must not lose its context. A longer one is cut into full
-    rows and a remainder (``split``), to its first row (``truncate``), or left out (``drop``).
+    rows and a remainder (``split``), truncated to its first row (``truncate``), or dropped (``drop``).
     """
     if document.length <= row_length:
         return [Piece(document, 0, document.length)]

@@ -1,4 +1,4 @@
-"""Tokenising text in pieces, so that the pieces joined are the tokens of the whole."""
+"""Tokenise long text in pieces, with the same result as for the whole text."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _CUTS_TRIED = 100
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of ``text`` alone: no BOS, no EOS, nothing left out.
+    """The tokens of ``text`` without BOS and EOS, never truncated.
 
     Raises:
-        MalformedRow: it is longer than :data:`LONGEST`, or has so long a stretch without white space that it can be
-            tokenised neither whole nor in pieces.
+        MalformedRow: It is longer than :data:`LONGEST`, or has a stretch without white space that is too long to
+            tokenise.
     """
     if len(text) <= PIECE:
         return _encode(tokenizer, text)
@@ -65,7 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cuts(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[int]:
-    """Places about :data:`PIECE` apart over which no token reaches, and the end of the text."""
+    """Positions about :data:`PIECE` apart that no token spans, and the end of the text."""
     start = 0
     while len(text) - start > PIECE:
         start = _cut(tokenizer, text, start)
@@ -91,7 +91,7 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
 
 
 def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
-    """The tokens of ``text`` where ``before`` stands before it, and no token reaches over the place between them."""
+    """The tokens of ``text`` after ``before``, if no token spans the boundary."""
     return _encode(tokenizer, before + text)[len(_encode(tokenizer, before)) :] if before else _encode(tokenizer, text)
 
 
@@ -100,10 +100,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = False) -> BatchEncoding:
-    """What the tokenizer makes of ``text`` alone, and with ``offsets`` the characters of each token.
+    """The tokenizer's output for ``text`` without special tokens, with ``offsets`` also the characters of each token.
 
     Raises:
-        MalformedRow: the tokenizer fails on it, as one does whose regular expression tries ever more ways to match.
+        MalformedRow: The tokenizer fails, for example because its regular expression backtracks without end.
     """
     try:
         return tokenizer(
@@ -117,7 +117,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = 
 
 
 class Bare(NamedTuple):
-    """A text, and which of the tokens at its ends it writes itself."""
+    """A text, and whether it contains BOS and EOS itself."""
 
     text: str
     """With no more than one BOS at its beginning and one EOS at its end."""
@@ -135,10 +135,10 @@ class Bare(NamedTuple):
 
 
 def bare(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> Bare:
-    """A text that may have been rendered before, without BOS and EOS that are doubled, and the space outside of them.
+    """Remove duplicate BOS and EOS, and white space outside of them, from a text that may have been rendered before.
 
     Args:
-        end: whether the text is the end of its document; otherwise an EOS at its end is left alone.
+        end: Whether the text is the end of its document; otherwise an EOS at its end is kept.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     opened = bool(bos) and text.lstrip().startswith(bos) and _is_token(tokenizer, bos)
@@ -158,13 +158,13 @@ def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> list[int]:
-    """The tokens that ``text`` adds behind ``context``: sentencepiece puts a space before a text that stands alone."""
+    """The tokens that ``text`` adds after ``context``: sentencepiece adds a space before a text without context."""
     whole = encode(tokenizer, context + text)
     return whole[shared_prefix(encode(tokenizer, context), whole) :]
 
 
 def shared_prefix(left: Sequence[object], right: Sequence[object]) -> int:
-    """How many tokens, or characters, two sequences have in common from the beginning."""
+    """The length of the common prefix of two sequences."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -178,13 +178,13 @@ def shared_prefix(left: Sequence[object], right: Sequence[object]) -> int:
 def tokens_up_to(
     tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int], edges: Sequence[int]
 ) -> list[int]:
-    """For places in a text, how many of its tokens are those of the text up to there alone.
+    """For positions in a text, the number of its tokens that equal those of the text up to there.
 
-    A control token is never joined with what stands before it. So of a long text only what follows the last of them
-    before a place is tokenised again.
+    A control token is never merged with preceding text. Therefore only the text after the last control token before a
+    position is tokenised again.
 
     Args:
-        input_ids: the tokens of the whole text.
+        input_ids: The tokens of the whole text.
     """
     anchors = _anchors(tokenizer, text, input_ids) if len(text) > LONG else []
     return [_tokens_up_to(tokenizer, text, input_ids, edge, anchors) for edge in edges]
@@ -240,10 +240,10 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of everything that decides how this tokenizer turns rows into tokens."""
+    """A digest of everything in the tokenizer that affects the tokens of rows."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Left behind by whoever called the tokenizer last; rendering sets both itself.
+        # State from an earlier call of the tokenizer; rendering sets both itself.
         content.pop("truncation", None)
         content.pop("padding", None)
     else:

@@ -1,4 +1,4 @@
-"""How an assistant's turn ends: the token that a model must learn to write, so that generation stops there."""
+"""Find the token that ends an assistant's turn, which the model must learn so that generation stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOOKS_LIKE_A_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|<(?:start|end)_of_[a-z_]
 
 @dataclass(frozen=True)
 class Ending:
-    """What a chat template writes around and behind an assistant's turn."""
+    """The tokens that a chat template writes at the end of an assistant's turn."""
 
     kind: Literal["learned", "left out", "next role", "none", "unknown"]
     """The end token is part of the turn; stands behind the words that ``{% generation %}`` marks; is that with which
@@ -39,7 +39,7 @@ class Ending:
     control: tuple[int, ...] = ()
     """All control tokens that the template writes, ascending."""
     in_pieces: tuple[tuple[str, int], ...] = ()
-    """What looks like a control token and is none: the text, and how many tokens it takes."""
+    """A text that looks like a control token but is none, and its number of tokens."""
 
 
 @lru_cache(maxsize=8)
@@ -109,21 +109,21 @@ def _between(
 
 
 def turn_ending(tokenizer: PreTrainedTokenizerBase) -> Ending:
-    """How assistants' turns end by the tokenizer's chat template.
+    """The ending of assistant turns in the tokenizer's chat template.
 
     Raises:
-        DataError: the template cannot be compiled.
+        DataError: The template cannot be compiled.
     """
     marks_generation(tokenizer)
     return _ending(tokenizer, str(tokenizer.chat_template))
 
 
 def remarks(ending: Ending, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What the user should know of the template's tokens, a sentence each."""
+    """Notes for the user about the template's tokens, one sentence each."""
     name = None if ending.token is None else repr(tokenizer.convert_ids_to_tokens(ending.token))
     lines = [
-        f"the chat template writes {text!r}, which is no token of this tokenizer: it is cut into {count}. If it is "
-        "meant to be one, take the tokenizer that the template belongs to (model.tokenizer)"
+        f"the chat template writes {text!r}, which is not a token of this tokenizer: it is split into {count}. If it "
+        "is meant to be one, use the tokenizer that the template belongs to (model.tokenizer)"
         for text, count in ending.in_pieces
     ]
     match ending.kind:
@@ -150,14 +150,14 @@ def remarks(ending: Ending, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that no text is cut into: special ones, and others that were added to the vocabulary."""
+    """The tokens that are never merged with text: special tokens, and others that were added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A chat in which every turn that is learned is learned with its end token.
+    """Add the end token to every learned turn of a chat.
 
-    Where that opens the turn of the next role, the last turn of the conversation lacks it and gets it.
+    If it is the token that opens the next role's turn, it is appended to the last turn of the conversation.
     """
     ending = turn_ending(tokenizer)
     if ending.token is None or (ending.kind == "learned" and ending.inner is None):
@@ -179,6 +179,6 @@ def with_end_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> R
 
 
 def _first(input_ids: list[int], wanted: set[int]) -> tuple[tuple[int, ...], int | None]:
-    """The first of the wanted tokens, and what stands before it; all of it where there is none."""
+    """The first of the wanted tokens and the tokens before it; all tokens if there is none."""
     place = next((place for place, token in enumerate(input_ids) if token in wanted), None)
     return (tuple(input_ids), None) if place is None else (tuple(input_ids[:place]), input_ids[place])

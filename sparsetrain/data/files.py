@@ -1,4 +1,4 @@
-"""Local files: which ones a path names, and their rows one at a time."""
+"""Local files: resolve paths to files, and read their rows one at a time."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ FOREIGN = frozenset(
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 DAMAGED = "\0damaged\0"
-"""Begins the text of a row that stands for the rest of a file that cannot be read; the reason follows. Not zeros alone,
-which a power failure leaves in files."""
+"""Prefix of the text of a row that marks the unreadable rest of a file; the reason follows. Not only zeros, which a
+power failure may leave in files."""
 
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 STDLIB_HELD_OUT = 20
@@ -60,10 +60,10 @@ def is_local(path: str) -> bool:
 
 
 def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
-    """The files that a file name, glob or folder names, sorted, and what they are.
+    """The kind and the sorted files of a file name, glob or folder.
 
     Raises:
-        DataError: there are none, they are no regular files, of an unknown kind, or of several.
+        DataError: There are none, they are not regular files, or of an unknown kind or of several.
     """
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
@@ -76,13 +76,13 @@ def find_files(label: str, path: str) -> tuple[Kind, list[str]]:
         files = [expanded] if os.path.isfile(expanded) else []
         there = os.path.exists(expanded)
         # A pipe or a device can be read once at most, and may never end.
-        nothing = f"{path} is no regular file" if there else f"{path} does not exist (looked in {os.getcwd()})"
+        nothing = f"{path} is not a regular file" if there else f"{path} does not exist (looked in {os.getcwd()})"
     if not files:
         raise DataError(f"data source {label!r}: {nothing}")
     kinds: dict[Kind, str] = {}
     for file in files:
         if _suffix(file) not in KINDS:
-            raise DataError(f"data source {label!r}: {file} is of no known kind; known are {', '.join(KINDS)}")
+            raise DataError(f"data source {label!r}: {file} is of an unknown kind; known are {', '.join(KINDS)}")
         kinds.setdefault(KINDS[_suffix(file)], file)
     if len(kinds) > 1:
         raise DataError(
@@ -131,9 +131,9 @@ def stdlib_files(label: str, split: str) -> list[str]:
 
 
 class Stamped(NamedTuple):
-    """A file as it is now, so that a changed one is never taken from the cache.
+    """The state of a file, so that a changed file is never read from the cache.
 
-    Copying and archiving tools set the time of modification, and nothing sets the time of change.
+    Copying and archiving tools set the modification time (mtime), but nothing sets the change time (ctime).
     """
 
     path: str
@@ -143,13 +143,13 @@ class Stamped(NamedTuple):
 
 
 def stamped(files: list[str]) -> list[Stamped]:
-    """Files as they are now."""
+    """Files with their current state."""
     paths = map(os.path.abspath, files)
     return [Stamped(path, (now := os.stat(path)).st_size, now.st_mtime_ns, now.st_ctime_ns) for path in paths]
 
 
 def read_documents(files: list[Stamped]) -> Iterator[dict[str, str]]:
-    """One row a file: ``{place, text}``.
+    """One row per file: ``{place, text}``.
 
     Raises:
         DataError: a file is not UTF-8.
@@ -221,10 +221,10 @@ def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
 
 
 def _damage(problem: Exception) -> str:
-    """The text of the row that stands for what cannot be decompressed any more.
+    """The text of the row that marks the part of a file that cannot be decompressed.
 
     Raises:
-        Exception: the problem itself, where it is none of the file's content: the file is gone, or not ours to read.
+        Exception: The problem itself, if it is not about the content: the file is missing or not readable.
     """
     if isinstance(problem, DataError) or (isinstance(problem, OSError) and problem.errno is not None):
         raise problem

@@ -1,4 +1,4 @@
-"""Which form the rows of a source have, by its columns."""
+"""Determine the form of a source's rows from its columns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, UNCLEAR, "name", "i
 
 @dataclass(frozen=True)
 class RowForm:
-    """How the rows of one source become tokens."""
+    """The form of a source: which columns are read, and how they become tokens."""
 
     kind: Kind
     fields: tuple[str, ...]
@@ -62,7 +62,7 @@ class RowForm:
     ignore: tuple[str, ...] = ()
     """Columns and keys of turns that the recipe leaves out."""
     separator: str = ""
-    """What stands between a prompt and its completion."""
+    """The text between a prompt and its completion."""
 
     def describe(self) -> str:
         """The form and its columns in a line."""
@@ -75,7 +75,7 @@ class RowForm:
 
 
 class HasChatTemplate(Protocol):
-    """What is asked of a tokenizer here."""
+    """The part of a tokenizer that is used here."""
 
     @property
     def chat_template(self) -> Any:

@@ -1,4 +1,4 @@
-"""From the global stream of rows to the micro batches of one rank, prepared one step ahead."""
+"""Make the micro batches of one rank from the global stream of rows, prefetched one step ahead."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class StepLoader:
     state to save is ``Step.state``, and the state to resume from is loaded into ``rows`` before.
 
     Args:
-        rows: the global stream.
-        plan: rows of a micro batch, accumulation steps, ranks.
-        rank: this process, ``0`` to ``ranks * parallel - 1``; neighbours share a sequence.
+        rows: The global stream.
+        plan: Rows of a micro batch, accumulation steps, ranks.
+        rank: This process, ``0`` to ``ranks * parallel - 1``; neighbours share a sequence.
     """
 
     def __init__(self, rows: RowStream, plan: BatchShape, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Sources that are tokenised once, cached, and drawn from in any order."""
+"""Mapped sources: tokenised once, cached, and read in random order."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class MappedSource:
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the pieces drawn."""
+        """Continue after the pieces drawn."""
         self._drawn = read_position(state, Drawn).drawn
 
     def _read(self, row: int) -> Tokens:
@@ -188,7 +188,7 @@ class MappedSource:
             f"{'; ...' if len(malformed) > NAMED_ROWS else ''}"
         )
         if stop:
-            raise DataError(f"{message}. Mend them, or set data.on_malformed=skip to train on the others")
+            raise DataError(f"{message}. Fix them, or set data.on_malformed=skip to train on the others")
         logger.warning("%s", message)
 
 

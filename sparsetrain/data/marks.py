@@ -1,4 +1,4 @@
-"""What a turn says about its own loss: the keys by which the usual formats leave turns, or parts of them, out."""
+"""Read the keys of a turn that select its loss, in the usual formats."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ DETAILS = ("train_detail", "training_detail")
 
 
 def learned_of(keys: dict[str, Any], role: str, content: str, turn: str) -> Learned:
-    """What is learned of a turn; the keys that say so are taken out.
+    """The learned part of a turn; its keys are removed.
 
     Raises:
-        MalformedRow: two keys disagree, one says neither yes nor no, or what it says is not clear.
+        MalformedRow: Two keys disagree, or a key's value or meaning is not clear.
     """
     if UNCLEAR in keys:
         raise MalformedRow(

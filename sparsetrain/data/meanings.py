@@ -1,4 +1,4 @@
-"""Columns with a meaning in the usual formats: read, or refused by name. All others are metadata."""
+"""Columns with a meaning in common formats, which are read or refused by name. All others are metadata."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def read_columns(kind: Kind, ignore: Collection[str]) -> tuple[str, ...]:
 
 
 def check_columns(row: Mapping[str, Any], kind: Kind, fields: Collection[str], ignore: Collection[str]) -> None:
-    """Refuse a row that says something in a column that its form cannot honour.
+    """Refuse a row with a value in a column that its form does not support.
 
     Args:
         fields: columns that the form needs; they are read whatever they are called.

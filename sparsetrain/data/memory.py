@@ -1,4 +1,4 @@
-"""Memory that runs out while data is read: the model's settings would not help."""
+"""Explain out-of-memory errors while data is read, where the model's settings would not help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def memory_explained(label: str) -> Iterator[None]:
 
 
 def out_of_memory(label: str, error: BaseException) -> DataMemoryError:
-    """What to say of a data source that did not fit into memory."""
+    """The error for a data source that does not fit into memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
     return DataMemoryError(
         f"data source {label!r}: memory ran out while it was read ({first_line(error).rstrip('.')}; the peak of this "

@@ -1,4 +1,4 @@
-"""Positions in the training data as checkpoints keep them, checked before anything goes on from there."""
+"""Schemas of the positions in the training data that checkpoints store."""
 
 from __future__ import annotations
 

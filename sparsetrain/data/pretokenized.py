@@ -1,4 +1,4 @@
-"""Rows that were tokenised before: ``input_ids`` with ``labels`` and masks, as trainers keep them."""
+"""Read pretokenised rows: ``input_ids`` with ``labels`` and masks."""
 
 from __future__ import annotations
 

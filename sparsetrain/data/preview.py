@@ -1,4 +1,4 @@
-"""How rows are read, for the eyes of whoever starts a run: the form, and a document with what is learned of it."""
+"""A preview of how rows are read: the form, and a document with the learned spans marked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def preview(label: str, form: str, tokens: Tokens | None, tokenizer: PreTrainedT
 
 
 def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a document on one line, what is learned of it between « and », long stretches shortened."""
+    """The text of a document on one line, with learned spans between « and », and long spans shortened."""
     parts: list[str] = []
     place = 0
     for start, stop in tokens.targets:

@@ -1,4 +1,4 @@
-"""Random draws as pure functions of a seed and a name, so that any of them can be repeated without the ones before."""
+"""Random draws as functions of a seed and a key, so that each can be repeated independently of earlier draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def generator(seed: int, *key: int | str) -> np.random.Generator:
-    """A generator of its own for each ``key``."""
+    """A separate generator for each ``key``."""
     return np.random.default_rng(int.from_bytes(_digest(seed, key), "little"))
 
 

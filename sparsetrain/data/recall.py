@@ -1,8 +1,8 @@
-"""Multi-query associative recall: pairs of tokens early in the document, filler, and then every key once more.
+"""Multi-query associative recall: key-value pairs early in the document, filler, and then every key again.
 
-The task is MQAR of Zoology (2312.04927, 3 and appendix C.1): ``k v`` pairs, and later ``k`` alone, whose value is the
-answer. It is made of tokens and not of text, so that a model of a few hundred thousand parameters learns it in minutes,
-and what a constant budget of keys must keep is small and exactly known: the pairs.
+The task is MQAR of Zoology (2312.04927, section 3 and appendix C.1): ``k v`` pairs, and later ``k`` alone, with the
+value as the answer. It consists of tokens, not of text, so that a model with a few hundred thousand parameters learns
+it in minutes, and the keys that a method must keep are known exactly: the pairs.
 """
 
 from __future__ import annotations

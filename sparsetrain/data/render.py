@@ -1,4 +1,4 @@
-"""From a row of a dataset to tokens and the spans of them that carry loss."""
+"""Convert a row of a dataset to tokens and the spans with loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_VERSION = 8
-"""Raised whenever the same row would give other tokens, so that nothing cached before is used."""
+"""Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 """Prompt of an Alpaca row where the tokenizer has no chat template."""
@@ -32,14 +32,14 @@ _USUAL: dict[str, Any] = {"tool_choice": "auto", "parallel_tool_calls": True}
 
 
 def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokens of one row; none for an empty text, or where the row says that nothing of it is learned.
+    """Render the tokens of one row; empty for an empty text, or if the row selects nothing to learn.
 
-    Text and prompt + completion begin with BOS where the tokenizer puts one and end with EOS, each of them once, also
-    where the text holds them already; a chat begins and ends as its template says; tokens are taken as they are.
+    Text and prompt + completion begin with BOS (if the tokenizer uses one) and end with EOS, each exactly once, even if
+    the text contains them already. A chat begins and ends as its template says. Pretokenised rows are not changed.
 
     Raises:
-        MalformedRow: a column is missing or of the wrong type, says what cannot be honoured, the completion is empty,
-            no turn is the assistant's, or the chat template refuses the conversation or leaves some of it out.
+        MalformedRow: A column is missing, has the wrong type or an unsupported value; the completion is empty; there is
+            no assistant turn; or the chat template refuses the conversation or omits a part of it.
     """
     check_columns(row, form.kind, form.fields, form.ignore)
     if found := [column for column in form.contrary if row.get(column)]:
@@ -101,7 +101,7 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
     _needs_template(tokenizer, "its prompt and completion are lists of turns")
     asked, answered = (conversation_of(value_of(row, field), repr(field), form.ignore) for field in form.fields)
     if not any(message["role"] == "assistant" for message in answered.messages):
-        raise MalformedRow("no turn of the completion is the assistant's, so there is nothing to learn from")
+        raise MalformedRow("the completion has no assistant turn, so there is nothing to learn")
     learned = [False] * len(asked.messages) + answered.learned
     conversation = Conversation(asked.messages + answered.messages, learned)
     return render_chat(_with_columns(conversation, row, form), tokenizer)

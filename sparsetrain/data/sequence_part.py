@@ -1,4 +1,4 @@
-"""One sequence over several ranks: which tokens of a batch each of them holds."""
+"""Split a batch over the ranks of sequence parallelism."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sparsetrain.data.batch import IGNORE, Batch
 
 
 def sequence_part(batch: Batch, rank: int, ranks: int) -> Batch:
-    """The tokens of a batch that one of ``ranks`` ranks holds: equally many on each, in order.
+    """The part of a batch for one of ``ranks`` ranks: equal numbers of tokens on each, in order.
 
-    Documents may go on from one rank to the next, so ``cu_seqlens`` stays that of the whole batch, and positions are
-    those in the document. Where the tokens do not divide, up to ``ranks - 1`` are added at the end as a document of
-    their own, which no other token sees and which carries no loss.
+    Documents may span ranks, so ``cu_seqlens`` stays that of the whole batch, and positions are those in the document.
+    If the tokens do not divide evenly, up to ``ranks - 1`` padding tokens are added at the end as a separate document
+    without loss.
 
     Args:
-        batch: a whole batch, ``[1, T]``.
-        rank: this rank among those that share the batch.
+        batch: A whole batch, ``[1, T]``.
+        rank: This rank among those that share the batch.
 
     Returns:
         A batch of ``[1, t]`` tokens, ``t = ceil(T / ranks)``. Its labels are ``[1, t + 1]``: the last one is the first

@@ -1,4 +1,4 @@
-"""Files of a table that are damaged: which, from which row on, and why. The readers of ``datasets`` do not say."""
+"""Find damaged table files, with row and reason, which the readers of ``datasets`` do not report."""
 
 from __future__ import annotations
 

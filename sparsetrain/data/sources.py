@@ -1,4 +1,4 @@
-"""Opening a data source with Hugging Face ``datasets``, and finding out how its rows become tokens."""
+"""Open a data source with Hugging Face ``datasets``, and determine the form of its rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ if not sys.stderr.isatty():
 
 @dataclass(frozen=True)
 class Reader:
-    """How a raw row is read and named. Small and picklable: it travels to the tokenising processes."""
+    """Reads and names raw rows. Small and picklable, as it is sent to tokenisation workers."""
 
     layout: Layout
     form: RowForm
@@ -179,7 +179,7 @@ def _table(
 def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
     if source.path in packaged_modules._PACKAGED_DATASETS_MODULES:
         raise DataError(
-            f"data source {source.label!r}: {source.path!r} is a loader of datasets and no data set, and would read "
+            f"data source {source.label!r}: {source.path!r} is a loader of datasets and not a data set, and would read "
             f"whatever lies in {os.getcwd()}; let path name files, or a Hub dataset with its owner"
         )
     return "table", lambda: _loaded(
@@ -225,7 +225,7 @@ def _unreadable(source: DataSource, problem: BaseException) -> DataError:
     if _is_on_disk(source):
         return DataError(f"data source {source.label!r} cannot be read: {reason}")
     return DataError(
-        f"data source {source.label!r}: {source.path!r} is no local file or folder, and as a Hub dataset (subset "
+        f"data source {source.label!r}: {source.path!r} is not a local file or folder, and as a Hub dataset (subset "
         f"{source.subset}, split {source.split}) it cannot be opened: {reason}. Check the id, subset and split; log in "
         "with `hf auth login` if it is gated; without a network, download it where there is one and let path name "
         "its files"

@@ -1,4 +1,4 @@
-"""The endless stream of training rows: draw pieces from the mixture, pack them, and know exactly where it stands."""
+"""The endless stream of training rows: draw pieces from the mixture, pack them, and save an exact position."""
 
 from __future__ import annotations
 
@@ -174,9 +174,9 @@ class RowStream:
         if changed:
             if changed[0] in _BY_SOURCE and (other := self._other_sources(mine[changed[0]], theirs.get(changed[0]))):
                 raise DataError(
-                    f"the rows of data source {listed(other)} are others than those that this run was trained on "
-                    f"({changed[0]} {theirs.get(changed[0])}, now {mine.get(changed[0])}); bring the data of that run "
-                    "back to resume it, or start a run of its own with the new data"
+                    f"the rows of data source {listed(other)} differ from those that this run was trained on "
+                    f"({changed[0]} {theirs.get(changed[0])}, now {mine.get(changed[0])}); restore the data of that "
+                    "run to resume it, or start a new run with the new data"
                 )
             raise DataError(
                 f"the data position to resume from was saved with {changed[0]} {theirs.get(changed[0])}, and the "

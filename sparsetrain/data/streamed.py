@@ -1,4 +1,4 @@
-"""Sources that are read and tokenised while training goes on."""
+"""Streaming sources: read and tokenised during training."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class StreamedSource:
 
     def _report(self, message: str) -> None:
         if self._stop:
-            raise DataError(f"{message}. Mend the row, or set data.on_malformed=skip to train on the others")
+            raise DataError(f"{message}. Fix the row, or set data.on_malformed=skip to train on the others")
         if self._passes:
             return
         self.malformed += 1

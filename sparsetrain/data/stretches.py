@@ -1,9 +1,9 @@
-"""Long conversations a stretch of turns at a time, so that the time to render them grows with their length alone.
+"""Render long conversations in stretches of turns, in time that is linear in their length.
 
-What a turn adds is found by writing the conversation up to it. Done for every turn of thousands, that takes time which
-grows with the square of their number. A template writes a turn by what stands near it, by how the conversation begins,
-and by what is asked last; so a stretch is written with those alone. It counts only if all stretches together are the
-text of the whole, letter by letter, and a sample of turns comes out as in the whole conversation.
+The text that a turn adds is found by rendering the conversation up to it. For thousands of turns this takes quadratic
+time. A template usually renders a turn depending on neighbouring turns, the beginning of the conversation and its last
+question, so a stretch is rendered with only these. The result is used only if all stretches together equal the text of
+the whole conversation exactly, and a sample of turns is rendered as in the whole conversation.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Passkey and multi-key retrieval: keys hidden in noise, one asked for at the end, at any length and depth.
+"""Passkey and multi-key retrieval: keys hidden in noise, with a question for one of them at the end.
 
-With distractors, the keys that may be asked for are marked where they are written, among others that look alike: what a
-constant budget must keep is then recognisable when it is read.
+With distractors, the keys that may be asked for are marked in the text, among similar ones that are not: a method with
+a constant budget of keys can then recognise which to keep.
 
 The passkey text is the one of Landmark Attention (2305.16300), as LongLoRA and most work since use it: an
 introduction, noise, the line with the key, noise, the question. A document is assembled from lines and words that were
 tokenised once, so that its cost hardly depends on its length.
 
-What holds: the tokens decode to the text; and they are the tokens of the whole text for every tokenizer that never
-merges across a line break and the text behind it, or across the space before a word (GPT-2's and later byte-level
-splits, sentencepiece).
+The tokens decode to the text. They equal the tokens of the whole text for every tokenizer that never merges across a
+line break and the text after it, or across the space before a word (GPT-2's and later byte-level splits,
+sentencepiece).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ANIMALS = (
     *("raven", "goose", "sheep", "camel", "mole", "eagle", "shark", "robin", "zebra", "snail", "bison", "moose"),
 )
 NAMES = [f"{colour} {animal}" for colour in COLOURS for animal in ANIMALS]
-"""Whose keys the multi-key task hides."""
+"""The names of keys in the multi-key task."""
 
 Task = Literal["passkey", "multikey"]
 
@@ -261,10 +261,10 @@ def multikey_prompt(
 
 
 def synthetic_task(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Retrieval | Recall:
-    """What builds the documents of a synthetic source.
+    """The builder of a synthetic source's documents.
 
     Raises:
-        DataError: more keys than the task has names for, or a vocabulary too small for it.
+        DataError: More keys than the task has names for, or a vocabulary that is too small.
     """
     assert source.synthetic is not None
     if source.synthetic == "recall":
@@ -296,7 +296,7 @@ class SyntheticSource:
         if self._lengths[-1] > row_length:
             raise DataError(
                 f"data source {self.label!r}: lengths asks for documents of {self._lengths[-1]} tokens, longer than "
-                f"sequence.length={row_length}; cut in two, a question loses its context"
+                f"sequence.length={row_length}; a split document would lose its context"
             )
         self._task = synthetic_task(source, tokenizer)
         self._seed = (seed, "synthetic", index)

@@ -1,10 +1,10 @@
 """The process that evaluates chat templates: requests on stdin, answers on stdout, one line of JSON each.
 
-A template is a program from outside. jinja2's sandbox keeps it from the machine, but bounds neither its time nor its
-memory, and no check inside of Python can: ``10 ** 10 ** 9`` is a single call that never comes back. The kernel can stop
-a process. This file is run by its path and imports nothing of the package, so that the process stays small.
+A template is an untrusted program. jinja2's sandbox isolates it from the machine, but limits neither time nor memory,
+and no check inside Python can: ``10 ** 10 ** 9`` is a single call that never returns. The kernel can stop a process.
+This file is run by path and imports nothing from the package, so that the process stays small.
 
-It ends when its stdin does, so that it never outlives the one that started it.
+It ends when its stdin is closed, so that it never outlives its parent.
 """
 
 from __future__ import annotations

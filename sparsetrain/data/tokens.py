@@ -1,4 +1,4 @@
-"""Held-out text as one stream of tokens, for perplexity."""
+"""Held-out text as one sequence of tokens, for perplexity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools and their calls, in the one form that chat templates know: OpenAI's, with arguments as objects."""
+"""Parse tools and tool calls into the form that chat templates expect: OpenAI's, with arguments as objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a turn stands in the text of its conversation, which the template may write otherwise than the turn's own."""
+"""Find the position of a turn in the rendered text of its conversation."""
 
 from __future__ import annotations
 

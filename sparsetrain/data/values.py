@@ -1,4 +1,4 @@
-"""One value of a row: there, of the right type, and free of what only a table's schema put there."""
+"""Read a single value of a row: check presence and type, and remove nulls that come from a table's schema."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text_value(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as problem:
-        raise MalformedRow(f"{name} is no valid Unicode: {problem.reason} at character {problem.start}") from problem
+        raise MalformedRow(f"{name} is not valid Unicode: {problem.reason} at character {problem.start}") from problem
     return value
 
 
@@ -101,17 +101,17 @@ def keyed_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} appears twice")
     return found
 
 
 def json_fault(problem: ValueError) -> str:
-    """What ``json.loads`` says, without Python's advice on numbers of thousands of digits."""
+    """The message of ``json.loads``, without Python's advice on numbers with thousands of digits."""
     return "a number of more than 4,300 digits" if "set_int_max_str_digits" in str(problem) else str(problem)
 
 
 def described(value: Any) -> str:
-    """What a value is, for a message."""
+    """The type of a value, for a message."""
     return "null" if value is None else f"of type {type(value).__name__}"
 
 

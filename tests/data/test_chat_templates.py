@@ -150,7 +150,7 @@ def test_the_next_conversation_is_rendered_after_one_that_was_stopped(rendered, 
 
 def test_empty_marks_and_marks_around_nothing_are_left_out(rendered):
     assert rendered(MARKED) == ("<user>one?<assistant>1<eos>", ["1<eos>"])
-    with pytest.raises(MalformedRow, match="leaves the assistant nothing to say"):
+    with pytest.raises(MalformedRow, match="writes nothing for the assistant's turns"):
         rendered("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}")
 
 

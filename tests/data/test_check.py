@@ -69,8 +69,8 @@ REFUSED = [
     ("data.sources.0.path=gone/*.jsonl", "no file matches gone/*.jsonl"),
     ("data.sources.0.path=./nothing", "the folder ./nothing holds no .jsonl"),
     ("data.sources.0.path=mixed", "mixed mixes kinds of files"),
-    ("data.sources.0.path=table.csv", "table.csv is of no known kind"),
-    ("data.sources.0.path=pipe.jsonl", "pipe.jsonl is no regular file"),
+    ("data.sources.0.path=table.csv", "table.csv is of an unknown kind"),
+    ("data.sources.0.path=pipe.jsonl", "pipe.jsonl is not a regular file"),
     ("data.sources.0.path=empty.jsonl", "is empty: empty.jsonl has no rows"),
     ("data.sources.0.path=broken.jsonl", "broken.jsonl:1: not valid JSON"),
     ("data.sources.0.path=list.jsonl", "list.jsonl:1: a JSON list, not an object"),
@@ -115,7 +115,7 @@ def test_data_that_no_run_could_start_with_is_refused(override, said, folder, ca
     ("broken", "said"),
     [
         ("{% for m in messages %}", "data.sources.0: the chat template cannot be compiled: line 1"),
-        ("{{ 1 / 0 }}", "asked.jsonl:1: no turn is the assistant's"),
+        ("{{ 1 / 0 }}", "asked.jsonl:1: it has no assistant turn"),
         ("{{ raise_exception('roles must alternate') }}", "chat.jsonl:1: the chat template refuses it: roles must"),
     ],
 )
@@ -156,7 +156,7 @@ def test_malformed_rows_that_the_recipe_skips_pass(folder):
 def test_what_a_template_writes_is_told_by_validate_and_doctor(folder, capsys):
     template("{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}")
     assert main(["recipe", "validate", "run.yaml", "data.sources.0.path=chat.jsonl"]) == 0
-    assert "note: the chat template writes '<|end|>', which is no token" in capsys.readouterr().err
+    assert "note: the chat template writes '<|end|>', which is not a token" in capsys.readouterr().err
     found = check_recipe_data(load_recipe("run.yaml", ["data.sources.0.path=chat.jsonl"]).recipe)
     assert [each.status for each in found] == ["ok", "warn", "warn"]
 

@@ -123,7 +123,7 @@ def test_a_short_streaming_source_gives_its_first_row_at_once(tmp_path, stream):
 
 def test_a_key_that_is_there_twice_is_no_valid_row():
     for line in ('{"text": "a", "text": "b"}', '{"text": "a", "more": [{"b": 1, "b": 2}]}'):
-        with pytest.raises(ValueError, match=r"the key '(text|b)' is there twice"):
+        with pytest.raises(ValueError, match=r"the key '(text|b)' appears twice"):
             parse_line(line)
 
 

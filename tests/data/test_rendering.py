@@ -109,7 +109,7 @@ def test_alpaca_is_chat_with_a_template_and_prompt_and_completion_without(mistra
         ({"prompt": None, "completion": "b"}, "'prompt' is null"),
         ({"messages": "a string"}, "'messages' is of type str, not a list of turns"),
         ({"messages": []}, "not a list of turns"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "no turn is the assistant's"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "it has no assistant turn"),
         ({"messages": [{"role": "owl", "content": "a"}]}, "turn 1 has the unknown role 'owl'"),
         ({"messages": [{"content": "a"}]}, "turn 1 has no role"),
         ({"messages": ["a"]}, "turn 1 is of type str, not a mapping"),

@@ -104,7 +104,7 @@ def test_the_standard_library_is_split_by_whole_files(stream):
         ({"path": "{folder}/latin1.txt", "streaming": True}, r"latin1\.txt is not UTF-8"),
         ({"path": "{folder}/broken.json"}, r"broken\.json:3 is not valid JSON"),
         ({"path": "{folder}/broken.parquet"}, r"broken\.parquet|Parquet"),
-        ({"path": "{folder}/picture.png"}, r"picture\.png is of no known kind"),
+        ({"path": "{folder}/picture.png"}, r"picture\.png is of an unknown kind"),
         ({"path": "{folder}/mixed"}, r"mixes kinds of files .*a\.jsonl.*b\.md"),
         ({"path": "{folder}/good.jsonl", "split": "validation"}, r"split belongs to Hub datasets"),
         ({"path": "{folder}/good.jsonl", "revision": "main"}, r"revision belongs to Hub datasets"),
@@ -141,5 +141,5 @@ def test_the_loaders_of_datasets_are_no_data_sets(loader, stream, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owl.json").write_text('{"text": "of nobody"}')
     for streaming in (False, True):
-        with pytest.raises(DataError, match=f"'{loader}' is a loader of datasets and no data set"):
+        with pytest.raises(DataError, match=f"'{loader}' is a loader of datasets and not a data set"):
             stream({"path": loader, "streaming": streaming})

@@ -177,8 +177,8 @@ def test_data_that_lies_elsewhere_must_be_the_same(finished, tiny, tmp_path, ref
     moved.write_text(text.replace("green", "white", 1))
     arguments = [f"data.sources.0.path={moved}", "--output", str(finished), "--resume"]
     error = refused("run", str(tiny), *arguments)
-    assert "elsewhere.jsonl' are others than those that this run was trained on (tokens of each source" in error
-    assert "bring the data of that run back to resume it" in error
+    assert "elsewhere.jsonl' differ from those that this run was trained on (tokens of each source" in error
+    assert "restore the data of that run to resume it" in error
 
 
 def test_fewer_steps_than_were_taken(finished, tiny, refused):
