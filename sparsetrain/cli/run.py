@@ -43,9 +43,9 @@ def run(
             from sparsetrain.recipe import load_recipe
 
             loaded = load_recipe(recipe, overrides or [], output)
-            from sparsetrain.training.output.folder_contents import refuse_early, run_folder
+            from sparsetrain.training.output.folder_contents import output_folder, refuse_early
 
-            refuse_early(run_folder(loaded.recipe), loaded.recipe, resume)
+            refuse_early(output_folder(loaded.recipe), loaded.recipe, resume)
             if os.environ.get("RANK", "0") == "0":
                 print_notes(loaded)
                 # Importing torch and DeepSpeed and reading the model take a while, silently.

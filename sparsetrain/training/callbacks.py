@@ -15,7 +15,7 @@ from sparsetrain.recipe import BatchPlan, dump_recipe
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.job import Job
 from sparsetrain.training.loop import Callbacks, StepResult, is_logged
-from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.evaluations import Evaluations
 from sparsetrain.training.output.tracking import Tracker
@@ -73,7 +73,7 @@ class RunCallbacks(Callbacks):
 
     def evaluate_at_end(self) -> None:
         """Evaluate the trained model; its last checkpoint may be the best one."""
-        result = self.evaluations.measure(folder.label_at_end(self.job.recipe))
+        result = self.evaluations.measure(run_folder.label_at_end(self.job.recipe))
         if result is None:
             return
         self.tracker.log(result.metrics(), self.state.step)
@@ -84,7 +84,7 @@ class RunCallbacks(Callbacks):
     def save(self, wait: bool) -> None:
         """See :meth:`Callbacks.save`."""
         activity.at("saving a checkpoint", self.state.step)
-        environment = json.dumps(folder.environment())
+        environment = json.dumps(run_folder.environment())
         documents = {"recipe.yaml": dump_recipe(self.job.recipe), "environment.json": environment}
         self.saver.save(self.state, documents, wait)
         self.job.progress.restart_clock()

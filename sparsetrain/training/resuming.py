@@ -12,7 +12,7 @@ from sparsetrain.training.changes import Resumption
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.distributed.build import Engine
 from sparsetrain.training.job import Job, Loaded
-from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output import run_folder
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def find_checkpoint(job: Job, loaded: Loaded) -> Start | None:
     for line in skipped:
         job.say(line)
     if newest is None:
-        job.world.on_main(lambda: folder.refuse_to_start_over(job.output, skipped))
+        job.world.on_main(lambda: run_folder.refuse_to_start_over(job.output, skipped))
         job.say(f"nothing to resume in {job.output}; starting from step 0")
         return None
     balanced = balance_factor(loaded.model) > 0
-    resumption = job.world.on_main(lambda: folder.resume(job.output, newest, job.recipe, balanced=balanced))
+    resumption = job.world.on_main(lambda: run_folder.resume(job.output, newest, job.recipe, balanced=balanced))
     return Start(newest, resumption)
 
 

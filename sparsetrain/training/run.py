@@ -31,11 +31,11 @@ from sparsetrain.training.job import Job, Loaded
 from sparsetrain.training.loop import Loop
 from sparsetrain.training.memory.liger import fuse_layers, wants_liger
 from sparsetrain.training.memory.quantize import quantize_base
-from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.evaluations import Evaluations, results_before_training
 from sparsetrain.training.output.export import export
-from sparsetrain.training.output.folder_contents import run_folder
+from sparsetrain.training.output.folder_contents import output_folder
 from sparsetrain.training.output.pictures import draw_run
 from sparsetrain.training.output.progress import Progress
 from sparsetrain.training.output.tracking import Tracker
@@ -67,7 +67,7 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
             world = init_world(recipe.deepspeed.timeout)
             with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
                 signals.last_words, watch.pass_on = watch.tell_stop, signals.pass_on
-                job = Job(recipe, run_folder(recipe), world, signals, Progress(rank=world.rank), occupied)
+                job = Job(recipe, output_folder(recipe), world, signals, Progress(rank=world.rank), occupied)
                 loaded = prepare(job, resume)
                 built = build(job, loaded, resume)
                 watch.last_words = built.callbacks.saver.abandon
@@ -99,7 +99,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     # transformers shows a progress bar for every folder it reads or writes; a run has its own.
     transformers.utils.logging.disable_progress_bar()
     recipe, world = job.recipe, job.world
-    world.on_main(lambda: folder.prepare(job.output, recipe, resume, job.occupied))
+    world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.occupied))
     check_machine(recipe, world.device, world.size)
     world.on_main(lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)
@@ -142,7 +142,7 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     else:
         state = restore(job, loaded, engine, start)
     if resume:
-        world.on_main(lambda: folder.describe(job.output, recipe, state.history))
+        world.on_main(lambda: run_folder.describe(job.output, recipe, state.history))
     tracker = _track(job, state, resumed=start is not None)
     evaluations = Evaluations(job, model, loaded.tokenizer, results, state.history)
     callbacks = RunCallbacks(job, plan, state, costs, saver, tracker, evaluations)
@@ -232,7 +232,7 @@ def _track(job: Job, state: TrainState, *, resumed: bool) -> Tracker:
         rank=job.world.rank,
         resume_id=state.wandb_run_id,
         say=job.say,
-        remake=lambda: folder.remake(job.output, job.recipe, job.occupied),
+        remake=lambda: run_folder.remake(job.output, job.recipe, job.occupied),
     )
     # Also drop step 0 of a run that died before its first checkpoint.
     tracker.rewind(state.step if resumed else -1)

@@ -9,7 +9,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.pictures import loss_curve
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.recipe import load_recipe
-from sparsetrain.training.output import run_folder as folder
+from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.model_card import _versions
 from sparsetrain.training.output.tracking import Tracker, _step_of
 
@@ -19,10 +19,10 @@ def test_pipes_are_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         read_results(tmp_path)
-    assert folder.read_history(tmp_path) == []
+    assert run_folder.read_history(tmp_path) == []
     assert "versions that are not known" in _versions(tmp_path)
     with ExitStack() as occupied:
-        folder._occupy(tmp_path, occupied)
+        run_folder._occupy(tmp_path, occupied)
     said = []
     recipe = load_recipe("tiny-sparsek", ["wandb.mode=disabled"]).recipe
     tracker = Tracker(recipe, tmp_path, rank=0, resume_id=None, say=said.append, remake=lambda: None)
@@ -48,11 +48,11 @@ def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
     with ExitStack() as occupied:
-        folder._occupy(tmp_path, occupied)
+        run_folder._occupy(tmp_path, occupied)
     assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_records_nested_without_end_are_damaged(tmp_path):
     (tmp_path / "history.json").write_text("[" * 200_000)
-    assert folder.read_history(tmp_path) == []
+    assert run_folder.read_history(tmp_path) == []
     assert _step_of("[" * 200_000) == float("inf")

@@ -30,7 +30,7 @@ UNFINISHED = re.compile(r".*\.(tmp|part|partial)")
 """Remains of interrupted processes, which are written again."""
 
 
-def run_folder(recipe: Recipe) -> Path:
+def output_folder(recipe: Recipe) -> Path:
     """The run folder of a recipe: its ``output``, or a folder with the recipe's name."""
     return Path(recipe.output or f"runs/{recipe.name}")
 
