@@ -71,7 +71,7 @@ class Case(ABC):
         return {"subject": self.subject, **options.model_dump(mode="json", exclude={"output"}), "opponents": names}
 
     def time(self, call: Callable[[], object], gradients: Sequence[Tensor] = ()) -> float:
-        """:func:`median_ms` with the options of the benchmark."""
+        """:func:`median_ms` with the benchmark's options; ``gradients`` are leaves of any shape ``[...]``."""
         return median_ms(call, device=self.device, budget_ms=self.options.budget, gradients=gradients)
 
     def begin(self, report: Report, log: Log) -> None:  # noqa: B027

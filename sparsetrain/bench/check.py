@@ -88,7 +88,11 @@ def relative_errors(got: Answer, want: Answer) -> tuple[float, ...]:
 
 
 def relative_error(got: Tensor, want: Tensor, rows: int = ROWS) -> float:
-    """RMS error over RMS of ``want``, all heads together, in the worst 128 rows: no wrong tile is averaged away."""
+    """Relative RMS error of ``got`` against ``want``, both ``[batch, heads, tokens, ...]``.
+
+    It is computed over all heads in each block of ``rows`` tokens, and the worst block counts, so that a wrong tile is
+    not averaged away.
+    """
     errors = []
     for a, b in zip(got.split(rows, dim=2), want.split(rows, dim=2), strict=True):
         b = b.float()

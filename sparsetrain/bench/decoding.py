@@ -69,7 +69,7 @@ class DecodeProblem(Shape):
         return 2 * keys * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def definition(self, layer: Layer, reads: str) -> Tensor:
-        """The output, computed in fp32, or for selected keys in fp64, a sequence at a time."""
+        """The reference output ``[batch, heads, 1, head_dim]`` by sequence: fp32, for selected keys fp64."""
         if reads == "selected":
             return torch.stack([self._selected(*text) for text in zip(*layer, self.scores(), strict=True)])
         pattern = self.pattern if reads == "blocks" else FullPattern(self.pattern.block)

@@ -42,8 +42,8 @@ def median_ms(
     On CUDA ``triton.testing.do_bench`` repeats a short call: it warms up, and empties the L2 cache before each.
 
     Args:
-        budget_ms: time to repeat the call for, in ms.
-        gradients: leaves whose ``.grad`` is dropped before every repetition, so that none adds up.
+        budget_ms: Total time for repetitions, in ms.
+        gradients: Leaves ``[...]`` whose ``.grad`` is reset before every repetition, so that it does not accumulate.
     """
     _elapsed_ms(call, device, gradients)
     first = _elapsed_ms(call, device, gradients)
@@ -77,10 +77,11 @@ def peak(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
 
 
 def extra_mib(step: Callable[[], Tensor], inputs: Sequence[Tensor], device: torch.device) -> float | None:
-    """Peak memory of a forward and backward pass beyond inputs, output and gradients; None where nothing counts it.
+    """Peak memory in MiB of a forward and backward pass beyond inputs, output and gradients; None without CUDA.
 
     Args:
-        step: returns the output and leaves its gradients in ``inputs``.
+        step: Runs the pass, returns the output ``[...]``, and leaves gradients in ``inputs``.
+        inputs: Leaves of any shape ``[...]``.
     """
     for leaf in inputs:
         leaf.grad = None

@@ -92,10 +92,11 @@ class CausalProblem(Shape, ABC):
 
     @abstractmethod
     def definition(self, *inputs: Tensor) -> Tensor:
-        """What a sparse implementation has to return, under the whole mask: for short lengths only.
+        """The reference output ``[batch, heads, tokens, head_dim]``, computed with the full mask (short lengths only).
 
         Args:
-            inputs: query, key, value, and the scores where the problem has some.
+            inputs: Query ``[batch, heads, tokens, head_dim]``, key and value ``[batch, kv_heads, tokens, head_dim]``,
+                and the scores ``[batch, kv_heads, tokens]`` if the problem has them.
         """
 
 
@@ -110,7 +111,7 @@ class PatternProblem(CausalProblem):
         return visible_pairs(self.pattern, length)
 
     def definition(self, *inputs: Tensor) -> Tensor:
-        """Attention under the mask of the pattern."""
+        """See :meth:`CausalProblem.definition`: attention with the mask of the pattern."""
         query, key, value = inputs
         return block_pattern_attention_dense(query, key, value, self.pattern, cu_seqlens=self.cu_seqlens())[0]
 
@@ -140,7 +141,7 @@ class SparseKProblem(CausalProblem):
         return growing * (growing + 1) / 2 + (length - growing) * keys
 
     def definition(self, *inputs: Tensor) -> Tensor:
-        """Attention under the mask and the gates of a selection that was made by sorting, row by row."""
+        """See :meth:`CausalProblem.definition`: attention with the mask and gates of a selection by sorting."""
         query, key, value, scores = inputs
         keys: dict[str, Any] = {"topk": self.topk, "window": self.window, "sinks": self.sinks}
         found = [select_by_sorting(each, **keys) for each in scores.flatten(0, 1)]

@@ -63,7 +63,11 @@ def attention_picture(
 
 
 def selection_picture(lifetimes: Mapping[int, torch.Tensor], out: Path) -> Path:
-    """How long the tokens of a row survive, by layer and head; ``lifetimes`` as in :meth:`Method.lifetimes`."""
+    """Draw how long the tokens of a row are read, by layer and head.
+
+    Args:
+        lifetimes: By layer, int32 ``[heads, N]``, as in :meth:`Method.lifetimes`.
+    """
     figure = _figure(12, 2.2 + 0.14 * sum(len(heads) for heads in lifetimes.values()))
     draw_survival(figure, lifetimes)
     return _save(figure, out)

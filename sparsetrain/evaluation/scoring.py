@@ -66,7 +66,7 @@ def deal(items: Sequence[T], world: World) -> list[tuple[T, int]]:
 
 
 def sum_over_ranks(counts: torch.Tensor, world: World) -> torch.Tensor:
-    """``counts`` summed over the default process group."""
+    """The sum of ``counts`` ``[...]`` over the default process group, on the CPU."""
     if world.size == 1:
         return counts
     counts = counts.to(world.device)

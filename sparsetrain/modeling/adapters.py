@@ -115,7 +115,7 @@ def save_adapters(
 
     Args:
         base: The recipe's ``model`` section, from which :func:`load_adapters` finds the base model.
-        state_dict: The tensors, by their names in the folder (:func:`adapter_tensors`).
+        state_dict: The tensors ``[...]``, by their names in the folder (:func:`adapter_tensors`).
 
     Raises:
         ModelError: A tensor is missing, or empty as the shards of ZeRO-3 are; or the model uses another method than the

@@ -44,7 +44,7 @@ def save(
     """Write a transformers folder: weights, config with the method, tokenizer if given, and ``sparsetrain.json``.
 
     Args:
-        state_dict: The weights by name, if the model itself holds only shards of them (ZeRO-3).
+        state_dict: The weights ``[...]`` by name, if the model itself holds only shards of them (ZeRO-3).
 
     Raises:
         ModelError: The model is not sparsified, contains LoRA adapters, or uses another method than the recorded one.

@@ -48,7 +48,10 @@ class Prepared:
     note: str = ""
 
     def leaves(self, tensors: Tensors) -> tuple[list[Tensor], Tensor]:
-        """The arguments of ``attend``, requiring gradients, and the gradient that arrives at the output."""
+        """The arguments of ``attend``, requiring gradients, and the gradient of the output.
+
+        All are in the implementation's layout; query and output from ``[batch, heads, tokens, head_dim]``.
+        """
         query, key, value, upstream, scores = tensors
         if self.repeat > 1:
             key, value = (tensor.repeat_interleave(self.repeat, 1) for tensor in (key, value))

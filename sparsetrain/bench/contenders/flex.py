@@ -59,7 +59,7 @@ def tile_lists(pattern: Pattern, length: int) -> TileLists:
 
 
 def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask of a diagonal tile, and of every tile of the lists."""
+    """The causal mask, for FlexAttention's ``mask_mod``: int32 scalars ``[]`` to a bool scalar."""
     return query >= key
 
 
