@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever interrupts the writing."""
+"""Atomic and durable file writes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 LARGEST = 1 << 26
-"""Bytes of a JSON or YAML file that a run wrote; more is none of ours."""
+"""Maximum bytes of a JSON or YAML file that a run wrote."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it; text as UTF-8.
+    """Write a file atomically: to a temporary file that is flushed to the disk and renamed; text as UTF-8.
 
     What was left at the place beside it, a pipe or a link too, is removed, not opened.
 
@@ -39,7 +39,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or folder: a rename must not outrun the bytes it announces."""
+    """fsync a file or folder, so that a rename is not written to the disk before the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,7 +54,7 @@ def flush_all(folder: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """Remove whatever stands at ``path``: a folder, a file, a link or nothing."""
+    """Remove ``path`` if it exists: a folder, a file or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -62,7 +62,7 @@ def remove_path(path: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
-    """Copy what a folder holds, but for some names, into another one.
+    """Copy the content of a folder, except some names, into another one.
 
     Contents alone: the modes of a run folder need not be those of one to give away.
     """
@@ -84,7 +84,7 @@ def read_bytes(file: Path) -> bytes:
     """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{file.name} is no file")
+        raise ValueError(f"{file.name} is not a file")
     if found.st_size > LARGEST:
         raise ValueError(f"{file.name} has {found.st_size:,} bytes, too many for what it should hold")
     return file.read_bytes()

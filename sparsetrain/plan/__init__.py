@@ -1,4 +1,4 @@
-"""What a recipe will need and how long a step will take, before anything runs: no torch, no network, no GPU."""
+"""Estimate the memory and step time of a recipe without running it: no torch, no network, no GPU."""
 
 from sparsetrain.plan.estimate import Plan, plan_recipe
 

@@ -1,4 +1,4 @@
-"""Bytes of the activations: a decoder layer's, tensor by tensor as autograd keeps them, and the loss's.
+"""Activation memory in bytes, of a decoder layer (the tensors that autograd saves) and of the loss.
 
 The lists follow transformers' Llama, Mistral and Qwen layers; ``tests/plan`` compares them with every allocation of the
 real modules. A name such as ``4 * hidden`` reads: an fp32 tensor of the width of the residual stream.
@@ -19,13 +19,13 @@ class LayerBytes:
     """One decoder layer and micro batch of one rank."""
 
     input: float
-    """What a checkpointed layer keeps: its input."""
+    """Bytes that a checkpointed layer saves: its input."""
     attention_result: float
-    """What selective checkpointing keeps besides: outputs of the attention operation, and a selection."""
+    """Bytes that selective checkpointing saves in addition: attention outputs, and a selection."""
     saved: float
-    """Everything that autograd keeps of one layer without checkpointing."""
+    """Bytes that autograd saves for one layer without checkpointing."""
     backward: float
-    """The most that one layer needs at a time in its backward pass, its own activations included."""
+    """Peak bytes of one layer's backward pass, including its own activations."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class LossBytes:
     """The final norm and the loss."""
 
     kept: float
-    """For every token, while the chunks are computed."""
+    """Bytes for all tokens while the chunks are computed."""
     chunk: float
-    """For one chunk, gradients of the logits included."""
+    """Bytes for one chunk, including gradients of the logits."""
     weight_gradient: float
-    """Of the output projection."""
+    """Bytes of the output projection's gradient."""
 
 
 def layer_bytes(setting: Setting) -> LayerBytes:
-    """The activations of a layer; of the dearer kind where dense and sparse layers alternate."""
+    """The activations of a layer; of the more expensive kind if dense and sparse layers alternate."""
     shape, parameters, tokens, e = setting.shape, setting.parameters, setting.tokens, setting.element
     hidden, q, kv, wide = shape.hidden, shape.q_width, setting.kv_width, shape.intermediate
     full, adapted = parameters.trains_matrices, parameters.targets
@@ -123,12 +123,12 @@ def loss_bytes(setting: Setting) -> LossBytes:
 
 
 def rotary_bytes(setting: Setting) -> float:
-    """Cosines and sines, positions and ids: once a micro batch."""
+    """Bytes of cosines and sines, positions and ids, once per micro batch."""
     return float((2 * setting.element * setting.shape.head_dim + 32) * setting.tokens)
 
 
 def _attention_extra(setting: Setting) -> float:
-    """Bytes a token that the attention operation itself needs in backward, of the dearest kind of layer."""
+    """Bytes per token that the attention operation needs in backward, for the most expensive kind of layer."""
     dense = setting.dense_attention.backward_bytes if setting.dense_layers else 0.0
     if setting.dense_layers == setting.shape.layers:
         return dense

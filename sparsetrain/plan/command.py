@@ -1,4 +1,4 @@
-"""The ``sparsetrain plan`` command: one recipe, or all the shipped ones as a page of the documentation."""
+"""The ``sparsetrain plan`` command: the plan of one recipe, or of all shipped ones as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def make_plan(
     config: Path | None = None,
     liger: bool = False,
 ) -> Plan:
-    """The plan of a recipe given by name or file, on ``gpus`` GPUs or as many as share a row."""
+    """The plan of a recipe given by name or file, on ``gpus`` GPUs, by default ``sequence.parallel``."""
     loaded = load_recipe(name, overrides)
     recipe = loaded.recipe
 
@@ -108,7 +108,7 @@ def make_plan(
 
 
 def shipped_page() -> str:
-    """Every shipped recipe's plan, by the command in its own first comment."""
+    """The plans of all shipped recipes, with the command in each recipe's first comment."""
     sections = [PAGE]
     for name, file in shipped_recipes().items():
         options = planned_options(file)
@@ -118,7 +118,7 @@ def shipped_page() -> str:
 
 
 def planned_options(file: Path) -> dict[str, str]:
-    """The options of the ``sparsetrain plan`` line in the comment that opens a recipe; none without such a line."""
+    """The options of the ``sparsetrain plan`` line in a recipe's first comment; empty without such a line."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break

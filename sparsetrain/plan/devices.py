@@ -1,4 +1,4 @@
-"""Accelerators by name: memory, rate of products, bandwidth of memory and of the links between them."""
+"""Accelerators by name: memory, FLOP/s of matrix products, memory bandwidth and link bandwidth."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sparsetrain.training.output.flops import peak_flops
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its maker's data sheet."""
+    """An accelerator, with values from the vendor's data sheet."""
 
     name: str
     memory: float
-    """Bytes, as the name counts them: 80 GB are 80e9."""
+    """Memory in bytes, in decimal units: 80 GB are 80e9."""
     bandwidth: float
-    """Bytes a second of its memory."""
+    """Memory bandwidth in bytes per second."""
     link: float
-    """Bytes a second from one card to another of the same host: NVLink in one direction, or PCIe."""
+    """Bandwidth in bytes per second between GPUs of one host: NVLink in one direction, or PCIe."""
     hopper: bool = False
-    """Our kernels for Hopper run on it; on the others the plain Triton ones do."""
+    """Whether it runs our Hopper kernels instead of the portable Triton kernels."""
 
     def flops(self, dtype: str) -> float:
         """Peak FLOP/s of products in ``dtype``, without sparsity."""
@@ -39,7 +39,7 @@ DEVICES: dict[str, Device] = {
     "l40s": Device("L40S 48GB", 48e9, 0.864e12, 32e9),
     "4090": Device("RTX 4090 24GB", 24e9, 1.01e12, 32e9),
 }
-"""What ``--device`` may name."""
+"""The devices that ``--device`` accepts."""
 
 
 def find_device(name: str) -> Device:
@@ -54,7 +54,7 @@ def find_device(name: str) -> Device:
 
 
 LEAST_MEMORY, MOST_MEMORY = 1e8, 1e14
-"""Bytes of one GPU that a plan is made for."""
+"""The minimum memory of a GPU in bytes."""
 
 
 def parse_memory(text: str) -> float:

@@ -1,4 +1,4 @@
-"""A plan: memory, time, whether it fits, and what to change where it does not."""
+"""A plan: memory, time, whether it fits, and suggested changes if it does not."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sparsetrain.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs on so many GPUs."""
+    """The estimated memory and time of a recipe on a number of GPUs."""
 
     setting: Setting
     capacity: float
-    """Bytes of one GPU."""
+    """Memory of one GPU in bytes."""
     memory: Memory
     time: StepTime
     dense_time: StepTime
     """The same recipe with full attention in every layer."""
     suggestion: Suggestion | None
-    """What to change where it does not fit."""
+    """Suggested changes if it does not fit."""
 
     @property
     def fits(self) -> bool:

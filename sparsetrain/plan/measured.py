@@ -14,22 +14,22 @@ BYTES_8BIT = 1.0
 """Bytes of a weight in LLM.int8; a scale for each row vanishes beside it."""
 
 CONTEXT = 1.0 * 2**30
-"""Bytes of the device that torch's allocator never sees: CUDA's context, NCCL, cuBLAS workspaces. An allowance."""
+"""Device memory in bytes outside of torch's allocator: CUDA context, NCCL, cuBLAS workspaces. An estimate."""
 
 MEASURED_PEAK, MEASURED_BANDWIDTH = 989.4e12, 4.8e12
 """Data-sheet peak in bf16 and bandwidth of the H200 that everything below was measured on."""
 
 MATRIX_SHARE = 0.62
-"""Share of the peak that the products of whole training steps reach; a bare product reached 0.80. With the next one it
-is fitted to `sparsetrain bench step` (Llama-3.2-1B's shape): 874 and 3,599 ms with PowerAttention at 32,768 and 131,072
-tokens, 1,494 and 14,699 with SDPA. A plan says 867, 3,568, 1,481 and 14,541. A loop of transformers and peft on
-Qwen3-8B's shape with adapters took 6.54 and 57.5 s, of which a plan says 5.98 and 54.1."""
+"""Fraction of peak FLOP/s that matrix products reach in training steps; an isolated product reached 0.80. This and the
+next one are fitted to `sparsetrain bench step` (Llama-3.2-1B's shape): 874 and 3,599 ms with PowerAttention at 32,768
+and 131,072 tokens, 1,494 and 14,699 with SDPA. A plan says 867, 3,568, 1,481 and 14,541. A loop of transformers and
+peft on Qwen3-8B's shape with adapters took 6.54 and 57.5 s, of which a plan says 5.98 and 54.1."""
 
 BANDWIDTH_SHARE = 0.70
-"""Share of the bandwidth that elementwise operations reach in whole steps. A bare copy reached 0.88."""
+"""Fraction of bandwidth that elementwise operations reach in training steps. An isolated copy reached 0.88."""
 
 LINK_SHARE = 0.67
-"""Share of a link's rate that collectives reach: 300 of 450 GB/s on NVLink. An allowance, not measured."""
+"""Fraction of link bandwidth that collectives reach: 300 of 450 GB/s on NVLink. An estimate, not measured."""
 
 GATHER_WAIT = 0.25e-3
 """Seconds that computation waits for each matrix that ZeRO-3 gathers, however well it is hidden. This and the next one
@@ -37,10 +37,10 @@ are from profiles of Qwen3-8B with adapters at 32,768 tokens on two H200s, 2026-
 0.48 s for 897 gathers."""
 
 BESIDE_GATHERS = 0.05
-"""By what share computation is slower while weights are gathered beside it: products 6 to 10 %, the rest 4."""
+"""Relative slowdown of computation while weights are gathered: products 6 to 10 %, other operations 4 %."""
 
 HOST_OPTIMIZER = 25e9
-"""Bytes a second and rank at which the optimizer runs through states in host memory. An allowance, not measured."""
+"""Bytes per second and rank of the optimizer with states in host memory. An estimate, not measured."""
 
 HOST_LINK = 40e9
-"""Bytes a second between a GPU and host memory, pinned (PCIe 5 x16). An allowance, not measured."""
+"""Bytes per second between a GPU and pinned host memory (PCIe 5 x16). An estimate, not measured."""

@@ -1,4 +1,4 @@
-"""The peak of one rank: the most that is held at a time, over the phases of a step."""
+"""Peak memory of one rank over the phases of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsetrain.plan.states import States, count_states
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held in one phase, in bytes by component. The order is that of the tables."""
+    """Memory in one phase, in bytes by component, in the order of the tables."""
 
     name: str
     parts: dict[str, float]
@@ -29,7 +29,7 @@ class Memory:
 
     phases: tuple[Phase, ...]
     host: float
-    """Host memory of one rank for what was moved there."""
+    """Host memory of one rank for offloaded tensors."""
 
     @property
     def peak(self) -> Phase:
@@ -52,7 +52,7 @@ COMPONENTS = (
     "loss",
     "update",
 )
-"""Names of the parts of a phase."""
+"""Names of the components of a phase."""
 
 
 def estimate_memory(setting: Setting) -> Memory:
@@ -120,7 +120,7 @@ def estimate_memory(setting: Setting) -> Memory:
 
 
 def _early_gradients(setting: Setting, states: States) -> float:
-    """Bytes of gradients that are there before backward: the sum over earlier micro batches; in ZeRO-3 always."""
+    """Bytes of gradients before backward: the sum over earlier micro batches; with ZeRO-3 always present."""
     if setting.stage == 3:
         return states.gradients
     if setting.batch.accumulation == 1:
@@ -129,7 +129,7 @@ def _early_gradients(setting: Setting, states: States) -> float:
 
 
 def _late_gradients(setting: Setting, states: States) -> float:
-    """Bytes of gradients before the last layer's own are there."""
+    """Bytes of gradients before those of the last layer are computed."""
     parameters = setting.parameters
     if setting.stage >= 2 or setting.batch.accumulation > 1 or not parameters.trains_matrices:
         return states.gradients

@@ -1,4 +1,4 @@
-"""Overrides of a model on the Hub whose config is known here: refused now, not once the model is downloaded."""
+"""Check overrides of known Hub models before they are downloaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROPE = frozenset(
         *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
     }
 )
-"""The same of ``rope_parameters``."""
+"""Keys of ``rope_parameters`` that every known family has."""
 
 
 def check_public(section: ModelSection) -> None:

@@ -1,4 +1,4 @@
-"""Plans for readers: tables for a terminal, Markdown for the documentation, JSON for programs."""
+"""Print plans as tables on a terminal, Markdown for the documentation, or JSON."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparsetrain.tables import print_tables
 
 GIB = 2**30
 ERROR = 0.15
-"""Share of the peak by which a plan may be off."""
+"""Relative error of a plan's peak that is expected."""
 SHORT = 0.05
-"""Seconds of a pass below which the host decides."""
+"""Seconds of a pass below which the host, not the GPU, limits the speed."""
 
 
 def headline(plan: Plan) -> str:
-    """What was planned, and whether it fits, in two sentences."""
+    """A summary in two sentences: the setting, and whether it fits."""
     setting = plan.setting
     name, gpus = setting.recipe.name, _gpus(plan)
     verdict = "fits" if plan.fits else "does not fit"
@@ -32,7 +32,7 @@ def headline(plan: Plan) -> str:
 
 
 def memory_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Component by phase in GiB, then the totals. Components that are nowhere are left out."""
+    """A table of components by phase in GiB, with totals. Components that are always zero are left out."""
     phases = plan.memory.phases
     rows = []
     for component in COMPONENTS:
@@ -68,7 +68,7 @@ def _seconds(value: float) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What is particular about this plan."""
+    """Notes specific to this plan."""
     setting = plan.setting
     lines = []
     if plan.fits and plan.memory.needed > (1 - ERROR) * plan.capacity:
@@ -91,7 +91,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def general_notes(plan: Plan) -> list[str]:
-    """What holds for every plan on this device."""
+    """Notes for every plan on this device."""
     setting = plan.setting
     scaled = "" if "H200" in setting.device.name else f" and are scaled to the {setting.device.name} by its data sheet"
     lines = [
@@ -126,7 +126,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def advice(plan: Plan) -> list[str]:
-    """What to change where it does not fit."""
+    """Suggested changes if it does not fit."""
     suggestion = plan.suggestion
     if suggestion is None:
         return []

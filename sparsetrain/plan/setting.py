@@ -1,4 +1,4 @@
-"""What an estimate depends on: the recipe, its model, and the GPUs it would run on."""
+"""The inputs of an estimate: the recipe, its model, and the GPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ZERO_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One rank of a run: everything that its memory and its time follow from."""
+    """One rank of a run, with all inputs of its memory and time."""
 
     recipe: Recipe
     shape: ModelShape
@@ -36,7 +36,7 @@ class Setting:
     """Processes, one a GPU."""
     device: Device
     liger: bool
-    """Liger's kernels are used."""
+    """Whether Liger's kernels are used."""
 
     @cached_property
     def parameters(self) -> Parameters:

@@ -1,4 +1,4 @@
-"""The shape of a model: from its config where that is on this machine, else from a table of public configs."""
+"""The shape of a model, from its config if it is on this machine, else from a table of public configs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sparsetrain.textfile import read_text
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder of the Llama family: what decides its parameters, its activations and its operations."""
+    """The dimensions of a dense decoder of the Llama family."""
 
     layers: int
     hidden: int
-    """Width of the residual stream."""
+    """Hidden size (of the residual stream)."""
     heads: int
     """Query heads."""
     kv_heads: int
@@ -33,21 +33,21 @@ class ModelShape:
     """Width of the gated MLP."""
     vocab: int
     tied: bool
-    """The output projection is the input embedding."""
+    """Whether the output projection is tied to the input embedding."""
     qk_norm: bool = False
-    """Queries and keys are normalised by head (Qwen3)."""
+    """Whether queries and keys are normalised per head (Qwen3)."""
     qkv_bias: bool = False
-    """The projections of queries, keys and values have biases (Qwen2)."""
+    """Whether the projections of queries, keys and values have biases (Qwen2)."""
     fused_qkv: bool = False
-    """Queries, keys and values come from one projection (Phi-3)."""
+    """Whether queries, keys and values come from one projection (Phi-3)."""
     fused_gate_up: bool = False
-    """Gate and up are one projection (Phi-3, GLM)."""
+    """Whether gate and up are one projection (Phi-3, GLM)."""
     decoder: str = "model"
-    """Where the decoder is in the model."""
+    """The path of the decoder in the model."""
     plain_head: bool = True
-    """Logits are the output projection and nothing else; otherwise the loss cannot be cut into chunks."""
+    """Whether logits are exactly the output projection; otherwise the loss cannot be computed in chunks."""
     rotary_fault: str | None = None
-    """Why its rotary positions keep ranks from sharing a sequence; None if they do not."""
+    """The reason why its rotary positions do not allow sequence parallelism; None if they do."""
 
     def as_config(self) -> dict[str, Any]:
         """A transformers config of this shape."""
@@ -141,7 +141,7 @@ PLANNED: dict[str, dict[str, Any]] = {
     "glm4": _GLM,
     "seed_oss": {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
 }
-"""The model types that can be planned, and what their configs mean where they do not say."""
+"""The model types that can be planned, with the defaults of their configs."""
 
 
 def find_shape(section: ModelSection, config_file: Path | None = None) -> ModelShape:

@@ -1,4 +1,4 @@
-"""The time of a step: operations over the rates that were measured, and bytes over bandwidths."""
+"""Estimate the time of a step from operations and measured rates, and from bytes and bandwidths."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ MATRICES_A_LAYER = 7
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they are spent on."""
+    """Seconds of one optimizer step, by component."""
 
     matrices: float
-    """Products with weights, what is recomputed included."""
+    """Products with weights, including recomputation."""
     attention: float
     elementwise: float
     """Norms, activations, rotary positions, cross entropy: bound by bandwidth."""
     communication: float
-    """What of it is not hidden."""
+    """Communication that does not overlap with computation."""
     optimizer: float
     tokens: int
     """Tokens of the step over all ranks."""
@@ -132,7 +132,7 @@ def _elementwise_bytes(setting: Setting) -> float:
 
 
 def _communication(setting: Setting, computing: float) -> float:
-    """Seconds of a step that ranks wait for each other's data."""
+    """Seconds of a step in which ranks wait for communication."""
     ranks, parameters, batch = setting.ranks, setting.parameters, setting.batch
     seconds = 0.0
     link = setting.device.link * LINK_SHARE
@@ -169,7 +169,7 @@ def _communication(setting: Setting, computing: float) -> float:
 
 
 def _optimizer(setting: Setting) -> float:
-    """Seconds of the update: reading and writing masters, moments, gradients and weights once."""
+    """Seconds of the optimizer step: reading and writing master weights, moments, gradients and weights once."""
     shards = setting.ranks if setting.stage >= 1 else 1
     moved = (2 * 12 + 2 * 4 + 2 * setting.element) * setting.parameters.trained / shards
     if setting.recipe.deepspeed.offload_optimizer == "cpu":

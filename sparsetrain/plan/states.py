@@ -19,9 +19,9 @@ class States:
     """Bytes on the device, unless said otherwise."""
 
     loading: float
-    """The model before ZeRO takes it."""
+    """The model before ZeRO partitions it."""
     weights: float
-    """What stays of the weights between the steps: everything, or this rank's shard."""
+    """The weights between steps: all, or this rank's shard."""
     gathered: float
     """ZeRO-3: whole weights of the layers in use."""
     gathered_head: float
@@ -31,13 +31,13 @@ class States:
     moments: float
     """Adam's two moments, fp32."""
     gradients: float
-    """What has become of all gradients at the end of backward."""
+    """Gradients at the end of backward."""
     bucket: float
     """DeepSpeed's buffer for gradients to reduce, from the first gradient to the end of backward (always at ZeRO-3)."""
     reducing: float
     """A second copy of a bucket while it is reduced."""
     stepping: float
-    """What the optimizer step adds for a moment: fp32 gradients, or fp64 copies for the norm."""
+    """Temporary memory of the optimizer step: fp32 gradients, or fp64 copies for the norm."""
     host: float
     """Bytes in host memory."""
 
@@ -119,7 +119,7 @@ def count_states(setting: Setting) -> States:
 
 
 def weight_bytes(setting: Setting) -> float:
-    """Bytes of all weights, the frozen matrices in 4 or 8 bits where the recipe says so."""
+    """Bytes of all weights, with frozen matrices in 4 or 8 bits if the recipe says so."""
     parameters, bits = setting.parameters, setting.recipe.base_bits
     each = {"none": float(setting.element), "4bit": BYTES_4BIT, "8bit": BYTES_8BIT}[bits]
     return parameters.matrices * each + setting.element * (parameters.total - parameters.matrices)

@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit: the cheapest changes first, until one combination fits."""
+"""Suggest changes for a recipe that does not fit, the cheapest first, until a combination fits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparsetrain.plan.setting import Setting
 from sparsetrain.recipe.schema import Recipe
 
 SHORTEST = 2048
-"""Tokens below which a shorter row is no longer suggested."""
+"""Minimum tokens of a shorter row that is suggested."""
 
 WORTH = 2**28
-"""Bytes that a change must save to be named."""
+"""Minimum bytes that a suggested change must save."""
 
 AT_ONCE = "eval.at_start=false"
 """Without an evaluation before training, ZeRO-3 shards the weights as they are read."""
@@ -25,11 +25,11 @@ class Change:
     """One change, on top of those before it."""
 
     overrides: tuple[str, ...]
-    """As they are appended to the command line."""
+    """Overrides, as they are appended to the command line."""
     costs: str
     """What it costs, in words."""
     saves: float
-    """Bytes of the peak."""
+    """Peak memory in bytes with this change."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Suggestion:
 
     changes: tuple[Change, ...]
     combination: tuple[str, ...]
-    """Overrides that fit together; empty where nothing does."""
+    """The overrides of a combination that fits; empty if none does."""
     needed: float
     """Bytes that the combination needs; without one, what all changes together need."""
 
@@ -93,7 +93,7 @@ def suggest(
 
 
 def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Changes from the cheapest to the dearest, and what each costs."""
+    """Changes from the least to the most expensive, and the cost of each."""
     recipe, shape = setting.recipe, setting.shape
     train, section = recipe.train, recipe.deepspeed
     micro = train.micro_batch

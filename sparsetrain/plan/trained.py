@@ -1,4 +1,4 @@
-"""How many parameters a run holds and how many it trains, by the part of the model they are in."""
+"""Numbers of parameters and trained parameters of a run, by part of the model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Parameters:
     """Linear layers of the decoder, without adapters."""
     embedding: int
     head: int
-    """The output projection; 0 where it is the embedding."""
+    """The output projection; 0 if it is tied to the embedding."""
     norms: int
     biases: int
     adapters: int
     new_modules: int
-    """What the attention method adds and trains."""
+    """Trained parameters that the attention method adds."""
     largest_matrix: int
     trained_decayed: int
     """Trained, in the optimizer group with weight decay: matrices."""
@@ -37,7 +37,7 @@ class Parameters:
     largest_trained: int
     """Elements of the largest tensor that is trained."""
     trains_matrices: bool
-    """The decoder's own matrices get gradients."""
+    """Whether the decoder's own matrices get gradients."""
     trains_head: bool
     trains_embedding: bool
     trains_norms: bool
@@ -117,14 +117,14 @@ def count_parameters(shape: ModelShape, recipe: Recipe, added: NewParameters) ->
 
 
 def _attention(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each projection of a layer's attention."""
+    """Rows and columns of each attention projection of a layer."""
     q, kv, hidden = shape.q_width, shape.kv_width, shape.hidden
     split = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
     return ({"qkv_proj": (q + 2 * kv, hidden)} if shape.fused_qkv else split) | {"o_proj": (hidden, q)}
 
 
 def _mlp(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """The same of its MLP."""
+    """Rows and columns of each MLP projection of a layer."""
     wide, hidden = shape.intermediate, shape.hidden
     split = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden)}
     return ({"gate_up_proj": (2 * wide, hidden)} if shape.fused_gate_up else split) | {"down_proj": (hidden, wide)}

@@ -124,7 +124,7 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path, write, minimal):
     for name in ("pipe.yaml", "folder.yaml", "/dev/zero"):
         with pytest.raises(RecipeError, match="a recipe is a YAML file"):
             load_recipe(tmp_path / name)
-        with pytest.raises(RecipeError, match=r"child.yaml:1: base: .* is no file"):
+        with pytest.raises(RecipeError, match=r"child.yaml:1: base: .* is not a file"):
             load_recipe(write("child.yaml", f"base: {name}\n"))
 
 

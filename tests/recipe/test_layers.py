@@ -58,7 +58,7 @@ def test_one_of_several_settings_takes_the_place_of_the_others(lay, settings, go
     loaded = lay(settings)
     for key, value in settings.items():
         assert getattr(loaded.recipe.train, key.removeprefix("train.")) == value
-    assert [note for note in loaded.notes if "takes the place" in note] == ([] if gone is None else loaded.notes[:1])
+    assert [note for note in loaded.notes if "replaces" in note] == ([] if gone is None else loaded.notes[:1])
     assert gone is None or f"replaces {gone} (" in loaded.notes[0]
 
 

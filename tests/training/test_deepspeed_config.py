@@ -182,9 +182,9 @@ def test_it_is_made_without_torch():
         ({"zero_optimization": {"elastic_checkpoint": True}}, "under which nothing changes"),
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is True, under which deepspeed.offload_optimizer"),
         ({"zero_optimization": {"cpu_offload_param": True}}, "under which deepspeed.offload_parameters of the recipe"),
-        ({"steps_per_print": 0}, "steps_per_print is 0"),
-        ({"steps_per_print": "often"}, "steps_per_print is 'often'"),
-        ({"steps_per_print": True}, "steps_per_print is True"),
+        ({"steps_per_print": 0}, "steps_per_print=0"),
+        ({"steps_per_print": "often"}, "steps_per_print='often'"),
+        ({"steps_per_print": True}, "steps_per_print=True"),
     ],
 )
 def test_a_setting_that_would_break_the_run_is_refused(refusal, given, said):

@@ -30,7 +30,7 @@ def test_pipes_are_not_waited_for(tmp_path):
     tracker.log({"loss": 1.0}, 1)
     tracker.finish()
     assert "metrics.jsonl cannot be written" in said[0]
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is no file"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not a file"):
         loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 

@@ -93,7 +93,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named_at_the_start(tmp_path, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").touch()
     error = refused("run", str(tiny), "--output", str(tmp_path / "run"))
-    assert f"{tmp_path}/run/checkpoints is no folder" in error
+    assert f"{tmp_path}/run/checkpoints is not a folder" in error
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, tiny, refused):
@@ -142,7 +142,7 @@ def test_a_resume_does_not_start_over_where_something_would_be_lost(finished, ti
     assert "skipping step-000006: state.json has 2 bytes instead of" in error
     assert content(finished) == before
     shutil.rmtree(finished / "checkpoints")
-    assert "would write over final" in refused("run", str(tiny), "--output", str(finished), "--resume")
+    assert "would overwrite final" in refused("run", str(tiny), "--output", str(finished), "--resume")
 
 
 def test_a_resumed_run_may_change_its_rate_length_faults_and_where_its_data_lies(
@@ -216,4 +216,4 @@ def test_what_may_change_on_resume(tiny_recipe, override, reason):
 def test_a_stream_may_not_move(tiny_recipe):
     stream = "data.sources.0.streaming=true"
     _, (line,) = changes(tiny_recipe(stream), tiny_recipe(stream, "data.sources.0.path=x.jsonl"))
-    assert "rows of a streaming source cannot be compared" in line
+    assert "rows of a streaming source at another location cannot be compared" in line

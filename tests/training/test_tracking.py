@@ -258,7 +258,7 @@ def test_a_missing_package_is_no_reason_to_stop(tmp_path, said, monkeypatch):
     tracker.log({"loss": 2.5}, 1)
     tracker.finish()
     assert len(said) == 1
-    assert "metrics go to" in said[0]
+    assert "metrics go only to" in said[0]
     assert len(metrics(tmp_path)) == 1
 
 
