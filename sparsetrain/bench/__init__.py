@@ -1,1 +1,1 @@
-"""Benchmarks of the operations against the best that others have: one module a command of ``sparsetrain bench``."""
+"""Benchmarks of operations against other implementations: one module per command of ``sparsetrain bench``."""

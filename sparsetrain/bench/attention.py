@@ -1,4 +1,4 @@
-"""Attention in training, forward and backward: how any problem of it is checked, timed and shown."""
+"""Benchmarks of attention in training (forward and backward): check, time and report implementations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsetrain.bench.problem import CausalProblem, Tensors
 from sparsetrain.bench.table import ComparedRow, Panel, Report, Row, column
 
 MAX_CHECKED = 8192
-"""Tokens of the comparison with the oracle, which builds the whole mask."""
+"""Number of tokens for the comparison with the reference, which builds the full mask."""
 ORACLE = "fp32 oracle"
 PATIENCE_MS = 2000.0
 """A forward and backward pass that takes longer even at the rate of a matrix product is measured once."""

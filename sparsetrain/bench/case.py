@@ -24,14 +24,14 @@ Pair = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One benchmark. :func:`run` does what all have in common."""
+    """A benchmark. :func:`run` is the common part."""
 
     name: str
     """Of its files."""
     options: Any
     contenders: tuple[Any, ...]
     known: tuple[Any, ...]
-    """Those that other machines can measure too."""
+    """Contenders that other machines can measure."""
     subject: str
     """What is measured, for the title of a picture."""
     conclude: Callable[[Report], Iterable[str]] = field(default=lambda report: (), kw_only=True)
@@ -53,7 +53,7 @@ class Case(ABC):
         return True
 
     not_counted: ClassVar[str] = ""
-    """What a CPU has not."""
+    """Columns that are not measured on a CPU."""
 
     @property
     def on_a_cpu(self) -> str:

@@ -1,4 +1,4 @@
-"""Whether the implementations compute the same: outputs and gradients, before any of them is timed."""
+"""Check that implementations agree in outputs and gradients, before they are timed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def answer(prepared: Prepared, tensors: Tensors) -> Answer:
 
 
 def oracle(problem: CausalProblem, tensors: Tensors, sparse: bool) -> Answer:
-    """The definition in fp32, under the whole mask: for short lengths only."""
+    """The reference in fp32 with the full mask, for short lengths only."""
     scores = [tensors.scores] if sparse and tensors.scores is not None else []
     inputs = [tensor.detach().float().requires_grad_() for tensor in (*tensors[:3], *scores)]
     if sparse:

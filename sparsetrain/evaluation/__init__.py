@@ -1,1 +1,1 @@
-"""What a model can do with a long context: tasks, each one file, and what runs, reports and draws them."""
+"""Evaluation of long-context abilities: tasks (one file each), their runner, report and pictures."""

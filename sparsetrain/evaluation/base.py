@@ -1,4 +1,4 @@
-"""The seam of an evaluation task: its section of a recipe, its inputs, and what it measured.
+"""The interface of an evaluation task: its config (a recipe section), its inputs, and its results.
 
 A task is one file in ``tasks/`` with three classes, and one line in ``registry.py``. Nothing else names it: the schema,
 the checks before a run, the loop, ``checkpoint.keep_best``, the report and the pictures go through what is declared
@@ -42,14 +42,15 @@ TaskName = Annotated[str, Field(max_length=64, pattern="^[a-z_][a-z0-9_]*$"), Af
 
 
 class TaskSection(Section, ABC):
-    """An entry of ``eval.tasks``: which task, and its settings."""
+    """An entry of ``eval.tasks``: a task and its settings."""
 
     result: ClassVar[type[TaskResult]]
-    """What the task measures."""
+    """The kind of task."""
 
     task: str
     name: TaskName | None = None
-    """Its name in metrics, tables and ``checkpoint.keep_best``; by default the task's. Two of one kind need two."""
+    """Its name in metrics, tables and ``checkpoint.keep_best``; by default the task's. Two tasks of one kind need
+    different names."""
 
     @property
     def label(self) -> str:
@@ -116,7 +117,7 @@ class TaskSection(Section, ABC):
 
 
 class Task(ABC):
-    """The inputs of a task, and how a model is measured on them."""
+    """The inputs of a task, and the evaluation of a model on them."""
 
     @abstractmethod
     def num_forwards(self, ranks: int) -> int:
@@ -134,18 +135,18 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class TaskReport:
-    """How results are shown, on the console and in ``report.md``."""
+    """How results are presented on the console and in ``report.md``."""
 
     title: str
     """Of the table on the console."""
     heading: str
     """Of the section in ``report.md``."""
     about: str
-    """What the numbers are: a paragraph in ``report.md``."""
+    """An explanation of the numbers: a paragraph in ``report.md``."""
     rows: Rows
     """A row for each result."""
     shares: bool = False
-    """The cells are percentages, which are coloured."""
+    """Whether the cells are percentages, which are coloured."""
     details: Mapping[str, Rows] = field(default_factory=dict)
     """A table for each result."""
     details_heading: str = ""
@@ -173,7 +174,7 @@ class LossMarks:
 
 
 class TaskResult(BaseModel, ABC):
-    """What a task measured, as JSON."""
+    """The result of a task, serialisable as JSON."""
 
     # A diverged model measures inf or nan, which plain JSON has no number for.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")

@@ -1,4 +1,4 @@
-"""How sure a share of a few trials is."""
+"""Confidence intervals of proportions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, which stays sensible at 0 and at 1 where the usual one has width 0.
+    """Wilson's 95 % confidence interval of a proportion, which is valid at 0 and 1, where the normal one has width 0.
 
     20 of 20 right answers: (0.84, 1.0).
     """

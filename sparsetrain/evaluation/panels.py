@@ -1,4 +1,4 @@
-"""The panels of the pictures: each function draws into the axes or the figure it is given."""
+"""The panels of pictures: each function draws into given axes or a figure."""
 
 from __future__ import annotations
 

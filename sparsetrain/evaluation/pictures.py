@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files. Each is a file of its own and a panel of ``report.png``."""
+"""Pictures of a run as PNG files. Each is a separate file and a panel of ``report.png``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def loss_curve(metrics: Path, out: Path, results: Mapping[str, EvalResult] | None = None) -> Path:
-    """Training loss, learning rate and what evaluations measured of a loss over steps, from ``metrics.jsonl``."""
+    """Draw training loss, learning rate and evaluation results over steps, from ``metrics.jsonl``."""
     figure = _figure(8, 4.5)
     lines = _read_metrics(metrics)
     draw_loss(figure.subplots(), lines, _loss_marks(results or {}, lines))
@@ -120,7 +120,7 @@ def _loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

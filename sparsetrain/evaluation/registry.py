@@ -1,4 +1,4 @@
-"""The evaluation tasks there are. A new one of ours is a file in ``tasks/`` and a line here.
+"""The registry of evaluation tasks. A new one of ours is a file in ``tasks/`` and a line here.
 
 The schema of a recipe needs their sections, and what they measure with stands above recipes. So they are named
 here, and imported when one is asked for.
@@ -83,7 +83,7 @@ class _ByTask:
 
     base: type[BaseModel] = TaskSection
     strict = True
-    """JSON is taken as the rest of a recipe: ``"30"`` is no number."""
+    """Types are strict, as in the rest of a recipe: ``"30"`` is not a number."""
 
     @staticmethod
     def choice(section: type[TaskSection]) -> type[BaseModel]:
@@ -135,7 +135,7 @@ class _ResultByTask(_ByTask):
 
 
 AnyTask = Annotated[TaskSection, _ByTask]
-"""An entry of ``eval.tasks``: the field ``task`` decides which section it is."""
+"""An entry of ``eval.tasks``; its field ``task`` selects the class."""
 
 AnyResult = Annotated[TaskResult, _ResultByTask]
-"""What a task measured: the field ``task`` decides what that is."""
+"""The result of a task; its field ``task`` selects the class."""

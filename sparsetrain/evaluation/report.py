@@ -1,4 +1,4 @@
-"""Evaluations compared: tables for the console, and ``evaluation.json`` and ``report.md`` for the run folder."""
+"""Compare evaluations: tables on the console, and ``evaluation.json`` and ``report.md`` in the run folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULTS_FILE = "evaluation.json"
 REPORT_FILE = "report.md"
 
 RESULTS = TypeAdapter(dict[str, EvalResult])
-"""What ``evaluation.json`` holds: results by their labels."""
+"""The content of ``evaluation.json``: results by label."""
 
 
 def print_results(results: Mapping[str, EvalResult], console: Console | None = None) -> None:
@@ -69,7 +69,7 @@ def write_report(
 
 
 def read_results(folder: Path) -> dict[str, EvalResult]:
-    """The results that :func:`write_report` left in a run folder; none where it left nothing.
+    """The results that :func:`write_report` wrote into a run folder; empty if there is no file.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -100,7 +100,7 @@ def _table(title: str, rows: Rows, shares: bool = False) -> Table:
 
 
 def _colored(cell: str) -> Text:
-    """Shares from red to green; anything else as it is."""
+    """Colour percentages from red to green; leave other cells unchanged."""
     share = cell.removesuffix("%")
     if not share.isdecimal():
         return Text(cell)

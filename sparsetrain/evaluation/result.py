@@ -1,4 +1,4 @@
-"""What an evaluation measured, as JSON."""
+"""The result of an evaluation, serialisable as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EvalResult(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     tasks: dict[str, AnyResult] = {}
-    """By the names of the tasks."""
+    """Results by task name."""
 
     def metrics(self) -> dict[str, float]:
         """The result as flat numbers for :class:`~sparsetrain.training.output.tracking.Tracker`."""

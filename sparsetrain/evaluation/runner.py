@@ -1,4 +1,4 @@
-"""Runs the tasks of an ``eval`` section on a model."""
+"""Run the tasks of an ``eval`` section on a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
-    """Make the inputs of :func:`evaluate` and drop them: a mistake ends a run before its training, not after.
+    """Build the inputs of :func:`evaluate` as a test, so that a mistake stops a run before training, not after it.
 
     Raises:
         RecipeError, DataError: as :func:`evaluate` would.
@@ -35,7 +35,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
-    """Measure what the ``eval`` section asks for.
+    """Run the tasks of an ``eval`` section.
 
     With several ranks the work is dealt out and the counts are summed over the default process group. Every rank runs
     equally many forward passes, as ZeRO-3 needs, and returns the same result.

@@ -1,4 +1,4 @@
-"""Next-token predictions on packed rows, and how rows are dealt to ranks that must run in lockstep."""
+"""Next-token predictions on packed rows, and the distribution of rows over ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsetrain.modeling import has_plain_head
 from sparsetrain.world import World
 
 CHUNK = 2048
-"""Positions whose logits exist at the same time."""
+"""Number of positions whose logits are computed at once."""
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def predictions(
     model: PreTrainedModel, batch: Batch, device: torch.device, num_chunks: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What the model predicts for every labelled token of a packed row, a chunk of them at a time.
+    """The model's predictions for every labelled token of a packed row, computed in chunks.
 
     The logits of the whole row never exist, unless the model changes them after its output projection (soft-capping,
     say) and so must compute them itself.
@@ -59,7 +59,7 @@ def predictions(
 
 
 def deal(items: Sequence[T], world: World) -> list[tuple[T, int]]:
-    """The items of one rank, each with weight 1, filled up with weight 0 so that all ranks get equally many."""
+    """The items of one rank with weight 1, padded with items of weight 0 so that all ranks have the same number."""
     rounds = -(-len(items) // world.size)
     mine = range(world.rank, rounds * world.size, world.size)
     return [(items[index], 1) if index < len(items) else (items[0], 0) for index in mine]

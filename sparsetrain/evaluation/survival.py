@@ -1,4 +1,4 @@
-"""The panel of a learned selection: which tokens of a row are still read, and for how long."""
+"""The panel of a learned selection: how long the tokens of a row are read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 1024
-"""Most columns of the picture: tokens share one where there are more, and the longest-lived is drawn."""
+"""Maximum number of columns of the picture; with more tokens, each column shows the maximum of several."""
 
 
 def draw_survival(figure: Figure, lifetimes: Mapping[int, torch.Tensor]) -> None:
-    """One line a layer and head, tokens from left to right, the brighter the longer a token is read.
+    """One row per layer and head, tokens from left to right; brighter means that a token is read longer.
 
     Args:
         lifetimes: by layer, int32 ``[heads, N]``: rows in which a token was read after it had left the window. All of

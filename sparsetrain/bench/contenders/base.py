@@ -1,4 +1,4 @@
-"""What an implementation is to a benchmark. Each gets a problem ready; what it cannot do it says."""
+"""The interface of an implementation in benchmarks: it prepares a problem, or reports that it cannot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Attention = Callable[..., Tensor]
 
 
 class Layout(NamedTuple):
-    """How an implementation wants its tensors: from ``[batch, heads, tokens, head_dim]`` and back to it."""
+    """The tensor layout of an implementation: conversion from and to ``[batch, heads, tokens, head_dim]``."""
 
     arrange: Callable[[Tensor], Tensor]
     restore: Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation, ours among them."""
+    """An implementation to compare; ours is one of them."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""Attention to every key before a token: cuDNN and FlashAttention 2 as torch has them, FlashAttention 4."""
+"""Dense causal attention: cuDNN and FlashAttention 2 from torch, and FlashAttention 4."""
 
 from __future__ import annotations
 

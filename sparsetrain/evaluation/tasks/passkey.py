@@ -1,4 +1,4 @@
-"""Passkey retrieval: does the model find a key hidden at some depth of a long prompt?"""
+"""Passkey retrieval: find a key that is hidden at some depth of a long prompt."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class PasskeyResult(TaskResult):
     lengths: list[int]
     """Prompt lengths in tokens."""
     depths: list[float]
-    """Where the key was hidden: 0 at the beginning of the prompt, 1 at its end."""
+    """Depths of the key: 0 is the beginning of the prompt, 1 its end."""
     trials: int
     """Prompts in a cell."""
     digits: int
     """Digits of a key."""
     correct: list[list[int]]
-    """Prompts answered right, ``[length][depth]``."""
+    """Number of correct answers, ``[length][depth]``."""
 
     def accuracy(self) -> list[list[float]]:
         """Share of right answers, ``[length][depth]``."""

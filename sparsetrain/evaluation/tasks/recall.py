@@ -1,4 +1,4 @@
-"""Recall: how many answers of a synthetic task does the model find in documents it was not trained on?"""
+"""Recall: the fraction of answers of a synthetic task that the model finds in held-out documents."""
 
 from __future__ import annotations
 
