@@ -1,4 +1,4 @@
-"""What this process is doing in its run: what error messages name, and whose progress the other ranks watch."""
+"""The current activity of this process, for error messages and for the supervision by other ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass
 class Activity:
-    """The step and the part of it that the main thread is in. Only the main thread writes; setting it costs nothing.
+    """The step and the part of it in which the main thread is. Only the main thread writes; setting it is cheap.
 
     Every rank calls :meth:`at` in the same order, so of two ranks that do not move, the one with the lower ``order``
     keeps the other waiting.
     """
 
     part: str = "start"
-    """What is being done, as a person would say it: ``backward``, ``saving a checkpoint``."""
+    """A description of the activity: ``backward``, ``saving a checkpoint``."""
     step: int = 0
     """Optimizer step, 1 being the first; 0 outside of the steps."""
     order: int = 0
@@ -41,7 +41,7 @@ class Activity:
         self.moves += 1
 
     def moving(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """``callback``, whose calls are signs of progress from now on."""
+        """Wrap ``callback`` so that its calls count as progress."""
 
         def call(*arguments: Any) -> None:
             self.moved()
@@ -50,7 +50,7 @@ class Activity:
         return call
 
     def reset(self) -> None:
-        """Begin another run in this process."""
+        """Reset for another run in this process."""
         self.part, self.step, self.order, self.moves, self.timed = "start", 0, 0, 0, False
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Activity:
 
 
 activity = Activity()
-"""Of this process."""
+"""The activity of this process."""
 
 
 def waits_for_others() -> bool:

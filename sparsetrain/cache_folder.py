@@ -1,4 +1,4 @@
-"""The folder where Hugging Face's libraries keep what they download and tokenise, and what to say when it is full."""
+"""The cache folder of Hugging Face's libraries, and the message for errors when it is full or not writable."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FIXES = {
     errno.ENOTDIR: "make it a folder",
     errno.EEXIST: "make it a folder",
 }
-"""What helps where the cache cannot be written."""
+"""The fix for a cache that cannot be written."""
 WITHOUT_ROOM = ("not enough disk space", "no space left on device", "disk quota exceeded")
-"""How libraries say it that drop the number of the error."""
+"""Messages of libraries that drop the error number."""
 
 
 def cache_folder() -> str:
@@ -27,7 +27,7 @@ def cache_folder() -> str:
 
 
 def cache_fault(error: BaseException, places: tuple[str, ...] = ()) -> str | None:
-    """What an error of a library says about the cache: that it is full, or cannot be written to; None where it says
+    """The fault of the cache that an error of a library shows: it is full, or cannot be written to; None if it says
     something else.
 
     Args:

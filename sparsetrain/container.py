@@ -1,4 +1,4 @@
-"""What containers lack: a home that can be written to, a name for the user. Settled before libraries look for them."""
+"""Set environment variables that containers lack (a writable home, a user name) before libraries need them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CACHES = {
 
 
 def prepare_environment(environment: Environment) -> list[str]:
-    """Give caches a folder where the home cannot be written to, and the user a name where the system knows none.
+    """Set cache folders if the home is not writable, and a user name if the system has none.
 
     What the environment already sets stays. Logins are still read from the home.
 

@@ -1,4 +1,4 @@
-"""``sparsetrain doctor``: what would stop or spoil a run on this machine, found before it starts, with the fix."""
+"""``sparsetrain doctor``: find problems of this machine or recipe before a run starts, with fixes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHARED_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The finding of a check."""
 
     status: Literal["ok", "warn", "fail"]
     check: str
@@ -89,7 +89,7 @@ def diagnose(
 def run_checks(
     recipe: Recipe | None = None, naming_places: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Iterator[Finding]:
-    """Every check in turn. One that breaks is itself a finding."""
+    """Run all checks in order. A check that raises is a finding, too."""
     checks: list[tuple[str, Callable[[], Finding | Iterable[Finding]]]] = [
         ("versions", check_versions),
         ("kernels package", check_kernels_package),
@@ -124,7 +124,7 @@ def run_checks(
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and the packages a run stands on, against the range they were tried in."""
+    """Check the versions of Python and the packages against their tested range."""
     yield check_version("python", platform.python_version(), *PYTHON)
     for package, (oldest, newest) in TESTED.items():
         if package == "triton" and platform.system() != "Linux":
@@ -174,7 +174,7 @@ def check_kernels_package() -> Finding:
 
 
 def check_extension_locks() -> Finding | list[Finding]:
-    """Locks that an interrupted build of a torch extension left: every later run waits for them without a word."""
+    """Check for lock files of interrupted builds of torch extensions, on which every later run would silently wait."""
     name = "extension locks"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
@@ -193,7 +193,7 @@ def check_extension_locks() -> Finding | list[Finding]:
 
 
 def check_port() -> Finding:
-    """The port on which ranks meet: ``MASTER_PORT``, or the deepspeed launcher's default."""
+    """Check the port for connecting ranks: ``MASTER_PORT``, or the deepspeed launcher's default."""
     port = int(os.environ.get("MASTER_PORT", "29500"))
     with socket.socket() as probe:
         # As torch's own store does; otherwise a port that closed a moment ago counts as taken.
@@ -207,7 +207,7 @@ def check_port() -> Finding:
 
 
 def check_device() -> Finding:
-    """The GPU, and whether this build of torch has code for it."""
+    """Check the GPU, and whether this build of torch supports it."""
     import torch
 
     if not torch.cuda.is_available():
@@ -254,7 +254,7 @@ def check_caches() -> Finding:
 
 
 def check_shared_memory() -> Finding:
-    """Room in ``/dev/shm``, through which NCCL passes data between the GPUs of a host: containers have 64 MiB."""
+    """Check the size of ``/dev/shm``, which NCCL uses between GPUs of a host: containers often have 64 MiB."""
     import torch
 
     folder = Path(SHARED_MEMORY)
@@ -268,7 +268,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_attention() -> Finding:
-    """Sparse attention, forward and backward, against dense attention with the same mask in fp64."""
+    """Check sparse attention, forward and backward, against dense attention with the same mask in fp64."""
     import torch
     from sparsetrain_kernels import block_pattern_attention, block_pattern_attention_dense
 
@@ -340,7 +340,7 @@ def check_compiler(recipe: Recipe | None = None) -> Finding:
 
 
 def check_wandb(recipe: Recipe | None = None) -> Finding:
-    """Whether W&B will find a login, without asking the network."""
+    """Check for a W&B login, without network access."""
     mode = "auto" if recipe is None else recipe.wandb.mode
     if mode in ("offline", "disabled"):
         return Finding("ok", "W&B", f"{mode} in the recipe; no login needed")

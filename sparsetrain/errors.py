@@ -1,4 +1,4 @@
-"""The errors a user may meet. Each carries one readable message; the command line prints it and exits with code 2."""
+"""Errors for users. Each has one readable message; the command line prints it and exits with an error code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RecipeError(SparsetrainError):
 
 
 class ModelError(SparsetrainError):
-    """The model cannot be loaded, or cannot take the attention method asked for."""
+    """The model cannot be loaded, or does not support the attention method."""
 
 
 class DataError(SparsetrainError):
@@ -42,5 +42,5 @@ class BenchError(SparsetrainError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the stack that some append; its class where it says nothing."""
+    """The message of a library's error, without an appended stack trace; its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Which models change their logits after the output projection; told by their configs, without torch."""
+"""Whether a model changes its logits after the output projection, according to its config, without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOGIT_TRANSFORMS = (
     "output_logit_soft_cap",
     "output_multiplier_scale",
 )
-"""Fields of a config that do so, unless they are 1."""
+"""Config fields that scale or cap logits, unless they are 1."""
 
 
 def changes_logits(field: Callable[[str], Any]) -> bool:

@@ -34,7 +34,7 @@ def _check_distances(distances: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Pattern(ABC):
-    """Which key blocks each query block reads.
+    """A block pattern: the key blocks that each query block reads.
 
     Raises:
         ValueError: a parameter is out of range; the message names it and its value.
@@ -68,7 +68,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def key_blocks(self, query_block: int, head: int = 0) -> tuple[int, ...]:
-        """The key blocks ``query_block`` reads: ascending, unique, none later, ``query_block`` included."""
+        """The key blocks that ``query_block`` reads: ascending, unique, up to and including ``query_block``."""
 
     @abstractmethod
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def listed(self, num_blocks: int, head: int = 0) -> int:
-        """How many key blocks the first ``num_blocks`` query blocks read in all, counted without listing them."""
+        """The total number of key blocks that the first ``num_blocks`` query blocks read, without listing them."""
 
     def max_key_blocks(self, num_blocks: int) -> int:
         """The longest list among the first ``num_blocks`` query blocks."""
@@ -102,7 +102,7 @@ class Pattern(ABC):
         return self.mask(-(-last // self.block), head)[query // self.block, key // self.block] & (key <= query)
 
     def density(self, length: int, head: int = 0) -> float:
-        """The share of causal (query, key) token pairs that a sequence of ``length`` tokens computes."""
+        """The fraction of causal (query, key) token pairs of ``length`` tokens that is computed."""
         _check("length", length, 1)
         whole, rows = divmod(length - 1, self.block)  # the blocks before the last one, and its rows less one
         rows += 1
@@ -134,12 +134,12 @@ class Pattern(ABC):
         return self.reach(num_blocks, num_layers, dense_layers).mean(axis=1)
 
     def layers_to_cover(self, num_blocks: int) -> int | None:
-        """The layers after which the last block depends on every block, or None where it never does."""
+        """The number of layers after which the last block depends on every block; None if it never does."""
         first_reached = self._first_reached(num_blocks)
         return len(first_reached) if sum(map(len, first_reached)) == num_blocks else None
 
     def _first_reached(self, num_blocks: int) -> list[set[int]]:
-        """The blocks that the last of ``num_blocks`` blocks comes to depend on with the first, second, ... layer."""
+        """The blocks on which the last of ``num_blocks`` blocks newly depends after the first, second, ... layer."""
         _check("num_blocks", num_blocks, 1)
         layers: list[set[int]] = []
         reached: set[int] = set()

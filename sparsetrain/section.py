@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The range of a number that makes sense, with the reason, which the error repeats."""
+    """The valid range of a number, with a reason for the error message."""
 
     most: float
     why: str
@@ -54,7 +54,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name, a path or an id."""
 
 MOST_LISTED = 1000
-"""Entries of a list: sources, lengths that are measured, tasks."""
+"""Maximum entries of a list: sources, lengths, tasks."""
 
 MOST_TOKENS = 2**27
 """The longest row, document or context: 134 million tokens."""
@@ -77,7 +77,7 @@ Blocks = Annotated[int, Field(gt=0), _LISTS]
 BlocksOrNone = Annotated[int, Field(ge=0), _LISTS]
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""A share below 1."""
+"""A fraction below 1."""
 
 Steps = Annotated[int, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")]
 """A number of optimizer steps."""

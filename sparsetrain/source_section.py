@@ -1,4 +1,4 @@
-"""One source of documents, as a recipe gives it: to train on, or to evaluate on."""
+"""A source of documents in a recipe, for training or evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from sparsetrain.section import MOST_BLOCKS, MOST_LISTED, Bounds, Section, Text, Tokens
 
 ROOM = 2**17
-"""Tokens in which every synthetic document has room."""
+"""Length in tokens that is sufficient for every synthetic document."""
 
 _KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
 
@@ -24,7 +24,7 @@ _COLUMNS = {
 
 
 class DataSource(Section):
-    """One source of documents. Give ``path`` (files, a folder, a Hub id, ``python-stdlib``) or ``synthetic``."""
+    """A source of documents. Give ``path`` (files, a folder, a Hub id, ``python-stdlib``) or ``synthetic``."""
 
     name: Text | None = None
     """Name in logs and errors; by default the path or the synthetic task."""

@@ -1,4 +1,4 @@
-"""Standard output and standard error that raise nothing: a reader that went away must not end what is under way."""
+"""Standard output and error without exceptions: a closed pipe must not stop a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ESTALE)
-"""What a reader, terminal or file leaves that will not come back."""
+"""Error numbers of streams that are closed permanently."""
 
 
 class Stream:
-    """A text stream whose faults are noted instead of raised; anything but writing is that of the stream below.
+    """A text stream that records errors instead of raising them; other methods are those of the wrapped stream.
 
     Text that its encoding does not know is written in escapes. After an error that may pass (a full disk), the next
     text is tried again; where the other side has gone, what is written from then on goes nowhere.
@@ -25,10 +25,10 @@ class Stream:
     def __init__(self, below: Any) -> None:
         self._below = below
         self.fault: Exception | None = None
-        """The first thing that could not be written as it was."""
+        """The first write error."""
 
     def write(self, text: str) -> int:
-        """Write, or do without."""
+        """Write; errors are recorded."""
         with self._faults_noted():
             try:
                 self._below.write(text)
@@ -39,17 +39,17 @@ class Stream:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each of them, or do without."""
+        """Write several lines; errors are recorded."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or do without."""
+        """Flush; errors are recorded."""
         with self._faults_noted():
             self._below.flush()
 
     def settle(self) -> None:
-        """Flush for the last time. What is left in buffers of a stream that takes none must not fail at exit."""
+        """Flush for the last time, and discard the buffers of a broken stream so that the exit does not fail."""
         fault, self.fault = self.fault, None
         self.flush()
         if self.fault is not None:
@@ -78,21 +78,21 @@ class Stream:
 
 @dataclass(frozen=True)
 class Streams:
-    """Both of them."""
+    """Standard output and standard error."""
 
     out: Stream
     err: Stream
 
     @property
     def lost_output(self) -> Exception | None:
-        """Why standard output does not hold all that was printed. A reader that has read enough is no reason."""
+        """The error because of which standard output is incomplete; None if a reader closed the pipe."""
         fault = self.out.fault
         return None if isinstance(fault, BrokenPipeError) else fault
 
 
 @contextmanager
 def forgiving() -> Iterator[Streams]:
-    """Inside of it nothing that is printed raises; afterwards all that can be written has been."""
+    """A context in which printing does not raise; at its end the streams are flushed."""
     _open_standard_files()
     former = sys.stdout, sys.stderr
     streams = Streams(Stream(sys.stdout), Stream(sys.stderr))

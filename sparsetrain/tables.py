@@ -1,4 +1,4 @@
-"""Tables on standard output that are never cut: cells are whole on a narrow terminal, and rows are whole in a file."""
+"""Print tables on standard output without truncating cells on narrow terminals or rows in files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def print_tables(console: Console, *tables: Table) -> None:
-    """Print tables, several of them side by side where there is room.
+    """Print tables, side by side if there is enough width.
 
     On a terminal that is too narrow for columns that must not wrap, the terminal breaks the rows. In a pipe or a file
     every row is one line, however long.

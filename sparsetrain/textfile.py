@@ -1,4 +1,4 @@
-"""Small text files that a user names: read whole or refused with the reason, never waited for."""
+"""Read small text files named by a user, or refuse them with the reason; never block on a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of a run, as one of them sees them."""
+"""The ranks of a run, and the position of this process among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the ranks of the run."""
+    """This process's rank, and the number of ranks."""
 
     rank: int
     size: int
@@ -25,17 +25,17 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this rank speaks: it alone logs, writes and draws."""
+        """Whether this is rank 0, the only one that logs, writes and draws."""
         return self.rank == 0
 
     def largest(self, value: float) -> float:
-        """The largest value over all ranks, each of which calls it."""
+        """The maximum of a value over all ranks; a collective operation."""
         found = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
     def on_main(self, act: Callable[[], T]) -> T:
-        """Run ``act`` on rank 0 and give every rank, each of which calls this, its result.
+        """Run ``act`` on rank 0 and return its result on every rank; a collective operation.
 
         Raises:
             SparsetrainError: ``act`` raised it; every rank does.
