@@ -323,7 +323,7 @@ def check_serving() -> Finding:
     return Finding(
         "warn",
         "serving",
-        f"{' and '.join(engines)} installed: it runs an exported folder as the dense model, without a word",
+        f"{' and '.join(engines)} installed: it silently runs an exported folder as the dense model",
         "generate with sparsetrain.load(folder).generate(...), which runs the attention method",
     )
 
@@ -452,7 +452,7 @@ def _count_stored(file: Path) -> int:
             header: dict[str, Any] = json.loads(stream.read(length))
         return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{file} is no whole safetensors file: {first_line(error)}") from error
+        raise ModelError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
 
 
 def _count_built(section: ModelSection) -> int:

@@ -274,7 +274,7 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
 
 @pytest.mark.parametrize(
     ("fault", "remedy"),
-    [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable"), (errno.EIO, "look at the disk")],
+    [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable"), (errno.EIO, "check the disk")],
 )
 def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault, remedy):
     def full(*_: object, **__: object) -> None:

@@ -231,7 +231,7 @@ class AttentionCase(Case):
             row.selection_ms = self.time(lambda: torch.autograd.backward(select(scores), gradient), [scores])
 
     def finish(self, rows: list[AttentionRow], report: Report) -> None:
-        """Rates, verdicts and ranks. Where nobody agrees with ours, it is as likely ours that is wrong."""
+        """Rates, checks and ranks. If no other implementation agrees with ours, ours may be the wrong one."""
         length = rows[0].length
         checks = [check for check in report.checks if check.length == length and check.against == "ours"]
         if checks and not any(check.passed for check in checks):

@@ -121,9 +121,7 @@ class ShapeOptions(Options):
     @model_validator(mode="after")
     def _check_heads(self) -> ShapeOptions:
         if self.heads % self.kv_heads:
-            raise BenchError(
-                f"--heads {self.heads} is no multiple of --kv-heads {self.kv_heads}; every KV head serves as many heads"
-            )
+            raise BenchError(f"--heads {self.heads} is not a multiple of --kv-heads {self.kv_heads} (GQA groups)")
         return self
 
     def shape(self) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""The ``sparsetrain`` command: a file a command. Each imports what it needs when it is called: help is instant, and
-recipes need no torch."""
+"""The ``sparsetrain`` command, one file per command. Imports are lazy: help is fast and recipes need no torch."""
 
 from sparsetrain.cli.entry import app, main, script
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sparsetrain.recipe import LoadedRecipe
 
 MOST_GPUS = 2**17
-"""GPUs that a batch or a plan is computed for."""
+"""Maximum number of GPUs for a batch or a plan."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
@@ -19,12 +19,12 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings laid over the recipe, such as train.lr=2e-5.", show_default=False
+        metavar="[KEY=VALUE]...", help="Settings that override the recipe, such as train.lr=2e-5.", show_default=False
     ),
 ]
 
 
 def print_notes(loaded: LoadedRecipe) -> None:
-    """Say on standard error what loading a recipe has decided."""
+    """Print the notes of loading a recipe on standard error."""
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)

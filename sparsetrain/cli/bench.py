@@ -1,4 +1,4 @@
-"""``sparsetrain bench``: a command for each file of ``sparsetrain/bench/cases``, made when it is asked for."""
+"""``sparsetrain bench``: one command per file in ``sparsetrain/bench/cases``, created on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 
 class Cases(TyperGroup):
-    """The commands by the names of their files."""
+    """The group of commands, named after their files."""
 
     def list_commands(self, context: Any) -> list[str]:
         """All names."""
@@ -23,7 +23,7 @@ class Cases(TyperGroup):
         return [found.name for found in pkgutil.iter_modules(cases.__path__)]
 
     def get_command(self, context: Any, name: str) -> Any:
-        """The command of that name as a list shows it: a case may import torch, so it is read and not run."""
+        """A command for listings: the file is parsed, not imported, because it may import torch."""
         if name not in self.list_commands(context):
             return None
         file = importlib.util.find_spec(f"sparsetrain.bench.cases.{name}").origin  # type: ignore[union-attr]
@@ -32,7 +32,7 @@ class Cases(TyperGroup):
         return _command(name, lambda: None, ast.get_docstring(classes["Options"]))
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
-        """The command that is run, with its options."""
+        """The command to run, with its options."""
         name, found, rest = super().resolve_command(context, arguments)
         if name is not None and found is not None:
             from sparsetrain.bench.cli import command
@@ -48,7 +48,7 @@ def _command(name: str, function: Callable[..., None], text: str | None = None) 
 
 
 app = typer.Typer(
-    help="Time the kernels beside the best implementations of others.",
+    help="Measure the kernels against the best other implementations.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     cls=Cases,

@@ -1,4 +1,4 @@
-"""The command line from its arguments to its exit code: the list of commands, and errors as messages."""
+"""The entry point of the command line: commands, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ DISK_FAULTS = {
     errno.EROFS: "make it writable",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
-    errno.ENOENT: "it was there before; see what removed it",
-    errno.ENOTDIR: "see what took the place of a folder",
-    errno.EISDIR: "see what made it a folder",
+    errno.ENOENT: "it existed before; find out what removed it",
+    errno.ENOTDIR: "find out what replaced the folder",
+    errno.EISDIR: "find out what made it a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EIO: "look at the disk",
-    errno.ESTALE: "look at the mount",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the mount",
 }
-"""What the machine, not the program, is to blame for, and what helps."""
+"""Errors caused by the machine, not by the program, with fixes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    A :class:`SparsetrainError`, or a disk that is full, gone or not writable, becomes a message on stderr;
-    ``SPARSETRAIN_TRACEBACK=1`` shows where it came from. Standard output that cannot be written is an error where it is
-    what the command is for.
+    A :class:`SparsetrainError`, or a disk that is full, missing or not writable, becomes a message on stderr;
+    ``SPARSETRAIN_TRACEBACK=1`` shows the traceback. A failure to write standard output is an error if that is the
+    purpose of the command.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with forgiving() as streams:
@@ -77,15 +77,15 @@ def _answer(arguments: list[str]) -> int:
         print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
     except BaseException as error:
-        # A library written in Rust gave up on a file that it had taken, in the middle of anything.
+        # A library written in Rust panicked on a file that it had accepted before.
         if type(error).__name__ != "PanicException" or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
-        print(f"error: tokenizers or safetensors failed on what a file holds: {first_line(error)}", file=sys.stderr)
+        print(f"error: tokenizers or safetensors failed on the content of a file: {first_line(error)}", file=sys.stderr)
         return SparsetrainError.exit_code
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:
-    """Whether what a command is for is on the disk, and standard output only tells of it."""
+    """Whether the result of a command is on the disk, and standard output only reports it."""
     writes = any(argument.partition("=")[0] == "--output" for argument in arguments)
     return arguments[:1] in (["run"], ["export"]) or arguments[:2] == ["recipe", "copy"] or writes
 
@@ -98,7 +98,7 @@ def _reason(fault: Exception) -> str:
 
 
 def _refuse_unprintable(argument: str) -> None:
-    """Bytes that are not UTF-8 arrive as characters that nothing can write again, a recipe or a log least of all."""
+    """Refuse arguments that are not UTF-8: Python maps their bytes to characters that cannot be written to a file."""
     from sparsetrain.recipe.yaml_source import text_fault
 
     fault = text_fault(argument)
@@ -107,15 +107,15 @@ def _refuse_unprintable(argument: str) -> None:
 
 
 def script() -> NoReturn:
-    """The command as a process of its own."""
+    """Run the command as a process, with handlers for stop signals."""
     from sparsetrain.training.supervision.signals import Ends
 
-    # Other commands have nothing to be started again for.
+    # Other commands need not be started again.
     ends = Ends() if sys.argv[1:2] == ["run"] else None
     code = main()
     if ends is not None:
         ends.code = code
-    # Stopped while it loaded its libraries, a run leaves them half loaded: they are not loaded again to end it.
+    # A run that is stopped while it imports libraries leaves them partially imported; do not import them again.
     if code == 0 and (launcher := sys.modules.get("sparsetrain.training.distributed.launcher")) is not None:
         launcher.leave_group()
     sys.exit(code)

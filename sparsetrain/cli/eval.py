@@ -13,10 +13,10 @@ from sparsetrain.errors import ModelError, RecipeError
 
 
 class NamesTasks(TyperCommand):
-    """Its help ends with the tasks there are, those of installed packages too. None is imported for it."""
+    """A command whose help lists all tasks, including those of installed packages, without importing them."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help of every command, and the tasks."""
+        """The help of the command, and the tasks."""
         from sparsetrain.evaluation.registry import INSTALLED, TASKS
 
         packages = {name: INSTALLED.package_of(name) for name in TASKS}
@@ -33,9 +33,9 @@ def evaluate_folder(
         Path | None, typer.Option(help="Also write the result to this JSON file.", show_default=False)
     ] = None,
 ) -> None:
-    """Evaluate a trained folder by the eval section of a recipe.
+    """Evaluate a trained folder with the eval section of a recipe.
 
-    The folder says which attention method it was trained with; the recipe says what is measured.
+    The folder determines the attention method; the recipe determines the evaluation tasks.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def evaluate_folder(
 
     for override in overrides or []:
         if not override.startswith(("eval.", "eval=", "train.seed=")):
-            raise RecipeError(f"{override} has no effect here: the folder says what is evaluated, the recipe only how")
+            raise RecipeError(f"{override} has no effect here: only the eval section of the recipe is used")
     loaded = load_recipe(recipe, overrides or [])
     section = loaded.recipe.eval
     if section.empty:

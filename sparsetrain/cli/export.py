@@ -14,14 +14,14 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
     merge: Annotated[
-        bool, typer.Option("--merge", help="Fold LoRA adapters into the base: an ordinary model comes out.")
+        bool, typer.Option("--merge", help="Merge LoRA adapters into the base, which gives an ordinary model.")
     ] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="Hub id or folder of the base, where it has moved (with --merge).", show_default=False),
+        typer.Option(help="Hub id or folder of the base, if it has moved (with --merge).", show_default=False),
     ] = None,
 ) -> None:
-    """Write what a run trained as a folder to give away, with a model card: recipe, versions and evaluation.
+    """Export the trained model of a run as a folder to publish, with a model card: recipe, versions and evaluation.
 
     \b
     Examples:

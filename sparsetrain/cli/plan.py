@@ -29,18 +29,18 @@ def plan(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="The model's config.json, where its shape is not known here.", show_default=False),
+        typer.Option(help="The model's config.json, if its shape is not known here.", show_default=False),
     ] = None,
-    liger: Annotated[bool, typer.Option(help="liger-kernel is installed: what train.liger: auto means.")] = False,
+    liger: Annotated[bool, typer.Option(help="Assume that liger-kernel is installed (for train.liger: auto).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Tables in Markdown.")] = False,
     all_recipes: Annotated[
         bool, typer.Option("--all", help="Every shipped recipe on the GPUs its comment names (with --markdown).")
     ] = False,
 ) -> None:
-    """Estimate the memory and the time of a recipe before anything runs, and say what to change if it does not fit.
+    """Estimate the memory and time of a recipe before it runs, and suggest changes if it does not fit.
 
-    Needs no GPU and no network, and torch only to look at a model of your own. Memory is counted by component and
+    Needs no GPU and no network, and torch only for a local model. Memory is counted by component and
     phase; time is for the recipe's attention and for dense attention in its place.
 
     \b

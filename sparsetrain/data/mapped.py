@@ -77,7 +77,7 @@ class MappedSource:
     batch after batch.
 
     Args:
-        source, data: the source and the section it stands in.
+        source, data: The source and the ``data`` section.
         row_length: tokens in a full row.
         seed, index: what the order depends on, ``index`` being the source's place in the mixture.
 
@@ -176,7 +176,7 @@ class MappedSource:
         self._drawn = read_position(state, Drawn).drawn
 
     def _read(self, row: int) -> Tokens:
-        """The tokens of a row, as they lie in the cache: the many pieces of a long document must not each copy it."""
+        """The tokens of a row as a view of the cache, so that the pieces of a long document do not copy it."""
         table = self._tables[row]
         input_ids, targets = (np.asarray(table[name].chunk(0).flatten()) for name in ("input_ids", "targets"))
         return Tokens(input_ids, [(int(start), int(stop)) for start, stop in targets.reshape(-1, 2)])

@@ -20,7 +20,7 @@ class Position(_Strict):
     """Of a :class:`~sparsetrain.data.stream.RowStream`."""
 
     mixture: dict[str, Any]
-    """What decides which rows the position stands for."""
+    """The settings that determine which rows the position refers to."""
     rows: Count
     """Rows given before those that were packed together last."""
     row: Count

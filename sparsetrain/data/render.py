@@ -131,7 +131,7 @@ def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenize
     instruction = "\n\n".join((instruction, *given.values()))
     history = _history(row) if "history" in form.optional else []
     if not tokenizer.chat_template:
-        _no_conversation(row, form, "without a chat template there is no place for it", allowed=SYSTEM)
+        _no_conversation(row, form, "it needs a chat template, and the tokenizer has none", allowed=SYSTEM)
         if history:
             raise MalformedRow("column 'history' cannot be honoured: the tokenizer has no chat template")
         system = _system(row, form)
@@ -147,7 +147,7 @@ def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Alpaca's earlier turns: ``[[instruction, answer], ...]``."""
     pairs = parsed(row.get("history"), "'history'") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise MalformedRow("'history' is no list of pairs of instruction and answer")
+        raise MalformedRow("'history' is not a list of pairs of instruction and answer")
     return [(text_value(asked, "'history'"), text_value(answered, "'history'")) for asked, answered in pairs]
 
 

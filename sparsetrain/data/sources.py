@@ -103,7 +103,7 @@ def open_source(
 
 
 def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
-    """The raw rows, with a failure of the library told as ours."""
+    """The raw rows; errors of the library become :class:`DataError`."""
     try:
         yield from rows
     except Exception as problem:

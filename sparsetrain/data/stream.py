@@ -286,7 +286,7 @@ class RowStream:
         }
 
     def _mixture(self) -> dict[str, Any]:
-        """What decides which rows a position stands for, under the names a reader of the recipe knows."""
+        """The settings that determine which rows a position refers to, under their names in the recipe."""
         return {
             "train.seed": self._seed,
             "sequence.length": self._row_length,

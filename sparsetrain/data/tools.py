@@ -75,7 +75,7 @@ def _call(value: Any, name: str) -> dict[str, Any]:
     call = _unpacked(value, name)
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MalformedRow(f"{name} is no call: it must be {{name, arguments}}")
+        raise MalformedRow(f"{name} is not a call: it must be {{name, arguments}}")
     if call.get("type", "function") != "function":
         raise MalformedRow(f"{name} is of type {call['type']!r}; only calls of functions can be trained on")
     arguments = function.get("arguments", function.get("parameters"))

@@ -46,7 +46,7 @@ def added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: 
     if start is None or here.start == here.stop:
         raise MalformedRow(
             f"the chat template writes the conversation up to turn {turn + 1} differently once it goes on, so the "
-            "assistant's tokens cannot be told apart; mark them in the template with {% generation %}"
+            "assistant's tokens cannot be identified; mark them in the template with {% generation %}"
         )
     if whole.startswith(after):
         return start, len(after)

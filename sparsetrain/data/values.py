@@ -74,7 +74,7 @@ def plain(value: Any, name: str) -> Any:
 def parsed(value: Any, name: str) -> Any:
     """What a value holds that may be JSON in a string; ``None`` for an empty string.
 
-    Nulls within a string of JSON were written by somebody, and stay.
+    Nulls within a JSON string were written intentionally, and stay.
 
     Raises:
         MalformedRow: the string is not JSON, or some text in the value is no valid Unicode.

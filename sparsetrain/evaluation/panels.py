@@ -77,7 +77,7 @@ def draw_attention(figure: Any, attention: MethodConfig, length: int, num_layers
     pattern = attention.pattern_drawn(length, num_kv_heads)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
     if pattern is None:
-        _say_instead(left, f"{attention.method} learns what to read: there is no fixed pattern to draw")
+        _say_instead(left, f"{attention.method} learns its selection: there is no fixed pattern to draw")
         right.set_axis_off()
         return
     _draw_mask(left, attention, pattern, length)

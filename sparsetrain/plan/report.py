@@ -130,7 +130,7 @@ def advice(plan: Plan) -> list[str]:
     suggestion = plan.suggestion
     if suggestion is None:
         return []
-    lines = ["To make it fit, from the cheapest change to the dearest, each on top of those before it:"]
+    lines = ["To make it fit, from the least to the most expensive change, each in addition to those before it:"]
     for change in suggestion.changes:
         lines.append(f"  {' '.join(change.overrides):<44} saves {change.saves / GIB:7.1f} GiB; costs: {change.costs}")
     if suggestion.combination:

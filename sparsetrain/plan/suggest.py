@@ -132,7 +132,7 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
         if recipe.eval.measures_at_start:
             yield (*offload, AT_ONCE), "the same, and no figures from before training to compare with"
     if setting.ranks == 1 and section.stage > 0:
-        yield ("deepspeed.stage=0",), "nothing: one GPU has nobody to share with"
+        yield ("deepspeed.stage=0",), "nothing: with one GPU there is nothing to shard"
     if recipe.lora is None and train.parameters == "all" and recipe.model.path is not None:
         yield ("lora.rank=16",), "trains adapters instead of the weights; use ten times the learning rate"
     length = recipe.sequence.length

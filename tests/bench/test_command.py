@@ -42,7 +42,7 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
     [
         (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
         (["--lengths", "1024,0"], "--lengths 1024,0 must be whole numbers"),
-        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
         (["--packed", "--batch", "2"], "--batch 2 does not go with --packed"),
         (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sdpa, or all"),

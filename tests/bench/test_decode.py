@@ -184,7 +184,7 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
-        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
         (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sparsek, sdpa, or all"),
         (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sparsek, sdpa"),

@@ -110,7 +110,7 @@ def test_a_tokenizer_that_fails_on_its_own_tokens_is_one_message(write_jsonl, by
     data = [f"data.sources=[{{path: {write_jsonl([{'text': 'a' * 40 + 'x'}])}}}]"]
     assert main(["recipe", "validate", "quickstart", f"model.tokenizer={tmp_path / 'tokenizer'}", *data]) == 2
     said = capfd.readouterr().err
-    assert "error: tokenizers or safetensors failed on what a file holds: Onig" in said
+    assert "error: tokenizers or safetensors failed on the content of a file: Onig" in said
     assert "Traceback" not in said
 
 
