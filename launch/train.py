@@ -18,7 +18,7 @@ import sys
 from sparsetrain.cli import main
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.training.distributed.launcher import adopt_slurm, leave_group
-from sparsetrain.training.supervision.signals import Ends
+from sparsetrain.training.supervision.signals import ExitOnSignal
 
 EXIT_SECONDS = 60
 """What a failed process may still take to exit: the destructor of a broken process group may wait for ever."""
@@ -35,7 +35,7 @@ def launch(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    ends = Ends()
+    ends = ExitOnSignal()
     code = ends.code = launch(sys.argv[1:])
     if code:
         signal.alarm(EXIT_SECONDS)

@@ -405,9 +405,9 @@ def check_disk(recipe: Recipe) -> Finding:
 def check_recipe_data(recipe: Recipe) -> list[Finding]:
     """The files, columns and first rows of a recipe's data, and what its chat template writes."""
     data = check_data(recipe)
-    unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
+    unchecked = f"; not checked: {', '.join(data.unchecked)}" if data.unchecked else ""
     warned = [Finding("warn", "chat template", remark) for remark in data.remarks]
-    return [Finding("ok", "data", f"what is on this machine can be read{unseen}"), *warned]
+    return [Finding("ok", "data", f"what is on this machine can be read{unchecked}"), *warned]
 
 
 def count_parameters(recipe: Recipe) -> tuple[int, str] | None:

@@ -48,7 +48,7 @@ class Stream:
         with self._faults_noted():
             self._below.flush()
 
-    def settle(self) -> None:
+    def flush_finally(self) -> None:
         """Flush for the last time, and discard the buffers of a broken stream so that the exit does not fail."""
         fault, self.fault = self.fault, None
         self.flush()
@@ -100,8 +100,8 @@ def forgiving() -> Iterator[Streams]:
     try:
         yield streams
     finally:
-        streams.out.settle()
-        streams.err.settle()
+        streams.out.flush_finally()
+        streams.err.flush_finally()
         sys.stdout, sys.stderr = former
 
 

@@ -69,8 +69,8 @@ def _answer(arguments: list[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (SparsetrainError, OSError) as error:
-        told = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
-        if not told or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
+        expected = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
+        if not expected or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
         rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
@@ -108,10 +108,10 @@ def _refuse_unprintable(argument: str) -> None:
 
 def script() -> NoReturn:
     """Run the command as a process, with handlers for stop signals."""
-    from sparsetrain.training.supervision.signals import Ends
+    from sparsetrain.training.supervision.signals import ExitOnSignal
 
     # Other commands need not be started again.
-    ends = Ends() if sys.argv[1:2] == ["run"] else None
+    ends = ExitOnSignal() if sys.argv[1:2] == ["run"] else None
     code = main()
     if ends is not None:
         ends.code = code

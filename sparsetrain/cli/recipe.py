@@ -136,8 +136,8 @@ def validate(
             failures += 1
             print(f"error: {error}", file=sys.stderr)
         else:
-            unseen = f"; not looked at: {', '.join(data.unseen)}" if data.unseen else ""
-            print(f"{name}: valid: {facts}{unseen}")
+            unchecked = f"; not checked: {', '.join(data.unchecked)}" if data.unchecked else ""
+            print(f"{name}: valid: {facts}{unchecked}")
             print_notes(loaded)
             for line in data.shown:
                 print(line)

@@ -35,7 +35,7 @@ LARGEST_ARRAY = 2**28
 class DataCheck:
     """The result of a successful check."""
 
-    unseen: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     """Data that could not be checked, so that only the run will."""
     remarks: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
@@ -74,7 +74,7 @@ def check_data(recipe: Recipe) -> DataCheck:
                 check.remarks += remarks(turn_ending(tokenizer), tokenizer)
     if faults:
         raise DataError("\n".join(dict.fromkeys(faults)))
-    check.unseen = list(dict.fromkeys(check.unseen))
+    check.unchecked = list(dict.fromkeys(check.unchecked))
     return check
 
 
@@ -103,11 +103,11 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
         resolve_form(source, ["text"], seen)
         return False
     if not is_local(str(source.path)):
-        check.unseen.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
+        check.unchecked.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
         return False
     kind, files = local_files(source)
     if files[0].endswith(".json") and Path(files[0]).stat().st_size > LARGEST_ARRAY:
-        check.unseen.append(f"{files[0]} (an array of JSON is read whole)")
+        check.unchecked.append(f"{files[0]} (an array of JSON is read whole)")
         return False
     place, row = first_row(source, kind, files, skip=skip)
     form = resolve_form(source, list(row), seen)
@@ -153,7 +153,7 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
     name = recipe.model.tokenizer or recipe.model.path
     folder = model_folder(recipe.model.model_copy(update={"path": name}))
     if folder is None:
-        check.unseen.append(f"the tokenizer of {name}")
+        check.unchecked.append(f"the tokenizer of {name}")
         return None
     # Not AutoTokenizer, which takes seconds to import torch.
     from transformers import PreTrainedTokenizerFast
@@ -167,7 +167,7 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
         # Panics of a library written in Rust are not subclasses of Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        check.unseen.append(f"the tokenizer in {folder} ({first_line(error)})")
+        check.unchecked.append(f"the tokenizer in {folder} ({first_line(error)})")
         return None
     finally:
         logging.set_verbosity(said)

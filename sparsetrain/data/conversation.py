@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.calling import as_called
 from sparsetrain.data.chat_template import ChatText, apply_template
-from sparsetrain.data.marks import Learned, learned_of
+from sparsetrain.data.loss_keys import Learned, learned_of
 from sparsetrain.data.tools import call_of, calls_of
 from sparsetrain.data.values import MalformedRow, described, plain, text_value
 

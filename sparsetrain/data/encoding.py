@@ -31,7 +31,7 @@ LONG = 2**14
 LONGEST = 2**30
 """Characters of a document; a longer one is refused."""
 
-TELL_EVERY = 10.0
+REPORT_EVERY = 10.0
 """Seconds between two lines that say how far a long document is."""
 
 # Between words, or where a line begins.
@@ -51,10 +51,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if len(text) > LONGEST:
         raise MalformedRow(f"a document of {len(text):,} characters; cut it into ones of at most {LONGEST:,}")
     input_ids: list[int] = []
-    start, told = 0, time.monotonic()
+    start, reported = 0, time.monotonic()
     for stop in _cuts(tokenizer, text):
-        if time.monotonic() - told >= TELL_EVERY:
-            told = time.monotonic()
+        if time.monotonic() - reported >= REPORT_EVERY:
+            reported = time.monotonic()
             logger.info(
                 "tokenising a document of %s characters: %.0f %% done", f"{len(text):,}", 100 * start / len(text)
             )
@@ -116,7 +116,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, *, offsets: bool = 
         raise MalformedRow(f"the tokenizer fails on its text: {first_line(problem)}") from problem
 
 
-class Bare(NamedTuple):
+class Stripped(NamedTuple):
     """A text, and whether it contains BOS and EOS itself."""
 
     text: str
@@ -134,7 +134,7 @@ class Bare(NamedTuple):
         return not text.strip()
 
 
-def bare(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> Bare:
+def strip_ends(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> Stripped:
     """Remove duplicate BOS and EOS, and white space outside of them, from a text that may have been rendered before.
 
     Args:
@@ -148,7 +148,7 @@ def bare(text: str, tokenizer: PreTrainedTokenizerBase, *, end: bool = True) -> 
     ended = end and bool(eos) and text.rstrip().endswith(eos) and _is_token(tokenizer, eos)
     while ended and (before := text.rstrip().removesuffix(eos).rstrip()).endswith(eos):
         text = before
-    return Bare(text.rstrip() if ended else text, opened, ended)
+    return Stripped(text.rstrip() if ended else text, opened, ended)
 
 
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -210,7 +210,7 @@ class _Anchor(NamedTuple):
 
 
 def _anchors(tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int]) -> list[_Anchor]:
-    """The control tokens of a text; none where it cannot be told which of its characters they are."""
+    """The control tokens of a text; none where it cannot be reported which of its characters they are."""
     names = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not names:
         return []

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsetrain.data.conversation import REASONING, REFUSED
-from sparsetrain.data.marks import DETAILS, SWITCHES, UNCLEAR
-from sparsetrain.data.meanings import Kind, read_columns
+from sparsetrain.data.known_columns import Kind, read_columns
+from sparsetrain.data.loss_keys import DETAILS, SWITCHES, UNCLEAR
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparsetrain.data.document import IGNORE
-from sparsetrain.data.meanings import MASKS
+from sparsetrain.data.known_columns import MASKS
 from sparsetrain.data.values import MalformedRow, described, value_of
 
 

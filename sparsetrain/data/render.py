@@ -11,9 +11,9 @@ import numpy as np
 from sparsetrain.data.chat import render_chat
 from sparsetrain.data.conversation import Conversation, conversation_of
 from sparsetrain.data.document import Tokens
-from sparsetrain.data.encoding import Bare, Rendered, bare, encode, end_of_text, opening, shared_prefix
+from sparsetrain.data.encoding import Rendered, Stripped, encode, end_of_text, opening, shared_prefix, strip_ends
 from sparsetrain.data.forms import RowForm
-from sparsetrain.data.meanings import INPUTS, SETTINGS, SYSTEM, TOOLS, check_columns
+from sparsetrain.data.known_columns import INPUTS, SETTINGS, SYSTEM, TOOLS, check_columns
 from sparsetrain.data.pretokenized import read_tokens
 from sparsetrain.data.tools import tools_of
 from sparsetrain.data.values import MalformedRow, described, listed, parsed, string, text_value, value_of
@@ -73,14 +73,14 @@ def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokeni
 
 
 def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    own = bare(text, tokenizer)
+    own = strip_ends(text, tokenizer)
     if own.empty(tokenizer):
         return [], []
     input_ids = _whole(own, encode(tokenizer, own.text), tokenizer)
     return input_ids, [(1, len(input_ids))]
 
 
-def _whole(own: Bare, input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _whole(own: Stripped, input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A document with the one BOS and the one EOS that it should have."""
     start = [] if own.opened else opening(tokenizer)
     return [*start, *input_ids] if own.ended else [*start, *input_ids, end_of_text(tokenizer)]
@@ -109,17 +109,17 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
 
 def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Loss on the completion and EOS. A token that reaches over the boundary counts to the completion."""
-    answer = bare(completion, tokenizer)
+    answer = strip_ends(completion, tokenizer)
     if answer.empty(tokenizer):
         raise MalformedRow("the completion is empty")
-    own = bare(prompt, tokenizer, end=False)
+    own = strip_ends(prompt, tokenizer, end=False)
     text = answer.text
     if answer.opened and own.text:
         # It would stand inside of the document.
         text = text.removeprefix(str(tokenizer.bos_token))
     opened = own.opened or (answer.opened and not own.text)
     asked = ([] if opened else opening(tokenizer)) + encode(tokenizer, own.text)
-    input_ids = _whole(Bare("", opened, answer.ended), encode(tokenizer, own.text + text), tokenizer)
+    input_ids = _whole(Stripped("", opened, answer.ended), encode(tokenizer, own.text + text), tokenizer)
     return input_ids, [(max(1, shared_prefix(asked, input_ids)), len(input_ids))]
 
 

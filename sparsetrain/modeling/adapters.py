@@ -194,11 +194,11 @@ def load_adapters(
             "(if it has moved, give base=... in Python, --base ... to sparsetrain export)"
         ) from error
     read_adapters(model, path)
-    _stop_as_trained(model, path)
+    _load_end_tokens(model, path)
     return model.eval()
 
 
-def _stop_as_trained(model: PreTrainedModel, path: Path) -> None:
+def _load_end_tokens(model: PreTrainedModel, path: Path) -> None:
     """Use the end tokens that the adapters were trained with; older folders do not record them."""
     if model.generation_config is None or not (path / GENERATION_CONFIG_NAME).is_file():
         return

@@ -68,7 +68,7 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def to_blame(values: Mapping[str, Any], build: Callable[[dict[str, Any]], object]) -> str | None:
+def faulty_value(values: Mapping[str, Any], build: Callable[[dict[str, Any]], object]) -> str | None:
     """The name of the single value that makes ``build`` raise; None if no single value does."""
     end = time.monotonic() + SEARCH_SECONDS
     for name in values:

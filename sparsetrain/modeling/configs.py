@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling.boundary import explained, is_fault, nearest, to_blame
+from sparsetrain.modeling.boundary import explained, faulty_value, is_fault, nearest
 from sparsetrain.modeling.config_faults import SHAPE, config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
 from sparsetrain.modeling.foreign import disarmed
@@ -81,7 +81,7 @@ class ConfigSource:
         else:
             # Overrides first: a value of the user is a more likely cause than one that came with the model.
             ordered = {**{name: self.values[name] for name in self.places if name in self.values}, **self.values}
-            name = to_blame(ordered, lambda values: build(copy.deepcopy(values)))
+            name = faulty_value(ordered, lambda values: build(copy.deepcopy(values)))
         return self.origin if name is None else f"{self.place(name)}={self.values[name]!r:.200}"
 
     def place(self, name: str) -> str:

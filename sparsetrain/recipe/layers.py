@@ -45,7 +45,7 @@ class Layer:
     """Where a path is set, for messages."""
 
 
-def make_room(below: Source, layer: Layer) -> list[str]:
+def drop_conflicts(below: Source, layer: Layer) -> list[str]:
     """Remove from a recipe, in place, the settings that conflict with a layer that will be merged over it.
 
     Returns:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.recipe import problems, task_list
 from sparsetrain.recipe.consistency import contradictions, without_effect
-from sparsetrain.recipe.layers import Layer, make_room
+from sparsetrain.recipe.layers import Layer, drop_conflicts
 from sparsetrain.recipe.overrides import apply_overrides
 from sparsetrain.recipe.schema import SCHEMA_VERSION, Recipe
 from sparsetrain.recipe.shipped import LONGEST_NAME, find_recipe, recipes_folder, shipped_recipes
@@ -162,7 +162,7 @@ def _find_base(base: str, file: Path, place: str) -> Path:
 
 def _lay_over(parent: Source, child: Source, notes: list[str]) -> None:
     """Merge ``child`` into ``parent``: mappings deeply, tasks by name, everything else by replacement."""
-    notes += task_list.align(parent, child) + make_room(parent, _layer(child))
+    notes += task_list.align(parent, child) + drop_conflicts(parent, _layer(child))
 
     def merge(below: dict[str, Any], above: dict[str, Any], path: KeyPath) -> None:
         for key, value in above.items():

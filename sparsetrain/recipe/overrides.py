@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import task_list
-from sparsetrain.recipe.layers import Layer, make_room
+from sparsetrain.recipe.layers import Layer, drop_conflicts
 from sparsetrain.recipe.yaml_source import DEEPEST, OVERRIDE, KeyPath, Source, dotted, parse_yaml, text_fault
 
 LONGEST_INDEX = 6
@@ -37,7 +37,7 @@ def apply_overrides(source: Source, overrides: Sequence[str], output: str | None
         if fault is not None:
             raise RecipeError(f"{place}: {fault}")
         parsed.append((("output",), Source(output, {(): place})))
-    notes = make_room(source, _layer([(task_list.located(path, source.data), value) for path, value in parsed]))
+    notes = drop_conflicts(source, _layer([(task_list.located(path, source.data), value) for path, value in parsed]))
     former: dict[KeyPath, str] = {}
     given = [path for path, _ in parsed]
     removed: list[KeyPath] = []

@@ -18,7 +18,7 @@ COMPARED = 8
 """Number of elements compared first in the search for equal rows."""
 
 
-def settle_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection | None) -> list[str]:
+def set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraSection | None) -> list[str]:
     """Make generation stop at the tokens that end turns in the data; return messages about this and about tokens that
     cannot be learned.
 

@@ -20,7 +20,7 @@ from sparsetrain.evaluation.report import print_results
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.recipe import Recipe, plan_batch
 from sparsetrain.training.callbacks import RunCallbacks
-from sparsetrain.training.chat_tokens import settle_chat
+from sparsetrain.training.chat_tokens import set_end_tokens
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.distributed import sequence_parallel
 from sparsetrain.training.distributed.build import Engine, build_engine
@@ -220,7 +220,7 @@ def _introduce(job: Job, loaded: Loaded) -> None:
     for line in loaded.rows.preview(loaded.tokenizer) if job.world.main else ():
         job.say(line)
     if loaded.rows.chat:
-        for line in settle_chat(loaded.model, loaded.tokenizer, job.recipe.lora):
+        for line in set_end_tokens(loaded.model, loaded.tokenizer, job.recipe.lora):
             job.say(line)
     job.say(Costs.of(loaded.model, job.recipe, job.world).describe())
 

@@ -144,7 +144,7 @@ def test_all_four_commands_refuse_the_same_and_name_every_fault(folder, capsys):
 def test_what_lies_on_the_hub_is_named_and_passes(folder, capsys):
     overrides = ["data.sources=[{path: org/set}, {path: table.parquet}]", "model.tokenizer=org/model"]
     assert main(["recipe", "validate", "run.yaml", *overrides]) == 0
-    unseen = capsys.readouterr().out.partition("; not looked at: ")[2].strip()
+    unseen = capsys.readouterr().out.partition("; not checked: ")[2].strip()
     assert unseen == "the tokenizer of org/model, the Hub dataset org/set (there is no such file or folder here)"
 
 

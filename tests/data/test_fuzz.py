@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from sparsetrain.data.chat_template import OWN_CHARACTERS
 from sparsetrain.data.conversation import REASONING, REFUSED, ROLES
 from sparsetrain.data.forms import resolve_form
-from sparsetrain.data.marks import DETAILS, SWITCHES
-from sparsetrain.data.meanings import MASKS, SETTINGS, SYSTEM, TOOLS
+from sparsetrain.data.known_columns import MASKS, SETTINGS, SYSTEM, TOOLS
+from sparsetrain.data.loss_keys import DETAILS, SWITCHES
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError

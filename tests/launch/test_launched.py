@@ -15,7 +15,7 @@ from ports import free_port
 
 from sparsetrain.errors import TrainingError
 from sparsetrain.training.distributed import launcher
-from sparsetrain.training.distributed.launcher import SLURM_PORTS, adopt_slurm, interface_to, meeting, settle_ranks
+from sparsetrain.training.distributed.launcher import SLURM_PORTS, adopt_slurm, check_ranks, interface_to, meeting
 
 STEP = {
     "SLURM_STEP_NUM_TASKS": "16",
@@ -106,22 +106,22 @@ def test_a_task_that_does_not_know_its_number_is_refused():
 )
 def test_half_a_launcher_is_refused(environment, said):
     with pytest.raises(TrainingError, match=re.escape(said)):
-        settle_ranks(environment)
+        check_ranks(environment)
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}])
 def test_without_a_launcher_a_process_is_alone(environment):
-    settle_ranks(environment)
+    check_ranks(environment)
     assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("0", "0", "1")
 
 
 def test_what_a_launcher_says_is_left_alone():
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node-7", "MASTER_PORT": "29500"}
     before = dict(environment)
-    settle_ranks(environment)
+    check_ranks(environment)
     assert environment == before
     alone = {"RANK": "0", "WORLD_SIZE": "1"}
-    settle_ranks(alone)
+    check_ranks(alone)
     assert alone["LOCAL_RANK"] == "0"
 
 

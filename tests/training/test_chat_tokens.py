@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.training.chat_tokens import settle_chat
+from sparsetrain.training.chat_tokens import set_end_tokens
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -74,7 +74,7 @@ def settled(chat):
         tokenizer = AutoTokenizer.from_pretrained(chat / "base")
         with torch.no_grad():
             change(model)
-        return "\n".join(settle_chat(model, tokenizer, LoraSection(**lora)))
+        return "\n".join(set_end_tokens(model, tokenizer, LoraSection(**lora)))
 
     return settle
 

@@ -48,9 +48,9 @@ class SparseKFit(LayerFit):
         scale, cu_seqlens = options.get("scale") or query.shape[-1] ** -0.5, options.get("cu_seqlens")
         mass, rows = received_attention(query, key, self.scorer.heads, self.window, scale, cu_seqlens)
         position = document_positions(query.shape[2], cu_seqlens, query.device).position
-        told = (rows >= MIN_ROWS) & (position >= self.sinks)
-        x = hidden[:, told].flatten(0, 1).double()
-        y = mass[:, :, told].clamp(min=1e-6).log().double().transpose(1, 2).flatten(0, 1)
+        usable = (rows >= MIN_ROWS) & (position >= self.sinks)
+        x = hidden[:, usable].flatten(0, 1).double()
+        y = mass[:, :, usable].clamp(min=1e-6).log().double().transpose(1, 2).flatten(0, 1)
         new = (x.sum(0), y.sum(0), x.T @ x, x.T @ y)
         self._sums = new if self._sums is None else tuple(a + b for a, b in zip(self._sums, new))  # type: ignore[assignment]
         self.count += x.shape[0]

@@ -166,13 +166,13 @@ class Saver:
         if self._write is None:
             return
         if not self._world.largest(float(not self._write.done())):
-            self._settle(self._write)
+            self._finish_write(self._write)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if there is one."""
         if self._write is not None:
             self._write.join()
-            self._settle(self._write)
+            self._finish_write(self._write)
 
     def abandon(self) -> None:
         """Complete the pending checkpoint after the run has failed, without collective operations.
@@ -225,7 +225,7 @@ class Saver:
         except Exception as error:  # a thread cannot raise; the next poll does
             write.error = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
-    def _settle(self, write: _Write) -> None:
+    def _finish_write(self, write: _Write) -> None:
         write.join()
         errors: list[Any] = [None] * self._world.size
         dist.all_gather_object(errors, write.error)

@@ -162,9 +162,9 @@ def newest(folder: Path, skipped: Sequence[str] = ()) -> tuple[Path | None, list
         skipped: Lines about checkpoints to skip in any case; they come first.
     """
     lines = list(skipped)
-    told = {line.split(":")[0] for line in lines}
+    reported = {line.split(":")[0] for line in lines}
     for candidate in reversed(_checkpoints(folder)):
-        if f"skipping {candidate.name}" in told:
+        if f"skipping {candidate.name}" in reported:
             continue
         found = fault(candidate) or content_fault(candidate)
         if found is None:

@@ -22,7 +22,7 @@ from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
-from sparsetrain.training.distributed.launcher import adopt_slurm, join, meeting, ranks_of_this_host, settle_ranks
+from sparsetrain.training.distributed.launcher import adopt_slurm, check_ranks, join, meeting, ranks_of_this_host
 from sparsetrain.world import World
 
 
@@ -42,7 +42,7 @@ def init_world(timeout: float = 30.0) -> World:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     adopt_slurm(os.environ)
-    settle_ranks(os.environ)
+    check_ranks(os.environ)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

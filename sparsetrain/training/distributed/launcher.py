@@ -66,7 +66,7 @@ def adopt_slurm(environment: Environment) -> None:
     environment["LOCAL_WORLD_SIZE"] = str(tasks // nodes)
 
 
-def settle_ranks(environment: Environment) -> None:
+def check_ranks(environment: Environment) -> None:
     """Check the launcher's variables; without any, set those of a single process.
 
     Raises:

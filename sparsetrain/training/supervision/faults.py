@@ -22,8 +22,8 @@ def explained(recipe: Recipe, world: World, watch: Watch) -> Iterator[None]:
         yield
     except BaseException as error:
         if not is_out_of_memory(error):
-            watch.settle(error)
+            watch.attribute(error)
             raise
         known = explain_out_of_memory(error, recipe, world)
-        watch.settle(known)
+        watch.attribute(known)
         raise known from error

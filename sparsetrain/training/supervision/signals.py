@@ -225,7 +225,7 @@ class StopSignals:
             os._exit(code)
 
 
-class Ends:
+class ExitOnSignal:
     """Handles stop signals at the start and the end of a process, when no run handles them."""
 
     def __init__(self) -> None:

@@ -107,11 +107,11 @@ class Watch:
             return
         try:
             if error is not None:
-                self.settle(error)
+                self.attribute(error)
         finally:
             self._say_goodbye()
 
-    def settle(self, error: BaseException) -> None:
+    def attribute(self, error: BaseException) -> None:
         """Report an error of this rank to the others, or find out which rank caused it.
 
         Raises:
