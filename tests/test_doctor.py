@@ -243,7 +243,7 @@ def test_diagnose_prints_fixes_and_fails_if_one_check_does(monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ("model.dtype=float16", "model.dtype=float16: a cpu does not train it"),
+        ("model.dtype=float16", "model.dtype=float16 cannot be trained on a cpu"),
         ("deepspeed.offload_optimizer=cpu", "deepspeed.offload_optimizer: cpu moves"),
         ("lora={quantize_base: 4bit}", "lora.quantize_base=4bit: bitsandbytes computes on CUDA"),
     ],

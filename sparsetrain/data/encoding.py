@@ -210,7 +210,7 @@ class _Anchor(NamedTuple):
 
 
 def _anchors(tokenizer: PreTrainedTokenizerBase, text: str, input_ids: Sequence[int]) -> list[_Anchor]:
-    """The control tokens of a text; none where it cannot be reported which of its characters they are."""
+    """The control tokens of a text; empty if their characters cannot be determined."""
     names = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not names:
         return []

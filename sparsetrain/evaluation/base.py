@@ -113,7 +113,7 @@ class TaskSection(Section, ABC):
         if get_origin(cls.model_fields["task"].annotation) is Literal:
             lacking = sorted(cls.__abstractmethods__) + ([] if hasattr(cls, "result") else ["result"])
             if lacking:
-                raise TypeError(f"{cls.__name__} names a task but lacks {', '.join(lacking)}")
+                raise TypeError(f"{cls.__name__} defines a task but lacks {', '.join(lacking)}")
 
 
 class Task(ABC):

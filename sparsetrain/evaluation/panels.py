@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparsetrain.methods.base import MethodConfig
 
-# Okabe and Ito's colours, told apart with every kind of colour vision.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 SERIES = (("#7F7F7F", "s"), (ORANGE, "^"), (BLUE, "o"), (GREEN, "D"), (PURPLE, "v"), (RED, "P"))
 # Of the usual needle-in-a-haystack maps; light enough to read a number on.

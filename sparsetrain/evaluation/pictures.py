@@ -119,7 +119,7 @@ def _loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) 
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path} is not a file")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -61,7 +61,7 @@ def write_report(
         for label, rows in shown.details.items():
             parts += [f"### {label}, {shown.details_heading}", _markdown(rows)]
     if history:
-        parts += ["## Changed on the way", "\n".join(f"- {line}" for line in history)]
+        parts += ["## Changed during the run", "\n".join(f"- {line}" for line in history)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]
     report = folder / REPORT_FILE
     write_whole(report, "\n\n".join(parts) + "\n")

@@ -72,7 +72,7 @@ def notes(plan: Plan) -> list[str]:
     setting = plan.setting
     lines = []
     if plan.fits and plan.memory.needed > (1 - ERROR) * plan.capacity:
-        lines.append(f"Less is to spare than the {ERROR:.0%} by which a plan may be off: it may not fit after all.")
+        lines.append(f"The free memory is less than the expected error of a plan ({ERROR:.0%}): it may not fit.")
     if plan.memory.host:
         lines.append(
             f"{plan.memory.host / GIB:.1f} GiB of host memory for each rank, "
@@ -95,8 +95,8 @@ def general_notes(plan: Plan) -> list[str]:
     setting = plan.setting
     scaled = "" if "H200" in setting.device.name else f" and are scaled to the {setting.device.name} by its data sheet"
     lines = [
-        "1 GiB of the need is an allowance for CUDA, NCCL and cuBLAS, which torch's peak does not count.",
-        f"Rates were measured on one H200{scaled}. Rows count as full, of one document each.",
+        "The memory includes 1 GiB for CUDA, NCCL and cuBLAS, which torch's peak does not count.",
+        f"Rates were measured on one H200{scaled}. Rows count as full, with one document each.",
     ]
     if setting.recipe.train.liger == "auto":
         taken = "installed" if setting.liger else "not installed; --liger plans with liger-kernel"
@@ -134,7 +134,7 @@ def advice(plan: Plan) -> list[str]:
     for change in suggestion.changes:
         lines.append(f"  {' '.join(change.overrides):<44} saves {change.saves / GIB:7.1f} GiB; costs: {change.costs}")
     if suggestion.combination:
-        lines.append(f"These are enough, at {suggestion.needed / GIB:.1f} GiB, and none can be spared. Append:")
+        lines.append(f"These are enough, at {suggestion.needed / GIB:.1f} GiB, and all are needed. Append:")
         lines.append(f"  {' '.join(suggestion.combination)}")
     else:
         lines.append(f"All of them together still need {suggestion.needed / GIB:.1f} GiB: use more or larger GPUs.")

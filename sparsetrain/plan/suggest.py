@@ -103,34 +103,34 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
         costs = "more accumulation; nothing else changes" if given else "a smaller global batch, as none is given"
         yield (f"train.micro_batch={micro}",), costs
     if train.activation_checkpointing == "none":
-        yield ("train.activation_checkpointing=selective",), "computes each layer again but for its attention"
+        yield ("train.activation_checkpointing=selective",), "recomputes each layer except its attention"
     if train.activation_checkpointing != "layer":
-        yield ("train.activation_checkpointing=layer",), "computes each layer again"
+        yield ("train.activation_checkpointing=layer",), "recomputes each layer"
     for chunk in (4096, 1024):
         if train.loss_chunk is None or train.loss_chunk > chunk:
             yield (f"train.loss_chunk={chunk}",), "smaller products with the output projection"
     for chunk in (16384, 4096):
         if (train.mlp_chunk or setting.tokens) > chunk:
-            yield (f"train.mlp_chunk={chunk}",), "computes the MLPs once more"
+            yield (f"train.mlp_chunk={chunk}",), "recomputes the MLPs"
     if setting.ranks > 1:
         for stage in range(section.stage + 1, 4):
-            yield (f"deepspeed.stage={stage}",), "communication" if stage < 3 else "weights travel in every pass"
+            yield (f"deepspeed.stage={stage}",), "communication" if stage < 3 else "weights are gathered in every pass"
     sharded = () if section.stage == 3 else ("deepspeed.stage=3",)
     if setting.ranks > 1 and recipe.eval.measures_at_start:
-        yield (*sharded, AT_ONCE), "no figures from before training to compare with"
+        yield (*sharded, AT_ONCE), "no evaluation before training to compare with"
     if not train.offload_activations:
-        yield ("train.offload_activations=true",), "copies to host memory, beside the computation"
+        yield ("train.offload_activations=true",), "copies to host memory, overlapping with computation"
     size = recipe.sequence.parallel * 2
     while setting.ranks % size == 0 and size <= min(setting.ranks, shape.kv_heads):
-        yield (f"sequence.parallel={size}",), "fewer rows at a time, and heads change places in every layer"
+        yield (f"sequence.parallel={size}",), "fewer rows at once, and all-to-all communication in every layer"
         size *= 2
     if (section.stage > 0 or setting.ranks > 1) and section.offload_optimizer == "none":
         yield ("deepspeed.offload_optimizer=cpu",), "the update runs on the host"
     if section.offload_parameters == "none":
         offload = (*sharded, "deepspeed.offload_parameters=cpu")
-        yield offload, "weights come from host memory in every pass"
+        yield offload, "weights are copied from host memory in every pass"
         if recipe.eval.measures_at_start:
-            yield (*offload, AT_ONCE), "the same, and no figures from before training to compare with"
+            yield (*offload, AT_ONCE), "the same, and no evaluation before training to compare with"
     if setting.ranks == 1 and section.stage > 0:
         yield ("deepspeed.stage=0",), "nothing: with one GPU there is nothing to shard"
     if recipe.lora is None and train.parameters == "all" and recipe.model.path is not None:

@@ -53,7 +53,7 @@ def rendered(tokenizer):
         ("{{ '%d' % 'a' }}", "TypeError"),
         ("{{ '{owl}'.format() }}", "KeyError: 'owl'"),
         ("{{ strftime_now(3) }}", "TypeError"),
-        ("{{ '\\ud800' }}", "what the chat template writes is no valid Unicode"),
+        ("{{ '\\ud800' }}", "what the chat template writes is not valid Unicode"),
         ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
         ("{% include 'owl' %}", "no loader for this environment"),
         ("{{ messages.append(1) }}", "is not safely callable|unsafe"),

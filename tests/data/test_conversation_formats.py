@@ -177,7 +177,7 @@ def test_contents_in_parts_are_joined(learned):
          "not an object"),
         ({"messages": [ASK, {**ANSWER, "tool_calls": [{"function": {"name": "a", "arguments": {"b": "\ud800"}}}]}]},
          FULL,
-         r"tool_calls of turn 2\[0\].function.arguments.b is no valid Unicode"),
+         r"tool_calls of turn 2\[0\].function.arguments.b is not valid Unicode"),
         ({"messages": [ASK, {**ANSWER, "content": None}]}, FULL, "the content of turn 2 is null"),
         ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, FULL, "different system"),
         ({"messages": [ASK, ANSWER], "rejected": [ANSWER]}, FULL, r"'rejected' cannot be honoured.*ignore"),

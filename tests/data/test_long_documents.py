@@ -50,7 +50,7 @@ def test_what_cannot_be_cut_or_is_too_long_is_refused(tokenizer, write_jsonl, mo
 
 @pytest.mark.usefixtures("_small_pieces")
 def test_a_document_that_takes_long_says_how_far_it_is(tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(encoding, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(encoding, "REPORT_EVERY", 0.0)
     with caplog.at_level("INFO"):
         encode(tokenizer, "a word " * 10_000)
     assert "tokenising a document of 70,000 characters: 0 % done" in caplog.text

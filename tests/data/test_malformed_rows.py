@@ -29,7 +29,7 @@ REASONS = [
     "it has no 'text', only 'txt'",
     "'text' is null, not a string",
     "'text' is of type int, not a string",
-    "'text' is no valid Unicode: surrogates not allowed at character 16",
+    "'text' is not valid Unicode: surrogates not allowed at character 16",
     "not valid JSON",
 ]
 

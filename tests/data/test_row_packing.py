@@ -75,7 +75,7 @@ def test_truncate_keeps_the_beginning_and_drop_leaves_long_documents_out(corpus,
     assert read == {document: tokens[:LENGTH] for document, tokens in documents.items()}
     read = {document: tokens for document, _, tokens in fragments(dropped, dropped.rows_per_epoch())}
     assert read == {document: tokens for document, tokens in documents.items() if document not in long}
-    assert f"{len(long)} of 120 documents are longer than sequence.length=64 and are left out" in caplog.text
+    assert f"{len(long)} of 120 documents are longer than sequence.length=64 and are dropped" in caplog.text
 
 
 def test_a_long_document_is_spread_over_the_epoch(write_jsonl, stream):

@@ -168,5 +168,5 @@ def test_a_state_of_other_data_is_refused(mixtures, stream, write_jsonl):
     sources, length = mixtures["mapped"]
     state = stream(*sources, length=length).state_dict()
     fewer = {"path": write_jsonl([{"text": "words"}] * 3, "fewer.jsonl")}
-    with pytest.raises(DataError, match=r"fewer.jsonl' are others.*pieces in each source \[82\], now \[3\]"):
+    with pytest.raises(DataError, match=r"fewer.jsonl' differ.*pieces in each source \[82\], now \[3\]"):
         stream(fewer, length=length).load_state_dict(state)

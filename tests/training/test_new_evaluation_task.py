@@ -119,7 +119,7 @@ def test_its_mistakes_are_told_as_those_of_ours(tmp_path, tiny, refused):
 
 
 def test_a_task_that_lacks_a_part_is_refused_where_it_is_defined():
-    with pytest.raises(TypeError, match="Half names a task but lacks build, lengths_by_field, try_inputs, result"):
+    with pytest.raises(TypeError, match="Half defines a task but lacks build, lengths_by_field, try_inputs, result"):
 
         class Half(TaskSection):
             task: Literal["half"] = "half"
