@@ -1,8 +1,8 @@
-"""The house: what lives where, what may import what, and the picture of it in docs/architecture.md.
+"""The subpackages by layer, the imports that are allowed between them, and the diagram in docs/architecture.md.
 
-    python docs/house.py    # draws docs/images/house.png from the imports of the code
+    python docs/layering.py    # draws docs/images/layering.png from the imports of the code
 
-``tests/test_house.py`` holds the code to the table.
+``tests/test_layering.py`` checks the code against the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"sparsetrain": ROOT / "sparsetrain", "sparsetrain_kernels": ROOT / "kernels/sparsetrain_kernels"}
 
-FLOORS: list[dict[str, str]] = [
+LAYERS: list[dict[str, str]] = [
     {"kernels": "differentiable tensor functions", "ground": "errors, sections, files, patterns, ranks"},
     {"methods": "how a layer attends"},
     {"recipe": "the schema, loading, overrides"},
@@ -25,23 +25,23 @@ FLOORS: list[dict[str, str]] = [
     {"plan": "memory and time before a run", "doctor": "this machine", "bench": "speed beside others"},
     {"cli": "commands"},
 ]
-"""The rooms by floor, from the ground up, and what lives in each. A room imports from the floors below its own."""
+"""The subpackages by layer, lowest first, with their content. A subpackage imports only from lower layers."""
 
 EXCEPTIONS = {
-    ("kernels", "ground"): "the kernels stand alone: they know no model, no recipe and no Hugging Face",
+    ("kernels", "ground"): "the kernels are independent of models, recipes and Hugging Face",
     ("plan", "doctor"): "neighbours",
 }
-"""Pairs of rooms that must not import each other although the floors would allow it."""
+"""Imports that are not allowed although the layers would allow them, with the reason."""
 
 ALSO = {("doctor", "plan"), ("bench", "plan")}
 """Imports between neighbours that are allowed."""
 
-SEAMS = {"sparsetrain.evaluation.base", "sparsetrain.evaluation.registry"}
-"""Modules that every room from ``recipe`` up may import: the schema's union of evaluation tasks derives from their
-registry, which names the tasks and imports one when it is asked for."""
+SHARED = {"sparsetrain.evaluation.base", "sparsetrain.evaluation.registry"}
+"""Modules that every subpackage from ``recipe`` up may import: the schema's union of evaluation tasks derives from
+their registry, which names the tasks and imports them lazily."""
 
 LONGEST = 500
-"""Lines of a file."""
+"""Maximum number of lines of a file."""
 LONG: dict[str, str] = {}
 """Files that may be longer, with the reason."""
 
@@ -57,7 +57,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports() -> dict[str, set[str]]:
-    """For each module the modules of ours that it imports, at its top, in a function or for types alone."""
+    """For each module the modules of ours that it imports, at its top, in a function or only for types."""
     files = modules()
     edges: dict[str, set[str]] = defaultdict(set)
     for module, file in files.items():
@@ -71,28 +71,28 @@ def imports() -> dict[str, set[str]]:
     return edges
 
 
-def room(module: str) -> str:
-    """The room of a module; the package's ``__init__`` stands above all."""
+def subpackage(module: str) -> str:
+    """The subpackage of a module; the package's ``__init__`` counts as the highest."""
     package, *rest = module.split(".")
     if package == "sparsetrain_kernels":
         return "kernels"
     if not rest:
         return "cli"
-    return rest[0] if any(rest[0] in floor for floor in FLOORS) else "ground"
+    return rest[0] if any(rest[0] in layer for layer in LAYERS) else "ground"
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Whether the table lets a room import a room, or a module."""
-    if imported in SEAMS and importer not in ("kernels", "ground", "methods"):
+    """Whether the table allows a subpackage to import another one, or a module."""
+    if imported in SHARED and importer not in ("kernels", "ground", "methods"):
         return True
-    imported = room(imported) if imported.split(".")[0] in PACKAGES else imported
-    floor = {name: index for index, names in enumerate(FLOORS) for name in names}
+    imported = subpackage(imported) if imported.split(".")[0] in PACKAGES else imported
+    layer = {name: index for index, names in enumerate(LAYERS) for name in names}
     if importer == imported or (importer, imported) in ALSO:
         return True
-    return floor[imported] < floor[importer] and (importer, imported) not in EXCEPTIONS
+    return layer[imported] < layer[importer] and (importer, imported) not in EXCEPTIONS
 
 
-def circles(edges: Mapping[str, Iterable[str]]) -> list[list[str]]:
+def cycles(edges: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Groups of modules each of which reaches the others by imports (Tarjan's strongly connected components)."""
     number: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -121,9 +121,9 @@ def circles(edges: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 
 def draw(out: Path) -> None:
-    """Draw the rooms by floor, with an arrow for each pair of which one imports the other, wider for more imports.
+    """Draw the subpackages by layer, with an arrow from each to those it imports, wider for more imports.
 
-    All rooms import the ground, so no arrow is drawn to it.
+    All subpackages import the ground files, so no arrow is drawn to them.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
@@ -131,15 +131,15 @@ def draw(out: Path) -> None:
     counts = defaultdict[tuple[str, str], int](int)
     for module, others in imports().items():
         for other in others:
-            if room(module) != room(other) != "ground":
-                counts[room(module), room(other)] += 1
+            if subpackage(module) != subpackage(other) != "ground":
+                counts[subpackage(module), subpackage(other)] += 1
 
-    figure = Figure(figsize=(12, 1.35 * len(FLOORS)), layout="constrained")
+    figure = Figure(figsize=(12, 1.35 * len(LAYERS)), layout="constrained")
     axes = figure.subplots()
     middle: dict[str, tuple[float, float]] = {}
-    for level, floor in enumerate(FLOORS):
-        for place, (name, what) in enumerate(floor.items()):
-            x, y = 12 * (place + 0.5) / len(floor), 1.6 * level
+    for level, layer in enumerate(LAYERS):
+        for place, (name, what) in enumerate(layer.items()):
+            x, y = 12 * (place + 0.5) / len(layer), 1.6 * level
             middle[name] = (x, y)
             box = FancyBboxPatch((x - 1.75, y - 0.38), 3.5, 0.76, boxstyle="round,pad=0.05", fc="#eef3f8", ec="#30506e")
             axes.add_patch(box)
@@ -152,10 +152,10 @@ def draw(out: Path) -> None:
         ends = {"shrinkA": 26, "shrinkB": 26, "connectionstyle": f"arc3,rad={bend}"}
         axes.annotate("", (x2, y2), (x1, y1), arrowprops={**style, **ends}, zorder=0)
     axes.set_xlim(0, 12)
-    axes.set_ylim(-0.8, 1.6 * len(FLOORS) - 0.8)
+    axes.set_ylim(-0.8, 1.6 * len(LAYERS) - 0.8)
     axes.set_axis_off()
     figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":
-    draw(ROOT / "docs/images/house.png")
+    draw(ROOT / "docs/images/layering.png")
