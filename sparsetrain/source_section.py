@@ -35,9 +35,9 @@ class DataSource(Section):
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
     form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
-    """How a row becomes tokens: plain text, prompt + completion (loss on the completion), chat messages (loss on the
-    assistant's turns, by the tokenizer's chat template), or ``input_ids`` and ``labels`` as they are. ``auto`` decides
-    by the columns of the first row."""
+    """The form of rows: plain text, prompt + completion (loss on the completion), chat messages (loss on the assistant's
+    turns, with the tokenizer's chat template), or pretokenised ``input_ids`` and ``labels``. ``auto`` decides by the
+    columns of the first row."""
     text_field: Text = "text"
     """Column that holds the text (form ``text``)."""
     prompt_field: Text = "prompt"

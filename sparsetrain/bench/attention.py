@@ -45,7 +45,7 @@ class AttentionRow(ComparedRow):
         "TFLOP/s bwd", share="backward_share", panel=Panel("Rate of the backward pass", RATE, limit=CEILING)
     )
     selection_ms: float | None = column("select ms", share="selection_share", optional=True)
-    """Of ``both_ms``, the selection of keys and its gradient, timed apart."""
+    """Time of the selection of keys and its gradient, a part of ``both_ms`` that is timed separately."""
     attention_tflops: float | None = column("TFLOP/s rest", optional=True)
     """Forward and backward without the selection."""
     extra_mib: float | None = column("memory MiB", optional=True)
@@ -57,16 +57,16 @@ class AttentionRow(ComparedRow):
     """This time over ours: above 1, ours is faster."""
     both_ratio: float | None = column("x fwd+bwd", optional=True)
     forward_share: float | None = None
-    """Of the measured matrix product's rate."""
+    """Fraction of the measured FLOP/s of a matrix product."""
     backward_share: float | None = None
     selection_share: float | None = None
-    """Of ``both_ms``."""
+    """The selection as a fraction of ``both_ms``."""
     rank: int | None = None
-    """By forward and backward together, at this length; only of rows whose checks have not failed."""
+    """Rank by forward plus backward time at this length, without rows whose check failed."""
 
     @property
     def order_ms(self) -> float | None:
-        """Of both passes."""
+        """Time of forward plus backward."""
         return self.both_ms
 
     def complete(self, ceiling_tflops: float | None) -> None:
@@ -108,7 +108,7 @@ class AttentionRow(ComparedRow):
 
     @staticmethod
     def legend(report: Report) -> str:
-        """What the columns count."""
+        """An explanation of the columns."""
         lines = []
         if ceiling := report.facts.get("ceiling_tflops"):
             lines += [
@@ -136,7 +136,7 @@ def rank(rows: Iterable[AttentionRow]) -> None:
 
 
 Inputs = tuple[CausalProblem, Tensors, Answer | None]
-"""What implementations get at one length; the last is the answer of ours, where others are compared with it."""
+"""The inputs of implementations at one length; the last is our result, if others are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class AttentionCase(Case):
     """One benchmark of problems of one kind."""
 
     ours: Contender
-    """What the other sparse ones are compared with."""
+    """The implementation with which other sparse ones are compared."""
     problem: Callable[[int], Any]
     """The problem at a number of tokens."""
     check_problem: Callable[[], Any]
@@ -178,8 +178,8 @@ class AttentionCase(Case):
             release()
 
     def order(self, pairs: Sequence[Pair], length: int, report: Report) -> Sequence[Pair]:
-        """What takes so long that it is measured once comes last: others do not lose their turn where it ends in a
-        fault of the GPU."""
+        """Shuffled, but measurements that are so long that they run only once come last: if one causes a GPU fault, the
+        others are done."""
         return sorted(shuffled(pairs, length), key=lambda pair: _once(pair[0], self.problem(length), report))
 
     def row(self, contender: Contender, length: int) -> AttentionRow:

@@ -27,19 +27,19 @@ class Case(ABC):
     """A benchmark. :func:`run` is the common part."""
 
     name: str
-    """Of its files."""
+    """The name of its output files."""
     options: Any
     contenders: tuple[Any, ...]
     known: tuple[Any, ...]
     """Contenders that other machines can measure."""
     subject: str
-    """What is measured, for the title of a picture."""
+    """The subject of the measurement, for the title of a picture."""
     conclude: Callable[[Report], Iterable[str]] = field(default=lambda report: (), kw_only=True)
     """Lines that are printed last."""
 
     @property
     def device(self) -> torch.device:
-        """Where it is measured."""
+        """The device of the measurement."""
         return torch.device(self.options.device)
 
     @property
@@ -57,7 +57,7 @@ class Case(ABC):
 
     @property
     def on_a_cpu(self) -> str:
-        """What is said first where there is no GPU."""
+        """The note to print first if there is no GPU."""
         names = ", ".join(each.name for each in self.known if "cpu" not in each.devices)
         return (
             f"No GPU that torch {torch.__version__} can use: these are CPU timings ({torch.get_num_threads()} threads) "
@@ -87,7 +87,7 @@ class Case(ABC):
 
     @abstractmethod
     def inputs(self, length: int, report: Report, log: Log) -> Any:
-        """What all contenders get at one length."""
+        """The inputs of all contenders at one length."""
 
     @abstractmethod
     def measure(self, contender: Any, inputs: Any, row: Any, report: Report) -> None:

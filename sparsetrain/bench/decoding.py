@@ -21,7 +21,7 @@ from sparsetrain.patterns import FullPattern, PowerPattern
 
 
 class Layer(NamedTuple):
-    """What one layer attends to: ``query [batch, heads, 1, head_dim]`` and caches ``[batch, kv_heads, length,
+    """The inputs of one layer: ``query [batch, heads, 1, head_dim]`` and caches ``[batch, kv_heads, length,
     head_dim]``."""
 
     query: Tensor
@@ -54,7 +54,7 @@ class DecodeProblem(Shape):
         return torch.full((self.batch,), self.length, dtype=torch.int32, device=self.device)
 
     def scores(self, seed: int = 0) -> Tensor:
-        """What SparseK selects keys by, fp32 ``[batch, kv_heads, length]``: those of ``bench sparsek``."""
+        """The scores for SparseK's selection, fp32 ``[batch, kv_heads, length]``, as in ``bench sparsek``."""
         return DEVIATION * self.normal_scores(seed)
 
     def bytes_read(self, reads: str) -> int:
@@ -107,11 +107,11 @@ class DecodeRow(ComparedRow):
 
     @property
     def order_ms(self) -> float | None:
-        """Of the step."""
+        """Time of the step."""
         return self.ms
 
     def complete(self, copy_gbps: float | None) -> None:
-        """Work out what follows from the time."""
+        """Compute the values that depend on the time."""
         if copy_gbps:
             self.floor_ms = self.bytes_read / copy_gbps / 1e6
         if self.ms is not None:
@@ -125,7 +125,7 @@ class DecodeRow(ComparedRow):
 
     @staticmethod
     def legend(report: Report) -> str:
-        """What the columns count."""
+        """An explanation of the columns."""
         if not (copy := report.facts.get("copy_gbps")):
             return ""
         return (
@@ -143,7 +143,7 @@ def compare(rows: list[DecodeRow]) -> None:
 
 
 Inputs = tuple[DecodeProblem, list[Layer], dict[str, Tensor]]
-"""What implementations get at one length; the last are the definitions, by what is read."""
+"""The inputs of implementations at one length; the last are the references, by the keys that are read."""
 
 
 @dataclass(frozen=True)

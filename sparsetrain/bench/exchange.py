@@ -1,4 +1,4 @@
-"""What ranks that share a sequence send one another, on paper: all-to-all (Ulysses), ring, PowerAttention's neighbours.
+"""Calculated communication of sequence parallelism: all-to-all (Ulysses), ring, and PowerAttention's neighbours.
 
 ``python -m sparsetrain.bench.exchange`` prints the table of docs/sequence-parallel.md. Counted are bytes that one rank
 receives in one forward pass through one layer of attention, in 16 bits; in brackets, those from other nodes.
@@ -20,7 +20,7 @@ from sparsetrain.patterns import PowerPattern
 from sparsetrain.recipe.heads import shares_heads
 
 BYTES = 2
-"""Of an element in 16 bits."""
+"""Bytes of a 16-bit element."""
 
 
 @dataclass(frozen=True)

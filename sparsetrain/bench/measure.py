@@ -18,7 +18,7 @@ LONG_MS = 100.0
 """Calls longer than this are repeated a few times only; what the caches hold makes no difference to them."""
 REPEATS = 3
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
-"""Of the copy that measures the bandwidth: far more than any cache holds."""
+"""Size of the copy that measures the bandwidth, much larger than any cache."""
 
 T = TypeVar("T")
 
@@ -99,13 +99,13 @@ def once_ms(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def matmul_tflops(dtype: torch.dtype, device: torch.device, size: int, budget_ms: float) -> float:
-    """What a square matrix product of ``size`` reaches here, in TFLOP/s: the ceiling of the others."""
+    """The TFLOP/s of a square matrix product of ``size`` on this device, the ceiling of other operations."""
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return 2 * size**3 / median_ms(lambda: left @ right, device=device, budget_ms=budget_ms) / 1e9
 
 
 def copy_gbps(device: torch.device, budget_ms: float) -> float:
-    """What a copy within the memory reaches here, bytes read and written together, in GB/s."""
+    """The bandwidth of a copy within device memory in GB/s, counting bytes read and written."""
     source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device=device, budget_ms=budget_ms) / 1e6

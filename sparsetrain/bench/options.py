@@ -68,7 +68,7 @@ Folder = Annotated[Path | None, AfterValidator(check_folder)]
 
 
 class Options(Section):
-    """What every benchmark takes. The docstring of a field is its help."""
+    """Options of every benchmark. The docstring of a field is its help text."""
 
     device: Annotated[str, HIDDEN]
     output: Folder = None
@@ -144,5 +144,5 @@ class PatternOptions(ShapeOptions):
 
 
 def metadata(field: FieldInfo, kind: type[T]) -> T | None:
-    """What of that kind a field is annotated with."""
+    """The annotation of that type on a field; None if there is none."""
     return next((each for each in field.metadata if isinstance(each, kind)), None)

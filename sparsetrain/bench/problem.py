@@ -1,4 +1,4 @@
-"""What is measured: one attention problem, its tensors, and the pairs of tokens it makes an implementation compute."""
+"""Attention problems for benchmarks: their tensors, and the pairs of tokens that an implementation computes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MEAN_DOCUMENT = 4096
 DEVIATION = 0.7
 """Standard deviation of the scores. The width of a gate's slope is 1: some gates lie at 0 and 1, most in between."""
 SLOPE = SparseKConfig().slope
-"""What scores gain for every position with ``drift``, in standard deviations: the method's default."""
+"""Increase of scores per position with ``drift``, in standard deviations: the method's default."""
 
 
 class Tensors(NamedTuple):
-    """The inputs of a problem and the gradient that arrives at its output; all ``[batch, heads, tokens, head_dim]``."""
+    """The inputs of a problem and the gradient of its output; all ``[batch, heads, tokens, head_dim]``."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     upstream: Tensor
     scores: Tensor | None = None
-    """What keys are selected by, fp32 ``[batch, kv_heads, tokens]``; None where nothing is selected."""
+    """Scores for the selection of keys, fp32 ``[batch, kv_heads, tokens]``; None without a selection."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class StepRow(Row):
 
     @property
     def summary(self) -> str:
-        """What is attended by, and the time."""
+        """The attention and the time."""
         return f"{self.attention:8}  {self.reason or f'{self.seconds:.4g} s'}"
 
     @property
@@ -89,12 +89,12 @@ class StepCase(Case):
     """A recipe at several lengths, in several ways, on one rank or on several."""
 
     recipes: dict[int, Recipe]
-    """By length."""
+    """Recipes by length."""
     world: World
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Those of the recipes."""
+        """The lengths of the recipes."""
         return list(self.recipes)
 
     @property
@@ -104,15 +104,15 @@ class StepCase(Case):
 
     @property
     def on_a_cpu(self) -> str:
-        """The same code runs there."""
+        """The note for CPUs, where the same code runs."""
         return "No GPU: these are CPU timings, and no memory is counted."
 
     def begin(self, report: Report, log: Log) -> None:
-        """What is measured."""
+        """Record the recipe and the number of ranks."""
         report.facts |= {"recipe": next(iter(self.recipes.values())).model_dump(mode="json"), "ranks": self.world.size}
 
     def order(self, pairs: Sequence[Pair], length: int, report: Report) -> Sequence[Pair]:
-        """As they were asked for."""
+        """In the requested order."""
         return pairs
 
     def row(self, way: Way, length: int) -> StepRow:

@@ -53,11 +53,11 @@ def formatted(text: str) -> Callable[[float | None], str]:
 
 @dataclass(frozen=True)
 class Column:
-    """How a table shows a field of its rows."""
+    """The presentation of a row's field in a table."""
 
     head: str
     share: str = ""
-    """A field that is shown behind it in brackets, in percent."""
+    """A field that is shown after it in brackets, in percent."""
     optional: bool = False
     """Whether it is left out of tables in which no row has it."""
     form: Callable[[float | None], str] = number
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def order_ms(self) -> float | None:
-        """What rows of a table are sorted by."""
+        """The sort key of rows."""
         return None
 
     @property
@@ -105,11 +105,11 @@ class Row:
 
     @property
     def remark(self) -> str:
-        """What is said of the row below its table."""
+        """The remark on the row below its table."""
         return "; ".join(filter(None, [self.note, self.reason]))
 
     def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
-        """What a table shows, flush left, before the columns and behind them."""
+        """The left-aligned cells before and after the columns."""
         raise NotImplementedError
 
     @staticmethod
@@ -121,7 +121,7 @@ class Row:
 
     @staticmethod
     def legend(report: Report) -> str:
-        """What is printed below the tables."""
+        """The text below the tables."""
         return ""
 
 
@@ -152,7 +152,7 @@ class Report:
     name: str
     options: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else was found: the rate of a matrix product or of a copy in the same run, and the like."""
+    """Other results, such as the rate of a matrix product or of a copy in the same run."""
     command: str = field(default_factory=lambda: shlex.join(["sparsetrain", *sys.argv[1:]]))
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
     machine: dict[str, object] = field(default_factory=lambda: machine())

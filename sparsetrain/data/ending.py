@@ -33,7 +33,7 @@ class Ending:
     others: tuple[int, ...] = ()
     """Other end tokens: that with which a tool's turn begins, where it is another than the user's."""
     inner: int | None = None
-    """What ends a turn that is not the last, where that is another token: there generation does not stop."""
+    """The token that ends a turn before the last one, if it is another token; generation does not stop there."""
     gap: tuple[int, ...] = ()
     """Tokens between the turn and its end token, where that is not part of it."""
     control: tuple[int, ...] = ()

@@ -52,15 +52,15 @@ class RowForm:
     fields: tuple[str, ...]
     """The columns needed, in the order the kind needs them."""
     optional: tuple[str, ...] = ()
-    """Other columns that are read where a row has them, also if the first row has not."""
+    """Other columns that are read if a row has them, even if the first row does not."""
     seen: tuple[str, ...] = ()
-    """Those of them that the source is known to have."""
+    """The optional columns that the source is known to have."""
     unread: tuple[str, ...] = ()
     """The source's other columns."""
     contrary: tuple[str, ...] = ()
-    """Columns that would have chosen another form, had the first row had them."""
+    """Columns that would have selected another form if the first row had them."""
     ignore: tuple[str, ...] = ()
-    """Columns and keys of turns that the recipe leaves out."""
+    """Columns and keys of turns that the recipe ignores."""
     separator: str = ""
     """The text between a prompt and its completion."""
 
@@ -196,7 +196,7 @@ def _question_and_answer(source: DataSource, columns: Sequence[str]) -> tuple[st
 
 
 def _hint(source: DataSource, columns: Sequence[str]) -> str:
-    """What the recipe may have meant, by names that published sets use."""
+    """A hint at the intended columns, based on names in published data sets."""
     for prompt, completion in _OTHER_PAIRS:
         if prompt in columns and completion in columns:
             given = f"prompt_field: {prompt}, " if prompt != source.prompt_field else ""
@@ -209,7 +209,7 @@ def _hint(source: DataSource, columns: Sequence[str]) -> str:
 
 
 def _contrary(source: DataSource, kind: Kind) -> list[str]:
-    """What ``auto`` looks for before the columns of a form. Nothing where the recipe names form or columns."""
+    """The columns that ``auto`` prefers to those of a form; empty if the recipe names the form or columns."""
     if source.form != "auto" or any(_is_set(source, name) for name in _FORM_OF_FIELD):
         return []
     decisive: dict[Kind, tuple[str, ...]] = {

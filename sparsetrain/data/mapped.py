@@ -168,7 +168,7 @@ class MappedSource:
         return any(piece.useful for index in range(len(self.lengths)) for piece in self._pieces(index))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many pieces were drawn, in all epochs."""
+        """The number of pieces drawn in all epochs."""
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -17,18 +17,18 @@ class _Strict(Section):
 
 
 class Position(_Strict):
-    """Of a :class:`~sparsetrain.data.stream.RowStream`."""
+    """The position of a :class:`~sparsetrain.data.stream.RowStream`."""
 
     mixture: dict[str, Any]
     """The settings that determine which rows the position refers to."""
     rows: Count
-    """Rows given before those that were packed together last."""
+    """Rows returned before the current packing window."""
     row: Count
-    """Rows given of these."""
+    """Rows returned from the current packing window."""
     draws: Count
-    """Draws from the mixture before these."""
+    """Draws from the mixture before the current packing window."""
     mapped_draws: Count
-    """Those from mapped sources."""
+    """Draws from mapped sources."""
     sources: list[dict[str, Any]]
     """The position of each source."""
 
@@ -49,13 +49,13 @@ class Position(_Strict):
 
 
 class Drawn(_Strict):
-    """Of a source that is mapped, or synthetic."""
+    """The position of a mapped or synthetic source."""
 
     drawn: Count
 
 
 class Streamed(_Strict):
-    """Of a source that streams."""
+    """The position of a streaming source."""
 
     passes: Count
     row: Count

@@ -58,7 +58,7 @@ def intact(label: str, kind: Literal["parquet", "arrow"], files: list[str], *, s
 
 
 def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Damage | None:
-    """What is wrong with a file, or None.
+    """The damage of a file, or None.
 
     Raises:
         OSError: the system cannot read it: it is gone, or not ours to read.

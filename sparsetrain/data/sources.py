@@ -61,7 +61,7 @@ class Reader:
     """Whether rows go through the tokenizer's chat template."""
 
     def place(self, raw: Mapping[str, Any], index: int) -> str:
-        """Where a row stands: its file and line, or its number."""
+        """The place of a row: its file and line, or its index."""
         return f"row {index}" if self.layout == "table" else raw["place"]
 
     def tokens(self, raw: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:

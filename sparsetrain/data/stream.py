@@ -40,7 +40,7 @@ class DocumentSource(Protocol):
 
     @property
     def form(self) -> str:
-        """How its rows are read, in a line."""
+        """A one-line description of how its rows are read."""
 
     @property
     def size(self) -> int | None:
@@ -141,7 +141,7 @@ class RowStream:
         self._advance()
 
     def preview(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """How each source is read, with its first document, in lines for a log."""
+        """Log lines that describe how each source is read, with its first document."""
         return [line for each in self._sources for line in preview(each.label, each.form, each.first(), tokenizer)]
 
     @property
@@ -248,7 +248,7 @@ class RowStream:
         return rows
 
     def _place(self, piece: Piece, rows: list[list[Piece]], rooms: list[tuple[int, int]]) -> None:
-        """Put a piece where it leaves the least room, or into a new row."""
+        """Put a piece into the row with the best fit, or into a new row."""
         best = bisect_left(rooms, (piece.length, -1))
         if best < len(rooms):
             room, row = rooms.pop(best)
@@ -260,7 +260,7 @@ class RowStream:
             insort(rooms, (room - piece.length, row))
 
     def _draw(self) -> tuple[list[Piece], bool]:
-        """What the mixture draws next, and whether an epoch ends with it."""
+        """The next draw from the mixture, and whether an epoch ends with it."""
         choice = 0
         if len(self._sources) > 1:
             drawn = uniform(self._seed, "mixture", self._draws)

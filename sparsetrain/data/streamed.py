@@ -81,7 +81,7 @@ class StreamedSource:
 
     @property
     def form(self) -> str:
-        """How its rows are read."""
+        """A description of how its rows are read."""
         return self._opened.reader.form.describe()
 
     def first(self) -> Tokens | None:
@@ -124,7 +124,7 @@ class StreamedSource:
                 return pieces
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands."""
+        """The position of the stream."""
         return {
             "passes": self._passes,
             "row": self._row,

@@ -28,19 +28,19 @@ SAMPLE = 6
 
 
 class Stretch(NamedTuple):
-    """Some turns of a conversation, with what the template needs to write them as it does in the whole."""
+    """Some turns of a conversation, with the context that the template needs to render them as in the whole."""
 
     first: int
-    """The first turn that is told by this stretch."""
+    """The first turn of this stretch."""
     conversation: Conversation
     text: str
     turns_before: int
-    """What to take from the number of a turn to have its number here."""
+    """Offset of turn indices: subtract it from an index in the whole conversation."""
     letters_before: int
-    """What to add to a place in the text to have its place in the whole."""
+    """Offset of characters: add it to a position in this text to get the position in the whole text."""
 
     def added(self, tokenizer: PreTrainedTokenizerBase, turn: int) -> tuple[int, int]:
-        """:func:`added`, of a turn by its number in the whole conversation, in letters of the whole."""
+        """:func:`added` for a turn index in the whole conversation, in characters of the whole text."""
         start, stop = added(self.conversation, tokenizer, turn - self.turns_before, self.text)
         return start + self.letters_before, stop + self.letters_before
 

@@ -130,7 +130,7 @@ class Noise:
         return len(self._first) + self._end(words - 1) - self._end(1) + len(last)
 
     def _end(self, words: int) -> int:
-        """Where the ``words``-th word ends in the endlessly repeated noise."""
+        """The position at which the ``words``-th word of the repeated noise ends."""
         rounds, rest = divmod(words, len(self._last))
         return rounds * len(self._unit) + self._ends[rest]
 
@@ -317,7 +317,7 @@ class SyntheticSource:
         return [Piece(document, 0, document.length)]
 
     def state_dict(self) -> dict[str, int]:
-        """How many documents were drawn."""
+        """The number of documents drawn."""
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

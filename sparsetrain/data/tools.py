@@ -91,5 +91,5 @@ def _call(value: Any, name: str) -> dict[str, Any]:
 
 
 def _unpacked(value: Any, name: str) -> Any:
-    """What stands as JSON in a string within something that was parsed already."""
+    """Parse a value that may be JSON in a string inside parsed JSON."""
     return parsed(value, name) if isinstance(value, str) else value

@@ -57,7 +57,7 @@ def added(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: 
 
 
 def words_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> Written:
-    """What of ``text``, which the template made of the conversation, changes with the words of a turn."""
+    """The part of ``text``, the rendered conversation, that changes with the content of a turn."""
     messages = list(conversation.messages)
     message = messages[turn]
     calls = [
@@ -75,7 +75,7 @@ def words_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, tur
 def _start(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, before: str, here: Written
 ) -> int | None:
-    """Where an assistant's turn begins, behind what it is prompted with."""
+    """The start of an assistant's turn, after its generation prompt."""
     if turn and here.text.startswith(before):
         return len(before)
     if turn:

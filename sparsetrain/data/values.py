@@ -72,7 +72,7 @@ def plain(value: Any, name: str) -> Any:
 
 
 def parsed(value: Any, name: str) -> Any:
-    """What a value holds that may be JSON in a string; ``None`` for an empty string.
+    """Parse a value that may be JSON in a string; ``None`` for an empty string.
 
     Nulls within a JSON string were written intentionally, and stay.
 

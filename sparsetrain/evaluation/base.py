@@ -81,7 +81,7 @@ class TaskSection(Section, ABC):
 
     @abstractmethod
     def lengths_by_field(self) -> dict[str, Sequence[int]]:
-        """How many tokens the model sees at once, by the field that says so: what memory and kernels must hold."""
+        """Sequence lengths in tokens, by the field that sets them; memory and kernels must support them."""
 
     @abstractmethod
     def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -138,9 +138,9 @@ class TaskReport:
     """How results are presented on the console and in ``report.md``."""
 
     title: str
-    """Of the table on the console."""
+    """The title of the table on the console."""
     heading: str
-    """Of the section in ``report.md``."""
+    """The heading of the section in ``report.md``."""
     about: str
     """An explanation of the numbers: a paragraph in ``report.md``."""
     rows: Rows
@@ -150,7 +150,7 @@ class TaskReport:
     details: Mapping[str, Rows] = field(default_factory=dict)
     """A table for each result."""
     details_heading: str = ""
-    """What these show, after the result's label."""
+    """The heading of these tables, after the result's label."""
 
 
 @dataclass(frozen=True)
@@ -209,17 +209,17 @@ class TaskResult(BaseModel, ABC):
 
     @classmethod
     def loss_marks(cls, name: str, lines: Sequence[Mapping[str, Any]]) -> LossMarks | None:
-        """What belongs on the axis of the training loss.
+        """Points to draw on the axis of the training loss.
 
         Args:
-            name: of the task.
-            lines: of ``metrics.jsonl``.
+            name: The name of the task.
+            lines: The lines of ``metrics.jsonl``.
         """
         return None
 
     @classmethod
     def ending(cls, name: str) -> str:
-        """What tells tasks of one kind apart in a title: nothing for the one with the default name."""
+        """The suffix of titles that distinguishes tasks of one kind; empty for the default name."""
         return "" if name == cls.model_fields["task"].default else f": {name}"
 
     @classmethod

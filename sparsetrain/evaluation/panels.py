@@ -59,7 +59,7 @@ def draw_loss(axes: Axes, lines: list[dict[str, Any]], marks: Sequence[LossMarks
 
 
 def _mark_evaluations(axes: Axes, marks: LossMarks, color: str) -> None:
-    """What evaluations measured, at its height on the loss axis and in words."""
+    """Mark evaluation results on the loss axis, with labels."""
     steps, heights, texts = zip(*marks.points, strict=True)
     axes.plot(steps, heights, "D", color=color, markeredgecolor="white", label=marks.label, clip_on=False)
     for index in {0, len(steps) - 1}:

@@ -31,7 +31,7 @@ def loss_curve(metrics: Path, out: Path, results: Mapping[str, EvalResult] | Non
 
 
 def drawings(results: Mapping[str, EvalResult], trained_length: int | None = None, *, wide: bool) -> dict[str, Drawing]:
-    """What the tasks draw, by their names.
+    """The drawings of the tasks, by task name.
 
     Args:
         trained_length: tokens of a training row.

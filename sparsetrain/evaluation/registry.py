@@ -30,7 +30,7 @@ PLACES = {
 INSTALLED: Installed[TaskSection] = Installed(
     "sparsetrain.tasks", TaskSection, key="task", setting="task", noun="an evaluation task", error=RecipeError
 )
-"""Those of other installed packages."""
+"""Tasks of other installed packages."""
 
 
 class _Tasks(MutableMapping[str, type[TaskSection]]):

@@ -27,7 +27,7 @@ class EvalResult(BaseModel):
         }
 
     def score(self, name: str) -> float:
-        """How good the model is at one task, higher is better; NaN where that was not measured."""
+        """The score of a task (higher is better); NaN if it was not measured."""
         return self.tasks[name].score() if name in self.tasks else float("nan")
 
 

@@ -85,7 +85,7 @@ class ConfigSource:
         return self.origin if name is None else f"{self.place(name)}={self.values[name]!r:.200}"
 
     def place(self, name: str) -> str:
-        """Where a field was set: the file and its name, or the override."""
+        """The place where a field was set: the file and its name, or the override."""
         if name in self.places:
             return self.places[name]
         return f"{ARCHITECTURE}.{name}" if self.origin == ARCHITECTURE else f"{self.origin}: {name}"

@@ -40,7 +40,7 @@ class Setting:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """What is held and what is trained."""
+        """The numbers of parameters and trained parameters."""
         return count_parameters(self.shape, self.recipe, self.attention.parameters)
 
     @cached_property
@@ -78,7 +78,7 @@ class Setting:
 
     @property
     def checkpointing(self) -> Literal["none", "layer", "selective"]:
-        """How activations are kept for backward."""
+        """The mode of activation checkpointing."""
         return self.recipe.train.activation_checkpointing
 
     @property

@@ -73,7 +73,7 @@ def estimate_time(setting: Setting, *, dense: bool = False) -> StepTime:
 
 
 def _matrix_flops(setting: Setting) -> float:
-    """Of one micro batch on one rank."""
+    """FLOPs of products with weights, for one micro batch on one rank."""
     parameters, tokens = setting.parameters, setting.tokens
     head = setting.shape.vocab * setting.shape.hidden
     # Forward, what checkpointing computes again, the gradient of the input, and of the weight where it is trained.
@@ -88,7 +88,7 @@ def _matrix_flops(setting: Setting) -> float:
 
 
 def _attention_seconds(setting: Setting, dense: bool) -> float:
-    """Of one micro batch on one rank, over all layers."""
+    """Seconds of attention for one micro batch on one rank, over all layers."""
     shape, config = setting.shape, setting.recipe.attention
     length, rows = setting.recipe.sequence.length, setting.recipe.train.micro_batch
     pairs = length * (length + 1) / 2
@@ -110,7 +110,7 @@ def _attention_seconds(setting: Setting, dense: bool) -> float:
 
 
 def _elementwise_bytes(setting: Setting) -> float:
-    """Bytes read and written by everything that is no product and no attention, of one micro batch on one rank.
+    """Bytes read and written by elementwise operations, for one micro batch on one rank.
 
     Counted per element of each width, over transformers' modules: forward, again where it is recomputed, and backward.
     """

@@ -27,7 +27,7 @@ class Change:
     overrides: tuple[str, ...]
     """Overrides, as they are appended to the command line."""
     costs: str
-    """What it costs, in words."""
+    """A description of its cost."""
     saves: float
     """Peak memory in bytes with this change."""
 

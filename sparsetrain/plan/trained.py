@@ -131,7 +131,7 @@ def _mlp(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def _adapted(shape: ModelShape, lora: LoraSection, attention: Collection[str], mlp: Collection[str]) -> Counter[str]:
-    """How many layers have an adapter at each projection: the choice of :mod:`sparsetrain.modeling.adapters`."""
+    """The number of layers with an adapter at each projection, as in :mod:`sparsetrain.modeling.adapters`."""
     layers = [f"{shape.decoder}.layers.{index}" for index in range(shape.layers)]
     paths = {f"{layer}.self_attn.{name}": name for layer in layers for name in attention}
     if lora.targets != "attention":

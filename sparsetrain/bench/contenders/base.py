@@ -38,7 +38,7 @@ class Prepared:
     """From query, key and value, all in ``layout``, to the output; from the scores too where there is ``select``."""
     layout: Layout = HEADS_FIRST
     repeat: int = 1
-    """How often each KV head is repeated beforehand, for an implementation that does not share them."""
+    """Number of copies of each KV head, for an implementation without GQA."""
     mask_ms: float | None = None
     """Time to build the mask once everything is compiled."""
     mask_mib: float | None = None
@@ -83,7 +83,7 @@ class Contender:
 
 
 def fitting(known: Collection[Contender], device: str, packed: bool = False) -> dict[str, Contender]:
-    """Those that can be measured, by name."""
+    """The contenders that can be measured on ``device``, by name."""
     return {each.name: each for each in known if device in each.devices and packed in each.packed}
 
 
@@ -91,7 +91,7 @@ def choose(text: str, fits: Mapping[str, Contender], known: Collection[Contender
     """``--opponents``, without repeats.
 
     Args:
-        here: where the others cannot be measured, as in ``on cpu``.
+        here: The place where the others cannot be measured, such as ``on cpu``.
 
     Raises:
         BenchError: a name is not known or does not fit.

@@ -40,10 +40,10 @@ from sparsetrain.training.trainable import choose_trainable, trainable_size
 from sparsetrain.world import World
 
 PLAIN_CHUNK = 4096
-"""Positions whose logits exist at a time in the plain loop."""
+"""Number of positions whose logits are computed at once in the plain loop."""
 
 AfterStep = Callable[[float], None]
-"""Is told the seconds of each step."""
+"""Called with the seconds of each step."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Way:
     run: Callable[[Recipe, BatchPlan, World, AfterStep], None]
     """Take ``plan.steps`` steps."""
     attention: str | None = None
-    """What its model attends by; None where that is the recipe's method."""
+    """The attention of its model; None for the recipe's method."""
 
 
 def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, stand_in: str | None = None) -> None:
@@ -97,7 +97,7 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
 
 
 def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
-    """What a short script does: bf16 weights and AdamW states, SDPA, checkpointed layers, the loss in chunks."""
+    """A short training script: bf16 weights and AdamW states, SDPA, checkpointed layers, the loss in chunks."""
     model, trained, optimizer = _with_sdpa(recipe, world)
     head: Any = model.get_output_embeddings()
 
@@ -212,4 +212,4 @@ WAYS = (
     Way("hf", _hugging_face, "full"),
     Way("hf-bare", partial(_hugging_face, attention=False), "none"),
 )
-"""By the names that ``sparsetrain bench step --help`` explains."""
+"""The ways by name, as explained in ``sparsetrain bench step --help``."""
