@@ -35,9 +35,9 @@ class DataSource(Section):
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
     form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
-    """The form of rows: plain text, prompt + completion (loss on the completion), chat messages (loss on the assistant's
-    turns, with the tokenizer's chat template), or pretokenised ``input_ids`` and ``labels``. ``auto`` decides by the
-    columns of the first row."""
+    """The form of rows: plain text, prompt + completion (loss on the completion), chat messages (loss on the
+    assistant's turns, with the tokenizer's chat template), or pretokenised ``input_ids`` and ``labels``. ``auto``
+    decides by the columns of the first row."""
     text_field: Text = "text"
     """Column that holds the text (form ``text``)."""
     prompt_field: Text = "prompt"
@@ -49,8 +49,8 @@ class DataSource(Section):
     messages_field: Text = "messages"
     """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
     ignore: list[str] = []
-    """Columns, and keys of turns, that have a meaning and are left out all the same, such as ``[rejected]``. Otherwise
-    a row that says what cannot be honoured is refused."""
+    """Columns and keys of turns to ignore although they have a meaning, such as ``[rejected]``. Otherwise a row with
+    an unsupported column is refused."""
     subset: Text | None = None
     """Configuration name of a Hub dataset."""
     revision: Text | None = None
@@ -58,8 +58,8 @@ class DataSource(Section):
     split: Text = "train"
     """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
     weight: PositiveFloat = 1.0
-    """Share of this source among what is drawn, relative to the other sources. A draw is a document, or one
-    ``sequence.length`` of a longer one; of a streaming source, a document whole."""
+    """Relative frequency with which this source is drawn. A draw is a document, or a part of ``sequence.length`` tokens
+    of a longer one; for a streaming source, a whole document."""
     streaming: bool = False
     """Read rows as they are needed instead of tokenising the whole source first (and caching it)."""
     shuffle: bool = True
@@ -68,12 +68,12 @@ class DataSource(Section):
     lengths: Annotated[list[Tokens], Field(max_length=MOST_LISTED)] = []
     """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
     keys: Annotated[int, Field(gt=0), _KEYS] = 4
-    """Synthetic ``multikey`` and ``recall``: how many keys a document hides that may be asked for."""
+    """Synthetic ``multikey`` and ``recall``: number of keys in a document that may be asked for."""
     distractors: Annotated[int, Field(ge=0), _KEYS] = 0
-    """Synthetic ``multikey`` and ``recall``: how many more it hides that look alike and are never asked for. With any,
-    the keys that count are marked."""
+    """Synthetic ``multikey`` and ``recall``: number of additional keys that are never asked for. If there are any, the
+    keys that may be asked for are marked."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
-    """Synthetic ``passkey`` and ``multikey``: digits of a key."""
+    """Synthetic ``passkey`` and ``multikey``: number of digits of a key."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSource:
