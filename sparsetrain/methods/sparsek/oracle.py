@@ -97,7 +97,10 @@ def _gates(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
 
 
 def largest(scores: Tensor, competes: Tensor, topk: int) -> Tensor:
-    """The ``topk`` largest candidate scores as a mask of their shape; of equal scores the newer token is selected."""
+    """A bool mask ``[..., N]`` of the ``topk`` largest of the ``scores`` ``[..., N]`` admitted by ``competes``.
+
+    Of equal scores the newer token is selected.
+    """
     newest_first = scores.masked_fill(~competes, float("-inf")).flip(-1)
     rank = newest_first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).flip(-1)
     return competes & (rank < topk)
