@@ -29,6 +29,9 @@ from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
 from sparsetrain_kernels.key_estimate.triton import scores as key_scores
 from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile
 from sparsetrain_kernels.key_mirror.triton import kernels as mirror_kernels
+from sparsetrain_kernels.list_decode.triton import kernels as listed_kernels
+from sparsetrain_kernels.list_decode.triton.configs import choose_tiles
+from sparsetrain_kernels.list_decode.triton.launch import MERGE_STEP
 from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
 from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
 from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_grad_key_value
@@ -347,6 +350,30 @@ def compile_mirror(dtype: str) -> None:
         report(name, compiled)
 
 
+def compile_listed(dtype: str) -> None:
+    """Attention over lists, for a token and for the rows that need the wider tile, and the merge of its parts."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    known = dict.fromkeys(("lists_ptr", "counts_ptr", "lengths_ptr", "recents_ptr", "table_ptr"), "*i32")
+    known |= dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr"), "*fp32")
+    for head_dim in (64, 128, 256):
+        shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "ITEMS_PAD": 64, "RECENTS": True}
+        for rows in (1, 16):
+            config = choose_tiles(torch_dtype, head_dim, 4 * rows)
+            own = {"PAGE": 256, "BLOCK_M": config.block_m, "SOFTCAP": False, "PRECISION": "ieee"}
+            kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
+                (listed_kernels.listed_decode_kernel, own, config.num_stages),
+                (listed_kernels.merge_parts_kernel, {"SINK_LOGITS": True, "STEP": MERGE_STEP}, 3),
+            )
+            for kernel, more, num_stages in kernels:
+                constants = {**shape, **more, "ROWS": rows, "BLOCK_N": config.block_n}
+                types = {name: kind for name, kind in known.items() if name in kernel.arg_names}
+                options = {"num_warps": 4, "num_stages": num_stages}
+                compiled = triton.compile(
+                    source(ASTSource, kernel, dtype, constants, types), target=TARGET, options=options
+                )
+                report(f"{kernel.__name__} {dtype} {head_dim} {rows}", compiled)
+
+
 if __name__ == "__main__":
     families = {
         "plain": compile_plain,
@@ -355,6 +382,7 @@ if __name__ == "__main__":
         "sparsek": compile_sparsek,
         "sum": compile_query_sum,
         "lists": compile_lists,
+        "listed": compile_listed,
         "mirror": compile_mirror,
     }
     families[sys.argv[1]](sys.argv[2])

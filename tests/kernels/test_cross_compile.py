@@ -82,7 +82,9 @@ def test_estimates_keep_to_registers_and_load_ahead() -> None:
             assert kernel["mma"] > 0, kernel
 
 
-@pytest.mark.parametrize(("family", "count"), [("sparsek fp32", 24), ("sum bf16", 3), ("lists fp16", 16)])
+@pytest.mark.parametrize(
+    ("family", "count"), [("sparsek fp32", 24), ("sum bf16", 3), ("lists fp16", 16), ("listed bf16", 12)]
+)
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int) -> None:
     kernels = compiled(*family.split())
     assert len(kernels) == count

@@ -335,7 +335,7 @@ def test_the_guess_holds_the_threshold_between_few_scores(p: float, min_keys: in
         PIECE=configs.PIECE,
     )
     is_key = scores > -INF
-    found = reference._thresholds(scores, lse, is_key, is_key, torch.full((1, heads), p), min_keys)[0].float()
+    found = reference.thresholds(scores, lse, is_key, is_key, torch.full((1, heads), p), min_keys)[0].float()
     inside = (is_key[0] & (scores[0].float() >= bounds[:, :1]) & (scores[0].float() < bounds[:, 1:])).sum(1)
     for head, name in enumerate(rows):
         # No sample finds one key among many.

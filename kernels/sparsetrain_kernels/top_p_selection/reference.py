@@ -31,7 +31,7 @@ def select(call: SelectionInputs) -> PositionLists:
         is_key, p = rows > -math.inf, p.amax(2, keepdim=True)
         lse = torch.zeros_like(lse[:, :, :1])
     listed = listed[:, :, None] & is_key
-    threshold = _thresholds(rows, lse, is_key, listed, p, call.min_keys)
+    threshold = thresholds(rows, lse, is_key, listed, p, call.min_keys)
     is_member = listed & (rows >= threshold[..., None])
     # Log of the largest weight that a head which chose the key gives it: what decides where there is no room for all.
     rank = (rows.float() - lse[..., None]).clamp(min=LEAST).half()
@@ -92,7 +92,7 @@ def masses(scores: Tensor, lse: Tensor) -> Tensor:
     return (torch.exp2((scores.float() - lse[..., None]) * LOG2E).clamp(max=1.0) * ONE).long()
 
 
-def _thresholds(rows: Tensor, lse: Tensor, is_key: Tensor, listed: Tensor, p: Tensor, min_keys: int) -> Tensor:
+def thresholds(rows: Tensor, lse: Tensor, is_key: Tensor, listed: Tensor, p: Tensor, min_keys: int) -> Tensor:
     """The least score that stays, fp16 ``[...]``: all below it weigh no more than ``1 - p`` together, and as many as
     ``min_keys`` are not below it. Bit by bit, from the top."""
     keys = ordered(rows)
@@ -117,7 +117,7 @@ def _fit(rank: Tensor, position: Tensor, call: SelectionInputs) -> PositionLists
     members = is_member.sum(-1)
     zero, one = torch.zeros_like(members), torch.ones_like(members)
     # The rank of the first that has no room.
-    level = _thresholds(rank, zero.float(), is_member, is_member, zero.float(), call.capacity + 1)
+    level = thresholds(rank, zero.float(), is_member, is_member, zero.float(), call.capacity + 1)
     fits = members <= call.capacity
     level = level.masked_fill(fits, -math.inf)[..., None]
     above, tied = rank > level, is_member & (rank == level)

@@ -1,0 +1,30 @@
+"""Tiles of the kernels, and among how many programs the keys are divided."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sparsetrain_kernels.block_decode.triton.configs import WAVES, Config
+
+# Keys of a tile, by head dim and by rows of a tile. A program has two such tiles of keys and values on the way, and the
+# indices of two more: a list, the page of each of its keys, and the key are loaded one for the other. Larger tiles than
+# these spill, and of indices of 128 keys none would be on the way.
+_HALF = {(64, 16): 64, (64, 32): 64, (128, 16): 64, (128, 32): 32, (256, 16): 16}
+_STAGES = 7
+# fp32 products run on the ordinary cores, exactly.
+_SINGLE = {64: 64, 128: 16, 256: 16}
+_SINGLE_STAGES = 5
+
+
+def choose_tiles(dtype: torch.dtype, d_pad: int, rows: int) -> Config:
+    """For a head dim padded to ``d_pad`` and ``rows`` rows a KV head."""
+    if dtype == torch.float32:
+        return Config(16, _SINGLE[d_pad], _SINGLE_STAGES)
+    block_m = 16 if rows <= 16 or d_pad == 256 else 32
+    return Config(block_m, _HALF[d_pad, block_m], _STAGES)
+
+
+def choose_programs(items: int, most_keys: int, block_n: int, row_tiles: int, processors: int) -> int:
+    """As many as run at a time, but no more than there can be tiles: ``items`` lists of up to ``most_keys`` keys."""
+    return max(1, min(WAVES * processors // row_tiles, items * triton.cdiv(most_keys, block_n)))
