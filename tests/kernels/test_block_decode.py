@@ -179,8 +179,7 @@ def paged(cache: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Ten
     return pages
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("rows", "page_size"), [(1, 16), (5, 4)])  # rows of one page, and of two
 @pytest.mark.parametrize("pattern", [POWER, PATTERNS[-2]], ids=repr)
 def test_shuffled_pages_equal_a_contiguous_cache(decode, pattern, rows: int, page_size: int) -> None:
     (query, key, value), lengths = make_cache(4, 2, rows), to_lengths(*LENGTHS)
