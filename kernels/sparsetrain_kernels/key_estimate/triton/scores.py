@@ -92,7 +92,10 @@ def estimate_kernel(
     spread_right = tl.load(spread_ptr + moments + HALF + channel, mask=channel < HALF, other=0.0)
     left = left * spread_left[None, :]
     right = right * spread_right[None, :]
-    wrong = tl.sum((left - left) + (right - right), 1)
+    # Not left - left: contracted with the product above, that is its rounding error.
+    infinite = float("inf")
+    wrong = tl.where((tl.abs(left) < infinite) & (tl.abs(right) < infinite), 0.0, float("nan"))
+    wrong = tl.sum(wrong, 1)
     unit = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1)) / LIMIT
     unit = tl.where(unit > 0, unit, 1.0)
     left = tl.floor(tl.div_rn(left, tl.broadcast_to(unit[:, None], left.shape)) + 0.5).to(tl.int32)
