@@ -51,6 +51,6 @@ def test_an_evaluation_beyond_learned_positions(tmp_path, tiny, refused, family,
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = [*command.split(), str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'run'}"]
     error = refused(*arguments, "eval.at_end=true", "eval.tasks.passkey={lengths: [256, 512]}")
-    assert f"eval.tasks.passkey.lengths: 512 is beyond the 256 learned positions of the model ({table})" in error
+    assert f"eval.tasks.passkey.lengths: 512 tokens exceed the 256 learned positions of the model ({table})" in error
     error = refused(*arguments, "sequence.length=512")
-    assert f"beyond the 256 learned positions of the model ({table})" in error or "rows end at 256" in error
+    assert f"exceed the 256 learned positions of the model ({table})" in error or "rows end at 256" in error
