@@ -18,6 +18,7 @@ PACKAGES = {"sparsetrain": ROOT / "sparsetrain", "sparsetrain_kernels": ROOT / "
 LAYERS: list[dict[str, str]] = [
     {"kernels": "differentiable tensor functions", "ground": "errors, sections, files, patterns, ranks"},
     {"methods": "how a layer attends"},
+    {"generation": "what is kept of the past"},
     {"recipe": "the schema, loading, overrides"},
     {"data": "rows of tokens", "modeling": "methods in transformers' models"},
     {"evaluation": "what a model can do", "inference": "texts that a model writes"},

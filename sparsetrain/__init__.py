@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
-    from sparsetrain.modeling import load, save, sparsify
+    from sparsetrain.modeling import SparseCache, load, save, sparsify
 
-__all__ = ["__version__", "load", "save", "sparsify"]
+__all__ = ["SparseCache", "__version__", "load", "save", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when a model is touched."""
-    if name in ("load", "save", "sparsify"):
+    if name in __all__:
         from sparsetrain import modeling
 
         return getattr(modeling, name)

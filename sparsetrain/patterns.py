@@ -74,6 +74,13 @@ class Pattern(ABC):
     def query_blocks(self, key_block: int, num_blocks: int, head: int = 0) -> tuple[int, ...]:
         """The transposed list: the query blocks, of ``num_blocks``, that read ``key_block``. Ascending and unique."""
 
+    def last_query_block(self, key_block: int, num_blocks: int | None) -> int | None:
+        """The last query block, of ``num_blocks``, that reads ``key_block`` with any head. In a sequence without an end
+        (``num_blocks`` None) that may be None: later blocks read it again and again."""
+        if num_blocks is None:
+            return None
+        return max(self.query_blocks(key_block, num_blocks, head)[-1] for head in self.heads)
+
     @abstractmethod
     def listed(self, num_blocks: int, head: int = 0) -> int:
         """The total number of key blocks that the first ``num_blocks`` query blocks read, without listing them."""
@@ -161,6 +168,19 @@ class _OffsetPattern(Pattern):
     def _spans(self, limit: int, head: int) -> Iterable[range]:
         """The block distances of KV head ``head`` below ``limit``, ascending from 0, the own block."""
 
+    def _farthest(self) -> int | None:
+        """The largest distance of any head; None where it grows with the sequence."""
+        return None
+
+    def last_query_block(self, key_block: int, num_blocks: int | None) -> int | None:
+        farthest = self._farthest()
+        if num_blocks is None:
+            return None if key_block < self.num_sinks or farthest is None else key_block + farthest
+        if key_block < self.num_sinks:
+            return num_blocks - 1
+        limit = num_blocks - key_block
+        return key_block + max(span[-1] for head in self.heads for span in self._spans(limit, head) if span)
+
     def _offsets(self, limit: int, head: int) -> Iterable[int]:
         return chain.from_iterable(self._spans(limit, head))
 
@@ -213,6 +233,10 @@ class SlidingPattern(_OffsetPattern):
 
     def _spans(self, limit: int, head: int) -> Iterable[range]:
         return (range(min(self.window, limit)), *self._far(limit))
+
+    def _farthest(self) -> int | None:
+        # Those that add far blocks add ever farther ones.
+        return self.window - 1 if type(self) is SlidingPattern else None
 
     def _far(self, limit: int) -> Iterable[range]:
         """Distances of ``window`` or more, below ``limit``, ascending."""
@@ -267,6 +291,9 @@ class DilatedPattern(_OffsetPattern):
     def _spans(self, limit: int, head: int) -> Iterable[range]:
         return (range(0, min(self.window * self.dilation, limit), self.dilation),)
 
+    def _farthest(self) -> int | None:
+        return (self.window - 1) * self.dilation
+
 
 @dataclass(frozen=True)
 class DistancePattern(_OffsetPattern):
@@ -288,6 +315,9 @@ class DistancePattern(_OffsetPattern):
 
     def _spans(self, limit: int, head: int) -> Iterable[range]:
         return (_one(distance) for distance in self.distances if distance < limit)
+
+    def _farthest(self) -> int | None:
+        return self.distances[-1]
 
 
 @dataclass(frozen=True)
@@ -321,6 +351,9 @@ class HeadDistancePattern(_OffsetPattern):
 
     def _spans(self, limit: int, head: int) -> Iterable[range]:
         return (_one(distance) for distance in self.distances[head] if distance < limit)
+
+    def _farthest(self) -> int | None:
+        return max(distances[-1] for distances in self.distances)
 
 
 @dataclass(frozen=True)
@@ -379,6 +412,11 @@ class LongNetPattern(Pattern):
                 segment_end = key_block - key_block % length + length
                 queries.update(range(key_block, min(segment_end, num_blocks), rate))
         return tuple(sorted(queries))
+
+    def last_query_block(self, key_block: int, num_blocks: int | None) -> int | None:
+        longest = max(length for length, _ in self.segments)
+        end = key_block + longest
+        return super().last_query_block(key_block, end if num_blocks is None else min(num_blocks, end))
 
     def _levels(self, head: int) -> list[tuple[int, int, int]]:
         return [(length, rate, head % rate if self.head_shift else 0) for length, rate in self.segments]

@@ -170,7 +170,8 @@ class Method(ABC):
         """
 
     def memory(self) -> Memory | None:
-        """The KV memory of one layer for generation; None for a method that uses a cache of all keys and values."""
+        """The memory of one layer for generation. None means pages of keys and values: all, or those that a static
+        pattern still reads."""
         return None
 
     def fit(self, layer: nn.Module) -> LayerFit | None:

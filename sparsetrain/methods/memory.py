@@ -1,4 +1,4 @@
-"""What a layer keeps of the past in generation, where its method needs no cache of all keys and values."""
+"""What a layer keeps of the past in generation: pages of keys and values, or what its method keeps instead."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 class Memory(ABC):
     """The memory of one layer and one cache. The rows of a batch may differ in length."""
+
+    static: bool = False
+    """Its tensors stay where they are and its steps change nothing on the host: a step can be compiled and captured."""
+
+    fault: str | None = None
+    """Why this memory cannot be used any more: what it should have read cannot be remembered."""
 
     @property
     @abstractmethod
@@ -50,11 +56,16 @@ class Memory(ABC):
 
     @abstractmethod
     def rollback(self, tokens: int) -> None:
-        """Forget the last ``tokens`` tokens of every row (assisted generation takes back what was guessed wrong).
+        """Forget the last ``tokens`` tokens of every row (assisted generation takes back what was guessed wrong), so
+        that what follows is as if they had never been read.
 
         Raises:
             ModelError: this memory cannot; the message says why and what to do instead.
         """
+
+    @abstractmethod
+    def begin_round(self) -> None:
+        """Told before tokens are read of which some may be taken back (:meth:`rollback`)."""
 
     @abstractmethod
     def offload(self) -> None:
@@ -66,8 +77,12 @@ class Memory(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, :attr:`fault` too."""
 
     @abstractmethod
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows of the batch (int64), in this order; a row may come more than once."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the tensors it holds."""

@@ -8,9 +8,11 @@ from sparsetrain.modeling.head import balance_factor, has_plain_head
 from sparsetrain.modeling.layers import attention_density, sparse_layers, sparsify
 from sparsetrain.modeling.loading import load
 from sparsetrain.modeling.positions import check_learned_positions, check_positions
+from sparsetrain.modeling.sparse_cache import SparseCache
 from sparsetrain.modeling.storage import load_model, save
 
 __all__ = [
+    "SparseCache",
     "attention_density",
     "balance_factor",
     "check_dropout",

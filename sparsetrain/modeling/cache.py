@@ -1,8 +1,8 @@
-"""A method's own memory in transformers' caches: a layer of a cache that holds it instead of all keys.
+"""Our memories in transformers' caches: a layer of a cache that holds one.
 
-A model makes its cache before it runs, and knows nothing of methods. So an attention layer whose method has a memory
-looks at the cache it is handed: where its own place is still empty, it puts a :class:`MemoryLayer` there. ``generate``,
-pipelines and plain forward passes with ``use_cache=True`` get it without being told.
+A model makes its cache before it runs, and knows nothing of methods. So an attention layer looks at the cache it is
+handed: where its own place is still empty, it puts a :class:`MemoryLayer` there. ``generate``, pipelines and plain
+forward passes with ``use_cache=True`` get it without being told.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.base import Method
+from sparsetrain.generation.memories import make_memory
+from sparsetrain.generation.pages import check_room
 from sparsetrain.methods.memory import Memory
+from sparsetrain.modeling.attention.mask import STATIC
+from sparsetrain.modeling.attention.plan import LayerPlan
 
 MEMORY_ARGUMENT = "sparsetrain_memory"
 """Name under which a layer's memory travels to the attention function."""
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 """What attention layers call the cache they are handed."""
+
+FOREIGN = "this cache was filled by another attention method; start again with an empty cache"
 
 HOOK_ATTRIBUTE = "sparsetrain_memory_hook"
 
@@ -36,16 +41,25 @@ class MemoryLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, plan: LayerPlan) -> None:
         super().__init__()
         self.memory = memory
-        self._tokens = 0
+        self.plan = plan
+        self.counted = 0
+        """Tokens that the host has seen read, padding included."""
         self._expected = False
 
     def expect(self) -> Memory:
-        """The memory, for a layer that will call :meth:`update` and then attend with it."""
+        """The memory, for a layer that will call :meth:`update` and then attend with it.
+
+        Raises:
+            ModelError: it cannot be used any more.
+        """
+        if self.memory.fault is not None:
+            raise ModelError(self.memory.fault)
         self._expected = True
         return self.memory
 
@@ -58,19 +72,19 @@ class MemoryLayer(CacheLayerMixin):
             ModelError: the layer that calls does not attend with this memory.
         """
         if not self._expected:
-            raise ModelError("this cache was filled by another attention method; start again with an empty cache")
+            raise ModelError(FOREIGN)
         self._expected = False
         self.is_initialized = True
-        self._tokens += key_states.shape[2]
+        self.counted += key_states.shape[2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Tokens read so far, padding included."""
-        return self._tokens
+        return self.counted
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks reach over everything read, as with a full cache: they tell where a row's padding ends."""
-        return self._tokens + query_length, 0
+        return self.counted + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: there is no maximum."""
@@ -81,8 +95,10 @@ class MemoryLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        if self.memory.fault is not None:
+            self.memory.fault = None
         self.memory.reset()
-        self._tokens = 0
+        self.counted = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -104,7 +120,11 @@ class MemoryLayer(CacheLayerMixin):
             ModelError: the memory cannot.
         """
         self.memory.rollback(-tokens_to_remove)
-        self._tokens += tokens_to_remove
+        self.counted += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Some of the tokens that follow may be taken back."""
+        self.memory.begin_round()
 
     def offload(self) -> None:
         """Move to host memory.
@@ -118,13 +138,83 @@ class MemoryLayer(CacheLayerMixin):
         self.memory.select_rows(change(torch.arange(self.memory.rows)))
 
 
-def keep_memory(layer: nn.Module, method: Method) -> None:
-    """Make an attention layer use its method's memory wherever it is handed a cache, if the method has one."""
+class StaticMemoryLayer(MemoryLayer):
+    """A layer whose room is made once for ``max_length`` tokens a row, so that a step is the same for every length.
+
+    What changes in a step lies in tensors that stay where they are; nothing that ``torch.compile`` would look at does.
+
+    Args:
+        device: the layer's.
+    """
+
+    def __init__(self, memory: Memory, plan: LayerPlan, max_length: int, device: torch.device) -> None:
+        super().__init__(memory, plan)
+        self.max_length = max_length
+        self._asked = 0
+        self._seen = torch.zeros((), dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self._seen)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """A step can be compiled."""
+        return self.memory.static
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`MemoryLayer.update`."""
+        if not self._expected:
+            raise ModelError(FOREIGN)
+        self._expected = False
+        self._seen.add_(key_states.shape[2])
+        if not torch.compiler.is_compiling():
+            self.counted += key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> torch.Tensor:  # type: ignore[override]
+        """Tokens read so far, padding included: int64 ``[]`` on the layer's device."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All that there is room for. Every pass asks, a compiled one too before it starts.
+
+        Raises:
+            ModelError: there is no room for so many tokens more.
+        """
+        if not torch.compiler.is_compiling():
+            self._asked += query_length
+            if self._asked > self.max_length:
+                # Who has asked without a pass, or taken back tokens, is counted too: only now the device is asked.
+                self._asked = int(self._seen) + query_length
+                check_room(self._asked, self.max_length)
+        return self.max_length, 0
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for, padding included."""
+        return self.max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self.memory.fault is not None:
+            self.memory.fault = None
+        self.memory.reset()
+        self._seen.zero_()
+        self.counted = self._asked = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See :meth:`MemoryLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self._seen.add_(tokens_to_remove)
+
+
+def keep_memory(layer: nn.Module, plan: LayerPlan) -> None:
+    """Make an attention layer keep the past in a memory wherever it is handed a cache."""
     drop_memory(layer)
-    if method.memory() is not None:
-        names = list(inspect.signature(layer.forward).parameters)
-        hook = layer.register_forward_pre_hook(partial(_hand_over, method, names), with_kwargs=True)
-        setattr(layer, HOOK_ATTRIBUTE, hook)
+    if shares_keys(layer) and (plan.method is None or plan.method.memory() is None):
+        return
+    names = list(inspect.signature(layer.forward).parameters)
+    hook = layer.register_forward_pre_hook(partial(_hand_over, plan, names), with_kwargs=True)
+    setattr(layer, HOOK_ATTRIBUTE, hook)
 
 
 def drop_memory(layer: nn.Module) -> None:
@@ -134,39 +224,69 @@ def drop_memory(layer: nn.Module) -> None:
         hook.remove()
 
 
+def shares_keys(layer: Any) -> bool:
+    """Other layers may read the keys that this one gets back from the cache (Gemma 3n)."""
+    return "reuse" in (getattr(layer.config, "kv_sharing_modes", None) or ())
+
+
 def _hand_over(
-    method: Method, names: list[str], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: LayerPlan, names: list[str], layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: finds the memory in the cache of the call and sends it along."""
     arguments = dict(zip(names, args, strict=False)) | kwargs
     cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
     if cache is None:
         return None
-    return args, {**kwargs, MEMORY_ARGUMENT: _memory_layer(cache, layer.layer_idx, method).expect()}
+    held = _memory_layer(cache, layer.layer_idx, plan)
+    return None if held is None else (args, {**kwargs, MEMORY_ARGUMENT: held.expect()})
 
 
-def _memory_layer(cache: Cache, index: int, method: Method) -> MemoryLayer:
-    """The place of layer ``index`` in a cache, made ours if it was still empty."""
+def _check_even(cache: Cache, index: int, held: MemoryLayer) -> None:
+    """Refuse a cache in which a pass that was broken off has left a layer further than the next one."""
+    later = cache.layers[index + 1] if index + 1 < len(cache.layers) else None
+    if torch.compiler.is_compiling() or not isinstance(later, MemoryLayer) or not held.counted > later.counted:
+        return
+    raise ModelError(
+        f"the cache of layer {index} holds {held.counted} tokens, and that of layer {index + 1} {later.counted}: a "
+        "pass was broken off between them; start again with an empty cache"
+    )
+
+
+def _memory_layer(cache: Cache, index: int, plan: LayerPlan) -> MemoryLayer | None:
+    """The place of layer ``index`` in a cache, made ours if it was still empty. None where the cache keeps keys and
+    values in a way of its own, which the layer then reads: quantised, offloaded, beside the state of other layers."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
     held: Any = cache.layers[index]
-    if isinstance(held, MemoryLayer):
+    if isinstance(held, MemoryLayer) and held.plan is plan:
+        _check_even(cache, index, held)
         return held
-    memory = method.memory()
-    assert memory is not None, "only layers whose method has a memory have this hook"
-    if cache.offloading:
-        memory.offload()
-    if type(held) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if isinstance(held, StaticMemoryLayer):
         raise ModelError(
-            f"{type(held).__name__} in the cache of layer {index} cannot hold what {type(method).__name__} remembers; "
-            "generate without cache_implementation"
+            "this SparseCache was made for another model, or before the model's attention method changed; make a new "
+            "one"
         )
+    if isinstance(held, StaticLayer):
+        raise ModelError(STATIC)
+    own = plan.method is not None and plan.method.memory() is not None
+    if not isinstance(held, MemoryLayer):
+        takes_over = type(held) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if not own and (cache.offloading or not takes_over):
+            return None
+        if not takes_over:
+            raise ModelError(
+                f"{type(held).__name__} in the cache of layer {index} cannot hold what {type(plan.method).__name__} "
+                "remembers; generate without cache_implementation"
+            )
     if held.get_seq_length() > 0:
         raise ModelError(
             f"the cache of layer {index} holds {held.get_seq_length()} tokens of another attention method; start again "
             "with an empty cache"
         )
-    ours = MemoryLayer(memory)
+    memory = make_memory(plan.method, plan.window)
+    if cache.offloading:
+        memory.offload()
+    ours = MemoryLayer(memory, plan)
     cache.layers[index] = ours
     return ours

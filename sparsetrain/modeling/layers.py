@@ -17,7 +17,7 @@ from sparsetrain.modeling.attention.documents import guard_documents
 from sparsetrain.modeling.attention.interface import ATTENTION_NAME
 from sparsetrain.modeling.attention.name import guard_name
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
-from sparsetrain.modeling.cache import drop_memory, keep_memory
+from sparsetrain.modeling.cache import keep_memory
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
@@ -85,12 +85,11 @@ def put_method(module: nn.Module, plan: LayerPlan) -> None:
     """Put a layer's plan in the place of the one it had."""
     old: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
     if old is not None and old.method is not None:
-        drop_memory(module)
         old.method.detach(module)
     setattr(module, PLAN_ATTRIBUTE, plan)
     if plan.method is not None:
         plan.method.attach(module, plan.index)
-        keep_memory(module, plan.method)
+    keep_memory(module, plan)
 
 
 def sparse_layers(model: nn.Module) -> list[tuple[int, nn.Module, Method | None]]:

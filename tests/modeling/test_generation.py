@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import load_model, sparsify
@@ -71,26 +71,6 @@ def test_padding_between_real_tokens_is_refused(tiny, tokens):
     mask[0, 5] = 0
     with pytest.raises(ModelError, match="between real tokens"):
         sparsify(tiny("llama"), POWER)(tokens(20), attention_mask=mask)
-
-
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_replaced_sliding_layers_need_a_cache_that_keeps_everything(family, tiny, tokens):
-    model = tiny(family, sliding_window=7)
-    sparsify(model, {**POWER, "replace_sliding_layers": True})
-    ids = tokens(21)
-    with pytest.raises(ModelError, match=r"past_key_values=transformers\.DynamicCache\(\)"):
-        model.generate(ids, **GREEDY)
-    with pytest.raises(ModelError, match=r"past_key_values=transformers\.DynamicCache\(\)"):
-        model.generate(ids.repeat(2, 1), attention_mask=torch.tensor([[0] * 3 + [1] * 18, [1] * 21]), **GREEDY)
-    generated = model.generate(ids, past_key_values=DynamicCache(), **GREEDY)
-    for _ in range(GREEDY["max_new_tokens"]):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert generated.tolist() == ids.tolist()
-
-
-def test_static_caches_are_refused(tiny, tokens):
-    with pytest.raises(ModelError, match="static caches are not supported"):
-        sparsify(tiny("llama"), POWER).generate(tokens(21), cache_implementation="static", **GREEDY)
 
 
 def test_a_real_checkpoint_tells_the_same_story(test_data):

@@ -96,6 +96,13 @@ class SparseKMemory(Memory):
             "generate without an assistant model"
         )
 
+    def begin_round(self) -> None:
+        """Nothing: see :meth:`rollback`."""
+
+    def nbytes(self) -> int:
+        """See :meth:`Memory.nbytes`."""
+        return 0 if self.state.slots is None else sum(tensor.nbytes for tensor in vars(self.state.slots).values())
+
     def offload(self) -> None:
         """Raises :class:`ModelError`: there is nothing to gain."""
         raise ModelError("this cache is small and stays where the layer is; generate without an offloaded cache")

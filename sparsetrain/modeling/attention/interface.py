@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.pages import PagedMemory
 from sparsetrain.methods.memory import Memory
 from sparsetrain.modeling.attention.call import AttentionCall, parse_call
 from sparsetrain.modeling.attention.mask import mask_of_requests
@@ -69,10 +70,10 @@ def attend_call(module: nn.Module, call: AttentionCall) -> Tensor:
         attend: Attend = partial(causal_attention, window=plan.window, **call.settings)
     else:
         attend = partial(plan.method.attend, module, **call.settings)
-        if plan.window is not None:
+        if plan.window is not None and call.memory is None:
             _check_cache_is_whole(plan, call)
     if call.memory is not None:
-        out = _attend_with_memory(module, call, call.memory)
+        out = _attend_with_memory(module, attend, call, call.memory)
     elif call.padding is not None:
         out = attend_padded(attend, call, call.padding)
     else:
@@ -95,17 +96,45 @@ def _check_cache_is_whole(plan: LayerPlan, call: AttentionCall) -> None:
         )
 
 
-def _attend_with_memory(module: nn.Module, call: AttentionCall, memory: Memory) -> Tensor:
+def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, memory: Memory) -> Tensor:
     """Attention of a layer that remembers the past by itself: the keys are those of this call only."""
     starts = None
     # In generation, a row that has begun has no more padding: nothing has to be read from the device.
-    if call.padding is not None and not (call.tokens == 1 and memory.started):
+    if call.padding is not None and not (call.tokens == 1 and memory.started and call.padding.is_cuda):
+        ends_early = ~call.padding[:, -1] & call.padding.any(dim=1)
+        if isinstance(memory, PagedMemory) and memory.rows == 0 and bool(ends_early.any()):
+            memory.fault = (
+                "the batch was padded on the right, and what follows would see the padding; pad on the left to generate"
+            )
+            return attend_padded(attend, call, call.padding)
         starts = left_padding(call, call.padding)
     elif call.padding is None and call.tokens > 1:
         documents = call.documents()
         if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
-            raise ModelError("packed documents cannot share a key/value cache; pass use_cache=False")
-    return memory.attend(module, call.query, call.key, call.value, starts=starts, **call.settings, **call.extra)
+            fault = "packed documents cannot share a key/value cache; pass use_cache=False"
+            if call.caches or memory.rows or not isinstance(memory, PagedMemory):
+                raise ModelError(fault)
+            memory.fault = fault
+            return _attend_packed(attend, call)
+    options = {**call.settings, **call.extra}
+    if not (torch.is_grad_enabled() and call.query.requires_grad and memory.rows):
+        return memory.attend(module, call.query, call.key, call.value, starts=starts, **options)
+    with torch.no_grad():
+        out = memory.attend(module, call.query, call.key, call.value, starts=starts, **options)
+    remembered: Tensor = _Remembered.apply(out, call.query)
+    return remembered
+
+
+class _Remembered(torch.autograd.Function):
+    """What was attended with a memory: it keeps no graph of the past, so there is no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        raise ModelError("a key/value cache keeps no gradients; pass use_cache=False to train")
 
 
 def _attend_packed(attend: Attend, call: AttentionCall) -> Tensor:

@@ -17,6 +17,11 @@ from transformers import masking_utils
 
 from sparsetrain.errors import ModelError
 
+STATIC = (
+    "the static caches of transformers are not supported; pass past_key_values=sparsetrain.SparseCache(model, "
+    "max_length=...), or generate without cache_implementation"
+)
+
 REQUEST_ATTRIBUTE = "sparsetrain_request"
 """Where the tensor that goes to the layers keeps its :class:`MaskRequest`."""
 
@@ -30,7 +35,7 @@ class MaskRequest:
     packed: bool = False
     """Rows hold several documents, which are to be kept apart."""
     padded: bool = False
-    """Some token of the batch is padding, as the tensor that carries this says."""
+    """Some token of the batch may be padding, as the tensor that carries this says."""
     fault: str | None = None
     """Why no layer here can attend so."""
 
@@ -50,19 +55,26 @@ def mask_of_requests(
     request. That it cannot be honoured is for the layer to say: not every mask that a model makes is used.
 
     Raises:
-        ModelError: the keys are those of a static cache.
+        ModelError: the keys are those of a static cache of transformers.
     """
     request = _read(mask_function)
     if attention_mask is not None and attention_mask.ndim != 2:
         request, attention_mask = MaskRequest(fault=_not_over_tokens(attention_mask)), None
-    if isinstance(q_offset, torch.Tensor) or kv_offset + kv_length > q_offset + q_length:
-        raise ModelError(
-            "static caches are not supported; generate with a DynamicCache (cache_implementation='dynamic')"
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(batch_size, 1, 1, kv_length)
+    # Static caches tell their length by a tensor.
+    static = isinstance(q_offset, torch.Tensor)
+    if not static and kv_offset + kv_length > q_offset + q_length:
+        raise ModelError(STATIC)
+    # In a step nothing waits for the device: rows that have begun have no more padding.
+    step = q_length == 1 and attention_mask is not None and (static or attention_mask.is_cuda)
+    if static and (attention_mask is None or step):
+        # Of one shape in every step, and contiguous, because generate makes it so and would lose what is set on it.
+        carrier = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
+    elif attention_mask is None or (not step and bool(attention_mask.all())):
+        carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        carrier = carrier.expand(batch_size, 1, 1, 1 if static else kv_length)
+        carrier = carrier.contiguous() if static else carrier
     else:
-        carrier, request = attention_mask[:, None, None], replace(request, padded=True)
+        carrier, request = attention_mask[:, None, None].contiguous(), replace(request, padded=True)
     setattr(carrier, REQUEST_ATTRIBUTE, request)
     return carrier
 

@@ -1,0 +1,177 @@
+"""A SparseCache holds what is read again, in tensors that stay, and gives what passes without a cache give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache
+
+import sparsetrain
+from sparsetrain.errors import ModelError
+from sparsetrain.modeling import sparsify
+from sparsetrain.patterns import PowerPattern, SlidingPattern
+
+from .test_generation_modes import GREEDY, METHODS, greedy_without_cache, left_padded
+
+MODELS = [
+    *(("llama", name) for name in ("full", "power", "sliding", "stride", "longnet", "dense layer")),
+    ("qwen3", "dilated"),
+    ("mistral", "replaced"),
+    ("gemma3_text", "power"),
+    ("gpt_oss", "sliding"),
+    ("gpt_oss", "replaced"),
+]
+NEW = GREEDY["max_new_tokens"]
+
+
+@pytest.fixture(params=MODELS, ids=" ".join)
+def model(request, tiny):
+    family, method = request.param
+    config = {"sliding_window": 7} if family == "mistral" else {}
+    return sparsify(tiny(family, **config), METHODS[method])
+
+
+def compiled():
+    """Decoding steps compiled on a CPU too, as one graph."""
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_one_row_in_every_mode(model, tokens):
+    ids = tokens(33)
+    want = greedy_without_cache(model, ids)
+
+    def generate(**settings):
+        cache = sparsetrain.SparseCache(model, max_length=33 + NEW + 6, rollback=8)  # drafts on top
+        return model.generate(ids, past_key_values=cache, **{**GREEDY, **settings}).tolist()
+
+    assert generate() == want.tolist()
+    assert generate(prefill_chunk_size=8) == want.tolist()
+    assert generate(prompt_lookup_num_tokens=5) == want.tolist()
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    assert generate(**beams) == model.generate(ids, use_cache=False, **beams, **GREEDY).tolist()
+
+
+def test_a_padded_batch_compiled_is_one_graph_over_all_steps(model, tokens):
+    prompts, ids, mask = left_padded(tokens)
+    cache = sparsetrain.SparseCache(model, max_length=60)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, compile_config=compiled(), **GREEDY)
+    for row, prompt in enumerate(prompts):
+        assert out[row, ids.shape[1] :].tolist() == greedy_without_cache(model, prompt)[0, prompt.shape[1] :].tolist()
+    assert graphs() == 1
+    # Another batch without padding, in the same cache.
+    cache.reset()
+    ids = torch.cat([tokens(23, seed=row) for row in range(3)])
+    again = model.generate(ids, past_key_values=cache, compile_config=compiled(), **GREEDY)
+    assert again.tolist() == greedy_without_cache(model, ids).tolist()
+    assert graphs() == 1
+
+
+def test_only_what_a_later_token_reads_is_kept(tiny, tokens):
+    ids = tokens(128)
+    for method in ("power", "sliding"):
+        model = sparsify(tiny("llama"), METHODS[method])
+        cache = sparsetrain.SparseCache(model, max_length=144)
+        want = greedy_without_cache(model, ids, 16)
+        assert model.generate(ids, past_key_values=cache, **{**GREEDY, "max_new_tokens": 16}).tolist() == want.tolist()
+        assert {layer.memory.slots for layer in cache.layers} == {_needed(METHODS[method], 32, 36)}
+        held = [tensor for layer in cache.layers for tensor in vars(layer.memory).values()]
+        assert cache.nbytes() == sum(each.nbytes for each in held if isinstance(each, torch.Tensor))
+
+
+def _needed(section, prompt, horizon):
+    """Pages that a later block reads, by the lists, at the moment when most are alive."""
+    kind = {"power": PowerPattern, "sliding": SlidingPattern}[section["method"]]
+    pattern = kind(section["block"], section["window"], section["sinks"])
+    return max(
+        len({page for t in range(block, horizon) for page in pattern.key_blocks(t) if page <= block})
+        for block in range(prompt, horizon)
+    )
+
+
+def test_a_horizon_is_not_passed(tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["power"])
+    for config in (None, compiled()):
+        cache = sparsetrain.SparseCache(model, max_length=30)
+        with pytest.raises(ModelError, match=r"grows to 31 tokens.*max_length=30.*larger max_length.*max_new_tokens"):
+            model.generate(tokens(21), past_key_values=cache, compile_config=config, **GREEDY)
+    cache = sparsetrain.SparseCache(model, max_length=30)
+    with pytest.raises(ModelError, match="grows to 31 tokens"):
+        model.generate(tokens(31), past_key_values=cache, **GREEDY)
+    with torch.no_grad():
+        model(tokens(30), past_key_values=cache)
+        with pytest.raises(ModelError, match="grows to 31 tokens"):
+            model(tokens(1), past_key_values=cache)
+
+
+def test_a_budget_that_does_not_hold_what_is_read_is_refused_with_the_number(tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["power"])
+    needed = _needed(METHODS["power"], 32, 36)
+    cache = sparsetrain.SparseCache(model, max_length=144, max_pages=needed - 1)
+    with pytest.raises(
+        ModelError, match=rf"max_pages={needed - 1}: .*128 tokens.*max_length=144.* {needed} pages of 4"
+    ):
+        model.generate(tokens(128), past_key_values=cache, **GREEDY)
+    cache = sparsetrain.SparseCache(model, max_length=144, max_pages=needed)
+    assert model.generate(tokens(128), past_key_values=cache, **GREEDY).shape[1] == 128 + NEW
+    with pytest.raises(ModelError, match="max_length=0 must be at least 1"):
+        sparsetrain.SparseCache(model, max_length=0)
+
+
+def test_tokens_are_taken_back_only_where_the_pages_are_still_there(tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["sliding"])
+    cache = sparsetrain.SparseCache(model, max_length=200)
+    with torch.no_grad():
+        model(tokens(100), past_key_values=cache)
+        cache.crop(0)
+        with pytest.raises(ModelError, match=r"20 tokens cannot be taken back.*larger rollback"):
+            cache.crop(-20)
+    cache = sparsetrain.SparseCache(model, max_length=200, rollback=20)
+    with torch.no_grad():
+        model(tokens(100), past_key_values=cache)
+        cache.crop(-20)
+        logits = model(tokens(100)[:, 80:], past_key_values=cache).logits
+        want = model(tokens(100), use_cache=False).logits[:, 80:]
+    assert int(cache.get_seq_length()) == 100
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_of_other_models_and_methods_are_refused(tiny, tokens):
+    model, other = (sparsify(tiny("llama"), METHODS["power"]) for _ in range(2))
+    cache = sparsetrain.SparseCache(model, max_length=60)
+    with pytest.raises(ModelError, match="made for another model"):
+        other.generate(tokens(21), past_key_values=cache, **GREEDY)
+    sparsify(model, METHODS["sliding"])
+    with pytest.raises(ModelError, match="before the model's attention method changed"):
+        model.generate(tokens(21), past_key_values=cache, **GREEDY)
+    with pytest.raises(ModelError, match="another attention method"):
+        tiny("llama").generate(tokens(21), past_key_values=cache, **GREEDY)
+    with pytest.raises(ModelError, match=r"has no attention method; call sparsetrain\.sparsify"):
+        sparsetrain.SparseCache(tiny("llama"), max_length=60)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda model: sparsetrain.SparseCache(model, max_length=60), lambda _: DynamicCache()]
+)
+def test_a_cache_that_a_pass_left_half_filled_is_refused(make, tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["power"])
+    cache = make(model)
+    with torch.no_grad():
+        model(tokens(20), past_key_values=cache)
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(tokens(3), past_key_values=cache)
+        hook.remove()
+        with pytest.raises(ModelError, match=r"layer 0 .*23 tokens.*layer 1.* 20.*start again"):
+            model(tokens(3), past_key_values=cache)
