@@ -23,22 +23,22 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "alone", "split"])
+@pytest.fixture(params=["reference", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plain PyTorch, and the kernels: one program a row, or many that share a row."""
+    """Plain PyTorch, and the kernels, where several programs share a row."""
     if request.param == "reference":
         return "reference"
     if not INTERPRETING:
         pytest.skip("runs in Triton's interpreter, on machines without a GPU")
     request.getfixturevalue("poisoned")
-    split_rows(monkeypatch, alone=0 if request.param == "split" else 16384)
+    split_rows(monkeypatch)
     return "triton"
 
 
-def split_rows(monkeypatch: pytest.MonkeyPatch, alone: int) -> None:
-    """Small pieces, so that small tests have several; rows of more than ``alone`` scores are shared."""
+def split_rows(monkeypatch: pytest.MonkeyPatch, alone: int = 0) -> None:
+    """Small pieces, so that small tests have several; programs share rows of more than ``alone`` scores."""
     launch = pytest.importorskip("sparsetrain_kernels.top_p_selection.triton.launch")
-    for name, value in {"ALONE": alone, "SAMPLE": 64, "CHUNK": 128, "TILE": 128}.items():
+    for name, value in {"ALONE": alone, "SAMPLE": 64, "CHUNK": 128, "TILE": 256}.items():
         monkeypatch.setattr(launch, name, value)
 
 
@@ -125,6 +125,17 @@ def test_both_find_the_smallest_set(backend: str, p: float) -> None:
     for head, name in enumerate(rows):
         assert torch.equal(entries(found, head=head), chosen(scores[0, head], p)), name
     assert not found.dropped.any()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
+def test_one_program_a_row_finds_the_same(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    split_rows(monkeypatch, alone=16384)
+    scores = torch.stack([*adversarial(300).values()]).half()[None]
+    options = {"lengths": to_lengths(290), "num_kv_heads": 4, "capacity": 200, "sinks": 3, "recent": 9}
+    lse = log_sums(scores[..., :290])
+    for p in (0.9, 1.0):
+        got = top_p_lists(scores, lse, p, **options, backend="triton")
+        assert_same(got, top_p_lists(scores, lse, p, **options, backend="reference"))
 
 
 @pytest.mark.parametrize("columns", [1, 2, 127, 1000])
@@ -300,7 +311,7 @@ def test_how_tensors_lie_in_memory_does_not_matter(backend: str) -> None:
 @pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("deviations", [-30.0, 0.0, 1e6])
 def test_a_wrong_guess_costs_time_alone(monkeypatch: pytest.MonkeyPatch, deviations: float) -> None:
-    split_rows(monkeypatch, alone=0)
+    split_rows(monkeypatch)
     from sparsetrain_kernels.top_p_selection.triton import launch
 
     monkeypatch.setattr(launch, "DEVIATIONS", deviations)
