@@ -44,6 +44,7 @@ def make_memory(
         return PagedMemory(SlidingPattern(page, -(-(window - 1) // page) + 1, 0), attend, window=window, **room)  # type: ignore[arg-type]
     own = method.memory()
     if own is not None:
+        own.static = max_length is not None and rollback == 0
         return own
     if isinstance(method, StaticMethod) and type(method).attend is StaticMethod.attend:
         return PagedMemory(method.pattern, method.attend, **room)  # type: ignore[arg-type]

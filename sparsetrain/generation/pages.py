@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.page_table import NOT_KEPT, PageTable, page_table, still_read
-from sparsetrain.generation.rows import PackedRows, alike
-from sparsetrain.methods.memory import Memory
+from sparsetrain.generation.rows import PackedRows
+from sparsetrain.methods.memory import Memory, alike
 from sparsetrain.patterns import Pattern
 
 Attend = Callable[..., Tensor]

@@ -1,5 +1,4 @@
-"""Rows of a batch that differ in padding and in what they have read: packed into one call, or grouped by what they
-share."""
+"""Rows of a batch that differ in padding, packed into one call."""
 
 from __future__ import annotations
 
@@ -7,14 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def alike(starts: Sequence[int], lengths: Sequence[int]) -> dict[tuple[int, int], list[int] | slice]:
-    """The rows of a batch by their padding and by how many tokens they have read; a slice where all are alike."""
-    pairs = list(zip(starts, lengths, strict=True))
-    if len(set(pairs)) == 1:
-        return {pairs[0]: slice(None)}
-    return {pair: [row for row, other in enumerate(pairs) if other == pair] for pair in dict.fromkeys(pairs)}
 
 
 class PackedRows:

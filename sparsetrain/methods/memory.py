@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,3 +87,11 @@ class Memory(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the tensors it holds."""
+
+
+def alike(starts: Sequence[int], lengths: Sequence[int]) -> dict[tuple[int, int], list[int] | slice]:
+    """The rows of a batch by their padding and by how many tokens they have read; a slice where all are alike."""
+    pairs = list(zip(starts, lengths, strict=True))
+    if len(set(pairs)) == 1:
+        return {pairs[0]: slice(None)}
+    return {pair: [row for row, other in enumerate(pairs) if other == pair] for pair in dict.fromkeys(pairs)}

@@ -13,6 +13,7 @@ from sparsetrain.patterns import PowerPattern, SlidingPattern
 
 from .test_generation_modes import GREEDY, METHODS, greedy_without_cache, left_padded
 
+SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "score_buffer": 4096}
 MODELS = [
     *(("llama", name) for name in ("full", "power", "sliding", "stride", "longnet", "dense layer")),
     ("qwen3", "dilated"),
@@ -20,6 +21,8 @@ MODELS = [
     ("gemma3_text", "power"),
     ("gpt_oss", "sliding"),
     ("gpt_oss", "replaced"),
+    ("llama", "sparsek"),
+    ("gemma3_text", "sparsek"),
 ]
 NEW = GREEDY["max_new_tokens"]
 
@@ -28,7 +31,7 @@ NEW = GREEDY["max_new_tokens"]
 def model(request, tiny):
     family, method = request.param
     config = {"sliding_window": 7} if family == "mistral" else {}
-    return sparsify(tiny(family, **config), METHODS[method])
+    return sparsify(tiny(family, **config), SPARSEK if method == "sparsek" else METHODS[method])
 
 
 def compiled():

@@ -173,10 +173,80 @@ def test_caches_of_other_methods_are_refused(tiny, tokens):
         model(tokens(1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("section", [{}, {"normalize": False}, {"scores": "layer"}, {"scorer": "random"}], ids=str)
+def test_tokens_taken_back_leave_no_trace(section, tiny, tokens):
+    """Drafts of 1 to 20 tokens, read at once or one by one, over many evictions."""
+    model, ids = sparsify(tiny("llama"), {**SPARSEK, **section}), tokens(120)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        cache = model(ids[:, :30]).past_key_values
+        cache.activate_past_recording()
+        at, generator = 30, torch.Generator().manual_seed(0)
+        while at < 90:
+            drafted, right = (int(torch.randint(1, 20, (), generator=generator)) for _ in range(2))
+            right = min(right, drafted)
+            draft = torch.cat([ids[:, at : at + right], tokens(drafted - right, seed=at)], 1)
+            parts = [drafted] if drafted % 2 else [1] * drafted
+            logits = [model(part, past_key_values=cache).logits for part in draft.split(parts, dim=1)]
+            cache.crop(right - drafted)
+            torch.testing.assert_close(torch.cat(logits, 1)[:, :right], want[:, at : at + right], **TIGHT)
+            at += right
+            assert cache.get_seq_length() == at
+            assert cache.layers[0].memory.state.lengths == [at]
+        rest = model(ids[:, at:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, want[:, at:], **TIGHT)
+
+
+@pytest.mark.parametrize(("prompt", "back"), [(40, 1), (40, 30), (300, 64)])
+def test_the_end_of_a_prompt_can_be_taken_back(prompt, back, tiny, tokens):
+    model, ids = sparsify(tiny("llama"), SPARSEK), tokens(prompt + 20)
+    _, cache = read(model, ids[:, :prompt], [prompt])
+    cache.crop(-back)
+    with torch.no_grad():
+        logits = model(ids[:, prompt - back :], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, prompt - back :], **TIGHT)
+
+
+def test_assisted_generation_and_prompt_lookup_equal_greedy(tiny, tokens):
+    model = sparsify(tiny("llama"), SPARSEK)
+    ids, settings = tokens(200), {**GREEDY, "max_new_tokens": 60, "pad_token_id": None}
+    want = model.generate(ids, **settings).tolist()
+    # The dense original is often right, the stranger never, and one with fewer keys forgets too.
+    stranger = tiny("llama", num_hidden_layers=1)
+    torch.nn.init.normal_(stranger.lm_head.weight)
+    for draft in (tiny("llama"), stranger, sparsify(tiny("llama"), {**SPARSEK, "topk": 2})):
+        for drafted in (3, 20):
+            draft.generation_config.num_assistant_tokens = drafted
+            assert model.generate(ids, assistant_model=draft, **settings).tolist() == want
+    assert model.generate(ids, prompt_lookup_num_tokens=6, **settings).tolist() == want
+
+
+def test_what_is_remembered_for_a_round_is_counted_and_forgotten(tiny, tokens):
+    model = sparsify(tiny("llama"), SPARSEK)
+    _, cache = read(model, tokens(60), [60])
+    memory = cache.layers[0].memory
+    remembered, sizes = memory.nbytes(), []
+    cache.crop(0)
+    plain = memory.nbytes()
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for token in tokens(400).split(1, dim=1):
+            model(token, past_key_values=cache)
+            sizes.append(memory.nbytes())
+    assert plain < remembered
+    assert plain < min(sizes)
+    assert max(sizes[:150]) == max(sizes)
+    cache.crop(0)
+    assert memory.nbytes() == plain
+
+
 def test_what_cannot_be_taken_back_is_refused(tiny, tokens):
     model = sparsify(tiny("llama"), SPARSEK)
     _, cache = read(model, tokens(30), [30])
-    with pytest.raises(ModelError, match="cannot take back tokens"):
-        cache.crop(-1)
+    with torch.no_grad():
+        for token in tokens(200).split(1, dim=1):
+            model(token, past_key_values=cache)
+    with pytest.raises(ModelError, match=r"cannot take back 2 tokens.*activate_past_recording\(\)"):
+        cache.crop(-2)
     with pytest.raises(ModelError, match="static caches of transformers are not supported"):
         model(tokens(5), past_key_values=StaticCache(config=model.config, max_cache_len=64))

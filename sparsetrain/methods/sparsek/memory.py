@@ -10,8 +10,9 @@ from sparsetrain_kernels.score_placement import DocumentPositions, Moments, docu
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.memory import Memory
+from sparsetrain.methods.memory import Memory, alike
 from sparsetrain.methods.sparsek.options import check_options
+from sparsetrain.methods.sparsek.rounds import LONGEST, Round, Tokens
 from sparsetrain.methods.sparsek.state import Sequence, SparseKState
 
 Score = Callable[..., tuple[Tensor, Moments | None]]
@@ -31,6 +32,8 @@ class SparseKMemory(Memory):
 
     def __init__(self, state: SparseKState, gate: str, score: Score, select_and_attend: SelectAndAttend) -> None:
         self.state, self.gate = state, gate
+        self._round: Round | None = None
+        self._rounds = False
         self._score, self._select_and_attend = score, select_and_attend
 
     @property
@@ -59,49 +62,70 @@ class SparseKMemory(Memory):
         check_options(options)
         state, scale = self.state, options.get("scale")
         slots = state.start(key)
-        if query.shape[2] == 1 and state.started:
-            places = DocumentPositions(slots.length[:, None], torch.zeros_like(slots.length[:, None]))
-            before = state.moments(slice(None))
-            scores, after = self._score(layer, query, sparsek_scores, sparsek_gain, places, before)
-            state.step(key, value, scores, after)
+        if self.static and not state.started:
+            for tensor in vars(slots).values():
+                torch._dynamo.mark_static_address(tensor)
+        tokens = Tokens(query, key, value, sparsek_scores, sparsek_gain)
+        self._remember(layer, tokens)
+        if tokens.count == 1 and state.started:
+            self._step(layer, tokens)
             return state.attend(query, gate=self.gate, scale=scale)
 
         out = torch.zeros_like(query)
-        for (start, length), rows in _alike(starts, state.lengths).items():
-            tokens = query.shape[2] - start
-            if tokens <= 0:
+        for (start, length), rows in alike(starts or [0] * state.rows, state.lengths).items():
+            new = query.shape[2] - start
+            if new <= 0:
                 continue
             q, k, v = (tensor[rows][:, :, start:] for tensor in (query, key, value))
             linear, gain = (
                 None if tensor is None else tensor[rows][:, :, start:] for tensor in (sparsek_scores, sparsek_gain)
             )
-            places = document_positions(tokens, None, query.device)
+            places = document_positions(new, None, query.device)
             places = DocumentPositions(places.position + length, places.first)
             scores, after = self._score(layer, q, linear, gain, places, state.moments(rows))
             sequence = state.sequence(rows, length, Sequence(k, v, scores, places.position.expand_as(scores)))
+            if not self.static and rows == slice(None) and start == length == 0:
+                self._remember_prompt(layer, tokens, sequence)
             # What the slots hold asks nothing, but the operator wants a query for every key.
-            asked = torch.cat([q.new_zeros(*q.shape[:2], sequence.key.shape[2] - tokens, q.shape[3]), q], dim=2)
+            asked = torch.cat([q.new_zeros(*q.shape[:2], sequence.key.shape[2] - new, q.shape[3]), q], dim=2)
             # The slots have room for the config's topk, whatever training is at.
             answers = self._select_and_attend(
                 layer, asked, sequence.key, sequence.value, sequence.scores, state.topk, None, scale
             )
-            out[rows, :, start:] = answers[:, :, -tokens:]
-            state.fill(rows, sequence, length + tokens, after)
+            out[rows, :, start:] = answers[:, :, -new:]
+            state.fill(rows, sequence, length + new, after)
         return out
 
     def rollback(self, tokens: int) -> None:
-        """Raises :class:`ModelError`: a token that was evicted cannot come back."""
-        raise ModelError(
-            "the cache of this attention method forgets for good, so it cannot take back tokens (assisted generation); "
-            "generate without an assistant model"
-        )
+        """See :meth:`Memory.rollback`: exact, for the last 64 tokens of a prompt, those of the last call of up to 128,
+        and those of all calls since :meth:`begin_round` or the last rollback.
+
+        Raises:
+            ModelError: the slots have forgotten what they held before these tokens.
+        """
+        self._rounds, last = True, self._round
+        self._round = None
+        if tokens == 0 or self.state.slots is None:
+            return
+        if last is None or tokens > last.tokens:
+            known = 0 if last is None else last.tokens
+            raise ModelError(
+                f"SparseK cannot take back {tokens} tokens: it remembers what it held {known} tokens ago. Call "
+                "cache.activate_past_recording() before they are read, and take back at most "
+                f"{LONGEST} at a time; a SparseCache needs rollback={tokens}"
+            )
+        self.state.slots.copy_(last.before)
+        for token in last.first(last.tokens - tokens):
+            self._step(last.layer, token)
 
     def begin_round(self) -> None:
-        """Nothing: see :meth:`rollback`."""
+        """See :meth:`Memory.begin_round`: from now on what is read is remembered until the next rollback."""
+        self._rounds, self._round = True, None
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
-        return 0 if self.state.slots is None else sum(tensor.nbytes for tensor in vars(self.state.slots).values())
+        held = 0 if self.state.slots is None else sum(tensor.nbytes for tensor in vars(self.state.slots).values())
+        return held if self._round is None else held + self._round.nbytes()
 
     def offload(self) -> None:
         """Raises :class:`ModelError`: there is nothing to gain."""
@@ -110,15 +134,46 @@ class SparseKMemory(Memory):
     def reset(self) -> None:
         """See :meth:`Memory.reset`."""
         self.state.reset()
+        self._round = None
 
     def select_rows(self, rows: Tensor) -> None:
         """See :meth:`Memory.select_rows`."""
         self.state.select_rows(rows)
+        if self._round is not None:
+            self._round = None
 
+    def _step(self, layer: nn.Module, token: Tokens) -> None:
+        """Take in one token a row."""
+        state, length = self.state, self.state.started_slots.length[:, None]
+        places = DocumentPositions(length, torch.zeros_like(length))
+        before = state.moments(slice(None))
+        scores, after = self._score(layer, token.query, token.linear, token.gain, places, before)
+        state.step(token.key, token.value, scores, after)
 
-def _alike(starts: list[int] | None, lengths: list[int]) -> dict[tuple[int, int], list[int] | slice]:
-    """The rows of a batch by their padding and by how many tokens they have read; a slice where all are alike."""
-    pairs = list(zip(starts or [0] * len(lengths), lengths, strict=True))
-    if len(set(pairs)) == 1:
-        return {pairs[0]: slice(None)}
-    return {pair: [row for row, other in enumerate(pairs) if other == pair] for pair in dict.fromkeys(pairs)}
+    @torch.no_grad()
+    def _remember_prompt(self, layer: nn.Module, tokens: Tokens, sequence: Sequence) -> None:
+        """Remember the end of a first call: assisted generation reads its first draft together with the prompt."""
+        state, cut = self.state, max(tokens.count - LONGEST // 2, 0)
+        if cut:
+            head = tokens.part(slice(cut))
+            places = document_positions(cut, None, head.query.device)
+            _, after = self._score(layer, head.query, head.linear, head.gain, places, state.moments(slice(None)))
+            state.fill(slice(None), Sequence(*(each[:, :, :cut] for each in sequence)), cut, after)
+        before = state.started_slots.map(Tensor.clone)
+        self._round = Round(layer, before, [tokens.part(slice(cut, None)).copy()])
+
+    def _remember(self, layer: nn.Module, tokens: Tokens) -> None:
+        """Remember a call whose tokens may be taken back: several at once are a draft, and what is read in a round."""
+        if self.static:
+            return
+        # The tokens behind a prompt too: a draft model reads them one by one, and hears of the round at its end.
+        known = self._rounds or (self._round is not None and self._round.tokens + tokens.count <= LONGEST)
+        drafted = self.state.started and tokens.count <= LONGEST and (known or tokens.count > 1)
+        if not drafted:
+            if self._round is not None:
+                self._round = None
+            return
+        over = self._round is not None and self._round.tokens + tokens.count > LONGEST
+        if self._round is None or over or (tokens.count > 1 and not self._rounds):
+            self._round = Round(layer, self.state.started_slots.map(Tensor.clone))
+        self._round.calls.append(tokens.copy())

@@ -66,6 +66,11 @@ class Slots:
         """What a step of decoding reads and changes."""
         return SparseKSlots(*(getattr(self, name) for name in SparseKSlots._fields))
 
+    def copy_(self, other: Slots) -> None:
+        """Take the values of other slots."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
         """The slots with ``change`` applied to each tensor."""
         return Slots(*(change(getattr(self, field.name)) for field in fields(self)))
@@ -90,29 +95,35 @@ class SparseKState:
     def __init__(self, *, topk: int, window: int, sinks: int, score_buffer: int, score_heads: int) -> None:
         self.topk, self.window, self.sinks = topk, window, sinks
         self.score_buffer, self.score_heads = score_buffer, score_heads
-        self.lengths: list[int] = []
-        """Tokens each row has read: ``slots.length``, known on the host."""
         self.slots: Slots | None = None
+        self.started = False
+        """Every row has read a token, so that the next one can be read by :meth:`step`."""
+        self._spare: Slots | None = None
 
     @property
     def rows(self) -> int:
         """Rows of the batch; 0 before the first tokens."""
-        return len(self.lengths)
+        return 0 if self.slots is None else len(self.slots.read)
 
     @property
-    def started(self) -> bool:
-        """Every row has read a token, so that the next one can be read by :meth:`step`."""
-        return bool(self.lengths) and min(self.lengths) > 0
+    def lengths(self) -> list[int]:
+        """Tokens each row has read: ``slots.length``, read on the host."""
+        return [] if self.slots is None else self.slots.length.tolist()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.lengths, self.slots = [], None
+        """Forget everything; another text of the same shapes is kept in the same tensors."""
+        if self.slots is not None:
+            self._spare, self.slots, self.started = self.slots, None, False
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; a row may come more than once."""
+        """Select rows of the batch, int64 ``[rows]``, in this order; a row may be repeated. Where their number stays,
+        so do the tensors."""
         if self.slots is not None:
-            self.lengths = [self.lengths[row] for row in rows.tolist()]
-            self.slots = self.slots.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            chosen = self.slots.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+            if len(rows) == self.rows:
+                self.slots.copy_(chosen)
+            else:
+                self.slots = chosen
 
     def start(self, key: Tensor) -> Slots:
         """The slots, made on first use for a batch like ``key`` ``[B, H, N, D]``."""
@@ -120,7 +131,6 @@ class SparseKState:
             batch, heads, _, width = key.shape
             slots, selections = self.sinks + self.topk + self.window, (batch, self.score_heads)
             wide, empty = torch.promote_types(key.dtype, torch.float32), key.detach().new_full
-            self.lengths = [0] * batch
             self.slots = Slots(
                 keys=empty((batch, heads, slots, width), 0.0),
                 values=empty((batch, heads, slots, width), 0.0),
@@ -132,34 +142,38 @@ class SparseKState:
                 total=empty(selections, 0.0, dtype=torch.float64),
                 squares=empty(selections, 0.0, dtype=torch.float64),
             )
+            spare, made = self._spare, self.slots
+            if spare is not None and _shapes(spare) == _shapes(made):
+                spare.copy_(made)
+                self.slots = spare
+            self._spare = None
         return self.slots
 
     def moments(self, rows: list[int] | slice) -> Moments:
         """What normalisation needs to know of the tokens these rows have read."""
-        slots = self._slots
+        slots = self.started_slots
         return Moments(slots.total[rows], slots.squares[rows])
 
     def threshold(self) -> Tensor:
         """The threshold of every row and head, ``[B, Hs]``; -inf where no more than ``topk`` tokens have competed."""
-        return self._slots.threshold
+        return self.started_slots.threshold
 
     @torch.no_grad()
     def step(self, key: Tensor, value: Tensor, scores: Tensor, moments: Moments | None) -> None:
         """Take in one token a row, as ``sparsek_decode_update`` says.
 
-        The tensors of the slots stay what they are and change in place, so that a CUDA graph can hold the step. The
-        host's :attr:`lengths` grow with each call, not with each replay.
+        The tensors of the slots stay what they are and change in place, and nothing changes on the host, so that a
+        step can be compiled, and a CUDA graph can hold it.
 
         Args:
             key, value: ``[B, H, 1, D]``.
             scores: ``[B, Hs, 1]``.
             moments: after this token; None without normalisation.
         """
-        slots = self._slots
+        slots = self.started_slots
         sparsek_decode_update(key, value, scores, slots.held, topk=self.topk, window=self.window, sinks=self.sinks)
         if moments is not None:
             torch._foreach_copy_([slots.total, slots.squares], list(moments))
-        self.lengths = [length + 1 for length in self.lengths]
 
     @torch.no_grad()
     def attend(self, query: Tensor, *, gate: str, scale: float | None) -> Tensor:
@@ -174,7 +188,7 @@ class SparseKState:
             ``[B, Hq, 1, D]`` in the query's dtype, accumulated in fp32.
         """
         return sparsek_decode_attention(
-            query, self._slots.held, topk=self.topk, window=self.window, sinks=self.sinks, gate=gate, scale=scale
+            query, self.started_slots.held, topk=self.topk, window=self.window, sinks=self.sinks, gate=gate, scale=scale
         )
 
     def sequence(self, rows: list[int] | slice, length: int, new: Sequence) -> Sequence:
@@ -185,7 +199,7 @@ class SparseKState:
         """
         if length == 0:
             return new
-        slots, window_start = self._slots, max(self.sinks, length - self.window)
+        slots, window_start = self.started_slots, max(self.sinks, length - self.window)
         sinks, competed = min(length, self.sinks), max(0, length - self.window - self.sinks)
         keys, values, scores, positions = (
             tensor[rows] for tensor in (slots.keys, slots.values, slots.scores, slots.positions)
@@ -216,7 +230,7 @@ class SparseKState:
         Args:
             moments: after the last token; None without normalisation.
         """
-        slots, members = self._slots, sequence.scores.shape[2]
+        slots, members = self.started_slots, sequence.scores.shape[2]
         sinks, window_start = min(length, self.sinks), max(self.sinks, length - self.window)
         in_window = max(0, length - window_start)
         competing = slice(sinks, members - in_window)
@@ -245,13 +259,18 @@ class SparseKState:
         if moments is not None:
             slots.total[rows], slots.squares[rows] = moments
         slots.read[rows] = length
-        for row in range(len(self.lengths))[rows] if isinstance(rows, slice) else rows:
-            self.lengths[row] = length
+        self.started = min(self.lengths) > 0
 
     @property
-    def _slots(self) -> Slots:
+    def started_slots(self) -> Slots:
+        """The slots, once there are any."""
         assert self.slots is not None, "a state is started before it is read"
         return self.slots
+
+
+def _shapes(slots: Slots) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    tensors = [getattr(slots, field.name) for field in fields(slots)]
+    return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def _wide(index: Tensor, tensor: Tensor) -> Tensor:
