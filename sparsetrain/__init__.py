@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
-    from sparsetrain.modeling import SparseCache, load, save, sparsify
+    from sparsetrain.modeling import SparseCache, load, save, set_decode, sparsify
 
-__all__ = ["SparseCache", "__version__", "load", "save", "sparsify"]
+__all__ = ["SparseCache", "__version__", "load", "save", "set_decode", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 from sparsetrain_kernels.dense import causal_attention
 from torch import Tensor, nn
 
-from sparsetrain.generation.pages import ROLLBACK, PagedMemory
+from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
+from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.base import Method
 from sparsetrain.methods.memory import Memory
 from sparsetrain.methods.static import StaticMethod
@@ -24,6 +26,8 @@ def make_memory(
     max_length: int | None = None,
     rollback: int = ROLLBACK,
     max_pages: int | None = None,
+    decode: Decode | None = None,
+    index: int = 0,
 ) -> Memory:
     """An empty memory.
 
@@ -31,6 +35,8 @@ def make_memory(
         method: how the layer attends; None where it stays as the model made it.
         window: its sliding window in tokens, where it stays as the model made it.
         max_length, rollback, max_pages: as in :class:`~sparsetrain.generation.pages.PagedMemory`.
+        decode: what a step reads, of full attention; None means all keys.
+        index: of the layer.
     """
     room = {"max_length": max_length, "rollback": rollback, "max_pages": max_pages}
     if method is None:
@@ -39,7 +45,7 @@ def make_memory(
             return causal_attention(query, key, value, window=window, **options)
 
         if window is None:
-            return PagedMemory(FullPattern(PAGE), attend, **room)  # type: ignore[arg-type]
+            return _full(attend, decode, index, room)
         page = 64 if window >= 64 else 16
         return PagedMemory(SlidingPattern(page, -(-(window - 1) // page) + 1, 0), attend, window=window, **room)  # type: ignore[arg-type]
     own = method.memory()
@@ -49,4 +55,14 @@ def make_memory(
     if isinstance(method, StaticMethod) and type(method).attend is StaticMethod.attend:
         return PagedMemory(method.pattern, method.attend, **room)  # type: ignore[arg-type]
     decodes = method.dense and not method.extra_inputs
-    return PagedMemory(FullPattern(PAGE), method.attend, decodes=decodes, **room)  # type: ignore[arg-type]
+    if decodes:
+        return _full(method.attend, decode, index, room)
+    return PagedMemory(FullPattern(PAGE), method.attend, decodes=False, **room)  # type: ignore[arg-type]
+
+
+def _full(attend: Attend, decode: Decode | None, index: int, room: dict[str, Any]) -> Memory:
+    """The memory of full attention."""
+    pattern = FullPattern(PAGE)
+    return (
+        PagedMemory(pattern, attend, **room) if decode is None else ListedMemory(pattern, attend, decode, index, **room)
+    )

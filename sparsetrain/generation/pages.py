@@ -64,6 +64,8 @@ class PagedMemory(Memory):
         self.keys: Tensor | None = None
         """``[B * slots, Hkv, block, D]``, as :attr:`values`; None before the first tokens."""
         self.values: Tensor | None = None
+        self.beside: dict[str, Tensor] = {}
+        """What else a memory keeps of each page, ``[B * slots, ...]``."""
         self.table: Tensor | None = None
         """Page of each block of a row, int32 ``[B, blocks]``; negative where none is kept."""
         self.lengths: Tensor | None = None
@@ -91,7 +93,7 @@ class PagedMemory(Memory):
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
-        held = (self.keys, self.values, self.table, self.lengths)
+        held = (self.keys, self.values, self.table, self.lengths, *self.beside.values())
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def attend(
@@ -182,7 +184,11 @@ class PagedMemory(Memory):
             chosen = tensor.index_select(0, selected)
             return tensor.copy_(chosen) if same else chosen
 
-        self.keys, self.values = (select(tensor.unflatten(0, (old, slots))).flatten(0, 1) for tensor in (keys, values))
+        def select_pages(tensor: Tensor) -> Tensor:
+            return select(tensor.unflatten(0, (old, slots))).flatten(0, 1)
+
+        self.keys, self.values = select_pages(keys), select_pages(values)
+        self.beside = {name: select_pages(tensor) for name, tensor in self.beside.items()}
         self.lengths = select(lengths)
         # Where all rows are alike, as without a horizon, nothing is read from the device.
         alike = len({*zip(self.tables, self._highest, self._starts, strict=True)}) == 1
@@ -200,11 +206,16 @@ class PagedMemory(Memory):
     @torch.no_grad()
     def _append(self, key: Tensor, value: Tensor) -> None:
         """Write the tokens of a step, ``[B, Hkv, n, D]``, behind those of each row."""
-        tokens, block = key.shape[2], self.pattern.block
+        tokens = key.shape[2]
         if not torch.compiler.is_compiling():
             check_room(self._longest + tokens, self.max_length)
             self._make_room(self._longest + tokens)
             self._longest += tokens
+        self._write(key, value)
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        """Write tokens for which there is room."""
+        tokens, block = key.shape[2], self.pattern.block
         keys, values, table, lengths = self._tensors()
         place = lengths[:, None]
         if tokens > 1:
@@ -311,6 +322,7 @@ class PagedMemory(Memory):
             self._write_table()
             return
         self.keys, self.values = (key.new_zeros(batch * slots, heads, self.pattern.block, width) for _ in range(2))
+        self.beside = self._make_beside(key, batch * slots)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=key.device)
         self.table = None
         self._write_table()
@@ -325,12 +337,19 @@ class PagedMemory(Memory):
         table = page_table(self.pattern, self._roomy(length), slack=self._slack)
         self.tables = [table] * self.rows
         if table.needed > old:
-            parts = (held.unflatten(0, (self.rows, old)) for held in (keys, values))
-            self.keys, self.values = (
-                torch.cat([part, part.new_zeros(self.rows, table.needed - old, *part.shape[2:])], dim=1).flatten(0, 1)
-                for part in parts
-            )
+
+            def grow(tensor: Tensor) -> Tensor:
+                part = tensor.unflatten(0, (self.rows, old))
+                more = part.new_zeros(self.rows, table.needed - old, *part.shape[2:])
+                return torch.cat([part, more], dim=1).flatten(0, 1)
+
+            self.keys, self.values = grow(keys), grow(values)
+            self.beside = {name: grow(tensor) for name, tensor in self.beside.items()}
         self._write_table()
+
+    def _make_beside(self, key: Tensor, pages: int) -> dict[str, Tensor]:
+        """:attr:`beside` for ``pages`` pages of keys like these."""
+        return {}
 
     def _write_table(self) -> None:
         """The tables of the rows as one tensor, in the place of the one before where it fits."""
@@ -347,7 +366,7 @@ class PagedMemory(Memory):
     def _stay(self) -> None:
         """Tell ``torch.compile`` that the tensors stay where they are."""
         if self.static:
-            for tensor in self._tensors():
+            for tensor in (*self._tensors(), *self.beside.values()):
                 torch._dynamo.mark_static_address(tensor)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

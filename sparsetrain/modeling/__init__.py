@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsetrain.modeling.configs import check_dropout, load_config
+from sparsetrain.modeling.decode_section import set_decode
 from sparsetrain.modeling.fit import fit_method
 from sparsetrain.modeling.head import balance_factor, has_plain_head
 from sparsetrain.modeling.layers import attention_density, sparse_layers, sparsify
@@ -24,6 +25,7 @@ __all__ = [
     "load_config",
     "load_model",
     "save",
+    "set_decode",
     "sparse_layers",
     "sparsify",
 ]

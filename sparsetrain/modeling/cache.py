@@ -284,7 +284,7 @@ def _memory_layer(cache: Cache, index: int, plan: LayerPlan) -> MemoryLayer | No
             f"the cache of layer {index} holds {held.get_seq_length()} tokens of another attention method; start again "
             "with an empty cache"
         )
-    memory = make_memory(plan.method, plan.window)
+    memory = make_memory(plan.method, plan.window, decode=plan.decode, index=plan.index)
     if cache.offloading:
         memory.offload()
     ours = MemoryLayer(memory, plan)

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.adapters import load_adapters
 from sparsetrain.modeling.configs import saved_source
+from sparsetrain.modeling.decode_section import set_decode
 from sparsetrain.modeling.layers import sparsify
 from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
-from sparsetrain.modeling.records import check_same_method, recorded_attention
-from sparsetrain.modeling.side_files import check_side_files
+from sparsetrain.modeling.records import RECORD_FILE, check_same_method, recorded_attention, recorded_decode
+from sparsetrain.modeling.side_files import check_side_files, read_object
 from sparsetrain.modeling.storage import restore_new_modules
 from sparsetrain.modeling.weights import load_weights
 
@@ -42,6 +43,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     check_side_files(path)
     source = saved_source(path, "path", **hub, **code)
     attention = recorded_attention(source.values.get("sparsetrain"), path)
+    decode = recorded_decode(source.values["sparsetrain"], path)
     check_same_method(path, attention)
     config = source.config()
     source.skeleton(config, **code)
@@ -52,11 +54,13 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
             "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
         )
-    return model
+    return model if decode is None else set_decode(model, decode)
 
 
 def _load_with_base(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     accepted = [name for name in inspect.signature(load_adapters).parameters if name != "path"]
     for name in kwargs.keys() - set(accepted):
         raise ModelError(f"{path} holds adapters, which do not accept {name}; they accept {', '.join(accepted)}")
-    return load_adapters(path, **kwargs)
+    model = load_adapters(path, **kwargs)
+    decode = recorded_decode(read_object(Path(path) / RECORD_FILE), path)
+    return model if decode is None else set_decode(model, decode)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.settings import Decode, parse_decode
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.registry import parse_attention
@@ -38,6 +39,8 @@ OF_ADAPTERS = IN_FILE | {"base_config", "model"}
 """Fields of the ``sparsetrain.json`` in an adapter folder."""
 PACKAGE = "package"
 """Additional field for a method of another package: the package's name and version."""
+DECODE = "decode"
+"""Additional field where generation reads a choice of keys (:func:`~sparsetrain.modeling.set_decode`)."""
 
 IDENTITY = ("model_type", "tie_word_embeddings", *SHAPE)
 """Fields of the base's config that adapters record, because tensors of the same shapes fit other models too."""
@@ -76,12 +79,29 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
         ) from None
     installed = INSTALLED.package_of(config.method) is not None
     if written == RECORD_FORMAT:
-        fields = {*fields, PACKAGE} if installed else fields
+        fields = {*fields, *({PACKAGE} if installed else ()), *({DECODE} & record.keys())}
         check_fields(record, fields, f"the record of the attention method in {path} is damaged")
     # The fields of another package's method change with that package.
     if written == RECORD_FORMAT and not installed:
         check_fields(record["attention"], type(config).model_fields, f"{path} is damaged: attention")
     return config
+
+
+def recorded_decode(record: Mapping[str, Any], path: str | Path) -> Decode | None:
+    """The decode section of a record that :func:`recorded_attention` has read; None where there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    section = record.get(DECODE)
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise ModelError(f"{path} is damaged: decode={section!r:.100} is no mapping")
+    try:
+        return parse_decode(section)
+    except ModelError as error:
+        raise ModelError(f"{path} is damaged: {error}") from None
 
 
 def check_fields(values: Mapping[str, Any], fields: Collection[str], what: str) -> None:

@@ -62,6 +62,8 @@ class SparseCache(Cache):
                         max_length=max_length,
                         rollback=rollback,
                         max_pages=max_pages,
+                        decode=module.sparsetrain_plan.decode,
+                        index=module.sparsetrain_plan.index,
                     ),
                     module.sparsetrain_plan,
                     max_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.base import Method
 
 PLAN_ATTRIBUTE = "sparsetrain_plan"
@@ -22,3 +23,5 @@ class LayerPlan:
     """Sliding window in tokens the model gives this layer, its own token included."""
     leaks_between_documents: bool
     """The model also mixes tokens outside attention (state-space or convolution layers), which packing cannot stop."""
+    decode: Decode | None = None
+    """What a step of generation reads; None where that is what the layer attends to."""

@@ -1,0 +1,75 @@
+"""What a decode section can be combined with, and why not with the rest. docs/generation.md shows the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from sparsetrain.errors import ModelError
+from sparsetrain.methods.base import Method
+from sparsetrain.methods.static import StaticMethod
+from sparsetrain.patterns import SlidingPattern
+
+if TYPE_CHECKING:
+    from sparsetrain.generation.settings import Decode
+
+FULL, WINDOW, PATTERN, LEARNED = "full attention", "a sliding window", "a block pattern", "learned selections"
+
+REASONS = {
+    (WINDOW, "select"): "a window has no keys to choose from: it reads few and all of them",
+    (WINDOW, "prune"): "a window costs less than the estimate that would prune it",
+    (WINDOW, "refresh"): "a window costs nothing to know, so there is nothing to use again",
+    (PATTERN, "select"): "the pattern says which blocks are read",
+    (PATTERN, "prune"): "estimates for the listed blocks cost more than they save",
+    (PATTERN, "refresh"): "the lists of a pattern cost nothing, so there is nothing to use again",
+    (LEARNED, "select"): "the method has chosen which keys it still has",
+    (LEARNED, "prune"): "the few keys that are left cost less than their estimate",
+    (LEARNED, "refresh"): "the method chooses for each key once, so there is nothing to use again",
+}
+"""By the attention of a layer and the part of the section: why the layer does not take it. Full attention takes all."""
+
+PARTS = ("select", "prune", "refresh")
+
+
+def attention_kind(method: Method | None, window: int | None) -> str:
+    """What a layer attends to, by the columns of the table.
+
+    Args:
+        method: how it attends; None where it stays as the model made it.
+        window: its sliding window in tokens, where it stays as the model made it.
+    """
+    if method is None:
+        return FULL if window is None else WINDOW
+    if method.dense and not method.extra_inputs:
+        return FULL
+    if isinstance(method, StaticMethod):
+        return WINDOW if type(method.pattern) is SlidingPattern else PATTERN
+    return LEARNED
+
+
+def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[int]:
+    """The layers that take a decode section.
+
+    Args:
+        kinds: index and :func:`attention_kind` of each layer.
+
+    Raises:
+        ModelError: there is none; the message says why.
+    """
+    layers = dict(kinds)
+    full = [index for index, kind in layers.items() if kind == FULL]
+    taken = [index for index in full if index not in decode.dense_layers]
+    if taken:
+        return taken
+    if full:
+        raise ModelError(
+            f"decode.dense_layers={decode.dense_layers} leaves no layer to read fewer keys in: the layers with full "
+            f"attention are {', '.join(map(str, full))}; shorten the list"
+        )
+    used = {"select": decode.select != "full", "prune": decode.prune is not None, "refresh": decode.refresh is not None}
+    part = next(part for part in PARTS if used[part])
+    kind = next(iter(layers.values()))
+    raise ModelError(
+        f"decode.{part} is for layers with full attention, and this model has none: its layers have {kind}, where "
+        f"{REASONS[kind, part]}; leave decode out, or train with attention.dense_layers"
+    )

@@ -1,0 +1,341 @@
+"""Full attention that reads few keys in a step: it keeps them all, and beside them what tells which ones matter.
+
+A step chooses keys by their codes of 4 bits (Twilight, 2502.02770) or the bounds of pages (Quest, 2406.10774), or takes
+those of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and to the last ones. Keys are
+never copied: a choice is a list of positions. Prompts attend to everything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, page_scores, top_k_lists, top_p_lists
+from sparsetrain_kernels.block_decode import block_pattern_decode
+from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, key_statistics
+from torch import Tensor, nn
+
+from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
+from sparsetrain.generation.settings import Decode
+from sparsetrain.patterns import Pattern
+
+GRANULE = 16
+"""Tokens of a page of Quest."""
+LEAST_CAPACITY = 8192
+"""Room of a list, at least; a quarter of all keys where that is more."""
+MASS_EVERY = 64
+"""Steps between two measurements of the weight that was read, while observing."""
+
+
+OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
+
+
+@contextmanager
+def observing() -> Iterator[None]:
+    """Within it every step counts what it reads, and measures its weight now and then. Waits for the device."""
+    token = OBSERVING.set(True)
+    try:
+        yield
+    finally:
+        OBSERVING.reset(token)
+
+
+class Choice(NamedTuple):
+    """The keys that each KV head reads, beside the first and the last tokens."""
+
+    step: int
+    """Tokens that had been generated when it was made."""
+    lists: Tensor
+    """int32 ``[B, Hkv, capacity]``: positions, ascending."""
+    counts: Tensor
+    """int32 ``[B, Hkv]``: entries of each list."""
+    lengths: Tensor
+    """int32 ``[B]``: tokens of each row when it was made; with ``refresh.similarity`` rows choose each for itself."""
+    query: Tensor
+    """fp32 ``[B, D]``: the mean query of the heads then."""
+
+
+class ListedMemory(PagedMemory):
+    """All keys in pages, and a choice of them.
+
+    Args:
+        pattern: full attention, in pages of a multiple of 16 tokens.
+        attend: full attention of many rows.
+        decode: what is chosen and when.
+        index: of the layer, by which choices are staggered.
+        room: ``max_length``, ``rollback`` and ``max_pages`` of :class:`~sparsetrain.generation.pages.PagedMemory`.
+    """
+
+    def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
+        self.decode, self.index = decode, index
+        self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
+        self._prune: dict[str, Any] = {} if decode.prune is None else decode.prune.model_dump()
+        self._center: Tensor | None = None
+        self._spread: Tensor | None = None
+        super().__init__(pattern, attend, **room)
+        # What is used again, and for how long, is known on the host alone.
+        self.static = self.static and decode.refresh is None
+
+    def reset(self) -> None:
+        """See :meth:`Memory.reset`."""
+        super().reset()
+        self._step, self._prompt = 0, 0
+        self._choices: deque[Choice] = deque()
+        self._counted = [0.0, 0.0, 0.0]
+        self._observed = 0
+        self._masses: list[float] = []
+
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, starts: list[int] | None, **options: Any
+    ) -> Tensor:
+        """See :meth:`Memory.attend`. Several tokens that may be guesses read what they would read one by one."""
+        padded = starts is not None and any(starts)
+        if not self.started or padded or query.shape[2] > self._steps:
+            out = super().attend(layer, query, key, value, starts=starts, **options)
+            self._prompt, self._step = self._longest, 0
+            self._choices.clear()
+            return out
+        if query.shape[2] == 1:
+            return self._attend_one(query, key, value, options)
+        tokens = zip(query.split(1, 2), key.split(1, 2), value.split(1, 2), strict=True)
+        return torch.cat([self._attend_one(q, k, v, options) for q, k, v in tokens], dim=2)
+
+    def rollback(self, tokens: int) -> None:
+        """See :meth:`Memory.rollback`."""
+        super().rollback(tokens)
+        if tokens == 0 or self.lengths is None:
+            return
+        of_prompt = self._longest < self._prompt
+        self._step = max(self._step - tokens, 0)
+        while self._choices and self._choices[-1].step >= self._step:
+            self._choices.pop()
+        if of_prompt:
+            self._prompt = self._longest
+            self._write_again(self._longest, whole=True)
+        else:
+            self._write_again(GRANULE, whole=False)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """See :meth:`Memory.select_rows`."""
+        super().select_rows(rows)
+        if self.lengths is None:
+            return
+        index = rows.to(self.lengths.device)
+        if self._center is not None and self._spread is not None:
+            self._keep_moments(self._center[index], self._spread[index])
+        self._choices = deque(Choice(step, *(each[index] for each in rest)) for step, *rest in self._choices)
+
+    def nbytes(self) -> int:
+        """See :meth:`Memory.nbytes`."""
+        held = [self._center, self._spread, *(tensor for choice in self._choices for tensor in choice[1:])]
+        return super().nbytes() + sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def observations(self) -> dict[str, float]:
+        """What was read within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
+        ``dropped``, that of keys for which a list had no room; and ``mass_min`` and ``mass_mean``, the least and the
+        mean share of the softmax weight, by a dense pass now and then."""
+        read, held, dropped = self._counted
+        found = {"kept": read / held, "dropped": dropped / held} if held else {}
+        if self._masses:
+            found |= {"mass_min": min(self._masses), "mass_mean": sum(self._masses) / len(self._masses)}
+        return found
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def _attend_one(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention of one new token a row, ``[B, Hq, 1, D]``."""
+        self._append(key, value)
+        keys, values, table, lengths = self._tensors()
+        if self.decode.refresh is None:
+            lists, counts = self._lists(query, options)
+            recent: Any = self.decode.recent
+        else:
+            choice = self._choose(query, options)
+            lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
+            self._step += 1
+        out, lse = listed_decode(
+            query,
+            keys,
+            values,
+            lists,
+            counts,
+            lengths=lengths,
+            block_table=table,
+            sinks=self.decode.sinks,
+            recent=recent,
+            return_lse=True,
+            **options,
+        )
+        if not torch.compiler.is_compiling() and OBSERVING.get():
+            self._observe(query, lse, counts, recent, options)
+        return out
+
+    def _choose(self, query: Tensor, options: dict[str, Any]) -> Choice:
+        """What this step reads where choices are used again: a new one, or the last."""
+        refresh, lengths = self.decode.refresh, self.lengths
+        assert refresh is not None
+        assert lengths is not None
+        mean = query[:, :, 0].float().mean(1)
+        last = self._choices[-1] if self._choices else None
+        due: Tensor | None = None
+        if last is not None:
+            phase = self.index % refresh.every if refresh.staggered else 0
+            if (self._step + phase) % refresh.every:
+                return last
+            if refresh.similarity is not None:
+                due = torch.cosine_similarity(mean, last.query, dim=-1) <= refresh.similarity
+                if not bool(due.any()):
+                    return last
+        choice = Choice(self._step, *self._lists(query, options), lengths.clone(), mean)
+        if last is not None and due is not None and not bool(due.all()):
+            mixed = (
+                torch.where(due.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(choice[1:], last[1:], strict=True)
+            )
+            choice = Choice(self._step, *mixed)
+        self._choices.append(choice)
+        # Guesses may be taken back, and the choices made for them.
+        while len(self._choices) > 1 and self._choices[1].step < self._step - ROLLBACK:
+            self._choices.popleft()
+        return choice
+
+    def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``."""
+        keys, _, table, lengths = self._tensors()
+        decode, room = self.decode, table.shape[1] * self.pattern.block
+        places: dict[str, Any] = {"lengths": lengths, "block_table": table, "max_length": room}
+        pages: dict[str, Any] = self._pages(query, places, options) if decode.select == "quest" else {}
+        always: dict[str, Any] = {"lengths": lengths, "sinks": decode.sinks, "recent": decode.recent, **pages}
+        if not self._mirrors:
+            return _positions(room, **always)
+        factors: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
+        scores, lse = estimate_scores(query, self._mirror(), **places, **factors, **pages)
+        if decode.prune is not None:
+            capacity = min(room, max(LEAST_CAPACITY, room // 4))
+            found = top_p_lists(scores, lse, num_kv_heads=keys.shape[1], capacity=capacity, **self._prune, **always)
+        else:
+            found = top_k_lists(scores, lse, min(self._keep(), room), num_kv_heads=keys.shape[1], **always)
+        if not torch.compiler.is_compiling() and OBSERVING.get() and decode.prune is not None:
+            self._counted[2] += float(found.dropped.sum())
+        return found.lists, found.counts
+
+    def _pages(self, query: Tensor, places: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
+        """Quest's candidates: ascending pages of 16 tokens, and how many."""
+        bounds = page_scores(query, self._bounds(), scale=options.get("scale"), **places)
+        best = bounds.topk(min(self.decode.candidate_pages, bounds.shape[-1]), sorted=False)
+        real = best.values > float("-inf")
+        pages = torch.where(real, best.indices, bounds.shape[-1]).sort().values.int()
+        return {"page_lists": pages, "page_counts": real.sum(-1, dtype=torch.int32)}
+
+    def _keep(self) -> int:
+        """Keys of a choice of RefreshKV."""
+        assert self.decode.refresh is not None
+        keep = self.decode.refresh.keep
+        assert keep is not None
+        return max(1, int(keep * self._prompt if keep < 1 else keep))
+
+    def _observe(self, query: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]) -> None:
+        keys, values, table, lengths = self._tensors()
+        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self.decode.sinks + recent)
+        self._counted[0] += float(counts.sum() + counts.shape[1] * always.sum())
+        self._counted[1] += float(counts.shape[1] * lengths.sum())
+        self._observed += 1
+        if self._observed % MASS_EVERY == 1:
+            _, whole = block_pattern_decode(
+                query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
+            )
+            self._masses += (lse - whole).exp().flatten().tolist()
+
+    # --- beside the keys -----------------------------------------------------------------------------------------
+
+    def _mirror(self) -> KeyMirror:
+        assert self._center is not None
+        assert self._spread is not None
+        return KeyMirror(self.beside["codes"], self.beside["scale_low"], self._center, self._spread)
+
+    def _bounds(self) -> PageBounds:
+        return PageBounds(self.beside["bounds"])
+
+    def _make_beside(self, key: Tensor, pages: int) -> dict[str, Tensor]:
+        _, heads, _, width = key.shape
+        block, made = self.pattern.block, {}
+        if self._mirrors:
+            made["codes"] = torch.zeros(pages, heads, block, width // 2, dtype=torch.uint8, device=key.device)
+            made["scale_low"] = torch.zeros(pages, heads, block, 2, dtype=torch.float16, device=key.device)
+        if self.decode.select == "quest":
+            made["bounds"] = key.new_zeros(pages, heads, block // GRANULE, 2, width)
+        return made
+
+    def _keep_moments(self, center: Tensor, spread: Tensor) -> None:
+        """Take a mean and a spread of the keys, in the place of those before where they fit."""
+        if self._center is not None and self._spread is not None and self._center.shape == center.shape:
+            self._center.copy_(center)
+            self._spread.copy_(spread)
+        else:
+            self._center, self._spread = center, spread
+
+    @torch.no_grad()
+    def _store(
+        self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
+    ) -> None:
+        super()._store(key, value, starts, before, after)
+        lengths = self._tensors()[3]
+        if self._mirrors and not any(before):
+            self._keep_moments(*key_statistics(key, lengths))
+        self._append_tokens(key, value)
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        self._tensors()[3].add_(key.shape[2])
+        self._append_tokens(key, value)
+
+    def _write_again(self, tokens: int, *, whole: bool) -> None:
+        """Make what is kept beside the last tokens of each row as if none had come behind them: bounds of the 16 that
+        are being filled, and of a whole prompt its mean and spread too."""
+        keys, values, table, lengths = self._tensors()
+        if tokens == 0:
+            return
+        places = torch.arange(-tokens, 0, device=lengths.device) + lengths[:, None]
+        inside = places.clamp_min(0)
+        page = table.gather(1, inside // self.pattern.block).clamp_min(0).long()
+        index = (page, slice(None), inside % self.pattern.block)
+        key, value = (held[index].transpose(1, 2) for held in (keys, values))
+        if whole and self._mirrors:
+            self._keep_moments(*key_statistics(key, lengths))
+        self._append_tokens(key, value)
+
+    @torch.no_grad()
+    def _append_tokens(self, key: Tensor, value: Tensor) -> None:
+        """Write the newest tokens, which the lengths count already, and what is kept beside them."""
+        keys, values, table, lengths = self._tensors()
+        append_tokens(
+            key,
+            value,
+            keys,
+            values,
+            lengths=lengths,
+            block_table=table,
+            mirror=self._mirror() if self._mirrors else None,
+            bounds=self._bounds() if self.decode.select == "quest" else None,
+        )
+
+
+def _positions(
+    room: int,
+    *,
+    lengths: Tensor,
+    sinks: int,
+    recent: int,
+    page_lists: Tensor,
+    page_counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """All tokens of pages, ``[B, Hkv, 16 * P]``, and how many, but for those that are read in any case."""
+    within = torch.arange(GRANULE, device=page_lists.device, dtype=torch.int32)
+    places = (page_lists[..., None] * GRANULE + within).flatten(2)
+    listed = torch.arange(places.shape[-1], device=places.device) < GRANULE * page_counts[..., None]
+    kept = listed & (places >= sinks) & (places < (lengths - recent)[:, None, None])
+    lists = torch.where(kept, places, room).sort().values
+    return lists, kept.sum(-1, dtype=torch.int32)

@@ -1,0 +1,111 @@
+"""How layers with full attention choose the keys that a step of generation reads: Twilight and RefreshKV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from sparsetrain.errors import ModelError
+from sparsetrain.section import Section, Tokens, TokensOrNone
+
+
+class Prune(Section):
+    """Twilight (2502.02770): keep the fewest keys that hold a share ``p`` of the estimated softmax weight."""
+
+    p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the weight of the candidates; 1 keeps them all."""
+    group: Literal["union", "max", "mean"] = "union"
+    """What the query heads of a KV head read: all that one of them needs, or what their largest or mean weight does."""
+    min_keys: Annotated[int, Field(ge=1)] = 64
+    """Keys that a head keeps at least."""
+
+
+class Refresh(Section):
+    """RefreshKV (2411.05787): choose keys every few tokens and read the same ones in between."""
+
+    every: Annotated[int, Field(ge=1)] = 8
+    """Tokens between two choices."""
+    similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Choose again only where the cosine similarity of the layer's mean query to that of the last choice has fallen to
+    this or below; None chooses every time."""
+    keep: Annotated[int | float, Field(gt=0)] | None = None
+    """Keys of a choice: a number of tokens, or below 1 a share of the prompt. None takes what ``prune`` keeps."""
+    staggered: bool = True
+    """Neighbouring layers choose at different tokens, so that no step is much slower than others."""
+
+
+class Decode(Section):
+    """The ``decode`` section: what layers with full attention read in a step of generation."""
+
+    select: Literal["full", "quest"] = "full"
+    """Where keys are chosen from: all of them, or the pages of 16 tokens whose bounds promise the largest logits
+    (Quest, 2406.10774)."""
+    candidates: Annotated[Tokens, Field(ge=16)] | None = None
+    """Tokens that Quest passes on, rounded up to pages of 16; None means 8,192."""
+    prune: Prune | None = None
+    refresh: Refresh | None = None
+    sinks: TokensOrNone = 4
+    """First tokens, which every step reads."""
+    recent: Annotated[Tokens, Field(ge=1)] = 64
+    """Last tokens, which every step reads; at least all since the last choice."""
+    dense_layers: list[Annotated[int, Field(ge=0)]] = [0, 1]
+    """Layers that read all keys, as the published methods leave the first two."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Decode:
+        if self.select == "full" and self.candidates is not None:
+            raise ValueError(
+                f"candidates={self.candidates} is for select=quest; with select=full all keys are candidates"
+            )
+        if self.select == "full" and self.prune is None and self.refresh is None:
+            raise ValueError("select=full reads all keys and nothing else is set; give prune, refresh or select=quest")
+        if self.refresh is not None and self.refresh.keep is None and self.prune is None and self.select == "full":
+            raise ValueError("refresh needs to know how many keys a choice has; give refresh.keep or prune.p")
+        if self.refresh is not None and self.refresh.keep is not None and self.prune is not None:
+            raise ValueError("refresh.keep and prune both say how many keys a choice has; drop one of them")
+        if self.refresh is not None and isinstance(keep := self.refresh.keep, float) and keep >= 1 and keep % 1:
+            raise ValueError(f"refresh.keep={keep} must be a whole number of tokens, or a share below 1")
+        return self
+
+    @property
+    def candidate_pages(self) -> int:
+        """Pages of 16 tokens that Quest passes on."""
+        return -(-(self.candidates or 8192) // 16)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "twilight": {"select": "quest", "candidates": 8192, "prune": {"p": 0.85}},
+    "twilight-full": {"select": "full", "prune": {"p": 0.95}},
+    "quest": {"select": "quest", "candidates": 4096},
+    "refreshkv": {"refresh": {"every": 5, "similarity": 0.85, "keep": 0.125, "staggered": False}, "dense_layers": []},
+    "recycled": {"refresh": {"every": 50, "keep": 4096, "staggered": False}, "dense_layers": []},
+}
+"""Published settings by name: Twilight over Quest and over all keys (2502.02770, section 5), Quest (2406.10774),
+RefreshKV (2411.05787, section 4) and the fixed schedule of its first version, Recycled Attention."""
+
+
+def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
+    """A decode section.
+
+    Args:
+        given: one of :data:`PUBLISHED` by name, or the fields.
+
+    Raises:
+        ModelError: the name is not known, or a field is wrong; the message names it.
+    """
+    if isinstance(given, Decode):
+        return given
+    if isinstance(given, str):
+        if given not in PUBLISHED:
+            raise ModelError(f"decode={given} is not known; choose one of {', '.join(PUBLISHED)}, or give its fields")
+        given = PUBLISHED[given]
+    try:
+        return Decode.model_validate(dict(given))
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(('decode', *map(str, fault['loc'])))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise ModelError("; ".join(faults)) from error

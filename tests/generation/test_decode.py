@@ -1,0 +1,254 @@
+"""Twilight, Quest and RefreshKV through ``generate``: a choice of everything is full attention, and a smaller choice is
+the same one by one, in a batch, with guesses and after a reload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, Qwen3Config
+
+import sparsetrain
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW
+from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.settings import PUBLISHED, parse_decode
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+SMALL = {"sinks": 1, "recent": 2, "dense_layers": [0]}
+EVERYTHING = {
+    "all weight": {"prune": {"p": 1.0}},
+    "all pages": {"select": "quest", "candidates": 4096},
+    "all weight of all pages": {"select": "quest", "prune": {"p": 1.0}},
+    "all keys, chosen at every token": {"refresh": {"every": 1, "keep": 4096}},
+    "all keys, used again": {"refresh": {"every": 5, "keep": 4096}},
+}
+FEW = {
+    "top-p": {"prune": {"p": 0.6, "min_keys": 1}},
+    "top-p of the largest weight in a group": {"prune": {"p": 0.6, "min_keys": 1, "group": "max"}},
+    "Quest": {"select": "quest", "candidates": 16},
+    "top-p of Quest": {"select": "quest", "candidates": 32, "prune": {"p": 0.5, "min_keys": 1}},
+    "top-p, used again": {"prune": {"p": 0.5, "min_keys": 1}, "refresh": {"every": 4}},
+    "top-k": {"refresh": {"every": 3, "keep": 5, "staggered": False}},
+    "top-k by similarity": {"refresh": {"every": 2, "keep": 12, "similarity": 0.2}},
+    "Quest, used again": {"select": "quest", "candidates": 16, "refresh": {"every": 4}},
+}
+
+
+def make(decode=None, attention=None, **shape):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE | shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sparsetrain.sparsify(model, attention or {"method": "full"})
+    return model if decode is None else sparsetrain.set_decode(model, SMALL | decode)
+
+
+def prompts(*lengths):
+    """Token ids and mask, padded on the left."""
+    torch.manual_seed(1)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(1, 97, (length,))
+        mask[row, width - length :] = 1
+    return ids, mask
+
+
+def logits(model, ids, mask, count=12, **arguments):
+    """Of every step, ``[B, count, vocabulary]``, and the tokens."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    return torch.stack(out.logits, dim=1), out.sequences[:, ids.shape[1] :], out.past_key_values
+
+
+@pytest.mark.parametrize("decode", EVERYTHING.values(), ids=EVERYTHING)
+def test_a_choice_of_everything_is_full_attention(decode):
+    ids, mask = prompts(90, 33, 7)
+    expected, tokens, _ = logits(make(), ids, mask)
+    found, same, _ = logits(make(decode), ids, mask)
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
+def test_fewer_keys_change_the_result_and_are_counted(decode):
+    ids, mask = prompts(90)
+    expected, _, _ = logits(make(), ids, mask)
+    with observing():
+        found, _, cache = logits(make(decode), ids, mask)
+    assert not torch.allclose(found[:, 1:], expected[:, 1:], atol=1e-2)
+    torch.testing.assert_close(found[:, 0], expected[:, 0])  # the prompt attends to everything
+    memories = [layer.memory for layer in cache.layers]
+    assert [isinstance(memory, ListedMemory) for memory in memories] == [False, True, True]
+    seen = memories[1].observations()
+    assert 0.05 < seen["kept"] < 0.9
+    assert 0 < seen["mass_min"] <= seen["mass_mean"] < 1.0001
+    if "prune" in decode and "candidates" not in decode and "refresh" not in decode and "group" not in decode["prune"]:
+        assert seen["mass_min"] > decode["prune"]["p"] - 0.1
+
+
+@pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
+def test_rows_of_a_batch_are_as_alone(decode):
+    ids, mask = prompts(90, 33, 50)
+    model = make(decode)
+    together, _, _ = logits(model, ids, mask)
+    for row, length in enumerate((90, 33, 50)):
+        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:])
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
+def test_guesses_change_nothing(decode):
+    """Prompt lookup guesses several tokens at a time and takes the wrong ones back, choices too."""
+    model = make(decode, initializer_range=0.1)
+    ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    mask = torch.ones_like(ids)
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    guessed = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5)
+    assert torch.equal(greedy, guessed)
+
+
+@pytest.mark.parametrize("decode", [FEW["top-p of Quest"], FEW["top-p, used again"]], ids=["Quest", "used again"])
+def test_beams_turns_and_other_heads(decode):
+    ids, mask = prompts(60, 21)
+    model = make(decode, num_key_value_heads=4)
+    beams = model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=3, num_return_sequences=2)
+    assert beams.shape == (4, 68)
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    turn = torch.cat(
+        [first.sequences, torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(5))], dim=1
+    )
+    longer = torch.cat([mask, torch.ones(2, turn.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
+    again = model.generate(
+        turn, attention_mask=longer, max_new_tokens=4, do_sample=False, past_key_values=first.past_key_values
+    )
+    assert again.shape == (2, turn.shape[1] + 4)
+
+
+@pytest.mark.parametrize("decode", [FEW["top-p"], FEW["Quest"], FEW["top-p of Quest"]], ids=["top-p", "Quest", "both"])
+def test_steps_compile_to_one_graph(decode):
+    """In room that is made once, where all keys are candidates as in room that grows."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    ids, mask = prompts(90, 33)
+    model = make(decode)
+    expected, _, _ = logits(model, ids, mask)
+    cache = sparsetrain.SparseCache(model, max_length=110)
+    found, _, _ = logits(model, ids, mask, past_key_values=cache, compile_config=config)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_room_that_is_made_once_takes_choices_used_again():
+    ids, mask = prompts(90, 33)
+    model = make(FEW["top-p, used again"])
+    expected, _, _ = logits(model, ids, mask)
+    cache = sparsetrain.SparseCache(model, max_length=110)
+    assert not cache.is_compileable
+    torch.testing.assert_close(logits(model, ids, mask, past_key_values=cache)[0], expected, rtol=1e-4, atol=1e-4)
+    assert cache.nbytes() == sum(layer.memory.nbytes() for layer in cache.layers)
+
+
+def test_a_record_brings_it_back(tmp_path):
+    model = make(FEW["top-p, used again"])
+    ids, mask = prompts(70)
+    sparsetrain.save(model, tmp_path / "saved")
+    loaded = sparsetrain.load(tmp_path / "saved").eval()
+    assert loaded.config.sparsetrain["decode"] == model.config.sparsetrain["decode"]
+    assert torch.equal(logits(loaded, ids, mask)[0], logits(model, ids, mask)[0])
+    dense = sparsetrain.set_decode(loaded, None)
+    assert "decode" not in dense.config.sparsetrain
+    assert torch.equal(logits(dense, ids, mask)[0], logits(make(), ids, mask)[0])
+
+
+def test_only_dense_layers_of_a_trained_model_take_it():
+    power = {"method": "power", "block": 16, "window": 2, "sinks": 1, "dense_layers": [1]}
+    ids, mask = prompts(90)
+    _, _, cache = logits(make(FEW["top-p"], power), ids, mask)
+    assert [isinstance(layer.memory, ListedMemory) for layer in cache.layers] == [False, True, False]
+
+
+METHODS = {
+    WINDOW: {"method": "sliding", "block": 16, "window": 2},
+    PATTERN: {"method": "power", "block": 16, "window": 2, "sinks": 1},
+    LEARNED: {"method": "sparsek", "topk": 8, "window": 8},
+    FULL: {"method": "full"},
+}
+SECTIONS = {
+    "select": {"select": "quest"},
+    "prune": {"prune": {"p": 0.9}},
+    "refresh": {"refresh": {"every": 2, "keep": 8}},
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_cell_of_the_table(kind, part):
+    if (kind, part) in REASONS:
+        with pytest.raises(ModelError, match=f"decode.{part} is for layers with full attention") as error:
+            make(SECTIONS[part], METHODS[kind])
+        assert REASONS[kind, part] in str(error.value)
+    else:
+        assert kind == FULL
+        make(SECTIONS[part], METHODS[kind])
+
+
+def test_sliding_layers_of_a_model_are_left(tmp_path):
+    shape = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16}
+    torch.manual_seed(0)
+    config = Qwen3Config(**SHAPE, head_dim=16, use_sliding_window=True, **shape)
+    model = sparsetrain.sparsify(AutoModelForCausalLM.from_config(config).eval(), {"method": "full"})
+    _, _, cache = logits(sparsetrain.set_decode(model, SMALL | FEW["top-p"]), *prompts(60))
+    assert [isinstance(layer.memory, ListedMemory) for layer in cache.layers] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_have_names(name):
+    assert parse_decode(name) == parse_decode(PUBLISHED[name])
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        ({"select": "best"}, "decode.select"),
+        ({"prune": {"p": 0}}, r"decode.prune.p: .*greater than 0"),
+        ({"prune": {"p": 1.5}}, r"decode.prune.p: .*less than or equal to 1"),
+        ({"prune": {"q": 0.5}}, "decode.prune.q"),
+        ({"refresh": {"every": 4}}, "give refresh.keep or prune.p"),
+        ({"refresh": {"every": 0, "keep": 4}}, "decode.refresh.every"),
+        ({"refresh": {"every": 4, "keep": 8}, "prune": {}}, "drop one of them"),
+        ({"candidates": 64, "prune": {}}, "candidates=64 is for select=quest"),
+        ({}, "give prune, refresh or select=quest"),
+        ("twilit", "decode=twilit is not known"),
+        ({"prune": {}, "dense_layers": [0, 1, 2]}, "leaves no layer"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(decode, message):
+    with pytest.raises(ModelError, match=message):
+        sparsetrain.set_decode(make(), decode)
+
+
+def test_a_model_without_a_method_is_told_how_to_get_one():
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    with pytest.raises(ModelError, match="sparsify"):
+        sparsetrain.set_decode(model, "twilight")
