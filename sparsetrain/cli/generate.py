@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.filesize import decimal
 
+from sparsetrain.cli.decode_options import with_decode_options
 from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+@with_decode_options
 def generate(
     model: Annotated[
         str,
@@ -67,6 +69,7 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
     ] = None,
+    decode: dict[str, Any] | None = None,
 ) -> None:
     """Continue prompts with a trained model, by the attention method it was trained with.
 
@@ -78,6 +81,8 @@ def generate(
       sparsetrain generate runs/quickstart --prompt "def main():"
       sparsetrain generate sparsetrain:tiny --prompt "import " --max-new-tokens 20 --temperature 0.8
       sparsetrain generate my-model --file questions.jsonl --batch 8 --output answers.jsonl
+      sparsetrain generate my-model --file long.txt --decode twilight
+      sparsetrain generate my-model --file long.txt --decode.prune.p 0.9 --decode.refresh.every 8
     """
     from sparsetrain.inference.prompts import read_prompts
 
@@ -92,9 +97,12 @@ def generate(
 
     from sparsetrain.inference.models import check_room, open_model
     from sparsetrain.inference.writer import Writer
+    from sparsetrain.modeling import set_decode
 
     place = _device(device)
     loaded, tokenizer = open_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    if decode is not None:
+        set_decode(loaded, decode)
     own: Any = loaded.generation_config
     arguments = sampling.arguments(own)
     encoded = [each.encode(tokenizer, chat=chat) for each in prompts]
@@ -108,6 +116,8 @@ def generate(
     else:
         _write_rows(writer, prompts, encoded, batch, output)
     print(_speed(writer.usage), file=sys.stderr)
+    if (told := _kept(writer.usage.observations)) is not None:
+        print(told, file=sys.stderr)
 
 
 def _check_output(output: Path) -> None:
@@ -193,3 +203,17 @@ def _speed(usage: Usage) -> str:
         f"{usage.prompt_tokens:,} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens:,} new tokens "
         f"({rate} after the first), cache {decimal(usage.cache_bytes)}"
     )
+
+
+def _kept(observations: list[dict[str, float]]) -> str | None:
+    """What the layers read that choose keys."""
+    kept = [each["kept"] for each in observations if "kept" in each]
+    if not kept:
+        return None
+    text = f"{sum(kept) / len(kept):.1%} of the keys read in a step ({min(kept):.1%} to {max(kept):.1%} by layer)"
+    masses = [each for each in observations if "mass_mean" in each]
+    if masses:
+        mean, least = sum(each["mass_mean"] for each in masses) / len(masses), min(each["mass_min"] for each in masses)
+        text += f", which hold {mean:.1%} of the softmax weight ({least:.1%} at least; sampled)"
+    dropped = max(each["dropped"] for each in observations if "dropped" in each)
+    return text + (f"; up to {dropped:.1%} of the keys found no room in a list" if dropped else "")

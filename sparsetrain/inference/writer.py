@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.listed import ListedMemory, observing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ class Usage:
     """Tokens written in :attr:`decode_seconds`."""
     cache_bytes: int = 0
     """The largest cache of a batch."""
+    observations: list[dict[str, float]] = field(default_factory=list)
+    """Of each batch and layer that read a choice of keys."""
 
 
 class _Clock(StoppingCriteria):
@@ -96,17 +99,18 @@ class Writer:
         clock = _Clock(on_token)
         begin = now(device)
         try:
-            written: Any = self.model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self._padding(),
-                eos_token_id=sorted(self._ends()) or None,
-                stopping_criteria=StoppingCriteriaList([clock]),
-                streamer=streamer,
-                return_dict_in_generate=True,
-                **self.arguments,
-            )
+            with observing():
+                written: Any = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=self.max_new_tokens,
+                    pad_token_id=self._padding(),
+                    eos_token_id=sorted(self._ends()) or None,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                    streamer=streamer,
+                    return_dict_in_generate=True,
+                    **self.arguments,
+                )
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{device} has too little memory for {len(prompts)} prompts of up to {ids.shape[1]} tokens; lower "
@@ -123,7 +127,10 @@ class Writer:
         self.usage.decoded += sum(max(each.new_tokens - 1, 0) for each in completions)
         self.usage.prefill_seconds += first - begin
         self.usage.decode_seconds += end - first
-        self.usage.cache_bytes = max(self.usage.cache_bytes, cache_bytes(written.past_key_values))
+        cache = written.past_key_values
+        self.usage.cache_bytes = max(self.usage.cache_bytes, cache_bytes(cache))
+        memories = (getattr(layer, "memory", None) for layer in cache.layers)
+        self.usage.observations += [memory.observations() for memory in memories if isinstance(memory, ListedMemory)]
         return completions
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

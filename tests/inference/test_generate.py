@@ -97,6 +97,18 @@ def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, pow
         assert answer["finish"] in ("stop", "length")
 
 
+def test_fewer_keys_are_read_and_counted(call):
+    text = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 4
+    arguments = (TINY, "--prompt", text, "--max-new-tokens", "8")
+    options = ("--decode.prune.p", "0.5", "--decode.refresh.every", "4", "--decode.dense_layers", "[0]")
+    code, _, err = call(*arguments, *options, "--decode.recent", "8")
+    assert code == 0
+    assert "% of the keys read in a step" in err
+    assert "of the softmax weight" in err
+    code, out, _ = call(*arguments, "--decode", "twilight-full", "--decode.prune.p", "1.0")
+    assert (code, out) == (0, call(*arguments)[1])
+
+
 def test_a_seed_repeats_what_is_drawn(call):
     def draw(seed):
         return call(TINY, "--prompt", "import ", "--max-new-tokens", "8", "--temperature", "1.5", "--seed", seed)[1]
@@ -112,6 +124,9 @@ def test_a_seed_repeats_what_is_drawn(call):
         (["--prompt", "a", "--chat"], "needs a chat template"),
         (["--prompt", "a", "--top-p", "2"], "--top-p 2"),
         (["--prompt", "a", "--temperature", "0", "--top-k", "5"], "--top-k would have no effect"),
+        (["--prompt", "a", "--decode", "best"], "decode=best is not known"),
+        (["--prompt", "a", "--decode.prune.p", "2"], "decode.prune.p"),
+        (["--prompt", "a", "--decode.select", "quest", "--decode.dense_layers", "[0, 1, 2, 3, 4, 5]"], "no layer"),
         (["--prompt", "a", "--dtype", "int8"], "--dtype int8 is not known"),
         (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99"),
         (["--prompt", "a", "--max-new-tokens", "999999"], "set --max-new-tokens to at most"),

@@ -1,0 +1,85 @@
+"""Options of the command line for a decode section, such as ``--decode.prune.p 0.9``, made from its fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Optional
+
+import typer
+from pydantic.fields import FieldInfo
+
+from sparsetrain.errors import ModelError
+from sparsetrain.section import Section
+
+
+def with_decode_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the section in options of its own.
+
+    Args:
+        function: takes ``decode``, the fields that were given or None, beside parameters that typer reads.
+    """
+    given = inspect.signature(function, eval_str=True).parameters
+    fields = dict(_fields())
+    names = {name: f"decode_{name.replace('.', '_')}" for name in fields}
+    own = [each for each in given.values() if each.name != "decode"]
+    extra = [_parameter(names[name], f"--decode.{name}", field) for name, field in fields.items()]
+    published = _option("decode", "--decode", "Published settings: twilight, twilight-full, quest, refreshkv, recycled")
+
+    def call(**arguments: Any) -> None:
+        chosen = arguments.pop("decode")
+        values = {name: arguments.pop(parameter) for name, parameter in names.items()}
+        function(
+            **arguments, decode=_section(chosen, {name: text for name, text in values.items() if text is not None})
+        )
+
+    parameters = [*own, published, *extra]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    call.__name__, call.__doc__ = function.__name__, function.__doc__
+    return call
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    """The fields of the section by their dotted names."""
+    from sparsetrain.generation.settings import Decode, Prune, Refresh
+
+    for name, field in Decode.model_fields.items():
+        parts: dict[str, type[Section]] = {"prune": Prune, "refresh": Refresh}
+        inner = parts.get(name)
+        if inner is None:
+            yield name, field
+        else:
+            yield from ((f"{name}.{each}", of_it) for each, of_it in inner.model_fields.items())
+
+
+def _parameter(name: str, flag: str, field: FieldInfo) -> inspect.Parameter:
+    text = " ".join((field.description or "").removesuffix(".").split())
+    default = field.get_default()
+    return _option(name, flag, text if default is None else f"{text} (default {default})")
+
+
+def _option(name: str, flag: str, text: str) -> inspect.Parameter:
+    option = typer.Option(flag, help=f"{text}.", show_default=False, metavar="VALUE", rich_help_panel="Fewer keys")
+    annotation = Annotated[Optional[str], option]  # noqa: UP045 (typer reads it)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
+    """The fields that were given, laid over published settings."""
+    import yaml
+
+    from sparsetrain.generation.settings import parse_decode
+
+    section: dict[str, Any] = {} if published is None else parse_decode(published).model_dump(mode="json")
+    for name, text in given.items():
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ModelError(f"--decode.{name} {text} is no value such as 0.9, 8, quest or [0, 1]") from error
+        part, _, inner = name.rpartition(".")
+        place = section if not part else section.get(part) or {}
+        if part:
+            section[part] = place
+        place[inner] = value
+    return section or None
