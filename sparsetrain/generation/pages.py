@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_decode.inputs import MAX_ROWS
+from sparsetrain_kernels.key_mirror import append_tokens
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
@@ -215,17 +216,9 @@ class PagedMemory(Memory):
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         """Write tokens for which there is room."""
-        tokens, block = key.shape[2], self.pattern.block
         keys, values, table, lengths = self._tensors()
-        place = lengths[:, None]
-        if tokens > 1:
-            place = place + torch.arange(tokens, dtype=torch.int32, device=key.device)
-        # Past the horizon decoding gives an error or NaN, whatever is written.
-        page = table.gather(1, (place // block).clamp_max(table.shape[1] - 1).long()).long()
-        index = (page, slice(None), (place % block).long())
-        keys[index] = key.transpose(1, 2)
-        values[index] = value.transpose(1, 2)
-        lengths.add_(tokens)
+        lengths.add_(key.shape[2])
+        append_tokens(key, value, keys, values, lengths=lengths, block_table=table)
 
     # --- many tokens a row ---------------------------------------------------------------------------------------
 
@@ -268,23 +261,16 @@ class PagedMemory(Memory):
     def _store(
         self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
     ) -> None:
-        """Write those of many new tokens whose pages are kept."""
+        """Write many new tokens to the pages that are kept. Rows were as long as ``before`` says, then as ``after``."""
         if self._longest == 0:
             self._allocate(key, starts, after)
         self._make_room(max(after))
         keys, values, table, lengths = self._tensors()
-        device, block, tokens = key.device, self.pattern.block, key.shape[2]
-        owned = [table.owned(self._blocks(end)) for table, end in zip(self.tables, after, strict=True)]
-        offset = torch.tensor([length - start for length, start in zip(before, starts, strict=True)])
-        place = torch.arange(tokens) + offset[:, None]
-        page = (place // block).clamp_min(0)
-        kept = torch.tensor(owned, dtype=torch.bool).gather(1, page) & (place >= torch.tensor(before)[:, None])
-        row, column = (index.to(device) for index in kept.nonzero(as_tuple=True))
-        place, page = place.to(device)[row, column], page.to(device)[row, column]
-        index = (table[row, page].long(), slice(None), place % block)
-        keys[index] = key.transpose(1, 2)[row, column]
-        values[index] = value.transpose(1, 2)[row, column]
+        owned = [row.owned(self._blocks(end)) for row, end in zip(self.tables, after, strict=True)]
+        if not all(map(all, owned)):
+            table = table.where(torch.tensor(owned, device=table.device), NOT_KEPT)
         lengths.copy_(torch.tensor(after, dtype=torch.int32))
+        append_tokens(key, value, keys, values, lengths=lengths, block_table=table)
         self._longest, self._started = max(after), min(after) > 0
 
     # --- room ----------------------------------------------------------------------------------------------------

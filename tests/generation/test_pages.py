@@ -158,6 +158,13 @@ def test_more_than_can_be_taken_back_is_refused(text) -> None:
     torch.testing.assert_close(read(everything, text, 40, 41), whole(PATTERNS["power"], text)[:, :, 40:41], **CLOSE)
 
 
+def test_heads_of_an_odd_width(text) -> None:
+    narrow = [tensor[..., :5] for tensor in text]
+    memory = paged(PATTERNS["power"])
+    out = [read(memory, narrow, 0, 70), *(read(memory, narrow, at, at + 1) for at in range(70, TOKENS))]
+    torch.testing.assert_close(torch.cat(out, 2), whole(PATTERNS["power"], narrow), **CLOSE)
+
+
 def test_rows_are_repeated_reordered_and_kept_in_place(pattern, text) -> None:
     want = whole(pattern, text)
     memory = paged(pattern, max_length=TOKENS)

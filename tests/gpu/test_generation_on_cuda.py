@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from sparsetrain.modeling import sparsify
+from sparsetrain.modeling import SparseCache, sparsify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +73,92 @@ def test_a_cached_prompt_and_what_follows_equal_passes_without_a_cache(method: s
     logits = last(generated)[:, :-1].float()
     chosen = logits.gather(2, generated[:, -STEPS:, None])[..., 0]
     assert (chosen >= logits.amax(-1) - 2 * close["atol"]).all()
+
+
+def prompts(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of random tokens, padded on the left, and their mask."""
+    generator, width = torch.Generator().manual_seed(1), max(lengths)
+    ids = torch.randint(1, 512, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    return (ids * mask).cuda(), mask.long().cuda()
+
+
+def caches(model: PreTrainedModel, room: int) -> list[Any]:
+    return [DynamicCache(config=model.config), SparseCache(model, max_length=room)]
+
+
+@pytest.mark.parametrize("lengths", [(300,), (300, 17, 290)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_step_waits_for_nothing(method: str, lengths: tuple[int, ...]) -> None:
+    model, (ids, mask) = make_model(method), prompts(lengths)
+    for cache in caches(model, 400):
+        seen, position = mask, mask.cumsum(1) - 1
+        token = ids[:, -1:]
+        model(ids, attention_mask=seen, position_ids=position.clamp_min(0), past_key_values=cache)
+        try:
+            for step in range(6):
+                seen = torch.cat([seen, torch.ones_like(token)], 1)
+                position = position[:, -1:] + 1
+                # The first steps compile kernels.
+                torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+                model(token, attention_mask=seen, position_ids=position, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("lengths", [(300,), (300, 17, 290)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_generate_compiles_the_steps_of_a_sparse_cache_once(method: str, lengths: tuple[int, ...]) -> None:
+    """By itself, with CUDA graphs, as generate does wherever a cache allows it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, (ids, mask) = make_model(method), prompts(lengths)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = SparseCache(model, max_length=400)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    tolerance = 0.3 if method == "full" else 2e-3
+    for row, length in enumerate(lengths):
+        text = out[row : row + 1, ids.shape[1] - length :]
+        logits = model(text, use_cache=False, logits_to_keep=25).logits[:, :-1].float()
+        chosen = logits.gather(2, text[:, -24:, None])[..., 0]
+        assert (chosen >= logits.amax(-1) - tolerance).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_captured_step_goes_on_as_the_text_grows(method: str) -> None:
+    model, (ids, _) = make_model(method), prompts((340,))
+    want = model(ids, use_cache=False).logits[:, 300:].float()
+    cache = SparseCache(model, max_length=400)
+    model(ids[:, :300], past_key_values=cache)
+    token, position = ids[:, 300:301].clone(), torch.tensor([[300]], device="cuda")
+
+    def step() -> torch.Tensor:
+        return model(token, position_ids=position, past_key_values=cache).logits
+
+    got, at = [], 300
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for at in range(300, 303):
+            token.copy_(ids[:, at : at + 1])
+            position.fill_(at)
+            got.append(step().float())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    for at in range(303, 340):
+        token.copy_(ids[:, at : at + 1])
+        position.fill_(at)
+        graph.replay()
+        got.append(logits.float().clone())
+    atol = 0.15 if method == "full" else 1e-3
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])

@@ -34,7 +34,8 @@ def append_tokens(
     can be captured in a CUDA graph (after one call outside of it) and replayed as the lengths grow.
 
     Args:
-        key, value: ``[B, Hkv, N, D]`` in the dtype of the cache, with an even ``D``; one token of a step, or a prompt.
+        key, value: ``[B, Hkv, N, D]`` in the dtype of the cache; one token of a step, or a prompt. A mirror, and the
+            Triton kernel, take an even ``D``.
         key_cache, value_cache: ``[pages, Hkv, page, D]``, of consecutive elements in the last dimension.
         lengths: int32 ``[B]``, the tokens of each sequence, the new ones included. A length above ``max_pages * page``
             is an error: the reference raises it, the kernel writes no token beyond.
@@ -56,10 +57,11 @@ def append_tokens(
     _, kv_heads, page, head_dim = shape
     tokens = key.shape[2] if key.dim() == 4 else 0
     batch = key.shape[0] if tokens else 0
-    if batch == 0 or head_dim % 2 != 0:
+    odd = head_dim % 2 != 0
+    if batch == 0 or (odd and mirror is not None):
         raise ValueError(
             f"key has shape {tuple(key.shape)} beside key_cache {tuple(key_cache.shape)}, expected [batch, kv heads, "
-            "tokens, head_dim] of at least one sequence and token and an even head_dim"
+            "tokens, head_dim] of at least one sequence and token and, for a mirror, an even head_dim"
         )
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(name, tensor, (batch, kv_heads, tokens, head_dim), key_cache.dtype, key_cache.device, strided=True)
@@ -71,7 +73,8 @@ def append_tokens(
             raise ValueError(f"bounds are of {GRANULE} tokens each, which do not divide the page of {page}")
         if bounds.check(batch, key.dtype, key.device) != shape:
             raise ValueError(f"bounds {tuple(bounds.values.shape)} are not of key_cache {tuple(key_cache.shape)}")
-    refusals = {"triton": triton_refusal(key), "gluon": "appending has a plain Triton kernel only"}
+    refusal = f"its kernel takes an even head_dim, not {head_dim}" if odd else triton_refusal(key)
+    refusals = {"triton": refusal, "gluon": "appending has a plain Triton kernel only"}
     chosen = choose_backend(backend, key, refusals)
     torch.ops.sparsetrain.append_tokens(
         consecutive_rows(key),
