@@ -54,12 +54,13 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
         kinds: index and :func:`attention_kind` of each layer.
 
     Raises:
-        ModelError: there is none; the message says why.
+        ModelError: there is none, or ``prune.p`` is by layer and not of these; the message says why.
     """
     layers = dict(kinds)
     full = [index for index, kind in layers.items() if kind == FULL]
     taken = [index for index in full if index not in decode.dense_layers]
     if taken:
+        _check_shares(taken, decode)
         return taken
     if full:
         raise ModelError(
@@ -73,3 +74,20 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
         f"decode.{part} is for layers with full attention, and this model has none: its layers have {kind}, where "
         f"{REASONS[kind, part]}; leave decode out, or train with attention.dense_layers"
     )
+
+
+def _check_shares(taken: list[int], decode: Decode) -> None:
+    """Refuse a ``prune.p`` by layer that leaves out a layer, or names one that reads all its keys."""
+    if decode.prune is None or not isinstance(decode.prune.p, dict):
+        return
+    given, listed = decode.prune.p, ", ".join(map(str, taken))
+    if strange := sorted(given.keys() - set(taken)):
+        raise ModelError(
+            f"decode.prune.p={given[strange[0]]} for layer {strange[0]} has no effect: the layers that read fewer keys "
+            f"are {listed}; drop it"
+        )
+    if lost := sorted(set(taken) - given.keys()):
+        raise ModelError(
+            f"decode.prune.p says nothing of layer {lost[0]}: name all layers that read fewer keys ({listed}), or give "
+            "one number for all"
+        )

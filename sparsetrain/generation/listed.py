@@ -73,7 +73,8 @@ class ListedMemory(PagedMemory):
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
         self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
-        self._prune: dict[str, Any] = {} if decode.prune is None else decode.prune.model_dump()
+        prune = decode.prune
+        self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
         self._center: Tensor | None = None
         self._spread: Tensor | None = None
         super().__init__(pattern, attend, **room)

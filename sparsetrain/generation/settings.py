@@ -5,21 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from sparsetrain.errors import ModelError
 from sparsetrain.section import Section, Tokens, TokensOrNone
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+ONE, BY_LAYER = "one for all layers", "by layer"
+"""The forms of ``p``, which pydantic puts into the place of an error."""
+
+
+def _form(value: Any) -> str:
+    return BY_LAYER if isinstance(value, Mapping) else ONE
 
 
 class Prune(Section):
     """Twilight (2502.02770): keep the fewest keys that hold a share ``p`` of the estimated softmax weight."""
 
-    p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the weight of the candidates; 1 keeps them all."""
+    p: Annotated[
+        Annotated[Share, Tag(ONE)] | Annotated[dict[Annotated[int, Field(ge=0)], Share], Tag(BY_LAYER)],
+        Discriminator(_form),
+    ] = 0.9
+    """Share of the weight of the candidates; 1 keeps them all. A mapping such as {2: 0.9, 3: 0.95} gives each layer
+    that reads fewer keys its own."""
     group: Literal["union", "max", "mean"] = "union"
     """What the query heads of a KV head read: all that one of them needs, or what their largest or mean weight does."""
     min_keys: Annotated[int, Field(ge=1)] = 64
     """Keys that a head keeps at least."""
+
+    def p_of(self, layer: int) -> float:
+        """The share of one layer that reads fewer keys."""
+        return self.p[layer] if isinstance(self.p, dict) else self.p
 
 
 class Refresh(Section):
@@ -105,7 +122,11 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
         return Decode.model_validate(dict(given))
     except ValidationError as error:
         faults = [
-            f"{'.'.join(('decode', *map(str, fault['loc'])))}: {fault['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(('decode', *_place(fault['loc'])))}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         ]
         raise ModelError("; ".join(faults)) from error
+
+
+def _place(location: tuple[int | str, ...]) -> list[str]:
+    return [str(part) for part in location if part not in (ONE, BY_LAYER, "[key]")]

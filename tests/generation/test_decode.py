@@ -181,6 +181,23 @@ def test_a_record_brings_it_back(tmp_path):
     assert torch.equal(logits(dense, ids, mask)[0], logits(make(), ids, mask)[0])
 
 
+def test_layers_have_shares_of_their_own(tmp_path):
+    ids, mask = prompts(90)
+    few, many = (make({"prune": {"p": p, "min_keys": 1}}) for p in (0.3, 0.9))
+    mixed = make({"prune": {"p": {"1": 0.3, "2": 0.9}, "min_keys": 1}})
+    sparsetrain.save(mixed, tmp_path / "saved")
+    loaded = sparsetrain.load(tmp_path / "saved").eval()
+    assert loaded.config.sparsetrain["decode"]["prune"]["p"] == {"1": 0.3, "2": 0.9}
+    kept = {}
+    for name, model in {"few": few, "many": many, "mixed": loaded}.items():
+        with observing():
+            _, _, cache = logits(model, ids, mask, count=2)
+        kept[name] = [layer.memory.observations()["kept"] for layer in cache.layers[1:]]
+    assert kept["mixed"][0] == kept["few"][0]
+    assert kept["mixed"][1] == pytest.approx(kept["many"][1], abs=0.1)
+    assert kept["few"][1] < kept["mixed"][1]
+
+
 def test_only_dense_layers_of_a_trained_model_take_it():
     power = {"method": "power", "block": 16, "window": 2, "sinks": 1, "dense_layers": [1]}
     ids, mask = prompts(90)
@@ -233,6 +250,12 @@ def test_published_settings_have_names(name):
         ({"select": "best"}, "decode.select"),
         ({"prune": {"p": 0}}, r"decode.prune.p: .*greater than 0"),
         ({"prune": {"p": 1.5}}, r"decode.prune.p: .*less than or equal to 1"),
+        ({"prune": {"p": "much"}}, r"decode.prune.p: .*valid number"),
+        ({"prune": {"p": {2: 1.5}}}, r"decode.prune.p.2: .*less than or equal to 1"),
+        ({"prune": {"p": {"last": 0.5}}}, r"decode.prune.p.last: .*valid integer"),
+        ({"prune": {"p": {2: 0.5, 7: 0.9}}}, "p=0.9 for layer 7 has no effect.*are 2; drop it"),
+        ({"prune": {"p": {1: 0.5, 2: 0.9}}}, "p=0.5 for layer 1 has no effect"),
+        ({"prune": {"p": {1: 0.5}}, "dense_layers": [0]}, "says nothing of layer 2"),
         ({"prune": {"q": 0.5}}, "decode.prune.q"),
         ({"refresh": {"every": 4}}, "give refresh.keep or prune.p"),
         ({"refresh": {"every": 0, "keep": 4}}, "decode.refresh.every"),
