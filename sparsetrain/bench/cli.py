@@ -45,8 +45,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         default = default if field.is_required() else None
         given = typer.Argument(metavar=place.metavar, help=f"{text}.", show_default=False)
     else:
-        least = next((each.ge for each in field.metadata if hasattr(each, "ge")), None)
-        given = typer.Option(help=f"{text}.", min=least, show_default=default is not None)
+        least, most = (
+            next((getattr(each, end) for each in field.metadata if hasattr(each, end)), None) for end in ("ge", "le")
+        )
+        given = typer.Option(help=f"{text}.", min=least, max=most, show_default=default is not None)
         kind = str if kind == tuple[int, ...] else kind
     shown: Any = Optional[kind] if default is None else kind  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[shown, given])

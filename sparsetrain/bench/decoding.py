@@ -19,6 +19,15 @@ from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.sparsek.oracle import attended
 from sparsetrain.patterns import FullPattern, PowerPattern
 
+DIRECTIONS = 4
+"""Directions that keys have and query heads look for, of each KV head."""
+STRONG_SHARE = 0.03
+"""Share of the keys that have one."""
+RUN = 16
+"""Keys in a row that have the same."""
+LOGIT = 11.0
+"""Mean logit of a key with the direction that a query looks for; others have normal ones of variance 2 around 0."""
+
 
 class Layer(NamedTuple):
     """The inputs of one layer: ``query [batch, heads, 1, head_dim]`` and caches ``[batch, kv_heads, length,
@@ -39,10 +48,33 @@ class DecodeProblem(Shape):
     layers: int = field(kw_only=True)
     """Caches that are read in turn, as the layers of a model are, so that none is still in the L2 cache."""
 
+    p: float = field(kw_only=True)
+    """Share of the estimated weight that Twilight keeps."""
+    candidates: int = field(kw_only=True)
+    """Tokens that Quest passes on."""
+    every: int = field(kw_only=True)
+    """Steps that read the same choice."""
+
     def tensors(self, seed: int = 0) -> list[Layer]:
-        """Normal random tensors of each layer."""
-        generator, sizes = self.generator(seed), ((self.heads, 1), *[(self.kv_heads, self.length)] * 2)
-        return [Layer(*(self.normal(generator, *size) for size in sizes)) for _ in range(self.layers)]
+        """Random tensors of each layer."""
+        generator = self.generator(seed)
+        return [self._layer(generator) for _ in range(self.layers)]
+
+    def _layer(self, generator: torch.Generator) -> Layer:
+        """Normal tensors; some keys have a strong direction on top, and each query one that it looks for, so that few
+        keys hold most of the weight, as in trained models."""
+        sizes = ((self.heads, 1), *[(self.kv_heads, self.length)] * 2)
+        query, key, value = (self.normal(generator, *size) for size in sizes)
+        strong = self.normal(generator, self.kv_heads, DIRECTIONS)
+        strong *= LOGIT**0.5 * self.head_dim**0.25 / strong.norm(dim=-1, keepdim=True)
+        looks_for = torch.arange(self.heads // self.kv_heads, device=self.device) % DIRECTIONS
+        query += strong[:, :, looks_for].flatten(1, 2)[:, :, None]
+        runs = (self.batch, self.kv_heads, -(-self.length // RUN))
+        which = torch.randint(round(DIRECTIONS / STRONG_SHARE), runs, device=self.device, generator=generator)
+        added = torch.cat([strong, torch.zeros_like(strong[:, :, :1])], 2)
+        added = added.gather(2, which.clamp_max(DIRECTIONS)[..., None].expand(*runs, self.head_dim))
+        key += added.repeat_interleave(RUN, 2)[:, :, : self.length]
+        return Layer(query, key, value)
 
     @property
     def sparsek(self) -> SparseKConfig:
@@ -66,7 +98,12 @@ class DecodeProblem(Shape):
             own = (self.length - 1) // self.pattern.block
             listed = len(self.pattern.key_blocks(own)) - 1
             keys = listed * self.pattern.block + self.length - own * self.pattern.block
-        return 2 * keys * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return keys * self.bytes_of_a_token
+
+    @property
+    def bytes_of_a_token(self) -> int:
+        """Bytes of the keys and values of a token in every sequence."""
+        return 2 * self.batch * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def definition(self, layer: Layer, reads: str) -> Tensor:
         """The reference output ``[batch, heads, 1, head_dim]`` by sequence: fp32, for selected keys fp64."""
@@ -74,6 +111,17 @@ class DecodeProblem(Shape):
             return torch.stack([self._selected(*text) for text in zip(*layer, self.scores(), strict=True)])
         pattern = self.pattern if reads == "blocks" else FullPattern(self.pattern.block)
         return block_pattern_decode(*layer, pattern, lengths=self.cache_lengths(), backend="reference")
+
+    def over(self, layer: Layer, visible: Tensor) -> Tensor:
+        """The reference output ``[batch, heads, 1, head_dim]``, fp32, over the keys of ``visible [batch, kv_heads,
+        length]``, by sequence."""
+        return torch.stack([self._over(*text) for text in zip(*layer, visible, strict=True)])
+
+    def _over(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        rows = query.float().unflatten(0, (self.kv_heads, -1))[:, :, 0]
+        logits = rows @ key.float().mT * self.head_dim**-0.5
+        weights = logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+        return (weights @ value.float()).flatten(0, 1)[:, None]
 
     def _selected(self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         method, remembered = self.sparsek, self.sparsek.score_buffer or 4 * self.topk
@@ -88,8 +136,11 @@ class DecodeProblem(Shape):
 class DecodeRow(ComparedRow):
     """One implementation at one length."""
 
-    bytes_read: int = column("MB read", form=lambda size: number(size / 1e6))
-    """Keys and values that this method has to read, in bytes."""
+    bytes_read: float | None = column("MB read", form=lambda size: number(None if size is None else size / 1e6))
+    """Keys and values that this method has to read, and what it reads to choose them (codes, bounds), in bytes; of
+    chosen keys, those that were."""
+    kept: float | None = column("keys read", form=formatted("{:.2%}"))
+    """Share of the keys of all KV heads that the step attends to."""
     ms: float | None = column("ms", panel=Panel("One decoding step of one layer", "ms", log=True))
     """Time of one layer's step."""
     gbps: float | None = column(
@@ -112,9 +163,9 @@ class DecodeRow(ComparedRow):
 
     def complete(self, copy_gbps: float | None) -> None:
         """Compute the values that depend on the time."""
-        if copy_gbps:
+        if copy_gbps and self.bytes_read is not None:
             self.floor_ms = self.bytes_read / copy_gbps / 1e6
-        if self.ms is not None:
+        if self.ms is not None and self.bytes_read is not None:
             self.gbps = self.bytes_read / self.ms / 1e6
             self.floor_ratio = None if self.floor_ms is None else self.ms / self.floor_ms
 
@@ -157,7 +208,10 @@ class DecodeCase(Case):
         options = self.options
         pattern = PowerPattern(options.block, options.window, options.sinks)
         return DecodeProblem(
-            length=length, pattern=pattern, topk=options.topk, layers=options.layers, **options.shape()
+            length=length,
+            pattern=pattern,
+            **options.model_dump(include={"topk", "layers", "p", "candidates", "every"}),
+            **options.shape(),
         )
 
     def begin(self, report: Report, log: Log) -> None:
@@ -170,14 +224,19 @@ class DecodeCase(Case):
 
     def row(self, contender: Contender, length: int) -> DecodeRow:
         """An empty row."""
-        return DecodeRow.of(contender, length, bytes_read=self.problem(length).bytes_read(contender.reads))
+        row = DecodeRow.of(contender, length)
+        if contender.reads != "chosen":
+            problem = self.problem(length)
+            row.bytes_read = problem.bytes_read(contender.reads)
+            row.kept = row.bytes_read / problem.bytes_read("all")
+        return row
 
     @torch.no_grad()
     def inputs(self, length: int, report: Report, log: Log) -> Inputs:
         """Every layer, and what is to come out of the first."""
         problem = self.problem(length)
         layers = problem.tensors()
-        kinds = {each.reads for each in self.contenders} if self.options.check else set()
+        kinds = {each.reads for each in self.contenders} - {"chosen"} if self.options.check else set()
         return problem, layers, {reads: problem.definition(layers[0], reads) for reads in kinds}
 
     @torch.no_grad()
@@ -188,15 +247,23 @@ class DecodeCase(Case):
         first, row.note = prepared[0], prepared[0].note
         # Layouts that are the caches' own share their memory.
         arranged = [[first.layout.arrange(tensor) for tensor in layer] for layer in layers]
-        if wanted:
-            row.error = relative_error(first.layout.restore(first.attend(*arranged[0])), wanted[contender.reads])
+        visible = [each.visible() for each in prepared if each.visible is not None]
+        if visible:
+            row.kept = sum(float(each.float().mean()) for each in visible) / len(visible)
+            row.bytes_read = row.kept * problem.bytes_read("all") + first.beside
+        if self.options.check:
+            want = problem.over(layers[0], visible[0]) if visible else wanted[contender.reads]
+            row.error = relative_error(first.layout.restore(first.attend(*arranged[0])), want)
             row.check = "passed" if row.error <= TOLERANCE[problem.dtype] else "failed"
+            for _ in range(first.steps - 1):
+                first.attend(*arranged[0])
 
         def step() -> None:
-            for layer, tensors in zip(prepared, arranged, strict=True):
-                layer.attend(*tensors)
+            for _ in range(first.steps):
+                for layer, tensors in zip(prepared, arranged, strict=True):
+                    layer.attend(*tensors)
 
-        row.ms = self.time(captured(step) if self.device.type == "cuda" else step) / len(layers)
+        row.ms = self.time(captured(step) if self.device.type == "cuda" else step) / len(layers) / first.steps
 
     def finish(self, rows: list[DecodeRow], report: Report) -> None:
         """Rates and proportions."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from sparsetrain.bench import decoding, measure
 from sparsetrain.bench.case import fill
 from sparsetrain.bench.cases import decode
+from sparsetrain.bench.contenders import listed
 from sparsetrain.bench.contenders.base import PACKED_STEP, Contender, Prepared
 from sparsetrain.bench.decoding import DecodeCase, DecodeProblem, DecodeRow, Layer, compare
 from sparsetrain.bench.measure import Unavailable
@@ -19,6 +20,7 @@ from sparsetrain.bench.picture import STYLES, draw
 from sparsetrain.bench.table import Report, print_report, write_report
 from sparsetrain.cli import main
 from sparsetrain.errors import BenchError
+from sparsetrain.generation import listed as generation
 
 SMALL: dict[str, Any] = {
     "lengths": "96,160",
@@ -27,8 +29,10 @@ SMALL: dict[str, Any] = {
     "head_dim": 8,
     "block": 16,
     "topk": 24,
+    "candidates": 32,
     "budget": 1.0,
 }
+CHOOSING = ("twilight", "twilight-quest", "quest", "refresh")
 ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--topk", "24", "--budget", "1")
 
 
@@ -68,8 +72,8 @@ def report(monkeypatch) -> Report:
 def test_every_implementation_that_runs_agrees_and_is_timed(report):
     for length in (96, 160):
         rows = {row.name: row for row in report.rows if row.length == length}
-        assert list(rows) == ["ours", "sparsek", "sdpa", "absent", "wrong"]
-        for name in ("ours", "sparsek", "sdpa"):
+        assert list(rows) == ["ours", "sparsek", *CHOOSING, "sdpa", "absent", "wrong"]
+        for name in ("ours", "sparsek", *CHOOSING, "sdpa"):
             assert (rows[name].check, rows[name].reason) == ("passed", "")
             assert rows[name].ms > 0
             assert rows[name].gbps == pytest.approx(rows[name].bytes_read / rows[name].ms / 1e6)
@@ -82,7 +86,7 @@ def test_every_implementation_that_runs_agrees_and_is_timed(report):
 def test_layers_share_the_time():
     assert resolve(device="cpu", **SMALL).problem(96).layers == 1
     report = measured(layers=3, lengths="96", check=False)
-    assert [row.check for row in report.rows] == ["", "", ""]
+    assert {row.check for row in report.rows} == {""}
     assert all(row.ms > 0 for row in report.rows)
 
 
@@ -95,6 +99,54 @@ def test_bytes_are_those_of_the_listed_keys():
     assert problem.topk == 128
     # The own block is read up to the new token.
     assert resolve(device="cpu", batch=1, kv_heads=1).problem(257).bytes_read("blocks") == 2 * 257 * 128 * 4
+
+
+def test_bytes_of_chosen_keys_are_counted():
+    report = measured(lengths="160", opponents=",".join(CHOOSING), layers=2)
+    rows = {row.name: row for row in report.rows}
+    whole, heads = 2 * 2 * 2 * 160 * 8 * 4, 2 * 2
+    codes, bounds = heads * 160 * (8 // 2 + 4), heads * 10 * 2 * 8 * 4
+    beside = {
+        "twilight": codes,
+        "twilight-quest": codes * 32 // 160 + bounds,
+        "quest": bounds,
+        "refresh": codes / 8,
+    }
+    for name, row in rows.items():
+        assert row.bytes_read == pytest.approx(row.kept * whole + beside[name])
+    # The first 4, the last 64 and two pages of 16.
+    assert 68 / 160 <= rows["quest"].kept <= 100 / 160
+    assert rows["refresh"].kept == rows["twilight"].kept < 1
+
+
+def test_few_keys_hold_the_weight():
+    problem = resolve(device="cpu", batch=1, heads=4, kv_heads=1, p=0.9).problem(16384)
+    (layer,) = problem.tensors()
+    twilight = next(each for each in resolve(device="cpu").known if each.name == "twilight")
+    visible = twilight.prepare(problem, layer).visible()
+    assert 0.005 < visible.float().mean() < 0.04
+    logits = (layer.query[0, :, 0] @ layer.key[0, 0].T) * 128**-0.5
+    assert (logits.softmax(-1) * visible[0]).sum(-1).min() > 0.85
+
+
+def test_a_step_that_reads_other_keys_than_it_says_fails(monkeypatch):
+    wrong = listed._visible
+    monkeypatch.setattr(listed, "_visible", lambda *arguments: wrong(*arguments).roll(16, -1))
+    assert [row.check for row in measured(lengths="160", opponents="twilight").rows] == ["failed"]
+
+
+def test_steps_are_alike_and_a_choice_is_used_again(monkeypatch):
+    problem = resolve(device="cpu", **SMALL).problem(160)
+    (layer,) = problem.tensors()
+    counted = []
+    original = generation.estimate_scores
+    monkeypatch.setattr(generation, "estimate_scores", lambda *a, **b: counted.append(1) or original(*a, **b))
+    for name, estimates in (("twilight", 16), ("refresh", 2)):
+        prepared = next(each for each in listed.STEPS if each.name == name).prepare(problem, layer)
+        counted.clear()
+        outs = [prepared.attend(*layer) for _ in range(16)]
+        assert all(torch.equal(outs[0], each) for each in outs)
+        assert len(counted) == estimates
 
 
 def test_speed_is_over_the_best_full_cache():
@@ -186,8 +238,9 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
         (["--lengths", "8k"], "--lengths 8k must be whole numbers of tokens with commas between"),
         (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--dtype", "fp8"], "--dtype fp8 is not known; choose one of bfloat16, float16, float32"),
-        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sparsek, sdpa, or all"),
-        (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sparsek, sdpa"),
+        (["--opponents", "ours,flx"], "--opponents 'flx' is not known; choose from ours, sparsek, twilight"),
+        (["--opponents", "flash"], "--opponents flash cannot be measured on cpu; choose from ours, sparsek, twilight"),
+        (["--p", "1.5"], "Invalid value for '--p'"),
     ],
 )
 def test_options_that_cannot_be_measured_name_the_fix(arguments, message, capsys):
@@ -211,6 +264,7 @@ def test_defaults_suit_the_machine():
     assert [each.name for each in gpu.contenders] == [
         "ours",
         "sparsek",
+        *CHOOSING,
         "flash",
         "cudnn",
         "efficient",

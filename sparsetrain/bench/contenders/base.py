@@ -46,6 +46,12 @@ class Prepared:
     select: Callable[[Tensor], Tensor] | None = None
     """The part of ``attend`` that selects keys, from scores to something with a gradient that has their shape."""
     note: str = ""
+    steps: int = 1
+    """Calls of ``attend`` that differ, after which they come again; of decoding steps that are not all alike."""
+    visible: Callable[[], Tensor] | None = None
+    """The keys that a step reads, bool ``[batch, kv_heads, length]``, where it chooses them by their values."""
+    beside: float = 0
+    """Bytes that such a step reads beside keys and values, to choose."""
 
     def leaves(self, tensors: Tensors) -> tuple[list[Tensor], Tensor]:
         """The arguments of ``attend``, requiring gradients, and the gradient of the output.
@@ -68,7 +74,8 @@ class Contender:
     name: str
     title: str
     reads: str
-    """``all`` keys before a token, the ``blocks`` that the pattern lists, or those that SparseK has ``selected``."""
+    """``all`` keys before a token, the ``blocks`` that the pattern lists, those that SparseK has ``selected``, or those
+    ``chosen`` by their values."""
     prepare: Callable[[Any, Any], Prepared]
     """From a problem and its tensors. Raises whatever goes wrong, :class:`Unavailable` where the machine lacks
     something."""
