@@ -208,7 +208,8 @@ class PagedMemory(Memory):
     def _append(self, key: Tensor, value: Tensor) -> None:
         """Write the tokens of a step, ``[B, Hkv, n, D]``, behind those of each row."""
         tokens = key.shape[2]
-        if not torch.compiler.is_compiling():
+        # A compiled step of a growing memory looks at the host's count too, and is compiled again where it must be.
+        if not (self.static and torch.compiler.is_compiling()):
             check_room(self._longest + tokens, self.max_length)
             self._make_room(self._longest + tokens)
             self._longest += tokens

@@ -166,9 +166,11 @@ class SparseKMemory(Memory):
         """Remember a call whose tokens may be taken back: several at once are a draft, and what is read in a round."""
         if self.static:
             return
-        # The tokens behind a prompt too: a draft model reads them one by one, and hears of the round at its end.
-        known = self._rounds or (self._round is not None and self._round.tokens + tokens.count <= LONGEST)
-        drafted = self.state.started and tokens.count <= LONGEST and (known or tokens.count > 1)
+        # What changes on the host with every token would be compiled anew with every token.
+        drafted = not torch.compiler.is_compiling() and self.state.started and tokens.count <= LONGEST
+        if drafted and not self._rounds and tokens.count == 1:
+            # The tokens behind a prompt: a draft model reads them one by one, and hears of the round at its end.
+            drafted = self._round is not None and self._round.tokens < LONGEST
         if not drafted:
             if self._round is not None:
                 self._round = None
