@@ -1,0 +1,187 @@
+"""Generation with a model of random weights: seconds of the prompt, tokens a second, bytes of the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache
+
+from sparsetrain.bench.case import Case, Log
+from sparsetrain.bench.contenders.writers import Way
+from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
+from sparsetrain.bench.table import Report, Row, column, formatted
+from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.modeling import SparseCache
+
+SETTLING = 2
+"""Steps that compile and are not timed."""
+SHORT = 1024
+"""Tokens of the prompt that compiles before the timed one."""
+RATE = formatted("{:,.1f}")
+
+
+@dataclass(kw_only=True)
+class GenerateRow(Row):
+    """One way at one length of the prompts."""
+
+    title: str
+    prompt_seconds: float | None = column("prompt s", optional=True)
+    """A pass of the prompts."""
+    rate: float | None = column("tokens/s", form=RATE)
+    """New tokens a second over all rows."""
+    graph_rate: float | None = column("as a CUDA graph", optional=True, form=RATE)
+    """The same with every step as one CUDA graph, where a step is the same for every length."""
+    kept: float | None = column("keys read", optional=True, form=formatted("{:.2%}"))
+    """Share of the keys that layers which choose attend to in a step."""
+    cache_gb: float | None = column("cache GB")
+    """Bytes that the cache holds, in 1e9."""
+    peak_gb: float | None = column("peak GB", optional=True)
+    """All memory allocated at the peak, prompt and weights included, in 1e9 bytes."""
+
+    @property
+    def order_ms(self) -> float | None:
+        """Time of a token."""
+        best = self.graph_rate or self.rate
+        return 1e3 / best if best else None
+
+    @property
+    def summary(self) -> str:
+        """The rates."""
+        return self.reason or f"{RATE(self.rate)} tokens/s, {RATE(self.graph_rate)} as a CUDA graph"
+
+    def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
+        """The title."""
+        return {"": Text(self.title)}, {}
+
+    @staticmethod
+    def legend(report: Report) -> str:
+        """Where the keys come from."""
+        options, passed = report.options, report.options["fill"] == "prefill"
+        return (
+            f"Batches of {options['batch']}. Keys "
+            + ("of a pass of random prompts" if passed else "of random hidden states, without a pass of the prompts")
+            + f"; {options['new_tokens']} greedy tokens after them. {options['layers']} layers with random weights."
+        )
+
+
+@dataclass(frozen=True)
+class GenerateCase(Case):
+    """Prompts of several lengths, and the tokens after them."""
+
+    config: Mapping[str, Any]
+    """The model, as for ``AutoConfig.for_model``."""
+
+    @property
+    def on_a_cpu(self) -> str:
+        """The note for CPUs."""
+        return "No GPU: these are CPU timings of a tiny model, without CUDA graphs and peaks of memory."
+
+    def row(self, way: Way, length: int) -> GenerateRow:
+        """An empty row."""
+        return GenerateRow(length=length, name=way.name, title=way.title)
+
+    def inputs(self, length: int, report: Report, log: Log) -> Tensor:
+        """Random prompts, int64 ``[batch, length]``."""
+        generator = torch.Generator(self.device).manual_seed(length)
+        shape = (self.options.batch, length)
+        return torch.randint(self.config["vocab_size"], shape, device=self.device, generator=generator)
+
+    @torch.no_grad()
+    def measure(self, way: Way, ids: Tensor, row: Any, report: Report) -> None:
+        """The prompts ``[batch, length]``, steps one by one, one that says what it reads, and steps as a graph."""
+        options, cuda = self.options, self.device.type == "cuda"
+        room = ids.shape[1] + 2 * options.new_tokens + 4 * SETTLING
+        self.check_memory(way, ids.shape[1], room)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        model = way.model(self.config, getattr(torch, options.dtype), self.device)
+        cache = way.cache(model, room)
+        if options.fill == "prefill":
+            short = ids[:, :SHORT]
+            way.read_prompt(model, way.cache(model, room), short)
+            token, ms = once_ms(lambda: way.read_prompt(model, cache, ids), self.device)
+            row.prompt_seconds = ms / 1e3
+        else:
+            token = way.fill(model, cache, ids)
+
+        def step() -> None:
+            out: Any = model(token, past_key_values=cache, use_cache=True)
+            token.copy_(out.logits[:, -1:].argmax(-1))
+
+        def rate(call: Any) -> float:
+            _, ms = once_ms(lambda: [call() for _ in range(options.new_tokens)], self.device)
+            return 1e3 * token.numel() * options.new_tokens / ms
+
+        for _ in range(SETTLING):
+            step()
+        row.rate = rate(step)
+        with observing():
+            step()
+        row.cache_gb, row.kept = cache_bytes(cache) / 1e9, kept(cache)
+        if cuda and cache.is_compileable:
+            try:
+                row.graph_rate = rate(captured(step))
+            except Exception as error:
+                row.note = f"no CUDA graph: {explain(error)}"
+        if cuda:
+            row.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+
+    def failed(self, way: Way, row: Row, error: Exception) -> None:
+        """Memory that ran out all the same is told in bytes too."""
+        super().failed(way, row, error)
+        if isinstance(error, torch.OutOfMemoryError):
+            peak, there = torch.cuda.max_memory_allocated(), memory(self.device)
+            row.reason = (
+                f"out of memory with {peak:,} of {there:,} bytes allocated; lower --layers, --batch or --lengths"
+            )
+
+    def check_memory(self, way: Way, length: int, room: int) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            Unavailable: says how many bytes are needed and there.
+        """
+        config, batch, size = self.config, self.options.batch, getattr(torch, self.options.dtype).itemsize
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        weights = size * sum(each.numel() for each in model.parameters())
+        heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+        keys = int(way.bytes_of_a_key(config["head_dim"], size) * heads * room * batch)
+        mlp, width = 3 * config["intermediate_size"], 4 * config["hidden_size"]
+        passing = batch * length * size * (width + (mlp if self.options.fill == "prefill" else 0))
+        need, there = weights + keys + passing, memory(self.device)
+        if need > there:
+            raise Unavailable(
+                f"needs {need:,} bytes ({weights:,} of weights, {keys:,} of keys, {passing:,} for the prompt), and the "
+                f"device has {there:,}; lower --layers, --batch or --lengths"
+            )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a cache holds."""
+    if isinstance(cache, SparseCache):
+        return cache.nbytes()
+    layers: Any = cache.layers
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def kept(cache: Any) -> float | None:
+    """The mean share of the keys that layers which choose have read; None where no layer does."""
+    memories = [getattr(layer, "memory", None) for layer in cache.layers]
+    found = [each.observations().get("kept") for each in memories if isinstance(each, ListedMemory)]
+    shares = [each for each in found if each is not None]
+    return sum(shares) / len(shares) if shares else None
