@@ -141,9 +141,10 @@ def parse_call(
     withheld = kwargs.get("position_ids", query) is None
     positions = kwargs.pop("position_ids", None)
     names = plan.method.extra_inputs if plan.method is not None else frozenset()
-    extra = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-    for name in kwargs.keys() - HARMLESS_ARGUMENTS:
-        if kwargs[name] is not None:
+    extra = {name: kwargs.pop(name) for name in names if name in kwargs}
+    # Plain loops: Dynamo before torch 2.13 cannot trace sets of a mapping's keys.
+    for name, argument in kwargs.items():
+        if argument is not None and name not in HARMLESS_ARGUMENTS:
             raise ModelError(f"{type(module).__name__} passes {name} to its attention, which no method here honours")
     return AttentionCall(
         query=query,
