@@ -81,6 +81,16 @@ def test_a_padded_batch_compiled_is_one_graph_over_all_steps(model, tokens):
     assert graphs() == 1
 
 
+def test_rows_that_begin_after_the_first_call_are_read_one_by_one(tiny, tokens):
+    _, ids, mask = left_padded(tokens)
+    for method in (METHODS["power"], SPARSEK):
+        model = sparsify(tiny("llama"), method)
+        want = model.generate(ids, attention_mask=mask, **GREEDY)
+        cache = sparsetrain.SparseCache(model, max_length=64)
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=1, **GREEDY)
+        assert out.tolist() == want.tolist()
+
+
 def test_only_what_a_later_token_reads_is_kept(tiny, tokens):
     ids = tokens(128)
     for method in ("power", "sliding"):

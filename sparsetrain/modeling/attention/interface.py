@@ -99,8 +99,10 @@ def _check_cache_is_whole(plan: LayerPlan, call: AttentionCall) -> None:
 def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, memory: Memory) -> Tensor:
     """Attention of a layer that remembers the past by itself: the keys are those of this call only."""
     starts = None
-    # In generation, a row that has begun has no more padding: nothing has to be read from the device.
-    if call.padding is not None and not (call.tokens == 1 and memory.started and call.padding.is_cuda):
+    # In generation, a row that has begun has no more padding: nothing has to be read from the device. Of width 1, the
+    # mask is that of a step with a SparseCache.
+    step = call.padding is not None and (call.padding.is_cuda or call.padding.shape[1] == 1)
+    if call.padding is not None and not (call.tokens == 1 and memory.started and step):
         ends_early = ~call.padding[:, -1] & call.padding.any(dim=1)
         if isinstance(memory, PagedMemory) and memory.rows == 0 and bool(ends_early.any()):
             memory.fault = (

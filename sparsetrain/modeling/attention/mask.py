@@ -64,17 +64,23 @@ def mask_of_requests(
     static = isinstance(q_offset, torch.Tensor)
     if not static and kv_offset + kv_length > q_offset + q_length:
         raise ModelError(STATIC)
-    # In a step nothing waits for the device: rows that have begun have no more padding.
+    # In a step nothing waits for the device.
     step = q_length == 1 and attention_mask is not None and (static or attention_mask.is_cuda)
-    if static and (attention_mask is None or step):
-        # Of one shape in every step, and contiguous, because generate makes it so and would lose what is set on it.
+    # Static: of one shape in every step, and contiguous, because generate makes it so and would lose what is set on it.
+    if static and attention_mask is None:
         carrier = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
+    elif static and step:
+        place = q_offset.reshape(1).clamp_max(attention_mask.shape[1] - 1)
+        carrier = attention_mask.index_select(1, place.to(attention_mask.device)).bool()[:, None, None].contiguous()
     elif attention_mask is None or (not step and bool(attention_mask.all())):
         carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         carrier = carrier.expand(batch_size, 1, 1, 1 if static else kv_length)
         carrier = carrier.contiguous() if static else carrier
     else:
         carrier, request = attention_mask[:, None, None].contiguous(), replace(request, padded=True)
+    if static and q_length == 1:
+        # Also where there is no mask, so that all steps are the same.
+        request = replace(request, padded=True)
     setattr(carrier, REQUEST_ATTRIBUTE, request)
     return carrier
 
