@@ -105,7 +105,7 @@ class GenerateCase(Case):
         cache = way.cache(model, room)
         if options.fill == "prefill":
             short = ids[:, :SHORT]
-            way.read_prompt(model, way.cache(model, room), short)
+            way.read_prompt(model, way.cache(model, short.shape[1]), short)
             token, ms = once_ms(lambda: way.read_prompt(model, cache, ids), self.device)
             row.prompt_seconds = ms / 1e3
         else:

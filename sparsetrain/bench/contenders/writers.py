@@ -66,14 +66,8 @@ class Way:
         return size
 
     def read_prompt(self, model: PreTrainedModel, cache: Cache, ids: Tensor) -> Tensor:
-        """A pass of the prompt ``[batch, tokens]``; the next tokens ``[batch, 1]``. With a mask as wide as its room, as
-        transformers' static cache asks for, long prompts do not fit: its keys come from a pass with the other one."""
-        passed = DynamicCache(config=model.config) if isinstance(cache, StaticCache) else cache
-        out: Any = model(ids, past_key_values=passed, use_cache=True, logits_to_keep=1)
-        for index in range(len(passed.layers) if passed is not cache else 0):
-            layer: Any = passed.layers[index]
-            cache.update(layer.keys, layer.values, index)
-            layer.keys = layer.values = None
+        """A pass of the prompts ``[batch, tokens]``; the next tokens ``[batch, 1]``."""
+        out: Any = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits.argmax(-1)
 
     def fill(self, model: Any, cache: Cache, ids: Tensor) -> Tensor:
