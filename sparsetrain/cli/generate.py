@@ -206,7 +206,7 @@ def _speed(usage: Usage) -> str:
 
 
 def _kept(observations: list[dict[str, float]]) -> str | None:
-    """What the layers read that choose keys."""
+    """The share of keys read by the layers that choose keys."""
     kept = [each["kept"] for each in observations if "kept" in each]
     if not kept:
         return None

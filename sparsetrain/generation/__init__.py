@@ -1,1 +1,1 @@
-"""What a layer keeps of the past in generation, where its method has no memory of its own."""
+"""The memory of layers in generation, for methods without a memory of their own, and the keys that a step reads."""

@@ -1,4 +1,4 @@
-"""What a decode section can be combined with, and why not with the rest. docs/generation.md shows the table."""
+"""The combinations of a decode section with attention methods, with a reason for each that is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTS = ("select", "prune", "refresh")
 
 
 def attention_kind(method: Method | None, window: int | None) -> str:
-    """What a layer attends to, by the columns of the table.
+    """The kind of attention of a layer, one of the constants of this module.
 
     Args:
         method: how it attends; None where it stays as the model made it.

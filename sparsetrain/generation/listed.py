@@ -136,7 +136,7 @@ class ListedMemory(PagedMemory):
         return super().nbytes() + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def observations(self) -> dict[str, float]:
-        """What was read within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
+        """Statistics of the steps within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
         ``dropped``, that of keys for which a list had no room; and ``mass_min`` and ``mass_mean``, the least and the
         mean share of the softmax weight, by a dense pass now and then."""
         read, held, dropped = self._counted
@@ -176,7 +176,7 @@ class ListedMemory(PagedMemory):
         return out
 
     def _choose(self, query: Tensor, options: dict[str, Any]) -> Choice:
-        """What this step reads where choices are used again: a new one, or the last."""
+        """The choice for this step: a new one, or the last one again."""
         refresh, lengths = self.decode.refresh, self.lengths
         assert refresh is not None
         assert lengths is not None

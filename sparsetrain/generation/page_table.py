@@ -1,4 +1,4 @@
-"""Which slot holds which page of a text: worked out on the host from the pattern alone, then constant.
+"""The slot of each page of a text: computed on the host from the pattern alone, then constant.
 
 Page ``b`` holds the keys and values of block ``b``. It is born when its first token is written, and nobody asks for it
 after the last query block that reads it, so that its slot can be born again: windows become rings, and of a prompt
@@ -26,7 +26,7 @@ class PageTable(NamedTuple):
     """Slots that there must be."""
 
     def owned(self, pages: int) -> list[bool]:
-        """Which of all pages lie in their slots once the first ``pages`` of them have been written."""
+        """For every page, whether its slot still holds it after the first ``pages`` pages have been written."""
         holders = {slot: page for page, slot in enumerate(self.slots[:pages]) if slot != NOT_KEPT}
         return [holders.get(slot) == page for page, slot in enumerate(self.slots)]
 

@@ -66,7 +66,7 @@ class PagedMemory(Memory):
         """``[B * slots, Hkv, block, D]``, as :attr:`values`; None before the first tokens."""
         self.values: Tensor | None = None
         self.beside: dict[str, Tensor] = {}
-        """What else a memory keeps of each page, ``[B * slots, ...]``."""
+        """Further tensors by page, ``[B * slots, ...]``."""
         self.table: Tensor | None = None
         """Page of each block of a row, int32 ``[B, blocks]``; negative where none is kept."""
         self.lengths: Tensor | None = None

@@ -1,4 +1,4 @@
-"""How layers with full attention choose the keys that a step of generation reads: Twilight and RefreshKV."""
+"""The settings by which layers with full attention choose the keys of a generation step: Twilight and RefreshKV."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Prune(Section):
     """Share of the weight of the candidates; 1 keeps them all. A mapping such as {2: 0.9, 3: 0.95} gives each layer
     that reads fewer keys its own."""
     group: Literal["union", "max", "mean"] = "union"
-    """What the query heads of a KV head read: all that one of them needs, or what their largest or mean weight does."""
+    """The keys that the query heads of a KV head share: the union of their sets, or the set of their largest or mean
+    weight."""
     min_keys: Annotated[int, Field(ge=1)] = 64
     """Keys that a head keeps at least."""
 
@@ -57,7 +58,7 @@ class Decode(Section):
     """The ``decode`` section: what layers with full attention read in a step of generation."""
 
     select: Literal["full", "quest"] = "full"
-    """Where keys are chosen from: all of them, or the pages of 16 tokens whose bounds promise the largest logits
+    """The candidates: all keys, or the pages of 16 tokens whose bounds allow the largest logits
     (Quest, 2406.10774)."""
     candidates: Annotated[Tokens, Field(ge=16)] | None = None
     """Tokens that Quest passes on, rounded up to pages of 16; None means 8,192."""

@@ -23,7 +23,7 @@ class Prompt:
     """One prompt: a text, or the messages of a chat."""
 
     place: str
-    """Where it was given, for messages."""
+    """Its source, for error messages."""
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     row: dict[str, Any] = field(default_factory=dict)

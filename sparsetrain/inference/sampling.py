@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy or drawn, as the user says, else as the model's ``generation_config`` does."""
+"""The choice of the next token: greedy or sampled, by the user's settings or the model's ``generation_config``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sampling(Section):
     """Above 1: make tokens that were there before less likely."""
 
     def arguments(self, own: GenerationConfig) -> dict[str, Any]:
-        """What ``model.generate`` is to be called with.
+        """The arguments of ``model.generate``.
 
         Args:
             own: the model's generation config.

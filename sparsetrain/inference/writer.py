@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written after one prompt."""
+    """The text written after one prompt."""
 
     text: str
     prompt_tokens: int

@@ -1,4 +1,4 @@
-"""What a layer keeps of the past in generation: pages of keys and values, or what its method keeps instead."""
+"""The memory of a layer in generation: pages of keys and values, or the state of its method."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MEMORY_ARGUMENT = "sparsetrain_memory"
 """Name under which a layer's memory travels to the attention function."""
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""What attention layers call the cache they are handed."""
+"""Names of the cache among the arguments of attention layers."""
 
 FOREIGN = "this cache was filled by another attention method; start again with an empty cache"
 

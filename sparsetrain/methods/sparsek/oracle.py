@@ -61,7 +61,7 @@ def attended(
     gate: str,
     scale: float,
 ) -> Tensor:
-    """What the token at ``row`` gets, ``[Hq, D]`` in fp64.
+    """The output of the token at ``row``, ``[Hq, D]`` in fp64.
 
     Args:
         query: ``[Hq, D]``, its own.

@@ -42,7 +42,7 @@ class Tokens:
 
 @dataclass
 class Round:
-    """What was read since a copy of the slots was made."""
+    """The tokens read since a copy of the slots was made."""
 
     layer: nn.Module
     """Its reader."""

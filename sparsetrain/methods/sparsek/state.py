@@ -1,4 +1,4 @@
-"""What a SparseK layer keeps of the past in generation: ``sinks + topk + window`` keys, however long the text.
+"""The memory of a SparseK layer in generation: ``sinks + topk + window`` keys, however long the text.
 
 A head has one row of slots: first the sinks, then the selected tokens in any order, then the window as a ring (the
 token at position p lies in slot ``p % window``). Keys keep the rotary position they came with. Which slot holds what is
@@ -63,7 +63,7 @@ class Slots:
 
     @property
     def held(self) -> SparseKSlots:
-        """What a step of decoding reads and changes."""
+        """The tensors that a step of decoding reads and changes."""
         return SparseKSlots(*(getattr(self, name) for name in SparseKSlots._fields))
 
     def copy_(self, other: Slots) -> None:
@@ -150,7 +150,7 @@ class SparseKState:
         return self.slots
 
     def moments(self, rows: list[int] | slice) -> Moments:
-        """What normalisation needs to know of the tokens these rows have read."""
+        """The statistics of the tokens that these rows have read, for normalisation."""
         slots = self.started_slots
         return Moments(slots.total[rows], slots.squares[rows])
 
@@ -192,7 +192,7 @@ class SparseKState:
         )
 
     def sequence(self, rows: list[int] | slice, length: int, new: Sequence) -> Sequence:
-        """What rows that have read ``length`` tokens hold, and ``new`` tokens after it.
+        """The slots of rows that have read ``length`` tokens, and ``new`` tokens after them.
 
         First the sinks, then scores whose keys are gone, then the selected tokens, then the window. Scores without keys
         stand before the selected ones, to which they have lost once and so will again, ties included.

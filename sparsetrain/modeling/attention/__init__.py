@@ -1,1 +1,1 @@
-"""What transformers calls for the attention of a layer: the call parsed once, padding, documents, and the method."""
+"""The attention function that transformers calls: the call parsed once, padding, documents, and the method."""

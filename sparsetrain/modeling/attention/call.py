@@ -21,7 +21,7 @@ HARMLESS_ARGUMENTS = frozenset(
         *("output_hidden_states", "output_router_logits", "num_items_in_batch"),
     }
 )
-"""What models pass down besides what :func:`parse_call` names: bookkeeping, and other spellings of the documents."""
+"""Arguments that models pass besides those of :func:`parse_call`: bookkeeping, and other spellings of the documents."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AttentionCall:
     """The call fills a cache."""
     training: bool = False
     memory: Memory | None = None
-    """What the layer keeps of the past in place of a cache; then ``M == N``."""
+    """The layer's memory of the past, in place of a cache; then ``M == N``."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """The method's extra inputs."""
 

@@ -1,4 +1,4 @@
-"""Which tokens of a packed row belong to one document, and which models cannot keep documents apart."""
+"""The documents of a packed row, and the models that cannot keep documents apart."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def explicit_documents(kwargs: dict[str, Any]) -> torch.Tensor | None:
 
 
 _KNOWN_BOUNDS = WeakIdKeyDictionary()
-"""What :func:`bounds` found in the positions of the passes in flight."""
+"""Results of :func:`bounds` for the passes in progress."""
 
 
 def bounds(position_ids: torch.Tensor, batch: int) -> list[torch.Tensor] | None:

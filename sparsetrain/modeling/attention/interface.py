@@ -128,7 +128,7 @@ def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, 
 
 
 class _Remembered(torch.autograd.Function):
-    """What was attended with a memory: it keeps no graph of the past, so there is no gradient."""
+    """The output of attention with a memory, which keeps no graph of the past: there is no gradient."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:

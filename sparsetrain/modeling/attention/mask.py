@@ -1,4 +1,4 @@
-"""What a model asks of its mask, read without building one.
+"""The request that a model makes by its mask, read without building the mask.
 
 transformers describes a mask as a function of two positions, put together from a few known pieces (causal, a sliding
 window, chunks, packed documents), and hands it to the mask function of the attention in use. A layer may be told of its
@@ -23,12 +23,12 @@ STATIC = (
 )
 
 REQUEST_ATTRIBUTE = "sparsetrain_request"
-"""Where the tensor that goes to the layers keeps its :class:`MaskRequest`."""
+"""Attribute of the tensor handed to the layers, which holds its :class:`MaskRequest`."""
 
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What the mask of a layer would have said, beside causality and padding."""
+    """The content of a layer's mask, except causality and padding."""
 
     window: int | None = None
     """Sliding window in tokens, the token's own included."""
@@ -51,8 +51,10 @@ def mask_of_requests(
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """What transformers hands to the attention of each layer: bool ``[B, 1, 1, M]``, True on real tokens, and on it the
-    request. That it cannot be honoured is for the layer to say: not every mask that a model makes is used.
+    """The mask that transformers hands to the attention of each layer: bool ``[B, 1, 1, M]``, True on real tokens.
+
+    The request is an attribute of it. The layer refuses a request that it cannot honour; not every mask that a model
+    makes is used.
 
     Raises:
         ModelError: the keys are those of a static cache of transformers.
@@ -148,7 +150,7 @@ def _name(function: Any) -> str:
 
 
 def _held(function: Any) -> dict[str, Any]:
-    """What a function holds of the scope it was made in."""
+    """The variables of a function's closure, by name."""
     cells = getattr(function, "__closure__", None) or ()
     return (
         dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if cells else {}

@@ -1,4 +1,4 @@
-"""What :func:`~sparsetrain.modeling.sparsify` decided for one attention layer, and where the layer keeps it."""
+"""The plan of one attention layer, made by :func:`~sparsetrain.modeling.sparsify`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.base import Method
 
 PLAN_ATTRIBUTE = "sparsetrain_plan"
-"""Where an attention module keeps its :class:`LayerPlan`."""
+"""Attribute of an attention module that holds its :class:`LayerPlan`."""
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer attends."""
+    """The attention of one layer."""
 
     index: int
     """Index of the decoder layer."""
@@ -24,4 +24,4 @@ class LayerPlan:
     leaks_between_documents: bool
     """The model also mixes tokens outside attention (state-space or convolution layers), which packing cannot stop."""
     decode: Decode | None = None
-    """What a step of generation reads; None where that is what the layer attends to."""
+    """The choice of keys for a step of generation; None: all that the layer attends to."""
