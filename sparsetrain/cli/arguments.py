@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsetrain.errors import ModelError
+
 if TYPE_CHECKING:
+    import torch
+
     from sparsetrain.recipe import LoadedRecipe
 
 MOST_GPUS = 2**17
 """Maximum number of GPUs for a batch or a plan."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of ``--dtype``."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
@@ -28,3 +35,37 @@ def print_notes(loaded: LoadedRecipe) -> None:
     """Print the notes of loading a recipe on standard error."""
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def choose_dtype(name: str) -> torch.dtype | None:
+    """The dtype of ``--dtype``; None for ``auto``.
+
+    Raises:
+        ModelError: it is not known.
+    """
+    if name not in DTYPES:
+        raise ModelError(f"--dtype {name} is not known; choose one of {', '.join(DTYPES)}")
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def choose_device(name: str | None) -> Any:
+    """The device of ``--device``; by default the GPU if there is one.
+
+    Raises:
+        ModelError: this machine has none of that name.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {name} is not known; choose cuda, cuda:1 or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Optional
 
 import typer
@@ -13,18 +13,25 @@ from sparsetrain.errors import ModelError
 from sparsetrain.section import Section
 
 
-def with_decode_options(function: Callable[..., None]) -> Callable[..., None]:
+def with_decode_options(
+    function: Callable[..., None], *, without: Collection[str] = ("calibrated",)
+) -> Callable[..., None]:
     """A command that takes the section in options of its own.
 
     Args:
         function: takes ``decode``, the fields that were given or None, beside parameters that typer reads.
+        without: fields that have no option, such as ``prune.p``.
     """
     given = inspect.signature(function, eval_str=True).parameters
-    fields = dict(_fields())
+    fields = {name: field for name, field in _fields() if name not in without}
     names = {name: f"decode_{name.replace('.', '_')}" for name in fields}
     own = [each for each in given.values() if each.name != "decode"]
     extra = [_parameter(names[name], f"--decode.{name}", field) for name, field in fields.items()]
-    published = _option("decode", "--decode", "Published settings: twilight, twilight-full, quest, refreshkv, recycled")
+    published = _option(
+        "decode",
+        "--decode",
+        "A file of sparsetrain calibrate, or published settings: twilight, twilight-full, quest, refreshkv, recycled",
+    )
 
     def call(**arguments: Any) -> None:
         chosen = arguments.pop("decode")
@@ -66,12 +73,14 @@ def _option(name: str, flag: str, text: str) -> inspect.Parameter:
 
 
 def _section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
-    """The fields that were given, laid over published settings."""
+    """The fields that were given, laid over a file or published settings."""
     import yaml
 
-    from sparsetrain.generation.settings import parse_decode
+    section: dict[str, Any] = {}
+    if published is not None:
+        from sparsetrain.modeling.decode_section import read_decode
 
-    section: dict[str, Any] = {} if published is None else parse_decode(published).model_dump(mode="json")
+        section = read_decode(published).model_dump(mode="json")
     for name, text in given.items():
         try:
             value = yaml.safe_load(text)

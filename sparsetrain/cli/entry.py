@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sparsetrain.cli import bench, recipe
+from sparsetrain.cli.calibrate import calibrate
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import NamesTasks, evaluate_folder
 from sparsetrain.cli.export import export
@@ -148,6 +149,7 @@ app.callback()(_root)
 app.command()(run)
 app.command(name="eval", cls=NamesTasks)(evaluate_folder)
 app.command()(generate)
+app.command()(calibrate)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)

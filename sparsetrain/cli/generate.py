@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.filesize import decimal
 
+from sparsetrain.cli.arguments import DTYPES, choose_device, choose_dtype
 from sparsetrain.cli.decode_options import with_decode_options
 from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from sparsetrain.inference.prompts import Prompt
     from sparsetrain.inference.writer import Usage, Writer
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @with_decode_options
@@ -86,8 +85,7 @@ def generate(
     """
     from sparsetrain.inference.prompts import read_prompts
 
-    if dtype not in DTYPES:
-        raise ModelError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    kind = choose_dtype(dtype)
     prompts = read_prompts(prompt or [], file)
     if output is not None:
         _check_output(output)
@@ -99,8 +97,8 @@ def generate(
     from sparsetrain.inference.writer import Writer
     from sparsetrain.modeling import set_decode
 
-    place = _device(device)
-    loaded, tokenizer = open_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    place = choose_device(device)
+    loaded, tokenizer = open_model(model, dtype=kind)
     if decode is not None:
         set_decode(loaded, decode)
     own: Any = loaded.generation_config
@@ -138,22 +136,6 @@ def _sampling(*values: Any) -> Any:
         fault = error.errors()[0]
         flag = str(fault["loc"][0]).replace("_", "-")
         raise ModelError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ModelError(f"--device {name} is not known; choose cuda, cuda:1 or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, chat: bool) -> None:

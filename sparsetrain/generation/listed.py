@@ -17,6 +17,7 @@ import torch
 from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, page_scores, top_k_lists, top_p_lists
 from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, key_statistics
+from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor, nn
 
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
@@ -206,31 +207,57 @@ class ListedMemory(PagedMemory):
 
     def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``."""
-        keys, _, table, lengths = self._tensors()
-        decode, room = self.decode, table.shape[1] * self.pattern.block
-        places: dict[str, Any] = {"lengths": lengths, "block_table": table, "max_length": room}
-        pages: dict[str, Any] = self._pages(query, places, options) if decode.select == "quest" else {}
-        always: dict[str, Any] = {"lengths": lengths, "sinks": decode.sinks, "recent": decode.recent, **pages}
+        pages = self._pages(query, options)
         if not self._mirrors:
-            return _positions(room, **always)
-        factors: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-        scores, lse = estimate_scores(query, self._mirror(), **places, **factors, **pages)
-        if decode.prune is not None:
-            capacity = min(room, max(LEAST_CAPACITY, room // 4))
-            found = top_p_lists(scores, lse, num_kv_heads=keys.shape[1], capacity=capacity, **self._prune, **always)
+            return self._candidates(pages)
+        scores, lse = self._estimate(query, pages, options)
+        if self.decode.prune is not None:
+            found = self._top_p(scores, lse, pages)
         else:
-            found = top_k_lists(scores, lse, min(self._keep(), room), num_kv_heads=keys.shape[1], **always)
-        if not torch.compiler.is_compiling() and OBSERVING.get() and decode.prune is not None:
+            k, heads = min(self._keep(), self._room()), self._tensors()[0].shape[1]
+            found = top_k_lists(scores, lse, k, num_kv_heads=heads, **self._always(), **pages)
+        if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
             self._counted[2] += float(found.dropped.sum())
         return found.lists, found.counts
 
-    def _pages(self, query: Tensor, places: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
-        """Quest's candidates: ascending pages of 16 tokens, and how many."""
-        bounds = page_scores(query, self._bounds(), scale=options.get("scale"), **places)
+    def _estimate(self, query: Tensor, pages: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Scores of the candidates from their codes, and the log-sum-exp of each row."""
+        factors: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
+        return estimate_scores(query, self._mirror(), **self._places(), **factors, **pages)
+
+    def _top_p(self, scores: Tensor, lse: Tensor, pages: dict[str, Any], **other: Any) -> PositionLists:
+        """What the layer's top-p keeps of the candidates; ``other`` goes before the section."""
+        heads, room = self._tensors()[0].shape[1], self._room()
+        capacity = min(room, max(LEAST_CAPACITY, room // 4))
+        given = {**self._prune, **self._always(), **pages, **other}
+        return top_p_lists(scores, lse, num_kv_heads=heads, capacity=capacity, **given)
+
+    def _pages(self, query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Quest's candidates: ascending pages of 16 tokens, and how many. Nothing where all keys are."""
+        if self.decode.select != "quest":
+            return {}
+        bounds = page_scores(query, self._bounds(), scale=options.get("scale"), **self._places())
         best = bounds.topk(min(self.decode.candidate_pages, bounds.shape[-1]), sorted=False)
         real = best.values > float("-inf")
         pages = torch.where(real, best.indices, bounds.shape[-1]).sort().values.int()
         return {"page_lists": pages, "page_counts": real.sum(-1, dtype=torch.int32)}
+
+    def _candidates(self, pages: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """All tokens of Quest's candidates, as :meth:`_lists`."""
+        return _positions(self._room(), **self._always(), **pages)
+
+    def _room(self) -> int:
+        """Tokens that a row's pages have room for."""
+        return self._tensors()[2].shape[1] * self.pattern.block
+
+    def _places(self) -> dict[str, Any]:
+        """Where the keys of each row are."""
+        _, _, table, lengths = self._tensors()
+        return {"lengths": lengths, "block_table": table, "max_length": self._room()}
+
+    def _always(self) -> dict[str, Any]:
+        """What every step reads."""
+        return {"lengths": self._tensors()[3], "sinks": self.decode.sinks, "recent": self.decode.recent}
 
     def _keep(self) -> int:
         """Keys of a choice of RefreshKV."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sparsetrain_kernels.dense import causal_attention
@@ -28,6 +29,7 @@ def make_memory(
     max_pages: int | None = None,
     decode: Decode | None = None,
     index: int = 0,
+    listed: Callable[..., ListedMemory] = ListedMemory,
 ) -> Memory:
     """An empty memory.
 
@@ -37,32 +39,29 @@ def make_memory(
         max_length, rollback, max_pages: as in :class:`~sparsetrain.generation.pages.PagedMemory`.
         decode: what a step reads, of full attention; None means all keys.
         index: of the layer.
+        listed: makes the memory of full attention that has a ``decode``.
     """
-    room = {"max_length": max_length, "rollback": rollback, "max_pages": max_pages}
+    room: dict[str, Any] = {"max_length": max_length, "rollback": rollback, "max_pages": max_pages}
+
+    def choosing(attend: Attend) -> ListedMemory:
+        return listed(FullPattern(PAGE), attend, decode, index, **room)
+
     if method is None:
 
         def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             return causal_attention(query, key, value, window=window, **options)
 
         if window is None:
-            return _full(attend, decode, index, room)
+            return PagedMemory(FullPattern(PAGE), attend, **room) if decode is None else choosing(attend)
         page = 64 if window >= 64 else 16
-        return PagedMemory(SlidingPattern(page, -(-(window - 1) // page) + 1, 0), attend, window=window, **room)  # type: ignore[arg-type]
+        return PagedMemory(SlidingPattern(page, -(-(window - 1) // page) + 1, 0), attend, window=window, **room)
     own = method.memory()
     if own is not None:
         own.static = max_length is not None and rollback == 0
         return own
     if isinstance(method, StaticMethod) and type(method).attend is StaticMethod.attend:
-        return PagedMemory(method.pattern, method.attend, **room)  # type: ignore[arg-type]
+        return PagedMemory(method.pattern, method.attend, **room)
     decodes = method.dense and not method.extra_inputs
-    if decodes:
-        return _full(method.attend, decode, index, room)
-    return PagedMemory(FullPattern(PAGE), method.attend, decodes=False, **room)  # type: ignore[arg-type]
-
-
-def _full(attend: Attend, decode: Decode | None, index: int, room: dict[str, Any]) -> Memory:
-    """The memory of full attention."""
-    pattern = FullPattern(PAGE)
-    return (
-        PagedMemory(pattern, attend, **room) if decode is None else ListedMemory(pattern, attend, decode, index, **room)
-    )
+    if decodes and decode is not None:
+        return choosing(method.attend)
+    return PagedMemory(FullPattern(PAGE), method.attend, decodes=decodes, **room)

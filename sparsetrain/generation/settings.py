@@ -54,6 +54,23 @@ class Refresh(Section):
     """Neighbouring layers choose at different tokens, so that no step is much slower than others."""
 
 
+class Calibrated(Section):
+    """How ``sparsetrain calibrate`` found the section, and of which model."""
+
+    name: str
+    """What the model was called."""
+    model: dict[str, Any]
+    """Fields of its config, by which another model is told apart."""
+    error: Annotated[float, Field(ge=0)]
+    """What a layer's output may lose in the mean: the norm of the error over the norm of the output."""
+    data: str
+    """The text that it was measured on."""
+    tokens: Tokens
+    """Tokens of each text."""
+    rows: Annotated[int, Field(ge=1)]
+    """Rows that were measured in each layer."""
+
+
 class Decode(Section):
     """The ``decode`` section: what layers with full attention read in a step of generation."""
 
@@ -70,6 +87,8 @@ class Decode(Section):
     """Last tokens, which every step reads; at least all since the last choice."""
     dense_layers: list[Annotated[int, Field(ge=0)]] = [0, 1]
     """Layers that read all keys, as the published methods leave the first two."""
+    calibrated: Calibrated | None = None
+    """Where ``sparsetrain calibrate`` made the section: it is then for that model alone."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Decode:
@@ -117,7 +136,10 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
         return given
     if isinstance(given, str):
         if given not in PUBLISHED:
-            raise ModelError(f"decode={given} is not known; choose one of {', '.join(PUBLISHED)}, or give its fields")
+            raise ModelError(
+                f"decode={given} is not known; choose one of {', '.join(PUBLISHED)}, or give its fields, "
+                "or the path of a .yaml or .json file that has them"
+            )
         given = PUBLISHED[given]
     try:
         return Decode.model_validate(dict(given))

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.composition import attention_kind, check_composition
-from sparsetrain.generation.settings import Decode, parse_decode
+from sparsetrain.generation.settings import PUBLISHED, Calibrated, Decode, parse_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.layers import put_method, sparse_layers
-from sparsetrain.modeling.records import DECODE
+from sparsetrain.modeling.records import DECODE, differences, identity
+from sparsetrain.recipe.yaml_source import dump_yaml, parse_yaml
+from sparsetrain.textfile import read_text
+
+FILES = (".yaml", ".yml", ".json")
+"""Endings of files that hold a section."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def set_decode(model: Model, decode: str | Mapping[str, Any] | Decode | None) -> Model:
+def set_decode(model: Model, decode: str | Path | Mapping[str, Any] | Decode | None) -> Model:
     """Choose what the layers with full attention read in a step of generation, in place.
 
     Prompts, training and evaluation in one pass stay as they are. A cache that was filled before keeps its way.
@@ -27,13 +33,15 @@ def set_decode(model: Model, decode: str | Mapping[str, Any] | Decode | None) ->
         model: gone through :func:`~sparsetrain.sparsify` or :func:`~sparsetrain.load`; ``{"method": "full"}`` for a
             model as it came.
         decode: the section, such as ``{"select": "quest", "prune": {"p": 0.9}}``; the name of published settings
-            (:data:`~sparsetrain.generation.settings.PUBLISHED`); or None to read all keys again.
+            (:data:`~sparsetrain.generation.settings.PUBLISHED`); a file of ``sparsetrain calibrate``; or None to read
+            all keys again.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: a field is wrong, the model was not sparsified, or none of its layers can take the section.
+        ModelError: a field is wrong, the model was not sparsified, none of its layers can take the section, or it was
+            calibrated on another model.
     """
     layers = sparse_layers(model)
     if not layers:
@@ -42,9 +50,11 @@ def set_decode(model: Model, decode: str | Mapping[str, Any] | Decode | None) ->
             f'{name} has no attention method; call sparsetrain.sparsify(model, {{"method": "full"}}) first'
         )
     plans: dict[int, LayerPlan] = {index: getattr(module, PLAN_ATTRIBUTE) for index, module, _ in layers}
-    section = None if decode is None else parse_decode(decode)
+    section = None if decode is None else read_decode(decode)
     taken: list[int] = []
     if section is not None:
+        if section.calibrated is not None:
+            _check_same_model(section.calibrated, model)
         kinds = ((index, attention_kind(plan.method, plan.window)) for index, plan in plans.items())
         taken = check_composition(kinds, section)
     for index, module, _ in layers:
@@ -52,5 +62,39 @@ def set_decode(model: Model, decode: str | Mapping[str, Any] | Decode | None) ->
     record: dict[str, Any] = model.config.sparsetrain  # type: ignore[assignment, union-attr]
     record.pop(DECODE, None)
     if section is not None:
-        record[DECODE] = section.model_dump(mode="json")
+        # Of this model from here on, whatever its config becomes.
+        record[DECODE] = section.model_dump(mode="json", exclude={"calibrated"})
     return model
+
+
+def read_decode(given: str | Path | Mapping[str, Any] | Decode) -> Decode:
+    """A decode section, also from a file of ``sparsetrain calibrate`` or of one's own.
+
+    Raises:
+        ModelError: a field is wrong, or the name or file is not known; the message names it.
+        RecipeError: the file is no YAML.
+    """
+    if not isinstance(given, str | Path) or str(given) in PUBLISHED or Path(given).suffix not in FILES:
+        return parse_decode(str(given) if isinstance(given, Path) else given)
+    place = f"decode={given}"
+    values = parse_yaml(read_text(given, place, ModelError), str(given)).data
+    if not isinstance(values, dict):
+        raise ModelError(f"{place}: expected the fields of a decode section, such as prune: {{p: 0.9}}")
+    try:
+        return parse_decode(values)
+    except ModelError as error:
+        raise ModelError(f"{given}: {error}") from None
+
+
+def decode_text(decode: Decode) -> str:
+    """The section as the text of a file that :func:`read_decode` reads."""
+    return dump_yaml(decode.model_dump(mode="json", exclude_none=True))
+
+
+def _check_same_model(calibrated: Calibrated, model: Any) -> None:
+    if faults := differences(calibrated.model, identity(model.config)):
+        name = getattr(model.config, "_name_or_path", None) or type(model).__name__
+        raise ModelError(
+            f"decode was calibrated on {calibrated.name}, and {name} is another model: {', '.join(faults)}; run "
+            "sparsetrain calibrate on it, or drop decode.calibrated if its p are meant for this model"
+        )

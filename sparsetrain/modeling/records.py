@@ -179,8 +179,13 @@ def check_same_base(trained_on: Mapping[str, Any], found: Mapping[str, Any], bas
     Raises:
         ModelError: The base differs; names the differences.
     """
-    # Only fields that both have: an older transformers may lack some.
-    both = [name for name in IDENTITY if trained_on.get(name) is not None and found[name] is not None]
-    if names := [name for name in both if trained_on[name] != found[name]]:
-        faults = (f"{name} is {found[name]!r} instead of {trained_on[name]!r}" for name in names)
+    if faults := differences(trained_on, found):
         raise ModelError(f"{base} is not the model that the adapters were trained on: {', '.join(faults)}")
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """How a model's :func:`identity` differs from a recorded one, a field each."""
+    # Only fields that both have: an older transformers may lack some.
+    both = [name for name in IDENTITY if recorded.get(name) is not None and found[name] is not None]
+    other = [name for name in both if recorded[name] != found[name]]
+    return [f"{name} is {found[name]!r} instead of {recorded[name]!r}" for name in other]

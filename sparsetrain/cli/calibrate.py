@@ -1,0 +1,176 @@
+"""``sparsetrain calibrate``."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsetrain.cli.arguments import DTYPES, choose_device, choose_dtype
+from sparsetrain.cli.decode_options import with_decode_options
+from sparsetrain.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparsetrain.inference.calibrate import Layer
+
+NOT_MEASURED = (
+    "calibrated",
+    "prune.p",
+    "refresh.every",
+    "refresh.similarity",
+    "refresh.keep",
+    "refresh.staggered",
+)
+
+
+@partial(with_decode_options, without=NOT_MEASURED)
+def calibrate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="Held-out text: a .jsonl with text in every line, or one text.", show_default=False)
+    ],
+    error: Annotated[
+        float, typer.Option(min=0, max=1, help="What a layer's output may lose in the mean, as a share of its norm.")
+    ] = 0.05,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            help="Tokens of each text that is read; by default 4,096, or what model and data have.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows that are measured in each layer; by default 64, or all there are.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the choice of rows.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write the decode section to this new .yaml or .json file.", show_default=False),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Save the model with the section to this new folder.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
+    ] = None,
+    decode: dict[str, Any] | None = None,
+) -> None:
+    """Find Twilight's p for each layer from what its attention output may lose, on held-out text.
+
+    In the second halves of up to eight texts, rows are drawn and read as if each were a step of generation. Of 14 p the
+    smallest is taken whose error is no larger than --error; a layer where none is reads all keys. The table shows, for
+    that p, the error, how many keys are read, and which share of the softmax weight these and Quest's candidates hold.
+
+    \b
+    Examples:
+      sparsetrain calibrate my-model --data book.txt --error 0.05 --output decode.yaml
+      sparsetrain generate my-model --file long.txt --decode decode.yaml
+      sparsetrain calibrate my-model --data held-out.jsonl --tokens 32768 --decode.select quest --output decode.yaml
+      sparsetrain calibrate my-model --data book.txt --save my-faster-model
+    """
+    from sparsetrain.generation.settings import parse_decode
+
+    given = decode or {}
+    if given.get("refresh") is not None:
+        raise ModelError("--decode: refresh is not measured; calibrate without it, and add it to what comes out")
+    section = parse_decode({**given, "prune": {**(given.get("prune") or {}), "p": 1.0}})
+    _check_new(output, save)
+    kind = choose_dtype(dtype)
+    place = choose_device(device)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsetrain.durable import write_whole
+    from sparsetrain.inference.calibrate import calibrate as find
+    from sparsetrain.inference.heldout import stretches
+    from sparsetrain.inference.models import open_model
+    from sparsetrain.modeling import save as save_model
+    from sparsetrain.modeling import set_decode
+    from sparsetrain.modeling.decode_section import decode_text
+    from sparsetrain.tables import print_tables
+
+    loaded, tokenizer = open_model(model, dtype=kind)
+    if save is not None and getattr(loaded, "peft_config", None) is not None:
+        raise ModelError(
+            f"--save {save}: {model} holds adapters, which are not saved with their base; use --output, or export the "
+            "run with --merge first"
+        )
+    positions = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    texts = stretches(data, tokenizer, tokens, positions if isinstance(positions, int) else None)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("texts", total=len(texts))
+        found, layers = find(
+            loaded.to(place),
+            texts,
+            section,
+            error=error,
+            rows=rows,
+            seed=seed,
+            name=model,
+            data=str(data),
+            on_text=partial(bar.advance, task),
+        )
+    print_tables(Console(), _table(layers))
+    record = found.calibrated
+    assert record is not None
+    print(f"{record.rows} rows of {len(texts)} texts of {record.tokens:,} tokens", file=sys.stderr)
+    if output is not None:
+        write_whole(output, decode_text(found) if output.suffix != ".json" else found.model_dump_json(indent=2) + "\n")
+        print(f"{output}: use it with sparsetrain generate --decode {output}", file=sys.stderr)
+    if save is not None:
+        save_model(set_decode(loaded, found), save, tokenizer)
+        print(f"{save}: load it with sparsetrain.load({str(save)!r})", file=sys.stderr)
+
+
+def _check_new(output: Path | None, save: Path | None) -> None:
+    for flag, path in (("output", output), ("save", save)):
+        if path is None:
+            continue
+        if path.exists():
+            raise DataError(f"--{flag} {path} exists already; remove it, or choose another name")
+        if not path.parent.is_dir():
+            raise DataError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    if output is not None and output.suffix not in (".yaml", ".yml", ".json"):
+        raise DataError(f"--output {output} must end in .yaml, .yml or .json, by which --decode knows it for a file")
+
+
+def _table(layers: list[Layer]) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    for name in ("layer", "p", "error", "worst", "kept keys", "of", "softmax weight", "of candidates"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in layers:
+        table.add_row(
+            str(layer.index),
+            "all keys" if layer.p is None else f"{layer.p:g}",
+            f"{layer.error:.2g}",
+            f"{layer.worst:.2g}",
+            f"{layer.kept:,.0f}",
+            f"{layer.keys:,.0f}",
+            f"{layer.mass:.2%}",
+            f"{layer.candidate_mass:.2%}",
+        )
+    return table
