@@ -94,6 +94,7 @@ def generate(
     import torch
 
     from sparsetrain.inference.models import check_room, open_model
+    from sparsetrain.inference.sampling import check_own
     from sparsetrain.inference.writer import Writer
     from sparsetrain.modeling import set_decode
 
@@ -102,6 +103,7 @@ def generate(
     if decode is not None:
         set_decode(loaded, decode)
     own: Any = loaded.generation_config
+    check_own(own, batch=min(batch, len(prompts)))
     arguments = sampling.arguments(own)
     encoded = [each.encode(tokenizer, chat=chat) for each in prompts]
     for each, tokens in zip(prompts, encoded, strict=True):
@@ -149,6 +151,10 @@ def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, c
 def _stream(writer: Writer, tokens: list[int]) -> None:
     from transformers import TextStreamer
 
+    if (writer.model.generation_config.num_beams or 1) > 1:
+        # Which beam is best is known at the end.
+        print(writer.complete([tokens])[0].completion)
+        return
     writer.complete([tokens], streamer=TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
@@ -159,7 +165,7 @@ def _write_rows(
     from rich.console import Console
     from rich.progress import Progress
 
-    from sparsetrain.inference.prompts import COMPLETION
+    from sparsetrain.inference.prompts import ANSWER
 
     with ExitStack() as stack:
         file: TextIO = stack.enter_context(
@@ -171,8 +177,7 @@ def _write_rows(
             part = encoded[start : start + batch]
             done = writer.complete(part, on_token=partial(bar.advance, task, len(part)))
             for prompt, completion in zip(prompts[start : start + batch], done, strict=True):
-                row = {**prompt.row, COMPLETION: completion.text, "finish": completion.finish}
-                row |= {"prompt_tokens": completion.prompt_tokens, "new_tokens": completion.new_tokens}
+                row = prompt.row | {name: getattr(completion, name) for name in ANSWER}
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
             bar.update(task, completed=min(start + batch, len(prompts)) * writer.max_new_tokens)
     if output is not None:

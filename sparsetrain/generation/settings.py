@@ -32,7 +32,7 @@ class Prune(Section):
     group: Literal["union", "max", "mean"] = "union"
     """The keys that the query heads of a KV head share: the union of their sets, or the set of their largest or mean
     weight."""
-    min_keys: Annotated[int, Field(ge=1)] = 64
+    min_keys: Tokens = 64
     """Keys that a head keeps at least."""
 
     def p_of(self, layer: int) -> float:

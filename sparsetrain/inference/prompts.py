@@ -14,8 +14,8 @@ from sparsetrain.errors import DataError, ModelError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COMPLETION = "completion"
-"""The column that a row of the output has beside those of its prompt."""
+ANSWER = ("completion", "finish", "prompt_tokens", "new_tokens")
+"""The columns that a row of the output has beside those of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,22 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
 
 def _read(file: Path) -> str:
     if str(file) == "-":
-        return sys.stdin.read()
+        return _standard_input()
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"--file {file}: {error.reason} at byte {error.start}; it must be text in UTF-8") from error
     except OSError as error:
         raise DataError(f"--file {file} cannot be read: {error.strerror or error}") from error
+
+
+def _standard_input() -> str:
+    text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"--file -: character {error.start} is not UTF-8; it must be text in UTF-8") from error
+    return text.removeprefix("\ufeff")
 
 
 def _rows(text: str, file: Path) -> Iterator[Prompt]:
@@ -95,17 +104,30 @@ def _rows(text: str, file: Path) -> Iterator[Prompt]:
             continue
         place = f"{file}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is no JSON: {first_line(error)}") from error
         yield _prompt(row, place)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ: of two values, only the last would be seen."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return dict(pairs)
+
+
 def _prompt(row: Any, place: str) -> Prompt:
     if not isinstance(row, dict):
         raise DataError(f'{place}: expected an object such as {{"prompt": "..."}}, got {type(row).__name__}')
-    if COMPLETION in row:
-        raise DataError(f"{place} has a column {COMPLETION} already, where the answer goes; rename it")
+    if taken := [name for name in ANSWER if name in row]:
+        raise DataError(f"{place} has a column {taken[0]} already, where the answer goes; rename it")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        letters = error.object[error.start : error.end]
+        raise DataError(f"{place} holds half of a surrogate pair, {letters!a}, which is no text; remove it") from error
     text, messages = row.get("prompt"), row.get("messages")
     if (text is None) == (messages is None):
         found = ", ".join(row) or "nothing"

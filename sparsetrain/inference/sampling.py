@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sparsetrain.errors import ModelError
 from sparsetrain.section import Section
@@ -12,14 +12,60 @@ from sparsetrain.section import Section
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+UNANSWERED = {
+    "num_return_sequences": "several answers to a prompt",
+    "stop_strings": "texts that end an answer",
+    "max_time": "a limit of seconds",
+    "token_healing": "prompts whose last token is changed",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "contrasting layers",
+    "num_beam_groups": "groups of beams",
+    "constraints": "constrained beams",
+    "force_words_ids": "constrained beams",
+}
+"""Fields of a model's generation config that ``sparsetrain generate`` has no answer for."""
+
+GUESSES = ("prompt_lookup_num_tokens", "assistant_early_exit")
+"""Fields by which tokens are guessed, of one row alone."""
+
 DRAWS = ("top_k", "top_p", "min_p")
 """Settings that only mean something where tokens are drawn."""
+
+
+def _divisor(temperature: float) -> float:
+    if 0 < temperature < 1e-6:
+        raise ValueError("logits divided by less than 1e-6 overflow; 0 takes the likeliest token")
+    return temperature
+
+
+def check_own(own: GenerationConfig, *, batch: int) -> None:
+    """Refuse what a model's generation config says and ``sparsetrain generate`` would not do; its kind of cache, which
+    changes no token, is left out.
+
+    Args:
+        batch: prompts at a time.
+
+    Raises:
+        ModelError: names the field.
+    """
+    place = "generation_config.json of the model"
+    for name, what in UNANSWERED.items():
+        if (value := getattr(own, name, None)) is not None and value != 1:
+            raise ModelError(f"{place}: {name}={value!r:.60}: this command has no {what}; remove the field there")
+    if own.do_sample and own.temperature == 0:
+        raise ModelError(f"{place}: temperature=0 with do_sample divides by zero; set do_sample to false there")
+    guesses = next((name for name in GUESSES if getattr(own, name, None) is not None), None)
+    if guesses is not None and batch > 1:
+        raise ModelError(
+            f"{place}: {guesses} guesses tokens of one prompt at a time; set --batch 1, or remove it there"
+        )
+    own.cache_implementation = None
 
 
 class Sampling(Section):
     """Settings of one token's choice. What is None is the model's own."""
 
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_divisor)] | None = None
     """0 takes the likeliest token."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Draw from the k likeliest tokens."""
@@ -55,8 +101,9 @@ class Sampling(Section):
     def describe(self, own: GenerationConfig) -> str:
         """The choice in words, such as ``sampling (temperature 0.7, top_p 0.9)``."""
         merged = {**own.to_dict(), **self.arguments(own)}
+        beams = merged.get("num_beams") or 1
         if not merged.get("do_sample"):
-            return "greedy"
+            return "greedy" if beams == 1 else f"{beams} beams"
         names = ("temperature", *DRAWS)
         shown = [f"{name} {merged[name]:g}" for name in names if merged.get(name) is not None]
         return f"sampling ({', '.join(shown)})" if shown else "sampling"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Completion:
     """The text written after one prompt."""
 
-    text: str
+    completion: str
+    """The text."""
     prompt_tokens: int
     new_tokens: int
     """The end of text, where the model wrote it, counts."""
@@ -109,6 +110,7 @@ class Writer:
                     stopping_criteria=StoppingCriteriaList([clock]),
                     streamer=streamer,
                     return_dict_in_generate=True,
+                    use_cache=True,
                     **self.arguments,
                 )
         except torch.OutOfMemoryError as error:

@@ -116,6 +116,44 @@ def test_a_seed_repeats_what_is_drawn(call):
     assert draw("1") == draw("1") != draw("2")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(call, tmp_path, model_and_tokenizer):
+    text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("import ", encoding="utf-8-sig")
+    rows.write_text('{"prompt": "import "}\n', encoding="utf-8-sig")
+    for file in (text, rows):
+        code, out, _ = call(TINY, "--file", str(file), "--max-new-tokens", "5")
+        assert (code, out.removesuffix("\n")) == (0, greedy(*model_and_tokenizer, "import ", 5))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"stop_strings": ["a"]}, "stop_strings"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0 with do_sample"),
+        ({"prompt_lookup_num_tokens": 3}, "set --batch 1"),
+        ({"use_cache": False}, None),
+        ({"cache_implementation": "static"}, None),
+        ({"num_beams": 3}, None),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder, own, message):
+    file = power_folder / "final" / "generation_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), **own}))
+    prompts = ("--prompt", "import ", "--prompt", "def f(x):")
+    try:
+        code, _, err = call(str(power_folder), *prompts, "--batch", "2", "--max-new-tokens", "3")
+        assert code == (2 if message else 0)
+        assert (message or "new tokens") in err
+        if not message:
+            assert call(str(power_folder), *prompts[:2], "--max-new-tokens", "3")[0] == 0
+    finally:
+        file.write_text(before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -134,7 +172,11 @@ def test_a_seed_repeats_what_is_drawn(call):
         (["--file", "no.jsonl"], "--file no.jsonl cannot be read"),
         (["--file", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
         (["--file", "both.jsonl"], "give either prompt (a text) or messages"),
-        (["--file", "taken.jsonl"], "has a column completion already"),
+        (["--file", "taken.jsonl"], "has a column finish already"),
+        (["--file", "twice.jsonl"], "the name 'prompt' comes twice"),
+        (["--file", "surrogate.jsonl"], "surrogate.jsonl, line 1 holds half of a surrogate pair"),
+        (["--prompt", "a", "--temperature", "1e-45"], "--temperature 1e-45"),
+        (["--prompt", "a", "--decode.prune.min_keys", "9" * 20], "decode.prune.min_keys"),
         (["--prompt", "a", "--output", "taken.jsonl"], "exists already"),
         (["--prompt", "a", "--output", "nowhere/a.jsonl"], "there is no folder nowhere"),
     ],
@@ -143,7 +185,9 @@ def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "messages": []}\n')
-    (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "finish": "b"}\n')
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "a", "prompt": "b"}\n')
+    (tmp_path / "surrogate.jsonl").write_text('{"prompt": "a", "note": "\\ud800"}\n')
     code, out, err = call(TINY, *arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -71,7 +71,7 @@ def mask_of_requests(
     # Static: of one shape in every step, and contiguous, because generate makes it so and would lose what is set on it.
     if static and attention_mask is None:
         carrier = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
-    elif static and step:
+    elif isinstance(q_offset, torch.Tensor) and attention_mask is not None and step:
         place = q_offset.reshape(1).clamp_max(attention_mask.shape[1] - 1)
         carrier = attention_mask.index_select(1, place.to(attention_mask.device)).bool()[:, None, None].contiguous()
     elif attention_mask is None or (not step and bool(attention_mask.all())):
