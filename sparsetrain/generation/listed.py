@@ -8,7 +8,7 @@ never copied: a choice is a list of positions. Prompts attend to everything.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -306,20 +306,6 @@ class ListedMemory(PagedMemory):
         else:
             self._center, self._spread = center, spread
 
-    @torch.no_grad()
-    def _store(
-        self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
-    ) -> None:
-        super()._store(key, value, starts, before, after)
-        lengths = self._tensors()[3]
-        if self._mirrors and not any(before):
-            self._keep_moments(*key_statistics(key, lengths))
-        self._append_tokens(key, value)
-
-    def _write(self, key: Tensor, value: Tensor) -> None:
-        self._tensors()[3].add_(key.shape[2])
-        self._append_tokens(key, value)
-
     def _write_again(self, tokens: int, *, whole: bool) -> None:
         """Make what is kept beside the last tokens of each row as if none had come behind them: bounds of the 16 that
         are being filled, and of a whole prompt its mean and spread too."""
@@ -333,12 +319,14 @@ class ListedMemory(PagedMemory):
         key, value = (held[index].transpose(1, 2) for held in (keys, values))
         if whole and self._mirrors:
             self._keep_moments(*key_statistics(key, lengths))
-        self._append_tokens(key, value)
+        self._append_tokens(key, value, table)
 
     @torch.no_grad()
-    def _append_tokens(self, key: Tensor, value: Tensor) -> None:
-        """Write the newest tokens, which the lengths count already, and what is kept beside them."""
-        keys, values, table, lengths = self._tensors()
+    def _append_tokens(self, key: Tensor, value: Tensor, table: Tensor) -> None:
+        """Write the newest tokens, and what is kept beside them."""
+        keys, values, _, lengths = self._tensors()
+        if self._mirrors and self._longest == 0:
+            self._keep_moments(*key_statistics(key, lengths))
         append_tokens(
             key,
             value,

@@ -213,12 +213,13 @@ class PagedMemory(Memory):
             check_room(self._longest + tokens, self.max_length)
             self._make_room(self._longest + tokens)
             self._longest += tokens
-        self._write(key, value)
+        _, _, table, lengths = self._tensors()
+        lengths.add_(tokens)
+        self._append_tokens(key, value, table)
 
-    def _write(self, key: Tensor, value: Tensor) -> None:
-        """Write tokens for which there is room."""
-        keys, values, table, lengths = self._tensors()
-        lengths.add_(key.shape[2])
+    def _append_tokens(self, key: Tensor, value: Tensor, table: Tensor) -> None:
+        """Write the newest tokens, which the lengths count already, to the pages of ``table``."""
+        keys, values, _, lengths = self._tensors()
         append_tokens(key, value, keys, values, lengths=lengths, block_table=table)
 
     # --- many tokens a row ---------------------------------------------------------------------------------------
@@ -266,12 +267,12 @@ class PagedMemory(Memory):
         if self._longest == 0:
             self._allocate(key, starts, after)
         self._make_room(max(after))
-        keys, values, table, lengths = self._tensors()
+        _, _, table, lengths = self._tensors()
         owned = [row.owned(self._blocks(end)) for row, end in zip(self.tables, after, strict=True)]
         if not all(map(all, owned)):
             table = table.where(torch.tensor(owned, device=table.device), NOT_KEPT)
         lengths.copy_(torch.tensor(after, dtype=torch.int32))
-        append_tokens(key, value, keys, values, lengths=lengths, block_table=table)
+        self._append_tokens(key, value, table)
         self._longest, self._started = max(after), min(after) > 0
 
     # --- room ----------------------------------------------------------------------------------------------------

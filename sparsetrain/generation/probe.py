@@ -65,7 +65,7 @@ class Probe(ListedMemory):
         """See :meth:`Memory.attend`. For the whole text at once."""
         out = super().attend(layer, query, key, value, starts=starts, **options)
         self._keep_moments(*key_statistics(key[:, :, : int(self._at[0])]))
-        self._append_tokens(key, value)
+        self._append_tokens(key, value, self._tensors()[2])
         self.loss = join(self._measure(query, options))
         # One layer's keys at a time.
         self.keys = self.values = self._center = self._spread = None

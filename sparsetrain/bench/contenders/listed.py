@@ -28,7 +28,7 @@ class StandingMemory(ListedMemory):
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         self._tensors()[3].add_(0)  # as many launches as a step that counts its token
-        self._append_tokens(key, value)
+        self._append_tokens(key, value, self._tensors()[2])
 
 
 def _prepare(decode: Callable[[DecodeProblem], dict[str, Any]], problem: DecodeProblem, layer: Layer) -> Prepared:
