@@ -30,7 +30,7 @@ CONFIGS: tuple[type[MethodConfig], ...] = (
     LongNetConfig,
     SparseKConfig,
 )
-"""The configs of our methods. A new method is a file in this folder and a line here."""
+"""The configs of our methods. A new method is a file or folder here and a line in this tuple."""
 
 METHODS: dict[str, type[MethodConfig]] = {config.model_fields["method"].default: config for config in CONFIGS}
 """The config of each of our methods by name."""
@@ -123,10 +123,6 @@ class _AnyMethod:
     def _tag(cls, value: Any) -> str:
         method = value.get("method") if isinstance(value, Mapping) else getattr(value, "method", None)
         return method if isinstance(method, str) and method in METHODS and method not in INSTALLED.entries else cls.ELSE
-
-    @staticmethod
-    def _plain(config: MethodConfig) -> dict[str, Any]:
-        return config.model_dump(mode="json")
 
     @staticmethod
     def _validate_other(value: Any, info: core_schema.ValidationInfo) -> MethodConfig:
