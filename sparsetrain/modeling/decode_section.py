@@ -27,7 +27,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def set_decode(model: Model, decode: str | Path | Mapping[str, Any] | Decode | None) -> Model:
     """Choose what the layers with full attention read in a step of generation, in place.
 
-    Prompts, training and evaluation in one pass stay as they are. A cache that was filled before keeps its way.
+    Prompts, training and evaluation in one pass stay as they are. A cache that was filled before is refused, and a
+    later :func:`~sparsetrain.sparsify` drops the section.
 
     Args:
         model: gone through :func:`~sparsetrain.sparsify` or :func:`~sparsetrain.load`; ``{"method": "full"}`` for a

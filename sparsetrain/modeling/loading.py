@@ -44,7 +44,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     source = saved_source(path, "path", **hub, **code)
     attention = recorded_attention(source.values.get("sparsetrain"), path)
     decode = recorded_decode(source.values["sparsetrain"], path)
-    check_same_method(path, attention)
+    check_same_method(path, attention, decode)
     config = source.config()
     source.skeleton(config, **code)
     model = load_weights(path, "path", **{"config": config, **kwargs})

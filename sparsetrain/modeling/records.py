@@ -116,7 +116,7 @@ def check_fields(values: Mapping[str, Any], fields: Collection[str], what: str) 
         raise ModelError(f"{what}: unknown field {strange[0]!r:.60}{nearest(strange[0], fields)}")
 
 
-def check_same_method(path: str, attention: MethodConfig) -> None:
+def check_same_method(path: str, attention: MethodConfig, decode: Decode | None) -> None:
     """Refuse a local folder whose ``sparsetrain.json`` is damaged or differs from its ``config.json``.
 
     Raises:
@@ -125,12 +125,18 @@ def check_same_method(path: str, attention: MethodConfig) -> None:
     file = Path(path) / RECORD_FILE
     if not (file.exists() or file.is_symlink()):
         return
-    found = recorded_attention(read_object(file), file, IN_FILE)
-    if found != attention:
-        raise ModelError(
-            f"{file} records attention={found.model_dump(mode='json')}, and config.json beside it "
-            f"{attention.model_dump(mode='json')}; copy both files from the run that wrote the folder"
-        )
+    record = read_object(file)
+    sections: tuple[tuple[str, Any, Any], ...] = (
+        ("attention", recorded_attention(record, file, IN_FILE), attention),
+        (DECODE, recorded_decode(record, file), decode),
+    )
+    for name, found, given in sections:
+        if found != given:
+            here, beside = (None if each is None else each.model_dump(mode="json") for each in (found, given))
+            raise ModelError(
+                f"{file} records {name}={here}, and config.json beside it {beside}; copy both files from the run that "
+                "wrote the folder"
+            )
 
 
 def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, Any]]:

@@ -3,6 +3,7 @@ the same one by one, in a batch, with guesses and after a reload."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -181,6 +182,16 @@ def test_a_record_brings_it_back(tmp_path):
     assert torch.equal(logits(dense, ids, mask)[0], logits(make(), ids, mask)[0])
 
 
+@pytest.mark.parametrize("decode", [None, {"select": "best"}, {"prune": {"p": 0.5}}])
+def test_records_that_differ_are_refused(tmp_path, decode):
+    sparsetrain.save(make(FEW["top-p"]), tmp_path)
+    file = tmp_path / "sparsetrain.json"
+    record = {name: value for name, value in json.loads(file.read_text()).items() if name != "decode"}
+    file.write_text(json.dumps(record if decode is None else {**record, "decode": decode}))
+    with pytest.raises(ModelError, match=r"json (records decode=|is damaged: decode.select)"):
+        sparsetrain.load(tmp_path)
+
+
 def test_layers_have_shares_of_their_own(tmp_path):
     ids, mask = prompts(90)
     few, many = (make({"prune": {"p": p, "min_keys": 1}}) for p in (0.3, 0.9))
@@ -264,6 +275,7 @@ def test_published_settings_have_names(name):
         ({}, "give prune, refresh or select=quest"),
         ("twilit", "decode=twilit is not known"),
         ({"prune": {}, "dense_layers": [0, 1, 2]}, "leaves no layer"),
+        ({"prune": {}, "dense_layers": [0, 99]}, "names layer 99.*is 2; drop it"),
     ],
 )
 def test_what_cannot_be_done_is_refused(decode, message):
