@@ -54,11 +54,19 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
         kinds: index and :func:`attention_kind` of each layer.
 
     Raises:
-        ModelError: there is none, or ``prune.p`` is by layer and not of these; the message says why.
+        ModelError: there is none, ``dense_layers`` names one that does not exist,
+            or ``prune.p`` is by layer and not of these; the message says why.
     """
     layers = dict(kinds)
     full = [index for index, kind in layers.items() if kind == FULL]
     taken = [index for index in full if index not in decode.dense_layers]
+    usual = type(decode).model_fields["dense_layers"].get_default()
+    beyond = [index for index in decode.dense_layers if index > max(layers)]
+    if beyond and decode.dense_layers != usual:
+        raise ModelError(
+            f"decode.dense_layers names layer {beyond[0]}, and the last layer of this model with attention is "
+            f"{max(layers)}; drop it"
+        )
     if taken:
         _check_shares(taken, decode)
         return taken
