@@ -1,4 +1,4 @@
-"""Full attention that reads few keys in a step: it keeps them all, and beside them what tells which ones matter.
+"""Full attention that reads few keys in a step. All keys are kept, with smaller tensors from which a step chooses.
 
 A step chooses keys by their codes of 4 bits (Twilight, 2502.02770) or the bounds of pages (Quest, 2406.10774), or takes
 those of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and to the last ones. Keys are
@@ -87,7 +87,7 @@ class ListedMemory(PagedMemory):
         super().reset()
         self._step, self._prompt = 0, 0
         self._choices: deque[Choice] = deque()
-        self._counted = [0.0, 0.0, 0.0]
+        self._counted = [0.0, 0.0, 0.0]  # keys read, keys held, keys dropped, over the observed steps
         self._observed = 0
         self._masses: list[float] = []
 

@@ -1,9 +1,9 @@
 """The slot of each page of a text: computed on the host from the pattern alone, then constant.
 
-Page ``b`` holds the keys and values of block ``b``. It is born when its first token is written, and nobody asks for it
-after the last query block that reads it, so that its slot can be born again: windows become rings, and of a prompt
-whose horizon is known only the pages stay that a later token reads. Slots are given out first fit, lowest first, which
-takes exactly as many as the most pages alive at once.
+Page ``b`` holds the keys and values of block ``b``. It needs a slot from its first token to the last query block that
+reads it; then another page takes the slot. So a window needs a ring of slots, and where a maximum length (the horizon)
+is known, a prompt keeps only the pages that a later token reads. Each page takes the lowest free slot, so the number of
+slots is the largest number of pages needed at once.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def page_table(
     Without a horizon, more pages leave the slots of the first ones as they are.
 
     Args:
-        prompt: pages that the prompt fills. They are written at once, so those that die before are not kept.
+        prompt: pages that the prompt fills. They are written at once, so those that only the prompt reads are not kept.
         horizon: pages that the text will have at most; None means that it has no end.
-        slack: blocks by which every life is longer, so that as many can be taken back.
+        slack: blocks for which a page keeps its slot after its last reader, so that as many can be taken back.
     """
     slots: list[int] = []
     free: list[int] = []

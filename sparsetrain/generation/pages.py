@@ -60,8 +60,8 @@ class PagedMemory(Memory):
         self.static = decodes and max_length is not None
         self._max_pages = max_pages
         self._attend = attend
-        self._slack = -(-rollback // pattern.block)
-        self._steps = min(MAX_ROWS, pattern.block, rollback + 1)
+        self._slack = -(-rollback // pattern.block)  # blocks that can be taken back
+        self._steps = min(MAX_ROWS, pattern.block, rollback + 1)  # most tokens of a call that the decode kernel takes
         self.keys: Tensor | None = None
         """``[B * slots, Hkv, block, D]``, as :attr:`values`; None before the first tokens."""
         self.values: Tensor | None = None

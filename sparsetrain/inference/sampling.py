@@ -94,7 +94,7 @@ class Sampling(Section):
             return given
         if self.temperature == 0:
             del given["temperature"]
-            # None: the model's own values would be told off as being of no use.
+            # None, because transformers warns of values in the model's config that have no effect.
             return given | {"do_sample": False, "temperature": None, **dict.fromkeys(DRAWS)}
         return given | {"do_sample": True}
 

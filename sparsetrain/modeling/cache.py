@@ -1,8 +1,8 @@
 """Our memories in transformers' caches: a layer of a cache that holds one.
 
-A model makes its cache before it runs, and knows nothing of methods. So an attention layer looks at the cache it is
-handed: where its own place is still empty, it puts a :class:`MemoryLayer` there. ``generate``, pipelines and plain
-forward passes with ``use_cache=True`` get it without being told.
+transformers makes a cache without knowing the attention method. So a forward pre-hook of each attention layer replaces
+that layer's empty entry in the cache by a :class:`MemoryLayer`. It works alike in ``generate``, in pipelines and in a
+forward pass with ``use_cache=True``.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class MemoryLayer(CacheLayerMixin):
 class StaticMemoryLayer(MemoryLayer):
     """A layer whose room is made once for ``max_length`` tokens a row, so that a step is the same for every length.
 
-    What changes in a step lies in tensors that stay where they are; nothing that ``torch.compile`` would look at does.
+    What a step changes is in tensors of fixed address. No Python value that ``torch.compile`` guards on changes.
 
     Args:
         device: the layer's.
@@ -176,7 +176,7 @@ class StaticMemoryLayer(MemoryLayer):
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All that there is room for. Every pass asks, a compiled one too before it starts.
+        """``max_length``, and no offset. Called before every pass, compiled or not, so it checks the room.
 
         Raises:
             ModelError: there is no room for so many tokens more.
@@ -184,7 +184,8 @@ class StaticMemoryLayer(MemoryLayer):
         if not torch.compiler.is_compiling():
             self._asked += query_length
             if self._asked > self.max_length:
-                # Who has asked without a pass, or taken back tokens, is counted too: only now the device is asked.
+                # This count is too high after a crop, or if masks were made without a pass: read the true one, which
+                # waits for the device.
                 self._asked = int(self._seen) + query_length
                 check_room(self._asked, self.max_length)
         return self.max_length, 0

@@ -66,6 +66,7 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
         try:
             world = init_world(recipe.deepspeed.timeout)
             with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
+                # A stop signal is told to the other ranks, and their stop is taken as a signal here.
                 signals.last_words, watch.pass_on = watch.tell_stop, signals.pass_on
                 job = Job(recipe, output_folder(recipe), world, signals, Progress(rank=world.rank), occupied)
                 loaded = prepare(job, resume)
@@ -215,7 +216,7 @@ def finish(job: Job, loaded: Loaded, callbacks: RunCallbacks) -> None:
 
 
 def _introduce(job: Job, loaded: Loaded) -> None:
-    """Print the model's costs and data, and set the end tokens of its chats."""
+    """Print the batch, the first documents and the model's costs, and set the end tokens of its chats."""
     job.say(f"batch: {loaded.plan.describe()}")
     for line in loaded.rows.preview(loaded.tokenizer) if job.world.main else ():
         job.say(line)
@@ -226,6 +227,7 @@ def _introduce(job: Job, loaded: Loaded) -> None:
 
 
 def _track(job: Job, state: TrainState, *, resumed: bool) -> Tracker:
+    """The tracker of W&B and ``metrics.jsonl``, which continues after the last step of the checkpoint."""
     tracker = Tracker(
         job.recipe,
         job.output,
