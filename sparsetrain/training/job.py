@@ -28,7 +28,7 @@ class Job:
     world: World
     signals: StopSignals
     progress: Progress
-    occupied: ExitStack = field(default_factory=ExitStack)
+    cleanup: ExitStack = field(default_factory=ExitStack)
     """Closing it unlocks the run folder for other processes."""
 
     @property

@@ -61,17 +61,17 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
     Raises:
         SparsetrainError: The run cannot start or continue, on every rank.
     """
-    with own_linear(), ExitStack() as occupied:
-        signals = signals or occupied.enter_context(StopSignals())
+    with own_linear(), ExitStack() as cleanup:
+        signals = signals or cleanup.enter_context(StopSignals())
         try:
             world = init_world(recipe.deepspeed.timeout)
             with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
-                # A stop signal is told to the other ranks, and their stop is taken as a signal here.
-                signals.last_words, watch.pass_on = watch.tell_stop, signals.pass_on
-                job = Job(recipe, output_folder(recipe), world, signals, Progress(rank=world.rank), occupied)
+                # A rank that ends with a stuck main thread tells the others; a stop of another rank stops this one.
+                signals.before_exit, watch.pass_on = watch.tell_stop, signals.pass_on
+                job = Job(recipe, output_folder(recipe), world, signals, Progress(rank=world.rank), cleanup)
                 loaded = prepare(job, resume)
                 built = build(job, loaded, resume)
-                watch.last_words = built.callbacks.saver.abandon
+                watch.before_exit = built.callbacks.saver.abandon
                 # This includes the end of a failed run: a launcher sends SIGTERM as soon as the first rank has exited.
                 signals.hold()
                 try:
@@ -100,7 +100,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     # transformers shows a progress bar for every folder it reads or writes; a run has its own.
     transformers.utils.logging.disable_progress_bar()
     recipe, world = job.recipe, job.world
-    world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.occupied))
+    world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.cleanup))
     check_machine(recipe, world.device, world.size)
     world.on_main(lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)
@@ -234,7 +234,7 @@ def _track(job: Job, state: TrainState, *, resumed: bool) -> Tracker:
         rank=job.world.rank,
         resume_id=state.wandb_run_id,
         say=job.say,
-        remake=lambda: run_folder.remake(job.output, job.recipe, job.occupied),
+        remake=lambda: run_folder.remake(job.output, job.recipe, job.cleanup),
     )
     # Also drop step 0 of a run that died before its first checkpoint.
     tracker.rewind(state.step if resumed else -1)

@@ -21,8 +21,8 @@ def test_pipes_are_not_waited_for(tmp_path):
         read_results(tmp_path)
     assert run_folder.read_history(tmp_path) == []
     assert "versions that are not known" in _versions(tmp_path)
-    with ExitStack() as occupied:
-        run_folder._occupy(tmp_path, occupied)
+    with ExitStack() as cleanup:
+        run_folder._lock_folder(tmp_path, cleanup)
     said = []
     recipe = load_recipe("tiny-sparsek", ["wandb.mode=disabled"]).recipe
     tracker = Tracker(recipe, tmp_path, rank=0, resume_id=None, say=said.append, remake=lambda: None)
@@ -47,8 +47,8 @@ def test_a_picture_takes_the_place_of_a_pipe_or_a_link(tmp_path):
 def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with ExitStack() as occupied:
-        run_folder._occupy(tmp_path, occupied)
+    with ExitStack() as cleanup:
+        run_folder._lock_folder(tmp_path, cleanup)
     assert (tmp_path / "precious").read_text() == "kept"
 
 

@@ -206,7 +206,7 @@ import ctypes, os, signal, sys
 from sparsetrain.training.supervision import signals
 signals.PATIENCE = 0.2
 with signals.StopSignals() as stop:
-    stop.last_words = lambda outcome: print("told", outcome.value, flush=True)
+    stop.before_exit = lambda outcome: print("told", outcome.value, flush=True)
     # The system's handler runs in another thread then, and this one hears nothing.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     print("ready", flush=True)

@@ -37,11 +37,11 @@ NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LAT
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
-def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) -> None:
+def prepare(folder: Path, recipe: Recipe, resumed: bool, cleanup: ExitStack) -> None:
     """Create the run folder, or check that it holds the run to be resumed, and lock it.
 
     Args:
-        occupied: Closing it releases the lock.
+        cleanup: Closing it releases the lock.
 
     Raises:
         CheckpointError: The folder holds another run, another process uses it, or it cannot be written.
@@ -50,7 +50,7 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, occupied: ExitStack) ->
         refuse_inside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _check_kinds(folder)
-        _occupy(folder, occupied)
+        _lock_folder(folder, cleanup)
         if resumed:
             _check_resumed(folder, recipe)
             return
@@ -103,7 +103,7 @@ def refuse_to_start_over(folder: Path, skipped: Sequence[str]) -> None:
         )
 
 
-def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
+def remake(folder: Path, recipe: Recipe, cleanup: ExitStack) -> None:
     """Create the run folder again after it was deleted during the run.
 
     Raises:
@@ -111,7 +111,7 @@ def remake(folder: Path, recipe: Recipe, occupied: ExitStack) -> None:
         OSError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _occupy(folder, occupied)
+    _lock_folder(folder, cleanup)
     describe(folder, recipe)
 
 
@@ -186,10 +186,10 @@ def _check_kinds(folder: Path) -> None:
         raise CheckpointError(f"{place} is not a folder, but a run keeps its checkpoints there; move it away")
 
 
-def _occupy(folder: Path, occupied: ExitStack) -> None:
+def _lock_folder(folder: Path, cleanup: ExitStack) -> None:
     # Do not truncate it (it may be a link to another file), and do not block (it may be a pipe without a reader).
     number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    lock = occupied.enter_context(os.fdopen(number, "rb+", buffering=0))
+    lock = cleanup.enter_context(os.fdopen(number, "rb+", buffering=0))
     try:
         # A lock of the process: it is released when the process ends in any way, not when its last child does.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -79,7 +79,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.preempted = False
         self.interrupted = False
-        self.last_words: Callable[[Outcome], None] = lambda outcome: None
+        self.before_exit: Callable[[Outcome], None] = lambda outcome: None
         """Called before a process with a stuck main thread is ended, to tell other ranks the reason."""
         self._holding = False
         self._raised = False
@@ -220,7 +220,7 @@ class StopSignals:
             return
         code = self._end_at[1]
         try:
-            self.last_words(Outcome.INTERRUPTED if self.interrupted else Outcome.PREEMPTED)
+            self.before_exit(Outcome.INTERRUPTED if self.interrupted else Outcome.PREEMPTED)
         finally:
             os._exit(code)
 

@@ -72,7 +72,7 @@ class Watch:
         """The failure of another rank, once it is known."""
         self.stop: Outcome | None = None
         """The outcome for this rank if another rank was asked to stop."""
-        self.last_words: Callable[[], None] = lambda: None
+        self.before_exit: Callable[[], None] = lambda: None
         """Called before a process with a stuck main thread is ended; it may take some seconds."""
         self.pass_on: Callable[[Outcome], None] = lambda outcome: None
         """Called in the supervising thread if another rank was asked to stop, to stop the main thread."""
@@ -309,7 +309,7 @@ class Watch:
                 traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0), file=sys.stderr)
                 sys.stderr.flush()
                 try:
-                    self.last_words()
+                    self.before_exit()
                     self._receive(0.0)
                 finally:
                     os._exit(TrainingError.exit_code)
