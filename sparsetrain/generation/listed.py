@@ -78,6 +78,7 @@ class ListedMemory(PagedMemory):
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
         self._center: Tensor | None = None
         self._spread: Tensor | None = None
+        self._most_guesses = room.get("rollback", ROLLBACK) + 1
         super().__init__(pattern, attend, **room)
         # What is used again, and for how long, is known on the host alone.
         self.static = self.static and decode.refresh is None
@@ -86,6 +87,7 @@ class ListedMemory(PagedMemory):
         """See :meth:`Memory.reset`."""
         super().reset()
         self._step, self._prompt = 0, 0
+        self._in_round = False
         self._choices: deque[Choice] = deque()
         self._counted = [0.0, 0.0, 0.0]  # keys read, keys held, keys dropped, over the observed steps
         self._observed = 0
@@ -96,15 +98,21 @@ class ListedMemory(PagedMemory):
     ) -> Tensor:
         """See :meth:`Memory.attend`. Several tokens that may be guesses read what they would read one by one."""
         padded = starts is not None and any(starts)
-        if not self.started or padded or query.shape[2] > self._steps:
+        count = query.shape[2]
+        many = count > 1 and count > (self._most_guesses if self._in_round else self._steps)
+        if not self.started or padded or many:
             out = super().attend(layer, query, key, value, starts=starts, **options)
             self._prompt, self._step = self._longest, 0
             self._choices.clear()
             return out
-        if query.shape[2] == 1:
+        if count == 1:
             return self._attend_one(query, key, value, options)
         tokens = zip(query.split(1, 2), key.split(1, 2), value.split(1, 2), strict=True)
         return torch.cat([self._attend_one(q, k, v, options) for q, k, v in tokens], dim=2)
+
+    def begin_round(self) -> None:
+        """See :meth:`Memory.begin_round`: as many tokens as can be taken back may be guesses from now on."""
+        self._in_round = True
 
     def rollback(self, tokens: int) -> None:
         """See :meth:`Memory.rollback`."""
