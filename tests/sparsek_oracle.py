@@ -24,6 +24,9 @@ def threshold(z: Array, k: float) -> float:
     points = np.unique(np.concatenate([z, z - 1]))
     # The sum falls from len(z) to 0, linearly between these points.
     first = bisect_left(points, True, key=lambda point: sum_of_gates(z, point) <= k)
+    if first == 0:
+        # Numbers so large that z - 1 is z: there is no point at which all are counted.
+        return float(points[0])
     before, after = points[first - 1 : first + 1]
     most, least = sum_of_gates(z, before), sum_of_gates(z, after)
     rise = (most - k) / (most - least)
