@@ -141,6 +141,7 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
                 "or the path of a .yaml or .json file that has them"
             )
         given = PUBLISHED[given]
+    _refuse_truth_values(given, "decode")
     try:
         return Decode.model_validate(dict(given))
     except ValidationError as error:
@@ -149,6 +150,15 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
             for fault in error.errors()
         ]
         raise ModelError("; ".join(faults)) from error
+
+
+def _refuse_truth_values(section: Mapping[str, Any], place: str) -> None:
+    """Pydantic takes ``true`` for the number 1."""
+    for name, value in section.items():
+        if isinstance(value, Mapping) and name in ("prune", "refresh", "p"):
+            _refuse_truth_values(value, f"{place}.{name}")
+        elif isinstance(value, bool) and name != "staggered":
+            raise ModelError(f"{place}.{name}: {str(value).lower()} is no value of this field; give a number or a name")
 
 
 def _place(location: tuple[int | str, ...]) -> list[str]:
