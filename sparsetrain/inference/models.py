@@ -53,8 +53,10 @@ def check_room(model: PreTrainedModel, place: str, tokens: int, new_tokens: int)
     Raises:
         ModelError: names the numbers and what to set.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or tokens + new_tokens <= limit:
+    from sparsetrain.modeling.positions import position_limit
+
+    limit = position_limit(model)
+    if limit is None or tokens + new_tokens <= limit:
         return
     if tokens < limit:
         raise ModelError(

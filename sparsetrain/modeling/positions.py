@@ -23,7 +23,7 @@ def check_positions(model: PreTrainedModel, length: int) -> None:
         ModelError: The rows are longer; names both numbers and the setting.
     """
     check_learned_positions(model, {"sequence.length": [length]})
-    fault = positions_fault(length, _limit(model))
+    fault = positions_fault(length, position_limit(model))
     if fault is not None:
         raise ModelError(f"sequence.length={fault}")
 
@@ -37,7 +37,7 @@ def check_learned_positions(model: PreTrainedModel, lengths: Mapping[str, Sequen
     Raises:
         ModelError: A length is too large; names the setting, the length and the table.
     """
-    limit, table = _limit(model), _table(model)
+    limit, table = position_limit(model), _table(model)
     for field, asked in lengths.items():
         if table is not None and limit is not None and max(asked, default=0) > limit:
             raise ModelError(
@@ -46,14 +46,15 @@ def check_learned_positions(model: PreTrainedModel, lengths: Mapping[str, Sequen
             )
 
 
-def _limit(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions that the config of a model's decoder gives it; None if it gives no number."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def _table(model: PreTrainedModel) -> str | None:
     """The name of the table of learned positions; None if there is none."""
-    limit = _limit(model)
+    limit = position_limit(model)
     if limit is None:
         return None
     for name, module in model.named_modules():
