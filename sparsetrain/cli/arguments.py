@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsetrain.errors import ModelError
+from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,39 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Settings that override the recipe, such as train.lr=2e-5.", show_default=False
     ),
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
+]
 
 
 def print_notes(loaded: LoadedRecipe) -> None:
     """Print the notes of loading a recipe on standard error."""
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def check_new(flag: str, path: Path, kind: str) -> None:
+    """Refuse a path that exists, or whose folder does not.
+
+    Args:
+        kind: ``file`` or ``folder``, for the message.
+
+    Raises:
+        DataError: names the flag and the path.
+    """
+    if path.exists():
+        raise DataError(f"--{flag} {path} exists already; remove it, or name another {kind}")
+    if not path.parent.is_dir():
+        raise DataError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
 
 
 def choose_dtype(name: str) -> torch.dtype | None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsetrain.cli.arguments import DTYPES, choose_device, choose_dtype
+from sparsetrain.cli.arguments import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    check_new,
+    choose_device,
+    choose_dtype,
+)
 from sparsetrain.cli.decode_options import with_decode_options
 from sparsetrain.errors import DataError, ModelError
 
@@ -30,14 +37,7 @@ NOT_MEASURED = (
 
 @partial(with_decode_options, without=NOT_MEASURED)
 def calibrate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     data: Annotated[
         Path, typer.Option(help="Held-out text: a .jsonl with text in every line, or one text.", show_default=False)
     ],
@@ -69,10 +69,8 @@ def calibrate(
         Path | None,
         typer.Option(help="Save the model with the section to this new folder.", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
-    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     decode: dict[str, Any] | None = None,
 ) -> None:
     """Find Twilight's p for each layer from what its attention output may lose, on held-out text.
@@ -108,6 +106,7 @@ def calibrate(
     from sparsetrain.modeling import save as save_model
     from sparsetrain.modeling import set_decode
     from sparsetrain.modeling.decode_section import decode_text
+    from sparsetrain.modeling.positions import position_limit
     from sparsetrain.tables import print_tables
 
     loaded, tokenizer = open_model(model, dtype=kind)
@@ -116,8 +115,7 @@ def calibrate(
             f"--save {save}: {model} holds adapters, which are not saved with their base; use --output, or export the "
             "run with --merge first"
         )
-    positions = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    texts = stretches(data, tokenizer, tokens, positions if isinstance(positions, int) else None)
+    texts = stretches(data, tokenizer, tokens, position_limit(loaded))
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("texts", total=len(texts))
         found, layers = find(
@@ -144,13 +142,9 @@ def calibrate(
 
 
 def _check_new(output: Path | None, save: Path | None) -> None:
-    for flag, path in (("output", output), ("save", save)):
-        if path is None:
-            continue
-        if path.exists():
-            raise DataError(f"--{flag} {path} exists already; remove it, or choose another name")
-        if not path.parent.is_dir():
-            raise DataError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    for flag, path, kind in (("output", output, "file"), ("save", save, "folder")):
+        if path is not None:
+            check_new(flag, path, kind)
     if output is not None and output.suffix not in (".yaml", ".yml", ".json"):
         raise DataError(f"--output {output} must end in .yaml, .yml or .json, by which --decode knows it for a file")
 

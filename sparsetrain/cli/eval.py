@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sparsetrain.cli.arguments import Overrides, RecipeArgument
+from sparsetrain.cli.arguments import Overrides, RecipeArgument, choose_device
 from sparsetrain.errors import ModelError, RecipeError
 
 
@@ -57,7 +57,6 @@ def evaluate_folder(
         )
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
@@ -67,7 +66,7 @@ def evaluate_folder(
     from sparsetrain.modeling.tokenizers import load_tokenizer
     from sparsetrain.world import World
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(None)
     model: Any = load(folder)
     for each in section.tasks:
         check_learned_positions(model, {each.path(name): lengths for name, lengths in each.lengths_by_field().items()})

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.filesize import decimal
 
-from sparsetrain.cli.arguments import DTYPES, choose_device, choose_dtype
+from sparsetrain.cli.arguments import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    check_new,
+    choose_device,
+    choose_dtype,
+)
 from sparsetrain.cli.decode_options import with_decode_options
-from sparsetrain.errors import DataError, ModelError
+from sparsetrain.errors import ModelError
 
 if TYPE_CHECKING:
     from sparsetrain.inference.prompts import Prompt
@@ -23,14 +30,7 @@ if TYPE_CHECKING:
 
 @with_decode_options
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; may be given again.")] = None,
     file: Annotated[
         Path | None,
@@ -64,10 +64,8 @@ def generate(
         float | None, typer.Option(help="Above 1: fewer repeats.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of drawn tokens.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the GPU if there is one.", show_default=False)
-    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
     decode: dict[str, Any] | None = None,
 ) -> None:
     """Continue prompts with a trained model, by the attention method it was trained with.
@@ -88,7 +86,7 @@ def generate(
     kind = choose_dtype(dtype)
     prompts = read_prompts(prompt or [], file)
     if output is not None:
-        _check_output(output)
+        check_new("output", output, "file")
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
 
     import torch
@@ -118,13 +116,6 @@ def generate(
     print(_speed(writer.usage), file=sys.stderr)
     if (told := _kept(writer.usage.observations)) is not None:
         print(told, file=sys.stderr)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise DataError(f"--output {output} exists already; remove it, or name another file")
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: there is no folder {output.parent}; make it first")
 
 
 def _sampling(*values: Any) -> Any:
