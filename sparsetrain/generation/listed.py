@@ -37,7 +37,7 @@ OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
 
 @contextmanager
 def observing() -> Iterator[None]:
-    """Within it every step counts what it reads, and measures its weight now and then. Waits for the device."""
+    """Within it every step counts what it reads, and measures its weight now and then."""
     token = OBSERVING.set(True)
     try:
         yield
@@ -89,9 +89,10 @@ class ListedMemory(PagedMemory):
         self._step, self._prompt = 0, 0
         self._in_round = False
         self._choices: deque[Choice] = deque()
-        self._counted = [0.0, 0.0, 0.0]  # keys read, keys held, keys dropped, over the observed steps
+        # Keys read, keys held, keys dropped, over the observed steps: numbers on the device, read at the end.
+        self._counted: list[int | Tensor] = [0, 0, 0]
         self._observed = 0
-        self._masses: list[float] = []
+        self._masses: list[Tensor] = []
 
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, starts: list[int] | None, **options: Any
@@ -148,10 +149,11 @@ class ListedMemory(PagedMemory):
         """Statistics of the steps within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
         ``dropped``, that of keys for which a list had no room; and ``mass_min`` and ``mass_mean``, the least and the
         mean share of the softmax weight, by a dense pass now and then."""
-        read, held, dropped = self._counted
+        read, held, dropped = map(int, self._counted)
         found = {"kept": read / held, "dropped": dropped / held} if held else {}
         if self._masses:
-            found |= {"mass_min": min(self._masses), "mass_mean": sum(self._masses) / len(self._masses)}
+            masses = torch.cat(self._masses)
+            found |= {"mass_min": float(masses.min()), "mass_mean": float(masses.double().mean())}
         return found
 
     # --- a step --------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ class ListedMemory(PagedMemory):
             k, heads = min(self._keep(), self._room()), self._tensors()[0].shape[1]
             found = top_k_lists(scores, lse, k, num_kv_heads=heads, **self._always(), **pages)
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
-            self._counted[2] += float(found.dropped.sum())
+            self._counted[2] += found.dropped.sum()
         return found.lists, found.counts
 
     def _estimate(self, query: Tensor, pages: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -277,14 +279,14 @@ class ListedMemory(PagedMemory):
     def _observe(self, query: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]) -> None:
         keys, values, table, lengths = self._tensors()
         always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self.decode.sinks + recent)
-        self._counted[0] += float(counts.sum() + counts.shape[1] * always.sum())
-        self._counted[1] += float(counts.shape[1] * lengths.sum())
+        self._counted[0] += counts.sum() + counts.shape[1] * always.sum()
+        self._counted[1] += counts.shape[1] * lengths.sum()
         self._observed += 1
         if self._observed % MASS_EVERY == 1:
             _, whole = block_pattern_decode(
                 query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
             )
-            self._masses += (lse - whole).exp().flatten().tolist()
+            self._masses.append((lse - whole).exp().flatten())
 
     # --- beside the keys -----------------------------------------------------------------------------------------
 
