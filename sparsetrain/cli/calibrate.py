@@ -101,21 +101,26 @@ def calibrate(
 
     from sparsetrain.durable import write_whole
     from sparsetrain.inference.calibrate import calibrate as find
+    from sparsetrain.inference.calibrate import sample
     from sparsetrain.inference.heldout import stretches
-    from sparsetrain.inference.models import open_model
+    from sparsetrain.inference.models import find_model
     from sparsetrain.modeling import save as save_model
     from sparsetrain.modeling import set_decode
     from sparsetrain.modeling.decode_section import decode_text
     from sparsetrain.modeling.positions import position_limit
     from sparsetrain.tables import print_tables
 
-    loaded, tokenizer = open_model(model, dtype=kind)
-    if save is not None and getattr(loaded, "peft_config", None) is not None:
+    source = find_model(model)
+    if save is not None and source.has_adapters:
         raise ModelError(
             f"--save {save}: {model} holds adapters, which are not saved with their base; use --output, or export the "
             "run with --merge first"
         )
-    texts = stretches(data, tokenizer, tokens, position_limit(loaded))
+    texts = stretches(data, source.tokenizer, tokens, position_limit(source.outline))
+    # Both are done again with the weights: here they refuse before those are read.
+    set_decode(source.outline, section)
+    sample(section, len(texts), len(texts[0]), rows, seed)
+    loaded = source.load(kind)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("texts", total=len(texts))
         found, layers = find(
@@ -137,7 +142,7 @@ def calibrate(
         write_whole(output, decode_text(found) if output.suffix != ".json" else found.model_dump_json(indent=2) + "\n")
         print(f"{output}: use it with sparsetrain generate --decode {output}", file=sys.stderr)
     if save is not None:
-        save_model(set_decode(loaded, found), save, tokenizer)
+        save_model(set_decode(loaded, found), save, source.tokenizer)
         print(f"{save}: load it with sparsetrain.load({str(save)!r})", file=sys.stderr)
 
 

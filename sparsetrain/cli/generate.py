@@ -81,8 +81,10 @@ def generate(
       sparsetrain generate my-model --file long.txt --decode twilight
       sparsetrain generate my-model --file long.txt --decode.prune.p 0.9 --decode.refresh.every 8
     """
+    from sparsetrain.generation.settings import parse_decode
     from sparsetrain.inference.prompts import read_prompts
 
+    section = None if decode is None else parse_decode(decode)
     kind = choose_dtype(dtype)
     prompts = read_prompts(prompt or [], file)
     if output is not None:
@@ -91,24 +93,30 @@ def generate(
 
     import torch
 
-    from sparsetrain.inference.models import check_room, open_model
+    from sparsetrain.inference.models import check_room, find_model
     from sparsetrain.inference.sampling import check_own
     from sparsetrain.inference.writer import Writer
     from sparsetrain.modeling import set_decode
 
     place = choose_device(device)
-    loaded, tokenizer = open_model(model, dtype=kind)
-    if decode is not None:
-        set_decode(loaded, decode)
-    own: Any = loaded.generation_config
+    source = find_model(model)
+    # Without weights, so that what is wrong is said before they are read.
+    outline: Any = source.outline
+    if section is not None:
+        set_decode(outline, section)
+    own = outline.generation_config
     check_own(own, batch=min(batch, len(prompts)))
     arguments = sampling.arguments(own)
-    encoded = [each.encode(tokenizer, chat=chat) for each in prompts]
+    encoded = [each.encode(source.tokenizer, chat=chat) for each in prompts]
     for each, tokens in zip(prompts, encoded, strict=True):
-        check_room(loaded, each.place, len(tokens), max_new_tokens)
-    _note(loaded, tokenizer, prompts, sampling.describe(own), chat=chat)
+        check_room(outline, each.place, len(tokens), max_new_tokens)
+
+    loaded = source.load(kind)
+    if section is not None:
+        set_decode(loaded, section)
+    _note(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
     torch.manual_seed(seed)
-    writer = Writer(loaded.to(place), tokenizer, max_new_tokens, arguments)
+    writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments)
     if len(prompts) == 1 and output is None:
         _stream(writer, encoded[0])
     else:

@@ -81,6 +81,27 @@ def places(texts: int, tokens: int, rows: int | None, seed: int) -> list[Tensor]
     return [ends[torch.randperm(len(ends), generator=generator)[:count]].sort().values for count in counts]
 
 
+def sample(decode: Decode, texts: int, tokens: int, rows: int | None, seed: int) -> list[Tensor]:
+    """The rows that are measured with a section, int64 ``[rows]`` of each text, as :func:`places` draws them.
+
+    Raises:
+        ModelError: the section cannot be measured, or not on so little text.
+    """
+    if decode.refresh is not None:
+        raise ModelError(
+            "decode.refresh is not measured: calibrate without it, and add it to the section that comes out"
+        )
+    if decode.prune is None:
+        raise ModelError("decode.prune is missing: calibrate finds its p")
+    anyway = decode.sinks + decode.recent + decode.prune.min_keys
+    if anyway >= tokens // 2:
+        raise ModelError(
+            f"--tokens {tokens}: rows from token {tokens // 2} on are measured, and sinks, recent and prune.min_keys "
+            f"read {anyway} keys with any p; raise it above {2 * anyway}, or lower those"
+        )
+    return places(texts, tokens, rows, seed)
+
+
 def calibrate(
     model: PreTrainedModel,
     texts: Sequence[Sequence[int]],
@@ -110,20 +131,9 @@ def calibrate(
         ModelError: the section does not fit the model, there is too little text, or no layer can read fewer keys.
     """
     tokens = len(texts[0])
+    sampled = sample(decode, len(texts), tokens, rows, seed)
     prune = decode.prune
-    if decode.refresh is not None:
-        raise ModelError(
-            "decode.refresh is not measured: calibrate without it, and add it to the section that comes out"
-        )
-    if prune is None:
-        raise ModelError("decode.prune is missing: calibrate finds its p")
-    anyway = decode.sinks + decode.recent + prune.min_keys
-    if anyway >= tokens // 2:
-        raise ModelError(
-            f"--tokens {tokens}: rows from token {tokens // 2} on are measured, and sinks, recent and prune.min_keys "
-            f"read {anyway} keys with any p; raise it above {2 * anyway}, or lower those"
-        )
-    sampled = places(len(texts), tokens, rows, seed)
+    assert prune is not None
     measured = sum(map(len, sampled))
     one = decode.model_copy(update={"prune": prune.model_copy(update={"p": 1.0}), "calibrated": None})
     set_decode(model, one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +12,67 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MODEL = "MODEL"
+"""What messages call the argument."""
 
-def open_model(name: str, *, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with its attention method, on the host, and its tokenizer.
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose small files were read and found to fit, before its weights are."""
+
+    path: str
+    """A folder or a Hub id."""
+    outline: PreTrainedModel
+    """The model without weights, with its attention method, decode section and generation config."""
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is a folder of adapters, beside their base."""
+        from sparsetrain.modeling.places import ADAPTER_FILE
+
+        return (Path(self.path) / ADAPTER_FILE).is_file()
+
+    def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model with its attention method, on the host.
+
+        Args:
+            dtype: of the weights; None leaves them as they are stored.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        from sparsetrain.modeling import load, sparsify
+        from sparsetrain.modeling.configs import saved_source
+        from sparsetrain.modeling.weights import load_weights
+
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if self.has_adapters:
+            return load(self.path, **options)
+        source = saved_source(self.path, MODEL)
+        if source.values.get("sparsetrain") is not None:
+            return load(self.path, **options)
+        return sparsify(load_weights(self.path, MODEL, **{"config": source.config(), **options}), {"method": "full"})
+
+
+def find_model(name: str) -> Source:
+    """The model that a command was given; nothing of its weights is read.
 
     Args:
         name: the folder of a run (its ``final/`` is taken), of a model or of adapters, a Hub id, or
             ``sparsetrain:tiny``. A model that records no method attends fully.
-        dtype: of the weights; None leaves them as they are stored.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it is not found, or its files are damaged.
     """
-    from sparsetrain.modeling import load, sparsify
-    from sparsetrain.modeling.configs import saved_source
-    from sparsetrain.modeling.places import ADAPTER_FILE, resolve
+    from sparsetrain.modeling.outline import outline
+    from sparsetrain.modeling.places import resolve
     from sparsetrain.modeling.tokenizers import load_tokenizer
-    from sparsetrain.modeling.weights import load_weights
 
     folder = Path(name) / "final"
-    path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, "MODEL")
-    tokenizer = load_tokenizer(path, "MODEL (its tokenizer)")
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    if (Path(path) / ADAPTER_FILE).is_file():
-        return load(path, **options), tokenizer
-    source = saved_source(path, "MODEL")
-    if source.values.get("sparsetrain") is not None:
-        return load(path, **options), tokenizer
-    model = load_weights(path, "MODEL", **{"config": source.config(), **options})
-    return sparsify(model, {"method": "full"}), tokenizer
+    path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, MODEL)
+    tokenizer = load_tokenizer(path, f"{MODEL} (its tokenizer)")
+    return Source(path, outline(path, MODEL), tokenizer)
 
 
 def check_room(model: PreTrainedModel, place: str, tokens: int, new_tokens: int) -> None:

@@ -59,7 +59,6 @@ def check_own(own: GenerationConfig, *, batch: int) -> None:
         raise ModelError(
             f"{place}: {guesses} guesses tokens of one prompt at a time; set --batch 1, or remove it there"
         )
-    own.cache_implementation = None
 
 
 class Sampling(Section):

@@ -78,6 +78,11 @@ class Writer:
     arguments: dict[str, Any] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
+    def __post_init__(self) -> None:
+        # Memories take the place of any cache, and the kind of cache changes no token.
+        config: Any = self.model.generation_config
+        config.cache_implementation = None
+
     def complete(
         self,
         prompts: Sequence[Sequence[int]],

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,21 +186,36 @@ def load_adapters(
         if changed["dtype"] not in DTYPES:
             raise ModelError(f"dtype={dtype}: the base model of adapters loads in auto, {', '.join(DTYPES)}")
     section = section.model_copy(update=changed)
-    try:
+    with of_adapters(path):
         check_same_base(trained_on, identity(load_config(section)), str(section.path))
         model, _ = load_model(section, attention, seed=0)
+    read_adapters(model, path)
+    load_end_tokens(model, path)
+    return model.eval()
+
+
+@contextmanager
+def of_adapters(path: Path) -> Iterator[None]:
+    """Let errors of a base model name the folder of its adapters.
+
+    Raises:
+        ModelError: in the place of one inside.
+    """
+    try:
+        yield
     except ModelError as error:
         raise ModelError(
             f"the base model of the adapters in {path}: {error} "
             "(if it has moved, give base=... in Python, --base ... to sparsetrain export)"
         ) from error
-    read_adapters(model, path)
-    _load_end_tokens(model, path)
-    return model.eval()
 
 
-def _load_end_tokens(model: PreTrainedModel, path: Path) -> None:
-    """Use the end tokens that the adapters were trained with; older folders do not record them."""
+def load_end_tokens(model: PreTrainedModel, path: Path) -> None:
+    """Use the end tokens that the adapters were trained with; older folders do not record them.
+
+    Raises:
+        ModelError: their file cannot be read.
+    """
     if model.generation_config is None or not (path / GENERATION_CONFIG_NAME).is_file():
         return
     try:

@@ -213,6 +213,7 @@ def test_what_cannot_be_done_is_refused(call, held_out, tmp_path, monkeypatch, a
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "some.txt").write_text("import os\n" * 40)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing needs weights to be refused
     code, out, err = call("calibrate", TINY, *(() if "--data" in arguments else ("--data", str(held_out))), *arguments)
     assert (code, out) == (2, "")
     assert message in " ".join(err.replace("│", " ").split())

@@ -6,10 +6,15 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
+from sparsetrain.modeling.adapters import adapter_tensors, add_adapters, save_adapters
+from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.recipe.lora_section import LoraSection
+from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.recipe.yaml_source import dump_yaml
 
 TINY = "sparsetrain:tiny"
@@ -20,8 +25,6 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" + (
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer():
-    from sparsetrain.modeling.places import resolve
-
     return sparsetrain.load(TINY), load_tokenizer(resolve(TINY, "path"), "path")
 
 
@@ -83,12 +86,19 @@ def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, pow
     ]
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    code, printed, _ = call(
-        str(power_folder), "--file", str(file), "--batch", "3", "--max-new-tokens", "6", "--output", str(out)
-    )
+    options = (
+        "--batch",
+        "3",
+        "--max-new-tokens",
+        "6",
+        "--dtype",
+        "float32",
+    )  # of which no two tokens are equally likely
+    code, printed, _ = call(str(power_folder), "--file", str(file), *options, "--output", str(out))
     assert (code, printed) == (0, "")
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    model, tokenizer = sparsetrain.load(power_folder / "final"), load_tokenizer(power_folder / "final", "path")
+    model = sparsetrain.load(power_folder / "final", dtype=torch.float32)
+    tokenizer = load_tokenizer(power_folder / "final", "path")
     texts = [rows[0]["prompt"], "<user>import os\n<answer>", "x"]
     for row, answer, text in zip(rows, answers, texts, strict=True):
         assert {name: answer[name] for name in row} == row
@@ -188,7 +198,22 @@ def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, 
     (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "finish": "b"}\n')
     (tmp_path / "twice.jsonl").write_text('{"prompt": "a", "prompt": "b"}\n')
     (tmp_path / "surrogate.jsonl").write_text('{"prompt": "a", "note": "\\ud800"}\n')
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # nothing needs weights to be refused
     code, out, err = call(TINY, *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_adapters_write_on_top_of_their_base_and_are_checked_before_its_weights(call, tmp_path, monkeypatch):
+    model = sparsetrain.sparsify(sparsetrain.load(TINY), {"method": "power", "block": 8, "window": 2, "sinks": 1})
+    add_adapters(model, LoraSection())
+    state = {name: model.state_dict()[of_model] for of_model, name in adapter_tensors(model).items()}
+    save_adapters(model, tmp_path / "adapters", base=ModelSection(path=TINY), state_dict=state)
+    load_tokenizer(resolve(TINY, "path"), "path").save_pretrained(tmp_path / "adapters")
+    arguments = (str(tmp_path / "adapters"), "--prompt", "import ", "--max-new-tokens", "3")
+    code, _, err = call(*arguments)
+    assert (code, "note: attention power" in err) == (0, True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    code, _, err = call(*arguments, "--decode", "twilight")
+    assert (code, "this model has none: its layers have a block pattern" in err) == (2, True)
