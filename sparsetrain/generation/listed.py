@@ -1,8 +1,8 @@
 """Full attention that reads few keys in a step. All keys are kept, with smaller tensors from which a step chooses.
 
-A step chooses keys by their codes of 4 bits (Twilight, 2502.02770) or the bounds of pages (Quest, 2406.10774), or takes
-those of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and to the last ones. Keys are
-never copied: a choice is a list of positions. Prompts attend to everything.
+A step takes the candidates of a selector (``selectors.py``) and chooses of them by their codes of 4 bits (Twilight,
+2502.02770), or takes the keys of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and
+to the last ones. Keys are never copied: a choice is a list of positions. Prompts attend to everything.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, page_scores, top_k_lists, top_p_lists
+from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, top_k_lists, top_p_lists
 from sparsetrain_kernels.block_decode import block_pattern_decode
-from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, key_statistics
+from sparsetrain_kernels.key_mirror import KeyMirror, key_statistics
 from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor, nn
 
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
+from sparsetrain.generation.selectors import GRANULE, Candidates, Places, make_selector
 from sparsetrain.generation.settings import Decode
 from sparsetrain.patterns import Pattern
 
-GRANULE = 16
-"""Tokens of a page of Quest."""
 LEAST_CAPACITY = 8192
 """Room of a list, at least; a quarter of all keys where that is more."""
 MASS_EVERY = 64
@@ -73,6 +72,7 @@ class ListedMemory(PagedMemory):
 
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
+        self._selector = make_selector(decode)
         self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
         prune = decode.prune
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
@@ -217,53 +217,43 @@ class ListedMemory(PagedMemory):
 
     def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``."""
-        pages = self._pages(query, options)
+        candidates = self._candidates(query, options)
         if not self._mirrors:
-            return self._candidates(pages)
-        scores, lse = self._estimate(query, pages, options)
+            return candidates.positions(self._room(), **self._always())
+        scores, lse = self._estimate(query, candidates, options)
         if self.decode.prune is not None:
-            found = self._top_p(scores, lse, pages)
+            found = self._top_p(scores, lse, candidates)
         else:
             k, heads = min(self._keep(), self._room()), self._tensors()[0].shape[1]
-            found = top_k_lists(scores, lse, k, num_kv_heads=heads, **self._always(), **pages)
+            found = top_k_lists(scores, lse, k, num_kv_heads=heads, **self._always(), **candidates.arguments)
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
             self._counted[2] += found.dropped.sum()
         return found.lists, found.counts
 
-    def _estimate(self, query: Tensor, pages: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _candidates(self, query: Tensor, options: dict[str, Any]) -> Candidates:
+        """What the selector passes on."""
+        return self._selector.candidates(query, self._places(), options.get("scale"))
+
+    def _estimate(self, query: Tensor, candidates: Candidates, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Scores of the candidates from their codes, and the log-sum-exp of each row."""
         factors: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-        return estimate_scores(query, self._mirror(), **self._places(), **factors, **pages)
+        return estimate_scores(query, self._mirror(), **self._places().arguments, **factors, **candidates.arguments)
 
-    def _top_p(self, scores: Tensor, lse: Tensor, pages: dict[str, Any], **other: Any) -> PositionLists:
+    def _top_p(self, scores: Tensor, lse: Tensor, candidates: Candidates, **other: Any) -> PositionLists:
         """What the layer's top-p keeps of the candidates; ``other`` goes before the section."""
         heads, room = self._tensors()[0].shape[1], self._room()
         capacity = min(room, max(LEAST_CAPACITY, room // 4))
-        given = {**self._prune, **self._always(), **pages, **other}
+        given = {**self._prune, **self._always(), **candidates.arguments, **other}
         return top_p_lists(scores, lse, num_kv_heads=heads, capacity=capacity, **given)
-
-    def _pages(self, query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """Quest's candidates: ascending pages of 16 tokens, and how many. Nothing where all keys are."""
-        if self.decode.select != "quest":
-            return {}
-        bounds = page_scores(query, self._bounds(), scale=options.get("scale"), **self._places())
-        best = bounds.topk(min(self.decode.candidate_pages, bounds.shape[-1]), sorted=False)
-        real = best.values > float("-inf")
-        pages = torch.where(real, best.indices, bounds.shape[-1]).sort().values.int()
-        return {"page_lists": pages, "page_counts": real.sum(-1, dtype=torch.int32)}
-
-    def _candidates(self, pages: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """All tokens of Quest's candidates, as :meth:`_lists`."""
-        return _positions(self._room(), **self._always(), **pages)
 
     def _room(self) -> int:
         """Tokens that a row's pages have room for."""
         return self._tensors()[2].shape[1] * self.pattern.block
 
-    def _places(self) -> dict[str, Any]:
+    def _places(self) -> Places:
         """Where the keys of each row are."""
         _, _, table, lengths = self._tensors()
-        return {"lengths": lengths, "block_table": table, "max_length": self._room()}
+        return Places(lengths, table, self._room(), self.beside)
 
     def _always(self) -> dict[str, Any]:
         """What every step reads."""
@@ -295,17 +285,13 @@ class ListedMemory(PagedMemory):
         assert self._spread is not None
         return KeyMirror(self.beside["codes"], self.beside["scale_low"], self._center, self._spread)
 
-    def _bounds(self) -> PageBounds:
-        return PageBounds(self.beside["bounds"])
-
     def _make_beside(self, key: Tensor, pages: int) -> dict[str, Tensor]:
         _, heads, _, width = key.shape
-        block, made = self.pattern.block, {}
+        block = self.pattern.block
+        made = self._selector.make_beside(key, pages, block)
         if self._mirrors:
             made["codes"] = torch.zeros(pages, heads, block, width // 2, dtype=torch.uint8, device=key.device)
             made["scale_low"] = torch.zeros(pages, heads, block, 2, dtype=torch.float16, device=key.device)
-        if self.decode.select == "quest":
-            made["bounds"] = key.new_zeros(pages, heads, block // GRANULE, 2, width)
         return made
 
     def _keep_moments(self, center: Tensor, spread: Tensor) -> None:
@@ -345,23 +331,5 @@ class ListedMemory(PagedMemory):
             lengths=lengths,
             block_table=table,
             mirror=self._mirror() if self._mirrors else None,
-            bounds=self._bounds() if self.decode.select == "quest" else None,
+            **self._selector.written(self.beside),
         )
-
-
-def _positions(
-    room: int,
-    *,
-    lengths: Tensor,
-    sinks: int,
-    recent: int,
-    page_lists: Tensor,
-    page_counts: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """All tokens of pages, ``[B, Hkv, 16 * P]``, and how many, but for those that are read in any case."""
-    within = torch.arange(GRANULE, device=page_lists.device, dtype=torch.int32)
-    places = (page_lists[..., None] * GRANULE + within).flatten(2)
-    listed = torch.arange(places.shape[-1], device=places.device) < GRANULE * page_counts[..., None]
-    kept = listed & (places >= sinks) & (places < (lengths - recent)[:, None, None])
-    lists = torch.where(kept, places, room).sort().values
-    return lists, kept.sum(-1, dtype=torch.int32)

@@ -99,12 +99,15 @@ class Probe(ListedMemory):
             out, lse = listed_decode(query, keys, values, lists, counts, return_lse=True, **given)
             return ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0], (lse - dense).exp()[..., 0]
 
-        pages = self._pages(query, options)
-        candidates = read(*self._candidates(pages))[1] if pages else torch.ones_like(dense[..., 0])
-        scores, lse = self._estimate(query, pages, options)
+        passed = self._candidates(query, options)
+        if passed.all_keys:
+            candidates = torch.ones_like(dense[..., 0])
+        else:
+            candidates = read(*passed.positions(self._room(), **self._always()))[1]
+        scores, lse = self._estimate(query, passed, options)
         errors, masses, kept = [], [], []
         for p in self._shares:
-            found = self._top_p(scores, lse, pages, p=p)
+            found = self._top_p(scores, lse, passed, p=p)
             error, mass = read(found.lists, found.counts)
             count = found.counts + always
             # The error of all keys is that of rounding.

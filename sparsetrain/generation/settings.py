@@ -107,9 +107,9 @@ class Decode(Section):
         return self
 
     @property
-    def candidate_pages(self) -> int:
-        """Pages of 16 tokens that Quest passes on."""
-        return -(-(self.candidates or 8192) // 16)
+    def candidate_tokens(self) -> int:
+        """Tokens that Quest passes on."""
+        return 8192 if self.candidates is None else self.candidates
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.listed import GRANULE
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.probe import Loss, Probe, join
+from sparsetrain.generation.selectors import GRANULE
 from sparsetrain.generation.settings import Calibrated, Decode
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan

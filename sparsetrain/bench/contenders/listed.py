@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.bench.contenders.base import Contender, Prepared
-from sparsetrain.generation.listed import GRANULE, ListedMemory
+from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.memories import PAGE
+from sparsetrain.generation.selectors import GRANULE
 from sparsetrain.generation.settings import Decode
 from sparsetrain.patterns import FullPattern
 
@@ -70,7 +71,7 @@ def _bytes_beside(problem: DecodeProblem, settings: Decode) -> int:
     total, candidates = 0, problem.length
     if settings.select == "quest":
         total += -(-problem.length // GRANULE) * 2 * problem.head_dim * problem.dtype.itemsize
-        candidates = min(candidates, settings.candidate_pages * GRANULE)
+        candidates = min(candidates, -(-settings.candidate_tokens // GRANULE) * GRANULE)
     if settings.prune is not None:
         total += candidates * (problem.head_dim // 2 + CODES)
     return total * problem.batch * problem.kv_heads

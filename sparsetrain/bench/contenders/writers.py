@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache
 
 from sparsetrain.bench.contenders.stand_ins import use_no_attention
-from sparsetrain.generation.listed import GRANULE
 from sparsetrain.generation.pages import PagedMemory
+from sparsetrain.generation.selectors import GRANULE
 from sparsetrain.generation.settings import parse_decode
 from sparsetrain.modeling import SparseCache, set_decode, sparsify
 
