@@ -1,9 +1,12 @@
-"""Read small text files named by a user, or refuse them with the reason; never block on a pipe."""
+"""Read text files named by a user, or refuse them with the reason."""
 
 from __future__ import annotations
 
 import os
 import stat
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparsetrain.errors import SparsetrainError
@@ -18,7 +21,7 @@ _KINDS = {
 
 
 def read_text(path: str | Path, called: str, error: type[SparsetrainError], most: int = 2**20) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark.
+    """The text of a small regular file in UTF-8, with or without a byte order mark.
 
     A pipe or a device is refused and not opened: it might never end, or never begin.
 
@@ -30,20 +33,40 @@ def read_text(path: str | Path, called: str, error: type[SparsetrainError], most
     Raises:
         SparsetrainError: of the class ``error``, with the reason.
     """
-    try:
+    with _told(called, error):
         kind = stat.S_IFMT(os.stat(path).st_mode)
         if kind != stat.S_IFREG:
             raise error(f"{called}: is {_KINDS.get(kind, 'no file')}, where a file is needed")
         # Some files of /proc wait for what to say, though they look regular.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             content = file.read(most + 1)
-    except (OSError, ValueError) as fault:  # a name with a NUL is a ValueError
-        raise error(f"{called}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from fault
-    if len(content) > most:
-        raise error(f"{called}: is larger than {most:,} bytes, the most that is read of such a file")
-    try:
+        if len(content) > most:
+            raise error(f"{called}: is larger than {most:,} bytes, the most that is read of such a file")
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
+def text_lines(path: str | Path, called: str, error: type[SparsetrainError]) -> Iterator[str]:
+    """The lines of a file of any size, or of a pipe, in UTF-8 with or without a byte order mark, each with its end.
+
+    Args:
+        called: what messages call the file.
+        error: what is raised.
+
+    Raises:
+        SparsetrainError: of the class ``error``, with the reason, where reading comes to it.
+    """
+    with _told(called, error), open(path, encoding="utf-8-sig") as file:
+        yield from file
+
+
+@contextmanager
+def _told(called: str, error: type[SparsetrainError]) -> Iterator[None]:
+    """Say of which file a fault is."""
+    try:
+        yield
+    except UnicodeDecodeError as fault:
+        wide = fault.object.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
         guess = "it begins as UTF-16 does" if wide else "its encoding is another"
         raise error(f"{called}: not a text file in UTF-8 ({guess}); save it as UTF-8") from None
+    except (OSError, ValueError) as fault:  # a name with a NUL is a ValueError
+        raise error(f"{called}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from fault

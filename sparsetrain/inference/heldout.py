@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsetrain.data.values import keyed_once
 from sparsetrain.errors import DataError, first_line
+from sparsetrain.textfile import text_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,23 +61,19 @@ def stretches(
 
 def _texts(file: Path) -> Iterator[str]:
     """The texts of a file, one at a time."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            if file.suffix != ".jsonl":
-                yield lines.read()
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text(line, f"--data {file}, line {number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--data {file}: {error.reason} at byte {error.start}; it must be text in UTF-8") from error
-    except OSError as error:
-        raise DataError(f"--data {file} cannot be read: {error.strerror or error}") from error
+    called = f"--data {file}"
+    lines = text_lines(file, called, DataError)
+    if file.suffix != ".jsonl":
+        yield "".join(lines)
+        return
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _text(line, f"{called}, line {number}")
 
 
 def _text(line: str, place: str) -> str:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=keyed_once)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is no JSON: {first_line(error)}") from error
     text = row.get("text") if isinstance(row, dict) else None

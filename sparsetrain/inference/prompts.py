@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.data.values import keyed_once
 from sparsetrain.errors import DataError, ModelError, first_line
+from sparsetrain.textfile import text_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,12 +83,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
 def _read(file: Path) -> str:
     if str(file) == "-":
         return _standard_input()
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--file {file}: {error.reason} at byte {error.start}; it must be text in UTF-8") from error
-    except OSError as error:
-        raise DataError(f"--file {file} cannot be read: {error.strerror or error}") from error
+    return "".join(text_lines(file, f"--file {file}", DataError))
 
 
 def _standard_input() -> str:
@@ -104,18 +101,10 @@ def _rows(text: str, file: Path) -> Iterator[Prompt]:
             continue
         place = f"{file}, line {number}"
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            row = json.loads(line, object_pairs_hook=keyed_once)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is no JSON: {first_line(error)}") from error
         yield _prompt(row, place)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names all differ: of two values, only the last would be seen."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice")
-    return dict(pairs)
 
 
 def _prompt(row: Any, place: str) -> Prompt:

@@ -15,7 +15,10 @@ from sparsetrain.cli import main
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.settings import parse_decode
 from sparsetrain.inference.calibrate import SHARES, calibrate, places
+from sparsetrain.inference.heldout import stretches
 from sparsetrain.modeling.decode_section import decode_text, read_decode
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.tokenizers import load_tokenizer
 
 TINY = "sparsetrain:tiny"
 TOKENS = 192
@@ -187,10 +190,18 @@ def test_from_a_text_to_a_completion(call, held_out, tmp_path, ending):
     assert (code, "for layer 2 has no effect" in err) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
+    tokenizer = load_tokenizer(resolve(TINY, "path"), "path")
+    text = "import os\n" * 40
+    (tmp_path / name).write_text(text if name == "a.txt" else json.dumps({"text": text}), encoding="utf-8-sig")
+    assert stretches(tmp_path / name, tokenizer, 64, None)[0] == tokenizer(text)["input_ids"][:64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "no.txt"], "--data no.txt cannot be read"),
+        (["--data", "no.txt"], "--data no.txt: cannot be read"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
         (["--data", "prompts.jsonl"], "prompts.jsonl, line 1: expected an object with a text"),
         (["--data", "short.txt"], "its longest text has"),

@@ -179,11 +179,13 @@ def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder
         (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99"),
         (["--prompt", "a", "--max-new-tokens", "999999"], "set --max-new-tokens to at most"),
         (["--prompt", "a " * 9000], "leaves none to write"),
-        (["--file", "no.jsonl"], "--file no.jsonl cannot be read"),
+        (["--file", "no.jsonl"], "--file no.jsonl: cannot be read"),
         (["--file", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
+        (["--file", "wide.txt"], "--file wide.txt: not a text file in UTF-8 (it begins as UTF-16 does)"),
+        (["--file", "."], "--file .: cannot be read: Is a directory"),
         (["--file", "both.jsonl"], "give either prompt (a text) or messages"),
         (["--file", "taken.jsonl"], "has a column finish already"),
-        (["--file", "twice.jsonl"], "the name 'prompt' comes twice"),
+        (["--file", "twice.jsonl"], "the key 'prompt' appears twice"),
         (["--file", "surrogate.jsonl"], "surrogate.jsonl, line 1 holds half of a surrogate pair"),
         (["--prompt", "a", "--temperature", "1e-45"], "--temperature 1e-45"),
         (["--prompt", "a", "--decode.prune.min_keys", "9" * 20], "decode.prune.min_keys"),
@@ -194,6 +196,7 @@ def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder
 def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (tmp_path / "wide.txt").write_text("import", encoding="utf-16")
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "messages": []}\n')
     (tmp_path / "taken.jsonl").write_text('{"prompt": "a", "finish": "b"}\n')
     (tmp_path / "twice.jsonl").write_text('{"prompt": "a", "prompt": "b"}\n')
