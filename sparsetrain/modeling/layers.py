@@ -18,6 +18,7 @@ from sparsetrain.modeling.attention.interface import ATTENTION_NAME
 from sparsetrain.modeling.attention.name import guard_name
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import keep_memory
+from sparsetrain.modeling.continuous_batching import refuse_continuous_batching
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
@@ -62,10 +63,7 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
     if owner is None:
         raise ModelError(f"{type(model).__name__} holds no transformers model that has the config of its decoder")
     owner.set_attn_implementation(ATTENTION_NAME)
-    for each in model.modules():
-        # Continuous batching switches every model that supports flash attention to it, which would be dense.
-        if isinstance(each, PreTrainedModel) and modules[0] in each.modules():
-            each._supports_flash_attn = False
+    refuse_continuous_batching(model, modules[0])
     for module, plan in zip(modules, plans, strict=True):
         put_method(module, plan)
         guard_name(module)

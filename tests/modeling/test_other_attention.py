@@ -30,6 +30,15 @@ def test_a_model_switched_to_another_attention_refuses_to_run_and_to_be_saved(at
     sparsetrain.save(model, tmp_path / "model")
 
 
+def test_save_pretrained_writes_what_a_switched_model_was_trained_with(tiny, tokens, tmp_path):
+    """It has no pass behind it with another attention, so the record is right whatever the config asks for."""
+    model = sparsify(tiny("llama"), POWER)
+    expected = model(tokens(30)).logits
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(sparsetrain.load(tmp_path / "model")(tokens(30)).logits, expected)
+
+
 def test_a_copy_of_a_model_refuses_too(tiny, tokens):
     model = copy.deepcopy(sparsify(tiny("llama"), POWER))
     model.set_attn_implementation("eager")
@@ -49,6 +58,12 @@ def test_continuous_batching_does_not_make_a_model_dense(family, tiny, tokens, m
     """As on a machine where flash attention is installed."""
     monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda **_: True)
     model = sparsify(tiny(family), POWER)
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(ModelError, match=r"generate_batch\) would run .* densely.*call model.generate"):
+            each.generate_batch([tokens(30)[0].tolist()])
+        with pytest.raises(ModelError, match="continuous batching"), each.continuous_batching_context_manager():
+            pass
+    model.destroy_cached_continuous_batching_manager()
     with pytest.raises(ValueError, match="sparsetrain is not supported for continuous batching"):
         model.generate_batch([tokens(30)[0].tolist()])
     with pytest.raises(ValueError, match="does not support Flash Attention"):
