@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +195,27 @@ def test_backends_that_share_no_heads_get_groups_as_rows(monkeypatch):
     torch.testing.assert_close(got.attend(*layer), expected)
 
 
+def test_flash_attention_2_of_its_package_reads_the_whole_cache(monkeypatch):
+    problem = resolve(device="cpu", **SMALL).problem(96)
+    (layer,) = problem.tensors()
+    fa2 = next(each for each in resolve(device="cuda").known if each.name == "fa2")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(Unavailable, match="pip install flash-attn"):
+        fa2.prepare(problem, layer)
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, causal):
+        assert cache_seqlens.tolist() == [k_cache.shape[1]] * len(q)
+        assert causal
+        heads_first = (tensor.transpose(1, 2) for tensor in (q, k_cache, v_cache))
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, enable_gqa=True).transpose(1, 2)
+
+    package = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    prepared = fa2.prepare(problem, layer)
+    out = prepared.layout.restore(prepared.attend(*map(prepared.layout.arrange, layer)))
+    torch.testing.assert_close(out, problem.definition(layer, "all"))
+
+
 def test_files_hold_everything_and_the_table_says_why_a_row_is_empty(report, tmp_path):
     report.rows[0].error = float("nan")
     table, record = write_report(report, tmp_path / "new/folder")
@@ -225,7 +248,7 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
     assert main(["bench", "decode", *ARGUMENTS, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "these are CPU timings" in shown.out
-    assert "Not measured here: flash, cudnn, efficient, math, varlen, CUDA graphs." in shown.out
+    assert "Not measured here: fa2, flash, cudnn, efficient, math, varlen, CUDA graphs." in shown.out
     assert "SDPA of torch, full cache" in shown.out
     assert "copy within the memory" in shown.err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["decode.csv", "decode.json", "decode.png"]
@@ -265,6 +288,7 @@ def test_defaults_suit_the_machine():
         "ours",
         "sparsek",
         *CHOOSING,
+        "fa2",
         "flash",
         "cudnn",
         "efficient",

@@ -1,4 +1,4 @@
-"""Dense causal attention: cuDNN and FlashAttention 2 from torch, and FlashAttention 4."""
+"""Dense causal attention: cuDNN and FlashAttention 2 from torch, and FlashAttention 2 and 4 of their own packages."""
 
 from __future__ import annotations
 
@@ -117,6 +117,17 @@ def _step(backend: SDPBackend) -> Callable[[Any, Any], Prepared]:
     return prepare
 
 
+def _fa2_step(problem: Any, layer: Any) -> Prepared:
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as error:
+        raise Unavailable(
+            "flash_attn is not installed: pip install flash-attn; the row flash is FlashAttention 2 as torch has it"
+        ) from error
+    lengths = problem.cache_lengths()
+    return Prepared(lambda *inputs: flash_attn_with_kvcache(*inputs, cache_seqlens=lengths, causal=True), TOKENS_FIRST)
+
+
 def _step_chosen_by_torch(problem: Any, layer: Any) -> Prepared:
     return Prepared(lambda query, key, value: F.scaled_dot_product_attention(query, key, value, enable_gqa=True))
 
@@ -129,7 +140,8 @@ CAUSAL = (
     Contender("sdpa", "SDPA of torch, dense", "all", _chosen_by_torch, ("cpu",)),
 )
 STEPS = (
-    Contender("flash", "SDPA flash, full cache", "all", _step(SDPBackend.FLASH_ATTENTION)),
+    Contender("fa2", "FA2, full cache", "all", _fa2_step),
+    Contender("flash", "FA2 of torch, full cache", "all", _step(SDPBackend.FLASH_ATTENTION)),
     Contender("cudnn", "SDPA cuDNN, full cache", "all", _step(SDPBackend.CUDNN_ATTENTION)),
     Contender("efficient", "SDPA efficient, full cache", "all", _step(SDPBackend.EFFICIENT_ATTENTION)),
     Contender("math", "SDPA math, full cache", "all", _step(SDPBackend.MATH)),
