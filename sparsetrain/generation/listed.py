@@ -102,7 +102,11 @@ class ListedMemory(PagedMemory):
         count = query.shape[2]
         many = count > 1 and count > (self._most_guesses if self._in_round else self._steps)
         if not self.started or padded or many:
+            later = self._longest > 0
             out = super().attend(layer, query, key, value, starts=starts, **options)
+            if later and self._mirrors:
+                # A chunk of a prompt, or another turn: codes are centred and scaled by all tokens, as of one prompt.
+                self._write_again(self._longest, whole=True)
             self._prompt, self._step = self._longest, 0
             self._choices.clear()
             return out

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Llam
 
 import sparsetrain
 from sparsetrain.errors import ModelError
+from sparsetrain.generation import listed
 from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW
 from sparsetrain.generation.listed import ListedMemory, observing
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
@@ -114,6 +115,31 @@ def test_rows_of_a_batch_are_as_alone(decode):
     for row, length in enumerate((90, 33, 50)):
         alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:])
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decode", [FEW["top-p"], FEW["top-p of Quest"], FEW["top-k"]], ids=["top-p", "Quest", "top-k"])
+@pytest.mark.parametrize("lengths", [(96,), (96, 20, 50)], ids=str)
+def test_chunks_of_a_prompt_choose_as_the_whole_does(decode, lengths, monkeypatch):
+    """Among them chunks that are padding, and prompts whose tokens differ from their beginnings'."""
+    model, (ids, mask) = make(decode), prompts(*lengths)
+    ids[:, :40] = ids[:, :40] % 3 + (mask[:, :40] > 0).long()
+    chosen = []
+    original = listed.listed_decode
+
+    def noted(query, keys, values, lists, counts, **options):
+        real = torch.arange(lists.shape[-1]) < counts[..., None]
+        chosen.append(torch.where(real, lists, -1))
+        return original(query, keys, values, lists, counts, **options)
+
+    monkeypatch.setattr(listed, "listed_decode", noted)
+    _, whole, _ = logits(model, ids, mask, count=6)
+    wanted, chosen = chosen, []
+    _, chunked, _ = logits(model, ids, mask, count=6, prefill_chunk_size=32)
+    assert torch.equal(whole, chunked)
+    assert len(wanted) == len(chosen) == 10
+    for want, found in zip(wanted, chosen, strict=True):
+        width = max(int((each >= 0).sum(-1).max()) for each in (want, found))
+        assert torch.equal(want[..., :width], found[..., :width])
 
 
 @pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
