@@ -76,10 +76,11 @@ def step_outputs(model, text, prompt, at):
             hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][0, -1]))
             stack.callback(hook.remove)
         cache = None
-        for part in (text[:prompt], text[prompt:at], text[at : at + 1]):
-            if part:
-                seen.clear()
-                cache = model(torch.tensor([part]), past_key_values=cache, use_cache=True).past_key_values
+        # As many tokens at once as are read in steps: more would be taken for another part of the prompt.
+        more = [text[start : min(start + 16, at)] for start in range(prompt, at, 16)]
+        for part in (text[:prompt], *more, text[at : at + 1]):
+            seen.clear()
+            cache = model(torch.tensor([part]), past_key_values=cache, use_cache=True).past_key_values
     return [out.unflatten(0, (4, 16)) for out in seen]
 
 
