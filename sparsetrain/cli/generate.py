@@ -64,6 +64,19 @@ def generate(
         float | None, typer.Option(help="Above 1: fewer repeats.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of drawn tokens.")] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|TOKENS",
+            help="Make room once, for the tokens of a row that a layer's pattern reads again (auto); refuse a prompt "
+            "that needs more than TOKENS. By default the cache grows.",
+            show_default=False,
+        ),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Keep in host memory what a block pattern does not read now or next."),
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     decode: dict[str, Any] | None = None,
@@ -80,6 +93,7 @@ def generate(
       sparsetrain generate my-model --file questions.jsonl --batch 8 --output answers.jsonl
       sparsetrain generate my-model --file long.txt --decode twilight
       sparsetrain generate my-model --file long.txt --decode.prune.p 0.9 --decode.refresh.every 8
+      sparsetrain generate my-model --file book.txt --max-new-tokens 4096 --offload
     """
     from sparsetrain.generation.settings import parse_decode
     from sparsetrain.inference.prompts import read_prompts
@@ -95,9 +109,10 @@ def generate(
 
     from sparsetrain.inference.models import check_room, find_model
     from sparsetrain.inference.sampling import check_own
-    from sparsetrain.inference.writer import Writer
+    from sparsetrain.inference.writer import Writer, make_cache
     from sparsetrain.modeling import set_decode
 
+    limits = None if budget is None and not offload else {"budget": budget or "auto", "offload": offload}
     place = choose_device(device)
     source = find_model(model)
     # Without weights, so that what is wrong is said before they are read.
@@ -110,13 +125,15 @@ def generate(
     encoded = [each.encode(source.tokenizer, chat=chat) for each in prompts]
     for each, tokens in zip(prompts, encoded, strict=True):
         check_room(outline, each.place, len(tokens), max_new_tokens)
+    if limits is not None:
+        make_cache(outline, max_new_tokens, limits)
 
     loaded = source.load(kind)
     if section is not None:
         set_decode(loaded, section)
     _note(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
     torch.manual_seed(seed)
-    writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments)
+    writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments, limits)
     if len(prompts) == 1 and output is None:
         _stream(writer, encoded[0])
     else:
@@ -188,6 +205,7 @@ def _speed(usage: Usage) -> str:
     return (
         f"{usage.prompt_tokens:,} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens:,} new tokens "
         f"({rate} after the first), cache {decimal(usage.cache_bytes)}"
+        + (f" on the device and {decimal(usage.host_bytes)} in host memory" if usage.host_bytes else "")
     )
 
 

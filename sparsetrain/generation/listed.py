@@ -67,7 +67,7 @@ class ListedMemory(PagedMemory):
         attend: full attention of many rows.
         decode: what is chosen and when.
         index: of the layer, by which choices are staggered.
-        room: ``max_length``, ``rollback`` and ``max_pages`` of :class:`~sparsetrain.generation.pages.PagedMemory`.
+        room: ``max_length``, ``rollback`` and ``budget`` of :class:`~sparsetrain.generation.pages.PagedMemory`.
     """
 
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:

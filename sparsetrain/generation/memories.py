@@ -8,7 +8,11 @@ from typing import Any
 from sparsetrain_kernels.dense import causal_attention
 from torch import Tensor, nn
 
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import attention_kind
+from sparsetrain.generation.limits import Limits
 from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.base import Method
@@ -26,7 +30,7 @@ def make_memory(
     *,
     max_length: int | None = None,
     rollback: int = ROLLBACK,
-    max_pages: int | None = None,
+    limits: Limits | None = None,
     decode: Decode | None = None,
     index: int = 0,
     listed: Callable[..., ListedMemory] = ListedMemory,
@@ -36,12 +40,17 @@ def make_memory(
     Args:
         method: how the layer attends; None where it stays as the model made it.
         window: its sliding window in tokens, where it stays as the model made it.
-        max_length, rollback, max_pages: as in :class:`~sparsetrain.generation.pages.PagedMemory`.
+        max_length, rollback: as in :class:`~sparsetrain.generation.pages.PagedMemory`.
+        limits: of a cache with a ``max_length``; the layer takes those that its attention allows.
         decode: what a step reads, of full attention; None means all keys.
         index: of the layer.
         listed: makes the memory of full attention that has a ``decode``.
+
+    Raises:
+        ModelError: the budget is less than the layer keeps of any text.
     """
-    room: dict[str, Any] = {"max_length": max_length, "rollback": rollback, "max_pages": max_pages}
+    allowed = (limits or Limits()).of(attention_kind(method, window))
+    room: dict[str, Any] = {"max_length": max_length, "rollback": rollback, "budget": allowed.budget}
 
     def choosing(attend: Attend) -> ListedMemory:
         return listed(FullPattern(PAGE), attend, decode, index, **room)
@@ -57,9 +66,16 @@ def make_memory(
         return PagedMemory(SlidingPattern(page, -(-(window - 1) // page) + 1, 0), attend, window=window, **room)
     own = method.memory()
     if own is not None:
+        if allowed.budget is not None and own.most is not None and own.most > allowed.budget:
+            raise ModelError(
+                f"budget={allowed.budget}: the attention method keeps {own.most} tokens of a row; set budget to "
+                f"{own.most} or more, or to auto"
+            )
         own.static = max_length is not None and rollback == 0
         return own
     if isinstance(method, StaticMethod) and type(method).attend is StaticMethod.attend:
+        if allowed.offload and max_length is not None:
+            return OffloadedMemory(method.pattern, method.attend, max_length=max_length, budget=allowed.budget)
         return PagedMemory(method.pattern, method.attend, **room)
     decodes = method.dense and not method.extra_inputs
     if decodes and decode is not None:

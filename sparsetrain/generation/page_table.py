@@ -72,3 +72,19 @@ def still_read(pattern: Pattern, page: int, block: int, horizon: int | None) -> 
     """Whether a query in ``block`` or later reads a page."""
     last = pattern.last_query_block(page, horizon)
     return last is None or last >= block
+
+
+@lru_cache(maxsize=2**14)
+def pages_read(pattern: Pattern, block: int) -> frozenset[int]:
+    """The pages that a query in ``block`` reads, with any head."""
+    return frozenset(page for head in pattern.heads for page in pattern.key_blocks(block, head))
+
+
+@lru_cache(maxsize=64)
+def most_pages_read(pattern: Pattern, horizon: int) -> int:
+    """The most pages that two neighbouring blocks of a text of ``horizon`` blocks read together."""
+    most, before = 0, frozenset[int]()
+    for block in range(horizon):
+        read = pages_read(pattern, block)
+        most, before = max(most, len(before | read)), read
+    return most

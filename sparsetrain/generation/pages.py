@@ -42,7 +42,8 @@ class PagedMemory(Memory):
         max_length: tokens of a row at most, its padding included: the horizon. What no token after the prompt reads is
             then not kept, and all room is made at once. None means that rows grow without an end.
         rollback: tokens that can be taken back in any case.
-        max_pages: pages of a row at most, where there is a horizon; None means as many as are needed.
+        budget: tokens of a row that there is room for at most, where there is a horizon; None means as many as are
+            needed.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class PagedMemory(Memory):
         decodes: bool = True,
         max_length: int | None = None,
         rollback: int = ROLLBACK,
-        max_pages: int | None = None,
+        budget: int | None = None,
     ) -> None:
         self.pattern, self.window, self.decodes, self.max_length = pattern, window, decodes, max_length
         self.static = decodes and max_length is not None
-        self._max_pages = max_pages
+        self._budget = budget
         self._attend = attend
         self._slack = -(-rollback // pattern.block)  # blocks that can be taken back
         self._steps = min(MAX_ROWS, pattern.block, rollback + 1)  # most tokens of a call that the decode kernel takes
@@ -279,7 +280,7 @@ class PagedMemory(Memory):
 
     def _allocate(self, key: Tensor, starts: Sequence[int], after: Sequence[int]) -> None:
         """Room for a new text, in the tensors of the one before where they fit."""
-        batch, heads, _, width = key.shape
+        batch = key.shape[0]
         self._starts, self._highest = [0] * batch, [0] * batch
         if self.max_length is None:
             pages = self._roomy(max(after))
@@ -292,12 +293,17 @@ class PagedMemory(Memory):
                 )
                 for row, end in enumerate(after)
             ]
-        slots = max(table.needed for table in self.tables)
-        if self._max_pages is not None and slots > self._max_pages:
+        self._make_pages(key, max(table.needed for table in self.tables), max(after))
+
+    def _make_pages(self, key: Tensor, slots: int, prompt: int) -> None:
+        """Room for ``slots`` pages a row of keys like these, behind a prompt of ``prompt`` tokens."""
+        batch, heads, _, width = key.shape
+        needed = slots * self.pattern.block
+        if self._budget is not None and needed > self._budget:
             raise ModelError(
-                f"max_pages={self._max_pages}: behind a prompt of {max(after)} tokens and up to max_length="
-                f"{self.max_length} the pattern reads {slots} pages of {self.pattern.block} tokens a row again; raise "
-                "max_pages, or lower max_length"
+                f"budget={self._budget}: behind a prompt of {prompt} tokens and up to max_length={self.max_length} the "
+                f"pattern reads {needed} tokens of a row again ({slots} pages of {self.pattern.block}); set budget to "
+                f"{needed} or more, or to auto, or lower max_length"
             )
         held = self.keys
         fits = held is not None and len(held) % batch == 0 and len(held) >= batch * slots
@@ -347,7 +353,8 @@ class PagedMemory(Memory):
         local = torch.tensor(rows, dtype=torch.int32)
         pages = torch.where(local < 0, local, local + slots * torch.arange(len(rows), dtype=torch.int32)[:, None])
         if self.table is not None and self.table.shape == pages.shape:
-            self.table.copy_(pages)
+            # Pinned, so that the host does not wait for the copy.
+            self.table.copy_(pages.pin_memory() if self.table.is_cuda else pages, non_blocking=True)
         else:
             self.table = pages.to(self.keys.device)  # type: ignore[union-attr]
 

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,9 @@ class Usage:
     decoded: int = 0
     """Tokens written in :attr:`decode_seconds`."""
     cache_bytes: int = 0
-    """The largest cache of a batch."""
+    """The largest cache of a batch, on its devices."""
+    host_bytes: int = 0
+    """What that of a batch held in host memory, at most."""
     observations: list[dict[str, float]] = field(default_factory=list)
     """Of each batch and layer that read a choice of keys."""
 
@@ -70,12 +73,15 @@ class Writer:
     Args:
         arguments: of ``model.generate``.
         max_new_tokens: the most that are written after a prompt.
+        limits: ``budget`` and ``offload`` of a :class:`~sparsetrain.SparseCache`; None generates without one, in caches
+            that grow.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     arguments: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] | None = None
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -98,10 +104,12 @@ class Writer:
             on_token: called after each token of the batch.
 
         Raises:
-            ModelError: the device has too little memory.
+            ModelError: the device has too little memory, or the budget is too small.
         """
         device = self.model.device
         ids, mask = self._padded(prompts)
+        room = ids.shape[1] + self.max_new_tokens
+        made = {} if self.limits is None else {"past_key_values": make_cache(self.model, room, self.limits)}
         clock = _Clock(on_token)
         begin = now(device)
         try:
@@ -116,6 +124,7 @@ class Writer:
                     streamer=streamer,
                     return_dict_in_generate=True,
                     use_cache=True,
+                    **made,
                     **self.arguments,
                 )
         except torch.OutOfMemoryError as error:
@@ -136,6 +145,8 @@ class Writer:
         self.usage.decode_seconds += end - first
         cache = written.past_key_values
         self.usage.cache_bytes = max(self.usage.cache_bytes, cache_bytes(cache))
+        if isinstance(cache, SparseCache):
+            self.usage.host_bytes = max(self.usage.host_bytes, cache.host_nbytes())
         memories = (getattr(layer, "memory", None) for layer in cache.layers)
         self.usage.observations += [memory.observations() for memory in memories if isinstance(memory, ListedMemory)]
         return completions
@@ -166,6 +177,23 @@ class Writer:
         kept = row if end is None else row[: end + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(str(text), prompt_tokens, len(kept), "length" if end is None else "stop")
+
+
+def make_cache(model: PreTrainedModel, tokens: int, limits: dict[str, Any]) -> SparseCache:
+    """An empty cache for rows of up to ``tokens`` tokens, and what the model's generation config guesses on top.
+
+    Args:
+        limits: ``budget`` and ``offload``.
+
+    Raises:
+        ModelError: no layer of the model allows them.
+    """
+    own: Any = model.generation_config
+    guesses = getattr(own, "prompt_lookup_num_tokens", None) or 0
+    if getattr(own, "assistant_early_exit", None) is not None:
+        guesses = max(guesses, own.num_assistant_tokens or 20)  # transformers' default
+    room = tokens + (guesses + 1 if guesses else 0)
+    return SparseCache(model, max_length=room, rollback=guesses, **limits)
 
 
 def cache_bytes(cache: Any) -> int:

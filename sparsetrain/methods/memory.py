@@ -20,6 +20,9 @@ class Memory(ABC):
     fault: str | None = None
     """Why this memory cannot be used any more: what it should have read cannot be remembered."""
 
+    most: int | None = None
+    """Tokens of a row that it keeps at most, where that is known without a text."""
+
     @property
     @abstractmethod
     def rows(self) -> int:
@@ -86,7 +89,11 @@ class Memory(ABC):
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the tensors it holds."""
+        """Bytes of the tensors it holds on the layer's device."""
+
+    def host_nbytes(self) -> int:
+        """Bytes that it holds in host memory beside them."""
+        return 0
 
 
 def alike(starts: Sequence[int], lengths: Sequence[int]) -> dict[tuple[int, int], list[int] | slice]:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import attention_kind
+from sparsetrain.generation.limits import Limits, parse_budget
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.cache import StaticMemoryLayer, shares_keys
@@ -27,20 +29,30 @@ class SparseCache(Cache):
             top.
         rollback: tokens that can be taken back in any case (assisted generation). Of layers that forget, each block of
             these is a page more.
-        max_pages: pages of a row and layer at most; more are refused. None means as many as are needed.
+        budget: tokens of a row that each layer may have room for on its device; a prompt that needs more is refused
+            with the number. ``auto`` means as many as are needed. Layers with full attention keep all tokens.
+        offload: layers with a block pattern keep all their keys in host memory, and on the device what is read now
+            and next; any number of tokens can then be taken back. Other layers stay on the device. Steps are not
+            compiled.
 
     Raises:
-        ModelError: the model has no attention method, or layers whose past is not keys and values of their own.
+        ModelError: the model has no attention method, or layers whose past is not keys and values of their own; an
+            argument is out of range, or none of the layers allows it.
     """
 
-    def __init__(self, model: nn.Module, *, max_length: int, rollback: int = 0, max_pages: int | None = None) -> None:
-        for name, number, least in (
-            ("max_length", max_length, 1),
-            ("rollback", rollback, 0),
-            ("max_pages", max_pages, 1),
-        ):
-            if number is not None and number < least:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_length: int,
+        rollback: int = 0,
+        budget: int | str = "auto",
+        offload: bool = False,
+    ) -> None:
+        for name, number, least in (("max_length", max_length, 1), ("rollback", rollback, 0)):
+            if number < least:
                 raise ModelError(f"{name}={number} must be at least {least}")
+        limits = Limits(parse_budget(budget), offload)
         modules: list[Any] = [module for module in model.modules() if hasattr(module, PLAN_ATTRIBUTE)]
         if not modules:
             raise ModelError(
@@ -53,6 +65,8 @@ class SparseCache(Cache):
                 f"{type(model).__name__} has layers whose past is not keys and values of their own (state spaces, "
                 "convolutions, shared keys), which a SparseCache does not hold; generate without it"
             )
+        plans = [module.sparsetrain_plan for module in modules]
+        limits.check(attention_kind(plan.method, plan.window) for plan in plans)
         super().__init__(
             layers=[
                 StaticMemoryLayer(
@@ -61,7 +75,7 @@ class SparseCache(Cache):
                         module.sparsetrain_plan.window,
                         max_length=max_length,
                         rollback=rollback,
-                        max_pages=max_pages,
+                        limits=limits,
                         decode=module.sparsetrain_plan.decode,
                         index=module.sparsetrain_plan.index,
                     ),
@@ -75,5 +89,9 @@ class SparseCache(Cache):
         self.max_length = max_length
 
     def nbytes(self) -> int:
-        """Bytes of the tensors that its layers hold."""
+        """Bytes of the tensors that its layers hold on their devices."""
         return sum(layer.memory.nbytes() for layer in self.layers)  # type: ignore[union-attr]
+
+    def host_nbytes(self) -> int:
+        """Bytes that its layers hold in host memory (``offload``)."""
+        return sum(layer.memory.host_nbytes() for layer in self.layers)  # type: ignore[union-attr]

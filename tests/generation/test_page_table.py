@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsetrain.generation.page_table import NOT_KEPT, page_table
+from sparsetrain.generation.page_table import NOT_KEPT, most_pages_read, page_table
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
@@ -41,6 +41,15 @@ def test_the_slots_of_a_known_horizon(prompt: int, generated: int, slots: dict[s
     pages = prompt + generated
     found = {name: page_table(PATTERNS[name], pages, prompt=prompt, horizon=pages).needed for name in slots}
     assert found == slots
+
+
+def test_pages_of_two_neighbouring_blocks() -> None:
+    found = {name: [most_pages_read(PATTERNS[name], horizon) for horizon in (128, 512, 4096)] for name in PATTERNS}
+    assert found["power"] == [15, 19, 25]
+    assert found["stride"] == [9, 21, 133]
+    assert found["dilated"] == [24, 24, 24]
+    assert found["longnet"] == [19, 19, 19]
+    assert found["full"] == [128, 512, 4096]
 
 
 @pytest.mark.parametrize("slack", [0, 1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -76,6 +77,24 @@ def test_a_run_writes_by_the_method_it_was_trained_with(call, power_folder):
     assert out.removesuffix("\n") == greedy(model, tokenizer, text, 10)
     assert "note: attention power" in err
     assert "--chat" in err
+
+
+def test_room_on_the_device_is_limited_and_told(call, power_folder):
+    text = "def add(a, b):\n    return a + b\n" * 6
+    arguments = (str(power_folder), "--prompt", text, "--max-new-tokens", "10")
+    _, want, _ = call(*arguments)
+    for options, told in (
+        (("--budget", "auto"), r"cache [\d.]+ .B\n"),
+        (("--budget", "4096"), r"cache [\d.]+ .B\n"),
+        (("--offload",), r"cache [\d.]+ .B on the device and [\d.]+ .B in host memory\n"),
+        (("--offload", "--budget", "96"), r"cache [\d.]+ .B on the device and [\d.]+ .B in host memory\n"),
+    ):
+        code, out, err = call(*arguments, *options)
+        assert (code, out) == (0, want)
+        assert re.search(told, err)
+    code, out, err = call(*arguments, "--budget", "16")
+    assert (code, out) == (2, "")
+    assert re.search(r"budget=16: behind a prompt of \d+ tokens .* set budget to \d+ or more", err)
 
 
 def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, power_folder, tmp_path):
@@ -189,6 +208,9 @@ def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder
         (["--file", "surrogate.jsonl"], "surrogate.jsonl, line 1 holds half of a surrogate pair"),
         (["--prompt", "a", "--temperature", "1e-45"], "--temperature 1e-45"),
         (["--prompt", "a", "--decode.prune.min_keys", "9" * 20], "decode.prune.min_keys"),
+        (["--prompt", "a", "--budget", "few"], "budget=few must be auto, or a number of tokens"),
+        (["--prompt", "a", "--budget", "64"], "budget=64: the layers of this model have full attention"),
+        (["--prompt", "a", "--offload"], "offload=True: the layers of this model have full attention"),
         (["--prompt", "a", "--output", "taken.jsonl"], "exists already"),
         (["--prompt", "a", "--output", "nowhere/a.jsonl"], "there is no folder nowhere"),
     ],

@@ -32,6 +32,7 @@ class SparseKMemory(Memory):
 
     def __init__(self, state: SparseKState, gate: str, score: Score, select_and_attend: SelectAndAttend) -> None:
         self.state, self.gate = state, gate
+        self.most = state.sinks + state.topk + state.window
         self._round: Round | None = None
         self._rounds = False
         self._score, self._select_and_attend = score, select_and_attend

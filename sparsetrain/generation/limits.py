@@ -1,0 +1,70 @@
+"""Limits of a cache's room on the device, and the reason where a layer's attention does not allow one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, WINDOW
+
+REASONS = {
+    (FULL, "budget"): (
+        "every step may read any key, and a budget would evict; train a pattern or sparsek, whose steps read few, or "
+        "choose the keys that are read with decode (set_decode), which keeps them all"
+    ),
+    (FULL, "offload"): (
+        "a step reads all keys, or chooses among them while it runs (decode), so that each layer of every step would "
+        "wait for its keys; train a block pattern, which is known ahead, or use several devices"
+    ),
+    (WINDOW, "offload"): "what has left a window is never read again, so that nothing is left to move to the host",
+    (LEARNED, "offload"): "a step reads all of the few keys that the method keeps",
+}
+"""By the attention of a layer and what is asked for: why not. What is not here is possible."""
+
+KINDS = {"budget": (WINDOW, PATTERN, LEARNED), "offload": (PATTERN,)}
+"""The attention for which each is possible."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cache may take. Layers that do not allow a limit keep what they keep without it."""
+
+    budget: int | None = None
+    """Tokens of a row and layer that there is room for on the device; None means as many as are needed."""
+    offload: bool = False
+    """Keep on the device what is read now and next, and the rest in host memory."""
+
+    def of(self, kind: str) -> Limits:
+        """The limits that a layer with this kind of attention takes."""
+        budget = self.budget if kind in KINDS["budget"] else None
+        return Limits(budget, self.offload and kind in KINDS["offload"])
+
+    def check(self, kinds: Iterable[str]) -> None:
+        """Refuse a limit that no layer allows.
+
+        Args:
+            kinds: :func:`~sparsetrain.generation.composition.attention_kind` of each layer.
+
+        Raises:
+            ModelError: says why.
+        """
+        found = list(dict.fromkeys(kinds))
+        for name, given in (("budget", self.budget is not None), ("offload", self.offload)):
+            if given and not any(kind in KINDS[name] for kind in found):
+                value = self.budget if name == "budget" else self.offload
+                raise ModelError(f"{name}={value}: the layers of this model have {found[0]}: {REASONS[found[0], name]}")
+
+
+def parse_budget(given: int | str) -> int | None:
+    """The tokens of a budget; None for ``auto``.
+
+    Raises:
+        ModelError: it is neither ``auto`` nor a number of at least 1.
+    """
+    if given == "auto":
+        return None
+    tokens = int(given) if isinstance(given, str) and given.isascii() and given.isdigit() else given
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ModelError(f"budget={given} must be auto, or a number of tokens of at least 1")
+    return tokens

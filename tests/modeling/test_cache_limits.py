@@ -1,0 +1,145 @@
+"""Budgets and host memory of a SparseCache: what they hold gives what passes without a cache give, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsetrain
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, WINDOW
+from sparsetrain.generation.limits import KINDS, REASONS
+from sparsetrain.generation.offloaded import OffloadedMemory
+from sparsetrain.modeling import sparsify
+from sparsetrain.patterns import PowerPattern
+
+from .test_generation_modes import GREEDY, METHODS, greedy_without_cache, left_padded
+from .test_sparse_cache import pages_alive
+
+NEW = GREEDY["max_new_tokens"]
+MODELS = [
+    *(("llama", name) for name in ("power", "stride", "dilated", "longnet")),
+    ("mistral", "replaced"),
+    ("gemma3_text", "power"),
+]
+SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2}
+LAYERS = {FULL: METHODS["full"], WINDOW: METHODS["sliding"], PATTERN: METHODS["power"], LEARNED: SPARSEK}
+
+
+@pytest.fixture(params=MODELS, ids=" ".join)
+def model(request, tiny):
+    family, method = request.param
+    config = {"sliding_window": 7} if family == "mistral" else {}
+    return sparsify(tiny(family, **config), METHODS[method])
+
+
+def offloaded(model, max_length, **settings):
+    return sparsetrain.SparseCache(model, max_length=max_length, offload=True, **settings)
+
+
+def test_one_row_in_every_mode_with_its_keys_on_the_host(model, tokens):
+    ids = tokens(33)
+    want = greedy_without_cache(model, ids)
+
+    def generate(**settings):
+        cache = offloaded(model, 33 + NEW + 6)  # drafts on top
+        assert not cache.is_compileable
+        return model.generate(ids, past_key_values=cache, **{**GREEDY, **settings}).tolist()
+
+    assert generate() == want.tolist()
+    assert generate(prefill_chunk_size=8) == want.tolist()
+    assert generate(prompt_lookup_num_tokens=5) == want.tolist()
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    assert generate(**beams) == model.generate(ids, use_cache=False, **beams, **GREEDY).tolist()
+
+
+def test_a_padded_batch_and_another_turn_with_the_keys_on_the_host(model, tokens):
+    prompts, ids, mask = left_padded(tokens)
+    cache = offloaded(model, 80)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    for row, prompt in enumerate(prompts):
+        assert out[row, ids.shape[1] :].tolist() == greedy_without_cache(model, prompt)[0, prompt.shape[1] :].tolist()
+    turn = torch.cat([out, tokens(11).expand(len(prompts), -1)], dim=1)
+    mask = torch.cat([mask, torch.ones(len(prompts), turn.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
+    again = model.generate(turn, attention_mask=mask, past_key_values=cache, **GREEDY)
+    for row, prompt in enumerate(prompts):
+        own = turn[row : row + 1, ids.shape[1] - prompt.shape[1] :]
+        assert again[row, turn.shape[1] :].tolist() == greedy_without_cache(model, own)[0, own.shape[1] :].tolist()
+
+
+def test_any_number_of_tokens_is_taken_back_from_the_host(tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["dilated"])
+    cache, ids = offloaded(model, 120), tokens(100)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-90)
+        logits = model(ids[:, 10:60], past_key_values=cache).logits
+        want = model(ids[:, :60], use_cache=False).logits[:, 10:]
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_of_the_device_and_of_the_host_are_told_apart(tiny, tokens):
+    model = sparsify(tiny("llama"), METHODS["power"])
+    ids, room = tokens(128), {"max_length": 2048}
+    whole, half = sparsetrain.SparseCache(model, **room), sparsetrain.SparseCache(model, offload=True, **room)
+    for cache in (whole, half):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    page = 2 * whole.layers[0].memory.keys[0].nbytes
+    for layer in half.layers:
+        assert isinstance(layer.memory, OffloadedMemory)
+        assert layer.memory.nbytes() == layer.memory.slots * page + 4 * 512 + 4
+        assert layer.memory.slots == 19  # of 512: what a text of 2,048 tokens reads in two neighbouring blocks
+    assert 4 * half.nbytes() < whole.nbytes()
+    assert whole.host_nbytes() == 0
+    assert half.host_nbytes() == len(half.layers) * 48 * page  # of 128 + 13 tokens, in steps of 16 pages
+    # Layers with full attention beside them keep what they have.
+    model = sparsify(tiny("llama"), {**METHODS["power"], "dense_layers": [1]})
+    cache = offloaded(model, 160, budget=52)
+    assert model.generate(ids, past_key_values=cache, **GREEDY).tolist() == greedy_without_cache(model, ids).tolist()
+    assert [layer.memory.host_nbytes() > 0 for layer in cache.layers[:2]] == [True, False]
+
+
+def test_a_budget_that_does_not_hold_what_is_read_is_refused_with_the_number(tiny, tokens):
+    ids = tokens(128)
+    pattern = PowerPattern(4, 2, 1)
+    together = max(len({*pattern.key_blocks(block), *pattern.key_blocks(block + 1)}) for block in range(35))
+    for method, needed, offload in (
+        ("power", 4 * pages_alive(METHODS["power"], 32, 36), False),
+        ("power", 4 * together, True),
+        ("sliding", 4 * pages_alive(METHODS["sliding"], 32, 36), False),
+    ):
+        model = sparsify(tiny("llama"), METHODS[method])
+        cache = sparsetrain.SparseCache(model, max_length=144, budget=needed - 1, offload=offload)
+        message = rf"budget={needed - 1}: .*128 tokens.*max_length=144.* {needed} tokens .*set budget to {needed}"
+        with pytest.raises(ModelError, match=message):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+        cache = sparsetrain.SparseCache(model, max_length=144, budget=needed, offload=offload)
+        out = model.generate(ids, past_key_values=cache, **GREEDY)
+        assert out.tolist() == greedy_without_cache(model, ids).tolist()
+    model = sparsify(tiny("llama"), SPARSEK)
+    with pytest.raises(ModelError, match=r"budget=12: the attention method keeps 13 tokens.*set budget to 13"):
+        sparsetrain.SparseCache(model, max_length=144, budget=12)
+    sparsetrain.SparseCache(model, max_length=144, budget=13)
+    for budget in (0, -4, True, "half", 2.5):
+        with pytest.raises(ModelError, match=f"budget={budget} must be auto, or a number of tokens"):
+            sparsetrain.SparseCache(model, max_length=144, budget=budget)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("limit", KINDS)
+def test_every_cell_of_the_table(kind, limit, tiny):
+    model = sparsify(tiny("llama"), LAYERS[kind])
+    given = {"budget": 100} if limit == "budget" else {"offload": True}
+    if kind in KINDS[limit]:
+        assert (kind, limit) not in REASONS
+        sparsetrain.SparseCache(model, max_length=144, **given)
+    else:
+        with pytest.raises(ModelError, match=rf"{limit}=\w+: the layers of this model have {kind}: ") as error:
+            sparsetrain.SparseCache(model, max_length=144, **given)
+        assert REASONS[kind, limit] in str(error.value)
+
+
+def test_keys_that_are_chosen_in_a_step_cannot_wait_on_the_host(tiny):
+    model = sparsetrain.set_decode(sparsify(tiny("llama"), METHODS["full"]), {"select": "quest", "dense_layers": []})
+    with pytest.raises(ModelError, match=r"offload=True: .*chooses among them while it runs \(decode\).*would wait"):
+        sparsetrain.SparseCache(model, max_length=144, offload=True)
