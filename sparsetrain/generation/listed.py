@@ -187,7 +187,7 @@ class ListedMemory(PagedMemory):
             **options,
         )
         if not torch.compiler.is_compiling() and OBSERVING.get():
-            self._observe(query, lse, counts, recent, options)
+            self._observe(query, out, lse, counts, recent, options)
         return out
 
     def _choose(self, query: Tensor, options: dict[str, Any]) -> Choice:
@@ -270,7 +270,10 @@ class ListedMemory(PagedMemory):
         assert keep is not None
         return max(1, int(keep * self._prompt if keep < 1 else keep))
 
-    def _observe(self, query: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]) -> None:
+    def _observe(
+        self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]
+    ) -> None:
+        """Count what a step read; ``out`` is its output, ``lse`` the log-sum-exp of what was read."""
         keys, values, table, lengths = self._tensors()
         always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self.decode.sinks + recent)
         self._counted[0] += counts.sum() + counts.shape[1] * always.sum()
