@@ -12,6 +12,7 @@ import typer
 
 from sparsetrain.cli import bench, recipe
 from sparsetrain.cli.calibrate import calibrate
+from sparsetrain.cli.compare_decode import compare_decode
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import NamesTasks, evaluate_folder
 from sparsetrain.cli.export import export
@@ -150,6 +151,7 @@ app.command()(run)
 app.command(name="eval", cls=NamesTasks)(evaluate_folder)
 app.command()(generate)
 app.command()(calibrate)
+app.command()(compare_decode)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)

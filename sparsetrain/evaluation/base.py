@@ -22,6 +22,7 @@ from sparsetrain.source_section import DataSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsetrain.data.batch import Row
     from sparsetrain.world import World
 
 PICTURES_OF_A_RUN = ("report", "loss", "attention", "selection")
@@ -131,6 +132,11 @@ class Task(ABC):
             model: gone through :func:`sparsetrain.sparsify`, in evaluation mode, without gradients.
             on_forward: to be called after each forward pass.
         """
+
+    def answered(self) -> list[Row] | None:
+        """One row for each document whose labels are the answers that a model should write; None where the task has no
+        answers. ``sparsetrain compare-decode`` has them written under decode settings."""
+        return None
 
 
 @dataclass(frozen=True)

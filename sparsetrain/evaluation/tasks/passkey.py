@@ -158,6 +158,10 @@ class Passkey(Task):
         """A group at a time."""
         return math.ceil(len(self.groups) / ranks)
 
+    def answered(self) -> list[Row]:
+        """The prompts with their answers."""
+        return [prompt.row for group in self.groups for prompt in group]
+
     def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> PasskeyResult:
         """Right answers by length and depth."""
         import torch

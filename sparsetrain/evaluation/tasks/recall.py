@@ -155,6 +155,10 @@ class Recall(Task):
         """Several documents at a time."""
         return math.ceil(len(self.passes) / ranks)
 
+    def answered(self) -> list[Row]:
+        """The documents."""
+        return [row for questions in self.passes for row in questions.rows]
+
     def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> RecallResult:
         """Right answers and the loss."""
         import torch

@@ -1,0 +1,263 @@
+"""The answers that a model writes under a decode setting, and what its steps read and lose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sparsetrain.data.batch import IGNORE
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.listed import observing
+from sparsetrain.generation.measured import MeasuredMemory, Step
+from sparsetrain.generation.memories import make_memory
+from sparsetrain.generation.settings import Decode
+from sparsetrain.modeling import set_decode
+from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
+from sparsetrain.modeling.cache import MemoryLayer
+from sparsetrain.modeling.layers import sparse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsetrain.data import Row
+
+FREE = -1
+"""In the place of a token that the model writes itself."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A document with answers, cut into a prompt and what is read step by step."""
+
+    prompt: list[int]
+    """Tokens that are read at once, with full attention."""
+    steps: list[int]
+    """The tokens that follow; :data:`FREE` in answers."""
+    answers: dict[int, list[int]]
+    """The tokens of each answer by its first step."""
+
+    @classmethod
+    def of(cls, row: Row, read: int) -> Question:
+        """The document of a row whose labels are its answers.
+
+        Args:
+            read: tokens before the first answer that are read step by step, so that they have to find it.
+
+        Raises:
+            ModelError: the document has fewer before them.
+        """
+        ids, labelled = row.input_ids.tolist(), (row.labels != IGNORE).tolist()
+        starts = [place for place, inside in enumerate(labelled) if inside and not labelled[place - 1]]
+        cut = starts[0] - read
+        if cut < 1:
+            raise ModelError(
+                f"--question {read}: the first answer of {row.origin[0]} is behind {starts[0]} tokens; lower it below "
+                "that, or make the documents longer"
+            )
+        ends = [next((at for at in range(start, len(ids)) if not labelled[at]), len(ids)) for start in starts]
+        steps = [FREE if inside else token for token, inside in zip(ids[cut:], labelled[cut:], strict=True)]
+        answers = {start - cut: ids[start:end] for start, end in zip(starts, ends, strict=True)}
+        return cls(ids[:cut], steps, answers)
+
+    def found(self, written: Sequence[int]) -> float:
+        """The share of the answers that a text has."""
+        right = [list(written[start : start + len(answer)]) == answer for start, answer in self.answers.items()]
+        return sum(right) / len(right)
+
+
+@dataclass
+class Measured:
+    """What was measured of one setting, over documents and steps."""
+
+    found: list[float] = field(default_factory=list)
+    """Share of right answers of each document."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens written from the answer on, of each document with one answer."""
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """Of each layer, fp64 ``[7]``: sums over the steps of all documents of the fields of
+    :class:`~sparsetrain.generation.measured.Step`, in the mean over heads, and the number of steps."""
+
+    def mean(self, name: str, layer: int | None = None) -> float:
+        """The mean of a field of :class:`~sparsetrain.generation.measured.Step`, over all layers or of one."""
+        chosen = [self.layers[layer]] if layer is not None else [*self.layers.values()]
+        total = torch.stack(chosen).sum(0)
+        return float(total[Step._fields.index(name)] / total[-1])
+
+
+class _Dictated(LogitsProcessor):
+    """Puts tokens of the document in the place of those that the model would write."""
+
+    def __init__(self, tokens: Tensor, prompt: int) -> None:
+        self._tokens, self._prompt = tokens, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        wanted = self._tokens[:, input_ids.shape[1] - self._prompt, None]
+        only = torch.full_like(scores, float("-inf")).scatter(1, wanted.clamp_min(0), 0.0)
+        return scores.where(wanted == FREE, only)
+
+
+class _LineEnd(StoppingCriteria):
+    """Ends a text that has broken a line in its answer."""
+
+    def __init__(self, breaks: Tensor, starts: Tensor) -> None:
+        self._breaks, self._starts = breaks, starts
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.isin(input_ids[:, -1], self._breaks) & (input_ids.shape[1] > self._starts)
+
+
+def longest(questions: Sequence[Question], extra: int) -> int:
+    """Tokens that a text has at most, with ``extra`` behind an answer where each document has one."""
+    documents = max(len(question.prompt) + len(question.steps) for question in questions)
+    return documents + (extra if _single(questions) else 0)
+
+
+def _single(questions: Sequence[Question]) -> bool:
+    return all(len(question.answers) == 1 for question in questions)
+
+
+class Answerer:
+    """A model that answers the questions of one task.
+
+    Args:
+        model: sparsified, in evaluation mode, on its device. It is left with all keys read.
+        questions: all of the task.
+        extra: tokens that may follow an answer, where a document has one.
+        batch: documents at a time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        *,
+        extra: int,
+        batch: int,
+    ) -> None:
+        self.model, self.questions, self._batch = model, questions, batch
+        self.longest = longest(questions, extra)
+        """Tokens that a text has at most."""
+        self._single = _single(questions)
+        self._extra = extra if self._single else 0
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self._ends = [ends] if isinstance(ends, int) else list(ends or [])
+        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        breaks = [token for token, piece in enumerate(pieces) if "\n" in piece]
+        self._breaks = torch.tensor(breaks, device=model.device)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        decode: Decode,
+        memory: type[MeasuredMemory],
+        *,
+        first: int | None = None,
+        on_batch: Callable[[int], None] = lambda documents: None,
+    ) -> Measured:
+        """Answer the questions under a decode setting.
+
+        Args:
+            memory: of the layers that take it.
+            first: so many questions; None means all.
+            on_batch: called with the documents of each batch.
+
+        Raises:
+            ModelError: the section does not fit the model, or the device has too little memory.
+        """
+        measured = Measured()
+        chosen = self.questions[:first]
+        set_decode(self.model, decode)
+        try:
+            for start in range(0, len(chosen), self._batch):
+                part = chosen[start : start + self._batch]
+                self._answer(part, memory, measured)
+                on_batch(len(part))
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{self.model.device} has too little memory for {self._batch} documents; lower --batch"
+            ) from error
+        finally:
+            set_decode(self.model, None)
+        return measured
+
+    def _answer(self, questions: Sequence[Question], memory: type[MeasuredMemory], measured: Measured) -> None:
+        width, count = (
+            max(len(each) for each in parts) for parts in zip(*((q.prompt, q.steps) for q in questions), strict=True)
+        )
+        count += self._extra
+        ids, mask = torch.zeros(2, len(questions), width, dtype=torch.long)
+        dictated = torch.full((len(questions), count), FREE)
+        for row, question in enumerate(questions):
+            ids[row, width - len(question.prompt) :] = torch.tensor(question.prompt)
+            mask[row, width - len(question.prompt) :] = 1
+            dictated[row, : len(question.steps)] = torch.tensor(question.steps)
+        device = self.model.device
+        cache, memories = self._cache(memory)
+        stops = StoppingCriteriaList()
+        if self._single:
+            starts = torch.tensor([width + min(question.answers) for question in questions], device=device)
+            stops.append(_LineEnd(self._breaks, starts))
+        with observing():
+            texts: Any = self.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=count,
+                    eos_token_id=self._ends or None,
+                    pad_token_id=self._ends[0] if self._ends else 0,
+                ),
+                logits_processor=LogitsProcessorList([_Dictated(dictated.to(device), width)]),
+                stopping_criteria=stops,
+            )
+        written = [
+            self._until_end(text, question) for text, question in zip(texts[:, width:].tolist(), questions, strict=True)
+        ]
+        for text, question in zip(written, questions, strict=True):
+            measured.found.append(question.found(text))
+            if self._single:
+                measured.lengths.append(len(text) - min(question.answers))
+        # A text's last token is read for the others of the batch alone.
+        read = torch.tensor([len(text) - 1 for text in written])
+        for index, steps in ((index, each.steps) for index, each in memories.items()):
+            live = torch.arange(len(steps))[:, None] < read
+            fields = [torch.stack(values).double() for values in zip(*steps, strict=True)]
+            means = [values.mean(-1) if values.dim() == 3 else values for values in fields]
+            sums = torch.stack([(values * live).sum() for values in means] + [live.sum().double()])
+            measured.layers[index] = measured.layers.get(index, 0) + sums
+
+    def _until_end(self, text: list[int], question: Question) -> list[int]:
+        """What was written, without the padding behind the end."""
+        start = min(question.answers)
+        breaks = set(self._breaks.tolist()) if self._single else set()
+        ends = (at for at, token in enumerate(text) if token in self._ends or (at >= start and token in breaks))
+        return text[: next(ends, len(text)) + 1]
+
+    def _cache(self, memory: type[MeasuredMemory]) -> tuple[DynamicCache, dict[int, MeasuredMemory]]:
+        """An empty cache, and the memories that measure by layer."""
+        cache = DynamicCache(config=self.model.config)
+        memories: dict[int, MeasuredMemory] = {}
+        for index, module, _ in sparse_layers(self.model):
+            plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
+            if plan.decode is None:
+                continue
+            made: Any = make_memory(plan.method, plan.window, decode=plan.decode, index=index, listed=partial(memory))
+            memories[index] = made
+            place: Any = module.layer_idx
+            cache.layers[place] = MemoryLayer(made, plan)
+        return cache, memories

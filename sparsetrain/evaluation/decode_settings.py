@@ -1,0 +1,129 @@
+"""The decode settings that are compared, each with one number by which it reads more or less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.measured import MeasuredMemory, OracleMemory, WindowMemory
+from sparsetrain.generation.settings import PUBLISHED, Decode, parse_decode
+
+CONTEXT = 32768
+"""Tokens for which the published numbers of keys are meant."""
+SINKS = 4
+OF_KVPRESS = ("streamingllm", "snapkv", "h2o")
+"""Methods that drop keys of the prompt once and for all. kvpress has them, for transformers that sparsetrain has
+left behind."""
+LAST_KVPRESS, BELOW_TRANSFORMERS = "0.5.5", "5.3"
+SHARES = [round(1 - 2 ** (-step / 4), 6) for step in range(1, 65)]
+"""The p that are tried, from 0.16 to 0.99998."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to choose keys.
+
+    Args:
+        name: of the row.
+        memory: what a layer keeps.
+        section: what it reads in a text of so many tokens.
+        knob: the field by which it reads more or less: ``prune.p``, ``refresh.keep``, ``candidates`` or ``recent``.
+        published: whether ``section`` is a published one.
+    """
+
+    name: str
+    memory: type[MeasuredMemory]
+    section: dict[str, Any]
+    knob: str
+    published: bool
+
+    def values(self, tokens: int) -> list[Any]:
+        """The numbers that are tried, ascending."""
+        if self.knob == "prune.p":
+            return [*SHARES, 1.0]
+        return list(range(16, tokens + 16, 16)) if self.knob == "candidates" else list(range(1, tokens + 1))
+
+    def decode(self, value: Any = None) -> Decode:
+        """The section, with another number where one is given."""
+        section = deepcopy(self.section)
+        if value is not None:
+            part, _, field = self.knob.rpartition(".")
+            (section[part] if part else section)[field] = value
+        return parse_decode(section)
+
+
+def settings(tokens: int, dense_layers: list[int]) -> list[Setting]:
+    """All settings for texts of ``tokens`` tokens, the baselines first, the oracles last.
+
+    Numbers of keys that are published for contexts of 32K become the same shares of a shorter text. The last tokens
+    that every step reads are a 32nd of it and ``prune.min_keys`` a 64th, at most the 64 of both.
+
+    Args:
+        dense_layers: layers that read everything, the same for all.
+    """
+    beside = {"sinks": SINKS, "recent": max(1, min(64, tokens // 32)), "dense_layers": dense_layers}
+    exact = {"sinks": 0, "recent": 1, "dense_layers": dense_layers}
+    # Sections of a window and of oracles choose nothing by themselves: their memories do.
+    window = {"select": "quest", "candidates": 16, **beside}
+    top_k = {"refresh": {"every": 1, "keep": 1, "staggered": False}, **exact}
+    top_p = {"prune": {"p": 0.5, "min_keys": 1}, **exact}
+    published = []
+    for name, fields in PUBLISHED.items():
+        section = _scaled({**deepcopy(fields), **beside}, tokens)
+        published.append(Setting(name, MeasuredMemory, section, _knob(section), True))
+    return [
+        Setting("window", WindowMemory, window, "recent", False),
+        *published,
+        Setting("oracle-top-k", OracleMemory, top_k, "refresh.keep", False),
+        Setting("oracle-top-p", OracleMemory, top_p, "prune.p", False),
+    ]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of settings that there are not.
+
+    Raises:
+        ModelError: says which there are; of a method of kvpress, why it has no row.
+    """
+    known = [setting.name for setting in settings(CONTEXT, [])]
+    for name in names:
+        if name in OF_KVPRESS:
+            raise ModelError(f"--setting {name} {_why_no_press()}; compare window, which is StreamingLLM's pattern")
+        if name not in known:
+            raise ModelError(f"--setting {name} is not known; choose from {', '.join(known)}")
+
+
+def _why_no_press() -> str:
+    try:
+        found = f"kvpress {version('kvpress')} is installed"
+    except PackageNotFoundError:
+        found = "kvpress is not installed"
+    return (
+        f"is a method of kvpress, which has no rows here: its releases up to {LAST_KVPRESS} need transformers below "
+        f"{BELOW_TRANSFORMERS}, because they read the cache_position that later ones do not pass to a layer. {found}, "
+        f"beside transformers {version('transformers')}"
+    )
+
+
+def _scaled(section: dict[str, Any], tokens: int) -> dict[str, Any]:
+    def fewer(keys: int) -> int:
+        return max(1, min(keys, keys * tokens // CONTEXT))
+
+    if "candidates" in section:
+        section["candidates"] = max(16, fewer(section["candidates"]))
+    if "prune" in section:
+        section["prune"]["min_keys"] = max(1, min(64, tokens // 64))
+    keep = section.get("refresh", {}).get("keep")
+    if keep is not None:
+        section["refresh"]["keep"] = max(1, int(keep * tokens)) if keep < 1 else fewer(keep)
+    return section
+
+
+def _knob(section: dict[str, Any]) -> str:
+    if "prune" in section:
+        return "prune.p"
+    return "refresh.keep" if "refresh" in section else "candidates"

@@ -1,0 +1,224 @@
+"""``sparsetrain compare-decode``: answers are counted as ``sparsetrain eval`` counts them, budgets are kept, and what
+cannot be compared is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from importlib.metadata import version
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparsetrain
+from sparsetrain.cli import main
+from sparsetrain.data import collate
+from sparsetrain.data.batch import IGNORE
+from sparsetrain.errors import ModelError
+from sparsetrain.evaluation.decode_answers import FREE, Answerer, Question
+from sparsetrain.evaluation.decode_settings import check_names, settings
+from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
+from sparsetrain.generation.measured import MeasuredMemory, WindowMemory
+from sparsetrain.generation.settings import PUBLISHED, parse_decode
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.world import World
+
+TASK = {"synthetic": "recall", "keys": 3, "lengths": [48, 64]}
+EVERYTHING = parse_decode({"select": "quest", "candidates": 16, "recent": 100, "dense_layers": []})
+FEW = parse_decode({"select": "quest", "candidates": 16, "sinks": 0, "recent": 2, "dense_layers": []})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+
+
+@pytest.fixture(scope="module")
+def recall(tokenizer):
+    return Recall(RecallSection(source=TASK, documents=6), tokenizer, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(recall):
+    """Random layers, and an output that knows the answers of half the documents by heart."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    made = sparsetrain.sparsify(LlamaForCausalLM(config).eval(), {"method": "full"})
+    batch = collate(recall.answered()[::2])
+    places = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    with torch.no_grad():
+        inputs = {"position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens, "use_cache": False}
+        hidden = made.model(batch.input_ids, **inputs).last_hidden_state[0, places]
+        wanted = torch.nn.functional.one_hot(batch.labels[0, places + 1], 2048).float()
+        made.lm_head.weight.copy_(10 * torch.linalg.lstsq(hidden, wanted).solution.T)
+    return made
+
+
+@pytest.fixture
+def answerer(model, tokenizer, recall):
+    return Answerer(model, tokenizer, [Question.of(row, 8) for row in recall.answered()], extra=4, batch=4)
+
+
+def test_dense_answers_are_those_of_an_evaluation(model, recall, answerer):
+    with torch.no_grad():
+        expected = recall.measure(model, World(0, 1, torch.device("cpu")), lambda: None)
+    assert 3 < expected.correct < expected.answers
+    found = answerer.answer(EVERYTHING, WindowMemory)
+    assert sum(found.found) / 6 == pytest.approx(expected.accuracy())
+    assert (found.mean("error"), found.mean("mass")) == (0, pytest.approx(1, abs=1e-5))
+    assert found.mean("bytes") == found.mean("dense_bytes")
+    fewer = answerer.answer(FEW, WindowMemory)
+    assert sum(fewer.found) < sum(found.found)
+    assert "decode" not in model.config.sparsetrain
+
+
+def test_batches_change_nothing(model, tokenizer, answerer):
+    alone = Answerer(model, tokenizer, answerer.questions, extra=4, batch=1)
+    decode = parse_decode({"prune": {"p": 0.6, "min_keys": 1}, "sinks": 1, "recent": 2, "dense_layers": [0]})
+    one, many = (each.answer(decode, MeasuredMemory) for each in (alone, answerer))
+    assert one.found == many.found
+    assert [*one.layers] == [*many.layers] == [1]
+    for field in ("error", "mass", "keys", "bytes", "length"):
+        assert one.mean(field) == pytest.approx(many.mean(field), rel=1e-4)
+
+
+def test_a_question_is_cut_before_its_first_answer(recall):
+    row = recall.answered()[0]
+    question = Question.of(row, 8)
+    place = int((row.labels != IGNORE).argmax())
+    assert question.prompt == row.input_ids[: place - 8].tolist()
+    assert [*question.answers] == [8, 10, 12]
+    assert [at for at, token in enumerate(question.steps) if token == FREE] == [8, 10, 12]
+    assert question.found(row.input_ids[place - 8 :].tolist()) == 1
+    with pytest.raises(ModelError, match=r"--question 48: the first answer of .* is behind 43 tokens"):
+        Question.of(row, 48)
+
+
+def test_a_text_ends_with_its_line_and_its_length_counts_from_the_answer(model, tokenizer, recall):
+    """One answer a document; a model that writes a line break after three tokens."""
+    row = recall.answered()[0]
+    labels = row.labels.copy()
+    labels[:-1] = IGNORE
+    question = Question.of(type(row)(row.input_ids, labels, row.lengths, row.origin), 8)
+    answerer = Answerer(model, tokenizer, [question], extra=6, batch=1)
+    broken = tokenizer("\n")["input_ids"][-1]
+    hook = model.lm_head.register_forward_hook(Breaks(broken, after=3))
+    try:
+        assert answerer.answer(EVERYTHING, WindowMemory).lengths == [3]
+    finally:
+        hook.remove()
+    assert answerer.answer(EVERYTHING, WindowMemory).lengths == [7]
+
+
+class Breaks:
+    """Makes the output a line break, some tokens after the question of 8."""
+
+    def __init__(self, token, after):
+        self.token, self.left = token, 8 + after
+
+    def __call__(self, layer, given, out):
+        self.left -= 1
+        if self.left == 0:
+            out[..., self.token] = out.max() + 1
+
+
+def test_published_numbers_become_shares_of_a_short_text():
+    known = {setting.name: setting for setting in settings(512, [0])}
+    assert [*known] == ["window", *PUBLISHED, "oracle-top-k", "oracle-top-p"]
+    assert (known["twilight"].decode().candidates, known["quest"].decode().candidates) == (128, 64)
+    assert known["twilight"].decode().prune.p == PUBLISHED["twilight"]["prune"]["p"]
+    assert (known["recycled"].decode().refresh.keep, known["refreshkv"].decode().refresh.keep) == (64, 64)
+    assert {(each.decode().sinks, each.decode().recent) for each in known.values()} == {(4, 16), (0, 1)}
+    assert all(each.decode().dense_layers == [0] for each in known.values())
+    long = {setting.name: setting.decode() for setting in settings(32768, [])}
+    assert (long["quest"].candidates, long["quest"].recent, long["twilight"].prune.min_keys) == (4096, 64, 64)
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    sparsetrain.save(model, tmp_path / "model", tokenizer)
+    task = {"task": "recall", "source": TASK, "documents": 4}
+    (tmp_path / "recipe.yaml").write_text(f"base: quickstart\neval: {{tasks: [{json.dumps(task)}]}}\n")
+    return tmp_path
+
+
+def call(capsys, *arguments):
+    code = main(["compare-decode", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.replace("│", " ").split())
+
+
+def test_from_a_model_to_files(folder, capsys):
+    chosen = ("window", "twilight-full", "oracle-top-p")
+    options = [part for name in chosen for part in ("--setting", name)]
+    given = (folder / "model", folder / "recipe.yaml", "--question", "2", *options, "--budget", "0.3")
+    code, out, err = call(capsys, *given, "--output", folder / "found")
+    assert code == 0, err
+    assert "At most 30.0% of the bytes" in out
+    assert "does not fit" in out
+    rows = json.loads((folder / "found/decode.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "twilight-full", *chosen]
+    assert rows[0]["bytes_share"] == 1
+    for row in rows[2:]:
+        assert row["fits"] == (row["bytes_share"] <= row["budget"]) == (row["accuracy"] is not None)
+    assert [row["fits"] for row in rows[2:]] == [True, False, True]
+    errors = {row["name"]: row["error"] for row in rows if row["budget"]}
+    assert errors["oracle-top-p"] < errors["window"]
+    table = list(csv.DictReader((folder / "found/decode.csv").open()))
+    assert [row["name"] for row in table] == [row["name"] for row in rows]
+    assert float(table[1]["error of layer 1"]) == pytest.approx(rows[1]["error_by_layer"]["1"])
+    assert (folder / "found/decode.md").read_text().count("| twilight-full |") == 2
+    assert (folder / "found/decode.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "1.5"], "--budget 1.5 is no share"),
+        (["--setting", "magic"], "--setting magic is not known; choose from window, twilight"),
+        (
+            ["--task", "passkey"],
+            "--task passkey: recipe.yaml has no task of that name with answers",
+        ),
+        (["--question", "60"], "--question 60: the first answer"),
+        (["--extra", "9999", "eval.tasks.recall.source={synthetic: passkey, lengths: [128]}"], "lower --extra"),
+        (["--dense-layer", "0", "--dense-layer", "1"], "leaves no layer to read fewer keys in"),
+        (["train.lr=1"], "train.lr=1 has no effect here"),
+        (
+            ["eval.tasks.far={task: passkey, lengths: [96]}"],
+            "several tasks with answers; name one of recall, far with --t",
+        ),
+        (["eval.tasks.recall=null"], "recipe.yaml has no task with answers; give eval.tasks one"),
+        (["--output", "model"], "exists already"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    code, out, err = call(capsys, "model", "recipe.yaml", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streamingllm"])
+def test_methods_of_kvpress_are_refused_with_the_versions(name):
+    """kvpress asks for transformers below 5.3, and 5.12 is the oldest that sparsetrain takes."""
+    here = re.escape(version("transformers"))
+    message = (
+        rf"--setting {name} is a method of kvpress.* 0\.5\.5 need transformers below 5\.3.*beside transformers {here}"
+    )
+    with pytest.raises(ModelError, match=message):
+        check_names([name])
