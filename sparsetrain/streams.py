@@ -20,16 +20,22 @@ class Stream:
 
     Text that its encoding does not know is written in escapes. After an error that may pass (a full disk), the next
     text is tried again; where the other side has gone, what is written from then on goes nowhere.
+
+    Args:
+        open_at_start: whether there was such a stream when the process started.
     """
 
-    def __init__(self, below: Any) -> None:
+    def __init__(self, below: Any, open_at_start: bool = True) -> None:
         self._below = below
+        self._open_at_start = open_at_start
         self.fault: Exception | None = None
         """The first write error."""
 
     def write(self, text: str) -> int:
         """Write; errors are recorded."""
         with self._faults_noted():
+            if not self._open_at_start:
+                raise OSError(errno.EBADF, "it was closed before the start")
             try:
                 self._below.write(text)
             except UnicodeEncodeError as fault:
@@ -93,9 +99,9 @@ class Streams:
 @contextmanager
 def forgiving() -> Iterator[Streams]:
     """A context in which printing does not raise; at its end the streams are flushed."""
-    _open_standard_files()
+    closed = _open_standard_files()
     former = sys.stdout, sys.stderr
-    streams = Streams(Stream(sys.stdout), Stream(sys.stderr))
+    streams = Streams(Stream(sys.stdout, 1 not in closed), Stream(sys.stderr, 2 not in closed))
     sys.stdout, sys.stderr = streams.out, streams.err
     try:
         yield streams
@@ -105,17 +111,29 @@ def forgiving() -> Iterator[Streams]:
         sys.stdout, sys.stderr = former
 
 
-def _open_standard_files() -> None:
+def reader_gone() -> bool:
+    """Whether who read standard output has closed the pipe, so that nothing more need be printed."""
+    return isinstance(getattr(sys.stdout, "fault", None), BrokenPipeError)
+
+
+def _open_standard_files() -> set[int]:
     """Open nothing in the place of what was closed before the start: else the first file that a run opens, such as a
-    checkpoint, would get its number, and whatever a library prints."""
+    checkpoint, would get its number, and whatever a library prints.
+
+    Returns:
+        The numbers that were closed.
+    """
+    closed = set()
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
+            closed.add(number)
             opened = os.open(os.devnull, os.O_RDWR)
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    return closed

@@ -95,3 +95,13 @@ def test_a_reader_that_has_read_enough_is_no_error():
     done = subprocess.run([*COMMAND, "recipe", "list"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_command_whose_output_was_closed_says_so():
+    """As by ``>&-`` in a shell."""
+    command = ["sh", "-c", '"$@" <&- >&-', "sh", *COMMAND]
+    done = subprocess.run([*command, "recipe", "list"], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "standard output cannot be written: [Errno 9] it was closed before the start" in done.stderr
+    done = subprocess.run([*command, "generate", "x", "--file", "-"], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.startswith("error: ")) == (2, True)

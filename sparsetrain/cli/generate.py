@@ -22,6 +22,7 @@ from sparsetrain.cli.arguments import (
 )
 from sparsetrain.cli.decode_options import with_decode_options
 from sparsetrain.errors import ModelError
+from sparsetrain.streams import reader_gone
 
 if TYPE_CHECKING:
     from sparsetrain.inference.prompts import Prompt
@@ -171,7 +172,8 @@ def _stream(writer: Writer, tokens: list[int]) -> None:
         # Which beam is best is known at the end.
         print(writer.complete([tokens])[0].completion)
         return
-    writer.complete([tokens], streamer=TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True))
+    streamer = TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    writer.complete([tokens], streamer=streamer, enough=reader_gone)
 
 
 def _write_rows(
@@ -195,6 +197,8 @@ def _write_rows(
             for prompt, completion in zip(prompts[start : start + batch], done, strict=True):
                 row = prompt.row | {name: getattr(completion, name) for name in ANSWER}
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            if output is None and reader_gone():
+                break
             bar.update(task, completed=min(start + batch, len(prompts)) * writer.max_new_tokens)
     if output is not None:
         print(f"{output}: {len(prompts)} completions", file=sys.stderr)

@@ -53,17 +53,17 @@ class Usage:
 
 
 class _Clock(StoppingCriteria):
-    """Notes when the first token came; never stops anything."""
+    """Notes when the first token came, and stops all rows where that is enough."""
 
-    def __init__(self, on_token: Callable[[], None]) -> None:
+    def __init__(self, on_token: Callable[[], None], enough: Callable[[], bool]) -> None:
         self.first: float | None = None
-        self._on_token = on_token
+        self._on_token, self._enough = on_token, enough
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         if self.first is None:
             self.first = now(input_ids.device)
         self._on_token()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self._enough(), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass
@@ -95,6 +95,7 @@ class Writer:
         *,
         streamer: BaseStreamer | None = None,
         on_token: Callable[[], None] = lambda: None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> list[Completion]:
         """Continue a batch of prompts.
 
@@ -102,6 +103,7 @@ class Writer:
             prompts: token ids of each; they may differ in length.
             streamer: is handed the tokens as they come; for a batch of one.
             on_token: called after each token of the batch.
+            enough: asked then; true ends the batch.
 
         Raises:
             ModelError: the device has too little memory, or the budget is too small.
@@ -110,7 +112,7 @@ class Writer:
         ids, mask = self._padded(prompts)
         room = ids.shape[1] + self.max_new_tokens
         made = {} if self.limits is None else {"past_key_values": make_cache(self.model, room, self.limits)}
-        clock = _Clock(on_token)
+        clock = _Clock(on_token, enough)
         begin = now(device)
         try:
             with observing():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -136,6 +138,21 @@ def test_fewer_keys_are_read_and_counted(call):
     assert "of the softmax weight" in err
     code, out, _ = call(*arguments, "--decode", "twilight-full", "--decode.prune.p", "1.0")
     assert (code, out) == (0, call(*arguments)[1])
+
+
+@pytest.mark.parametrize(("prompts", "most"), [(["import "], 10), (["import ", "a", "b"], 40)], ids=["text", "rows"])
+def test_nothing_more_is_written_once_the_reader_has_gone(capsys, monkeypatch, prompts, most):
+    class Head(io.StringIO):
+        def write(self, text):
+            if self.tell():
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Head())
+    given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    assert main(("generate", TINY, *given, "--max-new-tokens", "40")) == 0
+    written = re.search(r"(\d+) new tokens", capsys.readouterr().err)
+    assert int(written[1]) <= most
 
 
 def test_a_seed_repeats_what_is_drawn(call):
