@@ -103,9 +103,9 @@ def _why_no_press() -> str:
     except PackageNotFoundError:
         found = "kvpress is not installed"
     return (
-        f"is a method of kvpress, which has no rows here: its releases up to {LAST_KVPRESS} need transformers below "
-        f"{BELOW_TRANSFORMERS}, because they read the cache_position that later ones do not pass to a layer. {found}, "
-        f"beside transformers {version('transformers')}"
+        f"is a method of kvpress, which has no rows here: its releases up to {LAST_KVPRESS} work with transformers "
+        f"below {BELOW_TRANSFORMERS}, because they read the cache_position that later ones do not pass to a layer. "
+        f"{found}, beside transformers {version('transformers')}"
     )
 
 
