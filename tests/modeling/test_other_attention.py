@@ -76,4 +76,10 @@ def test_a_mask_that_generate_made_of_a_pad_token_is_explained(tiny, tokens):
     pad = {"pad_token_id": int(ids[0, 5]), "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     with pytest.raises(ModelError, match=r"holds pad_token_id.*attention_mask=torch\.ones_like\(input_ids\)"):
         model.generate(ids, **pad)
-    assert model.generate(ids, attention_mask=torch.ones_like(ids), **pad).shape[1] == 23
+    pad["attention_mask"] = torch.ones_like(ids)
+    alone = model.generate(ids, **pad)
+    assert alone.shape[1] == 23
+    with pytest.raises(ModelError, match=r"an assistant_model.*pad_token_id=eos_token_id"):
+        model.generate(ids, assistant_model=model, **pad)
+    same = {"pad_token_id": 95, "eos_token_id": 95}
+    assert torch.equal(model.generate(ids, assistant_model=model, **{**pad, **same}), alone)

@@ -14,6 +14,13 @@ Attend = Callable[..., Tensor]
 """``(query, key, value, **options)``."""
 
 
+MADE_BY_GENERATE = (
+    "Without a mask, generate makes one with zeros where the text holds pad_token_id, and so does an assistant_model, "
+    "which is handed none: if those are real tokens, pass attention_mask=torch.ones_like(input_ids), and with an "
+    "assistant pad_token_id=eos_token_id"
+)
+
+
 def attend_padded(attend: Attend, call: AttentionCall, padding: Tensor) -> Tensor:
     """Attention of padded rows, ``[B, Hq, N, D]``.
 
@@ -54,7 +61,10 @@ def left_padding(call: AttentionCall, padding: Tensor) -> list[int]:
     width = padding.shape[-1]
     first, last = _real_tokens(call, padding, width)
     if min(last) < width - 1:
-        raise ModelError("the batch is padded on the right, and what follows would see the padding; pad on the left")
+        raise ModelError(
+            "the batch is padded on the right, and what follows would see the padding; pad on the left. "
+            f"{MADE_BY_GENERATE}"
+        )
     return [max(0, start - (width - call.tokens)) for start in first]
 
 
@@ -75,9 +85,7 @@ def _real_tokens(call: AttentionCall, padding: Tensor, num_keys: int) -> tuple[l
         raise ModelError(
             f"the attention mask has zeros between real tokens (row {row}, at token {hole}), and no key is left out in "
             "the middle of a row; leave such tokens out of the row, keep documents apart by position_ids that restart "
-            "or cu_seqlens, and pad on the left or on the right only. Without a mask, generate makes one with zeros "
-            "where the prompt holds pad_token_id: if those are real tokens, pass "
-            "attention_mask=torch.ones_like(input_ids)"
+            f"or cu_seqlens, and pad on the left or on the right only. {MADE_BY_GENERATE}"
         )
     if call.training:
         raise ModelError(
