@@ -5,7 +5,7 @@ from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attent
 from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, page_scores
-from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_tokens, key_statistics
+from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.list_decode import listed_decode
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
@@ -19,6 +19,7 @@ __all__ = [
     "PageBounds",
     "PositionLists",
     "SparseKSlots",
+    "append_codes",
     "append_tokens",
     "block_pattern_attention",
     "block_pattern_attention_dense",

@@ -182,6 +182,25 @@ def test_listed_groups_have_the_scores_of_all_keys(backend, page: int) -> None:
     torch.testing.assert_close(lse, want.float().logsumexp(2), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("page", [16, 48])
+def test_listed_positions_have_the_scores_of_all_keys(backend, page: int) -> None:
+    query, keys = filled(page=page)
+    run = partial(estimate_scores, query, keys.mirror, **keys.places(), backend=backend)
+    every, _ = run()
+    # Out of order, the last of a sequence, one behind its end, one not kept, and entries that are none.
+    lists, counts = lists_of([[169, 0, -1, 33, 170, 20], [2]], [[1, 40, -1], []], [[0, 3], [5]])
+    scores, lse = run(page_lists=lists, page_counts=counts, granule=1)
+    assert scores.shape == (3, 4, 6)
+    entry = lists.repeat_interleave(2, 1).long()
+    counted = torch.arange(6) < counts.repeat_interleave(2, 1)[..., None]
+    real = counted & (entry >= 0) & (entry < keys.lengths[:, None, None])
+    want = torch.where(real, every.gather(2, torch.where(real, entry, 0)), -INFINITY)
+    assert torch.equal(scores, want)
+    torch.testing.assert_close(lse, want.float().logsumexp(2), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="granule=8 must be 16, or 1"):
+        run(page_lists=lists, page_counts=counts, granule=8)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 7, 13])
 def test_the_number_of_splits_changes_nothing(monkeypatch, splits: int) -> None:
     if not INTERPRETING:
@@ -294,7 +313,7 @@ def test_the_operations_are_well_made() -> None:
     query, keys = filled()
     lists, counts = lists_of([[1, 0], [2]], [[1, 2], []], [[0], [0]])
     estimate, pages = torch.ops.sparsetrain.estimate_scores.default, torch.ops.sparsetrain.page_scores.default
-    for listed in ((None, None), (lists, counts)):
+    for listed in ((None, None, 16), (lists, counts, 16), (lists, counts, 1)):
         args = (query, *keys.mirror, *keys.places().values(), 170, 0.1, None, *listed, "reference")
         torch.library.opcheck(estimate, args, test_utils=("test_schema", "test_faketensor"))
     args = (query, *keys.bounds, *keys.places().values(), 12, 0.1, "reference")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paged_keys import PagedKeys, by_position, paged_keys
-from sparsetrain_kernels import KeyMirror, PageBounds, append_tokens, key_statistics
+from sparsetrain_kernels import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.backend import INTERPRETING
 from sparsetrain_kernels.key_mirror.reference import from_codes, round_outwards
 
@@ -102,6 +102,33 @@ def test_the_kernel_has_the_bits_of_the_reference(dtype, page: int, bytes_: bool
     assert_same(filled("reference", **options), filled("triton", **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_codes_alone_are_those_beside_the_keys(backend, dtype) -> None:
+    """Of a few channels, as a label cache has them: one by one, with padding and a page that is not kept."""
+    keys = paged_keys(LENGTHS, dead=((1, 0),), dtype=dtype)
+    chosen = torch.tensor([1, 3, 4, 20, 40, 63])
+    few = keys._replace(
+        key=keys.key[..., chosen],
+        value=keys.value[..., chosen],
+        key_cache=keys.key_cache[..., chosen].contiguous(),
+        value_cache=keys.value_cache[..., chosen].contiguous(),
+        bounds=None,
+        mirror=KeyMirror(
+            keys.mirror.codes[..., :3].contiguous(),
+            keys.mirror.scale_low,
+            *(moment[..., chosen].contiguous() for moment in keys.mirror[2:]),
+        ),
+    )
+    alone = KeyMirror(few.mirror.codes.clone(), few.mirror.scale_low.clone(), *few.mirror[2:])
+    few.append(slice(0, 70), few.lengths, "reference")
+    for end in (60, *range(61, 71)):
+        rows = slice(0 if end == 60 else end - 1, end)
+        lengths = (few.lengths - (70 - end)).clamp(min=0)
+        append_codes(few.key[:, :, rows], alone, lengths=lengths, block_table=few.table, backend=backend)
+    assert torch.equal(alone.codes, few.mirror.codes)
+    assert torch.equal(alone.scale_low.nan_to_num(7.0), few.mirror.scale_low.nan_to_num(7.0))
+
+
 def test_a_page_that_is_used_again_forgets_its_bounds(backend) -> None:
     keys = filled(backend)
     wide = keys._replace(key=keys.key * 100)
@@ -172,7 +199,7 @@ def test_a_channel_that_hardly_changes_does_not_get_a_tiny_spread() -> None:
     torch.testing.assert_close(spread[..., 5], spread.square().mean(-1).sqrt() / 64, rtol=1e-2, atol=0)
 
 
-def test_the_operation_is_well_made_and_changes_in_place() -> None:
+def test_the_operations_are_well_made_and_change_in_place() -> None:
     keys = paged_keys(LENGTHS)
     tensors = (keys.key, keys.value, keys.key_cache.zero_(), keys.value_cache.zero_(), keys.lengths, keys.table)
     keys.mirror.scale_low.zero_()
@@ -182,6 +209,28 @@ def test_the_operation_is_well_made_and_changes_in_place() -> None:
         (*tensors, *keys.mirror, *keys.bounds, "reference"),
         test_utils=("test_schema", "test_faketensor"),
     )
+    torch.library.opcheck(
+        torch.ops.sparsetrain.append_codes.default,
+        (keys.key, *keys.places().values(), *keys.mirror, "reference"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "named"),
+    [
+        ({"key": torch.zeros(2, 2, 20, 32)}, ValueError, "key has shape .* expected .*64"),
+        ({"key": torch.zeros(2, 2, 0, 64)}, ValueError, "key has shape"),
+        ({"key": torch.zeros(2, 2, 1, 64, requires_grad=True)}, ValueError, "key requires a gradient.*torch.no_grad"),
+        ({"mirror": None}, TypeError, "mirror is a NoneType, expected a KeyMirror"),
+        ({"lengths": torch.zeros(2)}, TypeError, "lengths is torch.float32"),
+        ({"backend": "gluon"}, ValueError, "plain Triton kernel only"),
+    ],
+)
+def test_codes_alone_refuse_arguments_by_name(changed, error, named: str) -> None:
+    given = {"key": KEYS.key, "mirror": KEYS.mirror, **KEYS.places(), **changed}
+    with pytest.raises(error, match=named):
+        append_codes(**given)
 
 
 KEYS = paged_keys((20, 5))

@@ -26,11 +26,13 @@ class EstimateInputs(NamedTuple):
     softcap: float | None
     page_lists: Tensor | None
     page_counts: Tensor | None
+    granule: int
+    """Tokens of an entry of ``page_lists``."""
 
     @property
     def columns(self) -> int:
         """Scores of a row."""
-        return self.max_length if self.page_lists is None else self.page_lists.shape[2] * GRANULE
+        return self.max_length if self.page_lists is None else self.page_lists.shape[2] * self.granule
 
 
 def check_estimate_inputs(
@@ -44,6 +46,7 @@ def check_estimate_inputs(
     softcap: float | None,
     page_lists: Tensor | None,
     page_counts: Tensor | None,
+    granule: int,
 ) -> EstimateInputs:
     """Check shapes, dtypes and ranges and fill in the defaults.
 
@@ -61,6 +64,8 @@ def check_estimate_inputs(
     check_factors(scale, softcap)
     if (page_lists is None) != (page_counts is None):
         raise ValueError("page_lists and page_counts come together: give both, or neither")
+    if granule not in (1, GRANULE):
+        raise ValueError(f"granule={granule!r} must be {GRANULE}, or 1 for lists of positions")
     if page_lists is not None and page_counts is not None:
         entries = page_lists.shape[2] if page_lists.dim() == 3 else 0
         if entries == 0:
@@ -68,7 +73,8 @@ def check_estimate_inputs(
         check_tensor("page_lists", page_lists, (batch, kv_heads, entries), torch.int32, query.device, strided=True)
         check_tensor("page_counts", page_counts, (batch, kv_heads), torch.int32, query.device, strided=True)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return EstimateInputs(query, mirror, lengths, block_table, max_length, scale, softcap, page_lists, page_counts)
+    lists = (page_lists, page_counts, granule)
+    return EstimateInputs(query, mirror, lengths, block_table, max_length, scale, softcap, *lists)
 
 
 def check_query(query: Tensor) -> int:

@@ -14,7 +14,8 @@ from sparsetrain_kernels.key_mirror.layout import KeyMirror, PageBounds
 torch.library.define(
     "sparsetrain::estimate_scores",
     "(Tensor query, Tensor codes, Tensor scale_low, Tensor center, Tensor spread, Tensor lengths, Tensor block_table, "
-    "int max_length, float scale, float? softcap, Tensor? page_lists, Tensor? page_counts, str backend) "
+    "int max_length, float scale, float? softcap, Tensor? page_lists, Tensor? page_counts, int granule, "
+    "str backend) "
     "-> (Tensor, Tensor)",
 )
 torch.library.define(

@@ -24,6 +24,7 @@ def estimate_scores(
     softcap: float | None = None,
     page_lists: Tensor | None = None,
     page_counts: Tensor | None = None,
+    granule: int = GRANULE,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Logits of the newest query of each sequence with its keys, from the keys' codes (2502.02770, section 4).
@@ -51,16 +52,17 @@ def estimate_scores(
         max_length: what no length exceeds; None means all that ``block_table`` has pages for.
         scale: factor on the logits; None means ``D ** -0.5``.
         softcap: ``softcap * tanh(logits / softcap)`` where given.
-        page_lists: int32 ``[B, Hkv, P]``, in each list the numbers of some of the sequence's groups of 16 consecutive
-            tokens, none twice. Only those are read: column ``c`` of the scores is then token ``c % 16`` of entry
-            ``c // 16``. Negative entries score -inf.
+        page_lists: int32 ``[B, Hkv, P]``, in each list the numbers of some of the sequence's groups of ``granule``
+            consecutive tokens, none twice. Only those are read: column ``c`` of the scores is then token
+            ``c % granule`` of entry ``c // granule``. Negative entries score -inf.
         page_counts: int32 ``[B, Hkv]``, the entries of each list that count.
+        granule: tokens of an entry: 16, or 1 for lists of positions.
         backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch, which reads
             ``lengths`` on the host), or ``auto``: on CUDA the first that can run the call, else the last.
 
     Returns:
-        ``scores``, fp16 ``[B, Hq, max_length]`` in the order of positions, or ``[B, Hq, 16 * P]`` in that of the lists,
-        -inf where there is no key; and ``lse``, fp32 ``[B, Hq]``, -inf where there is none in the row. Rows are
+        ``scores``, fp16 ``[B, Hq, max_length]`` in the order of positions, or ``[B, Hq, granule * P]`` in that of the
+        lists, -inf where there is no key; and ``lse``, fp32 ``[B, Hq]``, -inf where there is none in the row. Rows are
         written fastest where their length is a multiple of 16.
 
     Raises:
@@ -76,6 +78,7 @@ def estimate_scores(
         softcap=softcap,
         page_lists=page_lists,
         page_counts=page_counts,
+        granule=granule,
     )
     chosen = choose_backend(backend, query, _refusals(query))
     rest = inputs[2:]

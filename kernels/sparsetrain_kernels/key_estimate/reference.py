@@ -59,9 +59,9 @@ def _positions(call: EstimateInputs, sequence: int, column: Tensor, length: int)
     if call.page_lists is None or call.page_counts is None:
         position = column.expand(kv_heads, -1)
         return position, position < length
-    entry = call.page_lists[sequence].long()[:, column // GRANULE]
-    is_listed = (column // GRANULE < call.page_counts[sequence][:, None]) & (entry >= 0)
-    position = entry * GRANULE + column % GRANULE
+    entry = call.page_lists[sequence].long()[:, column // call.granule]
+    is_listed = (column // call.granule < call.page_counts[sequence][:, None]) & (entry >= 0)
+    position = entry * call.granule + column % call.granule
     return position, is_listed & (position < length)
 
 

@@ -1,4 +1,4 @@
-"""The public operation: checks its arguments and chooses the implementation."""
+"""The public operations: check the arguments and choose the implementation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsetrain_kernels.arguments import check_tensors
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.inputs import consecutive_rows
-from sparsetrain_kernels.key_mirror import library  # noqa: F401  (defines the operation)
+from sparsetrain_kernels.key_mirror import library  # noqa: F401  (defines the operations)
 from sparsetrain_kernels.key_mirror.layout import GRANULE, KeyMirror, PageBounds, check_tensor
 
 
@@ -87,6 +87,42 @@ def append_tokens(
         *(bounds or (None,) * len(PageBounds._fields)),
         chosen,
     )
+
+
+def append_codes(
+    key: Tensor, mirror: KeyMirror, *, lengths: Tensor, block_table: Tensor, backend: str = "auto"
+) -> None:
+    """Take the newest keys of each sequence into a mirror alone, in place, such as that of a few channels of each key
+    (the label cache of Double Sparsity, 2408.07092, section 3).
+
+    All else is as in :func:`append_tokens`: positions, padding, pages that are not kept, one launch.
+
+    Args:
+        key: ``[B, Hkv, N, D]`` with an even ``D``, that of the mirror.
+        mirror: codes ``[pages, Hkv, page, D // 2]`` and what they are scaled by.
+        lengths: int32 ``[B]``, the tokens of each sequence, the new ones included.
+        block_table: int32 ``[B, max_pages]``.
+        backend: ``triton``, ``reference`` or ``auto``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or requires a gradient; the message names it and its value.
+    """
+    check_tensors(key=key)
+    if torch.is_grad_enabled() and key.requires_grad:
+        raise ValueError("key requires a gradient, and a mirror has none: call it under torch.no_grad()")
+    if not isinstance(mirror, KeyMirror):
+        raise TypeError(f"mirror is a {type(mirror).__name__}, expected a KeyMirror")
+    batch = key.shape[0] if key.dim() == 4 else 0
+    _, kv_heads, _, head_dim = mirror.check(batch, key.device)
+    if batch == 0 or key.shape[2] == 0 or not key.is_floating_point():
+        raise ValueError(
+            f"key has shape {tuple(key.shape)} of {key.dtype}, expected floats [batch, kv heads, tokens, {head_dim}]"
+        )
+    check_tensor("key", key, (batch, kv_heads, key.shape[2], head_dim), key.dtype, key.device, strided=True)
+    check_places(lengths, block_table, batch, key.device)
+    refusals = {"triton": triton_refusal(key), "gluon": "appending has a plain Triton kernel only"}
+    chosen = choose_backend(backend, key, refusals)
+    torch.ops.sparsetrain.append_codes(consecutive_rows(key), lengths, block_table, *mirror, chosen)
 
 
 def check_cache(key_cache: Tensor, value_cache: Tensor) -> tuple[int, int, int, int]:

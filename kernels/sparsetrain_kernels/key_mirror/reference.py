@@ -59,22 +59,36 @@ def append(
     Raises:
         ValueError: a length is not 0 to what ``block_table`` has room for.
     """
-    page_size, new = key_cache.shape[2], key.shape[2]
-    room = block_table.shape[1] * page_size
-    if not all(0 <= length <= room for length in lengths.tolist()):
-        raise ValueError(f"lengths={lengths.tolist()} must be 0 to the {room} tokens that block_table has pages for")
-    position = lengths.long()[:, None] - new + torch.arange(new, device=key.device)
-    page = block_table.long().gather(1, position.clamp(min=0) // page_size)
-    sequence, row = ((position >= 0) & (page >= 0)).nonzero(as_tuple=True)
-    page, slot = page[sequence, row], position[sequence, row] % page_size
+    sequence, row, page, slot = _places(key.shape[2], key_cache.shape[2], lengths, block_table)
     key_cache[page, :, slot] = key[sequence, :, row]
     value_cache[page, :, slot] = value[sequence, :, row]
     if mirror is not None:
-        scaled = (key[sequence, :, row].float() - mirror.center[sequence]) / mirror.spread[sequence]
-        mirror.codes[page, :, slot], mirror.scale_low[page, :, slot] = to_codes(scaled)
+        append_codes(key, lengths, block_table, mirror)
     if bounds is not None:
         for number, length in enumerate(lengths.tolist()):
             _extend_bounds(key, number, length, block_table, bounds)
+
+
+def append_codes(key: Tensor, lengths: Tensor, block_table: Tensor, mirror: KeyMirror) -> None:
+    """As :func:`sparsetrain_kernels.append_codes`. Reads ``lengths`` on the host.
+
+    Raises:
+        ValueError: a length is not 0 to what ``block_table`` has room for.
+    """
+    sequence, row, page, slot = _places(key.shape[2], mirror.codes.shape[2], lengths, block_table)
+    scaled = (key[sequence, :, row].float() - mirror.center[sequence]) / mirror.spread[sequence]
+    mirror.codes[page, :, slot], mirror.scale_low[page, :, slot] = to_codes(scaled)
+
+
+def _places(new: int, page_size: int, lengths: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequence and row of the new tokens that are kept, and the page and the slot of each."""
+    room = block_table.shape[1] * page_size
+    if not all(0 <= length <= room for length in lengths.tolist()):
+        raise ValueError(f"lengths={lengths.tolist()} must be 0 to the {room} tokens that block_table has pages for")
+    position = lengths.long()[:, None] - new + torch.arange(new, device=lengths.device)
+    page = block_table.long().gather(1, position.clamp(min=0) // page_size)
+    sequence, row = ((position >= 0) & (page >= 0)).nonzero(as_tuple=True)
+    return sequence, row, page[sequence, row], position[sequence, row] % page_size
 
 
 def _extend_bounds(key: Tensor, sequence: int, length: int, block_table: Tensor, bounds: PageBounds) -> None:

@@ -4,7 +4,7 @@ heads of the group; then the log-sum-exps of the splits are added."""
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.key_mirror.triton.kernels import GRANULE, LARGEST
+from sparsetrain_kernels.key_mirror.triton.kernels import LARGEST
 from sparsetrain_kernels.online_softmax import LOG2E, tanh
 
 DIGIT: tl.constexpr = tl.constexpr(128)
@@ -56,7 +56,7 @@ def estimate_kernel(
     A tile is ``BLOCK_N`` columns. Tiles with keys come first and are divided among the splits; so are those without.
     Digits of the query and codes are multiplied as integers: rows of the product are the high digits of the heads, then
     the low ones. A lane keeps the peak and the sum of its own columns, which meet after the last tile.
-    ``PACKED`` takes four codes apart at a time.
+    ``LISTED`` is the number of tokens of a list's entry, 0 without lists. ``PACKED`` takes four codes apart at a time.
     """
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     head_tile = tl.program_id(0) % HEAD_TILES
@@ -71,7 +71,7 @@ def estimate_kernel(
         lists_ptr += (batch * KV_HEADS + kv_head) * entries
         count = tl.load(counts_ptr + batch * KV_HEADS + kv_head)
         count = tl.where(length > 0, tl.minimum(tl.maximum(count, 0), entries), 0)
-        used = count * GRANULE
+        used = count * LISTED
 
     in_group = head_tile * HEADS + tl.arange(0, HEADS)
     channel = tl.arange(0, HALF_PAD)
@@ -117,8 +117,8 @@ def estimate_kernel(
     for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=STAGES):
         at = tile * BLOCK_N + column
         if LISTED:
-            entry = tl.load(lists_ptr + at // GRANULE, mask=at < used, other=-1)
-            position = tl.where(entry >= 0, entry * GRANULE + at % GRANULE, length)
+            entry = tl.load(lists_ptr + at // LISTED, mask=at < used, other=-1)
+            position = tl.where(entry >= 0, entry * LISTED + at % LISTED, length)
         else:
             position = at
         is_key = position < length

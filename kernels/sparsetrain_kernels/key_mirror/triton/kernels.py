@@ -45,12 +45,13 @@ def append_kernel(
     HALF_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    CACHE: tl.constexpr,
     MIRROR: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):
     """``TILE`` positions, 1 or 16 that share bounds, of one sequence and KV head. ``BOUNDS`` is ``"none"``, ``"keys"``
     (in their dtype) or ``"bytes"``. Grid: tiles fastest, KV heads, batch. The halves of a key are apart, as in a byte
-    of codes. Without mirror or bounds their pointers are not read.
+    of codes. Without cache, mirror or bounds their pointers are not read.
     """
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % KV_HEADS).to(tl.int64)
@@ -72,19 +73,19 @@ def append_kernel(
     key_cells = key_ptr + batch * key_stride_b + head * key_stride_h + (row * key_stride_n)[:, None] + channel[None, :]
     left = tl.load(key_cells, mask=is_cell, other=0.0)
     right = tl.load(key_cells + HALF, mask=is_cell, other=0.0)
-    value_cells = (
-        value_ptr + batch * value_stride_b + head * value_stride_h + (row * value_stride_n)[:, None] + channel[None, :]
-    )
-    value_left = tl.load(value_cells, mask=is_cell, other=0.0)
-    value_right = tl.load(value_cells + HALF, mask=is_cell, other=0.0)
-    to_key = page * key_cache_stride_b + head * key_cache_stride_h + slot * key_cache_stride_n
-    to_key = key_cache_ptr + to_key[:, None] + channel[None, :]
-    tl.store(to_key, left, mask=is_cell)
-    tl.store(to_key + HALF, right, mask=is_cell)
-    to_value = page * value_cache_stride_b + head * value_cache_stride_h + slot * value_cache_stride_n
-    to_value = value_cache_ptr + to_value[:, None] + channel[None, :]
-    tl.store(to_value, value_left, mask=is_cell)
-    tl.store(to_value + HALF, value_right, mask=is_cell)
+    if CACHE:
+        value_cells = value_ptr + batch * value_stride_b + head * value_stride_h
+        value_cells = value_cells + (row * value_stride_n)[:, None] + channel[None, :]
+        value_left = tl.load(value_cells, mask=is_cell, other=0.0)
+        value_right = tl.load(value_cells + HALF, mask=is_cell, other=0.0)
+        to_key = page * key_cache_stride_b + head * key_cache_stride_h + slot * key_cache_stride_n
+        to_key = key_cache_ptr + to_key[:, None] + channel[None, :]
+        tl.store(to_key, left, mask=is_cell)
+        tl.store(to_key + HALF, right, mask=is_cell)
+        to_value = page * value_cache_stride_b + head * value_cache_stride_h + slot * value_cache_stride_n
+        to_value = value_cache_ptr + to_value[:, None] + channel[None, :]
+        tl.store(to_value, value_left, mask=is_cell)
+        tl.store(to_value + HALF, value_right, mask=is_cell)
 
     left = left.to(tl.float32)
     right = right.to(tl.float32)

@@ -17,15 +17,16 @@ LEAST = 32
 
 def append(
     key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    value: Tensor | None,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
     lengths: Tensor,
     block_table: Tensor,
     mirror: KeyMirror | None,
     bounds: PageBounds | None,
 ) -> None:
-    """As :func:`sparsetrain_kernels.append_tokens`."""
+    """As :func:`sparsetrain_kernels.append_tokens`, and without values and caches :func:`sparsetrain_kernels.
+    append_codes`."""
     batch, kv_heads, new, head_dim = key.shape
     tile = 1 if new == 1 else GRANULE
     # The first token may be the last of its 16.
@@ -37,6 +38,8 @@ def append(
     if values is not None and kind == "bytes":
         values = values.view(torch.uint8)
     moments = (None, None) if bounds is None else (bounds.center, bounds.spread)
+    page = key_cache.shape[2] if key_cache is not None else mirror.codes.shape[2]  # type: ignore[union-attr]
+    strides = [(0, 0, 0) if tensor is None else tensor.stride()[:3] for tensor in (value, key_cache, value_cache)]
     with on_device(key):
         launch(
             append_kernel,
@@ -48,16 +51,15 @@ def append(
             ),
             (
                 *key.stride()[:3],
-                *value.stride()[:3],
-                *key_cache.stride()[:3],
-                *value_cache.stride()[:3],
+                *(stride for each in strides for stride in each),
                 *(table.stride(0), table.shape[1], new, tiles),
             ),
             KV_HEADS=kv_heads,
             HALF=head_dim // 2,
             HALF_PAD=max(LEAST, triton.next_power_of_2(head_dim // 2)),
-            PAGE=key_cache.shape[2],
+            PAGE=page,
             TILE=tile,
+            CACHE=key_cache is not None,
             MIRROR=mirror is not None,
             BOUNDS=kind,
             num_warps=1 if tile == 1 else 4,
