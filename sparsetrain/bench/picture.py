@@ -18,6 +18,8 @@ STYLES = {
     "twilight": (ORANGE, "o"),
     "twilight-quest": (PURPLE, "o"),
     "quest": (RED, "D"),
+    "channels": (GREEN, "D"),
+    "twilight-channels": (GREEN, "o"),
     "refresh": (SKY, "o"),
     "flex": (ORANGE, "^"),
     "flex-flash": (RED, "v"),

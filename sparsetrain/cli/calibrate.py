@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = (
     "calibrated",
+    "heavy_channels",
     "prune.p",
     "refresh.every",
     "refresh.similarity",
@@ -77,13 +78,15 @@ def calibrate(
 
     In the second halves of up to eight texts, rows are drawn and read as if each were a step of generation. Of 14 p the
     smallest is taken whose error is no larger than --error; a layer where none is reads all keys. The table shows, for
-    that p, the error, how many keys are read, and which share of the softmax weight these and Quest's candidates hold.
+    that p, the error, how many keys are read, and which share of the softmax weight these and the candidates hold.
+    With --decode.select channels it finds the channels too.
 
     \b
     Examples:
       sparsetrain calibrate my-model --data book.txt --error 0.05 --output decode.yaml
       sparsetrain generate my-model --file long.txt --decode decode.yaml
       sparsetrain calibrate my-model --data held-out.jsonl --tokens 32768 --decode.select quest --output decode.yaml
+      sparsetrain calibrate my-model --data book.txt --decode.select channels --output decode.yaml
       sparsetrain calibrate my-model --data book.txt --save my-faster-model
     """
     from sparsetrain.generation.settings import parse_decode

@@ -14,7 +14,7 @@ from sparsetrain.section import Section
 
 
 def with_decode_options(
-    function: Callable[..., None], *, without: Collection[str] = ("calibrated",)
+    function: Callable[..., None], *, without: Collection[str] = ("calibrated", "heavy_channels")
 ) -> Callable[..., None]:
     """A command that takes the section in options of its own.
 
@@ -30,7 +30,8 @@ def with_decode_options(
     published = _option(
         "decode",
         "--decode",
-        "A file of sparsetrain calibrate, or published settings: twilight, twilight-full, quest, refreshkv, recycled",
+        "A file of sparsetrain calibrate, or published settings: twilight, twilight-full, quest, double-sparsity, "
+        "refreshkv, recycled",
     )
 
     def call(**arguments: Any) -> None:

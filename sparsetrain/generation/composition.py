@@ -68,7 +68,7 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
             f"{max(layers)}; drop it"
         )
     if taken:
-        _check_shares(taken, decode)
+        _check_by_layer(taken, decode)
         return taken
     if full:
         raise ModelError(
@@ -84,18 +84,24 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
     )
 
 
-def _check_shares(taken: list[int], decode: Decode) -> None:
-    """Refuse a ``prune.p`` by layer that leaves out a layer, or names one that reads all its keys."""
-    if decode.prune is None or not isinstance(decode.prune.p, dict):
-        return
-    given, listed = decode.prune.p, ", ".join(map(str, taken))
-    if strange := sorted(given.keys() - set(taken)):
+def _check_by_layer(taken: list[int], decode: Decode) -> None:
+    """Refuse what is given by layer and leaves out a layer, or names one that reads all its keys."""
+    listed = ", ".join(map(str, taken))
+    prune = decode.prune
+    if prune is not None and isinstance(given := prune.p, dict):
+        if strange := sorted(given.keys() - set(taken)):
+            raise ModelError(
+                f"decode.prune.p={given[strange[0]]} for layer {strange[0]} has no effect: the layers that read fewer "
+                f"keys are {listed}; drop it"
+            )
+        if lost := sorted(set(taken) - given.keys()):
+            raise ModelError(
+                f"decode.prune.p says nothing of layer {lost[0]}: name all layers that read fewer keys ({listed}), or "
+                "give one number for all"
+            )
+    if decode.heavy_channels is not None and decode.heavy_channels.keys() != set(taken):
+        named = ", ".join(map(str, sorted(decode.heavy_channels)))
         raise ModelError(
-            f"decode.prune.p={given[strange[0]]} for layer {strange[0]} has no effect: the layers that read fewer keys "
-            f"are {listed}; drop it"
-        )
-    if lost := sorted(set(taken) - given.keys()):
-        raise ModelError(
-            f"decode.prune.p says nothing of layer {lost[0]}: name all layers that read fewer keys ({listed}), or give "
-            "one number for all"
+            f"decode.heavy_channels names layers {named}, and the layers that read fewer keys are {listed}: name "
+            "these, or drop it to take the channels from each prompt"
         )

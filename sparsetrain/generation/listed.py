@@ -20,8 +20,9 @@ from sparsetrain_kernels.key_mirror import KeyMirror, key_statistics
 from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor, nn
 
+from sparsetrain.generation.candidates import GRANULE, Always, Candidates
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
-from sparsetrain.generation.selectors import GRANULE, Candidates, Places, make_selector
+from sparsetrain.generation.selectors import Places, make_selector
 from sparsetrain.generation.settings import Decode
 from sparsetrain.patterns import Pattern
 
@@ -72,8 +73,9 @@ class ListedMemory(PagedMemory):
 
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
-        self._selector = make_selector(decode)
+        self._selector = make_selector(decode, index)
         self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
+        self._centred = self._mirrors or self._selector.centred
         prune = decode.prune
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
         self._center: Tensor | None = None
@@ -104,7 +106,7 @@ class ListedMemory(PagedMemory):
         if not self.started or padded or many:
             later = self._longest > 0
             out = super().attend(layer, query, key, value, starts=starts, **options)
-            if later and self._mirrors:
+            if later and self._centred:
                 # A chunk of a prompt, or another turn: codes are centred and scaled by all tokens, as of one prompt.
                 self._write_again(self._longest, whole=True)
             self._prompt, self._step = self._longest, 0
@@ -146,7 +148,8 @@ class ListedMemory(PagedMemory):
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
-        held = [self._center, self._spread, *(tensor for choice in self._choices for tensor in choice[1:])]
+        held = [self._center, self._spread, *self._selector.held()]
+        held += [tensor for choice in self._choices for tensor in choice[1:]]
         return super().nbytes() + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def observations(self) -> dict[str, float]:
@@ -168,7 +171,7 @@ class ListedMemory(PagedMemory):
         keys, values, table, lengths = self._tensors()
         if self.decode.refresh is None:
             lists, counts = self._lists(query, options)
-            recent: Any = self.decode.recent
+            recent: Any = self._always().recent
         else:
             choice = self._choose(query, options)
             lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
@@ -223,32 +226,36 @@ class ListedMemory(PagedMemory):
         """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``."""
         candidates = self._candidates(query, options)
         if not self._mirrors:
-            return candidates.positions(self._room(), **self._always())
+            return candidates.positions(self._room(), self._always())
         scores, lse = self._estimate(query, candidates, options)
         if self.decode.prune is not None:
             found = self._top_p(scores, lse, candidates)
         else:
-            k, heads = min(self._keep(), self._room()), self._tensors()[0].shape[1]
-            found = top_k_lists(scores, lse, k, num_kv_heads=heads, **self._always(), **candidates.arguments)
+            given = {"k": min(self._keep(), self._room()), "width": candidates.pooled}
+            found = candidates.choose(top_k_lists, scores, lse, self._always(), num_kv_heads=self._heads(), **given)
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
             self._counted[2] += found.dropped.sum()
         return found.lists, found.counts
 
     def _candidates(self, query: Tensor, options: dict[str, Any]) -> Candidates:
         """What the selector passes on."""
-        return self._selector.candidates(query, self._places(), options.get("scale"))
+        return self._selector.candidates(query, self._places(), **_factors(options))
 
     def _estimate(self, query: Tensor, candidates: Candidates, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Scores of the candidates from their codes, and the log-sum-exp of each row."""
-        factors: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap")}
-        return estimate_scores(query, self._mirror(), **self._places().arguments, **factors, **candidates.arguments)
+        given = {**self._places().arguments, **_factors(options), **candidates.scored()}
+        return estimate_scores(query, self._mirror(), **given)
 
     def _top_p(self, scores: Tensor, lse: Tensor, candidates: Candidates, **other: Any) -> PositionLists:
         """What the layer's top-p keeps of the candidates; ``other`` goes before the section."""
-        heads, room = self._tensors()[0].shape[1], self._room()
-        capacity = min(room, max(LEAST_CAPACITY, room // 4))
-        given = {**self._prune, **self._always(), **candidates.arguments, **other}
-        return top_p_lists(scores, lse, num_kv_heads=heads, capacity=capacity, **given)
+        room = self._room()
+        capacity = min(room, max(LEAST_CAPACITY, room // 4) if candidates.most is None else candidates.most)
+        given = {"num_kv_heads": self._heads(), "capacity": capacity, **self._prune, **other}
+        return candidates.choose(top_p_lists, scores, lse, self._always(), **given)
+
+    def _heads(self) -> int:
+        """KV heads."""
+        return self._tensors()[0].shape[1]
 
     def _room(self) -> int:
         """Tokens that a row's pages have room for."""
@@ -259,9 +266,9 @@ class ListedMemory(PagedMemory):
         _, _, table, lengths = self._tensors()
         return Places(lengths, table, self._room(), self.beside)
 
-    def _always(self) -> dict[str, Any]:
-        """What every step reads."""
-        return {"lengths": self._tensors()[3], "sinks": self.decode.sinks, "recent": self.decode.recent}
+    def _always(self) -> Always:
+        """What this step reads in any case."""
+        return self._selector.always(self._places())
 
     def _keep(self) -> int:
         """Keys of a choice of RefreshKV."""
@@ -308,6 +315,7 @@ class ListedMemory(PagedMemory):
             self._spread.copy_(spread)
         else:
             self._center, self._spread = center, spread
+        self._selector.keep_moments(center, spread)
 
     def _write_again(self, tokens: int, *, whole: bool) -> None:
         """Make what is kept beside the last tokens of each row as if none had come behind them: bounds of the 16 that
@@ -320,7 +328,7 @@ class ListedMemory(PagedMemory):
         page = table.gather(1, inside // self.pattern.block).clamp_min(0).long()
         index = (page, slice(None), inside % self.pattern.block)
         key, value = (held[index].transpose(1, 2) for held in (keys, values))
-        if whole and self._mirrors:
+        if whole and self._centred:
             self._keep_moments(*key_statistics(key, lengths))
         self._append_tokens(key, value, table)
 
@@ -328,7 +336,7 @@ class ListedMemory(PagedMemory):
     def _append_tokens(self, key: Tensor, value: Tensor, table: Tensor) -> None:
         """Write the newest tokens, and what is kept beside them."""
         keys, values, _, lengths = self._tensors()
-        if self._mirrors and self._longest == 0:
+        if self._centred and self._longest == 0:
             self._keep_moments(*key_statistics(key, lengths))
         append_tokens(
             key,
@@ -340,3 +348,9 @@ class ListedMemory(PagedMemory):
             mirror=self._mirror() if self._mirrors else None,
             **self._selector.written(self.beside),
         )
+        self._selector.append(key, self._places()._replace(block_table=table))
+
+
+def _factors(options: dict[str, Any]) -> dict[str, Any]:
+    """The factors of the logits."""
+    return {name: options.get(name) for name in ("scale", "softcap")}

@@ -31,7 +31,8 @@ class Loss(NamedTuple):
     kept: Tensor
     """``[P, R, Hkv]``: keys that are read."""
     candidate_mass: Tensor
-    """``[R, Hq]``: true softmax weight of the keys that Quest passes on, with the first and last ones; 1 without it."""
+    """``[R, Hq]``: true softmax weight of the keys that the selector passes on, with the first and last ones; 1 where
+    those are all."""
     keys: Tensor
     """``[R]``: keys that there are."""
 
@@ -39,6 +40,30 @@ class Loss(NamedTuple):
 def join(parts: Iterable[Loss]) -> Loss:
     """The loss of the rows of all parts."""
     return Loss(*(torch.cat(each, dim=int(each[0].dim() == 3)) for each in zip(*parts, strict=True)))
+
+
+class ChannelWeights(ListedMemory):
+    """The memory of one pass over one text, which attends to everything and weighs the channels of keys.
+
+    A channel's share of the logits is as large as the query in it times what keys differ by in it: the product that
+    Double Sparsity (2408.07092, section 3) sorts channels by, less what all keys share.
+    """
+
+    def __init__(self, *given: Any, **room: Any) -> None:
+        super().__init__(*given, **room)
+        self.weights: Tensor | None = None
+        """fp32 ``[Hkv, D]`` on the host, once the pass has been here."""
+
+    @torch.no_grad()
+    def attend(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, starts: list[int] | None, **options: Any
+    ) -> Tensor:
+        """See :meth:`Memory.attend`. For the whole text at once."""
+        out = self._attend(layer, query, key, value, cu_seqlens=None, q_start=None, **options)
+        _, spread = key_statistics(key)
+        size = query[0].float().square().mean(1).unflatten(0, (key.shape[1], -1)).mean(1).sqrt()
+        self.weights = (size * spread[0]).cpu()
+        return out
 
 
 class Probe(ListedMemory):
@@ -82,7 +107,7 @@ class Probe(ListedMemory):
             count = len(rows)
             at = rows.to(query.device)
             self.lengths, self.table = (at + 1).int(), table.expand(count, -1).contiguous()
-            self._center, self._spread = (each.expand(count, -1, -1).contiguous() for each in (center, spread))
+            self._keep_moments(*(each.expand(count, -1, -1).contiguous() for each in (center, spread)))
             yield self._compare(query[0, :, at].transpose(0, 1)[:, :, None].contiguous(), options)
 
     def _compare(self, query: Tensor, options: dict[str, Any]) -> Loss:
@@ -95,15 +120,15 @@ class Probe(ListedMemory):
         norm = whole.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
         def read(lists: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-            given = {**self._always(), "block_table": table, **options}
+            given = {**self._always()._asdict(), "block_table": table, **options}
             out, lse = listed_decode(query, keys, values, lists, counts, return_lse=True, **given)
             return ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0], (lse - dense).exp()[..., 0]
 
         passed = self._candidates(query, options)
-        if passed.all_keys:
+        if passed.most is None:
             candidates = torch.ones_like(dense[..., 0])
         else:
-            candidates = read(*passed.positions(self._room(), **self._always()))[1]
+            candidates = read(*passed.positions(self._room(), self._always()))[1]
         scores, lse = self._estimate(query, passed, options)
         errors, masses, kept = [], [], []
         for p in self._shares:

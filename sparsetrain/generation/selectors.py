@@ -1,27 +1,25 @@
-"""The keys that a step considers: all of them, or those that a cheaper look at them promises the largest logits.
+"""How a step finds its candidates: all keys, or those that a cheaper look at them promises the largest logits.
 
-A selector keeps what it looks at beside the pages of a memory, by page, so that it grows, moves and is written with
-them. Its candidates are lists of positions in the cache; keys are never copied.
+What a selector looks at is kept beside the pages of a memory, by page, so that it grows and moves with them. Candidates
+are lists of positions in the cache; keys are never copied.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from sparsetrain_kernels import page_scores
-from sparsetrain_kernels.key_mirror import PageBounds
+from sparsetrain_kernels import append_codes, estimate_scores, page_scores, top_k_lists
+from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds
 from torch import Tensor
 
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.candidates import GRANULE, Always, Candidates, Pages, Tokens
 from sparsetrain.generation.settings import Decode
-
-GRANULE = 16
-"""Tokens of a page of Quest."""
 
 
 class Places(NamedTuple):
-    """Where the keys of each row are, and what a selector keeps beside them."""
+    """Where the keys of each row are, and what is kept beside them."""
 
     lengths: Tensor
     """int32 ``[B]``: tokens of each row."""
@@ -38,73 +36,49 @@ class Places(NamedTuple):
         return {"lengths": self.lengths, "block_table": self.block_table, "max_length": self.max_length}
 
 
-class Candidates(NamedTuple):
-    """What a step considers; all keys where there are no lists."""
+class Selector:
+    """How the candidates of a step are found: all keys, unless a subclass knows better.
 
-    page_lists: Tensor | None = None
-    """int32 ``[B, Hkv, P]``: pages of 16 tokens, ascending."""
-    page_counts: Tensor | None = None
-    """int32 ``[B, Hkv]``: entries of each list."""
+    Args:
+        decode: the section.
+    """
 
-    @property
-    def all_keys(self) -> bool:
-        """Every key is a candidate."""
-        return self.page_lists is None
+    centred = False
+    """It wants to know the mean and the spread of the prompt's keys (:meth:`keep_moments`)."""
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As operations take them."""
-        return self._asdict()
-
-    def positions(self, room: int, *, lengths: Tensor, sinks: int, recent: int) -> tuple[Tensor, Tensor]:
-        """All their tokens but the first ``sinks`` and the last ``recent`` ones, which are read in any case.
-
-        Returns:
-            Ascending positions, int32 ``[B, Hkv, 16 * P]``, and how many of them there are, int32 ``[B, Hkv]``.
-        """
-        assert self.page_lists is not None
-        assert self.page_counts is not None
-        within = torch.arange(GRANULE, device=lengths.device, dtype=torch.int32)
-        places = (self.page_lists[..., None] * GRANULE + within).flatten(2)
-        listed = torch.arange(places.shape[-1], device=places.device) < GRANULE * self.page_counts[..., None]
-        kept = listed & (places >= sinks) & (places < (lengths - recent)[:, None, None])
-        return torch.where(kept, places, room).sort().values, kept.sum(-1, dtype=torch.int32)
-
-
-class Selector(ABC):
-    """How the candidates of a step are found."""
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
 
     def make_beside(self, key: Tensor, pages: int, block: int) -> dict[str, Tensor]:
         """What is kept beside ``pages`` pages of ``block`` keys like ``[B, Hkv, N, D]``."""
         return {}
+
+    def keep_moments(self, center: Tensor, spread: Tensor) -> None:
+        """Take the mean and the spread of the keys of each row, fp32 ``[B, Hkv, D]``, before they are written."""
 
     def written(self, beside: dict[str, Tensor]) -> dict[str, Any]:
         """What :func:`~sparsetrain_kernels.append_tokens` writes beside the keys, as its arguments, of ``beside`` by
         page, ``[pages, ...]``."""
         return {}
 
-    @abstractmethod
-    def candidates(self, query: Tensor, places: Places, scale: float | None) -> Candidates:
-        """Of a step with ``query [B, Hq, 1, D]`` and this factor on its logits."""
+    def append(self, key: Tensor, places: Places) -> None:
+        """Write what else is kept of the newest keys, ``[B, Hkv, N, D]``."""
 
+    def held(self) -> list[Tensor]:
+        """Tensors of its own, ``[B, ...]``."""
+        return []
 
-class EveryKey(Selector):
-    """All keys."""
+    def always(self, places: Places) -> Always:
+        """What a step reads in any case."""
+        return Always(places.lengths, self._decode.sinks, self._decode.recent)
 
-    def candidates(self, query: Tensor, places: Places, scale: float | None) -> Candidates:
-        """See :meth:`Selector.candidates`."""
+    def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
+        """Of a step with ``query [B, Hq, 1, D]`` and the factors ``scale`` and ``softcap`` of its logits."""
         return Candidates()
 
 
 class QuestPages(Selector):
-    """Pages of 16 tokens by the minima and maxima of their keys (Quest, 2406.10774).
-
-    Args:
-        tokens: that are passed on.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self._pages = -(-tokens // GRANULE)
+    """Pages of 16 tokens by the minima and maxima of their keys (Quest, 2406.10774)."""
 
     def make_beside(self, key: Tensor, pages: int, block: int) -> dict[str, Tensor]:
         """See :meth:`Selector.make_beside`."""
@@ -114,15 +88,111 @@ class QuestPages(Selector):
         """See :meth:`Selector.written`."""
         return {"bounds": PageBounds(beside["bounds"])}
 
-    def candidates(self, query: Tensor, places: Places, scale: float | None) -> Candidates:
+    def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
         """See :meth:`Selector.candidates`."""
-        bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=scale, **places.arguments)
-        best = bounds.topk(min(self._pages, bounds.shape[-1]), sorted=False)
+        bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=factors.get("scale"), **places.arguments)
+        wanted = -(-self._decode.candidate_tokens // GRANULE)
+        best = bounds.topk(min(wanted, bounds.shape[-1]), sorted=False)
         real = best.values > float("-inf")
         pages = torch.where(real, best.indices, bounds.shape[-1]).sort().values.int()
-        return Candidates(pages, real.sum(-1, dtype=torch.int32))
+        return Pages(pages, real.sum(-1, dtype=torch.int32))
 
 
-def make_selector(decode: Decode) -> Selector:
-    """The selector that a section asks for."""
-    return QuestPages(decode.candidate_tokens) if decode.select == "quest" else EveryKey()
+class HeavyChannels(Selector):
+    """Tokens by the logits that few channels of their keys make (Double Sparsity, 2408.07092).
+
+    These channels of each key are its label, which is kept in 4 bits. They are the ones that a calibration found, or
+    those of each row and KV head whose keys differ most in the prompt: what all keys share changes no softmax.
+
+    Args:
+        decode: the section.
+        index: of the layer.
+    """
+
+    centred = True
+
+    def __init__(self, decode: Decode, index: int) -> None:
+        super().__init__(decode)
+        self._index = index
+        self._channels: Tensor | None = None
+        """int64 ``[B, Hkv, channels]``, ascending."""
+        self._center: Tensor | None = None
+        self._spread: Tensor | None = None
+
+    def make_beside(self, key: Tensor, pages: int, block: int) -> dict[str, Tensor]:
+        """See :meth:`Selector.make_beside`."""
+        _, heads, _, width = key.shape
+        wanted = self._decode.channels
+        if wanted > width:
+            raise ModelError(f"decode.channels={wanted}: the keys of layer {self._index} have {width}; lower it")
+        codes = torch.zeros(pages, heads, block, wanted // 2, dtype=torch.uint8, device=key.device)
+        scale_low = torch.zeros(pages, heads, block, 2, dtype=torch.float16, device=key.device)
+        return {"label_codes": codes, "label_scale_low": scale_low}
+
+    def keep_moments(self, center: Tensor, spread: Tensor) -> None:
+        """See :meth:`Selector.keep_moments`."""
+        channels = self._heavy(spread)
+        found = (channels, center.gather(2, channels), spread.gather(2, channels))
+        held = self.held()
+        if held and held[0].shape == channels.shape:
+            for old, new in zip(held, found, strict=True):
+                old.copy_(new)
+        else:
+            self._channels, self._center, self._spread = found
+
+    def append(self, key: Tensor, places: Places) -> None:
+        """See :meth:`Selector.append`."""
+        append_codes(self._labels(key), self._mirror(places), lengths=places.lengths, block_table=places.block_table)
+
+    def held(self) -> list[Tensor]:
+        """See :meth:`Selector.held`."""
+        return [each for each in (self._channels, self._center, self._spread) if each is not None]
+
+    def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
+        """See :meth:`Selector.candidates`."""
+        channels, mirror = self._of_rows(), self._mirror(places)
+        heads, width = channels.shape[1], query.shape[3]
+        grouped = query.unflatten(1, (heads, -1))[:, :, :, 0]
+        label = grouped.gather(3, channels[:, :, None].expand(-1, -1, grouped.shape[2], -1)).flatten(1, 2)[:, :, None]
+        scale = factors.get("scale")
+        # Of the whole keys: a label has fewer channels.
+        scores, lse = estimate_scores(label, mirror, scale=width**-0.5 if scale is None else scale, **places.arguments)
+        always = self.always(places)
+        wanted = min(self._decode.candidate_tokens, places.max_length)
+        found = top_k_lists(scores, lse, wanted, num_kv_heads=heads, width=1, **always._asdict())
+        return Tokens(found.lists, found.counts, always)
+
+    def _heavy(self, spread: Tensor) -> Tensor:
+        """The channels of labels, int64 ``[B, Hkv, channels]``, ascending."""
+        known, (_, heads, width) = self._decode.heavy_channels, spread.shape
+        if known is None:
+            return spread.topk(self._decode.channels).indices.sort().values
+        own = known[self._index]
+        if len(own) != heads or max(map(max, own)) >= width:
+            raise ModelError(
+                f"decode.heavy_channels names {len(own)} KV heads in layer {self._index}, and channels up to "
+                f"{max(map(max, own))}: this layer has {heads} KV heads of {width} channels; calibrate on this model"
+            )
+        return torch.tensor(own, device=spread.device).expand(len(spread), -1, -1).contiguous()
+
+    def _labels(self, key: Tensor) -> Tensor:
+        """``[B, Hkv, N, channels]`` of keys ``[B, Hkv, N, D]``."""
+        return key.gather(3, self._of_rows()[:, :, None].expand(-1, -1, key.shape[2], -1))
+
+    def _mirror(self, places: Places) -> KeyMirror:
+        """The labels."""
+        assert self._center is not None
+        assert self._spread is not None
+        beside = places.beside
+        return KeyMirror(beside["label_codes"], beside["label_scale_low"], self._center, self._spread)
+
+    def _of_rows(self) -> Tensor:
+        assert self._channels is not None
+        return self._channels
+
+
+def make_selector(decode: Decode, index: int) -> Selector:
+    """The selector that a section asks for in one layer."""
+    if decode.select == "quest":
+        return QuestPages(decode)
+    return HeavyChannels(decode, index) if decode.select == "channels" else Selector(decode)

@@ -74,11 +74,16 @@ class Calibrated(Section):
 class Decode(Section):
     """The ``decode`` section: what layers with full attention read in a step of generation."""
 
-    select: Literal["full", "quest"] = "full"
-    """The candidates: all keys, or the pages of 16 tokens whose bounds allow the largest logits
-    (Quest, 2406.10774)."""
+    select: Literal["full", "quest", "channels"] = "full"
+    """The candidates: all keys, the pages of 16 tokens whose bounds allow the largest logits (quest, 2406.10774), or
+    the tokens with the largest logits by few channels of their keys (channels: Double Sparsity, 2408.07092)."""
     candidates: Annotated[Tokens, Field(ge=16)] | None = None
-    """Tokens that Quest passes on, rounded up to pages of 16; None means 8,192."""
+    """Tokens that quest or channels pass on, in pages of 16 of quest; None means 8,192."""
+    channels: Annotated[int, Field(ge=2, multiple_of=2)] = 16
+    """Channels of a key that select=channels looks at, an even number."""
+    heavy_channels: dict[Annotated[int, Field(ge=0)], list[list[Annotated[int, Field(ge=0)]]]] | None = None
+    """These channels by layer and KV head, as ``sparsetrain calibrate`` finds them; None takes those in which the keys
+    of a prompt differ most."""
     prune: Prune | None = None
     refresh: Refresh | None = None
     sinks: TokensOrNone = 4
@@ -94,10 +99,20 @@ class Decode(Section):
     def _check_parts(self) -> Decode:
         if self.select == "full" and self.candidates is not None:
             raise ValueError(
-                f"candidates={self.candidates} is for select=quest; with select=full all keys are candidates"
+                f"candidates={self.candidates} is for select=quest or channels; with select=full all keys are "
+                "candidates"
             )
+        if self.select != "channels" and "channels" in self.model_fields_set and self.channels != 16:
+            raise ValueError(f"channels={self.channels} is for select=channels, not select={self.select}; drop it")
+        if self.select != "channels" and self.heavy_channels is not None:
+            raise ValueError(f"heavy_channels is for select=channels, not select={self.select}; drop it")
+        if self.heavy_channels is not None:
+            _check_heavy(self.heavy_channels, self.channels)
         if self.select == "full" and self.prune is None and self.refresh is None:
-            raise ValueError("select=full reads all keys and nothing else is set; give prune, refresh or select=quest")
+            raise ValueError(
+                "select=full reads all keys and nothing else is set; give prune, refresh, select=quest or "
+                "select=channels"
+            )
         if self.refresh is not None and self.refresh.keep is None and self.prune is None and self.select == "full":
             raise ValueError("refresh needs to know how many keys a choice has; give refresh.keep or prune.p")
         if self.refresh is not None and self.refresh.keep is not None and self.prune is not None:
@@ -108,19 +123,32 @@ class Decode(Section):
 
     @property
     def candidate_tokens(self) -> int:
-        """Tokens that Quest passes on."""
+        """Tokens that a selector passes on."""
         return 8192 if self.candidates is None else self.candidates
+
+
+def _check_heavy(heavy: dict[int, list[list[int]]], count: int) -> None:
+    """Every KV head names ``count`` different channels, ascending."""
+    for layer, heads in heavy.items():
+        for head, channels in enumerate(heads):
+            if len(channels) != count or sorted(set(channels)) != channels:
+                raise ValueError(
+                    f"heavy_channels of layer {layer}, KV head {head} must be {count} different channels in ascending "
+                    f"order, as channels={count} says, and not {channels}"
+                )
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "twilight": {"select": "quest", "candidates": 8192, "prune": {"p": 0.85}},
     "twilight-full": {"select": "full", "prune": {"p": 0.95}},
     "quest": {"select": "quest", "candidates": 4096},
+    "double-sparsity": {"select": "channels", "channels": 16, "candidates": 256},
     "refreshkv": {"refresh": {"every": 5, "similarity": 0.85, "keep": 0.125, "staggered": False}, "dense_layers": []},
     "recycled": {"refresh": {"every": 50, "keep": 4096, "staggered": False}, "dense_layers": []},
 }
 """Published settings by name: Twilight over Quest and over all keys (2502.02770, section 5), Quest (2406.10774),
-RefreshKV (2411.05787, section 4) and the fixed schedule of its first version, Recycled Attention."""
+Double Sparsity (2408.07092: one token in 16 of 4,096), RefreshKV (2411.05787, section 4) and the fixed schedule of its
+first version, Recycled Attention."""
 
 
 def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.candidates import GRANULE
+from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.memories import make_memory
-from sparsetrain.generation.probe import Loss, Probe, join
-from sparsetrain.generation.selectors import GRANULE
+from sparsetrain.generation.probe import ChannelWeights, Loss, Probe, join
 from sparsetrain.generation.settings import Calibrated, Decode
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
@@ -31,6 +32,8 @@ SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.
 """The p that are tried."""
 USUAL_ROWS = 64
 
+Measuring = TypeVar("Measuring", bound=ListedMemory)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -38,8 +41,8 @@ class Layer:
 
     index: int
     p: float | None
-    """None where even p = 1 loses too much, because Quest passes on too little or a list has no room for all: the layer
-    goes on to read all keys."""
+    """None where even p = 1 loses too much, because the selector passes on too little or a list has no room for all:
+    the layer goes on to read all keys."""
     error: float
     """Norm of the output's error over the norm of the output: the mean over rows and query heads. With the largest p
     where none was chosen, like all that follows."""
@@ -52,7 +55,7 @@ class Layer:
     mass: float
     """True softmax weight of the keys that are read, in the mean."""
     candidate_mass: float
-    """True softmax weight of the keys that Quest passes on, in the mean; 1 without it."""
+    """True softmax weight of the keys that the selector passes on, in the mean; 1 where those are all."""
 
 
 def places(texts: int, tokens: int, rows: int | None, seed: int) -> list[Tensor]:
@@ -136,6 +139,8 @@ def calibrate(
     assert prune is not None
     measured = sum(map(len, sampled))
     one = decode.model_copy(update={"prune": prune.model_copy(update={"p": 1.0}), "calibrated": None})
+    if decode.select == "channels":
+        one = one.model_copy(update={"heavy_channels": _heavy_channels(model, texts, one)})
     set_decode(model, one)
     try:
         losses: dict[int, list[Loss]] = {}
@@ -150,8 +155,9 @@ def calibrate(
     chosen = {layer.index: layer.p for layer in layers if layer.p is not None}
     if not chosen:
         best = min(layers, key=lambda layer: layer.error)
-        quest = decode.select == "quest"
-        remedy = "--decode.candidates" if quest else "lower --tokens, because a list has no room for more"
+        remedy = (
+            "--decode.candidates" if decode.select != "full" else "lower --tokens, because a list has no room for more"
+        )
         raise ModelError(
             f"--error {error:g} is out of reach in all layers: with p=1 layer {best.index} still loses "
             f"{best.error:.3g}, because it reads {best.kept:,.0f} of {best.keys:,.0f} keys, with {best.mass:.1%} of "
@@ -160,26 +166,47 @@ def calibrate(
     record = Calibrated(name=name, model=identity(model.config), error=error, data=data, tokens=tokens, rows=measured)
     dense = sorted({*decode.dense_layers, *(layer.index for layer in layers if layer.p is None)})
     found = {"prune": prune.model_copy(update={"p": chosen}), "dense_layers": dense, "calibrated": record}
+    if one.heavy_channels is not None:
+        found["heavy_channels"] = {index: one.heavy_channels[index] for index in chosen}
     return decode.model_copy(update=found), layers
 
 
-@torch.no_grad()
+def _heavy_channels(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], decode: Decode
+) -> dict[int, list[list[int]]]:
+    """The heaviest channels of each layer and KV head over all texts (Double Sparsity, 2408.07092, section 3)."""
+    set_decode(model, decode.model_copy(update={"heavy_channels": None}))
+    weights: dict[int, Tensor] = {}
+    try:
+        for text in texts:
+            for index, memory in _pass(model, text, ChannelWeights).items():
+                assert memory.weights is not None
+                weights[index] = weights.get(index, 0) + memory.weights
+    finally:
+        set_decode(model, None)
+    width = next(iter(weights.values())).shape[1]
+    if decode.channels > width:
+        raise ModelError(f"--decode.channels {decode.channels}: keys of this model have {width}; lower it")
+    return {index: weight.topk(decode.channels).indices.sort().values.tolist() for index, weight in weights.items()}
+
+
 def _measure(model: PreTrainedModel, text: Sequence[int], at: Tensor) -> dict[int, Loss]:
     """What each layer that takes the section loses in some rows of a text, by one dense pass."""
+    probes = _pass(model, text, partial(Probe, at=at, shares=SHARES))
+    return {index: probe.loss for index, probe in probes.items() if probe.loss is not None}
+
+
+@torch.no_grad()
+def _pass(model: PreTrainedModel, text: Sequence[int], make: Callable[..., Measuring]) -> dict[int, Measuring]:
+    """The memories of the layers that take the section, after one dense pass over a text."""
     cache = DynamicCache(config=model.config)
-    probes: dict[int, Probe] = {}
+    memories: dict[int, Measuring] = {}
     for index, module, _ in sparse_layers(model):
         plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
         if plan.decode is None:
             continue
-        made: Any = make_memory(
-            plan.method,
-            plan.window,
-            decode=plan.decode,
-            index=index,
-            listed=partial(Probe, at=at, shares=SHARES),
-        )
-        probes[index] = made
+        made: Any = make_memory(plan.method, plan.window, decode=plan.decode, index=index, listed=make)
+        memories[index] = made
         place: Any = module.layer_idx
         cache.layers[place] = MemoryLayer(made, plan)
     decoder: Any = model.get_decoder()
@@ -189,7 +216,7 @@ def _measure(model: PreTrainedModel, text: Sequence[int], at: Tensor) -> dict[in
         raise ModelError(
             f"{model.device} has too little memory for a text of {len(text):,} tokens; lower --tokens"
         ) from error
-    return {index: probe.loss for index, probe in probes.items() if probe.loss is not None}
+    return memories
 
 
 def _choose(index: int, loss: Loss, target: float) -> Layer:

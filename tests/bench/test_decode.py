@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "candidates": 32,
     "budget": 1.0,
 }
-CHOOSING = ("twilight", "twilight-quest", "quest", "refresh")
+CHOOSING = ("twilight", "twilight-quest", "quest", "channels", "twilight-channels", "refresh")
 ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--topk", "24", "--budget", "1")
 
 
@@ -107,17 +107,20 @@ def test_bytes_of_chosen_keys_are_counted():
     report = measured(lengths="160", opponents=",".join(CHOOSING), layers=2)
     rows = {row.name: row for row in report.rows}
     whole, heads = 2 * 2 * 2 * 160 * 8 * 4, 2 * 2
-    codes, bounds = heads * 160 * (8 // 2 + 4), heads * 10 * 2 * 8 * 4
+    codes, bounds, labels = heads * 160 * (8 // 2 + 4), heads * 10 * 2 * 8 * 4, heads * 160 * (4 // 2 + 4)
     beside = {
         "twilight": codes,
         "twilight-quest": codes * 32 // 160 + bounds,
         "quest": bounds,
+        "channels": labels,
+        "twilight-channels": codes * (4 + 32 + 64) // 160 + labels,
         "refresh": codes / 8,
     }
     for name, row in rows.items():
         assert row.bytes_read == pytest.approx(row.kept * whole + beside[name])
     # The first 4, the last 64 and two pages of 16.
     assert 68 / 160 <= rows["quest"].kept <= 100 / 160
+    assert rows["channels"].kept == (4 + 32 + 64) / 160
     assert rows["refresh"].kept == rows["twilight"].kept < 1
 
 

@@ -33,6 +33,8 @@ EVERYTHING = {
     "all weight": {"prune": {"p": 1.0}},
     "all pages": {"select": "quest", "candidates": 4096},
     "all weight of all pages": {"select": "quest", "prune": {"p": 1.0}},
+    "all tokens by channels": {"select": "channels", "channels": 4, "candidates": 4096},
+    "all weight of all tokens by channels": {"select": "channels", "channels": 4, "prune": {"p": 1.0}},
     "all keys, chosen at every token": {"refresh": {"every": 1, "keep": 4096}},
     "all keys, used again": {"refresh": {"every": 5, "keep": 4096}},
 }
@@ -44,6 +46,15 @@ FEW = {
     "top-p, used again": {"prune": {"p": 0.5, "min_keys": 1}, "refresh": {"every": 4}},
     "top-k": {"refresh": {"every": 3, "keep": 5, "staggered": False}},
     "top-k by similarity": {"refresh": {"every": 2, "keep": 12, "similarity": 0.2}},
+    "channels": {"select": "channels", "channels": 4, "candidates": 16},
+    "top-p of channels": {"select": "channels", "channels": 4, "candidates": 32, "prune": {"p": 0.5, "min_keys": 1}},
+    "top-k of channels, used again": {
+        "select": "channels",
+        "channels": 4,
+        "candidates": 32,
+        "refresh": {"every": 3, "keep": 8},
+    },
+    "channels, used again": {"select": "channels", "channels": 4, "candidates": 16, "refresh": {"every": 4}},
     "Quest, used again": {"select": "quest", "candidates": 16, "refresh": {"every": 4}},
 }
 
@@ -182,15 +193,15 @@ def test_beams_turns_and_other_heads(decode):
     assert again.shape == (2, turn.shape[1] + 4)
 
 
-@pytest.mark.parametrize("decode", [FEW["top-p"], FEW["Quest"], FEW["top-p of Quest"]], ids=["top-p", "Quest", "both"])
-def test_steps_compile_to_one_graph(decode):
+@pytest.mark.parametrize("name", ["top-p", "Quest", "top-p of Quest", "channels", "top-p of channels"])
+def test_steps_compile_to_one_graph(name):
     """In room that is made once, where all keys are candidates as in room that grows."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     ids, mask = prompts(90, 33)
-    model = make(decode)
+    model = make(FEW[name])
     expected, _, _ = logits(model, ids, mask)
     cache = sparsetrain.SparseCache(model, max_length=110)
     found, _, _ = logits(model, ids, mask, past_key_values=cache, compile_config=config)
@@ -310,8 +321,8 @@ def test_published_settings_have_names(name):
         ({"refresh": {"every": 0, "keep": 4}}, "decode.refresh.every"),
         ({"refresh": {"every": 4, "keep": True}}, "decode.refresh.keep: true is no value"),
         ({"refresh": {"every": 4, "keep": 8}, "prune": {}}, "drop one of them"),
-        ({"candidates": 64, "prune": {}}, "candidates=64 is for select=quest"),
-        ({}, "give prune, refresh or select=quest"),
+        ({"candidates": 64, "prune": {}}, "candidates=64 is for select=quest or channels"),
+        ({}, "give prune, refresh, select=quest or select=channels"),
         ("twilit", "decode=twilit is not known"),
         ({"prune": {}, "dense_layers": [0, 1, 2]}, "leaves no layer"),
         ({"prune": {}, "dense_layers": [0, 99]}, "names layer 99.*is 2; drop it"),

@@ -21,12 +21,15 @@ SPARSEK = {"method": "sparsek", "topk": 256, "window": 128, "sinks": 4}
 EVERYTHING: list[dict[str, Any]] = [
     {"prune": {"p": 1.0}},
     {"select": "quest", "candidates": 16384},
+    {"select": "channels", "candidates": 16384},
     {"refresh": {"every": 4, "keep": 16384}},
 ]
 FEW: list[dict[str, Any]] = [
     {"prune": {"p": 0.8}},
     {"select": "quest", "candidates": 1024},
     {"select": "quest", "candidates": 2048, "prune": {"p": 0.8}},
+    {"select": "channels", "candidates": 1024},
+    {"select": "channels", "candidates": 2048, "prune": {"p": 0.8}},
 ]
 
 

@@ -26,6 +26,7 @@ SMALL = {"prune": {"min_keys": 1}, "sinks": 1, "recent": 4, "dense_layers": [0]}
 SECTIONS = {
     "full": SMALL,
     "quest": {**SMALL, "select": "quest", "candidates": 128},
+    "channels": {**SMALL, "select": "channels", "channels": 6, "candidates": 100},
 }
 
 
@@ -97,6 +98,8 @@ def test_generation_loses_what_was_measured(section, texts):
             continue
         p, dense_layers = {layer.index: layer.p}, [other for other in range(3) if other != layer.index]
         fields = {**section, "prune": {"min_keys": 1, "p": p}, "dense_layers": dense_layers}
+        if found.heavy_channels is not None:
+            fields["heavy_channels"] = {layer.index: found.heavy_channels[layer.index]}
         errors = []
         for text, rows in zip(texts, sampled, strict=True):
             for at in rows.tolist():

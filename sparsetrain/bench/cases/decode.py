@@ -39,14 +39,16 @@ class Options(PatternOptions):
     p: Annotated[float, Field(ge=0.001, le=1)] = 0.95
     """Share of the estimated weight that Twilight keeps."""
     candidates: Annotated[int, Field(ge=16), Suits(8192, 256)]
-    """Keys that Quest passes on, for Twilight or to be read; the paper has a quarter of the cache."""
+    """Keys that Quest or Double Sparsity pass on, for Twilight or to be read; Quest's paper has a quarter of the
+    cache."""
     every: Count = 8
     """Steps that read the same choice in the row of choices used again; its time is the mean of them."""
     layers: Annotated[Count, Suits(4, 1)]
     """Caches read in turn, so that none is still in L2."""
     opponents: str = "all"
-    """ours, sparsek, twilight, twilight-quest, quest, refresh, fa2 (the flash-attn package), flash (FlashAttention 2 of
-    torch), cudnn, efficient, math, varlen; without a GPU sdpa instead of the last six. Commas between, or all."""
+    """ours, sparsek, twilight, twilight-quest, quest, channels (Double Sparsity), twilight-channels, refresh, fa2 (the
+    flash-attn package), flash (FlashAttention 2 of torch), cudnn, efficient, math, varlen; without a GPU sdpa instead
+    of the last six. Commas between, or all."""
     check: bool = True
     """First compare outputs; what fails is not ranked."""
 

@@ -38,7 +38,7 @@ class Options(AnyOptions):
     """Tokens after each prompt that are timed, and as many again in a CUDA graph."""
     ways: str = "all"
     """dynamic and static (transformers with SDPA), full, power, sliding, sparsek, twilight, twilight-quest, quest,
-    refresh. Commas between, or all."""
+    channels (Double Sparsity), refresh. Commas between, or all."""
     fill: Annotated[str, one_of("prefill", "random")] = "prefill"
     """prefill: a pass of the prompts; random: the keys of random hidden states, at once and in less memory."""
     dtype: Annotated[str, one_of("bfloat16", "float16", "float32"), Suits("bfloat16", "float32")]

@@ -1,4 +1,5 @@
-"""Decoding steps that choose keys: Twilight over all keys and over Quest's pages, Quest, and choices used again."""
+"""Decoding steps that choose keys: Twilight over all keys and over Quest's pages, Quest, Double Sparsity, and choices
+used again."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.memories import PAGE
-from sparsetrain.generation.selectors import GRANULE
 from sparsetrain.generation.settings import Decode
 from sparsetrain.patterns import FullPattern
 
@@ -67,11 +68,14 @@ def _visible(problem: DecodeProblem, settings: Decode, lists: Tensor, counts: Te
 
 
 def _bytes_beside(problem: DecodeProblem, settings: Decode) -> int:
-    """Bytes of codes and bounds that one layer's choice reads."""
+    """Bytes of codes, bounds and labels that one layer's choice reads."""
     total, candidates = 0, problem.length
     if settings.select == "quest":
         total += -(-problem.length // GRANULE) * 2 * problem.head_dim * problem.dtype.itemsize
         candidates = min(candidates, -(-settings.candidate_tokens // GRANULE) * GRANULE)
+    if settings.select == "channels":
+        total += problem.length * (settings.channels // 2 + CODES)
+        candidates = min(candidates, settings.candidate_tokens + settings.sinks + settings.recent)
     if settings.prune is not None:
         total += candidates * (problem.head_dim // 2 + CODES)
     return total * problem.batch * problem.kv_heads
@@ -85,12 +89,18 @@ def _quest(problem: DecodeProblem) -> dict[str, Any]:
     return {"select": "quest", "candidates": problem.candidates}
 
 
+def _channels(problem: DecodeProblem) -> dict[str, Any]:
+    return {"select": "channels", "channels": min(16, problem.head_dim // 2), "candidates": problem.candidates}
+
+
 STEPS = tuple(
     Contender(name, f"sparsetrain, {title}", "chosen", partial(_prepare, decode), BOTH)
     for name, title, decode in (
         ("twilight", "Twilight, all keys", _twilight),
         ("twilight-quest", "Twilight, Quest's pages", lambda problem: _twilight(problem) | _quest(problem)),
         ("quest", "Quest", _quest),
+        ("channels", "Double Sparsity", _channels),
+        ("twilight-channels", "Twilight, by channels", lambda problem: _twilight(problem) | _channels(problem)),
         ("refresh", "Twilight, used again", lambda problem: _twilight(problem) | {"refresh": {"every": problem.every}}),
     )
 )

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import Cache
 
 from sparsetrain.bench.contenders.stand_ins import use_no_attention
+from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.generation.pages import PagedMemory
-from sparsetrain.generation.selectors import GRANULE
 from sparsetrain.generation.settings import parse_decode
 from sparsetrain.modeling import SparseCache, set_decode, sparsify
 
@@ -63,6 +63,8 @@ class Way:
             size += head_dim // 2 + 4
         if decode is not None and decode.select == "quest":
             size += 2 * head_dim * itemsize / GRANULE
+        if decode is not None and decode.select == "channels":
+            size += decode.channels // 2 + 4
         return size
 
     def read_prompt(self, model: PreTrainedModel, cache: Cache, ids: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ WAYS = (
     Way("twilight", "sparsetrain, Twilight, all keys", "full", "twilight-full"),
     Way("twilight-quest", "sparsetrain, Twilight, Quest's pages", "full", "twilight"),
     Way("quest", "sparsetrain, Quest", "full", "quest"),
+    Way("channels", "sparsetrain, Double Sparsity", "full", {"select": "channels"}),
     Way("refresh", "sparsetrain, Twilight, used again", "full", {"prune": {"p": 0.95}, "refresh": {"every": 8}}),
 )
 """The ways by name."""
