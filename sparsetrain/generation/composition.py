@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.methods.base import Method
+from sparsetrain.methods.sparsek.memory import SparseKMemory
 from sparsetrain.methods.static import StaticMethod
 from sparsetrain.patterns import SlidingPattern
 
@@ -15,20 +17,31 @@ if TYPE_CHECKING:
 
 FULL, WINDOW, PATTERN, LEARNED = "full attention", "a sliding window", "a block pattern", "learned selections"
 
+PARTS = ("full", "quest", "channels", "own", "prune", "refresh")
+"""The parts of a section: the values of ``select``, and what may be added."""
+
+_CHOSEN = "the method has chosen which keys it still has, and select=own chooses among them"
+_LISTED = "the pattern says which blocks are read, and select=own chooses among them"
+_FEW = "a window has no keys to choose from: it reads few and all of them"
+
 REASONS = {
-    (WINDOW, "select"): "a window has no keys to choose from: it reads few and all of them",
+    (FULL, "own"): "it reads all keys, which select=full, quest and channels choose from",
+    (WINDOW, "full"): _FEW,
+    (WINDOW, "quest"): _FEW,
+    (WINDOW, "channels"): _FEW,
+    (WINDOW, "own"): _FEW,
     (WINDOW, "prune"): "a window costs less than the estimate that would prune it",
     (WINDOW, "refresh"): "a window costs nothing to know, so there is nothing to use again",
-    (PATTERN, "select"): "the pattern says which blocks are read",
-    (PATTERN, "prune"): "estimates for the listed blocks cost more than they save",
+    (PATTERN, "full"): _LISTED,
+    (PATTERN, "quest"): _LISTED,
+    (PATTERN, "channels"): _LISTED,
     (PATTERN, "refresh"): "the lists of a pattern cost nothing, so there is nothing to use again",
-    (LEARNED, "select"): "the method has chosen which keys it still has",
-    (LEARNED, "prune"): "the few keys that are left cost less than their estimate",
+    (LEARNED, "full"): _CHOSEN,
+    (LEARNED, "quest"): _CHOSEN,
+    (LEARNED, "channels"): _CHOSEN,
     (LEARNED, "refresh"): "the method chooses for each key once, so there is nothing to use again",
 }
-"""By the attention of a layer and the part of the section: why the layer does not take it. Full attention takes all."""
-
-PARTS = ("select", "prune", "refresh")
+"""By the attention of a layer and the part of the section: why the layer does not take it. All else composes."""
 
 
 def attention_kind(method: Method | None, window: int | None) -> str:
@@ -58,8 +71,8 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
             or ``prune.p`` is by layer and not of these; the message says why.
     """
     layers = dict(kinds)
-    full = [index for index, kind in layers.items() if kind == FULL]
-    taken = [index for index in full if index not in decode.dense_layers]
+    able = [index for index, kind in layers.items() if not any((kind, part) in REASONS for part in parts_of(decode))]
+    taken = [index for index in able if index not in decode.dense_layers]
     usual = type(decode).model_fields["dense_layers"].get_default()
     beyond = [index for index in decode.dense_layers if index > max(layers)]
     if beyond and decode.dense_layers != usual:
@@ -70,18 +83,51 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
     if taken:
         _check_by_layer(taken, decode)
         return taken
-    if full:
+    if able:
         raise ModelError(
-            f"decode.dense_layers={decode.dense_layers} leaves no layer to read fewer keys in: the layers with full "
-            f"attention are {', '.join(map(str, full))}; shorten the list"
+            f"decode.dense_layers={decode.dense_layers} leaves no layer to read fewer keys in: those that can are "
+            f"{', '.join(map(str, able))}; shorten the list"
         )
-    used = {"select": decode.select != "full", "prune": decode.prune is not None, "refresh": decode.refresh is not None}
-    part = next(part for part in PARTS if used[part])
     kind = next(iter(layers.values()))
+    part = next(part for part in parts_of(decode) if (kind, part) in REASONS)
+    name = f"decode.{part}" if part in ("prune", "refresh") else f"decode.select={part}"
+    remedy = "leave decode out" if kind == FULL else "leave decode out, or train with attention.dense_layers"
     raise ModelError(
-        f"decode.{part} is for layers with full attention, and this model has none: its layers have {kind}, where "
-        f"{REASONS[kind, part]}; leave decode out, or train with attention.dense_layers"
+        f"{name} does not go with {kind}, which the layers of this model have: {REASONS[kind, part]}; {remedy}"
     )
+
+
+def check_own(index: int, method: Method | None) -> None:
+    """Refuse ``select=own`` for a layer whose keys are not in pages of 16 tokens, nor SparseK's.
+
+    Raises:
+        ModelError: says why.
+    """
+    if isinstance(method, StaticMethod):
+        if type(method).attend is not StaticMethod.attend:
+            raise ModelError(
+                f"decode.select=own: {type(method).__name__} of layer {index} attends in a way of its own, whose keys "
+                "cannot be listed; leave decode out"
+            )
+        if method.pattern.block % GRANULE:
+            raise ModelError(
+                f"decode.select=own: the pattern of layer {index} has blocks of {method.pattern.block} tokens, and "
+                f"keys are chosen in pages of {GRANULE}; leave decode out, or train with attention.block a multiple of "
+                f"{GRANULE}"
+            )
+    elif method is None or not isinstance(method.memory(), SparseKMemory):
+        raise ModelError(
+            f"decode.select=own: {type(method).__name__} of layer {index} has no keys that can be chosen from; leave "
+            "decode out"
+        )
+
+
+def parts_of(decode: Decode) -> list[str]:
+    """Those of :data:`PARTS` that a section uses."""
+    chosen = {"prune": decode.prune is not None, "refresh": decode.refresh is not None}
+    added = [part for part, used in chosen.items() if used]
+    # The default is the last to be named as a reason.
+    return [*added, decode.select] if decode.select == "full" else [decode.select, *added]
 
 
 def _check_by_layer(taken: list[int], decode: Decode) -> None:

@@ -1,4 +1,4 @@
-"""Full attention that reads few keys in a step. All keys are kept, with smaller tensors from which a step chooses.
+"""Attention that reads few of its keys in a step. All stay in pages, with smaller tensors from which a step chooses.
 
 A step takes the candidates of a selector (``selectors.py``) and chooses of them by their codes of 4 bits (Twilight,
 2502.02770), or takes the keys of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and
@@ -21,8 +21,9 @@ from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor, nn
 
 from sparsetrain.generation.candidates import GRANULE, Always, Candidates
+from sparsetrain.generation.own_blocks import OwnBlocks
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
-from sparsetrain.generation.selectors import Places, make_selector
+from sparsetrain.generation.selectors import HeavyChannels, Places, QuestPages, Selector
 from sparsetrain.generation.settings import Decode
 from sparsetrain.patterns import Pattern
 
@@ -61,11 +62,11 @@ class Choice(NamedTuple):
 
 
 class ListedMemory(PagedMemory):
-    """All keys in pages, and a choice of them.
+    """Keys in pages, and a choice of them.
 
     Args:
-        pattern: full attention, in pages of a multiple of 16 tokens.
-        attend: full attention of many rows.
+        pattern: full attention in pages of a multiple of 16 tokens, or with ``select: own`` a pattern of such blocks.
+        attend: its attention of many rows.
         decode: what is chosen and when.
         index: of the layer, by which choices are staggered.
         room: ``max_length``, ``rollback`` and ``budget`` of :class:`~sparsetrain.generation.pages.PagedMemory`.
@@ -73,7 +74,7 @@ class ListedMemory(PagedMemory):
 
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
-        self._selector = make_selector(decode, index)
+        self._selector = _make_selector(decode, index, pattern)
         self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
         self._centred = self._mirrors or self._selector.centred
         prune = decode.prune
@@ -133,7 +134,7 @@ class ListedMemory(PagedMemory):
         if of_prompt:
             self._prompt = self._longest
             self._write_again(self._longest, whole=True)
-        else:
+        elif self._selector.shared:
             self._write_again(GRANULE, whole=False)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -184,7 +185,7 @@ class ListedMemory(PagedMemory):
             counts,
             lengths=lengths,
             block_table=table,
-            sinks=self.decode.sinks,
+            sinks=self._always().sinks,
             recent=recent,
             return_lse=True,
             **options,
@@ -282,9 +283,9 @@ class ListedMemory(PagedMemory):
     ) -> None:
         """Count what a step read; ``out`` is its output, ``lse`` the log-sum-exp of what was read."""
         keys, values, table, lengths = self._tensors()
-        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self.decode.sinks + recent)
+        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self._always().sinks + recent)
         self._counted[0] += counts.sum() + counts.shape[1] * always.sum()
-        self._counted[1] += counts.shape[1] * lengths.sum()
+        self._counted[1] += self._selector.visible(self._places()).expand(counts.shape).sum()
         self._observed += 1
         if self._observed % MASS_EVERY == 1:
             _, whole = block_pattern_decode(
@@ -319,9 +320,10 @@ class ListedMemory(PagedMemory):
 
     def _write_again(self, tokens: int, *, whole: bool) -> None:
         """Make what is kept beside the last tokens of each row as if none had come behind them: bounds of the 16 that
-        are being filled, and of a whole prompt its mean and spread too."""
+        are being filled, and of a whole prompt its mean and spread too. Where some of its keys have gone, codes stay
+        centred and scaled as they were: by more of its keys than are left."""
         keys, values, table, lengths = self._tensors()
-        if tokens == 0:
+        if tokens == 0 or (whole and not self._keeps_all()):
             return
         places = torch.arange(-tokens, 0, device=lengths.device) + lengths[:, None]
         inside = places.clamp_min(0)
@@ -331,6 +333,11 @@ class ListedMemory(PagedMemory):
         if whole and self._centred:
             self._keep_moments(*key_statistics(key, lengths))
         self._append_tokens(key, value, table)
+
+    def _keeps_all(self) -> bool:
+        """No key has gone. Reads the lengths on the host."""
+        rows = zip(self.tables, self._lengths(), self._highest, strict=True)
+        return all(all(table.owned(self._blocks(max(n, end)))[: self._blocks(n)]) for table, n, end in rows)
 
     @torch.no_grad()
     def _append_tokens(self, key: Tensor, value: Tensor, table: Tensor) -> None:
@@ -349,6 +356,15 @@ class ListedMemory(PagedMemory):
             **self._selector.written(self.beside),
         )
         self._selector.append(key, self._places()._replace(block_table=table))
+
+
+def _make_selector(decode: Decode, index: int, pattern: Pattern) -> Selector:
+    """The selector that a section asks for in one layer."""
+    if decode.select == "own":
+        return OwnBlocks(decode, pattern)
+    if decode.select == "channels":
+        return HeavyChannels(decode, index)
+    return QuestPages(decode) if decode.select == "quest" else Selector(decode)
 
 
 def _factors(options: dict[str, Any]) -> dict[str, Any]:

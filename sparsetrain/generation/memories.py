@@ -15,8 +15,10 @@ from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.settings import Decode
+from sparsetrain.generation.slots import SlotPruning
 from sparsetrain.methods.base import Method
 from sparsetrain.methods.memory import Memory
+from sparsetrain.methods.sparsek.memory import SparseKMemory
 from sparsetrain.methods.static import StaticMethod
 from sparsetrain.patterns import FullPattern, SlidingPattern
 
@@ -42,9 +44,9 @@ def make_memory(
         window: its sliding window in tokens, where it stays as the model made it.
         max_length, rollback: as in :class:`~sparsetrain.generation.pages.PagedMemory`.
         limits: of a cache with a ``max_length``; the layer takes those that its attention allows.
-        decode: what a step reads, of full attention; None means all keys.
+        decode: what a step reads of the layer's keys; None means all.
         index: of the layer.
-        listed: makes the memory of full attention that has a ``decode``.
+        listed: makes the memory in pages that has a ``decode``.
 
     Raises:
         ModelError: the budget is less than the layer keeps of any text.
@@ -72,8 +74,17 @@ def make_memory(
                 f"{own.most} or more, or to auto"
             )
         own.static = max_length is not None and rollback == 0
+        if decode is not None and isinstance(own, SparseKMemory):
+            own.choose = SlotPruning(decode, index)
         return own
     if isinstance(method, StaticMethod) and type(method).attend is StaticMethod.attend:
+        if decode is not None and not allowed.offload:
+            return listed(method.pattern, method.attend, decode, index, **room)
+        if decode is not None:
+            raise ModelError(
+                "offload: layers that prune the keys of their own pattern (decode.select=own) keep them on the device; "
+                "drop offload, or decode (set_decode)"
+            )
         if allowed.offload and max_length is not None:
             return OffloadedMemory(method.pattern, method.attend, max_length=max_length, budget=allowed.budget)
         return PagedMemory(method.pattern, method.attend, **room)

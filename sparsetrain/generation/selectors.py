@@ -45,6 +45,8 @@ class Selector:
 
     centred = False
     """It wants to know the mean and the spread of the prompt's keys (:meth:`keep_moments`)."""
+    shared = False
+    """What it keeps beside the pages is of several keys together, and so changes with each of them."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
@@ -72,6 +74,10 @@ class Selector:
         """What a step reads in any case."""
         return Always(places.lengths, self._decode.sinks, self._decode.recent)
 
+    def visible(self, places: Places) -> Tensor:
+        """How many keys the layer attends to where none is left out, int32 ``[B, Hkv]`` or ``[B, 1]``."""
+        return places.lengths[:, None]
+
     def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
         """Of a step with ``query [B, Hq, 1, D]`` and the factors ``scale`` and ``softcap`` of its logits."""
         return Candidates()
@@ -79,6 +85,8 @@ class Selector:
 
 class QuestPages(Selector):
     """Pages of 16 tokens by the minima and maxima of their keys (Quest, 2406.10774)."""
+
+    shared = True
 
     def make_beside(self, key: Tensor, pages: int, block: int) -> dict[str, Tensor]:
         """See :meth:`Selector.make_beside`."""
@@ -189,10 +197,3 @@ class HeavyChannels(Selector):
     def _of_rows(self) -> Tensor:
         assert self._channels is not None
         return self._channels
-
-
-def make_selector(decode: Decode, index: int) -> Selector:
-    """The selector that a section asks for in one layer."""
-    if decode.select == "quest":
-        return QuestPages(decode)
-    return HeavyChannels(decode, index) if decode.select == "channels" else Selector(decode)

@@ -74,9 +74,10 @@ class Calibrated(Section):
 class Decode(Section):
     """The ``decode`` section: what layers with full attention read in a step of generation."""
 
-    select: Literal["full", "quest", "channels"] = "full"
-    """The candidates: all keys, the pages of 16 tokens whose bounds allow the largest logits (quest, 2406.10774), or
-    the tokens with the largest logits by few channels of their keys (channels: Double Sparsity, 2408.07092)."""
+    select: Literal["full", "quest", "channels", "own"] = "full"
+    """The candidates: all keys, the pages of 16 tokens whose bounds allow the largest logits (quest, 2406.10774), the
+    tokens with the largest logits by few channels of their keys (channels: Double Sparsity, 2408.07092), or the keys
+    that a block pattern or SparseK reads in any case (own)."""
     candidates: Annotated[Tokens, Field(ge=16)] | None = None
     """Tokens that quest or channels pass on, in pages of 16 of quest; None means 8,192."""
     channels: Annotated[int, Field(ge=2, multiple_of=2)] = 16
@@ -97,11 +98,14 @@ class Decode(Section):
 
     @model_validator(mode="after")
     def _check_parts(self) -> Decode:
-        if self.select == "full" and self.candidates is not None:
+        if self.select in ("full", "own") and self.candidates is not None:
+            every = "all keys" if self.select == "full" else "all keys that the method reads"
             raise ValueError(
-                f"candidates={self.candidates} is for select=quest or channels; with select=full all keys are "
+                f"candidates={self.candidates} is for select=quest or channels; with select={self.select} {every} are "
                 "candidates"
             )
+        if self.select == "own" and self.prune is None:
+            raise ValueError("select=own reads what the method reads and nothing else is set; give prune")
         if self.select != "channels" and "channels" in self.model_fields_set and self.channels != 16:
             raise ValueError(f"channels={self.channels} is for select=channels, not select={self.select}; drop it")
         if self.select != "channels" and self.heavy_channels is not None:

@@ -94,6 +94,11 @@ def sample(decode: Decode, texts: int, tokens: int, rows: int | None, seed: int)
         raise ModelError(
             "decode.refresh is not measured: calibrate without it, and add it to the section that comes out"
         )
+    if decode.select == "own":
+        raise ModelError(
+            "decode.select=own is not measured: a pattern has given up keys that rows in the middle of a text would "
+            "need; set prune.p yourself"
+        )
     if decode.prune is None:
         raise ModelError("decode.prune is missing: calibrate finds its p")
     anyway = decode.sinks + decode.recent + decode.prune.min_keys

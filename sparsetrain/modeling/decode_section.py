@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.composition import attention_kind, check_composition
+from sparsetrain.generation.composition import LEARNED, attention_kind, check_composition, check_own
 from sparsetrain.generation.settings import PUBLISHED, Calibrated, Decode, parse_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.layers import put_method, sparse_layers
 from sparsetrain.modeling.records import DECODE, differences, identity
 from sparsetrain.recipe.yaml_source import dump_yaml, parse_yaml
 from sparsetrain.textfile import read_text
+
+logger = logging.getLogger(__name__)
 
 FILES = (".yaml", ".yml", ".json")
 """Endings of files that hold a section."""
@@ -56,8 +59,15 @@ def set_decode(model: Model, decode: str | Path | Mapping[str, Any] | Decode | N
     if section is not None:
         if section.calibrated is not None:
             _check_same_model(section.calibrated, model)
-        kinds = ((index, attention_kind(plan.method, plan.window)) for index, plan in plans.items())
-        taken = check_composition(kinds, section)
+        kinds = {index: attention_kind(plan.method, plan.window) for index, plan in plans.items()}
+        taken = check_composition(kinds.items(), section)
+        for index in taken if section.select == "own" else ():
+            check_own(index, plans[index].method)
+        if any(kinds[index] == LEARNED for index in taken):
+            logger.warning(
+                "decode.select=own with sparsek is for measurement: each step estimates the few keys that are left "
+                "anew, so it is slower than without"
+            )
     for index, module, _ in layers:
         put_method(module, replace(plans[index], decode=section if index in taken else None))
     record: dict[str, Any] = model.config.sparsetrain  # type: ignore[assignment, union-attr]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Llam
 import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.generation import listed
-from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW
+from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW, parts_of
 from sparsetrain.generation.listed import ListedMemory, observing
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
 
@@ -271,23 +271,43 @@ METHODS = {
     LEARNED: {"method": "sparsek", "topk": 8, "window": 8},
     FULL: {"method": "full"},
 }
-SECTIONS = {
-    "select": {"select": "quest"},
-    "prune": {"prune": {"p": 0.9}},
-    "refresh": {"refresh": {"every": 2, "keep": 8}},
-}
+PRUNE, REFRESH = {"prune": {"p": 0.9}}, {"refresh": {"every": 2, "keep": 8}}
+SECTIONS = [
+    PRUNE,
+    REFRESH,
+    PRUNE | {"refresh": {"every": 2}},
+    *({"select": select, **added} for select in ("quest", "channels") for added in ({}, PRUNE, REFRESH)),
+    {"select": "own", **PRUNE},
+    {"select": "own", **PRUNE, "refresh": {"every": 2}},
+]
 
 
 @pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("part", PARTS)
-def test_every_cell_of_the_table(kind, part):
-    if (kind, part) in REASONS:
-        with pytest.raises(ModelError, match=f"decode.{part} is for layers with full attention") as error:
-            make(SECTIONS[part], METHODS[kind])
-        assert REASONS[kind, part] in str(error.value)
-    else:
-        assert kind == FULL
-        make(SECTIONS[part], METHODS[kind])
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_every_cell_of_the_table(kind, section):
+    """What no reason stands against is taken by the layers and generates; all else is refused with its reason."""
+    model, parts = make(attention=METHODS[kind]), parts_of(parse_decode(section))
+    against = [part for part in parts if (kind, part) in REASONS]
+    if not against:
+        sparsetrain.set_decode(model, SMALL | section)
+        assert logits(model, *prompts(40), count=2)[0].isfinite().all()
+        return
+    with pytest.raises(ModelError, match=f"does not go with {kind}") as error:
+        sparsetrain.set_decode(model, SMALL | section)
+    assert REASONS[kind, against[0]] in str(error.value)
+    named = f"decode.{'' if against[0] in ('prune', 'refresh') else 'select='}{against[0]} "
+    assert str(error.value).startswith(named)
+
+
+def test_the_table_is_that_of_the_design():
+    """Windows take nothing, own sets go with what has one, and what costs nothing to know is not used again."""
+    composes = {kind: {part for part in PARTS if (kind, part) not in REASONS} for kind in METHODS}
+    assert composes == {
+        FULL: {"full", "quest", "channels", "prune", "refresh"},
+        WINDOW: set(),
+        PATTERN: {"own", "prune"},
+        LEARNED: {"own", "prune"},
+    }
 
 
 def test_sliding_layers_of_a_model_are_left(tmp_path):

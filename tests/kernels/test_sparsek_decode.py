@@ -179,7 +179,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(*args, **kwargs):
         return torch.full(*args, NAN, **kwargs)
 
-    monkeypatch.setattr(launch, "torch", SimpleNamespace(empty=empty, float32=torch.float32))
+    monkeypatch.setattr(launch, "torch", SimpleNamespace(empty=empty, float32=torch.float32, uint8=torch.uint8))
 
 
 LENGTHS = [1, 3, 8, 11, 14, 40]
@@ -199,6 +199,28 @@ def test_attention_equals_the_reference(poisoned, gate: str, heads) -> None:
     slots = ragged(LENGTHS, heads=heads[0], selections=heads[1], fill=NAN)
     assert slots.keys.isnan().any()
     assert_attends_as_the_reference(slots, normal(6, 2 * heads[0], 1, 8), gate=gate)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1)], ids=str)
+def test_slots_that_are_left_out_are_as_if_empty(poisoned, gate: str, heads) -> None:
+    slots = ragged(LENGTHS, heads=heads[0], selections=heads[1])
+    held = (slots.positions != EMPTY).expand(-1, heads[0], -1)
+    kept = held & (torch.rand(held.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
+    kept |= held & (slots.positions == slots.read[..., None] - 1)
+    query = normal(6, 2 * heads[0], 1, 8)
+    assert_attends_as_the_reference(slots, query, gate=gate, kept=kept)
+    spoiled = slots._replace(
+        keys=slots.keys.masked_fill(~kept[..., None], NAN), values=slots.values.masked_fill(~kept[..., None], NAN)
+    )
+    for backend in ("triton", "reference"):
+        got, want = (
+            sparsek_decode_attention(query, each, **SHAPE, gate=gate, kept=kept, backend=backend)
+            for each in (spoiled, slots)
+        )
+        assert torch.equal(got, want)
+    every = sparsek_decode_attention(query, slots, **SHAPE, gate=gate, kept=held.contiguous(), backend="triton")
+    assert torch.equal(every, sparsek_decode_attention(query, slots, **SHAPE, gate=gate, backend="triton"))
 
 
 @pytest.mark.parametrize("group", [1, 7, 20])
@@ -260,8 +282,9 @@ def test_the_operations_are_well_made(dtype) -> None:
     token, scores = normal(2, 2, 1, 8, dtype=dtype), normal(2, 2, 1, dtype=dtype)
     update = (token, token, scores, *slots, *SHAPE.values(), "reference")
     torch.library.opcheck(torch.ops.sparsetrain.sparsek_decode_update.default, update)
-    attend = (normal(2, 4, 1, 8, dtype=dtype), *slots, 6, 3, "value", 0.3, "reference")
-    torch.library.opcheck(torch.ops.sparsetrain.sparsek_decode_attention.default, attend)
+    for kept in (None, torch.ones(2, 2, slots.keys.shape[2], dtype=torch.bool)):
+        attend = (normal(2, 4, 1, 8, dtype=dtype), *slots, 6, 3, "value", 0.3, kept, "reference")
+        torch.library.opcheck(torch.ops.sparsetrain.sparsek_decode_attention.default, attend)
 
 
 SLOTS = ragged([20])
@@ -305,6 +328,8 @@ def test_tokens_that_do_not_fit_are_refused_by_name(changed, error, named: str) 
         ({"gate": "soft"}, ValueError, "gate='soft' does not exist; choose one of value, log, straight"),
         ({"scale": 0.0}, ValueError, "scale=0.0 must be positive"),
         ({"window": 4}, ValueError, "keys has 14 slots"),
+        ({"kept": SLOTS.positions}, TypeError, "kept is torch.int64"),
+        ({"kept": SLOTS.positions[..., :4] > 0}, ValueError, "kept has shape"),
     ],
 )
 def test_queries_that_do_not_fit_are_refused_by_name(changed, error, named: str) -> None:

@@ -19,7 +19,7 @@ torch.library.define(
 torch.library.define(
     "sparsetrain::sparsek_decode_attention",
     "(Tensor query, Tensor keys, Tensor values, Tensor positions, Tensor slot_scores, Tensor buffer, Tensor threshold, "
-    "Tensor read, int topk, int sinks, str gate, float scale, str backend) -> Tensor",
+    "Tensor read, int topk, int sinks, str gate, float scale, Tensor? kept, str backend) -> Tensor",
 )
 _SLOTS = len(SparseKSlots._fields)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.inputs import check_factors, consecutive_rows
+from sparsetrain_kernels.key_mirror.layout import check_tensor
 from sparsetrain_kernels.selected_keys.inputs import GATES
 from sparsetrain_kernels.sparsek_decode import library  # noqa: F401  (defines the operations)
 from sparsetrain_kernels.sparsek_decode.slots import SparseKSlots
@@ -69,12 +70,15 @@ def sparsek_decode_attention(
     sinks: int,
     gate: str = "value",
     scale: float | None = None,
+    kept: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of the newest token of every text to what the slots hold, itself included (2406.16747, section 3).
+    """Attention of the newest token of every text to what the slots hold, itself included (2406.16747, section 3), or
+    to a choice of it.
 
-    Logits, softmax and accumulation are fp32 (fp64 for fp64 keys). Keys and values of empty slots are not read by the
-    Triton kernels, and have to be finite for the reference. Two launches, or one where keys are few.
+    Logits, softmax and accumulation are fp32 (fp64 for fp64 keys). Keys and values of slots that are left out change
+    nothing, whatever they are. Those of empty slots are not read by the Triton kernels, and have to be finite for the
+    reference. Two launches, or one where keys are few.
 
     Args:
         query: ``[B, Hq, 1, D]``; query head ``h`` reads KV head ``h // (Hq // H)``.
@@ -83,6 +87,8 @@ def sparsek_decode_attention(
         gate: how ``p = clip(score - threshold, 0, 1)`` of a selected token reaches the output: ``value`` multiplies its
             value, ``log`` adds its logarithm to the logit, ``straight`` does neither.
         scale: factor on the logits; None means ``D ** -0.5``.
+        kept: bool ``[B, H, slots]``, contiguous: the slots of each KV head that are read, of those that hold a token,
+            at least one; None for all of these.
         backend: as there; the Triton kernels want query and slots in one dtype.
 
     Returns:
@@ -101,13 +107,15 @@ def sparsek_decode_attention(
     _check("query", query, slots.keys, (batch, query_heads, 1, width))
     if query_heads == 0 or query_heads % heads != 0:
         raise ValueError(f"query has {query_heads} heads, which is no multiple of the {heads} heads of the slots")
+    if kept is not None:
+        check_tensor("kept", kept, tuple(slots.keys.shape[:3]), torch.bool, slots.keys.device)
     refusals = _refusals(query)
     if query.dtype != slots.keys.dtype:
         refusals["triton"] = f"query is {query.dtype}, but the slots hold {slots.keys.dtype}"
     chosen = choose_backend(backend, query, refusals)
     scale = width**-0.5 if scale is None else float(scale)
     query = consecutive_rows(query)
-    return torch.ops.sparsetrain.sparsek_decode_attention(query, *slots, topk, sinks, gate, scale, chosen)
+    return torch.ops.sparsetrain.sparsek_decode_attention(query, *slots, topk, sinks, gate, scale, kept, chosen)
 
 
 def _refusals(tensor: Tensor) -> dict[str, str | None]:

@@ -41,20 +41,26 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
     slots.read.add_(1)
 
 
-def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str, scale: float) -> Tensor:
-    """Attention of ``query [B, Hq, 1, D]`` to what the slots hold, accumulated in fp32."""
+def attend(
+    query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str, scale: float, kept: Tensor | None
+) -> Tensor:
+    """Attention of ``query [B, Hq, 1, D]`` to what the slots hold, or to those ``kept``, accumulated in fp32."""
     batch, query_heads, _, width = query.shape
     heads, wide = slots.keys.shape[1], slots.scores.dtype
     grouped = query.reshape(batch, heads, query_heads // heads, width).to(wide)
     logits = grouped @ slots.keys.to(wide).transpose(2, 3) * scale
     logits = logits.masked_fill(slots.positions[:, :, None] == EMPTY, -torch.inf)
+    values = slots.values.to(wide)
+    if kept is not None:
+        logits = logits.masked_fill(~kept[:, :, None], -torch.inf)
+        values = values.masked_fill(~kept[..., None], 0.0)
     gates = _gates(slots, topk, sinks)[:, :, None]
     if gate == "log":
         logits = logits + gates.log()
     weights = logits.softmax(dim=-1)
     if gate == "value":
         weights = weights * gates
-    return (weights @ slots.values.to(wide)).reshape(query.shape).to(query.dtype)
+    return (weights @ values).reshape(query.shape).to(query.dtype)
 
 
 def _gates(slots: SparseKSlots, topk: int, sinks: int) -> Tensor:

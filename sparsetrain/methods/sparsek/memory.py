@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sparsetrain_kernels.block_decode.inputs import MAX_ROWS
 from sparsetrain_kernels.score_placement import DocumentPositions, Moments, document_positions
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from sparsetrain.methods.sparsek.state import Sequence, SparseKState
 
 Score = Callable[..., tuple[Tensor, Moments | None]]
 """``(layer, query, linear, gain, places, moments)``: the scores that compete, and the moments after them."""
+
+Choose = Callable[[Tensor, SparseKState, float | None], Tensor]
+"""``(query, state, scale)``: the slots that a step reads, bool ``[B, H, slots]``."""
 
 SelectAndAttend = Callable[..., Tensor]
 """``(layer, query, key, value, scores, topk, cu_seqlens, scale)``: the operator of training."""
@@ -33,6 +37,8 @@ class SparseKMemory(Memory):
     def __init__(self, state: SparseKState, gate: str, score: Score, select_and_attend: SelectAndAttend) -> None:
         self.state, self.gate = state, gate
         self.most = state.sinks + state.topk + state.window
+        self.choose: Choose | None = None
+        """Chooses what a step reads; None reads all that the slots hold."""
         self._round: Round | None = None
         self._rounds = False
         self._score, self._select_and_attend = score, select_and_attend
@@ -68,9 +74,11 @@ class SparseKMemory(Memory):
                 torch._dynamo.mark_static_address(tensor)
         tokens = Tokens(query, key, value, sparsek_scores, sparsek_gain)
         self._remember(layer, tokens)
-        if tokens.count == 1 and state.started:
-            self._step(layer, tokens)
-            return state.attend(query, gate=self.gate, scale=scale)
+        # Guesses read what they would read one by one.
+        most = 1 if self.choose is None or any(starts or ()) else LONGEST if self._rounds else MAX_ROWS
+        if state.started and tokens.count <= most:
+            parts = [tokens] if tokens.count == 1 else tokens.one_by_one()
+            return torch.cat([self._attend_one(layer, part, scale) for part in parts], dim=2)
 
         out = torch.zeros_like(query)
         for (start, length), rows in alike(starts or [0] * state.rows, state.lengths).items():
@@ -142,6 +150,12 @@ class SparseKMemory(Memory):
         self.state.select_rows(rows)
         if self._round is not None:
             self._round = None
+
+    def _attend_one(self, layer: nn.Module, token: Tokens, scale: float | None) -> Tensor:
+        """Take in one token a row, and its attention, ``[B, Hq, 1, D]``."""
+        self._step(layer, token)
+        kept = None if self.choose is None else self.choose(token.query, self.state, scale)
+        return self.state.attend(token.query, gate=self.gate, scale=scale, kept=kept)
 
     def _step(self, layer: nn.Module, token: Tokens) -> None:
         """Take in one token a row."""

@@ -35,6 +35,10 @@ class Tokens:
         """Some of the tokens."""
         return Tokens(*(None if each is None else each[:, :, tokens] for each in vars(self).values()))  # type: ignore[arg-type]
 
+    def one_by_one(self) -> list[Tokens]:
+        """Each token as a call of its own."""
+        return [self.part(slice(token, token + 1)) for token in range(self.count)]
+
     def copy(self) -> Tokens:
         """The same in tensors of its own."""
         return Tokens(*(None if each is None else each.detach().clone() for each in vars(self).values()))  # type: ignore[arg-type]
@@ -58,7 +62,7 @@ class Round:
 
     def first(self, count: int) -> list[Tokens]:
         """The first ``count`` tokens, one by one."""
-        return [call.part(slice(token, token + 1)) for call in self.calls for token in range(call.count)][:count]
+        return [token for call in self.calls for token in call.one_by_one()][:count]
 
     def nbytes(self) -> int:
         """Bytes of the tensors it holds."""

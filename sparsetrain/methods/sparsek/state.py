@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sparsetrain_kernels.score_placement import Moments
@@ -176,20 +176,20 @@ class SparseKState:
             torch._foreach_copy_([slots.total, slots.squares], list(moments))
 
     @torch.no_grad()
-    def attend(self, query: Tensor, *, gate: str, scale: float | None) -> Tensor:
+    def attend(self, query: Tensor, *, gate: str, scale: float | None, kept: Tensor | None = None) -> Tensor:
         """Attention of the last token of every row to what the slots hold, itself included.
 
         Args:
             query: ``[B, Hq, 1, D]``.
             gate: ``value``, ``log`` or ``straight``.
             scale: factor on the logits; None means ``D ** -0.5``.
+            kept: bool ``[B, H, slots]``, the slots that are read of those that hold a token; None means all of these.
 
         Returns:
             ``[B, Hq, 1, D]`` in the query's dtype, accumulated in fp32.
         """
-        return sparsek_decode_attention(
-            query, self.started_slots.held, topk=self.topk, window=self.window, sinks=self.sinks, gate=gate, scale=scale
-        )
+        shape: dict[str, Any] = {"topk": self.topk, "window": self.window, "sinks": self.sinks}
+        return sparsek_decode_attention(query, self.started_slots.held, **shape, gate=gate, scale=scale, kept=kept)
 
     def sequence(self, rows: list[int] | slice, length: int, new: Sequence) -> Sequence:
         """The slots of rows that have read ``length`` tokens, and ``new`` tokens after them.

@@ -14,6 +14,7 @@ def sparsek_decode_attention_kernel(
     scores_ptr,
     threshold_ptr,
     read_ptr,
+    kept_ptr,
     out_ptr,
     lse_ptr,
     query_stride_b,
@@ -31,6 +32,7 @@ def sparsek_decode_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GATE: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A share of the slots of one text and KV head, for ``BLOCK_M`` of the ``GROUP`` query heads that read them. Writes
@@ -38,6 +40,7 @@ def sparsek_decode_attention_kernel(
     zeros and -inf. Grid: tiles of heads fastest, which share their keys in L2, then splits, KV heads, batch.
 
     Which slots are empty follows from the number of tokens read: their positions need not be loaded ahead of the keys.
+    With ``KEPT`` a byte of each slot says whether it is read.
     The peak is kept in units of the raw products.
     """
     SLOTS: tl.constexpr = SINKS + TOPK + WINDOW
@@ -70,6 +73,9 @@ def sparsek_decode_attention_kernel(
     for tile in tl.range(TILES * split // splits, TILES * (split + 1) // splits):
         slot = tile * BLOCK_N + column
         is_held = holds_token(slot, read, TOPK, WINDOW, SINKS)
+        if KEPT:
+            choice = kept_ptr + (batch * KV_HEADS + kv_head) * SLOTS + slot
+            is_held = is_held & (tl.load(choice, mask=is_held, other=0) != 0)
         cells = slot.to(tl.int64) * D
         key_mask = is_held[None, :]
         value_mask = is_held[:, None]

@@ -53,7 +53,9 @@ def at_a_time(entries: int) -> int:
     return triton.next_power_of_2(entries) if entries <= HELD else BLOCK
 
 
-def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str, scale: float) -> Tensor:
+def attend(
+    query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str, scale: float, kept: Tensor | None
+) -> Tensor:
     """As :func:`sparsetrain_kernels.sparsek_decode.reference.attend`."""
     batch, query_heads, _, head_dim = query.shape
     heads, count = slots.keys.shape[1:3]
@@ -70,7 +72,10 @@ def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str,
         launch(
             sparsek_decode_attention_kernel,
             programs * splits,
-            (query, slots.keys, slots.values, slots.scores, slots.threshold, slots.read, partial, partial_lse),
+            (
+                *(query, slots.keys, slots.values, slots.scores, slots.threshold, slots.read),
+                *(None if kept is None else kept.view(torch.uint8), partial, partial_lse),
+            ),
             (*query.stride()[:2], splits, scale),
             TOPK=topk,
             WINDOW=count - topk - sinks,
@@ -83,6 +88,7 @@ def attend(query: Tensor, slots: SparseKSlots, topk: int, sinks: int, gate: str,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             GATE=gate,
+            KEPT=kept is not None,
             PRECISION="ieee",
             num_warps=NUM_WARPS,
             num_stages=config.num_stages,

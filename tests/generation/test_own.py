@@ -1,0 +1,230 @@
+"""``decode.select: own``: Twilight among the keys that a block pattern or SparseK reads in any case."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig
+
+import sparsetrain
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.settings import parse_decode
+from sparsetrain.inference.calibrate import calibrate
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "power": {"method": "power", "block": 16, "window": 2, "sinks": 1},
+    "stride": {"method": "stride", "block": 16, "window": 1, "sinks": 0, "stride": 3},
+    "dilated": {"method": "dilated", "block": 16, "window": 3, "dilation": 2},
+    "longnet": {"method": "longnet", "block": 16, "segments": [[2, 1], [4, 2]]},
+    "longnet, heads apart": {"method": "longnet", "block": 16, "segments": [[2, 1], [8, 2]], "head_shift": True},
+}
+SPARSEK = {gate: {"method": "sparsek", "topk": 12, "window": 8, "sinks": 2, "gate": gate} for gate in ("value", "log")}
+METHODS = PATTERNS | {f"sparsek, {gate}": method for gate, method in SPARSEK.items()}
+OWN = {"select": "own", "sinks": 2, "recent": 20, "dense_layers": [0]}
+FEW = {**OWN, "recent": 3, "prune": {"p": 0.5, "min_keys": 1}}
+EVERYTHING = {**OWN, "prune": {"p": 1.0}}
+
+
+def make(attention: dict[str, Any], decode: dict[str, Any] | None = None, **shape):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        eos_token_id=None,
+        pad_token_id=0,
+        **{"initializer_range": 0.3, **shape},
+    )
+    model = sparsetrain.sparsify(AutoModelForCausalLM.from_config(config).eval(), attention)
+    return model if decode is None else sparsetrain.set_decode(model, decode)
+
+
+def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(1, 97, (length,))
+        mask[row, width - length :] = 1
+    return ids, mask
+
+
+def logits(model, ids, mask, count=24, **arguments):
+    """Of every step, ``[B, count, vocabulary]``, the tokens, and the cache."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    return torch.stack(out.logits, dim=1), out.sequences[:, ids.shape[1] :], out.past_key_values
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_all_weight_is_the_method(method):
+    """Over block boundaries, past the first pages of a ring, in rows that differ in length."""
+    ids, mask = prompts(90, 33, 7)
+    want, tokens, _ = logits(make(method), ids, mask)
+    got, same, _ = logits(make(method, EVERYTHING), ids, mask)
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_less_weight_reads_fewer_keys_of_the_pattern(name):
+    method = PATTERNS[name]
+    ids, mask = prompts(90)
+    want, _, _ = logits(make(method), ids, mask)
+    with observing():
+        got, _, cache = logits(make(method, FEW), ids, mask)
+    assert not torch.allclose(got[:, 1:], want[:, 1:], atol=1e-2)
+    torch.testing.assert_close(got[:, 0], want[:, 0])
+    memories = [layer.memory for layer in cache.layers]
+    assert [isinstance(memory, ListedMemory) for memory in memories] == [False, True, True]
+    seen = memories[1].observations()
+    assert 0.02 < seen["kept"] < 0.9
+    assert seen["dropped"] == 0
+    assert 0.4 < seen["mass_min"] <= seen["mass_mean"] < 1.0001
+    with observing():
+        _, _, cache = logits(make(method, EVERYTHING), ids, mask)
+    assert cache.layers[1].memory.observations()["kept"] == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_rows_of_a_batch_are_as_alone(method):
+    model = make(method, FEW)
+    ids, mask = prompts(90, 33, 50)
+    together, _, _ = logits(model, ids, mask, count=20)
+    for row, length in enumerate((90, 33, 50)):
+        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:], count=20)
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_guesses_change_nothing(method):
+    """Right ones and wrong ones, over block boundaries."""
+    model = make(method, FEW, initializer_range=0.1)
+    ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    mask = torch.ones_like(ids)
+    caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    new, wrong = ids[:, 20:44], ids[:, :10]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        want = torch.cat([model(token, past_key_values=caches[0]).logits for token in new.split(1, dim=1)], dim=1)
+        caches[1].activate_past_recording()
+        got = model(torch.cat([new[:, :4], wrong], 1), past_key_values=caches[1]).logits[:, :4]
+        caches[1].crop(-10)
+        got = torch.cat([got, model(new[:, 4:12], past_key_values=caches[1]).logits], dim=1)
+        caches[1].crop(-8)
+        got = torch.cat([got[:, :4], model(new[:, 4:], past_key_values=caches[1]).logits], dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    guessed = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=5)
+    assert torch.equal(greedy, guessed)
+
+
+@pytest.mark.parametrize("name", ["power", "longnet, heads apart", "sparsek, value"])
+def test_steps_compile_to_one_graph(name):
+    """In room that is made once, where pages that no step reads are not kept."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    model = make(METHODS[name], FEW)
+    ids, mask = prompts(90, 33)
+    want, _, _ = logits(model, ids, mask, count=12)
+    cache = sparsetrain.SparseCache(model, max_length=110)
+    got, _, _ = logits(model, ids, mask, count=12, past_key_values=cache, compile_config=config)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pages_that_the_pattern_does_not_list_are_not_read(name):
+    """Whatever they hold: in a ring they hold other tokens, here nothing that is a number."""
+    model = make(PATTERNS[name], FEW)
+    ids, _ = prompts(90)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        want = model(ids[:, -1:], past_key_values=cache).logits
+        cache.crop(-1)
+        spoiled = 0
+        for layer in cache.layers[1:]:
+            memory, pattern = layer.memory, layer.memory.pattern
+            listed = {block for head in range(2) for block in pattern.key_blocks(89 // 16, head)}
+            read = {int(memory.table[0, block]) for block in listed}
+            unread = [page for page in range(len(memory.keys)) if page not in read]
+            spoiled += len(unread)
+            for held in (memory.keys, memory.values, memory.beside["scale_low"]):
+                held[unread] = float("nan")
+        got = model(ids[:, -1:], past_key_values=cache).logits
+    assert spoiled > 0
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("chunk", [16, 40])
+@pytest.mark.parametrize("name", ["power", "dilated"])
+def test_chunked_prompts_and_turns_attend_by_the_method(name, chunk):
+    ids, mask = prompts(90, 60)
+    want, _, _ = logits(make(PATTERNS[name]), ids, mask, count=8, prefill_chunk_size=chunk)
+    got, _, cache = logits(make(PATTERNS[name], EVERYTHING), ids, mask, count=8, prefill_chunk_size=chunk)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert cache.layers[1].memory.nbytes() > 0
+
+
+def test_beams_take_their_codes_along():
+    model = make(PATTERNS["dilated"], EVERYTHING)
+    ids, mask = prompts(60, 21)
+    arguments = {"attention_mask": mask, "max_new_tokens": 30, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), make(PATTERNS["dilated"]).generate(ids, **arguments))
+
+
+def test_sparsek_is_told_to_be_for_measurement(caplog):
+    with caplog.at_level(logging.WARNING):
+        make(SPARSEK["value"], FEW)
+    assert "for measurement" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make(PATTERNS["power"], FEW)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "decode", "message"),
+    [
+        ({"method": "power", "block": 8, "window": 2}, FEW, "blocks of 8 tokens, and keys are chosen in pages of 16"),
+        (PATTERNS["power"], OWN, "decode: select=own reads what the method reads.*give prune"),
+        (PATTERNS["power"], {**FEW, "candidates": 64}, "candidates=64 is for select=quest or channels"),
+        ({"method": "full"}, FEW, "decode.select=own does not go with full attention"),
+        ({"method": "sliding", "block": 16, "window": 2}, FEW, "decode.select=own does not go with a sliding window"),
+        (PATTERNS["power"], {"prune": {"p": 0.9}}, "decode.select=full does not go with a block pattern.*select=own"),
+        (PATTERNS["power"], {**FEW, "refresh": {"every": 2}}, "decode.refresh does not go with a block pattern"),
+        (PATTERNS["power"], {**FEW, "dense_layers": [0, 1, 2]}, "leaves no layer to read fewer keys in.*0, 1, 2"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(method, decode, message):
+    with pytest.raises(ModelError, match=message):
+        make(method, decode)
+
+
+def test_what_lies_on_the_host_is_not_pruned():
+    model = make(PATTERNS["power"], FEW)
+    with pytest.raises(ModelError, match=r"decode.select=own\) keep them on the device"):
+        sparsetrain.SparseCache(model, max_length=100, offload=True)
+
+
+def test_own_keys_are_not_calibrated():
+    with pytest.raises(ModelError, match="select=own is not measured"):
+        calibrate(make(PATTERNS["power"]), [[1] * 200], parse_decode(FEW), error=0.1)
