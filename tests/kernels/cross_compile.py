@@ -40,7 +40,7 @@ from sparsetrain_kernels.selected_keys.triton import lists
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as choose_selected_configs
 from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
 from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
-from sparsetrain_kernels.top_p_selection.triton import thresholds
+from sparsetrain_kernels.top_p_selection.triton import pooling, thresholds
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -283,31 +283,33 @@ def compile_query_sum(dtype: str) -> None:
 
 def compile_lists(dtype: str) -> None:
     """What chooses keys from the scores of one token, of type ``dtype``: rows of their own, and of candidate pages."""
-    known = dict.fromkeys(("lse_ptr", "p_ptr", "bracket_ptr", "threshold_ptr", "level_ptr"), "*fp32")
-    known |= dict.fromkeys(("scores_ptr", "rows_ptr", "pooled_ptr", "rank_ptr", "inside_ptr"), f"*{dtype}")
-    known |= {"sums_ptr": "*i64", "p": "fp32", "deviations": "fp32"}
-    chunk, sizes = {"CHUNK": select_configs.CHUNK}, {"TILE": select_configs.TILE}
+    known = dict.fromkeys(("lse_ptr", "p_ptr"), "*fp32") | {"always_ptr": "*i64", "p": "fp32", "deviations": "fp32"}
+    known |= dict.fromkeys(("scores_ptr", "rows_ptr", "pooled_ptr", "rank_ptr", "sifted_ptr", "own_ptr"), f"*{dtype}")
+    row = {"KV_HEADS": 8, "RECENTS": True}
     sample = {"SAMPLE": select_configs.SAMPLE, "PIECE": select_configs.PIECE}
-    row = {"KV_HEADS": 8, "HEADS": 32, "RECENTS": True}
+    sample |= {"GUESSES": select_configs.GUESSES, "TURNS": select_configs.TURNS}
+    whole = {"CHUNK": select_configs.SIFT, "CHUNKS_PAD": 128}
+    whole |= {"GATHER": select_configs.GATHER, "TILE": select_configs.TILE}
+    chunk = {"CHUNK": select_configs.CHUNK, "KV_HEADS": 8}
     for pages in (False, True):
-        kernels: list[tuple[Any, dict[str, Any]]] = [
-            (thresholds.bracket_kernel, {**row, **sample, "P_HEADS": True}),
-            (thresholds.partition_kernel, {**row, **chunk}),
-            (thresholds.threshold_kernel, {**row, **sizes, "P_HEADS": True, "BRACKET": True}),
-            (position_lists.pool_heads_kernel, {**chunk, "KV_HEADS": 8, "GROUP": 4, "MEAN": True}),
-            (position_lists.pool_neighbours_kernel, {**chunk, "KV_HEADS": 8, "WIDTH": 7}),
-            (position_lists.rank_kernel, {**chunk, "KV_HEADS": 8, "GROUP": 4, "RECENTS": True}),
-            (position_lists.fit_kernel, {**chunk, **sizes, "NEWEST": False, "CHUNKS_PAD": 32}),
-            (position_lists.write_kernel, {**chunk, "KV_HEADS": 8, "CHUNKS_PAD": 32}),
+        kernels: list[tuple[Any, dict[str, Any], int]] = [
+            (thresholds.guess_kernel, {**row, **sample, "HEADS": 32, "P_HEADS": True}, select_configs.GUESS_WARPS),
+            (thresholds.sift_kernel, {**row, "GROUP": 4, "CHUNK": select_configs.SIFT}, select_configs.SIFT_WARPS),
+            (thresholds.threshold_kernel, {**row, **whole, "HEADS": 32, "P_HEADS": True}, select_configs.NUM_WARPS),
+            (pooling.pool_heads_kernel, {**chunk, "GROUP": 4, "MEAN": True}, select_configs.NUM_WARPS),
+            (pooling.pool_neighbours_kernel, {**chunk, "WIDTH": 7}, select_configs.NUM_WARPS),
+            (position_lists.list_kernel, {**row, **whole, "GROUP": 4, "NEWEST": False}, select_configs.NUM_WARPS),
+            (position_lists.list_kernel, {**row, **whole, "GROUP": 1, "NEWEST": True}, select_configs.NUM_WARPS),
         ]
-        for kernel, own in kernels:
-            constants = {**own, "PAGES": pages} if "PAGES" in kernel.arg_names else own
+        for kernel, own, warps in kernels:
+            constants = {**own, "PAGES": pages}
             types = {name: known.get(name, "*i32") for name in kernel.arg_names if name in known or "_ptr" in name}
-            options = {"num_warps": select_configs.NUM_WARPS}
+            options = {"num_warps": warps}
             compiled = triton.compile(
                 source(ASTSource, kernel, dtype, constants, types), target=TARGET, options=options
             )
-            report(f"{kernel.__name__} {constants}", compiled)
+            kind = {True: " newest", False: " union"}.get(own.get("NEWEST"), "")
+            report(kernel.__name__ + kind + (" pages" if pages else ""), compiled)
 
 
 def compile_mirror(dtype: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -35,10 +35,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return "triton"
 
 
-def split_rows(monkeypatch: pytest.MonkeyPatch, alone: int = 0) -> None:
-    """Small pieces, so that small tests have several; programs share rows of more than ``alone`` scores."""
+def split_rows(monkeypatch: pytest.MonkeyPatch, sample: int = 64) -> None:
+    """Small pieces, so that small tests have several; of rows of no more scores than the sample no guess is made."""
     launch = pytest.importorskip("sparsetrain_kernels.top_p_selection.triton.launch")
-    for name, value in {"ALONE": alone, "SAMPLE": 64, "CHUNK": 128, "TILE": 256}.items():
+    for name, value in {"SAMPLE": sample, "CHUNK": 128, "SIFT": 128, "GATHER": 256, "TILE": 128}.items():
         monkeypatch.setattr(launch, name, value)
 
 
@@ -109,11 +109,9 @@ def test_plain_pytorch_finds_the_smallest_set_of_131072_keys(p: float) -> None:
     found = top_p_lists(scores, log_sums(scores), p, **options, backend="reference")
     for head, name in enumerate(rows):
         want = chosen(scores[0, head], p)
-        # Its scores are so near that one of them is a millionth of the weight, which the exponential has not.
-        slack = 1 if name in ("nearly flat", "uniform") else 0
-        assert abs(len(want) - int(found.counts[0, head])) <= slack * 40, name
-        if not slack:
-            assert torch.equal(entries(found, head=head), want), name
+        # What few keys with little weight decide: the log-sum-exp and the exponential are of single precision.
+        weights = scores[0, head].double().softmax(-1)
+        assert abs(float(weights[want].sum() - weights[entries(found, head=head)].sum())) < 4e-6, name
 
 
 @pytest.mark.parametrize("p", [0.9, 1.0])
@@ -128,8 +126,8 @@ def test_both_find_the_smallest_set(backend: str, p: float) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
-def test_one_program_a_row_finds_the_same(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    split_rows(monkeypatch, alone=16384)
+def test_rows_without_a_guess_find_the_same(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    split_rows(monkeypatch, sample=512)
     scores = torch.stack([*adversarial(300).values()]).half()[None]
     options = {"lengths": to_lengths(290), "num_kv_heads": 4, "capacity": 200, "sinks": 3, "recent": 9}
     lse = log_sums(scores[..., :290])
@@ -326,7 +324,7 @@ def test_a_wrong_guess_costs_time_alone(monkeypatch: pytest.MonkeyPatch, deviati
 
 @pytest.mark.skipif(not INTERPRETING, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize(("p", "min_keys"), [(0.9, 1), (0.5, 64), (0.0, 1000)])
-def test_the_guess_holds_the_threshold_between_few_scores(p: float, min_keys: int) -> None:
+def test_few_keys_lie_between_the_guess_and_the_threshold(p: float, min_keys: int) -> None:
     from sparsetrain_kernels.top_p_selection import reference
     from sparsetrain_kernels.top_p_selection.triton import configs, thresholds
 
@@ -334,9 +332,9 @@ def test_the_guess_holds_the_threshold_between_few_scores(p: float, min_keys: in
     rows = adversarial(columns)
     scores = torch.stack([*rows.values()]).half()[None]
     lse, heads = log_sums(scores), len(rows)
-    bounds, sums = torch.empty(heads, 2), torch.empty(heads, thresholds.SUMS.value, dtype=torch.int64)
-    thresholds.bracket_kernel[(heads,)](
-        *(scores, lse, to_lengths(columns), None, None, None, None, bounds, sums),
+    floor, taken = torch.full((2, heads), -7, dtype=torch.int32)
+    thresholds.guess_kernel[(heads,)](
+        *(scores, lse, to_lengths(columns), None, None, None, None, floor, taken),
         *(*scores.stride()[:2], 0, 0, columns, 0, 0, min_keys, p, configs.DEVIATIONS),
         KV_HEADS=heads,
         HEADS=heads,
@@ -345,73 +343,19 @@ def test_the_guess_holds_the_threshold_between_few_scores(p: float, min_keys: in
         PAGES=False,
         SAMPLE=configs.SAMPLE,
         PIECE=configs.PIECE,
+        GUESSES=configs.GUESSES,
+        TURNS=configs.TURNS,
     )
     is_key = scores > -INF
-    found = reference.thresholds(scores, lse, is_key, is_key, torch.full((1, heads), p), min_keys)[0].float()
-    inside = (is_key[0] & (scores[0].float() >= bounds[:, :1]) & (scores[0].float() < bounds[:, 1:])).sum(1)
+    least = torch.full((1, heads), int(p * 2**40))
+    found = reference.thresholds(scores, lse, is_key, least, min_keys)[0]
+    keys, found = reference.ordered(scores[0]), reference.ordered(found)
+    between = (is_key[0] & (keys >= floor[:, None]) & (keys < found[:, None])).sum(1)
     for head, name in enumerate(rows):
         # No sample finds one key among many.
         if name == "one key":
             continue
-        assert bounds[head, 0] <= found[head] < bounds[head, 1], name
-        one_number = reference.ordered(bounds[head].half()).diff().item() == 1
+        assert floor[head] <= found[head], name
         # Where half of the keys have one of two scores, no sample can tell less than half of them apart.
-        assert one_number or name == "tied" or inside[head] <= columns // configs.CANDIDATES, name
-    assert not sums.any()
-
-
-def test_the_operation_is_opaque_to_fake_tensors() -> None:
-    scores, lengths = normal(2, 4, 64).half(), to_lengths(64, 3)
-    real = (scores, log_sums(scores), lengths)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(tensor) for tensor in real]
-        found = top_p_lists(*fakes[:2], 0.9, lengths=fakes[2], num_kv_heads=2, capacity=9)
-    assert (found.lists.shape, found.counts.shape, found.dropped.shape) == ((2, 2, 9), (2, 2), (2, 2))
-    assert {tensor.dtype for tensor in found} == {torch.int32}
-
-
-SCORES = normal(2, 4, 64).half()
-ARGUMENTS = {
-    "scores": SCORES,
-    "lse": log_sums(SCORES),
-    "p": 0.9,
-    "lengths": to_lengths(64, 3),
-    "num_kv_heads": 2,
-    "capacity": 9,
-}
-PAGES, COUNTS = torch.zeros(2, 2, 4, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("call", "changed", "error", "named"),
-    [
-        (top_p_lists, {"scores": SCORES[0]}, ValueError, r"scores has shape \(4, 64\), expected \[batch, query heads"),
-        (top_p_lists, {"scores": SCORES.float()}, TypeError, "scores is torch.float32 on cpu, expected torch.float16"),
-        (top_p_lists, {"lse": SCORES[..., 0]}, TypeError, "lse is torch.float16 on cpu, expected torch.float32"),
-        (top_p_lists, {"lse": log_sums(SCORES)[:1]}, ValueError, r"lse has shape \(1, 4\), expected \(2, 4\)"),
-        (top_p_lists, {"lengths": to_lengths(3)}, ValueError, r"lengths has shape \(1,\), expected \(2,\)"),
-        (top_p_lists, {"num_kv_heads": 3}, ValueError, "4 heads, which is no multiple of num_kv_heads=3"),
-        (top_p_lists, {"group": "sum"}, ValueError, "group='sum' does not exist; choose one of union, max, mean"),
-        (top_p_lists, {"p": 0.0}, ValueError, "p=0.0 must be above 0"),
-        (top_p_lists, {"p": 1.5}, ValueError, "p=1.5 is no share of the weight"),
-        (top_p_lists, {"p": "0.9"}, TypeError, "p='0.9' is no number"),
-        (top_p_lists, {"p": torch.ones(3)}, ValueError, r"p has shape \(3,\), expected \(1,\) or .* \(4,\)"),
-        (top_p_lists, {"p": torch.ones(4).double()}, TypeError, "p is torch.float64"),
-        (top_p_lists, {"capacity": 0}, ValueError, "capacity=0 must be at least 1"),
-        (top_p_lists, {"min_keys": -1}, ValueError, "min_keys=-1 must be at least 0"),
-        (top_p_lists, {"sinks": -1}, ValueError, "sinks=-1 must be at least 0"),
-        (top_p_lists, {"recent": 1.5}, TypeError, "recent=1.5 is no integer"),
-        (top_p_lists, {"recent": to_lengths(1)}, ValueError, r"recent has shape \(1,\), expected \(2,\)"),
-        (top_p_lists, {"page_lists": PAGES}, ValueError, "page_lists and page_counts go together"),
-        (top_p_lists, {"page_lists": PAGES[..., :3], "page_counts": COUNTS}, ValueError, r"expected \(2, 2, 4\)"),
-        (top_p_lists, {"backend": "gluon"}, ValueError, "selection has plain Triton kernels only"),
-        (top_k_lists, {"k": 0}, ValueError, "k=0 must be at least 1: |k=0 must be at least 1"),
-        (top_k_lists, {"k": 4, "width": 4}, ValueError, "width=4 must be an odd number of keys"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused_by_name(call: Callable, changed, error, named: str) -> None:
-    arguments = {**ARGUMENTS, **changed}
-    if call is top_k_lists:
-        del arguments["p"], arguments["capacity"]
-    with pytest.raises(error, match=named):
-        call(**arguments)
+        assert name == "tied" or between[head] <= columns // 4, name
+    assert not taken.any()

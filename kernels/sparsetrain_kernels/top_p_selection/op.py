@@ -34,12 +34,13 @@ def top_p_lists(
     page_counts: Tensor | None = None,
     backend: str = "auto",
 ) -> PositionLists:
-    """Per head, the least keys hold no more than ``1 - p`` of the weight and are left out: Twilight's top-p.
+    """Per head, the fewest keys that hold a share ``p`` of the softmax weight: Twilight's top-p.
 
-    A softmax weight is counted in integers of ``2^-40``, and a row's threshold is one of the 65,536 numbers that fp16
-    has: the largest below which keys weigh at most ``1 - p`` of what all keys of the row do. So the set is the smallest
-    that holds ``p``, with all keys equal to its least one. It is found without a sort, a tolerance or a sum that
-    depends on its order (2502.02770, Algorithm 1, whose bisection stops at a tolerance).
+    The weight ``exp(score - lse)`` of a key is counted in integers of ``2^-40``, of which a row has ``2^40`` by the
+    meaning of its log-sum-exp. A row's threshold is one of the 65,536 numbers that fp16 has: the largest from which on
+    keys weigh at least ``p``. So the set is the smallest that holds ``p``, with all keys equal to its least one. It is
+    found without a sort, a tolerance or a sum that depends on its order (2502.02770, Algorithm 1, whose bisection stops
+    at a tolerance). It is as exact as ``lse``: to about one part in a million of the weight in fp32.
 
     The first ``sinks`` tokens and the last ``recent`` ones are attended in any case: they count as kept and are not
     listed. Where a group's keys are more than ``capacity``, its list has those of the highest weight, where weights of
@@ -53,7 +54,7 @@ def top_p_lists(
     Args:
         scores: fp16 ``[B, Hq, M]``, the logits of one token's query; -inf where there is no key. Column ``c`` is
             position ``c``, or token ``c % 16`` of candidate page ``c // 16``.
-        lse: fp32 ``[B, Hq]``, the log-sum-exp of each row of scores.
+        lse: fp32 ``[B, Hq]``, the log-sum-exp of each row of scores, as :func:`estimate_scores` returns it.
         p: share of the weight, above 0 and up to 1, which keeps every key; or fp32 ``[Hq]`` or ``[1]``.
         lengths: int32 ``[B]``, the tokens of each sequence; scores behind them are not looked at.
         num_kv_heads: ``Hkv``, which divides ``Hq``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.

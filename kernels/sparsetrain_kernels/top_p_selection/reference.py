@@ -29,9 +29,12 @@ def select(call: SelectionInputs) -> PositionLists:
     if call.group != "union":
         rows = _pooled(rows, lse, is_key, position, call)
         is_key, p = rows > -math.inf, p.amax(2, keepdim=True)
-        lse = torch.zeros_like(lse[:, :, :1])
+        # Of the k heaviest keys, whose weights need not sum to 1, the rank is the pooled logarithm itself.
+        lse = torch.zeros_like(lse[:, :, :1]) if call.newest else rows.float().logsumexp(-1)
     listed = listed[:, :, None] & is_key
-    threshold = thresholds(rows, lse, is_key, listed, p, call.min_keys)
+    always = masses(rows, lse).masked_fill(listed | ~is_key, 0).sum(-1)
+    threshold = thresholds(rows, lse, listed, (p.double() * ONE).ceil().long() - always, call.min_keys)
+    threshold = threshold.masked_fill(p.expand(threshold.shape) >= 1, -math.inf)
     is_member = listed & (rows >= threshold[..., None])
     # Log of the largest weight that a head which chose the key gives it: what decides where there is no room for all.
     rank = (rows.float() - lse[..., None]).clamp(min=LEAST).half()
@@ -92,19 +95,16 @@ def masses(scores: Tensor, lse: Tensor) -> Tensor:
     return (torch.exp2((scores.float() - lse[..., None]) * LOG2E).clamp(max=1.0) * ONE).long()
 
 
-def thresholds(rows: Tensor, lse: Tensor, is_key: Tensor, listed: Tensor, p: Tensor, min_keys: int) -> Tensor:
-    """The least score that stays, fp16 ``[...]``: all below it weigh no more than ``1 - p`` together, and as many as
-    ``min_keys`` are not below it. Bit by bit, from the top."""
-    keys = ordered(rows)
-    mass = masses(rows, lse).masked_fill(~is_key, 0)
-    budget = ((1.0 - p.double()) * mass.sum(-1).double()).long().masked_fill(p >= 1, -1)
-    mass = mass.masked_fill(~listed, 0)
-    room = (listed.sum(-1) - min_keys).clamp(min=0)
-    found = torch.zeros_like(budget, dtype=torch.int32)
+def thresholds(rows: Tensor, lse: Tensor, listed: Tensor, least_mass: Tensor, min_keys: int) -> Tensor:
+    """The largest number from which on the listed keys have the least mass and are the least number, fp16 ``[...]``;
+    -inf where all are not enough. Bit by bit, from the top."""
+    keys = ordered(rows).masked_fill(~listed, -1)
+    mass = masses(rows, lse)
+    found = torch.zeros_like(least_mass, dtype=torch.int32)
     for bit in range(15, -1, -1):
         candidate = found + (1 << bit)
-        below = listed & (keys < candidate[..., None])
-        fits = (mass.masked_fill(~below, 0).sum(-1) <= budget) & (below.sum(-1) <= room)
+        above = keys >= candidate[..., None]
+        fits = (mass.masked_fill(~above, 0).sum(-1) >= least_mass) & (above.sum(-1) >= min_keys)
         found = torch.where(fits, candidate, found)
     infinity = ordered(rows.new_tensor([-math.inf, math.inf]))
     bits = torch.minimum(torch.maximum(found, infinity[0]), infinity[1]) - 2**15
@@ -117,7 +117,7 @@ def _fit(rank: Tensor, position: Tensor, call: SelectionInputs) -> PositionLists
     members = is_member.sum(-1)
     zero, one = torch.zeros_like(members), torch.ones_like(members)
     # The rank of the first that has no room.
-    level = thresholds(rank, zero.float(), is_member, is_member, zero.float(), call.capacity + 1)
+    level = thresholds(rank, zero.float(), is_member, zero, call.capacity + 1)
     fits = members <= call.capacity
     level = level.masked_fill(fits, -math.inf)[..., None]
     above, tied = rank > level, is_member & (rank == level)

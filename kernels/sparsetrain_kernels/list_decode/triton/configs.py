@@ -7,11 +7,11 @@ import triton
 
 from sparsetrain_kernels.block_decode.triton.configs import WAVES, Config
 
-# Keys of a tile, by head dim and by rows of a tile. A program has two such tiles of keys and values on the way, and the
-# indices of two more: a list, the page of each of its keys, and the key are loaded one for the other. Larger tiles than
-# these spill, and of indices of 128 keys none would be on the way.
-_HALF = {(64, 16): 64, (64, 32): 64, (128, 16): 64, (128, 32): 32, (256, 16): 16}
-_STAGES = 7
+# Keys of a tile, by head dim and by rows of a tile. A list, the page of each of its keys, and the key are loaded one
+# for the other: large tiles hide that better than many on the way, and the other program of a multiprocessor does the
+# rest.
+_HALF = {(64, 16): 128, (64, 32): 128, (128, 16): 128, (128, 32): 64, (256, 16): 32}
+_STAGES = 2
 # fp32 products run on the ordinary cores, exactly.
 _SINGLE = {64: 64, 128: 16, 256: 16}
 _SINGLE_STAGES = 5

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch import Tensor
 
 from sparsetrain_kernels.inputs import consecutive_rows, row_major
 from sparsetrain_kernels.launching import launch, on_device
 from sparsetrain_kernels.top_p_selection.selection import PositionLists, SelectionInputs
-from sparsetrain_kernels.top_p_selection.triton import lists, thresholds
+from sparsetrain_kernels.top_p_selection.triton import lists, pooling, thresholds
 from sparsetrain_kernels.top_p_selection.triton.configs import (
-    ALONE,
-    CANDIDATES,
     CHUNK,
     DEVIATIONS,
+    GATHER,
+    GUESS_WARPS,
+    GUESSES,
     NUM_WARPS,
     PIECE,
     SAMPLE,
+    SIFT,
+    SIFT_WARPS,
     TILE,
+    TURNS,
 )
 
 
@@ -28,7 +31,7 @@ def select(call: SelectionInputs) -> PositionLists:
         call = _with_consecutive_rows(call)
         if call.group != "union":
             call = _pooled(call)
-        return _lists(call, _thresholds(call))
+        return _lists(call)
 
 
 def _with_consecutive_rows(call: SelectionInputs) -> SelectionInputs:
@@ -51,7 +54,7 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     programs = batch * call.kv_heads * chunks
     pooled = call.scores.new_empty((batch, call.kv_heads, columns))
     launch(
-        lists.pool_heads_kernel,
+        pooling.pool_heads_kernel,
         programs,
         (call.scores, call.lse, call.lengths, call.page_lists, call.page_counts, pooled),
         (*call.scores.stride()[:2], *_page_strides(call), columns, chunks),
@@ -65,7 +68,7 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     if call.width > 1:
         rows, pooled = pooled, torch.empty_like(pooled)
         launch(
-            lists.pool_neighbours_kernel,
+            pooling.pool_neighbours_kernel,
             programs,
             (rows, call.page_lists, pooled),
             (*_page_strides(call), columns, chunks),
@@ -78,112 +81,76 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     p_heads = call.p_heads
     if p_heads is not None:
         p_heads = p_heads.view(call.kv_heads, -1).amax(1)
-    lse = call.lse.new_zeros((batch, call.kv_heads))
+    # Of the k heaviest keys, whose weights need not sum to 1, the rank is the pooled logarithm itself.
+    lse = call.lse.new_zeros((batch, call.kv_heads)) if call.newest else pooled.float().logsumexp(-1)
     return call._replace(scores=pooled, lse=lse, p_heads=p_heads, group="union", width=1)
 
 
-def _thresholds(call: SelectionInputs) -> Tensor:
-    """The least score that stays of each row, fp32 ``[B, rows]``."""
+def _lists(call: SelectionInputs) -> PositionLists:
     batch, heads, columns = call.scores.shape
-    rows = batch * heads
-    bracket = columns > ALONE
-    threshold = call.lse.new_empty((batch, heads))
-    about = (call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts)
-    strides = (*call.scores.stride()[:2], *_page_strides(call), columns, call.recent, call.sinks)
-    options = {
-        "KV_HEADS": call.kv_heads,
-        "HEADS": heads,
-        "RECENTS": call.recents is not None,
-        "PAGES": call.page_lists is not None,
-        "num_warps": NUM_WARPS,
-    }
-    has_p = {"P_HEADS": call.p_heads is not None}
-    bounds = sums = inside = None
-    room = columns // CANDIDATES
-    if bracket:
-        bounds = call.lse.new_empty((rows, 2))
-        sums = torch.empty((rows, thresholds.SUMS.value), dtype=torch.int64, device=call.scores.device)
-        inside = call.scores.new_empty((rows, room))
-        launch(
-            thresholds.bracket_kernel,
-            rows,
-            (*about, call.p_heads, bounds, sums),
-            (*strides, call.min_keys, call.p, DEVIATIONS),
-            SAMPLE=SAMPLE,
-            PIECE=PIECE,
-            **has_p,
-            **options,
-        )
-        chunks = triton.cdiv(columns, CHUNK)
-        launch(
-            thresholds.partition_kernel,
-            rows * chunks,
-            (*about, bounds, sums, inside),
-            (*strides, chunks, room),
-            CHUNK=CHUNK,
-            **options,
-        )
+    rows, group = batch * call.kv_heads, heads // call.kv_heads
+    device = call.scores.device
+    floor, threshold = torch.empty((2, batch, heads), dtype=torch.int32, device=device)
+    taken = torch.empty((batch, call.kv_heads), dtype=torch.int32, device=device)
+    chunks = triton.cdiv(columns, SIFT)
+    always = torch.empty((batch, heads, chunks), dtype=torch.int64, device=device)
+    segments = torch.empty((rows, chunks, 2), dtype=torch.int32, device=device)
+    # Room for all keys, of which few are candidates: no more of it is touched.
+    candidates = torch.empty((rows, columns), dtype=torch.int32, device=device)
+    sifted, own = torch.empty((2, batch, heads, columns), dtype=torch.float16, device=device)
+    rank = torch.empty((rows, columns), dtype=torch.float16, device=device)
+    before = torch.empty((rows, call.newest + 1, columns), dtype=torch.int32, device=device)
+    found = PositionLists(
+        torch.empty((batch, call.kv_heads, call.capacity), dtype=torch.int32, device=device),
+        *torch.empty((2, batch, call.kv_heads), dtype=torch.int32, device=device),
+    )
+
+    row = (call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts)
+    numbers = (*call.scores.stride()[:2], *_page_strides(call), columns, call.recent, call.sinks)
+    alike = {"KV_HEADS": call.kv_heads, "RECENTS": call.recents is not None, "PAGES": call.page_lists is not None}
+    heads_alike = {"HEADS": heads, "P_HEADS": call.p_heads is not None, **alike}
+    whole = {"CHUNK": SIFT, "CHUNKS_PAD": max(16, triton.next_power_of_2(chunks)), "GATHER": GATHER, "TILE": TILE}
+    launch(
+        thresholds.guess_kernel,
+        batch * heads,
+        (*row, call.p_heads, floor, taken),
+        (*numbers, call.min_keys, call.p, DEVIATIONS),
+        SAMPLE=SAMPLE,
+        PIECE=PIECE,
+        GUESSES=GUESSES,
+        TURNS=TURNS,
+        num_warps=GUESS_WARPS,
+        **heads_alike,
+    )
+    launch(
+        thresholds.sift_kernel,
+        rows * chunks,
+        (*row, floor, taken, always, segments, candidates),
+        (*numbers, chunks),
+        GROUP=group,
+        CHUNK=SIFT,
+        num_warps=SIFT_WARPS,
+        **alike,
+    )
     launch(
         thresholds.threshold_kernel,
-        rows,
-        (*about, call.p_heads, bounds, sums, inside, threshold),
-        (*strides, call.min_keys, room, call.p),
-        BRACKET=bracket,
-        TILE=TILE,
-        **has_p,
-        **options,
-    )
-    return threshold
-
-
-def _lists(call: SelectionInputs, threshold: Tensor) -> PositionLists:
-    batch, heads, columns = call.scores.shape
-    rows, chunks = batch * call.kv_heads, triton.cdiv(columns, CHUNK)
-    found = PositionLists(
-        call.lengths.new_empty((batch, call.kv_heads, call.capacity)),
-        *call.lengths.new_empty((2, batch, call.kv_heads)),
-    )
-    rank = call.scores.new_empty((rows, columns))
-    counts = call.lengths.new_empty((rows, chunks, 2))
-    level, older = call.lse.new_empty(rows), call.lengths.new_empty(rows)
-    pages = call.page_lists is not None
-    launch(
-        lists.rank_kernel,
-        rows * chunks,
-        (
-            *(call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts),
-            *(threshold, rank, counts),
-        ),
-        (*call.scores.stride()[:2], *_page_strides(call), columns, call.recent, call.sinks, chunks),
-        KV_HEADS=call.kv_heads,
-        GROUP=heads // call.kv_heads,
-        RECENTS=call.recents is not None,
-        PAGES=pages,
-        CHUNK=CHUNK,
+        batch * heads,
+        (*row, call.p_heads, floor, taken, always, candidates, sifted, own, threshold),
+        (*numbers, chunks, call.min_keys, call.p),
         num_warps=NUM_WARPS,
+        **heads_alike,
+        **whole,
     )
-    padded = triton.next_power_of_2(chunks)
     launch(
-        lists.fit_kernel,
+        lists.list_kernel,
         rows,
-        (rank, threshold, counts, level, older, found.counts, found.dropped),
-        (columns, chunks, call.capacity),
+        (*row, floor, threshold, taken, segments, candidates, sifted, rank, before, *found),
+        (*numbers, chunks, call.capacity),
+        GROUP=group,
         NEWEST=call.newest,
-        CHUNKS_PAD=padded,
-        CHUNK=CHUNK,
-        TILE=TILE,
         num_warps=NUM_WARPS,
-    )
-    launch(
-        lists.write_kernel,
-        rows * chunks,
-        (rank, call.page_lists, counts, level, older, found.lists),
-        (*_page_strides(call), columns, chunks, call.capacity),
-        KV_HEADS=call.kv_heads,
-        PAGES=pages,
-        CHUNKS_PAD=padded,
-        CHUNK=CHUNK,
-        num_warps=NUM_WARPS,
+        **alike,
+        **whole,
     )
     return found
 

@@ -7,6 +7,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(65504.0)
 """Of fp16's numbers."""
 PAGE = tl.constexpr(16)
+ONE = tl.constexpr(1099511627776.0)
+"""The mass of a key that has all of the weight."""
 
 
 @triton.jit
@@ -55,9 +57,9 @@ def load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, rece
 
 @triton.jit
 def masses(score, lse):
-    """The weight of each score in units of 2^-40, rounded down. A function of the two numbers alone."""
-    weight = tl.minimum(tl.exp2((score - lse) * LOG2E), 1.0)
-    return (weight * 1099511627776.0).to(tl.int64)
+    """The weight of each score in units of 2^-40, rounded down; 0 of -inf. A function of the two numbers alone."""
+    weight = tl.where(score > float("-inf"), tl.minimum(tl.exp2((score - lse) * LOG2E), 1.0), 0.0)
+    return (weight * ONE).to(tl.int64)
 
 
 @triton.jit
@@ -77,6 +79,31 @@ def number(key):
 
 
 @triton.jit
+def amounts(
+    scores_ptr,
+    page_lists_ptr,
+    columns,
+    length,
+    sinks,
+    recent_start,
+    lse,
+    bound,
+    PAGES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The mass and the number of the keys of a row that may be listed, from a number on, in the order of fp16's."""
+    mass = tl.zeros([TILE], tl.int64)
+    count = tl.zeros([TILE], tl.int32)
+    for start in range(0, columns, TILE):
+        column = start + tl.arange(0, TILE)
+        score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
+        listed = listed & (ordered(score) >= bound)
+        mass += tl.where(listed, masses(score, lse), 0)
+        count += listed.to(tl.int32)
+    return tl.sum(mass, 0), tl.sum(count, 0)
+
+
+@triton.jit
 def search(
     scores_ptr,
     page_lists_ptr,
@@ -85,40 +112,37 @@ def search(
     sinks,
     recent_start,
     lse,
-    budget,
-    room,
+    floor,
+    least,
     PAGES: tl.constexpr,
     MASSES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The largest of fp16's numbers, as an integer in their order, below which keys weigh at most ``budget`` and are at
-    most ``room``. Two binary digits a pass over the row."""
-    found = 0
-    for digit in range(8):
-        step = 1 << (14 - 2 * digit)
-        mass_1 = tl.zeros([TILE], tl.int64)
-        mass_2 = tl.zeros([TILE], tl.int64)
-        mass_3 = tl.zeros([TILE], tl.int64)
-        count_1 = tl.zeros([TILE], tl.int32)
-        count_2 = tl.zeros([TILE], tl.int32)
-        count_3 = tl.zeros([TILE], tl.int32)
-        for start in range(0, columns, TILE):
+    """The largest of fp16's numbers, as an integer in their order, from which on the keys that may be listed have at
+    least the mass ``least``, which is above 0, or are as many; no less than ``floor``, of which that is taken for
+    granted. By halves; the first tile of the row stays in registers."""
+    column = tl.arange(0, TILE)
+    score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
+    first = tl.where(listed, ordered(score), -1)
+    first_amount = masses(score, lse) if MASSES else tl.full([TILE], 1, tl.int32)
+    highest = first
+    for start in range(TILE, columns, TILE):
+        column = start + tl.arange(0, TILE)
+        score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
+        highest = tl.maximum(highest, tl.where(listed, ordered(score), -1))
+    # Found below ``beyond``, where there is nothing.
+    beyond = tl.max(highest, 0) + 1
+    found = floor + tl.full([], 0, tl.int32)
+    while beyond - found > 1:
+        middle = (found + beyond) // 2
+        amount = tl.where(first >= middle, first_amount, 0)
+        for start in range(TILE, columns, TILE):
             column = start + tl.arange(0, TILE)
             score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
-            key = tl.where(listed, ordered(score), 65536)
-            below_1 = key < found + step
-            below_2 = key < found + 2 * step
-            below_3 = key < found + 3 * step
-            count_1 += below_1.to(tl.int32)
-            count_2 += below_2.to(tl.int32)
-            count_3 += below_3.to(tl.int32)
-            if MASSES:
-                mass = masses(score, lse)
-                mass_1 += tl.where(below_1, mass, 0)
-                mass_2 += tl.where(below_2, mass, 0)
-                mass_3 += tl.where(below_3, mass, 0)
-        fits_1 = (tl.sum(mass_1, 0) <= budget) & (tl.sum(count_1, 0) <= room)
-        fits_2 = (tl.sum(mass_2, 0) <= budget) & (tl.sum(count_2, 0) <= room)
-        fits_3 = (tl.sum(mass_3, 0) <= budget) & (tl.sum(count_3, 0) <= room)
-        found += step * (fits_1.to(tl.int32) + fits_2.to(tl.int32) + fits_3.to(tl.int32))
+            own = masses(score, lse) if MASSES else tl.full([TILE], 1, tl.int32)
+            amount += tl.where(listed & (ordered(score) >= middle), own, 0)
+        if tl.sum(amount, 0) >= least:
+            found = middle
+        else:
+            beyond = middle
     return found

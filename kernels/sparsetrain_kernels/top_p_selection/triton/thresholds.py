@@ -1,30 +1,30 @@
-"""The kernels that find the threshold of each row of scores."""
+"""The kernels that find the threshold of each row of scores, and gather the keys that may pass it.
+
+A floor is guessed from a sample of the row (``guess_kernel``). One pass over all scores gathers the keys at or above
+the floor of any head of their group, the candidates (``sift_kernel``). The threshold is searched among these alone
+(``threshold_kernel``): what all keys weigh together is known, since scores come with their log-sum-exp.
+"""
 
 import triton
 import triton.language as tl
 
 from sparsetrain_kernels.top_p_selection.triton.rows import (
+    LARGEST,
     LOG2E,
+    ONE,
+    amounts,
     load_scores,
     masses,
     number,
     ordered,
+    positions,
     row_bounds,
     search,
 )
 
-TOTAL = tl.constexpr(0)
-"""Among a row's sums: the mass of all its keys; of those that may be listed the mass and the number below the bracket,
-the number inside it and the number of all."""
-MASS_BELOW = tl.constexpr(1)
-BELOW = tl.constexpr(2)
-INSIDE = tl.constexpr(3)
-LISTED = tl.constexpr(4)
-SUMS = tl.constexpr(8)
-
 
 @triton.jit
-def bracket_kernel(
+def guess_kernel(
     scores_ptr,
     lse_ptr,
     lengths_ptr,
@@ -32,8 +32,8 @@ def bracket_kernel(
     page_lists_ptr,
     page_counts_ptr,
     p_ptr,
-    bracket_ptr,
-    sums_ptr,
+    floor_ptr,
+    taken_ptr,
     scores_stride_b,
     scores_stride_h,
     pages_stride_b,
@@ -51,82 +51,82 @@ def bracket_kernel(
     PAGES: tl.constexpr,
     SAMPLE: tl.constexpr,
     PIECE: tl.constexpr,
+    GUESSES: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """Two numbers between which the threshold of a row lies with near certainty, fp32 ``[B, rows, 2]``, the upper one
-    excluded, from a sample of its scores; and zeros for its sums. One program a row.
+    """A number that the threshold of a row is not below with near certainty, as an integer in the order of fp16's
+    numbers, int32 ``[B, rows]``; and zero for the candidates of each KV head, int32 ``[B, Hkv]``. One program a row,
+    which tries ``GUESSES`` numbers in each of its ``TURNS``.
 
     What is estimated is the mass *below* a number, of which each key has little, so that a few keys with nearly all of
-    the weight, which a sample misses, do not matter. A row of no more keys than the sample has gets infinities. A
-    wrong guess costs time alone: the threshold is checked against it.
+    the weight, which a sample misses, do not matter. A wrong guess costs time alone: the threshold is checked against
+    it.
     """
     PIECES: tl.constexpr = SAMPLE // PIECE
+    GROUP: tl.constexpr = HEADS // KV_HEADS
     batch = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
-    kv_head = head // (HEADS // KV_HEADS)
+    kv_head = head // GROUP
     columns, length, recent_start = row_bounds(
         lengths_ptr, recents_ptr, page_counts_ptr, batch, kv_head, all_columns, recent, KV_HEADS, RECENTS, PAGES
     )
-    tl.store(sums_ptr + tl.program_id(0) * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.int64))
-    place = bracket_ptr + tl.program_id(0) * 2
-    if columns <= SAMPLE:
-        tl.store(place, float("-inf"))
-        tl.store(place + 1, float("inf"))
-    else:
+    tl.store(taken_ptr + batch * KV_HEADS + kv_head, 0, mask=head % GROUP == 0)
+    if P_HEADS:
+        p = tl.load(p_ptr + head)
+    floor = 0
+    if (columns > SAMPLE) & (p < 1.0):
         scores_ptr += batch.to(tl.int64) * scores_stride_b + head.to(tl.int64) * scores_stride_h
         if PAGES:
             page_lists_ptr += batch.to(tl.int64) * pages_stride_b + kv_head.to(tl.int64) * pages_stride_h
         lse = tl.load(lse_ptr + tl.program_id(0))
-        if P_HEADS:
-            p = tl.load(p_ptr + head)
+        # Without a share of the weight, as of the k heaviest keys, their number alone decides.
+        most = tl.where(p > 0.0, 1.0 - p, float("inf"))
         pieces = columns // PIECE
         index = tl.arange(0, SAMPLE)
         piece = (index // PIECE).to(tl.int64) * pieces // PIECES
         column = piece.to(tl.int32) * PIECE + index % PIECE
         score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
-        weight = tl.where(listed, tl.exp2((score - lse) * LOG2E), 0.0)
-        key = tl.where(listed, ordered(score), 65536)
+        weight = tl.where(listed, tl.exp2((score - lse) * LOG2E), 0.0)[None, :]
         share = pieces.to(tl.float32) / PIECES
         listed_count = tl.sum(listed.to(tl.int32), 0)
-        low = 0
-        high = 0
-        # Estimates that only grow with the bound, as a search needs.
-        low = 0
-        for digit in range(16):
-            bound = low + (1 << (15 - digit))
-            below = key < bound
-            mass = tl.sum(tl.where(below, weight, 0.0), 0)
-            kept = (listed_count - tl.sum(below.to(tl.int32), 0)).to(tl.float32)
+        low = tl.min(tl.where(listed, score, float("inf")), 0)
+        step = tl.maximum(tl.max(tl.where(listed, score, float("-inf")), 0) - low, 0.0)
+        score = tl.where(listed, score, float("inf"))[None, :]
+        guess = tl.arange(0, GUESSES)
+        found = 1
+        for _ in tl.static_range(TURNS):
+            step /= GUESSES
+            bound = low + step * guess
+            below = score < bound[:, None]
+            held = tl.where(below, weight, 0.0)
+            mass = tl.sum(held, 1)
+            kept = (listed_count - tl.sum(below.to(tl.int32), 1)).to(tl.float32)
             # The sample may miss a key of the largest weight below the bound.
-            largest = tl.exp2(tl.minimum((number(bound) - lse) * LOG2E, 0.0))
-            mass += deviations * tl.sqrt(largest * (mass + largest))
+            largest = tl.exp2(tl.minimum((bound - lse) * LOG2E, 0.0))
+            mass += deviations * tl.sqrt(tl.sum(held * held, 1) + largest * largest)
             kept -= deviations * tl.sqrt(kept + 1.0)
-            low = tl.where((share * mass <= 1.0 - p) & (share * kept >= min_keys), bound, low)
-        high = 0
-        # Of heavy keys a part is counted, lest the few in the sample make the estimate uncertain far below them.
-        weight = tl.minimum(weight, 4.0 * tl.exp2(tl.minimum((number(low) - lse) * LOG2E, 0.0)))
-        for digit in range(16):
-            bound = high + (1 << (15 - digit))
-            below = key < bound
-            mass = tl.sum(tl.where(below, weight, 0.0), 0)
-            kept = (listed_count - tl.sum(below.to(tl.int32), 0)).to(tl.float32)
-            mass -= deviations * tl.sqrt(tl.sum(tl.where(below, weight * weight, 0.0), 0))
-            kept += deviations * tl.sqrt(kept + 1.0)
-            high = tl.where((share * mass <= 1.0 - p) & (share * kept >= min_keys), bound, high)
-        tl.store(place, number(low))
-        tl.store(place + 1, tl.where(high >= 64511, float("inf"), number(high + 1)))
+            # Estimates only grow with the bound.
+            fits = tl.sum(((share * mass <= most) & (share * kept >= min_keys)).to(tl.int32), 0)
+            found = tl.minimum(found, fits)
+            low += step * tl.maximum(fits - 1, 0)
+        if (found > 0) & (listed_count > 0):
+            floor = ordered(low - step)
+    tl.store(floor_ptr + tl.program_id(0), floor)
 
 
 @triton.jit
-def partition_kernel(
+def sift_kernel(
     scores_ptr,
     lse_ptr,
     lengths_ptr,
     recents_ptr,
     page_lists_ptr,
     page_counts_ptr,
-    bracket_ptr,
-    sums_ptr,
-    inside_ptr,
+    floor_ptr,
+    taken_ptr,
+    always_ptr,
+    segments_ptr,
+    columns_ptr,
     scores_stride_b,
     scores_stride_h,
     pages_stride_b,
@@ -135,46 +135,100 @@ def partition_kernel(
     recent,
     sinks,
     chunks,
-    room,
     KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     RECENTS: tl.constexpr,
     PAGES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Adds a chunk of a row to its sums, and its scores inside the bracket to ``inside [B, rows, room]``, in any order:
-    all that is asked of them are sums of integers. Grid: chunks fastest, then rows."""
+    """Gathers the candidates among a chunk of the rows of a group: their columns, int32 ``[B, Hkv, M]``, ascending
+    within a chunk. Chunks come in any order: where those of each start and how many they are, int32
+    ``[B, Hkv, chunks, 2]``. And the mass of the chunk's keys that are attended in any case, int64
+    ``[B, rows, chunks]``. Grid: chunks fastest, then KV heads, then the batch."""
     chunk = tl.program_id(0) % chunks
     row = tl.program_id(0) // chunks
-    batch = row // HEADS
-    head = row % HEADS
-    kv_head = head // (HEADS // KV_HEADS)
+    kv_head = row % KV_HEADS
+    batch = row // KV_HEADS
     columns, length, recent_start = row_bounds(
         lengths_ptr, recents_ptr, page_counts_ptr, batch, kv_head, all_columns, recent, KV_HEADS, RECENTS, PAGES
     )
     if chunk * CHUNK < columns:
-        scores_ptr += batch.to(tl.int64) * scores_stride_b + head.to(tl.int64) * scores_stride_h
         if PAGES:
             page_lists_ptr += batch.to(tl.int64) * pages_stride_b + kv_head.to(tl.int64) * pages_stride_h
-        lse = tl.load(lse_ptr + row)
-        low = tl.load(bracket_ptr + row * 2)
-        high = tl.load(bracket_ptr + row * 2 + 1)
+        rows = row * GROUP
+        scores_ptr += batch.to(tl.int64) * scores_stride_b + (kv_head * GROUP).to(tl.int64) * scores_stride_h
         column = chunk * CHUNK + tl.arange(0, CHUNK)
-        score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
-        mass = masses(score, lse)
-        below = listed & (score < low)
-        inside = (listed & (score >= low) & (score < high)).to(tl.int32)
-        found = tl.sum(inside, 0)
-        sums_ptr += row * SUMS
-        tl.atomic_add(sums_ptr + TOTAL, tl.sum(mass, 0), sem="relaxed")
-        tl.atomic_add(sums_ptr + MASS_BELOW, tl.sum(tl.where(below, mass, 0), 0), sem="relaxed")
-        tl.atomic_add(sums_ptr + BELOW, tl.sum(below.to(tl.int32), 0).to(tl.int64), sem="relaxed")
-        tl.atomic_add(sums_ptr + LISTED, tl.sum(listed.to(tl.int32), 0).to(tl.int64), sem="relaxed")
-        if found > 0:
-            start = tl.atomic_add(sums_ptr + INSIDE, found.to(tl.int64), sem="relaxed")
-            place = start.to(tl.int32) + tl.cumsum(inside, 0) - 1
-            inside_ptr += row.to(tl.int64) * room
-            tl.store(inside_ptr + place, score.to(tl.float16), mask=(inside > 0) & (place < room))
+        position = positions(page_lists_ptr, column, columns, PAGES)
+        exists = (position >= 0) & (position < length)
+        may_list = exists & (position >= sinks) & (position < recent_start)
+        some = column < 0
+        for member in tl.static_range(GROUP):
+            # The mask ends with the tensor, not with the sequence, so that many scores are loaded at a time.
+            own_ptr = scores_ptr + tl.full([], member, tl.int64) * scores_stride_h
+            score = tl.load(own_ptr + column, mask=column < all_columns, other=float("-inf"))
+            # No key has the score -inf.
+            floor = tl.maximum(number(tl.load(floor_ptr + rows + member)), -LARGEST).to(tl.float16)
+            some = some | (score >= floor)
+        some = (some & may_list).to(tl.int32)
+        count = tl.sum(some, 0)
+        start = 0
+        if count > 0:
+            start = tl.atomic_add(taken_ptr + row, count, sem="relaxed")
+            place = start + tl.cumsum(some, 0) - 1
+            tl.store(columns_ptr + row.to(tl.int64) * all_columns + place, column, mask=some > 0)
+        tl.store(segments_ptr + tl.program_id(0) * 2, start)
+        tl.store(segments_ptr + tl.program_id(0) * 2 + 1, count)
+
+        always = exists & (may_list == 0)
+        has_always = tl.sum(always.to(tl.int32), 0) > 0
+        for member in tl.static_range(GROUP):
+            mass = tl.full([], 0, tl.int64)
+            if has_always:
+                own_ptr = scores_ptr + tl.full([], member, tl.int64) * scores_stride_h
+                attended = tl.load(own_ptr + column, mask=always, other=float("-inf")).to(tl.float32)
+                mass = tl.sum(masses(attended, tl.load(lse_ptr + rows + member)), 0)
+            tl.store(always_ptr + (rows + member).to(tl.int64) * chunks + chunk, mass)
+
+
+@triton.jit
+def find_threshold(
+    scores_ptr,
+    page_lists_ptr,
+    columns,
+    length,
+    sinks,
+    recent_start,
+    lse,
+    floor,
+    least_mass,
+    min_keys,
+    PAGES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The largest number from which on keys have the least mass and are the least number; no less than ``floor``."""
+    found = tl.full([], 65535, tl.int32)
+    if least_mass > 0:
+        found = search(
+            scores_ptr, page_lists_ptr, columns, length, sinks, recent_start, lse, floor, least_mass, PAGES, True, TILE
+        )
+    if min_keys > 0:
+        _, count = amounts(scores_ptr, page_lists_ptr, columns, length, sinks, recent_start, lse, found, PAGES, TILE)
+        if count < min_keys:
+            found = search(
+                scores_ptr,
+                page_lists_ptr,
+                columns,
+                length,
+                sinks,
+                recent_start,
+                lse,
+                floor,
+                min_keys,
+                PAGES,
+                False,
+                TILE,
+            )
+    return found
 
 
 @triton.jit
@@ -186,9 +240,12 @@ def threshold_kernel(
     page_lists_ptr,
     page_counts_ptr,
     p_ptr,
-    bracket_ptr,
-    sums_ptr,
-    inside_ptr,
+    floor_ptr,
+    taken_ptr,
+    always_ptr,
+    columns_ptr,
+    sifted_ptr,
+    own_ptr,
     threshold_ptr,
     scores_stride_b,
     scores_stride_h,
@@ -197,19 +254,23 @@ def threshold_kernel(
     all_columns,
     recent,
     sinks,
+    chunks,
     min_keys,
-    room,
     p,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     P_HEADS: tl.constexpr,
     RECENTS: tl.constexpr,
     PAGES: tl.constexpr,
-    BRACKET: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
+    GATHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The threshold of a row, fp32 ``[B, rows]``: the least score that stays; infinity where none does. One program a
-    row. It looks at the scores inside the bracket, or, without one or where it is wrong, at all of the row."""
+    """The threshold of a row, int32 ``[B, rows]``: the least score that stays, as an integer in the order of fp16's
+    numbers. And the scores of the candidates, fp16 ``[B, rows, M]``. One program a row. It looks at its own among the
+    candidates of the group, which it brings together in ``own [B, rows, M]``, or, where the floor is above the
+    threshold, at all of the row."""
     row = tl.program_id(0)
     batch = row // HEADS
     head = row % HEADS
@@ -218,76 +279,51 @@ def threshold_kernel(
         lengths_ptr, recents_ptr, page_counts_ptr, batch, kv_head, all_columns, recent, KV_HEADS, RECENTS, PAGES
     )
     scores_ptr += batch.to(tl.int64) * scores_stride_b + head.to(tl.int64) * scores_stride_h
-    if PAGES:
-        page_lists_ptr += batch.to(tl.int64) * pages_stride_b + kv_head.to(tl.int64) * pages_stride_h
+    columns_ptr += (batch * KV_HEADS + kv_head).to(tl.int64) * all_columns
+    sifted_ptr += row.to(tl.int64) * all_columns
+    own_ptr += row.to(tl.int64) * all_columns
+    floor = tl.load(floor_ptr + row)
+    taken = tl.load(taken_ptr + batch * KV_HEADS + kv_head)
+    own = 0
+    for start in range(0, taken, GATHER):
+        place = start + tl.arange(0, GATHER)
+        column = tl.load(columns_ptr + place, mask=place < taken, other=0)
+        score = tl.load(scores_ptr + column, mask=place < taken, other=float("-inf"))
+        tl.store(sifted_ptr + place, score, mask=place < taken)
+        is_own = ((score > float("-inf")) & (ordered(score.to(tl.float32)) >= floor)).to(tl.int32)
+        tl.store(own_ptr + own + tl.cumsum(is_own, 0) - 1, score, mask=is_own > 0)
+        own += tl.sum(is_own, 0)
+    tl.debug_barrier()
+
     lse = tl.load(lse_ptr + row)
     if P_HEADS:
         p = tl.load(p_ptr + head)
-    found = tl.full([], -1, tl.int32)
-    if BRACKET:
-        sums_ptr += row * SUMS
-        total = tl.load(sums_ptr + TOTAL)
-        listed_count = tl.load(sums_ptr + LISTED).to(tl.int32)
-    else:
-        total_mass = tl.zeros([TILE], tl.int64)
-        total_count = tl.zeros([TILE], tl.int32)
-        for start in range(0, columns, TILE):
-            column = start + tl.arange(0, TILE)
-            score, listed = load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, recent_start, PAGES)
-            total_mass += masses(score, lse)
-            total_count += listed.to(tl.int32)
-        total = tl.sum(total_mass, 0)
-        listed_count = tl.sum(total_count, 0)
     p = tl.full([], 0.0, tl.float32) + p
-    budget = ((1.0 - p.to(tl.float64)) * total.to(tl.float64)).to(tl.int64)
-    budget = tl.where(p >= 1.0, -1, budget)
-    spare = tl.maximum(listed_count - min_keys, 0)
-    if budget < 0:
-        found = tl.full([], 0, tl.int32)
-    elif BRACKET:
-        low = tl.load(bracket_ptr + row * 2)
-        high = tl.load(bracket_ptr + row * 2 + 1)
-        inside = tl.load(sums_ptr + INSIDE).to(tl.int32)
-        # What is left when all below the bracket is dropped.
-        budget_inside = budget - tl.load(sums_ptr + MASS_BELOW)
-        spare_inside = spare - tl.load(sums_ptr + BELOW).to(tl.int32)
-        is_above = (budget_inside >= 0) & (spare_inside >= 0)
-        if is_above & (ordered(high) == ordered(low) + 1):
-            # Equal scores, which may be the whole row.
-            mass_inside = inside.to(tl.int64) * masses(low, lse)
-            if (mass_inside > budget_inside) | (inside > spare_inside):
-                found = ordered(low)
-        elif is_above & (inside <= room):
-            inner = search(
-                inside_ptr + row.to(tl.int64) * room,
-                inside_ptr,
-                inside,
-                inside,
-                0,
-                inside,
-                lse,
-                budget_inside,
-                spare_inside,
-                PAGES=False,
-                MASSES=True,
-                TILE=TILE,
-            )
-            # Past the bracket if all inside it may be dropped, unless nothing lies beyond.
-            if (number(inner) < high) | (high == float("inf")):
-                found = inner
-    if found < 0:
-        found = search(
-            scores_ptr,
-            page_lists_ptr,
-            columns,
-            length,
-            sinks,
-            recent_start,
-            lse,
-            budget,
-            spare,
-            PAGES=PAGES,
-            MASSES=True,
-            TILE=TILE,
+    found = tl.full([], 0, tl.int32)
+    if p < 1.0:
+        index = tl.arange(0, CHUNKS_PAD)
+        always = tl.load(always_ptr + row.to(tl.int64) * chunks + index, mask=index * CHUNK < columns, other=0)
+        least_mass = tl.ceil(p.to(tl.float64) * ONE).to(tl.int64) - tl.sum(always, 0)
+        found = find_threshold(
+            own_ptr, own_ptr, own, own, 0, own, lse, floor, least_mass, min_keys, PAGES=False, TILE=TILE
         )
-    tl.store(threshold_ptr + row, number(found))
+        if (found == floor) & (floor > 0):
+            mass, count = amounts(own_ptr, own_ptr, own, own, 0, own, lse, floor, PAGES=False, TILE=TILE)
+            if (mass < least_mass) | (count < min_keys):
+                if PAGES:
+                    page_lists_ptr += batch.to(tl.int64) * pages_stride_b + kv_head.to(tl.int64) * pages_stride_h
+                found = find_threshold(
+                    scores_ptr,
+                    page_lists_ptr,
+                    columns,
+                    length,
+                    sinks,
+                    recent_start,
+                    lse,
+                    0,
+                    least_mass,
+                    min_keys,
+                    PAGES=PAGES,
+                    TILE=TILE,
+                )
+    tl.store(threshold_ptr + row, found)
