@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from sparsetrain_kernels.block_decode import block_pattern_decode
+from sparsetrain_kernels.block_decode import block_pattern_decode, prepare_block_decode
 from sparsetrain_kernels.block_decode.inputs import MAX_ROWS
 from sparsetrain_kernels.key_mirror import append_tokens
 from torch import Tensor, nn
@@ -359,10 +359,14 @@ class PagedMemory(Memory):
             self.table = pages.to(self.keys.device)  # type: ignore[union-attr]
 
     def _stay(self) -> None:
-        """Tell ``torch.compile`` that the tensors stay where they are."""
+        """Tell ``torch.compile`` that the tensors stay where they are; make here what a graph would keep to itself."""
         if self.static:
-            for tensor in (*self._tensors(), *self.beside.values()):
+            keys, *_ = held = self._tensors()
+            for tensor in (*held, *self.beside.values()):
                 torch._dynamo.mark_static_address(tensor)
+            if self.max_length is not None:
+                heads, device = keys.shape[1], keys.device
+                prepare_block_decode(self.pattern, max_length=self.max_length, num_kv_heads=heads, device=device)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys, values, table and lengths, once there is room."""

@@ -122,3 +122,26 @@ def block_pattern_decode(
     numbers = lists[: lists._fields.index("far_back")]
     out, lse = torch.ops.sparsetrain.block_pattern_decode(*inputs, *numbers, chosen)
     return (out, lse) if return_lse else out
+
+
+def prepare_block_decode(pattern: BlockPattern, *, max_length: int, num_kv_heads: int, device: torch.device) -> None:
+    """Copy to the device what steps of a pattern read beside the cache, where that is not done yet.
+
+    :func:`block_pattern_decode` does it in its first call. Where that call is part of a CUDA graph, the tensor, which
+    later calls use again, would lie in the graph's memory.
+
+    Args:
+        pattern: as of the steps.
+        max_length: as of the steps.
+        num_kv_heads: KV heads of the cache.
+        device: of the cache.
+
+    Raises:
+        ValueError: the pattern has lists of its own for each of another number of KV heads.
+    """
+    lists = block_lists(pattern, -(-max_length // pattern.block), num_kv_heads)
+    if device.type == "cuda":
+        # Imported on first use: Triton may be absent.
+        from sparsetrain_kernels.block_pattern.triton.work import far_table
+
+        far_table(lists.far, device)
