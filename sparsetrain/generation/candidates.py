@@ -90,9 +90,13 @@ class Pages(Candidates):
         """See :meth:`Candidates.positions`."""
         within = torch.arange(GRANULE, device=self.lists.device, dtype=torch.int32)
         places = (self.lists[..., None] * GRANULE + within).flatten(2)
-        kept = torch.arange(places.shape[-1], device=places.device) < GRANULE * self.counts[..., None]
-        kept = kept & (places >= always.sinks) & (places < (always.lengths - always.recent)[:, None, None])
-        return torch.where(kept, places, room).sort().values, kept.sum(-1, dtype=torch.int32)
+        place = torch.arange(places.shape[-1], device=places.device)
+        listed = place < GRANULE * self.counts[..., None]
+        first = (listed & (places < always.sinks)).sum(-1, dtype=torch.int32)
+        before = (listed & (places < (always.lengths - always.recent)[:, None, None])).sum(-1, dtype=torch.int32)
+        # They ascend: those that are read in any case are the first and the last ones.
+        index = (place + first[..., None]).clamp_max(places.shape[-1] - 1)
+        return places.gather(2, index), (before - first).clamp_min(0)
 
 
 class Tokens(Candidates):

@@ -98,12 +98,14 @@ class QuestPages(Selector):
 
     def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
         """See :meth:`Selector.candidates`."""
-        bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=factors.get("scale"), **places.arguments)
-        wanted = -(-self._decode.candidate_tokens // GRANULE)
-        best = bounds.topk(min(wanted, bounds.shape[-1]), sorted=False)
-        real = best.values > float("-inf")
-        pages = torch.where(real, best.indices, bounds.shape[-1]).sort().values.int()
-        return Pages(pages, real.sum(-1, dtype=torch.int32))
+        scale = factors.get("scale")
+        bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=scale, **places.arguments).half()
+        batch, heads, pages = bounds.shape
+        wanted = min(-(-self._decode.candidate_tokens // GRANULE), pages)
+        alike = torch.zeros(batch, heads, device=bounds.device)
+        # A row has no more pages than tokens, and where there is none the bound is -inf.
+        best = top_k_lists(bounds, alike, wanted, lengths=places.lengths, num_kv_heads=heads, width=1)
+        return Pages(best.lists, best.counts)
 
 
 class HeavyChannels(Selector):

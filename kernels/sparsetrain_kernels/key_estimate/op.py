@@ -137,8 +137,8 @@ def page_scores(
         backend: as there.
 
     Returns:
-        fp32 ``[B, Hkv, ceil(max_length / 16)]``, -inf where there is no token. The indices of its ``torch.topk``,
-        ascending and as int32, are ``page_lists`` of :func:`estimate_scores`.
+        fp32 ``[B, Hkv, ceil(max_length / 16)]``, bounded by fp16's range; -inf where there is no token. The largest,
+        as :func:`top_k_lists` lists them, are ``page_lists`` of :func:`estimate_scores`.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or requires a gradient; the message names it and its value.

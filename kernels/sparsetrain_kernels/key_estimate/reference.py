@@ -100,7 +100,7 @@ def upper_bounds(
             lowest, highest = (both.view(BYTES) if in_bytes else both).float().permute(2, 1, 3, 0)
             own = query[sequence]
             score = own.clamp(min=0) @ highest + own.clamp(max=0) @ lowest + offset[sequence]
-            scores[sequence, :, part] = score.amax(1) * scale
+            scores[sequence, :, part] = (score.amax(1) * scale).clamp(-LARGEST, LARGEST)
     return scores
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.key_mirror.triton.kernels import GRANULE, from_byte
+from sparsetrain_kernels.key_mirror.triton.kernels import GRANULE, LARGEST, from_byte
 
 
 @triton.jit
@@ -89,4 +89,6 @@ def page_scores_kernel(
         is_head = first + tl.arange(0, HEADS) < GROUP
         best = tl.maximum(best, tl.max(tl.where(is_head[:, None], score, float("-inf")), 0))
     out = scores_ptr + (batch * KV_HEADS + kv_head) * granules + granule
-    tl.store(out, tl.where(is_kept, best * scale, float("-inf")), mask=granule < granules)
+    best = tl.maximum(best * scale, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    best = tl.minimum(best, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out, tl.where(is_kept, best, float("-inf")), mask=granule < granules)
