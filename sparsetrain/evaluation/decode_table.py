@@ -35,7 +35,7 @@ def blocks(rows: Sequence[DecodeRow]) -> dict[str, list[list[str]]]:
     """Cells of the rows by title: those as published, and those of each budget."""
     found: dict[str, list[list[str]]] = {}
     for row in rows:
-        title = "As published" if row.budget is None else f"At most {row.budget:.1%} of the bytes"
+        title = "As published" if row.budget is None else f"At most {100 * row.budget:g}% of the bytes"
         found.setdefault(title, []).append(_cells(row))
     return found
 

@@ -167,7 +167,7 @@ def test_from_a_model_to_files(folder, capsys):
     given = (folder / "model", folder / "recipe.yaml", "--question", "2", *options, "--budget", "0.3")
     code, out, err = call(capsys, *given, "--output", folder / "found")
     assert code == 0, err
-    assert "At most 30.0% of the bytes" in out
+    assert "At most 30% of the bytes" in out
     assert "does not fit" in out
     rows = json.loads((folder / "found/decode.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "twilight-full", *chosen]
