@@ -151,6 +151,9 @@ class Answerer:
         self.model, self.questions, self._batch = model, questions, batch
         self.longest = longest(questions, extra)
         """Tokens that a text has at most."""
+        config: Any = model.config.get_text_config()
+        self.width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        """Channels of a key."""
         self._single = _single(questions)
         self._extra = extra if self._single else 0
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None

@@ -76,7 +76,7 @@ def compare(
         ModelError: the model has no layer with full attention that could read less, or too little memory.
     """
     tokens = answerer.longest
-    known = settings(tokens, dense_layers)
+    known = settings(tokens, dense_layers, answerer.width)
     window = next(each for each in known if each.memory is WindowMemory)
     known = [each for each in known if not only or each.name in only]
     rows: list[DecodeRow] = []

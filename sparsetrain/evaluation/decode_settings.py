@@ -13,7 +13,10 @@ from sparsetrain.generation.measured import MeasuredMemory, OracleMemory, Window
 from sparsetrain.generation.settings import PUBLISHED, Decode, parse_decode
 
 CONTEXT = 32768
-"""Tokens for which the published numbers of keys are meant."""
+"""Tokens for which published numbers of keys are meant, where :data:`CONTEXTS` says nothing else."""
+CONTEXTS = {"double-sparsity": 4096}
+WIDTH = 128
+"""Channels of the keys for which the published number of them is meant."""
 SINKS = 4
 OF_KVPRESS = ("streamingllm", "snapkv", "h2o")
 """Methods that drop keys of the prompt once and for all. kvpress has them, for transformers that sparsetrain has
@@ -42,10 +45,14 @@ class Setting:
     published: bool
 
     def values(self, tokens: int) -> list[Any]:
-        """The numbers that are tried, ascending."""
+        """The numbers that are tried, ascending: of keys those in steps of a 128th of the text."""
         if self.knob == "prune.p":
             return [*SHARES, 1.0]
-        return list(range(16, tokens + 16, 16)) if self.knob == "candidates" else list(range(1, tokens + 1))
+        least, step = 1, max(1, tokens // 128)
+        if self.knob == "candidates":
+            # Quest passes on whole pages, and 16 tokens are the least of both selectors.
+            least, step = 16, -(-step // 16) * 16 if self.section["select"] == "quest" else step
+        return list(range(least, tokens + step, step))
 
     def decode(self, value: Any = None) -> Decode:
         """The section, with another number where one is given."""
@@ -56,13 +63,15 @@ class Setting:
         return parse_decode(section)
 
 
-def settings(tokens: int, dense_layers: list[int]) -> list[Setting]:
+def settings(tokens: int, dense_layers: list[int], width: int) -> list[Setting]:
     """All settings for texts of ``tokens`` tokens, the baselines first, the oracles last.
 
-    Numbers of keys that are published for contexts of 32K become the same shares of a shorter text. The last tokens
-    that every step reads are a 32nd of it and ``prune.min_keys`` a 64th, at most the 64 of both.
+    Published numbers of keys become the same shares of a shorter text, and those of channels the same shares of
+    narrower keys. The last tokens that every step reads are a 32nd of the text and ``prune.min_keys`` a 64th, at most
+    the 64 of both.
 
     Args:
+        width: channels of a key.
         dense_layers: layers that read everything, the same for all.
     """
     beside = {"sinks": SINKS, "recent": max(1, min(64, tokens // 32)), "dense_layers": dense_layers}
@@ -73,7 +82,9 @@ def settings(tokens: int, dense_layers: list[int]) -> list[Setting]:
     top_p = {"prune": {"p": 0.5, "min_keys": 1}, **exact}
     published = []
     for name, fields in PUBLISHED.items():
-        section = _scaled({**deepcopy(fields), **beside}, tokens)
+        section = _scaled({**deepcopy(fields), **beside}, tokens / CONTEXTS.get(name, CONTEXT), tokens)
+        if "channels" in section:
+            section["channels"] = max(2, min(section["channels"], section["channels"] * width // WIDTH // 2 * 2))
         published.append(Setting(name, MeasuredMemory, section, _knob(section), True))
     return [
         Setting("window", WindowMemory, window, "recent", False),
@@ -89,7 +100,7 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         ModelError: says which there are; of a method of kvpress, why it has no row.
     """
-    known = [setting.name for setting in settings(CONTEXT, [])]
+    known = [setting.name for setting in settings(CONTEXT, [], WIDTH)]
     for name in names:
         if name in OF_KVPRESS:
             raise ModelError(f"--setting {name} {_why_no_press()}; compare window, which is StreamingLLM's pattern")
@@ -109,9 +120,11 @@ def _why_no_press() -> str:
     )
 
 
-def _scaled(section: dict[str, Any], tokens: int) -> dict[str, Any]:
+def _scaled(section: dict[str, Any], share: float, tokens: int) -> dict[str, Any]:
+    """The section for a text of so many tokens, which are this share of those that it was published for."""
+
     def fewer(keys: int) -> int:
-        return max(1, min(keys, keys * tokens // CONTEXT))
+        return max(1, int(keys * min(1, share)))
 
     if "candidates" in section:
         section["candidates"] = max(16, fewer(section["candidates"]))

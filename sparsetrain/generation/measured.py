@@ -107,7 +107,7 @@ class WindowMemory(MeasuredMemory):
 
     def __init__(self, *given: Any, **room: Any) -> None:
         super().__init__(*given, **room)
-        self._mirrors = False
+        self._mirrors = self._centred = False
 
     def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         rows, heads = query.shape[0], self._tensors()[0].shape[1]
@@ -125,7 +125,7 @@ class OracleMemory(MeasuredMemory):
 
     def __init__(self, *given: Any, **room: Any) -> None:
         super().__init__(*given, **room)
-        self._mirrors = False
+        self._mirrors = self._centred = False
 
     def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         keys, _, _, lengths = self._tensors()

@@ -136,14 +136,16 @@ class Breaks:
 
 
 def test_published_numbers_become_shares_of_a_short_text():
-    known = {setting.name: setting for setting in settings(512, [0])}
+    known = {setting.name: setting for setting in settings(512, [0], 32)}
     assert [*known] == ["window", *PUBLISHED, "oracle-top-k", "oracle-top-p"]
     assert (known["twilight"].decode().candidates, known["quest"].decode().candidates) == (128, 64)
+    double = known["double-sparsity"].decode()
+    assert (double.candidates, double.channels) == (32, 4)
     assert known["twilight"].decode().prune.p == PUBLISHED["twilight"]["prune"]["p"]
     assert (known["recycled"].decode().refresh.keep, known["refreshkv"].decode().refresh.keep) == (64, 64)
     assert {(each.decode().sinks, each.decode().recent) for each in known.values()} == {(4, 16), (0, 1)}
     assert all(each.decode().dense_layers == [0] for each in known.values())
-    long = {setting.name: setting.decode() for setting in settings(32768, [])}
+    long = {setting.name: setting.decode() for setting in settings(32768, [], 128)}
     assert (long["quest"].candidates, long["quest"].recent, long["twilight"].prune.min_keys) == (4096, 64, 64)
 
 
