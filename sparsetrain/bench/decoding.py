@@ -95,10 +95,15 @@ class DecodeProblem(Shape):
         if reads == "selected":
             keys = min(keys, self.sparsek.sinks + self.sparsek.topk + self.sparsek.window)
         elif reads == "blocks":
-            own = (self.length - 1) // self.pattern.block
-            listed = len(self.pattern.key_blocks(own)) - 1
-            keys = listed * self.pattern.block + self.length - own * self.pattern.block
+            keys = self.listed_keys
         return keys * self.bytes_of_a_token
+
+    @property
+    def listed_keys(self) -> int:
+        """Keys in the blocks that the pattern lists for the newest token."""
+        own = (self.length - 1) // self.pattern.block
+        listed = len(self.pattern.key_blocks(own)) - 1
+        return listed * self.pattern.block + self.length - own * self.pattern.block
 
     @property
     def bytes_of_a_token(self) -> int:

@@ -17,7 +17,7 @@ from sparsetrain.bench.case import Case, Log
 from sparsetrain.bench.contenders.writers import Way
 from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
 from sparsetrain.bench.table import Report, Row, column, formatted
-from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.listed import observing
 from sparsetrain.modeling import SparseCache
 
 SETTLING = 2
@@ -182,6 +182,6 @@ def cache_bytes(cache: Cache) -> int:
 def kept(cache: Any) -> float | None:
     """The mean share of the keys that layers which choose have read; None where no layer does."""
     memories = [getattr(layer, "memory", None) for layer in cache.layers]
-    found = [each.observations().get("kept") for each in memories if isinstance(each, ListedMemory)]
+    found = [each.observations().get("kept") for each in memories if each is not None]
     shares = [each for each in found if each is not None]
     return sum(shares) / len(shares) if shares else None

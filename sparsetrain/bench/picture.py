@@ -20,6 +20,7 @@ STYLES = {
     "quest": (RED, "D"),
     "channels": (GREEN, "D"),
     "twilight-channels": (GREEN, "o"),
+    "twilight-own": (BLUE, "^"),
     "refresh": (SKY, "o"),
     "flex": (ORANGE, "^"),
     "flex-flash": (RED, "v"),

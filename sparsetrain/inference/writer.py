@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.listed import observing
 from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class Writer:
         if isinstance(cache, SparseCache):
             self.usage.host_bytes = max(self.usage.host_bytes, cache.host_nbytes())
         memories = (getattr(layer, "memory", None) for layer in cache.layers)
-        self.usage.observations += [memory.observations() for memory in memories if isinstance(memory, ListedMemory)]
+        found = [memory.observations() for memory in memories if memory is not None]
+        self.usage.observations += [each for each in found if each]
         return completions
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,10 @@ class Memory(ABC):
             ``[B, Hq, N, D]``, zeros on padding.
         """
 
+    def observations(self) -> dict[str, float]:
+        """Statistics of the steps that read a choice of what it holds, by name, such as ``kept``; none by default."""
+        return {}
+
     @abstractmethod
     def rollback(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of every row (assisted generation takes back what was guessed wrong), so

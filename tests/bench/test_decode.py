@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "candidates": 32,
     "budget": 1.0,
 }
-CHOOSING = ("twilight", "twilight-quest", "quest", "channels", "twilight-channels", "refresh")
+CHOOSING = ("twilight", "twilight-quest", "quest", "channels", "twilight-channels", "twilight-own", "refresh")
 ARGUMENTS = ("--lengths", "96", "--heads", "2", "--head-dim", "8", "--block", "16", "--topk", "24", "--budget", "1")
 
 
@@ -108,12 +108,14 @@ def test_bytes_of_chosen_keys_are_counted():
     rows = {row.name: row for row in report.rows}
     whole, heads = 2 * 2 * 2 * 160 * 8 * 4, 2 * 2
     codes, bounds, labels = heads * 160 * (8 // 2 + 4), heads * 10 * 2 * 8 * 4, heads * 160 * (4 // 2 + 4)
+    listed = resolve(device="cpu", **SMALL).problem(160).listed_keys
     beside = {
         "twilight": codes,
         "twilight-quest": codes * 32 // 160 + bounds,
         "quest": bounds,
         "channels": labels,
         "twilight-channels": codes * (4 + 32 + 64) // 160 + labels,
+        "twilight-own": codes * listed // 160,
         "refresh": codes / 8,
     }
     for name, row in rows.items():

@@ -191,6 +191,25 @@ def test_beams_take_their_codes_along():
     assert torch.equal(model.generate(ids, **arguments), make(PATTERNS["dilated"]).generate(ids, **arguments))
 
 
+def test_what_is_read_of_sparseks_slots_is_counted():
+    ids, mask = prompts(90)
+    with observing():
+        _, _, cache = logits(make(SPARSEK["value"], FEW), ids, mask)
+    seen = [layer.memory.observations() for layer in cache.layers]
+    assert seen[0] == {}
+    assert 0.2 < seen[1]["kept"] < 0.95
+    assert 0.4 < seen[1]["mass_min"] <= seen[1]["mass_mean"] < 1.0001
+
+
+def test_a_record_brings_it_back(tmp_path):
+    model = make(PATTERNS["power"], FEW)
+    sparsetrain.save(model, tmp_path / "saved")
+    loaded = sparsetrain.load(tmp_path / "saved").eval()
+    assert loaded.config.sparsetrain["decode"]["select"] == "own"
+    ids, mask = prompts(70)
+    assert torch.equal(logits(loaded, ids, mask)[0], logits(model, ids, mask)[0])
+
+
 def test_sparsek_is_told_to_be_for_measurement(caplog):
     with caplog.at_level(logging.WARNING):
         make(SPARSEK["value"], FEW)

@@ -131,6 +131,17 @@ def test_calibrated_channels_are_used():
     assert torch.equal(memory._selector.held()[0], torch.tensor(own).expand(2, -1, -1))
 
 
+def test_a_record_brings_calibrated_channels_back(tmp_path):
+    own = {layer: [[0, 1, 2, 3], [4, 5, 6, 7]] for layer in range(2)}
+    model = make({**CHANNELS, "candidates": 16, "heavy_channels": own})
+    sparsetrain.save(model, tmp_path / "saved")
+    loaded = sparsetrain.load(tmp_path / "saved").eval()
+    assert loaded.config.sparsetrain["decode"]["heavy_channels"] == {str(layer): each for layer, each in own.items()}
+    ids = torch.randint(1, 97, (1, 60), generator=torch.Generator().manual_seed(2))
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(loaded.generate(ids, **arguments), model.generate(ids, **arguments))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -31,6 +31,7 @@ FEW: list[dict[str, Any]] = [
     {"select": "channels", "candidates": 1024},
     {"select": "channels", "candidates": 2048, "prune": {"p": 0.8}},
 ]
+OWN: dict[str, Any] = {"select": "own", "prune": {"p": 0.8}, "dense_layers": []}
 
 
 def make_model(attention: dict[str, Any] = FULL, decode: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -88,10 +89,21 @@ def test_a_choice_of_everything_is_full_attention(decode: dict[str, Any]) -> Non
     assert far(logits(make_model(decode=decode), inputs), logits(make_model(), inputs)) < 0.02
 
 
-@pytest.mark.parametrize("decode", FEW, ids=str)
-def test_room_that_is_made_once_is_captured_and_gives_the_same(decode: dict[str, Any]) -> None:
+@pytest.mark.parametrize("attention", [POWER, SPARSEK], ids=str)
+def test_all_weight_of_a_methods_own_keys_is_the_method(attention: dict[str, Any]) -> None:
     inputs = make_ids(6000, 900)
-    model = make_model(decode=decode)
+    decode = {**OWN, "prune": {"p": 1.0}}
+    assert far(logits(make_model(attention, decode), inputs), logits(make_model(attention), inputs)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("attention", "decode"), [(POWER, OWN), (SPARSEK, OWN), *((FULL, decode) for decode in FEW)], ids=str
+)
+def test_room_that_is_made_once_is_captured_and_gives_the_same(
+    attention: dict[str, Any], decode: dict[str, Any]
+) -> None:
+    inputs = make_ids(6000, 900)
+    model = make_model(attention, decode)
     expected = logits(model, inputs)
     cache = sparsetrain.SparseCache(model, max_length=6144)
     assert cache.is_compileable
@@ -100,7 +112,7 @@ def test_room_that_is_made_once_is_captured_and_gives_the_same(decode: dict[str,
 
 @pytest.mark.parametrize(
     ("attention", "decode"),
-    [(POWER, None), (SPARSEK, None), (FULL, None), *((FULL, decode) for decode in FEW)],
+    [(POWER, None), (SPARSEK, None), (FULL, None), (POWER, OWN), (SPARSEK, OWN), *((FULL, decode) for decode in FEW)],
     ids=str,
 )
 def test_a_step_does_not_wait_for_the_device(attention: dict[str, Any], decode: dict[str, Any] | None) -> None:

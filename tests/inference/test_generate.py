@@ -258,4 +258,4 @@ def test_adapters_write_on_top_of_their_base_and_are_checked_before_its_weights(
     assert (code, "note: attention power" in err) == (0, True)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     code, _, err = call(*arguments, "--decode", "twilight")
-    assert (code, "this model has none: its layers have a block pattern" in err) == (2, True)
+    assert (code, "does not go with a block pattern, which the layers of this model have" in err) == (2, True)

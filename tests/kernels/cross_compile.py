@@ -322,15 +322,22 @@ def compile_mirror(dtype: str) -> None:
         shape = {"HALF": head_dim // 2, "HALF_PAD": head_dim // 2}
         for tile in (1, 16):
             for bounds in ("keys", "bytes"):
-                own = {**shape, "KV_HEADS": 8, "PAGE": 256, "TILE": tile, "MIRROR": True, "BOUNDS": bounds}
+                own = {**shape, "KV_HEADS": 8, "PAGE": 256, "TILE": tile, "BOUNDS": bounds}
+                own |= {"CACHE": True, "MIRROR": True}
                 if bounds == "keys":
                     own |= dict.fromkeys(("bounds_center_ptr", "bounds_spread_ptr"))
                 types = {"scale_low_ptr": "*fp16", "bounds_ptr": f"*{dtype}" if bounds == "keys" else "*u8"}
                 warps = {"num_warps": 1 if tile == 1 else 4}
                 kernels.append((f"append {tile} {bounds} {head_dim}", mirror_kernels.append_kernel, own, types, warps))
+            # Labels of 16 channels.
+            absent = ("value", "key_cache", "value_cache", "bounds", "bounds_center", "bounds_spread")
+            own = {"KV_HEADS": 8, "PAGE": 256, "TILE": tile, "CACHE": False, "MIRROR": True, "BOUNDS": "none"}
+            own |= {"HALF": 8, "HALF_PAD": 32} | {f"{name}_ptr": None for name in absent}
+            types, warps = {"scale_low_ptr": "*fp16"}, {"num_warps": 1 if tile == 1 else 4}
+            kernels.append((f"append codes {tile} {head_dim}", mirror_kernels.append_kernel, own, types, warps))
         for heads in (8, 16):
-            for page, listed in ((256, False), (16, False), (256, True))[:: 1 if heads == 8 else 2]:
-                config = choose_config(head_dim // 2, heads, page, listed)
+            for page, listed in ((256, 0), (16, 0), (256, 1), (256, 16))[:: 1 if heads == 8 else 3]:
+                config = choose_config(head_dim // 2, heads, page, listed > 0)
                 own = {**shape, "KV_HEADS": 8, "GROUP": 4, "HEADS": heads, "PAGE": page, "BLOCK_N": config.block_n}
                 own |= {"LISTED": listed, "SOFTCAP": False, "PACKED": True, "STAGES": config.num_stages}
                 if not listed:

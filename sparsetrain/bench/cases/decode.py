@@ -46,9 +46,9 @@ class Options(PatternOptions):
     layers: Annotated[Count, Suits(4, 1)]
     """Caches read in turn, so that none is still in L2."""
     opponents: str = "all"
-    """ours, sparsek, twilight, twilight-quest, quest, channels (Double Sparsity), twilight-channels, refresh, fa2 (the
-    flash-attn package), flash (FlashAttention 2 of torch), cudnn, efficient, math, varlen; without a GPU sdpa instead
-    of the last six. Commas between, or all."""
+    """ours, sparsek, twilight, twilight-quest, quest, channels (Double Sparsity), twilight-channels, twilight-own
+    (of ours), refresh, fa2 (the flash-attn package), flash (FlashAttention 2 of torch), cudnn, efficient, math, varlen;
+    without a GPU sdpa instead of the last six. Commas between, or all."""
     check: bool = True
     """First compare outputs; what fails is not ranked."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.bench.contenders.base import Contender, Prepared
+from sparsetrain.bench.measure import Unavailable
 from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.memories import PAGE
@@ -36,7 +37,10 @@ class StandingMemory(ListedMemory):
 def _prepare(decode: Callable[[DecodeProblem], dict[str, Any]], problem: DecodeProblem, layer: Layer) -> Prepared:
     """A layer's memory of all tokens; a step is what it does in generation, the writing of the new token included."""
     settings, last, blank = Decode(**decode(problem)), problem.length - 1, nn.Identity()
-    memory = StandingMemory(FullPattern(PAGE), _no_attention, settings, 0, max_length=problem.length)
+    if settings.select == "own" and problem.pattern.block % GRANULE:
+        raise Unavailable(f"keys are chosen in pages of {GRANULE}, which do not divide --block {problem.pattern.block}")
+    pattern = problem.pattern if settings.select == "own" else FullPattern(PAGE)
+    memory = StandingMemory(pattern, _no_attention, settings, 0, max_length=problem.length)
     memory.attend(blank, layer.key, layer.key, layer.value, starts=None)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def _prepare(decode: Callable[[DecodeProblem], dict[str, Any]], problem: DecodeP
     return Prepared(
         attend,
         steps=every,
-        visible=lambda: _visible(problem, settings, *memory._lists(layer.query, {})),
+        visible=lambda: _visible(problem, memory, *memory._lists(layer.query, {})),
         beside=_bytes_beside(problem, settings) / every,
     )
 
@@ -56,15 +60,16 @@ def _no_attention(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *
     return query
 
 
-def _visible(problem: DecodeProblem, settings: Decode, lists: Tensor, counts: Tensor) -> Tensor:
+def _visible(problem: DecodeProblem, memory: ListedMemory, lists: Tensor, counts: Tensor) -> Tensor:
     """The keys that a step reads, bool ``[batch, kv_heads, length]``."""
     listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
     seen = torch.zeros(*lists.shape[:2], problem.length + 1, dtype=torch.bool, device=lists.device)
     seen.scatter_(2, torch.where(listed, lists, problem.length).long(), True)
     seen = seen[..., : problem.length]
-    seen[..., : settings.sinks] = True
-    seen[..., -settings.recent :] = True
-    return seen
+    always = memory._always()
+    seen[..., : always.sinks] = True
+    recent = always.lengths - always.recent
+    return seen | (torch.arange(problem.length, device=lists.device) >= recent[:, None, None])
 
 
 def _bytes_beside(problem: DecodeProblem, settings: Decode) -> int:
@@ -73,6 +78,8 @@ def _bytes_beside(problem: DecodeProblem, settings: Decode) -> int:
     if settings.select == "quest":
         total += -(-problem.length // GRANULE) * 2 * problem.head_dim * problem.dtype.itemsize
         candidates = min(candidates, -(-settings.candidate_tokens // GRANULE) * GRANULE)
+    if settings.select == "own":
+        candidates = problem.listed_keys
     if settings.select == "channels":
         total += problem.length * (settings.channels // 2 + CODES)
         candidates = min(candidates, settings.candidate_tokens + settings.sinks + settings.recent)
@@ -93,6 +100,10 @@ def _channels(problem: DecodeProblem) -> dict[str, Any]:
     return {"select": "channels", "channels": min(16, problem.head_dim // 2), "candidates": problem.candidates}
 
 
+def _own(problem: DecodeProblem) -> dict[str, Any]:
+    return _twilight(problem) | {"select": "own"}
+
+
 STEPS = tuple(
     Contender(name, f"sparsetrain, {title}", "chosen", partial(_prepare, decode), BOTH)
     for name, title, decode in (
@@ -101,6 +112,7 @@ STEPS = tuple(
         ("quest", "Quest", _quest),
         ("channels", "Double Sparsity", _channels),
         ("twilight-channels", "Twilight, by channels", lambda problem: _twilight(problem) | _channels(problem)),
+        ("twilight-own", "Twilight, PowerAttention's keys", _own),
         ("refresh", "Twilight, used again", lambda problem: _twilight(problem) | {"refresh": {"every": problem.every}}),
     )
 )

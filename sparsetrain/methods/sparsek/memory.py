@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sparsetrain_kernels.block_decode.inputs import MAX_ROWS
@@ -19,8 +19,16 @@ from sparsetrain.methods.sparsek.state import Sequence, SparseKState
 Score = Callable[..., tuple[Tensor, Moments | None]]
 """``(layer, query, linear, gain, places, moments)``: the scores that compete, and the moments after them."""
 
-Choose = Callable[[Tensor, SparseKState, float | None], Tensor]
-"""``(query, state, scale)``: the slots that a step reads, bool ``[B, H, slots]``."""
+
+class Chooser(Protocol):
+    """Chooses what a step reads."""
+
+    def __call__(self, query: Tensor, state: SparseKState, scale: float | None) -> Tensor:
+        """The slots that a step with ``query [B, Hq, 1, D]`` reads, bool ``[B, H, slots]``."""
+
+    def observations(self) -> dict[str, float]:
+        """As of :meth:`Memory.observations`."""
+
 
 SelectAndAttend = Callable[..., Tensor]
 """``(layer, query, key, value, scores, topk, cu_seqlens, scale)``: the operator of training."""
@@ -37,7 +45,7 @@ class SparseKMemory(Memory):
     def __init__(self, state: SparseKState, gate: str, score: Score, select_and_attend: SelectAndAttend) -> None:
         self.state, self.gate = state, gate
         self.most = state.sinks + state.topk + state.window
-        self.choose: Choose | None = None
+        self.choose: Chooser | None = None
         """Chooses what a step reads; None reads all that the slots hold."""
         self._round: Round | None = None
         self._rounds = False
@@ -104,6 +112,10 @@ class SparseKMemory(Memory):
             out[rows, :, start:] = answers[:, :, -new:]
             state.fill(rows, sequence, length + new, after)
         return out
+
+    def observations(self) -> dict[str, float]:
+        """See :meth:`Memory.observations`."""
+        return {} if self.choose is None else self.choose.observations()
 
     def rollback(self, tokens: int) -> None:
         """See :meth:`Memory.rollback`: exact, for the last 64 tokens of a prompt, those of the last call of up to 128,
