@@ -7,11 +7,11 @@ to the last ones. Keys are never copied: a choice is a list of positions. Prompt
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, top_k_lists, top_p_lists
@@ -21,6 +21,7 @@ from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor, nn
 
 from sparsetrain.generation.candidates import GRANULE, Always, Candidates
+from sparsetrain.generation.choices import Choices
 from sparsetrain.generation.own_blocks import OwnBlocks
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.selectors import HeavyChannels, Places, QuestPages, Selector
@@ -46,21 +47,6 @@ def observing() -> Iterator[None]:
         OBSERVING.reset(token)
 
 
-class Choice(NamedTuple):
-    """The keys that each KV head reads, beside the first and the last tokens."""
-
-    step: int
-    """Tokens that had been generated when it was made."""
-    lists: Tensor
-    """int32 ``[B, Hkv, capacity]``: positions, ascending."""
-    counts: Tensor
-    """int32 ``[B, Hkv]``: entries of each list."""
-    lengths: Tensor
-    """int32 ``[B]``: tokens of each row when it was made; with ``refresh.similarity`` rows choose each for itself."""
-    query: Tensor
-    """fp32 ``[B, D]``: the mean query of the heads then."""
-
-
 class ListedMemory(PagedMemory):
     """Keys in pages, and a choice of them.
 
@@ -81,17 +67,20 @@ class ListedMemory(PagedMemory):
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
         self._center: Tensor | None = None
         self._spread: Tensor | None = None
-        self._most_guesses = room.get("rollback", ROLLBACK) + 1
+        rollback = room.get("rollback", ROLLBACK)
+        self._most_guesses = rollback + 1
+        self._choices: Choices | None = None
         super().__init__(pattern, attend, **room)
-        # What is used again, and for how long, is known on the host alone.
-        self.static = self.static and decode.refresh is None
+        if decode.refresh is not None:
+            self._choices = Choices(decode.refresh, index, rollback=rollback, static=self.static)
 
     def reset(self) -> None:
         """See :meth:`Memory.reset`."""
         super().reset()
-        self._step, self._prompt = 0, 0
+        self._prompt, self._blank = 0, True
         self._in_round = False
-        self._choices: deque[Choice] = deque()
+        if self._choices is not None:
+            self._choices.restart()
         # Keys read, keys held, keys dropped, over the observed steps: numbers on the device, read at the end.
         self._counted: list[int | Tensor] = [0, 0, 0]
         self._observed = 0
@@ -110,8 +99,12 @@ class ListedMemory(PagedMemory):
             if later and self._centred:
                 # A chunk of a prompt, or another turn: codes are centred and scaled by all tokens, as of one prompt.
                 self._write_again(self._longest, whole=True)
-            self._prompt, self._step = self._longest, 0
-            self._choices.clear()
+            self._prompt = self._longest
+            if self._choices is not None:
+                self._choices.restart()
+                if self.static:
+                    last = query[:, :, -1:].detach()
+                    self._choices.make_room(last, self._tensors()[3], partial(self._lists, last, options))
             return out
         if count == 1:
             return self._attend_one(query, key, value, options)
@@ -127,10 +120,9 @@ class ListedMemory(PagedMemory):
         super().rollback(tokens)
         if tokens == 0 or self.lengths is None:
             return
-        of_prompt = self._longest < self._prompt
-        self._step = max(self._step - tokens, 0)
-        while self._choices and self._choices[-1].step >= self._step:
-            self._choices.pop()
+        of_prompt, self._blank = self._longest < self._prompt, self._longest == 0
+        if self._choices is not None:
+            self._choices.rollback(tokens)
         if of_prompt:
             self._prompt = self._longest
             self._write_again(self._longest, whole=True)
@@ -145,13 +137,14 @@ class ListedMemory(PagedMemory):
         index = rows.to(self.lengths.device)
         if self._center is not None and self._spread is not None:
             self._keep_moments(self._center[index], self._spread[index])
-        self._choices = deque(Choice(step, *(each[index] for each in rest)) for step, *rest in self._choices)
+        if self._choices is not None:
+            self._choices.select_rows(index)
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
         held = [self._center, self._spread, *self._selector.held()]
-        held += [tensor for choice in self._choices for tensor in choice[1:]]
-        return super().nbytes() + sum(tensor.nbytes for tensor in held if tensor is not None)
+        chosen = 0 if self._choices is None else self._choices.nbytes()
+        return super().nbytes() + chosen + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def observations(self) -> dict[str, float]:
         """Statistics of the steps within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
@@ -170,13 +163,12 @@ class ListedMemory(PagedMemory):
         """Attention of one new token a row, ``[B, Hq, 1, D]``."""
         self._append(key, value)
         keys, values, table, lengths = self._tensors()
-        if self.decode.refresh is None:
+        if self._choices is None:
             lists, counts = self._lists(query, options)
             recent: Any = self._always().recent
         else:
-            choice = self._choose(query, options)
+            choice = self._choices.take(query, lengths, partial(self._lists, query, options))
             lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
-            self._step += 1
         out, lse = listed_decode(
             query,
             keys,
@@ -194,65 +186,42 @@ class ListedMemory(PagedMemory):
             self._observe(query, out, lse, counts, recent, options)
         return out
 
-    def _choose(self, query: Tensor, options: dict[str, Any]) -> Choice:
-        """The choice for this step: a new one, or the last one again."""
-        refresh, lengths = self.decode.refresh, self.lengths
-        assert refresh is not None
-        assert lengths is not None
-        mean = query[:, :, 0].float().mean(1)
-        last = self._choices[-1] if self._choices else None
-        due: Tensor | None = None
-        if last is not None:
-            phase = self.index % refresh.every if refresh.staggered else 0
-            if (self._step + phase) % refresh.every:
-                return last
-            if refresh.similarity is not None:
-                due = torch.cosine_similarity(mean, last.query, dim=-1) <= refresh.similarity
-                if not bool(due.any()):
-                    return last
-        choice = Choice(self._step, *self._lists(query, options), lengths.clone(), mean)
-        if last is not None and due is not None and not bool(due.all()):
-            mixed = (
-                torch.where(due.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-                for new, old in zip(choice[1:], last[1:], strict=True)
-            )
-            choice = Choice(self._step, *mixed)
-        self._choices.append(choice)
-        # Guesses may be taken back, and the choices made for them.
-        while len(self._choices) > 1 and self._choices[1].step < self._step - ROLLBACK:
-            self._choices.popleft()
-        return choice
-
-    def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``."""
-        candidates = self._candidates(query, options)
+    @torch.no_grad()
+    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``, of the rows that are
+        due, bool ``[B]``; None for all."""
+        candidates = self._candidates(query, options, due)
         if not self._mirrors:
-            return candidates.positions(self._room(), self._always())
-        scores, lse = self._estimate(query, candidates, options)
+            return candidates.positions(self._room(), self._always(due))
+        scores, lse = self._estimate(query, candidates, options, due)
         if self.decode.prune is not None:
-            found = self._top_p(scores, lse, candidates)
+            found = self._top_p(scores, lse, candidates, due)
         else:
             given = {"k": min(self._keep(), self._room()), "width": candidates.pooled}
-            found = candidates.choose(top_k_lists, scores, lse, self._always(), num_kv_heads=self._heads(), **given)
+            found = candidates.choose(top_k_lists, scores, lse, self._always(due), num_kv_heads=self._heads(), **given)
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
             self._counted[2] += found.dropped.sum()
         return found.lists, found.counts
 
-    def _candidates(self, query: Tensor, options: dict[str, Any]) -> Candidates:
-        """What the selector passes on."""
-        return self._selector.candidates(query, self._places(), **_factors(options))
+    def _candidates(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> Candidates:
+        """What the selector passes on, of the rows that are due, bool ``[B]``."""
+        return self._selector.candidates(query, self._places(due), **_factors(options))
 
-    def _estimate(self, query: Tensor, candidates: Candidates, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Scores of the candidates from their codes, and the log-sum-exp of each row."""
-        given = {**self._places().arguments, **_factors(options), **candidates.scored()}
+    def _estimate(
+        self, query: Tensor, candidates: Candidates, options: dict[str, Any], due: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of the candidates from their codes, and the log-sum-exp of each row, of those that are due."""
+        given = {**self._places(due).arguments, **_factors(options), **candidates.scored()}
         return estimate_scores(query, self._mirror(), **given)
 
-    def _top_p(self, scores: Tensor, lse: Tensor, candidates: Candidates, **other: Any) -> PositionLists:
+    def _top_p(
+        self, scores: Tensor, lse: Tensor, candidates: Candidates, due: Tensor | None = None, **other: Any
+    ) -> PositionLists:
         """What the layer's top-p keeps of the candidates; ``other`` goes before the section."""
         room = self._room()
         capacity = min(room, max(LEAST_CAPACITY, room // 4) if candidates.most is None else candidates.most)
         given = {"num_kv_heads": self._heads(), "capacity": capacity, **self._prune, **other}
-        return candidates.choose(top_p_lists, scores, lse, self._always(), **given)
+        return candidates.choose(top_p_lists, scores, lse, self._always(due), **given)
 
     def _heads(self) -> int:
         """KV heads."""
@@ -262,14 +231,14 @@ class ListedMemory(PagedMemory):
         """Tokens that a row's pages have room for."""
         return self._tensors()[2].shape[1] * self.pattern.block
 
-    def _places(self) -> Places:
-        """Where the keys of each row are."""
+    def _places(self, due: Tensor | None = None) -> Places:
+        """Where the keys of each row are; rows that are not due have none to choose from."""
         _, _, table, lengths = self._tensors()
-        return Places(lengths, table, self._room(), self.beside)
+        return Places(lengths if due is None else lengths.where(due, 0), table, self._room(), self.beside, due)
 
-    def _always(self) -> Always:
+    def _always(self, due: Tensor | None = None) -> Always:
         """What this step reads in any case."""
-        return self._selector.always(self._places())
+        return self._selector.always(self._places(due))
 
     def _keep(self) -> int:
         """Keys of a choice of RefreshKV."""
@@ -343,8 +312,10 @@ class ListedMemory(PagedMemory):
     def _append_tokens(self, key: Tensor, value: Tensor, table: Tensor) -> None:
         """Write the newest tokens, and what is kept beside them."""
         keys, values, _, lengths = self._tensors()
-        if self._centred and self._longest == 0:
+        # Not the length, which a compiled step would be made for.
+        if self._centred and self._blank:
             self._keep_moments(*key_statistics(key, lengths))
+        self._blank = False
         append_tokens(
             key,
             value,

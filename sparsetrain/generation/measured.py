@@ -49,12 +49,18 @@ class MeasuredMemory(ListedMemory):
         self.steps: list[Step] = []
         """Of each step since."""
 
-    def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._estimated = self._selector_bytes()
-        return super()._lists(query, options)
+        found = super()._lists(query, options, due)
+        if due is not None:
+            # A row that goes on with its last choice would not have made this one alone.
+            self._estimated = self._estimated.where(due, 0)
+        return found
 
-    def _estimate(self, query: Tensor, candidates: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        scores, lse = super()._estimate(query, candidates, options)
+    def _estimate(
+        self, query: Tensor, candidates: Any, options: dict[str, Any], due: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        scores, lse = super()._estimate(query, candidates, options, due)
         heads, width = self._tensors()[0].shape[1::2]
         read = (scores > float("-inf")).unflatten(1, (heads, -1))[:, :, 0].sum(dim=(1, 2))
         assert self._estimated is not None
@@ -83,11 +89,7 @@ class MeasuredMemory(ListedMemory):
         error = ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0]
         # The error of all keys is that of rounding.
         everything = (kept == lengths[:, None]).repeat_interleave(query.shape[1] // heads, dim=1)
-        chosen = self._estimated
-        if chosen is None:
-            chosen = torch.zeros_like(lengths)
-        elif self._choices:  # a row that goes on with its last choice would not have made this one alone
-            chosen = chosen.where(self._choices[-1].lengths == lengths, 0)
+        chosen = torch.zeros_like(lengths) if self._estimated is None else self._estimated
         self._estimated = None
         pair = 2 * width * ELEMENT
         found = (
@@ -109,7 +111,7 @@ class WindowMemory(MeasuredMemory):
         super().__init__(*given, **room)
         self._mirrors = self._centred = False
 
-    def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, heads = query.shape[0], self._tensors()[0].shape[1]
         empty = torch.zeros(rows, heads, 1, dtype=torch.int32, device=query.device)
         return empty, empty[:, :, 0].contiguous()
@@ -127,7 +129,7 @@ class OracleMemory(MeasuredMemory):
         super().__init__(*given, **room)
         self._mirrors = self._centred = False
 
-    def _lists(self, query: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
         keys, _, _, lengths = self._tensors()
         heads = keys.shape[1]
         weights = self._weights(query, options)

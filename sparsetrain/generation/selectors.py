@@ -29,11 +29,14 @@ class Places(NamedTuple):
     """Tokens that a row's pages have room for."""
     beside: dict[str, Tensor]
     """Further tensors by page."""
+    due: Tensor | None = None
+    """bool ``[B]``: the rows that are asked for; None for all."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """As operations take them."""
-        return {"lengths": self.lengths, "block_table": self.block_table, "max_length": self.max_length}
+        places = {"lengths": self.lengths, "block_table": self.block_table, "max_length": self.max_length}
+        return {**places, "due": self.due}
 
 
 class Selector:

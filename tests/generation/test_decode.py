@@ -193,7 +193,10 @@ def test_beams_turns_and_other_heads(decode):
     assert again.shape == (2, turn.shape[1] + 4)
 
 
-@pytest.mark.parametrize("name", ["top-p", "Quest", "top-p of Quest", "channels", "top-p of channels"])
+COMPILED = ("top-p", "Quest", "top-p of channels", "top-p, used again", "top-k by similarity", "Quest, used again")
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_steps_compile_to_one_graph(name):
     """In room that is made once, where all keys are candidates as in room that grows."""
     torch._dynamo.reset()
@@ -201,22 +204,63 @@ def test_steps_compile_to_one_graph(name):
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     ids, mask = prompts(90, 33)
-    model = make(FEW[name])
-    expected, _, _ = logits(model, ids, mask)
+    model = make(FEW[name], num_hidden_layers=2)
+    expected, _, _ = logits(model, ids, mask, 9)
     cache = sparsetrain.SparseCache(model, max_length=110)
-    found, _, _ = logits(model, ids, mask, past_key_values=cache, compile_config=config)
+    found, _, _ = logits(model, ids, mask, 9, past_key_values=cache, compile_config=config)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Other prompts in the same room.
+    cache.reset()
+    ids, mask = prompts(21, 70)
+    expected, _, _ = logits(model, ids, mask, 6)
+    found, _, _ = logits(model, ids, mask, 6, past_key_values=cache, compile_config=config)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_room_that_is_made_once_takes_choices_used_again():
-    ids, mask = prompts(90, 33)
-    model = make(FEW["top-p, used again"])
-    expected, _, _ = logits(model, ids, mask)
-    cache = sparsetrain.SparseCache(model, max_length=110)
-    assert not cache.is_compileable
-    torch.testing.assert_close(logits(model, ids, mask, past_key_values=cache)[0], expected, rtol=1e-4, atol=1e-4)
-    assert cache.nbytes() == sum(layer.memory.nbytes() for layer in cache.layers)
+USED_AGAIN = {name: decode for name, decode in FEW.items() if "refresh" in decode}
+
+
+@pytest.mark.parametrize("decode", USED_AGAIN.values(), ids=USED_AGAIN)
+def test_room_that_is_made_once_takes_guesses_back(decode):
+    """Choices are then kept in tensors, as many as guesses may reach back."""
+    model = make(decode, initializer_range=0.1)
+    ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+    mask = torch.ones_like(ids)
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    cache = sparsetrain.SparseCache(model, max_length=120, rollback=6)
+    for _ in range(2):
+        guessed = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=24,
+            do_sample=False,
+            past_key_values=cache,
+            prompt_lookup_num_tokens=5,
+        )
+        assert torch.equal(greedy, guessed)
+        held = cache.nbytes()
+        cache.reset()
+        assert cache.nbytes() == held
+    # All that was generated, which is more than is kept for guesses, and then it is generated again.
+    passes = []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(2):
+            steps = [model(token, past_key_values=cache).logits for token in greedy[:, 60:84].split(1, dim=1)]
+            passes.append(torch.cat(steps))
+            cache.crop(-24)
+    assert torch.equal(*passes)
+
+
+@pytest.mark.parametrize("decode", USED_AGAIN.values(), ids=USED_AGAIN)
+def test_choices_grow_with_their_room(decode, monkeypatch):
+    monkeypatch.setattr("sparsetrain.generation.memories.PAGE", 16)
+    model = make(decode)
+    ids, mask = prompts(40, 9)
+    expected, _, _ = logits(model, ids, mask, 60, past_key_values=sparsetrain.SparseCache(model, max_length=112))
+    found, _, _ = logits(model, ids, mask, 60)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_record_brings_it_back(tmp_path):

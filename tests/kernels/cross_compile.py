@@ -315,7 +315,7 @@ def compile_lists(dtype: str) -> None:
 def compile_mirror(dtype: str) -> None:
     """What keeps keys in 4 bits and reads them: 8 or 16 heads a program."""
     known = dict.fromkeys(("scale_low_ptr", "lengths_ptr", "table_ptr", "lists_ptr", "counts_ptr"), "*i32")
-    known |= {"codes_ptr": "*u8", "lse_ptr": "*fp32", "partial_ptr": "*fp32"}
+    known |= {"codes_ptr": "*u8", "due_ptr": "*u8", "lse_ptr": "*fp32", "partial_ptr": "*fp32"}
     known |= {f"{name}_ptr": "*fp32" for name in ("center", "spread", "bounds_center", "bounds_spread")}
     kernels: list[tuple[str, Any, dict[str, Any], dict[str, str], dict[str, int]]] = []
     for head_dim in (128, 256):
@@ -340,6 +340,7 @@ def compile_mirror(dtype: str) -> None:
                 config = choose_config(head_dim // 2, heads, page, listed > 0)
                 own = {**shape, "KV_HEADS": 8, "GROUP": 4, "HEADS": heads, "PAGE": page, "BLOCK_N": config.block_n}
                 own |= {"LISTED": listed, "SOFTCAP": False, "PACKED": True, "STAGES": config.num_stages}
+                own |= {"DUE": heads == 16}
                 if not listed:
                     own |= dict.fromkeys(("lists_ptr", "counts_ptr"))
                 options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -348,11 +349,12 @@ def compile_mirror(dtype: str) -> None:
         for in_bytes in (True, False):
             own = {"KV_HEADS": 8, "GROUP": 4, "HEADS": 8 if in_bytes else 16, "D": head_dim, "D_PAD": head_dim}
             own |= {"PAGE": 256, "BLOCK_G": granules_of_a_tile(1 if in_bytes else 2, head_dim), "BYTES": in_bytes}
-            own |= {"PRECISION": "ieee"} | ({} if in_bytes else dict.fromkeys(("center_ptr", "spread_ptr")))
+            own |= {"PRECISION": "ieee", "DUE": in_bytes}
+            own |= {} if in_bytes else dict.fromkeys(("center_ptr", "spread_ptr"))
             types = {"bounds_ptr": "*u8" if in_bytes else f"*{dtype}", "scores_ptr": "*fp32"}
             name = f"pages {in_bytes} {head_dim}"
             kernels.append((name, page_bounds.page_scores_kernel, own, types, {"num_warps": 4}))
-    kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64}, {}, {"num_warps": 1}))
+    kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64, "DUE": True}, {}, {"num_warps": 1}))
     for name, kernel, constants, types, options in kernels:
         own = known | types
         compiled = triton.compile(source(ASTSource, kernel, dtype, constants, own), target=TARGET, options=options)

@@ -277,6 +277,23 @@ def test_page_scores_bound_every_logit_of_the_group(backend, bytes_: bool, page,
     assert ((scores - want).abs() <= 1e-5 * (1 + want.abs()))[real].all()
 
 
+@pytest.mark.parametrize("lengths", [(170, 41, 60), (1100, 1000, 900)], ids=["one split", "splits"])
+def test_sequences_that_are_not_due_are_left_out(backend, lengths) -> None:
+    query, keys = filled(lengths=lengths, dead=())
+    due = torch.tensor([True, False, True])
+    want, want_lse = estimate_scores(query, keys.mirror, **keys.places(), backend=backend)
+    bounds = page_scores(query, keys.bounds, **keys.places(), backend=backend)
+    # What is read of the others would show.
+    keys.table[1] = 10**6
+    places = keys.places()
+    scores, lse = estimate_scores(query, keys.mirror, **places, due=due, backend=backend)
+    assert torch.equal(scores[due], want[due])
+    assert torch.equal(lse[due], want_lse[due])
+    assert torch.equal(page_scores(query, keys.bounds, **places, due=due, backend=backend)[due], bounds[due])
+    nobody = torch.zeros(1, dtype=torch.bool).expand(3)
+    assert estimate_scores(query, keys.mirror, **places, due=nobody, backend=backend)[0].shape == want.shape
+
+
 def test_what_top_p_keeps_of_the_estimate_holds_its_share_of_attention() -> None:
     p = 0.9
     query, keys = filled(lengths=(400, 304), dead=())
@@ -314,9 +331,9 @@ def test_the_operations_are_well_made() -> None:
     lists, counts = lists_of([[1, 0], [2]], [[1, 2], []], [[0], [0]])
     estimate, pages = torch.ops.sparsetrain.estimate_scores.default, torch.ops.sparsetrain.page_scores.default
     for listed in ((None, None, 16), (lists, counts, 16), (lists, counts, 1)):
-        args = (query, *keys.mirror, *keys.places().values(), 170, 0.1, None, *listed, "reference")
+        args = (query, *keys.mirror, *keys.places().values(), 170, 0.1, None, *listed, None, "reference")
         torch.library.opcheck(estimate, args, test_utils=("test_schema", "test_faketensor"))
-    args = (query, *keys.bounds, *keys.places().values(), 12, 0.1, "reference")
+    args = (query, *keys.bounds, *keys.places().values(), 12, 0.1, None, "reference")
     torch.library.opcheck(pages, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -352,6 +369,8 @@ ARGUMENTS = {"query": QUERY, "mirror": KEYS.mirror, **KEYS.places()}
         ({"page_lists": LISTS}, ValueError, "page_lists and page_counts come together"),
         ({"page_lists": LISTS[0], "page_counts": COUNTS}, ValueError, "page_lists has shape"),
         ({"page_lists": LISTS, "page_counts": COUNTS.long()}, TypeError, "page_counts is torch.int64"),
+        ({"due": torch.ones(2)}, TypeError, "due is torch.float32.*expected torch.bool"),
+        ({"due": torch.ones(3, dtype=torch.bool)}, ValueError, "due has shape"),
         ({"backend": "gluon"}, ValueError, "backend='gluon' cannot run this: estimates have plain Triton kernels only"),
         ({"query": QUERY.double(), "backend": "triton"}, ValueError, "fp32, fp16 and bf16, not torch.float64"),
     ],

@@ -28,6 +28,7 @@ class EstimateInputs(NamedTuple):
     page_counts: Tensor | None
     granule: int
     """Tokens of an entry of ``page_lists``."""
+    due: Tensor | None
 
     @property
     def columns(self) -> int:
@@ -47,6 +48,7 @@ def check_estimate_inputs(
     page_lists: Tensor | None,
     page_counts: Tensor | None,
     granule: int,
+    due: Tensor | None,
 ) -> EstimateInputs:
     """Check shapes, dtypes and ranges and fill in the defaults.
 
@@ -60,6 +62,7 @@ def check_estimate_inputs(
     _, kv_heads, page, head_dim = mirror.check(batch, query.device)
     check_heads(query, kv_heads, head_dim, "codes")
     check_places(lengths, block_table, batch, query.device)
+    check_due(due, query)
     max_length = check_max_length(max_length, block_table, page)
     check_factors(scale, softcap)
     if (page_lists is None) != (page_counts is None):
@@ -74,7 +77,7 @@ def check_estimate_inputs(
         check_tensor("page_counts", page_counts, (batch, kv_heads), torch.int32, query.device, strided=True)
     scale = head_dim**-0.5 if scale is None else float(scale)
     lists = (page_lists, page_counts, granule)
-    return EstimateInputs(query, mirror, lengths, block_table, max_length, scale, softcap, *lists)
+    return EstimateInputs(query, mirror, lengths, block_table, max_length, scale, softcap, *lists, due)
 
 
 def check_query(query: Tensor) -> int:
@@ -104,6 +107,17 @@ def check_heads(query: Tensor, kv_heads: int, head_dim: int, name: str) -> None:
         raise ValueError(
             f"query {tuple(query.shape)} does not fit the {kv_heads} KV heads of {head_dim} channels that {name} hold"
         )
+
+
+def check_due(due: Tensor | None, query: Tensor) -> None:
+    """A flag for each sequence, or none.
+
+    Raises:
+        TypeError: it is no tensor of bool on the query's device.
+        ValueError: the shape is another.
+    """
+    if due is not None:
+        check_tensor("due", due, (query.shape[0],), torch.bool, query.device, strided=True)
 
 
 def check_max_length(max_length: int | None, block_table: Tensor, page: int) -> int:

@@ -14,14 +14,13 @@ from sparsetrain_kernels.key_mirror.layout import KeyMirror, PageBounds
 torch.library.define(
     "sparsetrain::estimate_scores",
     "(Tensor query, Tensor codes, Tensor scale_low, Tensor center, Tensor spread, Tensor lengths, Tensor block_table, "
-    "int max_length, float scale, float? softcap, Tensor? page_lists, Tensor? page_counts, int granule, "
-    "str backend) "
-    "-> (Tensor, Tensor)",
+    "int max_length, float scale, float? softcap, Tensor? page_lists, Tensor? page_counts, int granule, Tensor? due, "
+    "str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "sparsetrain::page_scores",
     "(Tensor query, Tensor bounds, Tensor? center, Tensor? spread, Tensor lengths, Tensor block_table, int granules, "
-    "float scale, str backend) -> Tensor",
+    "float scale, Tensor? due, str backend) -> Tensor",
 )
 
 

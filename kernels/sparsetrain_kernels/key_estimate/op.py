@@ -8,7 +8,13 @@ from torch import Tensor
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.inputs import check_factors, consecutive_rows
 from sparsetrain_kernels.key_estimate import library, reference  # noqa: F401  (the first defines the operations)
-from sparsetrain_kernels.key_estimate.inputs import check_estimate_inputs, check_heads, check_max_length, check_query
+from sparsetrain_kernels.key_estimate.inputs import (
+    check_due,
+    check_estimate_inputs,
+    check_heads,
+    check_max_length,
+    check_query,
+)
 from sparsetrain_kernels.key_mirror.layout import GRANULE, KeyMirror, PageBounds
 from sparsetrain_kernels.key_mirror.op import check_places
 
@@ -25,6 +31,7 @@ def estimate_scores(
     page_lists: Tensor | None = None,
     page_counts: Tensor | None = None,
     granule: int = GRANULE,
+    due: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Logits of the newest query of each sequence with its keys, from the keys' codes (2502.02770, section 4).
@@ -57,6 +64,8 @@ def estimate_scores(
             ``c % granule`` of entry ``c // granule``. Negative entries score -inf.
         page_counts: int32 ``[B, Hkv]``, the entries of each list that count.
         granule: tokens of an entry: 16, or 1 for lists of positions.
+        due: bool ``[B]``, the sequences that are asked for; None means all. Of others nothing is read or written: what
+            is returned of them is undefined.
         backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch, which reads
             ``lengths`` on the host), or ``auto``: on CUDA the first that can run the call, else the last.
 
@@ -79,6 +88,7 @@ def estimate_scores(
         page_lists=page_lists,
         page_counts=page_counts,
         granule=granule,
+        due=due,
     )
     chosen = choose_backend(backend, query, _refusals(query))
     rest = inputs[2:]
@@ -119,6 +129,7 @@ def page_scores(
     block_table: Tensor,
     max_length: int | None = None,
     scale: float | None = None,
+    due: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Upper bounds of the logits of every 16 tokens, from the bounds of their keys (2406.10774, Algorithm 1).
@@ -134,6 +145,7 @@ def page_scores(
         block_table: int32 ``[B, max_pages]``, as for :func:`estimate_scores`.
         max_length: what no length exceeds; None means all that ``block_table`` has pages for.
         scale: factor on the logits; None means ``D ** -0.5``.
+        due: bool ``[B]``, as there.
         backend: as there.
 
     Returns:
@@ -149,13 +161,14 @@ def page_scores(
     _, kv_heads, page, head_dim = bounds.check(batch, query.dtype, query.device)
     check_heads(query, kv_heads, head_dim, "bounds")
     check_places(lengths, block_table, batch, query.device)
+    check_due(due, query)
     max_length = check_max_length(max_length, block_table, page)
     check_factors(scale, None)
     scale = head_dim**-0.5 if scale is None else float(scale)
     chosen = choose_backend(backend, query, _refusals(query))
     granules = -(-max_length // GRANULE)
     return torch.ops.sparsetrain.page_scores(
-        consecutive_rows(query), *bounds, lengths, block_table, granules, scale, chosen
+        consecutive_rows(query), *bounds, lengths, block_table, granules, scale, due, chosen
     )
 
 

@@ -22,6 +22,7 @@ def estimate(call: EstimateInputs) -> tuple[Tensor, Tensor]:
         ValueError: a length is not 0 to ``max_length``.
     """
     check_lengths(call.lengths, call.max_length)
+    due = None if call.due is None else call.due.tolist()
     mirror = call.mirror
     batch, heads = call.query.shape[:2]
     kv_heads, page_size = mirror.codes.shape[1:3]
@@ -34,6 +35,8 @@ def estimate(call: EstimateInputs) -> tuple[Tensor, Tensor]:
     scores = torch.full((batch, kv_heads, group, call.columns), float("-inf"), dtype=torch.float16, device=query.device)
     kv_head = torch.arange(kv_heads, device=query.device)[:, None]
     for sequence, length in enumerate(call.lengths.tolist()):
+        if due is not None and not due[sequence]:
+            continue
         for start in range(0, call.columns, COLUMNS):
             column = torch.arange(start, min(start + COLUMNS, call.columns), device=query.device)
             position, is_key = _positions(call, sequence, column, length)
@@ -73,7 +76,13 @@ def to_integers(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upper_bounds(
-    query: Tensor, bounds: PageBounds, lengths: Tensor, block_table: Tensor, granules: int, scale: float
+    query: Tensor,
+    bounds: PageBounds,
+    lengths: Tensor,
+    block_table: Tensor,
+    granules: int,
+    scale: float,
+    due: Tensor | None,
 ) -> Tensor:
     """As :func:`sparsetrain_kernels.page_scores`, of ``granules`` times 16 tokens. Reads ``lengths`` on the host.
 
@@ -93,6 +102,8 @@ def upper_bounds(
     granule = torch.arange(granules, device=query.device)
     page = block_table.long()[:, granule // in_page]
     kept = (page >= 0) & (granule * GRANULE < lengths[:, None])
+    if due is not None:
+        kept &= due[:, None]
     scores = query.new_full((*query.shape[:2], granules), float("-inf"))
     for sequence in range(query.shape[0]):
         for part in kept[sequence].nonzero()[:, 0].split(COLUMNS):

@@ -14,6 +14,7 @@ def page_scores_kernel(
     spread_ptr,
     lengths_ptr,
     table_ptr,
+    due_ptr,
     scores_ptr,
     query_stride_b,
     query_stride_h,
@@ -29,6 +30,7 @@ def page_scores_kernel(
     PAGE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BYTES: tl.constexpr,
+    DUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``BLOCK_G`` scores of ``[B, Hkv, granules]``. Grid: tiles of granules fastest, KV heads, batch.
@@ -41,6 +43,9 @@ def page_scores_kernel(
     tile = tl.program_id(0) % tiles
     kv_head = (tl.program_id(0) // tiles % KV_HEADS).to(tl.int64)
     batch = (tl.program_id(0) // tiles // KV_HEADS).to(tl.int64)
+    if DUE:  # noqa: SIM102 (known when compiled)
+        if tl.load(due_ptr + batch) == 0:
+            return
     length = tl.load(lengths_ptr + batch)
     granule = tile * BLOCK_G + tl.arange(0, BLOCK_G)
     in_row = (granule < granules) & (granule * GRANULE < length)

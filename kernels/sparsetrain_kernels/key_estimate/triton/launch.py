@@ -49,6 +49,7 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
     if call.page_lists is not None and call.page_counts is not None:
         lists, counts = row_major(call.page_lists, call.page_counts)
     mirror = call.mirror
+    due = None if call.due is None else call.due.contiguous().view(torch.uint8)
     with on_device(query):
         launch(
             estimate_kernel,
@@ -56,7 +57,7 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
             # Step and low of a token at a time.
             (
                 *(query, mirror.codes, mirror.scale_low.view(torch.int32), mirror.center, mirror.spread),
-                *(lengths, table, lists, counts, scores, partial),
+                *(lengths, table, lists, counts, due, scores, partial),
             ),
             (
                 *query.stride()[:2],
@@ -76,6 +77,7 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
             PAGE=page,
             BLOCK_N=config.block_n,
             LISTED=call.granule if listed else 0,
+            DUE=due is not None,
             SOFTCAP=call.softcap is not None,
             PACKED=not INTERPRETING and torch.version.hip is None,
             STAGES=config.num_stages,
@@ -86,8 +88,9 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
             launch(
                 add_splits_kernel,
                 batch * heads,
-                (partial, lse),
-                (splits,),
+                (partial, due, lse),
+                (heads, splits),
+                DUE=due is not None,
                 SPLITS_PAD=triton.next_power_of_2(splits),
                 num_warps=1,
             )
@@ -95,7 +98,13 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
 
 
 def upper_bounds(
-    query: Tensor, bounds: PageBounds, lengths: Tensor, block_table: Tensor, granules: int, scale: float
+    query: Tensor,
+    bounds: PageBounds,
+    lengths: Tensor,
+    block_table: Tensor,
+    granules: int,
+    scale: float,
+    due: Tensor | None,
 ) -> Tensor:
     """As :func:`sparsetrain_kernels.page_scores`, of ``granules`` times 16 tokens."""
     batch, heads = query.shape[:2]
@@ -109,11 +118,12 @@ def upper_bounds(
     scores = torch.empty((batch, kv_heads, granules), dtype=torch.float32, device=query.device)
     (lengths,) = row_major(lengths)
     table = consecutive_rows(block_table)
+    due = None if due is None else due.contiguous().view(torch.uint8)
     with on_device(query):
         launch(
             page_scores_kernel,
             tiles * kv_heads * batch,
-            (query, values, bounds.center, bounds.spread, lengths, table, scores),
+            (query, values, bounds.center, bounds.spread, lengths, table, due, scores),
             (*query.stride()[:2], table.stride(0), granules, tiles, scale),
             KV_HEADS=kv_heads,
             GROUP=group,
@@ -123,6 +133,7 @@ def upper_bounds(
             PAGE=in_page * GRANULE,
             BLOCK_G=block_g,
             BYTES=in_bytes,
+            DUE=due is not None,
             PRECISION="ieee",
             num_warps=4,
         )

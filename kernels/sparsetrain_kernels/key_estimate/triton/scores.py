@@ -26,6 +26,7 @@ def estimate_kernel(
     table_ptr,
     lists_ptr,
     counts_ptr,
+    due_ptr,
     scores_ptr,
     lse_ptr,
     query_stride_b,
@@ -45,6 +46,7 @@ def estimate_kernel(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LISTED: tl.constexpr,
+    DUE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,6 +65,9 @@ def estimate_kernel(
     split = tl.program_id(0) // HEAD_TILES % splits
     kv_head = tl.program_id(0) // HEAD_TILES // splits % KV_HEADS
     batch = (tl.program_id(0) // HEAD_TILES // splits // KV_HEADS).to(tl.int64)
+    if DUE:  # noqa: SIM102 (known when compiled)
+        if tl.load(due_ptr + batch) == 0:
+            return
     length = tl.maximum(tl.load(lengths_ptr + batch), 0)
     too_long = length > max_length
     length = tl.where(too_long, 0, length)
@@ -198,9 +203,12 @@ def _digits(integers, HEADS: tl.constexpr, HALF_PAD: tl.constexpr):
 
 
 @triton.jit
-def add_splits_kernel(partial_ptr, lse_ptr, splits, SPLITS_PAD: tl.constexpr):
+def add_splits_kernel(partial_ptr, due_ptr, lse_ptr, heads, splits, DUE: tl.constexpr, SPLITS_PAD: tl.constexpr):
     """The log-sum-exp of a row from those of its splits. One program a row."""
     row = tl.program_id(0).to(tl.int64)
+    if DUE:  # noqa: SIM102 (known when compiled)
+        if tl.load(due_ptr + row // heads) == 0:
+            return
     split = tl.arange(0, SPLITS_PAD)
     part = tl.load(partial_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
     # The maximum leaves out what is NaN, the sum does not.

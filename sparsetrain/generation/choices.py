@@ -1,0 +1,199 @@
+"""Choices of keys that several steps use: made anew every few tokens, or where queries have changed (RefreshKV).
+
+The steps of a text are divided into stretches of ``every`` tokens. A stretch has one place for its choice, made at its
+first step; a row that is not due there takes that of the stretch before. The last few stretches are kept, as many as
+tokens may be taken back, and the place of a stretch follows from the number of the step alone: taking tokens back only
+changes that number.
+
+The number is the host's where steps run on the host, which then knows when nothing is due. Where steps are compiled or
+captured, it is a tensor: a step is the same for every number, and what nobody is due for is told to the operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetrain.generation.settings import Refresh
+
+Find = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+"""Lists and counts of a choice for the rows that are due, bool ``[B]``; None for all. Those of others are undefined."""
+
+
+class Choice(NamedTuple):
+    """The keys that each KV head reads, beside the first and the last tokens."""
+
+    lists: Tensor
+    """int32 ``[B, Hkv, capacity]``: positions, ascending."""
+    counts: Tensor
+    """int32 ``[B, Hkv]``: entries of each list."""
+    lengths: Tensor
+    """int32 ``[B]``: tokens of each row when it was made."""
+    query: Tensor
+    """fp32 ``[B, D]``: the mean query of the heads then."""
+
+
+class Choices:
+    """The choices of one layer.
+
+    Args:
+        refresh: when they are made.
+        index: of the layer, by which they are staggered.
+        rollback: tokens that can be taken back, and the choices that were made for them.
+        static: the number of the step is a tensor, and tensors stay where they are.
+    """
+
+    def __init__(self, refresh: Refresh, index: int, *, rollback: int, static: bool) -> None:
+        self._every, self._similarity = refresh.every, refresh.similarity
+        self._phase = index % refresh.every if refresh.staggered else 0
+        # Beside the stretches that are taken back, the one where it goes on and the one before.
+        self._depth = -(-rollback // refresh.every) + 2 if rollback else 1
+        self._static = static
+        self._held: Choice | None = None  # of each stretch, [B, depth, ...]
+        self._step: Any = 0
+        self._first: Any = 0  # the step at which there is no choice yet
+        self._highest: Any = 0  # the step after the last one that there has been
+
+    def nbytes(self) -> int:
+        """Bytes of the choices."""
+        return 0 if self._held is None else sum(tensor.nbytes for tensor in self._held)
+
+    def restart(self) -> None:
+        """The next step is the first behind a prompt."""
+        if isinstance(self._step, Tensor):
+            for number in (self._step, self._first, self._highest):
+                number.zero_()
+        else:
+            self._step = self._first = self._highest = 0
+
+    def make_room(self, query: Tensor, lengths: Tensor, find: Find) -> None:
+        """Room for static choices: as much as one needs that no row is due for.
+
+        Args:
+            query: ``[B, Hq, 1, D]``.
+            lengths: int32 ``[B]``.
+            find: makes a choice.
+        """
+        nobody = torch.zeros(len(lengths), dtype=torch.bool, device=query.device)
+        self._fit(Choice(*find(nobody), lengths, query[:, :, 0].float().mean(1)))
+        if not isinstance(self._step, Tensor):
+            self._step, self._first, self._highest = lengths.new_zeros(3, dtype=torch.int64).unbind()
+            for number in (self._step, self._first, self._highest):
+                torch._dynamo.mark_static_address(number)
+
+    def take(self, query: Tensor, lengths: Tensor, find: Find) -> Choice:
+        """The choice for a step.
+
+        Args:
+            query: ``[B, Hq, 1, D]``.
+            lengths: int32 ``[B]``: tokens of each row, the new one included.
+            find: makes a choice.
+        """
+        turn = self._step + self._phase
+        first = self._step == self._first
+        begins = (turn % self._every == 0) | first
+        place, before = turn // self._every % self._depth, (turn // self._every - 1) % self._depth
+        if begins is not False:
+            mean = query[:, :, 0].float().mean(1)
+            due = self._due(begins, first, mean, before)
+            new = Choice(*find(due), lengths, mean)
+            held = self._fit(new)
+            if due is not None:
+                if isinstance(begins, Tensor):
+                    before = torch.where(begins & ~first, before, place)
+                new = Choice(*(_of_rows(due, *pair) for pair in zip(new, self._read(held, before), strict=True)))
+            self._write(held, place, new)
+        self._count(1)
+        assert self._held is not None
+        return self._read(self._held, place)
+
+    def rollback(self, tokens: int) -> None:
+        """Forget the last ``tokens`` steps."""
+        if isinstance(self._step, Tensor):
+            self._step.sub_(tokens).clamp_min_(0)
+            lost = self._lost() | (self._step < self._first)
+            self._first.copy_(torch.where(lost, self._step, self._first))
+            self._highest.copy_(torch.where(lost, self._step, self._highest))
+            return
+        self._step = max(self._step - tokens, 0)
+        if self._lost() or self._step < self._first:
+            self._first = self._highest = self._step
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, int64 ``[rows]``. Where their number stays, the tensors stay too."""
+        if self._held is None:
+            return
+        chosen = Choice(*(tensor.index_select(0, rows) for tensor in self._held))
+        if len(rows) == len(self._held.counts):
+            for tensor, new in zip(self._held, chosen, strict=True):
+                tensor.copy_(new)
+        else:
+            self._keep(chosen)
+
+    # --- numbers ---------------------------------------------------------------------------------------------------
+
+    def _due(self, begins: Any, first: Any, mean: Tensor, before: Any) -> Tensor | None:
+        """The rows that choose, bool ``[B]``; None for all."""
+        if self._similarity is None or first is True:
+            return begins.expand(len(mean)) if isinstance(begins, Tensor) else None
+        assert self._held is not None
+        last = self._read(self._held, before).query
+        far = torch.cosine_similarity(mean, last, dim=-1) <= self._similarity
+        return begins & (first | far)
+
+    def _count(self, steps: int) -> None:
+        if isinstance(self._step, Tensor):
+            self._step.add_(steps)
+            self._highest.copy_(torch.maximum(self._highest, self._step))
+        else:
+            self._step += steps
+            self._highest = max(self._highest, self._step)
+
+    def _lost(self) -> Any:
+        """Whether what a step needs is no longer kept: its stretch, and the one before."""
+        last, now = self._highest - 1 + self._phase, self._step + self._phase
+        return last // self._every - now // self._every + 1 >= self._depth
+
+    # --- tensors ---------------------------------------------------------------------------------------------------
+
+    def _fit(self, new: Choice) -> Choice:
+        """Room for choices like this one, in that of those before where it is enough."""
+        held = self._held
+        if held is not None and len(held.counts) == len(new.counts):
+            more = new.lists.shape[-1] - held.lists.shape[-1]
+            if more > 0 and not self._static:
+                return self._keep(held._replace(lists=torch.nn.functional.pad(held.lists, (0, more))))
+            if more == 0 or not self._static:
+                return held
+        return self._keep(Choice(*(each.new_zeros(len(each), self._depth, *each.shape[1:]) for each in new)))
+
+    def _keep(self, held: Choice) -> Choice:
+        self._held = held
+        if self._static:
+            for tensor in held:
+                torch._dynamo.mark_static_address(tensor)
+        return held
+
+    def _read(self, held: Choice, place: Any) -> Choice:
+        """The choices of a stretch."""
+        if self._depth == 1:
+            return Choice(*(tensor[:, 0] for tensor in held))
+        if isinstance(place, Tensor):
+            return Choice(*(tensor.index_select(1, place.reshape(1))[:, 0] for tensor in held))
+        return Choice(*(tensor[:, place] for tensor in held))
+
+    def _write(self, held: Choice, place: Any, new: Choice) -> None:
+        for tensor, each in zip(held, new, strict=True):
+            if self._depth > 1 and isinstance(place, Tensor):
+                tensor.index_copy_(1, place.reshape(1), each[:, None])
+            else:
+                kept = tensor[:, 0 if self._depth == 1 else place]
+                kept[..., : each.shape[-1]].copy_(each)
+
+
+def _of_rows(due: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new one of the rows that are due, of others the old one, ``[B, ...]``."""
+    return torch.where(due.reshape(-1, *[1] * (new.dim() - 1)), new, old[..., : new.shape[-1]])
