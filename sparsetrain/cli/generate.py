@@ -127,7 +127,9 @@ def generate(
     for each, tokens in zip(prompts, encoded, strict=True):
         check_room(outline, each.place, len(tokens), max_new_tokens)
     if limits is not None:
-        make_cache(outline, max_new_tokens, limits)
+        lengths = list(map(len, encoded))
+        for rows in {tuple(lengths[start : start + batch]) for start in range(0, len(lengths), batch)}:
+            make_cache(outline, max(rows) + max_new_tokens, limits).check_prompts(rows)
 
     loaded = source.load(kind)
     if section is not None:

@@ -184,16 +184,18 @@ class OffloadedMemory(PagedMemory):
 
     def _allocate(self, key: Tensor, starts: Sequence[int], after: Sequence[int]) -> None:
         """See :meth:`PagedMemory._allocate`."""
-        assert self.max_length is not None
-        pages, rows = self._blocks(self.max_length), key.shape[0]
-        self._starts, self._highest = list(starts), [0] * rows
-        slots = most_pages_read(self.pattern, pages)
-        self.tables = [PageTable((NOT_KEPT,) * pages, slots)] * rows
-        self._make_pages(key, slots, max(after))
+        super()._allocate(key, starts, after)
         held = self._tensors()[0]
-        if self.host is None or not self.host.fits(held, rows):
-            self.host, self._copies = HostPages(held, rows), Copies(key.device)
+        if self.host is None or not self.host.fits(held, self.rows):
+            self.host, self._copies = HostPages(held, self.rows), Copies(key.device)
         self._forget()
+
+    def _plan(self, after: Sequence[int]) -> list[PageTable]:
+        """See :meth:`PagedMemory._plan`: slots for what two neighbouring blocks read, and nothing in them."""
+        pages = self._blocks(self.max_length or 0)
+        slots = most_pages_read(self.pattern, pages)
+        self._check_budget(slots, max(after))
+        return [PageTable((NOT_KEPT,) * pages, slots)] * len(after)
 
     def _forget(self) -> None:
         """No row holds a token."""

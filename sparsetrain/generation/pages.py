@@ -98,6 +98,15 @@ class PagedMemory(Memory):
         held = (self.keys, self.values, self.table, self.lengths, *self.beside.values())
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    def check_prompts(self, lengths: Sequence[int]) -> None:
+        """See :meth:`Memory.check_prompts`."""
+        if self._budget is not None:
+            before, self._starts = self._starts, [max(lengths) - length for length in lengths]
+            try:
+                self._plan(lengths)
+            finally:
+                self._starts = before
+
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, starts: list[int] | None, **options: Any
     ) -> Tensor:
@@ -283,21 +292,27 @@ class PagedMemory(Memory):
         batch = key.shape[0]
         self._starts, self._highest = [0] * batch, [0] * batch
         if self.max_length is None:
-            pages = self._roomy(max(after))
-            self.tables = [page_table(self.pattern, pages, slack=self._slack)] * batch
+            self.tables = [page_table(self.pattern, self._roomy(max(after)), slack=self._slack)] * batch
         else:
-            pages, self._starts = self._blocks(self.max_length), list(starts)
-            self.tables = [
-                page_table(
-                    self.pattern, pages, prompt=end // self.pattern.block, horizon=self._horizon(row), slack=self._slack
-                )
-                for row, end in enumerate(after)
-            ]
-        self._make_pages(key, max(table.needed for table in self.tables), max(after))
+            self._starts = list(starts)
+            self.tables = self._plan(after)
+        self._make_pages(key, max(table.needed for table in self.tables))
 
-    def _make_pages(self, key: Tensor, slots: int, prompt: int) -> None:
-        """Room for ``slots`` pages a row of keys like these, behind a prompt of ``prompt`` tokens."""
-        batch, heads, _, width = key.shape
+    def _plan(self, after: Sequence[int]) -> list[PageTable]:
+        """The tables of rows with a horizon, of which the first call wrote so many tokens.
+
+        Raises:
+            ModelError: they need more slots than there may be.
+        """
+        block, pages = self.pattern.block, self._blocks(self.max_length or 0)
+        tables = [
+            page_table(self.pattern, pages, prompt=end // block, horizon=self._horizon(row), slack=self._slack)
+            for row, end in enumerate(after)
+        ]
+        self._check_budget(max(table.needed for table in tables), max(after))
+        return tables
+
+    def _check_budget(self, slots: int, prompt: int) -> None:
         needed = slots * self.pattern.block
         if self._budget is not None and needed > self._budget:
             raise ModelError(
@@ -305,6 +320,10 @@ class PagedMemory(Memory):
                 f"pattern reads {needed} tokens of a row again ({slots} pages of {self.pattern.block}); set budget to "
                 f"{needed} or more, or to auto, or lower max_length"
             )
+
+    def _make_pages(self, key: Tensor, slots: int) -> None:
+        """Room for ``slots`` pages a row of keys like these."""
+        batch, heads, _, width = key.shape
         held = self.keys
         fits = held is not None and len(held) % batch == 0 and len(held) >= batch * slots
         fits = fits and (held.shape[1:], held.dtype, held.device) == (  # type: ignore[union-attr]

@@ -95,6 +95,13 @@ class Memory(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors it holds on the layer's device."""
 
+    def check_prompts(self, lengths: Sequence[int]) -> None:  # noqa: B027 (most memories have no budget)
+        """Refuse a batch of prompts, of so many tokens each, for which the budget is too small.
+
+        Raises:
+            ModelError: names the number that is needed.
+        """
+
     def host_nbytes(self) -> int:
         """Bytes that it holds in host memory beside them."""
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -87,6 +88,18 @@ class SparseCache(Cache):
             ]
         )
         self.max_length = max_length
+
+    def check_prompts(self, lengths: Sequence[int]) -> None:
+        """Refuse a batch of prompts whose layers need more than the budget, before anything is computed.
+
+        Args:
+            lengths: tokens of each prompt.
+
+        Raises:
+            ModelError: names the number that is needed.
+        """
+        for layer in self.layers:
+            layer.memory.check_prompts(lengths)  # type: ignore[union-attr]
 
     def nbytes(self) -> int:
         """Bytes of the tensors that its layers hold on their devices."""

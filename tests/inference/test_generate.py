@@ -81,7 +81,7 @@ def test_a_run_writes_by_the_method_it_was_trained_with(call, power_folder):
     assert "--chat" in err
 
 
-def test_room_on_the_device_is_limited_and_told(call, power_folder):
+def test_room_on_the_device_is_limited_and_told(call, power_folder, monkeypatch):
     text = "def add(a, b):\n    return a + b\n" * 6
     arguments = (str(power_folder), "--prompt", text, "--max-new-tokens", "10")
     _, want, _ = call(*arguments)
@@ -94,6 +94,7 @@ def test_room_on_the_device_is_limited_and_told(call, power_folder):
         code, out, err = call(*arguments, *options)
         assert (code, out) == (0, want)
         assert re.search(told, err)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # before weights are read
     code, out, err = call(*arguments, "--budget", "16")
     assert (code, out) == (2, "")
     assert re.search(r"budget=16: behind a prompt of \d+ tokens .* set budget to \d+ or more", err)

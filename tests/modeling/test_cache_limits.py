@@ -112,8 +112,11 @@ def test_a_budget_that_does_not_hold_what_is_read_is_refused_with_the_number(tin
         cache = sparsetrain.SparseCache(model, max_length=144, budget=needed - 1, offload=offload)
         message = rf"budget={needed - 1}: .*128 tokens.*max_length=144.* {needed} tokens .*set budget to {needed}"
         with pytest.raises(ModelError, match=message):
+            cache.check_prompts([3, 128])
+        with pytest.raises(ModelError, match=message):
             model.generate(ids, past_key_values=cache, **GREEDY)
         cache = sparsetrain.SparseCache(model, max_length=144, budget=needed, offload=offload)
+        cache.check_prompts([128])
         out = model.generate(ids, past_key_values=cache, **GREEDY)
         assert out.tolist() == greedy_without_cache(model, ids).tolist()
     model = sparsify(tiny("llama"), SPARSEK)
