@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsetrain.errors import ModelError
 from sparsetrain.generation.host_pages import Copies, HostPages
 from sparsetrain.generation.page_table import NOT_KEPT, PageTable, most_pages_read, pages_read
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory, check_room
@@ -32,12 +33,12 @@ class OffloadedMemory(PagedMemory):
         self._ends: list[int] = []  # tokens of each row
         self._whole: list[int] = []  # pages of each row that the host has as they are
         self._blocks_now: list[tuple[int, int]] = []  # first and last block of the step that the tables are for
+        # A compiled step runs nothing here but what it says of itself: that it has been.
+        self._ready, self._ran, self._coming = False, False, 0
         self.host: HostPages | None = None
         """What lies in host memory; None before the first tokens."""
         self._copies: Copies | None = None
         super().__init__(pattern, attend, max_length=max_length, rollback=ROLLBACK, budget=budget)
-        # Tables change between steps, by what the host knows.
-        self.static = False
 
     def host_nbytes(self) -> int:
         """See :meth:`Memory.host_nbytes`."""
@@ -52,21 +53,40 @@ class OffloadedMemory(PagedMemory):
         """See :meth:`Memory.rollback`. Any number of tokens: the host has what they need again."""
         if tokens == 0 or self.lengths is None:
             return
+        self._catch_up()
         self.lengths.sub_(tokens).clamp_min_(0)
         self._ends = [max(end - tokens, 0) for end in self._ends]
         self._whole = [min(pair) for pair in zip(self._whole, self._full(), strict=True)]
-        self._longest, self._started = max(self._ends), min(self._ends) > 0
+        self._longest, self._started, self._ready = max(self._ends), min(self._ends) > 0, False
 
     def select_rows(self, rows: Tensor) -> None:
         """See :meth:`Memory.select_rows`. Rows that change are copied on the host too, and waited for."""
         if self.host is None or self._copies is None:
             return
+        self._catch_up()
         self._copies.finish()
         super().select_rows(rows)
         order = rows.tolist()
         self.host.select_rows(order)
         self._ends, self._whole = ([each[row] for row in order] for each in (self._ends, self._whole))
-        self._blocks_now = []
+        self._blocks_now, self._ready = [], False
+
+    def prepare(self, tokens: int) -> None:
+        """See :meth:`Memory.prepare`: brings what a step of so many tokens reads."""
+        self._catch_up()
+        if self._started and tokens <= self._steps:
+            self._turn(tokens)
+            self._ready, self._coming = True, tokens
+
+    def _catch_up(self) -> None:
+        """Count the tokens of a compiled step."""
+        if self._ran:
+            self._ran = False
+            self._advance(self._coming)
+
+    def _advance(self, tokens: int) -> None:
+        self._ready, self._ends = False, [end + tokens for end in self._ends]
+        self._longest = max(self._ends)
 
     # --- which pages are on the device -----------------------------------------------------------------------------
 
@@ -129,12 +149,25 @@ class OffloadedMemory(PagedMemory):
     @torch.no_grad()
     def _append(self, key: Tensor, value: Tensor) -> None:
         """See :meth:`PagedMemory._append`."""
+        if torch.compiler.is_compiling():
+            if not self._ready:
+                raise ModelError(
+                    "a compiled step has no way to bring pages from the host: let generate compile the steps, or call "
+                    "cache.prepare(tokens) before each"
+                )
+            super()._append(key, value)
+            self._ready, self._ran = False, True
+            return
         tokens = key.shape[2]
+        self._catch_up()
         check_room(self._longest + tokens, self.max_length)
         self._turn(tokens)
-        super()._append(key, value)
-        self._ends = [end + tokens for end in self._ends]
+        *_, table, lengths = self._tensors()
+        lengths.add_(tokens)
+        self._append_tokens(key, value, table)
+        self._advance(tokens)
 
+    @torch.compiler.disable(reason="a prompt reads its past from the host")
     def _gather(self, rows: list[int] | slice, length: int) -> tuple[Tensor, Tensor]:
         """See :meth:`PagedMemory._gather`: whole pages from the host, and the one that is being filled."""
         self._turn(1)
@@ -152,6 +185,7 @@ class OffloadedMemory(PagedMemory):
         key, value = (torch.cat(pair, dim=2) for pair in zip((keys, values), last, strict=True))
         return key, value
 
+    @torch.compiler.disable(reason="a prompt goes to the host")
     @torch.no_grad()
     def _store(
         self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
@@ -159,6 +193,7 @@ class OffloadedMemory(PagedMemory):
         """See :meth:`PagedMemory._store`: whole pages go to the host, and back from there where a step reads them."""
         if self._longest == 0:
             self._allocate(key, starts, after)
+        self._ready = False
         *_, lengths = self._tensors()
         if any(before):
             self._turn(1)
@@ -200,6 +235,7 @@ class OffloadedMemory(PagedMemory):
     def _forget(self) -> None:
         """No row holds a token."""
         self._ends, self._whole, self._blocks_now = [0] * self.rows, [0] * self.rows, []
+        self._ready, self._ran = False, False
         self.tables = [PageTable((NOT_KEPT,) * len(table.slots), table.needed) for table in self.tables]
 
     def _stores(self) -> tuple[Copies, HostPages]:
@@ -224,4 +260,5 @@ class OffloadedMemory(PagedMemory):
         return [end // self.pattern.block for end in self._ends]
 
     def _lengths(self) -> list[int]:
+        self._catch_up()
         return list(self._ends)

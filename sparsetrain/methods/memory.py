@@ -95,6 +95,9 @@ class Memory(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors it holds on the layer's device."""
 
+    def prepare(self, tokens: int) -> None:  # noqa: B027 (most memories need not know)
+        """Told on the host before a pass of so many tokens a row, be it compiled or not."""
+
     def check_prompts(self, lengths: Sequence[int]) -> None:  # noqa: B027 (most memories have no budget)
         """Refuse a batch of prompts, of so many tokens each, for which the budget is too small.
 

@@ -150,6 +150,8 @@ class StaticMemoryLayer(MemoryLayer):
     def __init__(self, memory: Memory, plan: LayerPlan, max_length: int, device: torch.device) -> None:
         super().__init__(memory, plan)
         self.max_length = max_length
+        self.told: tuple[Memory, ...] = ()
+        """Memories of the cache that have to know of a pass before it."""
         self._asked = 0
         self._seen = torch.zeros((), dtype=torch.int64, device=device)
         torch._dynamo.mark_static_address(self._seen)
@@ -176,7 +178,8 @@ class StaticMemoryLayer(MemoryLayer):
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """``max_length``, and no offset. Called before every pass, compiled or not, so it checks the room.
+        """``max_length``, and no offset. Called before every pass, compiled or not, so it checks the room and tells
+        those memories that have to know.
 
         Raises:
             ModelError: there is no room for so many tokens more.
@@ -188,6 +191,8 @@ class StaticMemoryLayer(MemoryLayer):
                 # waits for the device.
                 self._asked = int(self._seen) + query_length
                 check_room(self._asked, self.max_length)
+            for memory in self.told:
+                memory.prepare(query_length)
         return self.max_length, 0
 
     def get_max_length(self) -> int:

@@ -12,6 +12,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.generation.composition import attention_kind
 from sparsetrain.generation.limits import Limits, parse_budget
 from sparsetrain.generation.memories import make_memory
+from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.cache import StaticMemoryLayer, shares_keys
 
@@ -33,8 +34,7 @@ class SparseCache(Cache):
         budget: tokens of a row that each layer may have room for on its device; a prompt that needs more is refused
             with the number. ``auto`` means as many as are needed. Layers with full attention keep all tokens.
         offload: layers with a block pattern keep all their keys in host memory, and on the device what is read now
-            and next; any number of tokens can then be taken back. Other layers stay on the device. Steps are not
-            compiled.
+            and next; any number of tokens can then be taken back. Other layers stay on the device.
 
     Raises:
         ModelError: the model has no attention method, or layers whose past is not keys and values of their own; an
@@ -88,6 +88,15 @@ class SparseCache(Cache):
             ]
         )
         self.max_length = max_length
+        memories = [layer.memory for layer in self.layers]  # type: ignore[union-attr]
+        for layer in self.layers:
+            layer.told = tuple(memory for memory in memories if isinstance(memory, OffloadedMemory))  # type: ignore[union-attr]
+
+    def prepare(self, tokens: int) -> None:
+        """Bring from the host what the next pass reads, of so many tokens a row. ``generate``, and any pass that makes
+        masks outside of what is compiled, does this by itself."""
+        for layer in self.layers:
+            layer.memory.prepare(tokens)  # type: ignore[union-attr]
 
     def check_prompts(self, lengths: Sequence[int]) -> None:
         """Refuse a batch of prompts whose layers need more than the budget, before anything is computed.

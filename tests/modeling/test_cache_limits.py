@@ -14,7 +14,7 @@ from sparsetrain.modeling import sparsify
 from sparsetrain.patterns import PowerPattern
 
 from .test_generation_modes import GREEDY, METHODS, greedy_without_cache, left_padded
-from .test_sparse_cache import pages_alive
+from .test_sparse_cache import compiled, graphs, pages_alive
 
 NEW = GREEDY["max_new_tokens"]
 MODELS = [
@@ -43,7 +43,6 @@ def test_one_row_in_every_mode_with_its_keys_on_the_host(model, tokens):
 
     def generate(**settings):
         cache = offloaded(model, 33 + NEW + 6)  # drafts on top
-        assert not cache.is_compileable
         return model.generate(ids, past_key_values=cache, **{**GREEDY, **settings}).tolist()
 
     assert generate() == want.tolist()
@@ -65,6 +64,46 @@ def test_a_padded_batch_and_another_turn_with_the_keys_on_the_host(model, tokens
     for row, prompt in enumerate(prompts):
         own = turn[row : row + 1, ids.shape[1] - prompt.shape[1] :]
         assert again[row, turn.shape[1] :].tolist() == greedy_without_cache(model, own)[0, own.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("method", ["power", "dilated"])
+def test_steps_that_read_from_the_host_compile_to_one_graph(method, tiny, tokens):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = sparsify(tiny("llama"), METHODS[method])
+    prompts, ids, mask = left_padded(tokens)
+    cache = offloaded(model, 90)
+    long = {**GREEDY, "max_new_tokens": 40}
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, compile_config=compiled(), **long)
+    for row, prompt in enumerate(prompts):
+        want = greedy_without_cache(model, prompt, 40)
+        assert out[row, ids.shape[1] :].tolist() == want[0, prompt.shape[1] :].tolist()
+    # Taken back, and on with another text, in steps that are not compiled.
+    cache.crop(-50)
+    turn = torch.cat([out[:, :13], tokens(11).expand(len(prompts), -1)], dim=1)
+    with torch.no_grad():
+        steps = [model(token, past_key_values=cache).logits for token in turn[:, 12:].split(1, dim=1)]
+        want = model(turn[:1], use_cache=False).logits[:, -12:]  # the row without padding
+    torch.testing.assert_close(torch.cat(steps, 1)[:1], want, rtol=1e-4, atol=1e-4)
+    assert graphs() == 1
+
+
+def test_a_step_compiled_by_its_user_says_when_its_pages_come(tiny, tokens):
+    torch._dynamo.reset()
+    model = sparsify(tiny("llama"), METHODS["power"])
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    ids = tokens(61)
+    cache = offloaded(model, 90)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        found = []
+        for token in ids[:, 30:60].split(1, dim=1):
+            cache.prepare(1)
+            found.append(step(token, past_key_values=cache).logits)
+        want = model(ids[:, :60], use_cache=False).logits[:, 30:]
+        torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-4, atol=1e-4)
+        with pytest.raises(Exception, match=r"no way to bring pages from the host.*cache\.prepare"):
+            step(ids[:, 60:], past_key_values=cache)
 
 
 def test_any_number_of_tokens_is_taken_back_from_the_host(tiny, tokens):
