@@ -203,6 +203,7 @@ class OffloadedMemory(PagedMemory):
         copies, host = self._stores()
         block = self.pattern.block
         with copies.beside(key, value):
+            # Pages that had been begun are on the device, the others are among the new keys.
             for row, done in enumerate(before):
                 self._ends[row] = min(-(-done // block) * block, after[row])
             self._save()

@@ -85,6 +85,8 @@ class Writer:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
+        self._held: SparseCache | None = None
+        self._rows = self._tokens = 0
         # Memories take the place of any cache, and the kind of cache changes no token.
         config: Any = self.model.generation_config
         config.cache_implementation = None
@@ -110,8 +112,7 @@ class Writer:
         """
         device = self.model.device
         ids, mask = self._padded(prompts)
-        room = ids.shape[1] + self.max_new_tokens
-        made = {} if self.limits is None else {"past_key_values": make_cache(self.model, room, self.limits)}
+        made = self._cache(len(prompts), ids.shape[1] + self.max_new_tokens)
         clock = _Clock(on_token, enough)
         begin = now(device)
         try:
@@ -153,6 +154,20 @@ class Writer:
         found = [memory.observations() for memory in memories if memory is not None]
         self.usage.observations += [each for each in found if each]
         return completions
+
+    def _cache(self, rows: int, tokens: int) -> dict[str, Any]:
+        """The arguments of ``generate`` for a cache of so many rows, of up to so many tokens."""
+        if self.limits is None:
+            return {}
+        held, first = self._held, self._held is None
+        # Steps are compiled for one cache: it serves again where it fits and has not much more room than is needed.
+        spare = tokens // 8 if self.limits["budget"] == "auto" else 0
+        if held is not None and self._rows == rows and tokens <= self._tokens <= tokens + spare:
+            held.reset()
+            return {"past_key_values": held}
+        self._held = held = None
+        self._held, self._rows, self._tokens = make_cache(self.model, tokens, self.limits), rows, tokens
+        return {"past_key_values": self._held, "disable_compile": not first}
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, int64 ``[prompts, tokens]``, padded on the left."""

@@ -81,7 +81,7 @@ def test_a_run_writes_by_the_method_it_was_trained_with(call, power_folder):
     assert "--chat" in err
 
 
-def test_room_on_the_device_is_limited_and_told(call, power_folder, monkeypatch):
+def test_room_on_the_device_is_limited_and_told(call, power_folder, tmp_path, monkeypatch):
     text = "def add(a, b):\n    return a + b\n" * 6
     arguments = (str(power_folder), "--prompt", text, "--max-new-tokens", "10")
     _, want, _ = call(*arguments)
@@ -94,6 +94,11 @@ def test_room_on_the_device_is_limited_and_told(call, power_folder, monkeypatch)
         code, out, err = call(*arguments, *options)
         assert (code, out) == (0, want)
         assert re.search(told, err)
+    file, rows = tmp_path / "prompts.jsonl", [text[:length] for length in (90, 84, 88, 81, 20, 7, 90)]
+    file.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in rows))
+    arguments = (str(power_folder), "--file", str(file), "--max-new-tokens", "4", "--batch", "2", "--dtype", "float32")
+    _, want, _ = call(*arguments)
+    assert call(*arguments, "--budget", "auto")[1] == call(*arguments, "--offload")[1] == want
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # before weights are read
     code, out, err = call(*arguments, "--budget", "16")
     assert (code, out) == (2, "")
