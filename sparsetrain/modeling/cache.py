@@ -117,8 +117,16 @@ class MemoryLayer(CacheLayerMixin):
         """Take back the last tokens: ``tokens_to_remove`` is minus their number.
 
         Raises:
-            ModelError: the memory cannot.
+            ModelError: there are not so many, or the memory cannot.
         """
+        # After every round of guesses it is 0: then nothing waits for the device.
+        if tokens_to_remove != 0:
+            held = int(self.get_seq_length())
+            if not 0 < -tokens_to_remove <= held:
+                raise ModelError(
+                    f"crop({tokens_to_remove}): give minus the number of tokens to take back, at most the {held} that "
+                    "this cache holds"
+                )
         self.memory.rollback(-tokens_to_remove)
         self.counted += tokens_to_remove
 
@@ -244,18 +252,28 @@ def _hand_over(
     if cache is None:
         return None
     held = _memory_layer(cache, layer.layer_idx, plan)
-    return None if held is None else (args, {**kwargs, MEMORY_ARGUMENT: held.expect()})
+    if held is None:
+        return None
+    if not torch.compiler.is_compiling():
+        rows, tokens = arguments[names[0]].shape[:2]  # of the hidden states
+        _check_follows(cache, layer.layer_idx, held, rows, tokens)
+    return args, {**kwargs, MEMORY_ARGUMENT: held.expect()}
 
 
-def _check_even(cache: Cache, index: int, held: MemoryLayer) -> None:
-    """Refuse a cache in which a pass that was broken off has left a layer further than the next one."""
-    later = cache.layers[index + 1] if index + 1 < len(cache.layers) else None
-    if torch.compiler.is_compiling() or not isinstance(later, MemoryLayer) or not held.counted > later.counted:
-        return
-    raise ModelError(
-        f"the cache of layer {index} holds {held.counted} tokens, and that of layer {index + 1} {later.counted}: a "
-        "pass was broken off between them; start again with an empty cache"
-    )
+def _check_follows(cache: Cache, index: int, held: MemoryLayer, rows: int, tokens: int) -> None:
+    """Refuse a call that does not go on from what the cache holds: of other rows, or after a pass that was broken off
+    and left the layer before further than this one."""
+    if held.counted and held.memory.rows not in (0, rows):
+        raise ModelError(
+            f"the cache holds a batch of {held.memory.rows}, and this call has one of {rows}: start again with an "
+            "empty cache, or call cache.batch_repeat_interleave or cache.batch_select_indices first"
+        )
+    before, read = cache.layers[index - 1] if index else None, held.counted + tokens
+    if isinstance(before, MemoryLayer) and before.counted > read:
+        raise ModelError(
+            f"with this call, layer {index - 1} has read {before.counted} tokens into the cache, and layer {index} "
+            f"{read}: a pass was broken off between them; start again with an empty cache"
+        )
 
 
 def _memory_layer(cache: Cache, index: int, plan: LayerPlan) -> MemoryLayer | None:
@@ -266,7 +284,6 @@ def _memory_layer(cache: Cache, index: int, plan: LayerPlan) -> MemoryLayer | No
             cache.layers.append(cache.layer_class_to_replicate())
     held: Any = cache.layers[index]
     if isinstance(held, MemoryLayer) and held.plan is plan:
-        _check_even(cache, index, held)
         return held
     if isinstance(held, StaticMemoryLayer):
         raise ModelError(

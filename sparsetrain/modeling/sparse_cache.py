@@ -51,8 +51,8 @@ class SparseCache(Cache):
         offload: bool = False,
     ) -> None:
         for name, number, least in (("max_length", max_length, 1), ("rollback", rollback, 0)):
-            if number < least:
-                raise ModelError(f"{name}={number} must be at least {least}")
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ModelError(f"{name}={number!r} must be a number of tokens of at least {least}")
         limits = Limits(parse_budget(budget), offload)
         modules: list[Any] = [module for module in model.modules() if hasattr(module, PLAN_ATTRIBUTE)]
         if not modules:

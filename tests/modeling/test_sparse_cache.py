@@ -126,8 +126,9 @@ def test_a_horizon_is_not_passed(tiny, tokens):
         model(tokens(30), past_key_values=cache)
         with pytest.raises(ModelError, match="grows to 31 tokens"):
             model(tokens(1), past_key_values=cache)
-    with pytest.raises(ModelError, match="max_length=0 must be at least 1"):
-        sparsetrain.SparseCache(model, max_length=0)
+    for wrong in (0, 2.5, True, "30"):
+        with pytest.raises(ModelError, match=f"max_length={wrong!r} must be a number of tokens of at least 1"):
+            sparsetrain.SparseCache(model, max_length=wrong)
 
 
 def test_tokens_are_taken_back_only_where_the_pages_are_still_there(tiny, tokens):
@@ -167,12 +168,32 @@ def test_caches_of_other_models_and_methods_are_refused(tiny, tokens):
 )
 def test_a_cache_that_a_pass_left_half_filled_is_refused(make, tiny, tokens):
     model = sparsify(tiny("llama"), METHODS["power"])
+    for read in (0, 20):
+        cache = make(model)
+        with torch.no_grad():
+            if read:
+                model(tokens(read), past_key_values=cache)
+            hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens(3), past_key_values=cache)
+            hook.remove()
+            with pytest.raises(
+                ModelError, match=rf"layer 0 has read {read + 6} tokens.*layer 1 {read + 3}: .*start again"
+            ):
+                model(tokens(3), past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", ["power", "sparsek"])
+@pytest.mark.parametrize(
+    "make", [lambda model: sparsetrain.SparseCache(model, max_length=60), lambda _: DynamicCache()]
+)
+def test_a_call_that_does_not_go_on_from_the_cache_is_refused(method, make, tiny, tokens):
+    model = sparsify(tiny("llama"), SPARSEK if method == "sparsek" else METHODS[method])
     cache = make(model)
     with torch.no_grad():
         model(tokens(20), past_key_values=cache)
-        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(tokens(3), past_key_values=cache)
-        hook.remove()
-        with pytest.raises(ModelError, match=r"layer 0 .*23 tokens.*layer 1.* 20.*start again"):
-            model(tokens(3), past_key_values=cache)
+        with pytest.raises(ModelError, match=r"holds a batch of 1, and this call has one of 2.*batch_repeat_inter"):
+            model(tokens(3).repeat(2, 1), past_key_values=cache)
+    for wrong in (-21, 5):
+        with pytest.raises(ModelError, match=rf"crop\({wrong}\): .*at most the 20 that this cache holds"):
+            cache.crop(wrong)
