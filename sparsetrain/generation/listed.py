@@ -2,7 +2,7 @@
 
 A step takes the candidates of a selector (``selectors.py``) and chooses of them by their codes of 4 bits (Twilight,
 2502.02770), or takes the keys of an earlier step (RefreshKV, 2411.05787). It attends to them, to the first tokens and
-to the last ones. Keys are never copied: a choice is a list of positions. Prompts attend to everything.
+to the last ones. Keys are never copied: a choice is a list of positions. Prompts read all of theirs.
 """
 
 from __future__ import annotations

@@ -80,6 +80,24 @@ def test_all_weight_is_the_method(method):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["power", "longnet, heads apart"])
+def test_lists_grow_with_the_text(name):
+    ids, mask = prompts(20)
+    want, _, _ = logits(make(PATTERNS[name]), ids, mask, count=140)
+    got, _, _ = logits(make(PATTERNS[name], EVERYTHING), ids, mask, count=140)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_used_again():
+    model = make(PATTERNS["longnet, heads apart"], FEW)
+    cache = sparsetrain.SparseCache(model, max_length=130)
+    logits(model, *prompts(90, 33), past_key_values=cache)
+    cache.reset()
+    ids, mask = prompts(50, 70)
+    got, _, _ = logits(model, ids, mask, past_key_values=cache)
+    torch.testing.assert_close(got, logits(model, ids, mask)[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_less_weight_reads_fewer_keys_of_the_pattern(name):
     method = PATTERNS[name]

@@ -114,6 +114,30 @@ def test_keys_that_are_not_passed_on_are_not_read(select, prune):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("select", [{"select": "channels", "channels": 4}, {"select": "quest"}], ids=str)
+def test_rows_take_what_is_kept_beside_their_keys_along(select):
+    """To other places, more often than before, and again after a reset, in the same tensors and in new ones."""
+    key, _ = keys_of_few_channels(3)
+    decode = {**CHANNELS, **select, "candidates": 16, "prune": {"p": 0.5, "min_keys": 1}}
+    decode = {name: value for name, value in decode.items() if name != "channels" or select["select"] == "channels"}
+    memory, query = filled(decode, key, (80, 50, 61)), torch.randn(3, 4, 1, 16)
+    lists, counts = memory._lists(query, {})
+    for rows in (torch.tensor([2, 0, 1]), torch.tensor([1, 1, 2, 0])):
+        memory.select_rows(rows)
+        query, lists, counts = query[rows], lists[rows], counts[rows]
+        found, same = memory._lists(query, {})
+        assert torch.equal(same, counts)
+        listed = torch.arange(lists.shape[-1]) < counts[..., None]
+        assert torch.equal(found.where(listed, -1), lists.where(listed, -1))
+    memory.reset()
+    other = torch.randn(4, 2, 60, 16, generator=torch.Generator().manual_seed(4))
+    memory.attend(torch.nn.Identity(), torch.zeros(4, 4, 60, 16), other, other, starts=None)
+    fresh = filled(decode, other)
+    for got, want in zip(memory._lists(query, {}), fresh._lists(query, {}), strict=True):
+        assert got.shape == want.shape
+    assert torch.equal(memory._lists(query, {})[1], fresh._lists(query, {})[1])
+
+
 def test_short_rows_have_no_token_twice():
     """Fewer tokens than are read in any case, none of which is a candidate."""
     always = Always(torch.tensor([3, 1, 9], dtype=torch.int32), 2, 4)
