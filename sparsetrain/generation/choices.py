@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     lengths: Tensor
     """int32 ``[B]``: tokens of each row when it was made."""
     query: Tensor
-    """fp32 ``[B, D]``: the mean query of the heads then."""
+    """fp32 ``[B, D]``: the mean query of the heads then; ``[B, 0]`` where nothing is compared with it."""
 
 
 class Choices:
@@ -51,11 +51,12 @@ class Choices:
         self._phase = index % refresh.every if refresh.staggered else 0
         # Beside the stretches that are taken back, the one where it goes on and the one before.
         self._depth = -(-rollback // refresh.every) + 2 if rollback else 1
-        self._static = static
+        self.static = static
+        """The number of the step is a tensor."""
         self._held: Choice | None = None  # of each stretch, [B, depth, ...]
         self._step: Any = 0
         self._first: Any = 0  # the step at which there is no choice yet
-        self._highest: Any = 0  # the step after the last one that there has been
+        self._highest: Any = 0  # the highest step from which tokens have been taken back
 
     def nbytes(self) -> int:
         """Bytes of the choices."""
@@ -78,7 +79,7 @@ class Choices:
             find: makes a choice.
         """
         nobody = torch.zeros(len(lengths), dtype=torch.bool, device=query.device)
-        self._fit(Choice(*find(nobody), lengths, query[:, :, 0].float().mean(1)))
+        self._fit(Choice(*find(nobody), lengths, self._mean(query)))
         if not isinstance(self._step, Tensor):
             self._step, self._first, self._highest = lengths.new_zeros(3, dtype=torch.int64).unbind()
             for number in (self._step, self._first, self._highest):
@@ -92,32 +93,37 @@ class Choices:
             lengths: int32 ``[B]``: tokens of each row, the new one included.
             find: makes a choice.
         """
-        turn = self._step + self._phase
+        turn = self._step + self._phase if self._phase else self._step
         first = self._step == self._first
         begins = (turn % self._every == 0) | first
-        place, before = turn // self._every % self._depth, (turn // self._every - 1) % self._depth
+        place: Any = 0
+        before: Any = 0
+        if self._depth > 1:
+            place, before = turn // self._every % self._depth, (turn // self._every - 1) % self._depth
         if begins is not False:
-            mean = query[:, :, 0].float().mean(1)
+            mean = self._mean(query)
             due = self._due(begins, first, mean, before)
             new = Choice(*find(due), lengths, mean)
             held = self._fit(new)
             if due is not None:
-                if isinstance(begins, Tensor):
+                if isinstance(place, Tensor):
                     before = torch.where(begins & ~first, before, place)
                 new = Choice(*(_of_rows(due, *pair) for pair in zip(new, self._read(held, before), strict=True)))
             self._write(held, place, new)
-        self._count(1)
+        self._step += 1
         assert self._held is not None
         return self._read(self._held, place)
 
     def rollback(self, tokens: int) -> None:
         """Forget the last ``tokens`` steps."""
         if isinstance(self._step, Tensor):
+            self._highest.copy_(torch.maximum(self._highest, self._step))
             self._step.sub_(tokens).clamp_min_(0)
             lost = self._lost() | (self._step < self._first)
             self._first.copy_(torch.where(lost, self._step, self._first))
             self._highest.copy_(torch.where(lost, self._step, self._highest))
             return
+        self._highest = max(self._highest, self._step)
         self._step = max(self._step - tokens, 0)
         if self._lost() or self._step < self._first:
             self._first = self._highest = self._step
@@ -144,13 +150,9 @@ class Choices:
         far = torch.cosine_similarity(mean, last, dim=-1) <= self._similarity
         return begins & (first | far)
 
-    def _count(self, steps: int) -> None:
-        if isinstance(self._step, Tensor):
-            self._step.add_(steps)
-            self._highest.copy_(torch.maximum(self._highest, self._step))
-        else:
-            self._step += steps
-            self._highest = max(self._highest, self._step)
+    def _mean(self, query: Tensor) -> Tensor:
+        """What later queries are compared with, ``[B, D]``, of ``[B, Hq, 1, D]``."""
+        return query[:, 0, 0, :0].float() if self._similarity is None else query[:, :, 0].float().mean(1)
 
     def _lost(self) -> Any:
         """Whether what a step needs is no longer kept: its stretch, and the one before."""
@@ -164,15 +166,15 @@ class Choices:
         held = self._held
         if held is not None and len(held.counts) == len(new.counts):
             more = new.lists.shape[-1] - held.lists.shape[-1]
-            if more > 0 and not self._static:
+            if more > 0 and not self.static:
                 return self._keep(held._replace(lists=torch.nn.functional.pad(held.lists, (0, more))))
-            if more == 0 or not self._static:
+            if more == 0 or not self.static:
                 return held
         return self._keep(Choice(*(each.new_zeros(len(each), self._depth, *each.shape[1:]) for each in new)))
 
     def _keep(self, held: Choice) -> Choice:
         self._held = held
-        if self._static:
+        if self.static:
             for tensor in held:
                 torch._dynamo.mark_static_address(tensor)
         return held
@@ -187,6 +189,8 @@ class Choices:
 
     def _write(self, held: Choice, place: Any, new: Choice) -> None:
         for tensor, each in zip(held, new, strict=True):
+            if each.numel() == 0:
+                continue
             if self._depth > 1 and isinstance(place, Tensor):
                 tensor.index_copy_(1, place.reshape(1), each[:, None])
             else:

@@ -102,7 +102,7 @@ class ListedMemory(PagedMemory):
             self._prompt = self._longest
             if self._choices is not None:
                 self._choices.restart()
-                if self.static:
+                if self._choices.static:
                     last = query[:, :, -1:].detach()
                     self._choices.make_room(last, self._tensors()[3], partial(self._lists, last, options))
             return out

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from sparsetrain.bench.contenders.base import Contender, Prepared
 from sparsetrain.bench.measure import Unavailable
 from sparsetrain.generation.candidates import GRANULE
+from sparsetrain.generation.choices import Choices
 from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.memories import PAGE
+from sparsetrain.generation.pages import Attend
 from sparsetrain.generation.settings import Decode
-from sparsetrain.patterns import FullPattern
+from sparsetrain.patterns import FullPattern, Pattern
 
 if TYPE_CHECKING:
     from sparsetrain.bench.decoding import DecodeProblem, Layer
@@ -27,7 +29,13 @@ CODES = 4
 
 
 class StandingMemory(ListedMemory):
-    """A memory that stays as long as it is: each step writes the newest token again, so that all steps are the same."""
+    """A memory that stays as long as it is: each step writes the newest token again, so that all steps are the same.
+    When a choice is due is known on the host: as many steps are captured together as use one choice."""
+
+    def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
+        super().__init__(pattern, attend, decode, index, **room)
+        if decode.refresh is not None:
+            self._choices = Choices(decode.refresh, index, rollback=0, static=False)
 
     def _append(self, key: Tensor, value: Tensor) -> None:
         self._tensors()[3].add_(0)  # as many launches as a step that counts its token
