@@ -126,8 +126,8 @@ def _scaled(section: dict[str, Any], share: float, tokens: int) -> dict[str, Any
     def fewer(keys: int) -> int:
         return max(1, int(keys * min(1, share)))
 
-    if "candidates" in section:
-        section["candidates"] = max(16, fewer(section["candidates"]))
+    if (passed := section.get("candidates")) is not None:
+        section["candidates"] = max(16, int(passed * tokens) if passed < 1 else fewer(passed))
     if "prune" in section:
         section["prune"]["min_keys"] = max(1, min(64, tokens // 64))
     keep = section.get("refresh", {}).get("keep")

@@ -234,7 +234,8 @@ class ListedMemory(PagedMemory):
     def _places(self, due: Tensor | None = None) -> Places:
         """Where the keys of each row are; rows that are not due have none to choose from."""
         _, _, table, lengths = self._tensors()
-        return Places(lengths if due is None else lengths.where(due, 0), table, self._room(), self.beside, due)
+        lengths = lengths if due is None else lengths.where(due, 0)
+        return Places(lengths, table, self._room(), self.beside, self._prompt, due)
 
     def _always(self, due: Tensor | None = None) -> Always:
         """What this step reads in any case."""

@@ -89,7 +89,8 @@ class Probe(ListedMemory):
     ) -> Tensor:
         """See :meth:`Memory.attend`. For the whole text at once."""
         out = super().attend(layer, query, key, value, starts=starts, **options)
-        self._keep_moments(*key_statistics(key[:, :, : int(self._at[0])]))
+        self._prompt = int(self._at[0])
+        self._keep_moments(*key_statistics(key[:, :, : self._prompt]))
         self._append_tokens(key, value, self._tensors()[2])
         self.loss = join(self._measure(query, options))
         # One layer's keys at a time.

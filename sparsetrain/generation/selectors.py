@@ -29,6 +29,8 @@ class Places(NamedTuple):
     """Tokens that a row's pages have room for."""
     beside: dict[str, Tensor]
     """Further tensors by page."""
+    prompt: int
+    """Tokens of the longest prompt."""
     due: Tensor | None = None
     """bool ``[B]``: the rows that are asked for; None for all."""
 
@@ -104,7 +106,7 @@ class QuestPages(Selector):
         scale = factors.get("scale")
         bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=scale, **places.arguments).half()
         batch, heads, pages = bounds.shape
-        wanted = min(-(-self._decode.candidate_tokens // GRANULE), pages)
+        wanted = min(-(-self._decode.candidate_tokens(places.prompt) // GRANULE), pages)
         alike = torch.zeros(batch, heads, device=bounds.device)
         # A row has no more pages than tokens, and where there is none the bound is -inf.
         best = top_k_lists(bounds, alike, wanted, lengths=places.lengths, num_kv_heads=heads, width=1)
@@ -171,7 +173,7 @@ class HeavyChannels(Selector):
         # Of the whole keys: a label has fewer channels.
         scores, lse = estimate_scores(label, mirror, scale=width**-0.5 if scale is None else scale, **places.arguments)
         always = self.always(places)
-        wanted = min(self._decode.candidate_tokens, places.max_length)
+        wanted = min(self._decode.candidate_tokens(places.prompt), places.max_length)
         found = top_k_lists(scores, lse, wanted, num_kv_heads=heads, width=1, **always._asdict())
         return Tokens(found.lists, found.counts, always)
 

@@ -78,8 +78,9 @@ class Decode(Section):
     """The candidates: all keys, the pages of 16 tokens whose bounds allow the largest logits (quest, 2406.10774), the
     tokens with the largest logits by few channels of their keys (channels: Double Sparsity, 2408.07092), or the keys
     that a block pattern or SparseK reads in any case (own)."""
-    candidates: Annotated[Tokens, Field(ge=16)] | None = None
-    """Tokens that quest or channels pass on, in pages of 16 of quest; None means 8,192."""
+    candidates: Annotated[int | float, Field(gt=0)] | None = None
+    """Tokens that quest or channels pass on, at least 16, in pages of 16 of quest, or below 1 a share of the prompt.
+    None means 8,192."""
     channels: Annotated[int, Field(ge=2, multiple_of=2)] = 16
     """Channels of a key that select=channels looks at, an even number."""
     heavy_channels: dict[Annotated[int, Field(ge=0)], list[list[Annotated[int, Field(ge=0)]]]] | None = None
@@ -104,6 +105,9 @@ class Decode(Section):
                 f"candidates={self.candidates} is for select=quest or channels; with select={self.select} {every} are "
                 "candidates"
             )
+        few = self.candidates
+        if few is not None and few >= 1 and (few < 16 or few % 1):
+            raise ValueError(f"candidates={few} must be a whole number of 16 tokens or more, or a share below 1")
         if self.select == "own" and self.prune is None:
             raise ValueError("select=own reads what the method reads and nothing else is set; give prune")
         if self.select != "channels" and "channels" in self.model_fields_set and self.channels != 16:
@@ -125,10 +129,11 @@ class Decode(Section):
             raise ValueError(f"refresh.keep={keep} must be a whole number of tokens, or a share below 1")
         return self
 
-    @property
-    def candidate_tokens(self) -> int:
-        """Tokens that a selector passes on."""
-        return 8192 if self.candidates is None else self.candidates
+    def candidate_tokens(self, prompt: int) -> int:
+        """Tokens that a selector passes on behind a prompt of so many tokens."""
+        if self.candidates is None:
+            return 8192
+        return max(16, int(self.candidates * prompt if self.candidates < 1 else self.candidates))
 
 
 def _check_heavy(heavy: dict[int, list[list[int]]], count: int) -> None:
@@ -146,12 +151,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "twilight": {"select": "quest", "candidates": 8192, "prune": {"p": 0.85}},
     "twilight-full": {"select": "full", "prune": {"p": 0.95}},
     "quest": {"select": "quest", "candidates": 4096},
-    "double-sparsity": {"select": "channels", "channels": 16, "candidates": 256},
+    "double-sparsity": {"select": "channels", "channels": 16, "candidates": 0.0625},
     "refreshkv": {"refresh": {"every": 5, "similarity": 0.85, "keep": 0.125, "staggered": False}, "dense_layers": []},
     "recycled": {"refresh": {"every": 50, "keep": 4096, "staggered": False}, "dense_layers": []},
 }
 """Published settings by name: Twilight over Quest and over all keys (2502.02770, section 5), Quest (2406.10774),
-Double Sparsity (2408.07092: one token in 16 of 4,096), RefreshKV (2411.05787, section 4) and the fixed schedule of its
+Double Sparsity (2408.07092: one token in 16), RefreshKV (2411.05787, section 4) and the fixed schedule of its
 first version, Recycled Attention."""
 
 

@@ -72,6 +72,18 @@ def test_channels_are_those_in_which_keys_differ_and_find_the_largest_logits():
             assert set(best.tolist()) <= set(lists[row, head].tolist())
 
 
+@pytest.mark.parametrize("select", [{"select": "channels", "channels": 4}, {"select": "quest"}], ids=str)
+def test_candidates_may_be_a_share_of_the_longest_prompt(select):
+    key, _ = keys_of_few_channels(tokens=320)
+    decode = {**CHANNELS, **select, "recent": 1, "sinks": 0}
+    decode = {name: value for name, value in decode.items() if name != "channels" or select["select"] == "channels"}
+    query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(1))
+    for share, tokens in ((0.1, 32), (0.25, 80), (0.001, 16)):
+        some, as_many = (filled({**decode, "candidates": each}, key, (320, 90)) for each in (share, tokens))
+        for got, want in zip(some._lists(query, {}), as_many._lists(query, {}), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_labels_have_four_bits_of_the_channels_alone():
     key, _ = keys_of_few_channels()
     memory = filled({**CHANNELS, "candidates": 16}, key)
@@ -174,6 +186,9 @@ def test_a_record_brings_calibrated_channels_back(tmp_path):
         ({"heavy_channels": dict.fromkeys((0, 1), [[0, 1, 2, 99]] * 2)}, "channels up to 99.* of 16 channels"),
         ({"heavy_channels": {1: [[0, 1, 2, 3]] * 2}}, "names layers 1, and the layers that read fewer keys are 0, 1"),
         ({"heavy_channels": {0: [[0, 1, 2]] * 2}}, "layer 0, KV head 0 must be 4 different channels"),
+        ({"candidates": 15}, "candidates=15 must be a whole number of 16 tokens or more, or a share below 1"),
+        ({"candidates": 20.5}, "candidates=20.5 must be"),
+        ({"candidates": 0}, "decode.candidates: .*greater than 0"),
         ({"channels": 3}, "decode.channels: .*multiple of 2"),
         ({"select": "quest"}, "channels=4 is for select=channels"),
     ],

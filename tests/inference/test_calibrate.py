@@ -26,7 +26,7 @@ SMALL = {"prune": {"min_keys": 1}, "sinks": 1, "recent": 4, "dense_layers": [0]}
 SECTIONS = {
     "full": SMALL,
     "quest": {**SMALL, "select": "quest", "candidates": 128},
-    "channels": {**SMALL, "select": "channels", "channels": 6, "candidates": 100},
+    "channels": {**SMALL, "select": "channels", "channels": 6, "candidates": 0.6},
 }
 
 

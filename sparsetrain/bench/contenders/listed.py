@@ -85,12 +85,12 @@ def _bytes_beside(problem: DecodeProblem, settings: Decode) -> int:
     total, candidates = 0, problem.length
     if settings.select == "quest":
         total += -(-problem.length // GRANULE) * 2 * problem.head_dim * problem.dtype.itemsize
-        candidates = min(candidates, -(-settings.candidate_tokens // GRANULE) * GRANULE)
+        candidates = min(candidates, -(-settings.candidate_tokens(problem.length) // GRANULE) * GRANULE)
     if settings.select == "own":
         candidates = problem.listed_keys
     if settings.select == "channels":
         total += problem.length * (settings.channels // 2 + CODES)
-        candidates = min(candidates, settings.candidate_tokens + settings.sinks + settings.recent)
+        candidates = min(candidates, settings.candidate_tokens(problem.length) + settings.sinks + settings.recent)
     if settings.prune is not None:
         total += candidates * (problem.head_dim // 2 + CODES)
     return total * problem.batch * problem.kv_heads
