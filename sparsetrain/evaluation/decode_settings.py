@@ -13,8 +13,7 @@ from sparsetrain.generation.measured import MeasuredMemory, OracleMemory, Window
 from sparsetrain.generation.settings import PUBLISHED, Decode, parse_decode
 
 CONTEXT = 32768
-"""Tokens for which published numbers of keys are meant, where :data:`CONTEXTS` says nothing else."""
-CONTEXTS = {"double-sparsity": 4096}
+"""Tokens for which published numbers of keys are meant."""
 WIDTH = 128
 """Channels of the keys for which the published number of them is meant."""
 SINKS = 4
@@ -82,7 +81,7 @@ def settings(tokens: int, dense_layers: list[int], width: int) -> list[Setting]:
     top_p = {"prune": {"p": 0.5, "min_keys": 1}, **exact}
     published = []
     for name, fields in PUBLISHED.items():
-        section = _scaled({**deepcopy(fields), **beside}, tokens / CONTEXTS.get(name, CONTEXT), tokens)
+        section = _scaled({**deepcopy(fields), **beside}, tokens / CONTEXT, tokens)
         if "channels" in section:
             section["channels"] = max(2, min(section["channels"], section["channels"] * width // WIDTH // 2 * 2))
         published.append(Setting(name, MeasuredMemory, section, _knob(section), True))
