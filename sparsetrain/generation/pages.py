@@ -296,7 +296,8 @@ class PagedMemory(Memory):
         else:
             self._starts = list(starts)
             self.tables = self._plan(after)
-        self._make_pages(key, max(table.needed for table in self.tables))
+        # No page is read again where the text ends with the prompt; the operations want one all the same.
+        self._make_pages(key, max(1, *(table.needed for table in self.tables)))
 
     def _plan(self, after: Sequence[int]) -> list[PageTable]:
         """The tables of rows with a horizon, of which the first call wrote so many tokens.

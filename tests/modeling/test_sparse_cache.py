@@ -113,6 +113,17 @@ def pages_alive(section, prompt, horizon):
     )
 
 
+@torch.no_grad()
+def test_a_text_may_end_with_its_prompt(tiny, tokens):
+    for method in (METHODS["power"], {"method": "full"}):
+        model = sparsify(tiny("llama"), method)
+        ids = tokens(256)
+        cache = sparsetrain.SparseCache(model, max_length=256)
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+        with pytest.raises(ModelError, match="grows to 257 tokens"):
+            model(ids[:, :1], past_key_values=cache)
+
+
 def test_a_horizon_is_not_passed(tiny, tokens):
     model = sparsify(tiny("llama"), METHODS["power"])
     for config in (None, compiled()):
