@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 from transformers.cache_utils import Cache
 
 from sparsetrain.bench.case import Case, Log
@@ -20,10 +20,8 @@ from sparsetrain.bench.table import Report, Row, column, formatted
 from sparsetrain.generation.listed import observing
 from sparsetrain.modeling import SparseCache
 
-SETTLING = 2
-"""Steps that compile and are not timed."""
-SHORT = 1024
-"""Tokens of the prompt that compiles before the timed one."""
+SETTLING = 4
+"""Steps that compile and are not timed; a graph of ``torch.compile`` is recorded in the third."""
 RATE = formatted("{:,.1f}")
 
 
@@ -38,6 +36,8 @@ class GenerateRow(Row):
     """New tokens a second over all rows."""
     graph_rate: float | None = column("as a CUDA graph", optional=True, form=RATE)
     """The same with every step as one CUDA graph, where a step is the same for every length."""
+    compiled_rate: float | None = column("compiled", optional=True, form=RATE)
+    """The same with steps that ``torch.compile`` made, as ``generate`` does on a GPU."""
     kept: float | None = column("keys read", optional=True, form=formatted("{:.2%}"))
     """Share of the keys that layers which choose attend to in a step."""
     cache_gb: float | None = column("cache GB")
@@ -48,13 +48,14 @@ class GenerateRow(Row):
     @property
     def order_ms(self) -> float | None:
         """Time of a token."""
-        best = self.graph_rate or self.rate
+        best = self.compiled_rate or self.graph_rate or self.rate
         return 1e3 / best if best else None
 
     @property
     def summary(self) -> str:
         """The rates."""
-        return self.reason or f"{RATE(self.rate)} tokens/s, {RATE(self.graph_rate)} as a CUDA graph"
+        rates = f"{RATE(self.rate)} tokens/s, {RATE(self.graph_rate)} as a CUDA graph"
+        return self.reason or rates + (f", {RATE(self.compiled_rate)} compiled" if self.compiled_rate else "")
 
     def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
         """The title."""
@@ -97,22 +98,23 @@ class GenerateCase(Case):
     def measure(self, way: Way, ids: Tensor, row: Any, report: Report) -> None:
         """The prompts ``[batch, length]``, steps one by one, one that says what it reads, and steps as a graph."""
         options, cuda = self.options, self.device.type == "cuda"
-        room = ids.shape[1] + 2 * options.new_tokens + 4 * SETTLING
+        room = ids.shape[1] + 3 * options.new_tokens + 4 * SETTLING
         self.check_memory(way, ids.shape[1], room)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         model = way.model(self.config, getattr(torch, options.dtype), self.device)
+        if options.fill == "prefill":
+            # Compiles what the timed pass runs.
+            way.read_prompt(model, way.cache(model, room), ids)
         cache = way.cache(model, room)
         if options.fill == "prefill":
-            short = ids[:, :SHORT]
-            way.read_prompt(model, way.cache(model, short.shape[1]), short)
             token, ms = once_ms(lambda: way.read_prompt(model, cache, ids), self.device)
             row.prompt_seconds = ms / 1e3
         else:
             token = way.fill(model, cache, ids)
 
-        def step() -> None:
-            out: Any = model(token, past_key_values=cache, use_cache=True)
+        def step(forward: Any = model) -> None:
+            out: Any = forward(token, past_key_values=cache, use_cache=True)
             token.copy_(out.logits[:, -1:].argmax(-1))
 
         def rate(call: Any) -> float:
@@ -130,8 +132,21 @@ class GenerateCase(Case):
                 row.graph_rate = rate(captured(step))
             except Exception as error:
                 row.note = f"no CUDA graph: {explain(error)}"
+            if options.compile:
+                self.measure_compiled(model, step, rate, row)
         if cuda:
             row.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+
+    def measure_compiled(self, model: Any, step: Any, rate: Any, row: GenerateRow) -> None:
+        """Steps that are compiled as ``generate`` compiles them."""
+        try:
+            torch._dynamo.reset()
+            forward = model.get_compiled_call(CompileConfig())
+            for _ in range(SETTLING):
+                step(forward)
+            row.compiled_rate = rate(lambda: step(forward))
+        except Exception as error:
+            row.note = f"not compiled: {explain(error)}"
 
     def failed(self, way: Way, row: Row, error: Exception) -> None:
         """Memory that ran out all the same is told in bytes too."""

@@ -49,7 +49,7 @@ def test_every_way_generates(how):
     assert {name for name, row in rows.items() if row.kept is not None} == choosing
     assert all(rows[name].kept < 1 for name in choosing - {"quest", "channels"})
     # Pages of 256 tokens, and 3 layers, 2 rows, 2 KV heads of 16 in fp32.
-    assert 1e9 * rows["dynamic"].cache_gb == 2 * 3 * 2 * 2 * 16 * 4 * (280 + 2 + 2 + 1)
+    assert 1e9 * rows["dynamic"].cache_gb == 2 * 3 * 2 * 2 * 16 * 4 * (280 + 4 + 2 + 1)
     assert rows["full"].cache_gb > rows["dynamic"].cache_gb
     assert rows["twilight-quest"].cache_gb > rows["twilight"].cache_gb > rows["full"].cache_gb
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_in_bytes(monkeypatch):
     keys = [
         int(rows[name].reason.split(" of keys")[0].split()[-1].replace(",", "")) for name in ("dynamic", "twilight")
     ]
-    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 2 * 2 + 8)
+    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 3 * 2 + 16)
     assert keys[1] == keys[0] * (2 * 16 * 4 + 16 // 2 + 4) // (2 * 16 * 4)
 
 

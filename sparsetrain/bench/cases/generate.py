@@ -18,7 +18,8 @@ TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "
 class Options(AnyOptions):
     """Time generation with a model of Qwen3-8B's shape, random weights and each method's cache.
 
-    A pass of the prompts, then greedy tokens, one step at a time and as a CUDA graph. Short prompts compile first.
+    A pass of the prompts, then greedy tokens, one step at a time, as a CUDA graph and, where asked for, compiled. A
+    pass that is not timed comes first.
     Queries are scaled so that few keys hold most of the weight; the share that was read is in the table.
 
     \b
@@ -35,7 +36,9 @@ class Options(AnyOptions):
     layers: Annotated[Count, Suits(36, 3)]
     """Layers of the model."""
     new_tokens: Annotated[Count, Suits(64, 4)]
-    """Tokens after each prompt that are timed, and as many again in a CUDA graph."""
+    """Tokens after each prompt that are timed, and as many again in a CUDA graph and compiled."""
+    compile: bool = False
+    """Time steps that torch.compile made too, as generate runs them on a GPU; takes a minute for each way."""
     ways: str = "all"
     """dynamic and static (transformers with SDPA), full, power, sliding, sparsek, twilight, twilight-quest, quest,
     channels (Double Sparsity), refresh. Commas between, or all."""
@@ -59,6 +62,8 @@ def case(options: Options) -> GenerateCase:
     names = list(known) if options.ways == "all" else list(dict.fromkeys(options.ways.split(",")))
     if unknown := [name for name in names if name not in known]:
         raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(known)}, or all")
+    if options.compile and options.device == "cpu":
+        raise BenchError("--compile times steps as generate runs them on a GPU, and there is none; leave it out")
     config: dict[str, Any] = KNOWN_SHAPES["Qwen/Qwen3-8B"].as_config()
     if options.device == "cpu":
         config |= TINY | {"vocab_size": 256}
