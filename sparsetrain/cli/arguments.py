@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,7 @@ def print_notes(loaded: LoadedRecipe) -> None:
 
 
 def check_new(flag: str, path: Path, kind: str) -> None:
-    """Refuse a path that exists, or whose folder does not.
+    """Refuse a path that exists, or whose folder does not or is not writable.
 
     Args:
         kind: ``file`` or ``folder``, for the message.
@@ -59,10 +60,12 @@ def check_new(flag: str, path: Path, kind: str) -> None:
     Raises:
         DataError: names the flag and the path.
     """
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise DataError(f"--{flag} {path} exists already; remove it, or name another {kind}")
     if not path.parent.is_dir():
         raise DataError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"--{flag} {path}: nothing can be written in {path.parent}; make it writable, or name another")
 
 
 def choose_dtype(name: str) -> torch.dtype | None:

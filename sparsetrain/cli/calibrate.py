@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,8 @@ def _check_new(output: Path | None, save: Path | None) -> None:
             check_new(flag, path, kind)
     if output is not None and output.suffix not in (".yaml", ".yml", ".json"):
         raise DataError(f"--output {output} must end in .yaml, .yml or .json, by which --decode knows it for a file")
+    if output is not None and save is not None and os.path.abspath(output) == os.path.abspath(save):
+        raise DataError(f"--output and --save are both {output}: one is a file and one a folder; name two")
 
 
 def _table(layers: list[Layer]) -> Table:

@@ -186,7 +186,7 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
             f"{'.'.join(('decode', *_place(fault['loc'])))}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         ]
-        raise ModelError("; ".join(faults)) from error
+        raise ModelError("; ".join(dict.fromkeys(faults))) from error
 
 
 def _refuse_truth_values(section: Mapping[str, Any], place: str) -> None:
@@ -199,4 +199,4 @@ def _refuse_truth_values(section: Mapping[str, Any], place: str) -> None:
 
 
 def _place(location: tuple[int | str, ...]) -> list[str]:
-    return [str(part) for part in location if part not in (ONE, BY_LAYER, "[key]")]
+    return [str(part) for part in location if part not in (ONE, BY_LAYER, "[key]", "int", "float")]

@@ -32,10 +32,10 @@ DRAWS = ("top_k", "top_p", "min_p")
 """Settings that only mean something where tokens are drawn."""
 
 
-def _divisor(temperature: float) -> float:
-    if 0 < temperature < 1e-6:
-        raise ValueError("logits divided by less than 1e-6 overflow; 0 takes the likeliest token")
-    return temperature
+def _divisor(number: float) -> float:
+    if 0 < number < 1e-6:
+        raise ValueError("logits divided by less than 1e-6 overflow; raise it")
+    return number
 
 
 def check_own(own: GenerationConfig, *, batch: int) -> None:
@@ -54,6 +54,11 @@ def check_own(own: GenerationConfig, *, batch: int) -> None:
             raise ModelError(f"{place}: {name}={value!r:.60}: this command has no {what}; remove the field there")
     if own.do_sample and own.temperature == 0:
         raise ModelError(f"{place}: temperature=0 with do_sample divides by zero; set do_sample to false there")
+    for name in ("temperature", "repetition_penalty"):
+        try:
+            _divisor(getattr(own, name, None) or 0)
+        except ValueError as error:
+            raise ModelError(f"{place}: {name}={getattr(own, name)}: {error}") from error
     guesses = next((name for name in GUESSES if getattr(own, name, None) is not None), None)
     if guesses is not None and batch > 1:
         raise ModelError(
@@ -72,7 +77,7 @@ class Sampling(Section):
     """Draw from the likeliest tokens that together have this probability."""
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Draw from tokens with at least this share of the likeliest token's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0), AfterValidator(_divisor)] | None = None
     """Above 1: make tokens that were there before less likely."""
 
     def arguments(self, own: GenerationConfig) -> dict[str, Any]:

@@ -220,6 +220,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
         (["--output", "a.txt"], "must end in .yaml"),
         (["--output", "nowhere/a.yaml"], "there is no folder nowhere"),
         (["--save", "some.txt"], "exists already"),
+        (["--save", "a.yaml", "--output", "./a.yaml"], "one is a file and one a folder"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, held_out, tmp_path, monkeypatch, arguments, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -184,6 +185,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(call, tmp_path, model_and_toke
         ({"stop_strings": ["a"]}, "stop_strings"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
         ({"do_sample": True, "temperature": 0.0}, "temperature=0 with do_sample"),
+        ({"do_sample": True, "repetition_penalty": 1e-300}, "repetition_penalty=1e-300"),
         ({"prompt_lookup_num_tokens": 3}, "set --batch 1"),
         ({"use_cache": False}, None),
         ({"cache_implementation": "static"}, None),
@@ -230,16 +232,27 @@ def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder
         (["--file", "twice.jsonl"], "the key 'prompt' appears twice"),
         (["--file", "surrogate.jsonl"], "surrogate.jsonl, line 1 holds half of a surrogate pair"),
         (["--prompt", "a", "--temperature", "1e-45"], "--temperature 1e-45"),
+        (["--prompt", "a", "--repetition-penalty", "1e-300"], "--repetition-penalty 1e-300"),
+        (
+            ["--prompt", "a", "--decode.refresh.keep", "-1"],
+            "error: decode.refresh.keep: Input should be greater than 0\n",
+        ),
         (["--prompt", "a", "--decode.prune.min_keys", "9" * 20], "decode.prune.min_keys"),
         (["--prompt", "a", "--budget", "few"], "budget=few must be auto, or a number of tokens"),
         (["--prompt", "a", "--budget", "64"], "budget=64: the layers of this model have full attention"),
         (["--prompt", "a", "--offload"], "offload=True: the layers of this model have full attention"),
         (["--prompt", "a", "--output", "taken.jsonl"], "exists already"),
         (["--prompt", "a", "--output", "nowhere/a.jsonl"], "there is no folder nowhere"),
+        (["--prompt", "a", "--output", "link.jsonl"], "exists already"),
+        (["--prompt", "a", "--output", "read-only/a.jsonl"], "nothing can be written in read-only"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "read-only").mkdir()
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "read-only")
+    (tmp_path / "link.jsonl").symlink_to("gone")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (tmp_path / "wide.txt").write_text("import", encoding="utf-16")
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "messages": []}\n')
