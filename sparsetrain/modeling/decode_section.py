@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from sparsetrain.errors import ModelError
@@ -63,13 +65,16 @@ def set_decode(model: Model, decode: str | Path | Mapping[str, Any] | Decode | N
         taken = check_composition(kinds.items(), section)
         for index in taken if section.select == "own" else ():
             check_own(index, plans[index].method)
-        if any(kinds[index] == LEARNED for index in taken):
+        # Said once: commands check a section on a model without weights first.
+        if any(kinds[index] == LEARNED for index in taken) and not _is_outline(model):
             logger.warning(
                 "decode.select=own with sparsek is for measurement: each step estimates the few keys that are left "
                 "anew, so it is slower than without"
             )
-    for index, module, _ in layers:
-        put_method(module, replace(plans[index], decode=section if index in taken else None))
+    # A method's modules are then without weights too.
+    with torch.device("meta") if _is_outline(model) else nullcontext():
+        for index, module, _ in layers:
+            put_method(module, replace(plans[index], decode=section if index in taken else None))
     record: dict[str, Any] = model.config.sparsetrain  # type: ignore[assignment, union-attr]
     record.pop(DECODE, None)
     if section is not None:
@@ -100,6 +105,10 @@ def read_decode(given: str | Path | Mapping[str, Any] | Decode) -> Decode:
 def decode_text(decode: Decode) -> str:
     """The section as the text of a file that :func:`read_decode` reads."""
     return dump_yaml(decode.model_dump(mode="json", exclude_none=True))
+
+
+def _is_outline(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
 
 
 def _check_same_model(calibrated: Calibrated, model: Any) -> None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import GenerationConfig
 
 from sparsetrain.methods.registry import parse_attention
@@ -50,7 +51,9 @@ def outline(path: str, field: str) -> PreTrainedModel:
         attention = parse_attention({"method": "full"}) if record is None else recorded_attention(record, path)
         decode = None if record is None else recorded_decode(record, path)
         model = _without_weights(source, path)
-    sparsify(model, attention)
+    # Modules that a method adds have no weights either, and it does not take those of the model for offloaded.
+    with torch.device("meta"):
+        sparsify(model, attention)
     return model if decode is None else set_decode(model, decode)
 
 

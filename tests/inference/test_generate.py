@@ -147,6 +147,32 @@ def test_fewer_keys_are_read_and_counted(call):
     assert (code, out) == (0, call(*arguments)[1])
 
 
+def test_keys_that_a_method_reads_anyway_are_pruned(call, tmp_path, caplog):
+    """Of SparseK, which adds modules of its own, with what it is for."""
+    model = sparsetrain.sparsify(sparsetrain.load(TINY), {"method": "sparsek", "topk": 16, "window": 16})
+    folder = tmp_path / "sparsek"
+    sparsetrain.save(model, folder, load_tokenizer(resolve(TINY, "path"), "path"))
+    arguments = (
+        str(folder),
+        "--prompt",
+        "def read(path):\n    return open(path).read()\n" * 4,
+        "--max-new-tokens",
+        "8",
+    )
+    code, whole, _ = call(*arguments)
+    assert code == 0
+    own = ("--decode.select", "own", "--decode.recent", "4", "--decode.prune.min_keys", "1", "--decode.prune.p")
+    code, _, err = call(*arguments, *own, "0.5")
+    assert code == 0
+    assert re.search(r"\d\d\.\d% of the keys read in a step.*of the softmax weight", err)
+    assert [record.message for record in caplog.records if "for measurement" in record.message] == [
+        "decode.select=own with sparsek is for measurement: each step estimates the few keys that are left anew, so it "
+        "is slower than without"
+    ]
+    code, same, _ = call(*arguments, *own, "1.0")
+    assert (code, same) == (0, whole)
+
+
 @pytest.mark.parametrize(("prompts", "most"), [(["import "], 10), (["import ", "a", "b"], 40)], ids=["text", "rows"])
 def test_nothing_more_is_written_once_the_reader_has_gone(capsys, monkeypatch, prompts, most):
     class Head(io.StringIO):
