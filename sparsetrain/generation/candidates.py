@@ -139,8 +139,8 @@ class Tokens(Candidates):
     ) -> PositionLists:
         """See :meth:`Candidates.choose`."""
         columns = self._columns
-        # Rows without tokens, such as those that nobody asks for, have no columns.
-        of_columns = Always((always.lengths > 0).int() * columns.shape[2], self._first, self._last)
+        of_columns = Always(always.lengths.new_full(always.lengths.shape, columns.shape[2]), self._first, self._last)
+        given.pop("into", None)  # columns, which are not what is wanted
         found = super().choose(choose, scores, lse, of_columns, **given)
         # What lies behind a count may be anything.
         inside = found.lists.clamp(0, columns.shape[2] - 1).long()

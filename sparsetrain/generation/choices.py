@@ -6,7 +6,8 @@ tokens may be taken back, and the place of a stretch follows from the number of 
 changes that number.
 
 The number is the host's where steps run on the host, which then knows when nothing is due. Where steps are compiled or
-captured, it is a tensor: a step is the same for every number, and what nobody is due for is told to the operations.
+captured, it is a tensor: a step is the same for every number, and operations are told who is due. They write the lists
+of those in place, and return at once for the others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor
 
 from sparsetrain.generation.settings import Refresh
 
-Find = Callable[[Tensor | None], tuple[Tensor, Tensor]]
-"""Lists and counts of a choice for the rows that are due, bool ``[B]``; None for all. Those of others are undefined."""
+Find = Callable[[Tensor | None, PositionLists | None], tuple[Tensor, Tensor]]
+"""Lists and counts of a choice for the rows that are due, bool ``[B]``; None for all. They may be made in the tensors
+that are handed along, where those of other rows stay; elsewhere those of others are undefined."""
 
 
 class Choice(NamedTuple):
@@ -53,37 +56,44 @@ class Choices:
         self._depth = -(-rollback // refresh.every) + 2 if rollback else 1
         self.static = static
         """The number of the step is a tensor."""
-        self._held: Choice | None = None  # of each stretch, [B, depth, ...]
+        self._held: Choice | None = None  # of each stretch, [B, depth, ...], or [B, ...] of one
+        self._dropped: Tensor | None = None  # keys without room, where lists are made in place
+        self._begins: Tensor | None = None  # whether a choice may be due, bool [steps]
         self._step: Any = 0
         self._first: Any = 0  # the step at which there is no choice yet
         self._highest: Any = 0  # the highest step from which tokens have been taken back
 
     def nbytes(self) -> int:
         """Bytes of the choices."""
-        return 0 if self._held is None else sum(tensor.nbytes for tensor in self._held)
+        held = (*(self._held or ()), self._dropped, self._begins)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def restart(self) -> None:
         """The next step is the first behind a prompt."""
         if isinstance(self._step, Tensor):
             for number in (self._step, self._first, self._highest):
                 number.zero_()
+            self._divide()
         else:
             self._step = self._first = self._highest = 0
 
-    def make_room(self, query: Tensor, lengths: Tensor, find: Find) -> None:
+    def make_room(self, query: Tensor, lengths: Tensor, find: Find, *, steps: int) -> None:
         """Room for static choices: as much as one needs that no row is due for.
 
         Args:
             query: ``[B, Hq, 1, D]``.
             lengths: int32 ``[B]``.
             find: makes a choice.
+            steps: that there may be.
         """
         nobody = torch.zeros(len(lengths), dtype=torch.bool, device=query.device)
-        self._fit(Choice(*find(nobody), lengths, self._mean(query)))
+        self._fit(Choice(*find(nobody, None), lengths, self._mean(query)))
         if not isinstance(self._step, Tensor):
-            self._step, self._first, self._highest = lengths.new_zeros(3, dtype=torch.int64).unbind()
-            for number in (self._step, self._first, self._highest):
-                torch._dynamo.mark_static_address(number)
+            self._step, self._first, self._highest = (lengths.new_zeros(1, dtype=torch.int64) for _ in range(3))
+            self._begins = nobody.new_empty(steps)
+            for tensor in (self._step, self._first, self._highest, self._begins):
+                torch._dynamo.mark_static_address(tensor)
+            self._divide()
 
     def take(self, query: Tensor, lengths: Tensor, find: Find) -> Choice:
         """The choice for a step.
@@ -93,22 +103,30 @@ class Choices:
             lengths: int32 ``[B]``: tokens of each row, the new one included.
             find: makes a choice.
         """
-        turn = self._step + self._phase if self._phase else self._step
-        first = self._step == self._first
-        begins = (turn % self._every == 0) | first
+        first: Any = (
+            self._step == self._first
+            if self._begins is None or self._similarity is not None or self._depth > 1
+            else None
+        )
         place: Any = 0
         before: Any = 0
         if self._depth > 1:
-            place, before = turn // self._every % self._depth, (turn // self._every - 1) % self._depth
+            stretch = (self._step + self._phase) // self._every
+            place, before = stretch % self._depth, (stretch - 1) % self._depth
+        if self._begins is None:
+            begins = (self._step + self._phase) % self._every == 0 or first
+        else:
+            begins = self._begins.index_select(0, self._step)
         if begins is not False:
             mean = self._mean(query)
             due = self._due(begins, first, mean, before)
-            new = Choice(*find(due), lengths, mean)
+            new = Choice(*find(due, self._into()), lengths, mean)
             held = self._fit(new)
             if due is not None:
                 if isinstance(place, Tensor):
                     before = torch.where(begins & ~first, before, place)
-                new = Choice(*(_of_rows(due, *pair) for pair in zip(new, self._read(held, before), strict=True)))
+                last = self._read(held, before)
+                new = Choice(*(_of_rows(due, *pair) for pair in zip(new, last, strict=True)))
             self._write(held, place, new)
         self._step += 1
         assert self._held is not None
@@ -122,6 +140,7 @@ class Choices:
             lost = self._lost() | (self._step < self._first)
             self._first.copy_(torch.where(lost, self._step, self._first))
             self._highest.copy_(torch.where(lost, self._step, self._highest))
+            self._divide()
             return
         self._highest = max(self._highest, self._step)
         self._step = max(self._step - tokens, 0)
@@ -144,11 +163,17 @@ class Choices:
     def _due(self, begins: Any, first: Any, mean: Tensor, before: Any) -> Tensor | None:
         """The rows that choose, bool ``[B]``; None for all."""
         if self._similarity is None or first is True:
-            return begins.expand(len(mean)) if isinstance(begins, Tensor) else None
+            return begins.expand(len(mean)).contiguous() if isinstance(begins, Tensor) else None
         assert self._held is not None
         last = self._read(self._held, before).query
         far = torch.cosine_similarity(mean, last, dim=-1) <= self._similarity
         return begins & (first | far)
+
+    def _divide(self) -> None:
+        """Mark the first step of each stretch, and the one at which there is no choice yet."""
+        assert self._begins is not None
+        steps = torch.arange(len(self._begins), device=self._begins.device)
+        self._begins.copy_(((steps + self._phase) % self._every == 0) | (steps == self._first))
 
     def _mean(self, query: Tensor) -> Tensor:
         """What later queries are compared with, ``[B, D]``, of ``[B, Hq, 1, D]``."""
@@ -161,6 +186,12 @@ class Choices:
 
     # --- tensors ---------------------------------------------------------------------------------------------------
 
+    def _into(self) -> PositionLists | None:
+        """Where lists are made, if there is one place for them."""
+        if not self.static or self._depth > 1 or self._held is None or self._dropped is None:
+            return None
+        return PositionLists(self._held.lists, self._held.counts, self._dropped)
+
     def _fit(self, new: Choice) -> Choice:
         """Room for choices like this one, in that of those before where it is enough."""
         held = self._held
@@ -170,34 +201,38 @@ class Choices:
                 return self._keep(held._replace(lists=torch.nn.functional.pad(held.lists, (0, more))))
             if more == 0 or not self.static:
                 return held
-        return self._keep(Choice(*(each.new_zeros(len(each), self._depth, *each.shape[1:]) for each in new)))
+        depth = () if self._depth == 1 else (self._depth,)
+        return self._keep(Choice(*(each.new_zeros(len(each), *depth, *each.shape[1:]) for each in new)))
 
     def _keep(self, held: Choice) -> Choice:
         self._held = held
         if self.static:
-            for tensor in held:
+            self._dropped = torch.zeros_like(held.counts)
+            for tensor in (*held, self._dropped):
                 torch._dynamo.mark_static_address(tensor)
         return held
 
     def _read(self, held: Choice, place: Any) -> Choice:
         """The choices of a stretch."""
         if self._depth == 1:
-            return Choice(*(tensor[:, 0] for tensor in held))
+            return held
         if isinstance(place, Tensor):
             return Choice(*(tensor.index_select(1, place.reshape(1))[:, 0] for tensor in held))
         return Choice(*(tensor[:, place] for tensor in held))
 
     def _write(self, held: Choice, place: Any, new: Choice) -> None:
         for tensor, each in zip(held, new, strict=True):
-            if each.numel() == 0:
+            if each is tensor or each.numel() == 0:
                 continue
             if self._depth > 1 and isinstance(place, Tensor):
                 tensor.index_copy_(1, place.reshape(1), each[:, None])
             else:
-                kept = tensor[:, 0 if self._depth == 1 else place]
+                kept = tensor if self._depth == 1 else tensor[:, place]
                 kept[..., : each.shape[-1]].copy_(each)
 
 
 def _of_rows(due: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """The new one of the rows that are due, of others the old one, ``[B, ...]``."""
+    if new is old or new.numel() == 0:  # made in place, or of nothing
+        return new
     return torch.where(due.reshape(-1, *[1] * (new.dim() - 1)), new, old[..., : new.shape[-1]])

@@ -104,7 +104,8 @@ class ListedMemory(PagedMemory):
                 self._choices.restart()
                 if self._choices.static:
                     last = query[:, :, -1:].detach()
-                    self._choices.make_room(last, self._tensors()[3], partial(self._lists, last, options))
+                    find, room = partial(self._lists, last, options), self.max_length or 0
+                    self._choices.make_room(last, self._tensors()[3], find, steps=room)
             return out
         if count == 1:
             return self._attend_one(query, key, value, options)
@@ -187,20 +188,27 @@ class ListedMemory(PagedMemory):
         return out
 
     @torch.no_grad()
-    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _lists(
+        self,
+        query: Tensor,
+        options: dict[str, Any],
+        due: Tensor | None = None,
+        into: PositionLists | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``, of the rows that are
-        due, bool ``[B]``; None for all."""
+        due, bool ``[B]``; None for all. They are made in ``into`` if they can be."""
         candidates = self._candidates(query, options, due)
         if not self._mirrors:
-            return candidates.positions(self._room(), self._always(due))
+            return candidates.positions(self._room(), self._always())
         scores, lse = self._estimate(query, candidates, options, due)
         if self.decode.prune is not None:
-            found = self._top_p(scores, lse, candidates, due)
+            found = self._top_p(scores, lse, candidates, due=due, into=into)
         else:
-            given = {"k": min(self._keep(), self._room()), "width": candidates.pooled}
-            found = candidates.choose(top_k_lists, scores, lse, self._always(due), num_kv_heads=self._heads(), **given)
+            given = {"k": min(self._keep(), self._room()), "width": candidates.pooled, "due": due, "into": into}
+            found = candidates.choose(top_k_lists, scores, lse, self._always(), num_kv_heads=self._heads(), **given)
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
-            self._counted[2] += found.dropped.sum()
+            dropped = found.dropped.sum(1)
+            self._counted[2] += (dropped if due is None else dropped.where(due, 0)).sum()
         return found.lists, found.counts
 
     def _candidates(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> Candidates:
@@ -214,14 +222,12 @@ class ListedMemory(PagedMemory):
         given = {**self._places(due).arguments, **_factors(options), **candidates.scored()}
         return estimate_scores(query, self._mirror(), **given)
 
-    def _top_p(
-        self, scores: Tensor, lse: Tensor, candidates: Candidates, due: Tensor | None = None, **other: Any
-    ) -> PositionLists:
+    def _top_p(self, scores: Tensor, lse: Tensor, candidates: Candidates, **other: Any) -> PositionLists:
         """What the layer's top-p keeps of the candidates; ``other`` goes before the section."""
         room = self._room()
         capacity = min(room, max(LEAST_CAPACITY, room // 4) if candidates.most is None else candidates.most)
         given = {"num_kv_heads": self._heads(), "capacity": capacity, **self._prune, **other}
-        return candidates.choose(top_p_lists, scores, lse, self._always(due), **given)
+        return candidates.choose(top_p_lists, scores, lse, self._always(), **given)
 
     def _heads(self) -> int:
         """KV heads."""
@@ -232,14 +238,13 @@ class ListedMemory(PagedMemory):
         return self._tensors()[2].shape[1] * self.pattern.block
 
     def _places(self, due: Tensor | None = None) -> Places:
-        """Where the keys of each row are; rows that are not due have none to choose from."""
+        """Where the keys of each row are, and which rows are due."""
         _, _, table, lengths = self._tensors()
-        lengths = lengths if due is None else lengths.where(due, 0)
         return Places(lengths, table, self._room(), self.beside, self._prompt, due)
 
-    def _always(self, due: Tensor | None = None) -> Always:
+    def _always(self) -> Always:
         """What this step reads in any case."""
-        return self._selector.always(self._places(due))
+        return self._selector.always(self._places())
 
     def _keep(self) -> int:
         """Keys of a choice of RefreshKV."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sparsetrain_kernels.block_decode import block_pattern_decode
+from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor
 
 from sparsetrain.generation.listed import ListedMemory
@@ -49,9 +50,11 @@ class MeasuredMemory(ListedMemory):
         self.steps: list[Step] = []
         """Of each step since."""
 
-    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _lists(
+        self, query: Tensor, options: dict[str, Any], due: Tensor | None = None, into: PositionLists | None = None
+    ) -> tuple[Tensor, Tensor]:
         self._estimated = self._selector_bytes()
-        found = super()._lists(query, options, due)
+        found = super()._lists(query, options, due, into)
         if due is not None:
             # A row that goes on with its last choice would not have made this one alone.
             self._estimated = self._estimated.where(due, 0)
@@ -111,7 +114,9 @@ class WindowMemory(MeasuredMemory):
         super().__init__(*given, **room)
         self._mirrors = self._centred = False
 
-    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _lists(
+        self, query: Tensor, options: dict[str, Any], due: Tensor | None = None, into: PositionLists | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows, heads = query.shape[0], self._tensors()[0].shape[1]
         empty = torch.zeros(rows, heads, 1, dtype=torch.int32, device=query.device)
         return empty, empty[:, :, 0].contiguous()
@@ -129,7 +134,9 @@ class OracleMemory(MeasuredMemory):
         super().__init__(*given, **room)
         self._mirrors = self._centred = False
 
-    def _lists(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _lists(
+        self, query: Tensor, options: dict[str, Any], due: Tensor | None = None, into: PositionLists | None = None
+    ) -> tuple[Tensor, Tensor]:
         keys, _, _, lengths = self._tensors()
         heads = keys.shape[1]
         weights = self._weights(query, options)

@@ -109,7 +109,7 @@ class QuestPages(Selector):
         wanted = min(-(-self._decode.candidate_tokens(places.prompt) // GRANULE), pages)
         alike = torch.zeros(batch, heads, device=bounds.device)
         # A row has no more pages than tokens, and where there is none the bound is -inf.
-        best = top_k_lists(bounds, alike, wanted, lengths=places.lengths, num_kv_heads=heads, width=1)
+        best = top_k_lists(bounds, alike, wanted, lengths=places.lengths, num_kv_heads=heads, width=1, due=places.due)
         return Pages(best.lists, best.counts)
 
 
@@ -174,7 +174,7 @@ class HeavyChannels(Selector):
         scores, lse = estimate_scores(label, mirror, scale=width**-0.5 if scale is None else scale, **places.arguments)
         always = self.always(places)
         wanted = min(self._decode.candidate_tokens(places.prompt), places.max_length)
-        found = top_k_lists(scores, lse, wanted, num_kv_heads=heads, width=1, **always._asdict())
+        found = top_k_lists(scores, lse, wanted, num_kv_heads=heads, width=1, due=places.due, **always._asdict())
         return Tokens(found.lists, found.counts, always)
 
     def _heavy(self, spread: Tensor) -> Tensor:

@@ -285,6 +285,7 @@ def compile_lists(dtype: str) -> None:
     """What chooses keys from the scores of one token, of type ``dtype``: rows of their own, and of candidate pages."""
     known = dict.fromkeys(("lse_ptr", "p_ptr"), "*fp32") | {"always_ptr": "*i64", "p": "fp32", "deviations": "fp32"}
     known |= dict.fromkeys(("scores_ptr", "rows_ptr", "pooled_ptr", "rank_ptr", "sifted_ptr", "own_ptr"), f"*{dtype}")
+    known |= {"due_ptr": "*u8"}
     row = {"KV_HEADS": 8, "RECENTS": True}
     sample = {"SAMPLE": select_configs.SAMPLE, "PIECE": select_configs.PIECE}
     sample |= {"GUESSES": select_configs.GUESSES, "TURNS": select_configs.TURNS}
@@ -298,8 +299,16 @@ def compile_lists(dtype: str) -> None:
             (thresholds.threshold_kernel, {**row, **whole, "HEADS": 32, "P_HEADS": True}, select_configs.NUM_WARPS),
             (pooling.pool_heads_kernel, {**chunk, "GROUP": 4, "MEAN": True}, select_configs.NUM_WARPS),
             (pooling.pool_neighbours_kernel, {**chunk, "WIDTH": 7}, select_configs.NUM_WARPS),
-            (position_lists.list_kernel, {**row, **whole, "GROUP": 4, "NEWEST": False}, select_configs.NUM_WARPS),
-            (position_lists.list_kernel, {**row, **whole, "GROUP": 1, "NEWEST": True}, select_configs.NUM_WARPS),
+            (
+                position_lists.list_kernel,
+                {**row, **whole, "GROUP": 4, "NEWEST": False, "DUE": True},
+                select_configs.NUM_WARPS,
+            ),
+            (
+                position_lists.list_kernel,
+                {**row, **whole, "GROUP": 1, "NEWEST": True, "DUE": False},
+                select_configs.NUM_WARPS,
+            ),
         ]
         for kernel, own, warps in kernels:
             constants = {**own, "PAGES": pages}

@@ -280,6 +280,32 @@ def test_the_k_heaviest_keys_pooled_and_the_newest_of_equal_ones(backend: str, w
     assert width == 1 or int(found.dropped.max()) > 0
 
 
+@pytest.mark.parametrize("group", ["union", "max"])
+@pytest.mark.parametrize("pages", [False, True], ids=["all keys", "pages"])
+def test_sequences_that_are_not_due_keep_their_lists(backend: str, pages: bool, group: str) -> None:
+    scores = (normal(3, 4, 320, seed=11) * 3).half()
+    given = {"lengths": to_lengths(320, 300, 310), "num_kv_heads": 2, "capacity": 64, "sinks": 2, "recent": 5}
+    if pages:
+        given |= {"page_lists": torch.arange(20, dtype=torch.int32).expand(3, 2, 20).contiguous()}
+        given |= {"page_counts": torch.full((3, 2), 20, dtype=torch.int32)}
+    find = partial(top_p_lists, lse=log_sums(scores), p=0.8, group=group, **given, backend=backend)
+    want, due = find(scores), torch.tensor([True, False, True])
+    # What is read of the others would show.
+    scores[1] = float("nan")
+    into = PositionLists(*(torch.full_like(each, -7) for each in want))
+    assert find(scores, due=due, into=into) is into
+    assert_same(PositionLists(*(each[due] for each in into)), PositionLists(*(each[due] for each in want)))
+    assert all((each[1] == -7).all() for each in into)
+    assert torch.equal(find(scores, due=due).counts[due], want.counts[due])
+    held = [each.clone() for each in into]
+    nobody, room = torch.zeros(3, dtype=torch.bool), given.pop("capacity")
+    find(scores, due=nobody, into=into)
+    top_k_lists(scores, log_sums(scores), room, due=nobody, into=into, **given, backend=backend)
+    assert all(map(torch.equal, into, held))
+    with pytest.raises(ValueError, match=r"into\.counts has shape"):
+        find(scores, into=into._replace(counts=into.counts[:2]))
+
+
 def test_k_of_fewer_keys_are_all(backend: str) -> None:
     scores = normal(1, 2, 50).half()
     found = top_k_lists(scores, log_sums(scores), 80, lengths=to_lengths(50), num_kv_heads=2, backend=backend)

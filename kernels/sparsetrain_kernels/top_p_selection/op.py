@@ -11,6 +11,7 @@ from sparsetrain_kernels.top_p_selection import library  # noqa: F401  (defines 
 from sparsetrain_kernels.top_p_selection.selection import (
     PositionLists,
     SelectionInputs,
+    check_into,
     check_selection,
     check_width,
 )
@@ -32,6 +33,8 @@ def top_p_lists(
     recent: int | Tensor = 0,
     page_lists: Tensor | None = None,
     page_counts: Tensor | None = None,
+    due: Tensor | None = None,
+    into: PositionLists | None = None,
     backend: str = "auto",
 ) -> PositionLists:
     """Per head, the fewest keys that hold a share ``p`` of the softmax weight: Twilight's top-p.
@@ -67,6 +70,9 @@ def top_p_lists(
         page_lists: int32 ``[B, Hkv, ceil(M / 16)]``, the candidates of each KV head, ascending pages of 16 tokens;
             None means all keys.
         page_counts: int32 ``[B, Hkv]``, the candidates that there are.
+        due: bool ``[B]``, the sequences that are asked for; None means all. Of others nothing is read, and what is
+            returned of them is undefined.
+        into: tensors that are written and returned, of the sequences that are due; of others they stay as they are.
         backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``.
 
     Returns:
@@ -90,10 +96,11 @@ def top_p_lists(
         recent=recent,
         page_lists=page_lists,
         page_counts=page_counts,
+        due=due,
     )
     if not inputs.p > 0:
         raise ValueError(f"p={p} must be above 0, or no key would be kept")
-    return _run(inputs, backend)
+    return _run(inputs, into, backend)
 
 
 def top_k_lists(
@@ -108,6 +115,8 @@ def top_k_lists(
     recent: int | Tensor = 0,
     page_lists: Tensor | None = None,
     page_counts: Tensor | None = None,
+    due: Tensor | None = None,
+    into: PositionLists | None = None,
     backend: str = "auto",
 ) -> PositionLists:
     """The ``k`` keys of the highest weight, as RefreshKV chooses them (2411.05787, section 3).
@@ -128,6 +137,8 @@ def top_k_lists(
         recent: the last tokens, which are neither; a number, or int32 ``[B]``.
         page_lists: int32 ``[B, Hkv, ceil(M / 16)]``.
         page_counts: int32 ``[B, Hkv]``.
+        due: bool ``[B]``.
+        into: what is written and returned.
         backend: ``triton``, ``reference`` or ``auto``.
 
     Returns:
@@ -154,10 +165,15 @@ def top_k_lists(
         recent=recent,
         page_lists=page_lists,
         page_counts=page_counts,
+        due=due,
     )
-    return _run(inputs, backend)
+    return _run(inputs, into, backend)
 
 
-def _run(inputs: SelectionInputs, backend: str) -> PositionLists:
+def _run(inputs: SelectionInputs, into: PositionLists | None, backend: str) -> PositionLists:
     chosen = choose_backend(backend, inputs.scores, _REFUSALS)
-    return PositionLists(*torch.ops.sparsetrain.position_lists(*inputs, chosen))
+    if into is None:
+        return PositionLists(*torch.ops.sparsetrain.position_lists(*inputs, chosen))
+    check_into(into, inputs)
+    torch.ops.sparsetrain.position_lists_into(*inputs, chosen, *into)
+    return into

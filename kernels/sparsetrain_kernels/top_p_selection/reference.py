@@ -13,9 +13,17 @@ LOG2E = math.log2(math.e)
 LEAST = torch.finfo(torch.float16).min
 
 
-def select(call: SelectionInputs) -> PositionLists:
+def select(call: SelectionInputs, into: PositionLists) -> None:
     """As :func:`sparsetrain_kernels.top_p_selection.op.top_p_lists`, without a loop over keys and without reading the
     host."""
+    if call.due is not None and call.due.device.type == "cpu" and not call.due.any():
+        return
+    for tensor, found in zip(into, _select(call), strict=True):
+        asked = None if call.due is None else call.due.reshape(-1, *[1] * (found.dim() - 1))
+        tensor.copy_(found if asked is None else torch.where(asked, found, tensor))
+
+
+def _select(call: SelectionInputs) -> PositionLists:
     batch, heads, columns = call.scores.shape
     position, is_key = _columns(call)
     recents = torch.full_like(call.lengths, call.recent) if call.recents is None else call.recents

@@ -53,6 +53,8 @@ class SelectionInputs(NamedTuple):
     capacity: int
     newest: bool
     """Whether the newest of equal keys fill the list, or none of those that do not all fit."""
+    due: Tensor | None
+    """Which sequences are asked for; None for all."""
 
 
 def check_selection(
@@ -71,6 +73,7 @@ def check_selection(
     recent: int | Tensor,
     page_lists: Tensor | None,
     page_counts: Tensor | None,
+    due: Tensor | None,
 ) -> SelectionInputs:
     """Check shapes, dtypes and ranges.
 
@@ -101,6 +104,9 @@ def check_selection(
         check_tensors(page_lists=page_lists, page_counts=page_counts)
         _check("page_lists", page_lists, torch.int32, (batch, num_kv_heads, -(-columns // PAGE)), scores)
         _check("page_counts", page_counts, torch.int32, (batch, num_kv_heads), scores)
+    if due is not None:
+        check_tensors(due=due)
+        _check("due", due, torch.bool, (batch,), scores)
     recents: Tensor | None = None
     p_heads: Tensor | None = None
     if isinstance(recent, Tensor):
@@ -132,7 +138,23 @@ def check_selection(
         min_keys,
         capacity,
         newest,
+        due,
     )
+
+
+def check_into(into: PositionLists, inputs: SelectionInputs) -> None:
+    """Tensors that a selection is written into are as large as it is.
+
+    Raises:
+        TypeError, ValueError: one of them is not; the message names it.
+    """
+    each = (inputs.scores.shape[0], inputs.kv_heads)
+    shapes = ((*each, inputs.capacity), each, each)
+    for name, tensor, shape in zip(PositionLists._fields, into, shapes, strict=True):
+        check_tensors(**{f"into.{name}": tensor})
+        _check(f"into.{name}", tensor, torch.int32, shape, inputs.scores)
+        if not tensor.is_contiguous():
+            raise ValueError(f"into.{name} has strides {tensor.stride()}: it is written in place; make it contiguous")
 
 
 def check_width(width: int) -> None:

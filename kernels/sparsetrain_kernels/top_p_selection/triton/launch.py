@@ -25,17 +25,20 @@ from sparsetrain_kernels.top_p_selection.triton.configs import (
 )
 
 
-def select(call: SelectionInputs) -> PositionLists:
+def select(call: SelectionInputs, into: PositionLists) -> None:
     """As :func:`sparsetrain_kernels.top_p_selection.reference.select`."""
     with on_device(call.scores):
         call = _with_consecutive_rows(call)
         if call.group != "union":
             call = _pooled(call)
-        return _lists(call)
+        _lists(call, into)
 
 
 def _with_consecutive_rows(call: SelectionInputs) -> SelectionInputs:
     lse, lengths = row_major(call.lse, call.lengths)
+    if call.due is not None:
+        # Without tokens there is nothing to do, in any kernel.
+        lengths = lengths.where(call.due, 0)
     return call._replace(
         scores=consecutive_rows(call.scores),
         lse=lse,
@@ -44,6 +47,7 @@ def _with_consecutive_rows(call: SelectionInputs) -> SelectionInputs:
         page_counts=None if call.page_counts is None else call.page_counts.contiguous(),
         p_heads=None if call.p_heads is None else call.p_heads.contiguous(),
         recents=None if call.recents is None else call.recents.contiguous(),
+        due=None if call.due is None else call.due.contiguous().view(torch.uint8),
     )
 
 
@@ -86,7 +90,7 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     return call._replace(scores=pooled, lse=lse, p_heads=p_heads, group="union", width=1)
 
 
-def _lists(call: SelectionInputs) -> PositionLists:
+def _lists(call: SelectionInputs, into: PositionLists) -> None:
     batch, heads, columns = call.scores.shape
     rows, group = batch * call.kv_heads, heads // call.kv_heads
     device = call.scores.device
@@ -100,10 +104,6 @@ def _lists(call: SelectionInputs) -> PositionLists:
     sifted, own = torch.empty((2, batch, heads, columns), dtype=torch.float16, device=device)
     rank = torch.empty((rows, columns), dtype=torch.float16, device=device)
     before = torch.empty((rows, call.newest + 1, columns), dtype=torch.int32, device=device)
-    found = PositionLists(
-        torch.empty((batch, call.kv_heads, call.capacity), dtype=torch.int32, device=device),
-        *torch.empty((2, batch, call.kv_heads), dtype=torch.int32, device=device),
-    )
 
     row = (call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts)
     numbers = (*call.scores.stride()[:2], *_page_strides(call), columns, call.recent, call.sinks)
@@ -144,15 +144,15 @@ def _lists(call: SelectionInputs) -> PositionLists:
     launch(
         lists.list_kernel,
         rows,
-        (*row, floor, threshold, taken, segments, candidates, sifted, rank, before, *found),
+        (*row, floor, threshold, taken, segments, candidates, sifted, rank, before, call.due, *into),
         (*numbers, chunks, call.capacity),
         GROUP=group,
         NEWEST=call.newest,
+        DUE=call.due is not None,
         num_warps=NUM_WARPS,
         **alike,
         **whole,
     )
-    return found
 
 
 def _page_strides(call: SelectionInputs) -> tuple[int, int]:

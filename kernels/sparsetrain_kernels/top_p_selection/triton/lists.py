@@ -29,6 +29,7 @@ def list_kernel(
     sifted_ptr,
     rank_ptr,
     before_ptr,
+    due_ptr,
     lists_ptr,
     counts_ptr,
     dropped_ptr,
@@ -46,6 +47,7 @@ def list_kernel(
     RECENTS: tl.constexpr,
     PAGES: tl.constexpr,
     NEWEST: tl.constexpr,
+    DUE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     GATHER: tl.constexpr,
@@ -62,6 +64,9 @@ def list_kernel(
     row = tl.program_id(0)
     kv_head = row % KV_HEADS
     batch = row // KV_HEADS
+    if DUE:  # noqa: SIM102 (known when compiled)
+        if tl.load(due_ptr + batch) == 0:
+            return
     columns, length, recent_start = row_bounds(
         lengths_ptr, recents_ptr, page_counts_ptr, batch, kv_head, all_columns, recent, KV_HEADS, RECENTS, PAGES
     )

@@ -30,6 +30,7 @@ def row_bounds(
         recent = tl.load(recents_ptr + batch)
     if PAGES:
         columns = tl.minimum(tl.load(page_counts_ptr + batch * KV_HEADS + kv_head) * PAGE, columns)
+        columns = tl.where(length > 0, columns, 0)
     else:
         columns = tl.minimum(length, columns)
     return columns, length, length - recent
