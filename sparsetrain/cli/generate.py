@@ -142,7 +142,7 @@ def generate(
     else:
         _write_rows(writer, prompts, encoded, batch, output)
     print(_speed(writer.usage), file=sys.stderr)
-    if (told := _kept(writer.usage.observations)) is not None:
+    if (told := _kept(writer.usage)) is not None:
         print(told, file=sys.stderr)
 
 
@@ -215,11 +215,13 @@ def _speed(usage: Usage) -> str:
     )
 
 
-def _kept(observations: list[dict[str, float]]) -> str | None:
+def _kept(usage: Usage) -> str | None:
     """The share of keys read by the layers that choose keys."""
+    observations = usage.observations
     kept = [each["kept"] for each in observations if "kept" in each]
     if not kept:
-        return None
+        uncounted = "what the steps read is not counted: compiled steps do not count"
+        return uncounted if usage.observations and usage.decoded else None
     text = f"{sum(kept) / len(kept):.1%} of the keys read in a step ({min(kept):.1%} to {max(kept):.1%} by layer)"
     masses = [each for each in observations if "mass_mean" in each]
     if masses:

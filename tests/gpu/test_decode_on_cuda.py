@@ -30,6 +30,9 @@ FEW: list[dict[str, Any]] = [
     {"select": "quest", "candidates": 2048, "prune": {"p": 0.8}},
     {"select": "channels", "candidates": 1024},
     {"select": "channels", "candidates": 2048, "prune": {"p": 0.8}},
+    {"prune": {"p": 0.8}, "refresh": {"every": 3}},
+    {"refresh": {"every": 3, "keep": 512}},
+    {"select": "quest", "candidates": 1024, "refresh": {"every": 3, "similarity": 1.0}},
 ]
 OWN: dict[str, Any] = {"select": "own", "prune": {"p": 0.8}, "dense_layers": []}
 
