@@ -139,6 +139,8 @@ class Decode(Section):
 def _check_heavy(heavy: dict[int, list[list[int]]], count: int) -> None:
     """Every KV head names ``count`` different channels, ascending."""
     for layer, heads in heavy.items():
+        if not heads:
+            raise ValueError(f"heavy_channels of layer {layer} names no KV head; give {count} channels of each")
         for head, channels in enumerate(heads):
             if len(channels) != count or sorted(set(channels)) != channels:
                 raise ValueError(

@@ -54,6 +54,13 @@ FEW = {
         "candidates": 32,
         "refresh": {"every": 3, "keep": 8},
     },
+    "top-p of channels by similarity": {
+        "select": "channels",
+        "channels": 4,
+        "candidates": 32,
+        "prune": {"p": 0.5, "min_keys": 1},
+        "refresh": {"every": 2, "similarity": 0.2},
+    },
     "channels, used again": {"select": "channels", "channels": 4, "candidates": 16, "refresh": {"every": 4}},
     "Quest, used again": {"select": "quest", "candidates": 16, "refresh": {"every": 4}},
 }

@@ -185,6 +185,7 @@ def test_a_record_brings_calibrated_channels_back(tmp_path):
         ({"heavy_channels": {0: [[0, 1, 2, 3]], 1: [[0, 1, 2, 3]]}}, "names 1 KV heads in layer 0.*has 2 KV heads"),
         ({"heavy_channels": dict.fromkeys((0, 1), [[0, 1, 2, 99]] * 2)}, "channels up to 99.* of 16 channels"),
         ({"heavy_channels": {1: [[0, 1, 2, 3]] * 2}}, "names layers 1, and the layers that read fewer keys are 0, 1"),
+        ({"heavy_channels": {0: [], 1: []}}, "heavy_channels of layer 0 names no KV head; give 4 channels of each"),
         ({"heavy_channels": {0: [[0, 1, 2]] * 2}}, "layer 0, KV head 0 must be 4 different channels"),
         ({"candidates": 15}, "candidates=15 must be a whole number of 16 tokens or more, or a share below 1"),
         ({"candidates": 20.5}, "candidates=20.5 must be"),
