@@ -135,11 +135,11 @@ def test_rows_of_a_batch_are_as_alone(decode):
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("decode", [FEW["top-p"], FEW["top-p of Quest"], FEW["top-k"]], ids=["top-p", "Quest", "top-k"])
+@pytest.mark.parametrize("name", ["top-p", "top-p of Quest", "top-k", "channels", "top-p of channels"])
 @pytest.mark.parametrize("lengths", [(96,), (96, 20, 50)], ids=str)
-def test_chunks_of_a_prompt_choose_as_the_whole_does(decode, lengths, monkeypatch):
+def test_chunks_of_a_prompt_choose_as_the_whole_does(name, lengths, monkeypatch):
     """Among them chunks that are padding, and prompts whose tokens differ from their beginnings'."""
-    model, (ids, mask) = make(decode), prompts(*lengths)
+    model, (ids, mask) = make(FEW[name]), prompts(*lengths)
     ids[:, :40] = ids[:, :40] % 3 + (mask[:, :40] > 0).long()
     chosen = []
     original = listed.listed_decode
