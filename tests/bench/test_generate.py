@@ -45,7 +45,7 @@ def test_every_way_generates(how):
     assert {name: row.remark for name, row in rows.items() if row.remark} == {}
     assert all(row.rate > 0 and row.graph_rate is None and row.peak_gb is None for row in rows.values())
     assert all((row.prompt_seconds is None) == (how == "random") for row in rows.values())
-    choosing = {"twilight", "twilight-quest", "quest", "channels", "refresh"}
+    choosing = {"twilight", "twilight-quest", "twilight-own", "quest", "channels", "refresh"}
     assert {name for name, row in rows.items() if row.kept is not None} == choosing
     assert all(rows[name].kept < 1 for name in choosing - {"quest", "channels"})
     # Pages of 256 tokens, and 3 layers, 2 rows, 2 KV heads of 16 in fp32.

@@ -112,6 +112,12 @@ WAYS = (
     Way("twilight", "sparsetrain, Twilight, all keys", "full", "twilight-full"),
     Way("twilight-quest", "sparsetrain, Twilight, Quest's pages", "full", "twilight"),
     Way("quest", "sparsetrain, Quest", "full", "quest"),
+    Way(
+        "twilight-own",
+        "sparsetrain, Twilight, PowerAttention's keys",
+        "power",
+        {"select": "own", "prune": {"p": 0.95}, "dense_layers": []},
+    ),
     Way("channels", "sparsetrain, Double Sparsity", "full", {"select": "channels"}),
     Way("refresh", "sparsetrain, Twilight, used again", "full", {"prune": {"p": 0.95}, "refresh": {"every": 8}}),
 )
