@@ -103,11 +103,9 @@ class Choices:
             lengths: int32 ``[B]``: tokens of each row, the new one included.
             find: makes a choice.
         """
-        first: Any = (
-            self._step == self._first
-            if self._begins is None or self._similarity is not None or self._depth > 1
-            else None
-        )
+        first: Any = None
+        if self._begins is None or self._similarity is not None or self._depth > 1:
+            first = self._step == self._first
         place: Any = 0
         before: Any = 0
         if self._depth > 1:

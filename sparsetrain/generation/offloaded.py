@@ -158,6 +158,11 @@ class OffloadedMemory(PagedMemory):
             super()._append(key, value)
             self._ready, self._ran = False, True
             return
+        if key.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ModelError(
+                "a captured step would bring the same pages in every replay: let generate compile the steps, which "
+                "brings pages between them"
+            )
         tokens = key.shape[2]
         self._catch_up()
         check_room(self._longest + tokens, self.max_length)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsetrain_kernels import block_pattern_attention
 
+from sparsetrain.errors import ModelError
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.generation.pages import PagedMemory
 from sparsetrain.patterns import DilatedPattern, LongNetPattern, PowerPattern
@@ -16,6 +17,15 @@ pytestmark = [
 ]
 PATTERNS = {"power": PowerPattern(64, 3, 1), "dilated": DilatedPattern(64, 6, 4), "longnet": LongNetPattern(64)}
 PROMPT, STEPS = 8192 + 17, 400
+
+
+def test_a_step_is_not_captured_with_its_copies() -> None:
+    memory = OffloadedMemory(PATTERNS["power"], lambda layer, query, key, value, **options: query, max_length=1024)
+    text = [torch.randn(1, 2, 600, 64, device="cuda") for _ in range(3)]
+    memory.attend(None, *(tensor[:, :, :599] for tensor in text), starts=None)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ModelError, match="a captured step would bring the same pages"), torch.cuda.graph(graph):
+        memory.attend(None, *(tensor[:, :, 599:] for tensor in text), starts=None)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
