@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparsetrain.evaluation.base import Task
+    from sparsetrain.evaluation.decode_comparison import DecodeRow
 
 BUDGETS = [0.0625, 0.125, 0.25, 0.5]
 
@@ -57,7 +57,10 @@ def compare_decode(
     batch: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 32,
     output: Annotated[
         Path | None,
-        typer.Option(help="A new folder for decode.json, decode.csv, decode.md and decode.png.", show_default=False),
+        typer.Option(
+            help="A new folder for decode.json, decode.csv and decode.md, written after each row, and decode.png.",
+            show_default=False,
+        ),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -98,7 +101,7 @@ def compare_decode(
 
     from sparsetrain.evaluation.decode_answers import Answerer, Question, longest
     from sparsetrain.evaluation.decode_comparison import compare
-    from sparsetrain.evaluation.decode_table import blocks, write
+    from sparsetrain.evaluation.decode_table import blocks, draw, write
     from sparsetrain.inference.models import find_model
     from sparsetrain.modeling.positions import position_limit
     from sparsetrain.tables import print_tables
@@ -117,30 +120,39 @@ def compare_decode(
         )
     loaded = source.load(kind).eval().to(place)
     answerer = Answerer(loaded, source.tokenizer, questions, extra=extra, batch=batch)
+    title = f"{model}, {name}: {len(questions)} documents of up to {tokens} tokens"
+    facts = {
+        "title": title,
+        "model": model,
+        "recipe": str(loaded_recipe.path),
+        "task": name,
+        "question": question,
+        "extra": extra,
+        "device": place.type,
+    }
+    rows: list[DecodeRow] = []
+
+    def keep(row: DecodeRow) -> None:
+        """What was measured stays where the comparison is broken off."""
+        rows.append(row)
+        bar.update(running, description=f"documents, after {row.name}")
+        if output is not None:
+            write(output, rows, facts)
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         running = bar.add_task("documents", total=None)
-        rows = compare(
+        compare(
             answerer,
             budgets=budgets,
             dense_layers=dense_layers or [],
             only=setting,
             on_batch=lambda documents: bar.advance(running, documents),
-            on_row=lambda row: bar.update(running, description=f"documents, after {row.name}"),
+            on_row=keep,
         )
-    for title, cells in blocks(rows).items():
-        print_tables(Console(), _table(title, cells))
+    for heading, cells in blocks(rows).items():
+        print_tables(Console(), _table(heading, cells))
     if output is not None:
-        facts = {
-            "title": f"{model}, {name}: {len(questions)} documents of up to {tokens} tokens",
-            "model": model,
-            "recipe": str(loaded_recipe.path),
-            "task": name,
-            "question": question,
-            "extra": extra,
-            "device": place.type,
-            "machine": platform.processor() or platform.machine(),
-        }
-        write(output, rows, facts)
+        draw(rows, title, output / "decode.png")
         print(f"{output}: decode.json, decode.csv, decode.md, decode.png", file=sys.stderr)
 
 

@@ -50,17 +50,16 @@ def markdown(rows: Sequence[DecodeRow]) -> str:
 
 
 def write(folder: Path, rows: Sequence[DecodeRow], facts: dict[str, Any]) -> None:
-    """Write ``decode.json``, ``decode.csv``, ``decode.md`` and ``decode.png``.
+    """Write ``decode.json``, ``decode.csv`` and ``decode.md``, in the place of those of fewer rows.
 
     Args:
-        facts: of the comparison, such as the model, for the JSON file and the picture's title (``title``).
+        facts: of the comparison, such as the model, for the JSON file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = [row.model_dump(mode="json") for row in rows]
     write_whole(folder / "decode.json", json.dumps({**facts, "rows": values}, indent=1) + "\n")
     write_whole(folder / "decode.csv", _csv(values))
     write_whole(folder / "decode.md", markdown(rows))
-    _draw(rows, str(facts["title"]), folder / "decode.png")
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -90,8 +89,8 @@ def _csv(values: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _draw(rows: Sequence[DecodeRow], title: str, out: Path) -> None:
-    """Accuracy and error against the bytes read: a line for each setting, hollow marks as published."""
+def draw(rows: Sequence[DecodeRow], title: str, out: Path) -> None:
+    """Draw accuracy and error against the bytes read: a line for each setting, hollow marks as published."""
     from matplotlib.figure import Figure
 
     figure: Figure = Figure(figsize=(13, 5), layout="constrained")
