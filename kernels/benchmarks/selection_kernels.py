@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sparsetrain_kernels import listed_decode, top_p_lists
@@ -12,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 256
 CACHES = 3
 """Scores and caches that are read in turn."""
-ALWAYS = {"sinks": 4, "recent": 64}
+ALWAYS: dict[str, Any] = {"sinks": 4, "recent": 64}
 
 
 def kernel_times(call: Callable[[int], object], repeats: int) -> dict[str, float]:
@@ -40,12 +41,13 @@ def measure(batch: int, tokens: int, p: float, spread: float, repeats: int) -> N
     caches = [pages.clone() for _ in range(CACHES)]
     table = torch.randperm(batch * tokens // PAGE, device=device).view(batch, -1).to(torch.int32)
     query = torch.randn(batch, HEADS, 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
-    options = {"lengths": lengths, "num_kv_heads": KV_HEADS, "capacity": max(8192, tokens // 4), "min_keys": 64}
+    room = max(8192, tokens // 4)
+    options: dict[str, Any] = {"lengths": lengths, "num_kv_heads": KV_HEADS, "capacity": room, "min_keys": 64, **ALWAYS}
 
     def select(index: int) -> object:
-        return top_p_lists(scores[index % CACHES], sums[index % CACHES], p, **options, **ALWAYS)  # type: ignore[arg-type]
+        return top_p_lists(scores[index % CACHES], sums[index % CACHES], p, **options)
 
-    chosen = top_p_lists(scores[0], sums[0], p, **options, **ALWAYS)  # type: ignore[arg-type]
+    chosen = top_p_lists(scores[0], sums[0], p, **options)
 
     def attend(index: int) -> object:
         return listed_decode(
