@@ -50,9 +50,9 @@ def measure(batch: int, tokens: int, p: float, spread: float, repeats: int) -> N
     chosen = top_p_lists(scores[0], sums[0], p, **options)
 
     def attend(index: int) -> object:
-        return listed_decode(
-            query, *caches[index % CACHES], chosen.lists, chosen.counts, lengths=lengths, block_table=table, **ALWAYS
-        )
+        key, value = caches[index % CACHES]
+        lists, counts = chosen.lists, chosen.counts
+        return listed_decode(query, key, value, lists, counts, lengths=lengths, block_table=table, **ALWAYS)
 
     kept = chosen.counts.float().mean().item() / tokens
     print(f"{batch} x {tokens:,} keys, {kept:.2%} kept, microseconds:")
