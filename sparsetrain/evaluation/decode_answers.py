@@ -109,14 +109,14 @@ class _Dictated(LogitsProcessor):
         return scores.where(wanted == FREE, only)
 
 
-class _LineEnd(StoppingCriteria):
-    """Ends a text that has broken a line in its answer."""
+class _AnswerEnd(StoppingCriteria):
+    """Ends a text that has broken a line, or written a token that ends texts, in its answer."""
 
-    def __init__(self, breaks: Tensor, starts: Tensor) -> None:
-        self._breaks, self._starts = breaks, starts
+    def __init__(self, ends: Tensor, starts: Tensor) -> None:
+        self._ends, self._starts = ends, starts
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return torch.isin(input_ids[:, -1], self._breaks) & (input_ids.shape[1] > self._starts)
+        return torch.isin(input_ids[:, -1], self._ends) & (input_ids.shape[1] > self._starts)
 
 
 def longest(questions: Sequence[Question], extra: int) -> int:
@@ -156,11 +156,12 @@ class Answerer:
         """Channels of a key."""
         self._single = _single(questions)
         self._extra = extra if self._single else 0
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self._ends = [ends] if isinstance(ends, int) else list(ends or [])
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         breaks = [token for token, piece in enumerate(pieces) if "\n" in piece]
-        self._breaks = torch.tensor(breaks, device=model.device)
+        # Of documents with several answers none ends before its last token.
+        ends = {*breaks, *([eos] if isinstance(eos, int) else eos or [])} if self._single else set()
+        self._ends: set[int] = ends
 
     @torch.no_grad()
     def answer(
@@ -184,6 +185,8 @@ class Answerer:
         measured = Measured()
         chosen = self.questions[:first]
         set_decode(self.model, decode)
+        # generate fills what it is not given from the model's own: penalties, chunks of a prompt, tokens never written.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             for start in range(0, len(chosen), self._batch):
                 part = chosen[start : start + self._batch]
@@ -194,6 +197,7 @@ class Answerer:
                 f"{self.model.device} has too little memory for {self._batch} documents; lower --batch"
             ) from error
         finally:
+            self.model.generation_config = own
             set_decode(self.model, None)
         return measured
 
@@ -213,18 +217,13 @@ class Answerer:
         stops = StoppingCriteriaList()
         if self._single:
             starts = torch.tensor([width + min(question.answers) for question in questions], device=device)
-            stops.append(_LineEnd(self._breaks, starts))
+            stops.append(_AnswerEnd(torch.tensor(sorted(self._ends), device=device), starts))
         with observing():
             texts: Any = self.model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 past_key_values=cache,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=count,
-                    eos_token_id=self._ends or None,
-                    pad_token_id=self._ends[0] if self._ends else 0,
-                ),
+                generation_config=GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0),
                 logits_processor=LogitsProcessorList([_Dictated(dictated.to(device), width)]),
                 stopping_criteria=stops,
             )
@@ -245,10 +244,10 @@ class Answerer:
             measured.layers[index] = measured.layers.get(index, 0) + sums
 
     def _until_end(self, text: list[int], question: Question) -> list[int]:
-        """What was written, without the padding behind the end."""
+        """What was written, without what is behind the end, or was written for longer documents of the batch."""
         start = min(question.answers)
-        breaks = set(self._breaks.tolist()) if self._single else set()
-        ends = (at for at, token in enumerate(text) if token in self._ends or (at >= start and token in breaks))
+        text = text[: len(question.steps) + self._extra]
+        ends = (at for at, token in enumerate(text) if at >= start and token in self._ends)
         return text[: next(ends, len(text)) + 1]
 
     def _cache(self, memory: type[MeasuredMemory]) -> tuple[DynamicCache, dict[int, MeasuredMemory]]:

@@ -85,6 +85,22 @@ def test_dense_answers_are_those_of_an_evaluation(model, recall, answerer):
     assert "decode" not in model.config.sparsetrain
 
 
+def test_the_models_own_generation_config_changes_no_answer(model, tokenizer, answerer, monkeypatch):
+    """Recall repeats what was read, which penalties forbid; and an answer, or a question, may hold any token."""
+    expected = answerer.answer(EVERYTHING, WindowMemory)
+    question = answerer.questions[0]
+    own = model.generation_config
+    ends = [question.steps[3], question.answers[8][0]]
+    fields = {"no_repeat_ngram_size": 1, "repetition_penalty": 9.0, "prefill_chunk_size": 16, "eos_token_id": ends}
+    for name, value in fields.items():
+        monkeypatch.setattr(own, name, value)
+    again = Answerer(model, tokenizer, answerer.questions, extra=4, batch=4)
+    found = again.answer(EVERYTHING, WindowMemory)
+    assert found.found == expected.found
+    assert found.mean("length") == expected.mean("length")
+    assert model.generation_config is own
+
+
 def test_batches_change_nothing(model, tokenizer, answerer):
     alone = Answerer(model, tokenizer, answerer.questions, extra=4, batch=1)
     decode = parse_decode({"prune": {"p": 0.6, "min_keys": 1}, "sinks": 1, "recent": 2, "dense_layers": [0]})
@@ -105,6 +121,17 @@ def test_a_question_is_cut_before_its_first_answer(recall):
     assert question.found(row.input_ids[place - 8 :].tolist()) == 1
     with pytest.raises(ModelError, match=r"--question 48: the first answer of .* is behind 43 tokens"):
         Question.of(row, 48)
+
+
+def test_a_longer_neighbour_adds_no_steps(model, tokenizer, answerer):
+    """Of what is written behind the end of a document nothing is measured."""
+    longer, shorter = answerer.questions[:2]
+    del shorter.steps[11:], shorter.answers[12]
+    alone = [Answerer(model, tokenizer, [each], extra=4, batch=1) for each in (longer, shorter)]
+    both = Answerer(model, tokenizer, [longer, shorter], extra=4, batch=2).answer(FEW, WindowMemory)
+    steps = [int(each.answer(FEW, WindowMemory).layers[0][-1]) for each in alone]
+    assert steps == [12, 10]
+    assert both.layers[0][-1] == 22
 
 
 def test_a_text_ends_with_its_line_and_its_length_counts_from_the_answer(model, tokenizer, recall):
