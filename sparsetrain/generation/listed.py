@@ -266,7 +266,7 @@ class ListedMemory(PagedMemory):
             _, whole = block_pattern_decode(
                 query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
             )
-            self._masses.append((lse - whole).exp().flatten())
+            self._masses.append(weight_share(lse, whole, options.get("sink_logits")).flatten())
 
     # --- beside the keys -----------------------------------------------------------------------------------------
 
@@ -342,6 +342,22 @@ def _make_selector(decode: Decode, index: int, pattern: Pattern) -> Selector:
     if decode.select == "channels":
         return HeavyChannels(decode, index)
     return QuestPages(decode) if decode.select == "quest" else Selector(decode)
+
+
+def weight_share(read: Tensor, whole: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """The share of the softmax weight of all keys that some of them hold, fp32 ``[B, Hq]``. A learned sink is no key.
+
+    Args:
+        read: log-sum-exp of these keys and the sink, fp32 ``[B, Hq, 1]``.
+        whole: that of all keys and the sink.
+        sink_logits: ``[Hq]``, or None.
+    """
+    share = (read - whole)[..., 0].double().exp()
+    if sink_logits is not None:
+        sink = (sink_logits.double() - whole[..., 0]).exp()
+        # Where the sink has all of the weight there is nothing to tell keys by.
+        share = ((share - sink) / (1 - sink)).nan_to_num(1.0, 1.0, 1.0).clamp(0, 1)
+    return share.float()
 
 
 def _factors(options: dict[str, Any]) -> dict[str, Any]:

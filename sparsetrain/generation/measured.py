@@ -9,7 +9,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor
 
-from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.listed import ListedMemory, weight_share
 
 ELEMENT = 2
 """Bytes of an element of the cache, as in bf16, whatever dtype a model runs in: codes of 4 bits beside keys of fp32
@@ -97,7 +97,7 @@ class MeasuredMemory(ListedMemory):
         pair = 2 * width * ELEMENT
         found = (
             error.masked_fill(everything, 0.0),
-            (lse - dense).exp()[..., 0],
+            weight_share(lse, dense, options.get("sink_logits")),
             kept.double().mean(dim=1),
             kept.sum(dim=1) * pair + chosen,
             lengths,

@@ -15,7 +15,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.key_mirror import key_statistics
 from torch import Tensor, nn
 
-from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.listed import ListedMemory, weight_share
 
 TOGETHER = 8
 """Rows that are looked at together: their scores are ``[8, Hq, N]``."""
@@ -123,7 +123,8 @@ class Probe(ListedMemory):
         def read(lists: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             given = {**self._always()._asdict(), "block_table": table, **options}
             out, lse = listed_decode(query, keys, values, lists, counts, return_lse=True, **given)
-            return ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0], (lse - dense).exp()[..., 0]
+            error = ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0]
+            return error, weight_share(lse, dense, options.get("sink_logits"))
 
         passed = self._candidates(query, options)
         if passed.most is None:

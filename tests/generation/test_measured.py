@@ -17,7 +17,7 @@ LENGTHS = (11, 7)
 """Tokens of the rows of a batch when a step is measured."""
 
 
-def step(memory_class, section, lengths=LENGTHS):
+def step(memory_class, section, lengths=LENGTHS, **options):
     """One step behind a prompt padded on the left: memory, query, and keys and values of each row."""
     generator = torch.Generator().manual_seed(0)
     rows, width = len(lengths), max(lengths)
@@ -29,7 +29,7 @@ def step(memory_class, section, lengths=LENGTHS):
     with observing():
         for part, padding in ((past, starts), (new, None)):
             given = (tensor[:, :, part] for tensor in (query, key, value))
-            out = memory.attend(torch.nn.Identity(), *given, starts=padding, scale=None)
+            out = memory.attend(torch.nn.Identity(), *given, starts=padding, scale=None, **options)
     pairs = [(key[row, :, start:].double(), value[row, :, start:].double()) for row, start in enumerate(starts)]
     return memory, out, query[:, :, -1].double(), pairs
 
@@ -109,6 +109,13 @@ def test_a_window_reads_the_first_and_the_last():
         kept = {0, *range(keys.shape[1] - 3, keys.shape[1])}
         check(memory.steps[0], row, out, weights_of(query[row], keys), values, [kept] * KV_HEADS)
         assert memory.steps[0].bytes[row] == KV_HEADS * len(kept) * 2 * WIDTH * 2
+
+
+def test_a_learned_sink_is_no_key_whose_weight_is_read():
+    section = {"select": "quest", "candidates": 16, "sinks": 1, "recent": 3, "dense_layers": []}
+    plain, *_ = step(WindowMemory, section)
+    sunk, *_ = step(WindowMemory, section, sink_logits=torch.tensor([-9.0, 0.0, 2.0, 5.0]))
+    torch.testing.assert_close(sunk.steps[0].mass, plain.steps[0].mass, rtol=1e-3, atol=1e-4)
 
 
 PAIR = 2 * WIDTH * 2
