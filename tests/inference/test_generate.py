@@ -234,6 +234,23 @@ def test_what_a_generation_config_asks_for_is_done_or_refused(call, power_folder
         file.write_text(before)
 
 
+def test_stop_strings_end_a_text():
+    """With them transformers hands the tokenizer to every pass, down to the attention."""
+    tokenizer = load_tokenizer(resolve(TINY, "path"), "path")
+    model = sparsetrain.sparsify(
+        sparsetrain.load(TINY), {"method": "power", "block": 8, "window": 2, "sinks": 1}
+    ).eval()
+    ids = tokenizer("import os\nimport sys\n", return_tensors="pt")
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    free = tokenizer.decode(model.generate(**ids, **greedy)[0, ids.input_ids.shape[1] :])
+    stop = free[3:5]
+    stopped = model.generate(**ids, stop_strings=[stop], tokenizer=tokenizer, **greedy)[0, ids.input_ids.shape[1] :]
+    text = tokenizer.decode(stopped)
+    assert free.startswith(text)
+    assert stop in text
+    assert len(text) < len(free)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,6 +19,8 @@ HARMLESS_ARGUMENTS = frozenset(
         *("position_embeddings", "cache_position", "return_dict"),
         *("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
         *("output_hidden_states", "output_router_logits", "num_items_in_batch"),
+        # Of generate(stop_strings=..., tokenizer=...), which hands both to every pass.
+        *("tokenizer", "assistant_tokenizer"),
     }
 )
 """Arguments that models pass besides those of :func:`parse_call`: bookkeeping, and other spellings of the documents."""
