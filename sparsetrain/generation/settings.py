@@ -173,6 +173,11 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
     """
     if isinstance(given, Decode):
         return given
+    if not isinstance(given, str | Mapping):
+        raise ModelError(
+            f"decode={given!r:.60} is neither a name such as twilight nor a mapping such as "
+            '{"select": "quest", "prune": {"p": 0.9}}'
+        )
     if isinstance(given, str):
         if given not in PUBLISHED:
             raise ModelError(
@@ -184,11 +189,29 @@ def parse_decode(given: str | Mapping[str, Any] | Decode) -> Decode:
     try:
         return Decode.model_validate(dict(given))
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(('decode', *_place(fault['loc'])))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
+        faults = [f"{'.'.join(('decode', *_place(fault['loc'])))}: {_words(fault)}" for fault in error.errors()]
         raise ModelError("; ".join(dict.fromkeys(faults))) from error
+
+
+def _words(fault: Any) -> str:
+    """What is wrong with a value, and the value."""
+    value, place = repr(fault["input"]), str(next(iter(fault["loc"]), ""))
+    if len(value) > 60:
+        value = f"{value[:60]}..."
+    match fault["type"]:
+        case "value_error":
+            return str(fault["msg"]).removeprefix("Value error, ")
+        case "extra_forbidden":
+            sections: dict[str, type[Section]] = {"prune": Prune, "refresh": Refresh}
+            names = ", ".join(sections.get(place, Decode).model_fields)
+            return f"there is no such field; choose one of {names}"
+        case "model_type":
+            return (
+                f"must be a mapping such as {{{'every: 8' if fault['loc'][0] == 'refresh' else 'p: 0.9'}}}, not {value}"
+            )
+        case "list_type":
+            return f"must be a list such as [0, 1], not {value}"
+    return f"{fault['msg'].replace('Input should be', 'must be').partition(', unable to')[0]}, not {value}"
 
 
 def _refuse_truth_values(section: Mapping[str, Any], place: str) -> None:
