@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_help_shows_examples(call, command):
     code, out, _ = call(*command.split(), "--help")
     assert code == 0
     assert f"sparsetrain {command}" in out
+
+
+@pytest.mark.parametrize("command", ["generate", "calibrate", "bench decode"])
+def test_help_fills_the_terminal(call, command, monkeypatch):
+    """Paragraphs do not keep the line ends of their source, and examples do."""
+    monkeypatch.setenv("COLUMNS", "800")
+    code, out, _ = call(*command.split(), "--help")
+    assert code == 0
+    prose, _, examples = out.partition("Examples:")
+    lines = [line.strip() for line in prose.splitlines()]
+    assert not any(line and after for line, after in pairwise(lines))
+    assert examples.count(f"  sparsetrain {command} ") > 1
 
 
 def test_list_names_every_shipped_recipe(call):

@@ -12,6 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from sparsetrain.cli.flow import flowing
+
 
 class Cases(TyperGroup):
     """The group of commands, named after their files."""
@@ -43,7 +45,7 @@ class Cases(TyperGroup):
 
 def _command(name: str, function: Callable[..., None], text: str | None = None) -> Any:
     made = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    made.command(name=name, help=text)(function)
+    made.command(name=name, help=flowing(text or function.__doc__))(function)
     return typer.main.get_command(made)
 
 

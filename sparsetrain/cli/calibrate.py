@@ -62,7 +62,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the choice of rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random choice of rows.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(help="Write the decode section to this new .yaml or .json file.", show_default=False),
@@ -77,10 +77,13 @@ def calibrate(
 ) -> None:
     """Find Twilight's p for each layer from what its attention output may lose, on held-out text.
 
-    In the second halves of up to eight texts, rows are drawn and read as if each were a step of generation. Of 14 p the
-    smallest is taken whose error is no larger than --error; a layer where none is reads all keys. The table shows, for
-    that p, the error, how many keys are read, and which share of the softmax weight these and the candidates hold.
-    With --decode.select channels it finds the channels too.
+    In the second halves of up to eight texts, rows (tokens) are drawn and read as if each were a step of generation. Of
+    14 values of p from 0.5 to 1 the smallest is taken whose mean error is at most --error; a layer in which none is
+    reads all keys. The table shows, for that p, the mean error and that of the worst row and head, how many keys are
+    read of how many, and which share of the softmax weight these and the candidates hold. With --decode.select channels
+    it finds the channels too.
+
+    Without --output or --save only the table is made.
 
     \b
     Examples:

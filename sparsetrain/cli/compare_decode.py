@@ -34,7 +34,11 @@ def compare_decode(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     task: Annotated[
-        str | None, typer.Option(help="Of eval.tasks, where several have answers.", show_default=False)
+        str | None,
+        typer.Option(
+            help="The task of eval.tasks, where several have answers: recall or passkey, or its label.",
+            show_default=False,
+        ),
     ] = None,
     budget: Annotated[
         list[float] | None,
@@ -44,12 +48,20 @@ def compare_decode(
         ),
     ] = None,
     setting: Annotated[
-        list[str] | None, typer.Option(help="Only this setting; may be given again.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Only this setting: window, twilight, twilight-full, quest, double-sparsity, refreshkv, recycled, "
+            "oracle-top-k or oracle-top-p; may be given again. By default all.",
+            show_default=False,
+        ),
     ] = None,
     dense_layers: Annotated[
         list[int] | None,
         typer.Option(
-            "--dense-layer", min=0, help="A layer that reads everything; may be given again.", show_default=False
+            "--dense-layer",
+            min=0,
+            help="A layer that reads all keys, counted from 0; may be given again. By default none.",
+            show_default=False,
         ),
     ] = None,
     question: Annotated[int, typer.Option(min=0, help="Tokens before the first answer that are read one by one.")] = 32,

@@ -16,6 +16,7 @@ from sparsetrain.cli.compare_decode import compare_decode
 from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import NamesTasks, evaluate_folder
 from sparsetrain.cli.export import export
+from sparsetrain.cli.flow import flow
 from sparsetrain.cli.generate import generate
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.run import run
@@ -155,5 +156,7 @@ app.command()(compare_decode)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)
+for each in (app, recipe.app):
+    flow(each)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(bench.app, name="bench")

@@ -50,21 +50,35 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write after a prompt.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts that are read together, padded on the left.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token; by default the model's own.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Divides the logits before a token is drawn; 0 takes the likeliest. By default as the model's "
+            "generation_config.json says.",
+            show_default=False,
+        ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.", show_default=False)] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this probability.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens that together have this probability, such as 0.9.", show_default=False
+        ),
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens of this share of the likeliest's.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Draw from tokens with at least this share of the likeliest token's probability.", show_default=False
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: fewer repeats.", show_default=False)
+        float | None,
+        typer.Option(help="Above 1: tokens that were there before become less likely.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of drawn tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the random numbers by which tokens are drawn.")
+    ] = 0,
     budget: Annotated[
         str | None,
         typer.Option(

@@ -21,7 +21,7 @@ HEADINGS = (
     "setting",
     "keys read",
     "bytes read",
-    "a token and layer",
+    "bytes a token and layer",
     "accuracy",
     "error of a layer",
     "softmax weight",
