@@ -15,9 +15,9 @@ def flowing(text: str | None) -> str | None:
     if not text:
         return text
     paragraphs = inspect.cleandoc(text).split("\n\n")
-    return "\n\n".join(
-        each.removeprefix("\b\n") if each.startswith("\b") else " ".join(each.split()) for each in paragraphs
-    )
+    flown = [each if each.startswith("\b") else " ".join(each.split()) for each in paragraphs]
+    # The mark is an empty line on the screen. Below the first paragraph typer removes indentation, which it prevents.
+    return "\n\n".join([*flown[:2], *(each.removeprefix("\b\n") for each in flown[2:])])
 
 
 def flow(app: typer.Typer) -> None:
