@@ -12,6 +12,9 @@ from pydantic.fields import FieldInfo
 from sparsetrain.errors import ModelError
 from sparsetrain.section import Section
 
+NONE = "none"
+"""Of ``--decode``: no section."""
+
 
 def with_decode_options(
     function: Callable[..., None], *, without: Collection[str] = ("calibrated", "heavy_channels")
@@ -19,7 +22,8 @@ def with_decode_options(
     """A command that takes the section in options of its own.
 
     Args:
-        function: takes ``decode``, the fields that were given or None, beside parameters that typer reads.
+        function: takes ``decode`` beside parameters that typer reads: the fields that were given, none of them with
+            ``--decode none``, or None where no option was.
         without: fields that have no option, such as ``prune.p``.
     """
     given = inspect.signature(function, eval_str=True).parameters
@@ -31,7 +35,7 @@ def with_decode_options(
         "decode",
         "--decode",
         "A file of sparsetrain calibrate, or published settings: twilight, twilight-full, quest, double-sparsity, "
-        "refreshkv, recycled",
+        f"refreshkv, recycled; {NONE} reads all keys, also of a model that records a section",
     )
 
     def call(**arguments: Any) -> None:
@@ -74,10 +78,15 @@ def _option(name: str, flag: str, text: str) -> inspect.Parameter:
 
 
 def _section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
-    """The fields that were given, laid over a file or published settings."""
+    """The fields that were given, laid over a file or published settings; empty for no section, None for no option."""
     import yaml
 
     section: dict[str, Any] = {}
+    if published == NONE:
+        if given:
+            flag = f"--decode.{next(iter(given))}"
+            raise ModelError(f"--decode {NONE} reads all keys, so {flag} would have no effect; drop one")
+        return section
     if published is not None:
         from sparsetrain.modeling.decode_section import read_decode
 

@@ -113,7 +113,7 @@ def generate(
     from sparsetrain.generation.settings import parse_decode
     from sparsetrain.inference.prompts import read_prompts
 
-    section = None if decode is None else parse_decode(decode)
+    section = parse_decode(decode) if decode else None
     kind = choose_dtype(dtype)
     prompts = read_prompts(prompt or [], file)
     if output is not None:
@@ -132,7 +132,7 @@ def generate(
     source = find_model(model)
     # Without weights, so that what is wrong is said before they are read.
     outline: Any = source.outline
-    if section is not None:
+    if decode is not None:
         set_decode(outline, section)
     own = outline.generation_config
     check_own(own, batch=min(batch, len(prompts)))
@@ -146,9 +146,10 @@ def generate(
             make_cache(outline, max(rows) + max_new_tokens, limits).check_prompts(rows)
 
     loaded = source.load(kind)
-    if section is not None:
+    if decode is not None:
         set_decode(loaded, section)
     _note(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
+    _note_decode(loaded, max(map(len, encoded)), max_new_tokens)
     torch.manual_seed(seed)
     writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments, limits)
     if len(prompts) == 1 and output is None:
@@ -179,6 +180,34 @@ def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, c
     print(f"note: attention {method}, {sampling}", file=sys.stderr)
     if tokenizer.chat_template and not chat and any(each.messages is None for each in prompts):
         print("note: this model has a chat template; --chat writes a prompt as a user's message", file=sys.stderr)
+
+
+def _note_decode(model: Any, prompt: int, new: int) -> None:
+    """Say by which section steps read fewer keys, and where it leaves none out.
+
+    Args:
+        prompt: tokens of the longest.
+        new: tokens that may follow it.
+    """
+    from sparsetrain.generation.settings import parse_decode
+
+    record = model.config.sparsetrain.get("decode")
+    if record is None:
+        return
+    section = parse_decode(record)
+    words = [f"select={section.select}"]
+    if section.prune is not None:
+        words.append("prune.p by layer" if isinstance(section.prune.p, dict) else f"prune.p={section.prune.p:g}")
+    if section.refresh is not None:
+        words.append(f"refresh.every={section.refresh.every}")
+    print(f"note: steps read fewer keys: {', '.join(words)}", file=sys.stderr)
+    candidates = section.candidate_tokens(prompt)
+    if section.select in ("quest", "channels") and candidates >= prompt + new:
+        print(
+            f"note: these texts are no longer than decode.candidates={candidates:,}, so select={section.select} "
+            "passes on every key",
+            file=sys.stderr,
+        )
 
 
 def _stream(writer: Writer, tokens: list[int]) -> None:
@@ -236,10 +265,13 @@ def _kept(usage: Usage) -> str | None:
     if not kept:
         uncounted = "what the steps read is not counted: compiled steps do not count"
         return uncounted if usage.observations and usage.decoded else None
-    text = f"{sum(kept) / len(kept):.1%} of the keys read in a step ({min(kept):.1%} to {max(kept):.1%} by layer)"
+    text = f"{sum(kept) / len(kept):.1%} of the keys read in a step"
+    least, most = f"{min(kept):.1%}", f"{max(kept):.1%}"
+    if least != most:
+        text += f" ({least} to {most} by layer)"
     masses = [each for each in observations if "mass_mean" in each]
     if masses:
-        mean, least = sum(each["mass_mean"] for each in masses) / len(masses), min(each["mass_min"] for each in masses)
-        text += f", which hold {mean:.1%} of the softmax weight ({least:.1%} at least; sampled)"
+        mean, worst = sum(each["mass_mean"] for each in masses) / len(masses), min(each["mass_min"] for each in masses)
+        text += f", which hold {mean:.1%} of the softmax weight ({worst:.1%} at least; sampled)"
     dropped = max(each["dropped"] for each in observations if "dropped" in each)
     return text + (f"; up to {dropped:.1%} of the keys found no room in a list" if dropped else "")

@@ -100,7 +100,7 @@ def test_fewer_keys_are_read(section: tuple[str, ...], call: Call, prompts: Path
         told, rows = call(*arguments, *given)
         assert len(rows) == count
         assert all(0 < len(row) <= 16 for row in rows)
-        kept = re.search(r"([\d.]+)% of the keys read in a step .* hold ([\d.]+)% of the softmax weight", told)
+        kept = re.search(r"([\d.]+)% of the keys read in a step.* hold ([\d.]+)% of the softmax weight", told)
         assert kept is not None
         assert 3 < float(kept[1]) < 95
         assert 30 < float(kept[2]) <= 100.1

@@ -143,8 +143,22 @@ def test_fewer_keys_are_read_and_counted(call):
     assert code == 0
     assert "% of the keys read in a step" in err
     assert "of the softmax weight" in err
+    assert "note: steps read fewer keys: select=full, prune.p=0.5, refresh.every=4" in err
+    code, _, err = call(*arguments, "--decode", "quest")
+    assert (code, "no longer than decode.candidates=4,096, so select=quest passes on every key" in err) == (0, True)
     code, out, _ = call(*arguments, "--decode", "twilight-full", "--decode.prune.p", "1.0")
     assert (code, out) == (0, call(*arguments)[1])
+
+
+def test_a_recorded_section_can_be_left_out(call, tmp_path):
+    model = sparsetrain.sparsify(sparsetrain.load(TINY), {"method": "full"})
+    sparsetrain.set_decode(model, {"prune": {"p": 0.5}})
+    sparsetrain.save(model, tmp_path / "few", load_tokenizer(resolve(TINY, "path"), "path"))
+    arguments = (str(tmp_path / "few"), "--prompt", "import os\n" * 60, "--max-new-tokens", "3")
+    code, _, err = call(*arguments)
+    assert (code, "note: steps read fewer keys" in err) == (0, True)
+    code, _, err = call(*arguments, "--decode", "none")
+    assert (code, "keys" in err) == (0, False)
 
 
 def test_keys_that_a_method_reads_anyway_are_pruned(call, tmp_path, caplog):
@@ -262,6 +276,10 @@ def test_stop_strings_end_a_text():
         (["--prompt", "a", "--decode", "best"], "decode=best is not known"),
         (["--prompt", "a", "--decode.prune.p", "2"], "decode.prune.p: must be less than or equal to 1, not 2"),
         (["--prompt", "a", "--decode.prune.p", "90%"], "not '90%'"),
+        (
+            ["--prompt", "a", "--decode", "none", "--decode.recent", "8"],
+            "--decode.recent would have no effect; drop one",
+        ),
         (["--prompt", "a", "--decode.dense_layers", "0"], "decode.dense_layers: must be a list such as [0, 1], not 0"),
         (["--prompt", "a", "--decode.select", "quest", "--decode.dense_layers", "[0, 1, 2, 3, 4, 5]"], "no layer"),
         (["--prompt", "a", "--dtype", "int8"], "--dtype int8 is not known"),
