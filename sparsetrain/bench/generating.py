@@ -54,8 +54,10 @@ class GenerateRow(Row):
     @property
     def summary(self) -> str:
         """The rates."""
-        rates = f"{RATE(self.rate)} tokens/s, {RATE(self.graph_rate)} as a CUDA graph"
-        return self.reason or rates + (f", {RATE(self.compiled_rate)} compiled" if self.compiled_rate else "")
+        rates = f"{RATE(self.rate)} tokens/s"
+        for rate, how in ((self.graph_rate, "as a CUDA graph"), (self.compiled_rate, "compiled")):
+            rates += f", {RATE(rate)} {how}" if rate else ""
+        return self.reason or rates
 
     def ends(self) -> tuple[dict[str, Text], dict[str, Text]]:
         """The title."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from sparsetrain.errors import DataError, ModelError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from sparsetrain.generation.settings import Decode
     from sparsetrain.inference.calibrate import Layer
 
 NOT_MEASURED = (
@@ -142,12 +144,13 @@ def calibrate(
             on_text=partial(bar.advance, task),
         )
     print_tables(Console(), _table(layers))
-    record = found.calibrated
-    assert record is not None
-    print(f"{record.rows} rows of {len(texts)} texts of {record.tokens:,} tokens", file=sys.stderr)
+    for line in _told(layers, found, len(texts)):
+        print(line, file=sys.stderr)
     if output is not None:
         write_whole(output, decode_text(found) if output.suffix != ".json" else found.model_dump_json(indent=2) + "\n")
         print(f"{output}: use it with sparsetrain generate --decode {output}", file=sys.stderr)
+    if output is None and save is None:
+        print("nothing is written: give --output decode.yaml, or --save for a folder with the model", file=sys.stderr)
     if save is not None:
         save_model(set_decode(loaded, found), save, source.tokenizer)
         print(f"{save}: load it with sparsetrain.load({str(save)!r})", file=sys.stderr)
@@ -161,6 +164,26 @@ def _check_new(output: Path | None, save: Path | None) -> None:
         raise DataError(f"--output {output} must end in .yaml, .yml or .json, by which --decode knows it for a file")
     if output is not None and save is not None and os.path.abspath(output) == os.path.abspath(save):
         raise DataError(f"--output and --save are both {output}: one is a file and one a folder; name two")
+
+
+def _told(layers: list[Layer], found: Decode, texts: int) -> Iterator[str]:
+    """What the table is of, and what it does not show."""
+    record = found.calibrated
+    assert record is not None
+    yield f"{record.rows} rows of {texts} texts of {record.tokens:,} tokens"
+    yield "error: |o - o_kept| / |o| of the output of a layer's attention, its mean and its worst row and head"
+    dense = [str(layer.index) for layer in layers if layer.p is None]
+    if dense:
+        yield (
+            f"all keys: layers ({', '.join(dense)}) that lose more than --error {record.error:g} even with p=1, which "
+            "their rows show; the section has them in dense_layers"
+        )
+    candidates = found.candidate_tokens(record.tokens)
+    if found.select != "full" and candidates >= record.tokens:
+        yield (
+            f"note: these texts are no longer than candidates={candidates:,}, so select={found.select} passed on every "
+            "key, and what it leaves out of longer texts was not measured; raise --tokens, or lower --decode.candidates"
+        )
 
 
 def _table(layers: list[Layer]) -> Table:

@@ -17,8 +17,9 @@ REASONS = {
         "a step reads all keys, or chooses among them while it runs (decode), so that each layer of every step would "
         "wait for its keys; train a block pattern, which is known ahead, or use several devices"
     ),
-    (WINDOW, "offload"): "what has left a window is never read again, so that nothing is left to move to the host",
-    (LEARNED, "offload"): "a step reads all of the few keys that the method keeps",
+    (WINDOW, "offload"): "what has left a window is never read again, so that nothing is left to move to the host; "
+    "leave offload out",
+    (LEARNED, "offload"): "a step reads all of the few keys that the method keeps; leave offload out",
 }
 """By the attention of a layer and what is asked for: why not. What is not here is possible."""
 

@@ -44,7 +44,8 @@ class Prompt:
         messages: Any = [{"role": "user", "content": self.text}] if chat and self.messages is None else self.messages
         tokens: Any
         if messages is None:
-            tokens = tokenizer(self.text)["input_ids"]
+            # Not verbose: how long a prompt may be is checked, and said, for the model.
+            tokens = tokenizer(self.text, verbose=False)["input_ids"]
         elif not tokenizer.chat_template:
             asked = "messages" if self.messages is not None else "--chat"
             raise ModelError(f"{self.place}: {asked} needs a chat template, and the tokenizer of this model has none")

@@ -179,6 +179,7 @@ def test_from_a_text_to_a_completion(call, held_out, tmp_path, ending):
     assert code == 0, err
     assert "kept keys" in out
     assert "4 rows of" in err
+    assert "nothing is written" not in err
     found = read_decode(file)
     assert found.prune is not None
     assert [*found.prune.p] == [2, 3, 4, 5]
@@ -192,6 +193,18 @@ def test_from_a_text_to_a_completion(call, held_out, tmp_path, ending):
     assert saved["prune"]["p"] == {str(layer): p for layer, p in found.prune.p.items()}
     code, _, err = call("generate", TINY, "--prompt", text, "--decode", str(file), "--decode.dense_layers", "[0, 1, 2]")
     assert (code, "for layer 2 has no effect" in err) == (2, True)
+
+
+def test_what_a_calibration_did_not_measure_or_keep_is_said(call, held_out):
+    options = ("--tokens", "320", "--rows", "2", "--decode.recent", "8", "--decode.prune.min_keys", "4")
+    code, _, err = call("calibrate", TINY, "--data", str(held_out), *options, "--decode.select", "quest")
+    assert code == 0, err
+    assert "no longer than candidates=8,192, so select=quest passed on every key" in err
+    assert "nothing is written: give --output decode.yaml" in err
+    few = ("--decode.select", "quest", "--decode.candidates", "48", "--error", "0.12")
+    code, _, err = call("calibrate", TINY, "--data", str(held_out), *options, *few)
+    assert code == 0, err
+    assert "passed on every key" not in err
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

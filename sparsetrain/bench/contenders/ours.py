@@ -70,6 +70,6 @@ PATTERN = (
 )
 SPARSEK = Contender("ours", "sparsetrain", "selected", _sparsek, BOTH)
 STEPS = (
-    Contender("ours", "sparsetrain", "blocks", _block_pattern_step, BOTH),
+    Contender("ours", "sparsetrain, PowerAttention", "blocks", _block_pattern_step, BOTH),
     Contender("sparsek", "sparsetrain, SparseK", "selected", _sparsek_step, BOTH),
 )
