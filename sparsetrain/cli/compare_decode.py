@@ -174,7 +174,10 @@ def _choose(tasks: dict[str, Task], name: str | None, recipe: Any) -> tuple[str,
     if len(able) == 1:
         return next(iter(able.items()))
     if name is not None:
-        raise RecipeError(f"--task {name}: {recipe} has no task of that name with answers (recall or passkey)")
+        raise RecipeError(
+            f"--task {name}: {recipe} has no task of that name with answers (recall or passkey); leave --task out to "
+            "take the one that has, or to be told their names"
+        )
     if able:
         raise RecipeError(f"{recipe} has several tasks with answers; name one of {', '.join(able)} with --task")
     raise RecipeError(f"{recipe} has no task with answers; give eval.tasks one: recall or passkey")
