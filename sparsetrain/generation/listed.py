@@ -65,6 +65,7 @@ class ListedMemory(PagedMemory):
         self._centred = self._mirrors or self._selector.centred
         prune = decode.prune
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
+        self._prompts: Tensor | None = None  # tokens of each row's, int32 [B]
         self._center: Tensor | None = None
         self._spread: Tensor | None = None
         rollback = room.get("rollback", ROLLBACK)
@@ -99,7 +100,7 @@ class ListedMemory(PagedMemory):
             if later and self._centred:
                 # A chunk of a prompt, or another turn: codes are centred and scaled by all tokens, as of one prompt.
                 self._write_again(self._longest, whole=True)
-            self._prompt = self._longest
+            self._prompt, self._prompts = self._longest, self._tensors()[3].clone()
             if self._choices is not None:
                 self._choices.restart()
                 if self._choices.static:
@@ -121,11 +122,13 @@ class ListedMemory(PagedMemory):
         super().rollback(tokens)
         if tokens == 0 or self.lengths is None:
             return
-        of_prompt, self._blank = self._longest < self._prompt, self._longest == 0
+        # Of each row: the one with the longest prompt may have gone.
+        of_prompt = self._prompts is not None and bool((self.lengths < self._prompts).any())
+        self._blank = self._longest == 0
         if self._choices is not None:
             self._choices.rollback(tokens)
         if of_prompt:
-            self._prompt = self._longest
+            self._prompt, self._prompts = self._longest, self.lengths.clone()
             self._write_again(self._longest, whole=True)
         elif self._selector.shared:
             self._write_again(GRANULE, whole=False)
@@ -136,6 +139,8 @@ class ListedMemory(PagedMemory):
         if self.lengths is None:
             return
         index = rows.to(self.lengths.device)
+        if self._prompts is not None:
+            self._prompts = self._prompts[index]
         if self._center is not None and self._spread is not None:
             self._keep_moments(self._center[index], self._spread[index])
         if self._choices is not None:
@@ -143,7 +148,7 @@ class ListedMemory(PagedMemory):
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
-        held = [self._center, self._spread, *self._selector.held()]
+        held = [self._prompts, self._center, self._spread, *self._selector.held()]
         chosen = 0 if self._choices is None else self._choices.nbytes()
         return super().nbytes() + chosen + sum(tensor.nbytes for tensor in held if tensor is not None)
 

@@ -150,6 +150,25 @@ def test_rows_take_what_is_kept_beside_their_keys_along(select):
     assert torch.equal(memory._lists(query, {})[1], fresh._lists(query, {})[1])
 
 
+def test_guesses_are_taken_back_where_the_longest_prompt_has_gone():
+    """Codes stay centred by the prompt of the row that is left, as if nothing had been guessed."""
+    model = make({"prune": {"p": 0.5, "min_keys": 1}, "dense_layers": []})
+    ids, mask = torch.randint(1, 97, (2, 90), generator=torch.Generator().manual_seed(0)), torch.ones(2, 90).long()
+    mask[1, :50] = 0
+    found = []
+    for guesses in (0, 3):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([1]))
+            if guesses:
+                model(ids[1:, -guesses:], past_key_values=cache)
+                cache.crop(-guesses)
+            found.append(model(ids[1:, -1:], past_key_values=cache).logits)
+        found.append(torch.stack([layer.memory._center for layer in cache.layers]))
+    torch.testing.assert_close(found[:2], found[2:], rtol=0, atol=0)
+
+
 def test_short_rows_have_no_token_twice():
     """Fewer tokens than are read in any case, none of which is a candidate."""
     always = Always(torch.tensor([3, 1, 9], dtype=torch.int32), 2, 4)
