@@ -98,8 +98,8 @@ def generate(
 ) -> None:
     """Continue prompts with a trained model, by the attention method it was trained with.
 
-    One prompt is printed as it is written; several are printed as JSON Lines, or go to --output. At the end, standard
-    error says how fast it was and how much memory the cache took.
+    One prompt is printed as it is written; several, and rows of a .jsonl, as JSON Lines, or they go to --output.
+    At the end, standard error says how fast it was and how much memory the cache took.
 
     \b
     Examples:
@@ -152,7 +152,8 @@ def generate(
     _note_decode(loaded, max(map(len, encoded)), max_new_tokens)
     torch.manual_seed(seed)
     writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments, limits)
-    if len(prompts) == 1 and output is None:
+    rows_asked = output is not None or (file is not None and file.suffix == ".jsonl")
+    if len(prompts) == 1 and not rows_asked:
         _stream(writer, encoded[0])
     else:
         _write_rows(writer, prompts, encoded, batch, output)

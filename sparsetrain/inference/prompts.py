@@ -48,7 +48,10 @@ class Prompt:
             tokens = tokenizer(self.text, verbose=False)["input_ids"]
         elif not tokenizer.chat_template:
             asked = "messages" if self.messages is not None else "--chat"
-            raise ModelError(f"{self.place}: {asked} needs a chat template, and the tokenizer of this model has none")
+            raise ModelError(
+                f"{self.place}: {asked} needs a chat template, and the tokenizer of this model has none; write the "
+                "whole prompt yourself, or put a chat_template.jinja beside the tokenizer"
+            )
         else:
             try:
                 tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

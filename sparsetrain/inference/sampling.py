@@ -106,8 +106,10 @@ class Sampling(Section):
         """The choice in words, such as ``sampling (temperature 0.7, top_p 0.9)``."""
         merged = {**own.to_dict(), **self.arguments(own)}
         beams = merged.get("num_beams") or 1
+        penalty = merged.get("repetition_penalty") or 1
+        penalised = "" if penalty == 1 else f", repetition_penalty {penalty:g}"
         if not merged.get("do_sample"):
-            return "greedy" if beams == 1 else f"{beams} beams"
+            return ("greedy" if beams == 1 else f"{beams} beams") + penalised
         names = ("temperature", *DRAWS)
         shown = [f"{name} {merged[name]:g}" for name in names if merged.get(name) is not None]
-        return f"sampling ({', '.join(shown)})" if shown else "sampling"
+        return (f"sampling ({', '.join(shown)})" if shown else "sampling") + penalised

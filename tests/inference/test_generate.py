@@ -150,6 +150,14 @@ def test_fewer_keys_are_read_and_counted(call):
     assert (code, out) == (0, call(*arguments)[1])
 
 
+def test_one_row_comes_back_as_a_row(call, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "import os", "id": 7}\n')
+    options = ("--max-new-tokens", "3", "--repetition-penalty", "1.5")
+    code, out, err = call(TINY, "--file", str(tmp_path / "one.jsonl"), *options)
+    assert (code, json.loads(out)["id"]) == (0, 7)
+    assert "note: attention full, greedy, repetition_penalty 1.5" in err
+
+
 def test_a_recorded_section_can_be_left_out(call, tmp_path):
     model = sparsetrain.sparsify(sparsetrain.load(TINY), {"method": "full"})
     sparsetrain.set_decode(model, {"prune": {"p": 0.5}})
@@ -213,9 +221,11 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(call, tmp_path, model_and_toke
     text, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("import ", encoding="utf-8-sig")
     rows.write_text('{"prompt": "import "}\n', encoding="utf-8-sig")
-    for file in (text, rows):
-        code, out, _ = call(TINY, "--file", str(file), "--max-new-tokens", "5")
-        assert (code, out.removesuffix("\n")) == (0, greedy(*model_and_tokenizer, "import ", 5))
+    want = greedy(*model_and_tokenizer, "import ", 5)
+    code, out, _ = call(TINY, "--file", str(text), "--max-new-tokens", "5")
+    assert (code, out.removesuffix("\n")) == (0, want)
+    code, out, _ = call(TINY, "--file", str(rows), "--max-new-tokens", "5")
+    assert (code, json.loads(out)["completion"]) == (0, want)
 
 
 @pytest.mark.parametrize(
