@@ -56,12 +56,13 @@ def test_help_shows_examples(call, command):
     assert f"sparsetrain {command}" in out
 
 
-@pytest.mark.parametrize("command", ["generate", "recipe validate", "bench decode"])
-def test_help_fills_the_terminal(call, command, monkeypatch):
+@pytest.mark.parametrize("command", ["generate", "bench decode"])
+def test_help_fills_the_terminal(command):
     """Paragraphs do not keep the line ends of their source, and examples do."""
-    monkeypatch.setenv("COLUMNS", "800")
-    code, out, _ = call(*command.split(), "--help")
-    assert code == 0
+    called = [sys.executable, "-m", "sparsetrain.cli", *command.split(), "--help"]
+    out = subprocess.run(
+        called, env={**os.environ, "COLUMNS": "800"}, capture_output=True, text=True, check=True
+    ).stdout
     prose, _, examples = out.partition("Examples:")
     lines = [line.strip() for line in prose.splitlines()]
     assert not any(line and after for line, after in pairwise(lines))

@@ -97,7 +97,9 @@ def test_a_command_is_one_that_is_understood(line, tmp_path, monkeypatch):
     given = [word for word in rest if not word.startswith("-")]
     # A command that is only named, or named with an option, leaves its arguments to the reader.
     parsed = command.make_context(command.name, list(rest), parent=context, resilient_parsing=not given)
-    recipe = next((word for word in given if word in shipped_recipes()), "qwen3-8b-power-128k")
+    of_a_file = {word: ROOT / word for word in given if word.startswith("recipes/") and (ROOT / word).is_file()}
+    named = [of_a_file.get(word, word) for word in given if word in of_a_file or word in shipped_recipes()]
+    recipe = [*named, "qwen3-8b-power-128k"][0]
     overrides = [word for word in given if re.match(r"[a-z_]+\.[\w.]+=", word) and "..." not in word]
     if overrides:
         load_recipe(recipe, overrides)
