@@ -52,11 +52,8 @@ class Candidates:
         """
         return choose(scores, lse, **always._asdict(), **given)
 
-    def positions(self, room: int, always: Always) -> tuple[Tensor, Tensor]:
-        """All candidates that are not read in any case.
-
-        Args:
-            room: a number above every position.
+    def positions(self, always: Always) -> tuple[Tensor, Tensor]:
+        """All candidates that are not read in any case. What lies behind a count is undefined.
 
         Returns:
             Ascending positions, int32 ``[B, Hkv, most]``, and how many there are, int32 ``[B, Hkv]``.
@@ -86,7 +83,7 @@ class Pages(Candidates):
         """See :meth:`Candidates.choose`."""
         return super().choose(choose, scores, lse, always, **self.scored(), **given)
 
-    def positions(self, room: int, always: Always) -> tuple[Tensor, Tensor]:
+    def positions(self, always: Always) -> tuple[Tensor, Tensor]:
         """See :meth:`Candidates.positions`."""
         within = torch.arange(GRANULE, device=self.lists.device, dtype=torch.int32)
         places = (self.lists[..., None] * GRANULE + within).flatten(2)
@@ -146,6 +143,6 @@ class Tokens(Candidates):
         inside = found.lists.clamp(0, columns.shape[2] - 1).long()
         return found._replace(lists=columns.gather(2, inside))
 
-    def positions(self, room: int, always: Always) -> tuple[Tensor, Tensor]:
+    def positions(self, always: Always) -> tuple[Tensor, Tensor]:
         """See :meth:`Candidates.positions`."""
         return self.lists, self.counts

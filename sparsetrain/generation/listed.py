@@ -156,12 +156,7 @@ class ListedMemory(PagedMemory):
         """Statistics of the steps within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
         ``dropped``, that of keys for which a list had no room; and ``mass_min`` and ``mass_mean``, the least and the
         mean share of the softmax weight, by a dense pass now and then."""
-        read, held, dropped = map(int, self._counted)
-        found = {"kept": read / held, "dropped": dropped / held} if held else {}
-        if self._masses:
-            masses = torch.cat(self._masses)
-            found |= {"mass_min": float(masses.min()), "mass_mean": float(masses.double().mean())}
-        return found
+        return statistics_of(self._counted, self._masses)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -204,7 +199,7 @@ class ListedMemory(PagedMemory):
         due, bool ``[B]``; None for all. They are made in ``into`` if they can be."""
         candidates = self._candidates(query, options, due)
         if not self._mirrors:
-            return candidates.positions(self._room(), self._always())
+            return candidates.positions(self._always())
         scores, lse = self._estimate(query, candidates, options, due)
         if self.decode.prune is not None:
             found = self._top_p(scores, lse, candidates, due=due, into=into)
@@ -258,13 +253,18 @@ class ListedMemory(PagedMemory):
         assert keep is not None
         return max(1, int(keep * self._prompt if keep < 1 else keep))
 
+    def _keys_read(self, counts: Tensor, recent: int | Tensor) -> Tensor:
+        """Keys that each KV head reads with those that it reads in any case, int32 ``[B, Hkv]``."""
+        lengths = self._tensors()[3]
+        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self._always().sinks + recent)
+        return counts + always[:, None]
+
     def _observe(
         self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]
     ) -> None:
         """Count what a step read; ``out`` is its output, ``lse`` the log-sum-exp of what was read."""
         keys, values, table, lengths = self._tensors()
-        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self._always().sinks + recent)
-        self._counted[0] += counts.sum() + counts.shape[1] * always.sum()
+        self._counted[0] += self._keys_read(counts, recent).sum()
         self._counted[1] += self._selector.visible(self._places()).expand(counts.shape).sum()
         self._observed += 1
         if self._observed % MASS_EVERY == 1:
@@ -347,6 +347,37 @@ def _make_selector(decode: Decode, index: int, pattern: Pattern) -> Selector:
     if decode.select == "channels":
         return HeavyChannels(decode, index)
     return QuestPages(decode) if decode.select == "quest" else Selector(decode)
+
+
+def statistics_of(counted: list[int | Tensor], masses: list[Tensor]) -> dict[str, float]:
+    """As of :meth:`ListedMemory.observations`.
+
+    Args:
+        counted: keys read, held and dropped.
+        masses: shares of the softmax weight, ``[B * Hq]`` each.
+    """
+    read, held, dropped = map(int, counted)
+    found = {"kept": read / held, "dropped": dropped / held} if held else {}
+    if masses:
+        shares = torch.cat(masses)
+        found |= {"mass_min": float(shares.min()), "mass_mean": float(shares.double().mean())}
+    return found
+
+
+def output_error(out: Tensor, whole: Tensor, read: Tensor, lengths: Tensor) -> Tensor:
+    """The norm of an output's error over the norm of the output of all keys, fp32 ``[B, Hq]``; 0 where all were read:
+    what is left there is the error of rounding.
+
+    Args:
+        out: ``[B, Hq, 1, D]``.
+        whole: that of all keys.
+        read: int32 ``[B, Hkv]``: keys that were read.
+        lengths: int32 ``[B]``: keys that there are.
+    """
+    norm = whole.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    error = ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0]
+    everything = (read == lengths[:, None]).repeat_interleave(out.shape[1] // read.shape[1], dim=1)
+    return error.masked_fill(everything, 0.0)
 
 
 def weight_share(read: Tensor, whole: Tensor, sink_logits: Tensor | None) -> Tensor:

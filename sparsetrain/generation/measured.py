@@ -9,7 +9,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor
 
-from sparsetrain.generation.listed import ListedMemory, weight_share
+from sparsetrain.generation.listed import ListedMemory, output_error, weight_share
 
 ELEMENT = 2
 """Bytes of an element of the cache, as in bf16, whatever dtype a model runs in: codes of 4 bits beside keys of fp32
@@ -86,17 +86,12 @@ class MeasuredMemory(ListedMemory):
         whole, dense = block_pattern_decode(
             query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
         )
-        always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self.decode.sinks + recent)[:, None]
-        kept = counts + always
-        norm = whole.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        error = ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0]
-        # The error of all keys is that of rounding.
-        everything = (kept == lengths[:, None]).repeat_interleave(query.shape[1] // heads, dim=1)
+        kept = self._keys_read(counts, recent)
         chosen = torch.zeros_like(lengths) if self._estimated is None else self._estimated
         self._estimated = None
         pair = 2 * width * ELEMENT
         found = (
-            error.masked_fill(everything, 0.0),
+            output_error(out, whole, kept, lengths),
             weight_share(lse, dense, options.get("sink_logits")),
             kept.double().mean(dim=1),
             kept.sum(dim=1) * pair + chosen,

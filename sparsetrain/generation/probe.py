@@ -15,7 +15,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.key_mirror import key_statistics
 from torch import Tensor, nn
 
-from sparsetrain.generation.listed import ListedMemory, weight_share
+from sparsetrain.generation.listed import ListedMemory, output_error, weight_share
 
 TOGETHER = 8
 """Rows that are looked at together: their scores are ``[8, Hq, N]``."""
@@ -114,32 +114,27 @@ class Probe(ListedMemory):
     def _compare(self, query: Tensor, options: dict[str, Any]) -> Loss:
         """The loss of steps, ``[R, Hq, 1, D]``."""
         keys, values, table, lengths = self._tensors()
-        always = torch.minimum(lengths, lengths.new_tensor(self.decode.sinks + self.decode.recent))[:, None]
         whole, dense = block_pattern_decode(
             query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
         )
-        norm = whole.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
         def read(lists: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             given = {**self._always()._asdict(), "block_table": table, **options}
             out, lse = listed_decode(query, keys, values, lists, counts, return_lse=True, **given)
-            error = ((out.float() - whole.float()).norm(dim=-1) / norm)[..., 0]
-            return error, weight_share(lse, dense, options.get("sink_logits"))
+            return out, weight_share(lse, dense, options.get("sink_logits"))
 
         passed = self._candidates(query, options)
         if passed.most is None:
             candidates = torch.ones_like(dense[..., 0])
         else:
-            candidates = read(*passed.positions(self._room(), self._always()))[1]
+            _, candidates = read(*passed.positions(self._always()))
         scores, lse = self._estimate(query, passed, options)
         errors, masses, kept = [], [], []
         for p in self._shares:
             found = self._top_p(scores, lse, passed, p=p)
-            error, mass = read(found.lists, found.counts)
-            count = found.counts + always
-            # The error of all keys is that of rounding.
-            everything = (count == lengths[:, None]).repeat_interleave(query.shape[1] // count.shape[1], dim=1)
-            errors.append(error.masked_fill(everything, 0.0))
+            out, mass = read(found.lists, found.counts)
+            count = self._keys_read(found.counts, self.decode.recent)
+            errors.append(output_error(out, whole, count, lengths))
             masses.append(mass)
             kept.append(count)
         measured = (torch.stack(errors), torch.stack(masses), torch.stack(kept), candidates, lengths)

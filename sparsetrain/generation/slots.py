@@ -13,7 +13,7 @@ from sparsetrain_kernels import KeyMirror, append_codes, estimate_scores, key_st
 from sparsetrain_kernels.sparsek_decode import EMPTY
 from torch import Tensor
 
-from sparsetrain.generation.listed import MASS_EVERY, OBSERVING
+from sparsetrain.generation.listed import MASS_EVERY, OBSERVING, statistics_of
 from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.sparsek.state import SparseKState
 
@@ -31,19 +31,15 @@ class SlotPruning:
         assert prune is not None
         self._decode = decode
         self._prune: dict[str, Any] = {**prune.model_dump(), "p": prune.p_of(index)}
-        # Keys read and held over the observed steps: numbers on the device, read at the end.
-        self._counted: list[int | Tensor] = [0, 0]
+        # Keys read, held and dropped, of which there are none, over the observed steps: numbers on the device, read at
+        # the end.
+        self._counted: list[int | Tensor] = [0, 0, 0]
         self._observed = 0
         self._masses: list[Tensor] = []
 
     def observations(self) -> dict[str, float]:
         """As of :meth:`~sparsetrain.generation.listed.ListedMemory.observations`, of the keys that the slots hold."""
-        read, held = map(int, self._counted)
-        found = {"kept": read / held, "dropped": 0.0} if held else {}
-        if self._masses:
-            masses = torch.cat(self._masses)
-            found |= {"mass_min": float(masses.min()), "mass_mean": float(masses.double().mean())}
-        return found
+        return statistics_of(self._counted, self._masses)
 
     @torch.no_grad()
     def __call__(self, query: Tensor, state: SparseKState, scale: float | None) -> Tensor:
