@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decode_steps import logits, prompts
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, Qwen3Config
 
 import sparsetrain
@@ -72,31 +73,6 @@ def make(decode=None, attention=None, **shape):
     model = AutoModelForCausalLM.from_config(config).eval()
     sparsetrain.sparsify(model, attention or {"method": "full"})
     return model if decode is None else sparsetrain.set_decode(model, SMALL | decode)
-
-
-def prompts(*lengths):
-    """Token ids and mask, padded on the left."""
-    torch.manual_seed(1)
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(1, 97, (length,))
-        mask[row, width - length :] = 1
-    return ids, mask
-
-
-def logits(model, ids, mask, count=12, **arguments):
-    """Of every step, ``[B, count, vocabulary]``, and the tokens."""
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=count,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **arguments,
-    )
-    return torch.stack(out.logits, dim=1), out.sequences[:, ids.shape[1] :], out.past_key_values
 
 
 @pytest.mark.parametrize("decode", EVERYTHING.values(), ids=EVERYTHING)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from decode_steps import logits as steps
+from decode_steps import prompts
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig
 
 import sparsetrain
@@ -46,28 +49,8 @@ def make(attention: dict[str, Any], decode: dict[str, Any] | None = None, **shap
     return model if decode is None else sparsetrain.set_decode(model, decode)
 
 
-def prompts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(1, 97, (length,))
-        mask[row, width - length :] = 1
-    return ids, mask
-
-
-def logits(model, ids, mask, count=24, **arguments):
-    """Of every step, ``[B, count, vocabulary]``, the tokens, and the cache."""
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=count,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **arguments,
-    )
-    return torch.stack(out.logits, dim=1), out.sequences[:, ids.shape[1] :], out.past_key_values
+logits = partial(steps, count=24)
+"""Over block boundaries."""
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
