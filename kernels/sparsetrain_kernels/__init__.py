@@ -7,6 +7,7 @@ from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, page_scores
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.list_decode import listed_decode
+from sparsetrain_kernels.listed_keys import listed_attention, listed_attention_dense
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
@@ -30,6 +31,8 @@ __all__ = [
     "center_logits",
     "estimate_scores",
     "key_statistics",
+    "listed_attention",
+    "listed_attention_dense",
     "listed_decode",
     "page_scores",
     "selected_attention",
