@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend
+from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.dense import reference
+from sparsetrain_kernels.dense.row_inputs import RowInputs, check_row_inputs
+from sparsetrain_kernels.dense.row_library import CausalRows
+from sparsetrain_kernels.dense.row_reference import dense_rows
 from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
 
 
@@ -18,6 +22,7 @@ def causal_attention(
     value: Tensor,
     *,
     window: int | None = None,
+    query_positions: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
     **options: Unpack[AttentionOptions],
@@ -31,6 +36,7 @@ def causal_attention(
     value: Tensor,
     *,
     window: int | None = None,
+    query_positions: Tensor | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
     **options: Unpack[AttentionOptions],
@@ -48,6 +54,7 @@ def causal_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    query_positions: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -65,9 +72,13 @@ def causal_attention(
         scale: factor on the logits; None means ``D ** -0.5``.
         softcap: ``softcap * tanh(logits / softcap)`` where given.
         sink_logits: ``[Hq]``, one more logit a row that takes part in the softmax denominator only. Differentiable.
+        query_positions: int32 ``[N]``, for chosen rows of a sequence: the ascending places of the queries among the
+            keys, each of which sees the keys of its document up to its own. With ``cu_seqlens``, which then counts
+            keys, and without ``window``, ``q_start``, ``softcap`` and ``sink_logits``. Triton does not read them on the
+            host to check.
         return_lse: also return the log of the softmax denominator (the sink included). Differentiable.
         backend: ``reference`` (plain PyTorch, torch's fused attention where it is the same) or ``auto``, which is the
-            same: there are no kernels here.
+            same: only chosen rows have kernels, ``triton``, which ``auto`` takes on CUDA.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -75,6 +86,11 @@ def causal_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
+    if query_positions is not None:
+        others = {"window": window, "q_start": q_start, "softcap": softcap, "sink_logits": sink_logits}
+        rows = check_row_inputs(query, key, value, query_positions, cu_seqlens=cu_seqlens, scale=scale, others=others)
+        out, lse = _chosen_rows(rows, backend)
+        return (out, lse) if return_lse else out
     inputs = check_inputs(
         query,
         key,
@@ -95,8 +111,23 @@ def causal_attention(
     return (out, lse) if return_lse else out
 
 
+def _chosen_rows(inputs: RowInputs, backend: str) -> tuple[Tensor, Tensor]:
+    refusals = {"triton": triton_refusal(inputs.query), "gluon": "there is no Hopper version"}
+    chosen = choose_backend(backend, inputs.query, refusals)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
+    # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
+    run = CausalRows.apply if needs_grad else torch.ops.sparsetrain.causal_rows_fwd
+    return run(*inputs, chosen)
+
+
 def causal_attention_dense(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None, **options: Unpack[AttentionOptions]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    query_positions: Tensor | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]:
     """The oracle of :func:`causal_attention` (1706.03762, equation 1): builds the whole ``N x M`` mask.
 
@@ -112,6 +143,11 @@ def causal_attention_dense(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
+    if query_positions is not None:
+        cu_seqlens, scale = options.pop("cu_seqlens", None), options.pop("scale", None)
+        others = {"window": window, **options}
+        rows = check_row_inputs(query, key, value, query_positions, cu_seqlens=cu_seqlens, scale=scale, others=others)
+        return dense_rows(rows)
     _check_window(window)
     return reference.dense_attention(check_inputs(query, key, value, **options), window)
 
