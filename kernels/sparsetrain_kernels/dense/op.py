@@ -135,6 +135,7 @@ def causal_attention_dense(
         query: ``[B, Hq, N, D]``.
         key, value: ``[B, Hkv, M, D]`` with ``M >= N``.
         window: tokens a query sees, its own included; None means all earlier ones.
+        query_positions: int32 ``[N]``, the places of chosen rows among the keys.
         options: ``cu_seqlens``, ``q_start``, ``scale``, ``softcap`` and ``sink_logits`` of :func:`causal_attention`.
 
     Returns:
