@@ -38,6 +38,20 @@ def from_documents(cu_seqlens: Tensor, what: tuple[Any, ...], find: Callable[[],
     return found[what]
 
 
+def document_tiles(bounds: Tensor, size: int, most: int) -> Tensor:
+    """Tiles of ``size`` that start with their document: the first of each and the one past its last, int32 ``[most,
+    2]``, ascending; empty ones at the end."""
+    counts = bounds.diff().add(size - 1).div(size, rounding_mode="floor")
+    until = counts.cumsum(0)
+    tile = torch.arange(most, device=bounds.device)
+    document = torch.searchsorted(until, tile, right=True)
+    exists = document < len(counts)
+    document = document.clamp(max=len(counts) - 1)
+    start = bounds.take(document) + (tile - until.take(document) + counts.take(document)) * size
+    end = torch.minimum(start + size, bounds.take(document + 1))
+    return torch.stack((start, torch.where(exists, end, start)), 1).int().contiguous()
+
+
 def _cannot_keep(cu_seqlens: Tensor) -> bool:
     """Where changes would go unnoticed: tensors without versions, those of a graph that is traced or captured."""
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -69,6 +69,25 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "torch", fake)
 
 
+@pytest.fixture
+def poison_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Fresh memory of the modules given holds NaN, and integers that no index may be."""
+
+    def fresh(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = torch.empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    fake = SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if not name.startswith("__")})
+    fake.empty = fresh
+    fake.empty_like = lambda tensor: torch.empty_like(tensor).copy_(fresh(tensor.shape, dtype=tensor.dtype))
+
+    def poison(*modules: Any) -> None:
+        for module in modules:
+            monkeypatch.setattr(module, "torch", fake)
+
+    return poison
+
+
 class _Largest(TorchDispatchMode):
     """Remembers the most elements any operation's result had."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_oracle import assert_matches_oracle, make_inputs, outputs_and_gradients
 from sparsetrain_kernels import causal_attention, causal_attention_dense, gather
+from sparsetrain_kernels.backend import INTERPRETING
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,3 +166,41 @@ CHOSEN = torch.tensor([0, 4, 9], dtype=torch.int32)
 def test_wrong_arguments_are_named(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=named):
         causal_attention(QUERY, KEY, KEY, **{"query_positions": CHOSEN, **wrong})
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "some": {"count": 37},
+    "one": {"count": 1},
+    "packed": {"count": 60, "bounds": PACKED},
+    "groups": {"count": 20, "query_heads": 7, "kv_heads": 1},
+    "batch": {"count": 12, "batch": 2},
+    "head dim": {"count": 30, "head_dim": 24, "dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_kernels_equal_the_oracle(name: str, poisoned_kernels) -> None:
+    tensors, chosen, bounds = make_case(**SMALL[name])
+    oracle = partial(causal_attention_dense, query_positions=chosen, cu_seqlens=packed(bounds))
+    assert_matches_oracle(rows_of(chosen, bounds, "triton"), oracle, tensors)
+
+
+def test_the_kernels_do_not_read_later_keys_and_other_documents(poisoned_kernels) -> None:
+    tensors, _, _ = make_case(3)
+    chosen = torch.tensor([40, 60, 200], dtype=torch.int32)
+    clean = outputs_and_gradients(rows_of(chosen, PACKED, "triton"), tensors)
+    with torch.no_grad():
+        for tensor in tensors[1:]:
+            tensor[:, :, 201:] = tensor[:, :, :30] = tensor[:, :, 61:110] = float("nan")
+    dirty = outputs_and_gradients(rows_of(chosen, PACKED, "triton"), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+@pytest.fixture
+def poisoned_kernels(poison_launches: Callable[..., None]) -> None:
+    if not INTERPRETING:
+        pytest.skip("runs in Triton's interpreter, on machines without a GPU")
+    from sparsetrain_kernels import row_statistics
+    from sparsetrain_kernels.dense.triton import launch
+
+    poison_launches(launch, row_statistics)

@@ -42,10 +42,10 @@ STACK = {
 }
 
 
-def compiled(*arguments: str) -> list[dict]:
+def compiled(*arguments: str, script: str = "cross_compile.py") -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("cross_compile.py")
-    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
@@ -93,3 +93,19 @@ def test_the_kernels_around_attention_keep_to_registers(family: str, count: int)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["stack"] <= STACK.get(family, {}).get(kernel["kernel"], 0), kernel
+
+
+@pytest.mark.parametrize(("family", "count"), [("listed", 16), ("rows", 9)])
+def test_attention_of_segments_and_chosen_rows_uses_the_tensor_cores(family: str, count: int) -> None:
+    kernels = compiled(family, "bf16", script="cross_compile_segments.py")
+    assert len(kernels) == count
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["wgmma"] > 0, kernel
+        assert not kernel["serialised"], kernel
+
+
+def test_what_comes_before_them_keeps_to_registers() -> None:
+    kernels = compiled("work", "bf16", script="cross_compile_segments.py")
+    assert len(kernels) == 3
+    assert all(kernel["stack"] == 0 for kernel in kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from attention_oracle import FLOOR, Attention, outputs_and_gradients, worst_error
 from listed_cases import PACKED, Case, make_case, seen_keys
 from sparsetrain_kernels import causal_attention_dense, listed_attention, listed_attention_dense
+from sparsetrain_kernels.backend import INTERPRETING
 from torch import Tensor
 
 NAMES = ("out", "lse", "grad query", "grad key", "grad value")
@@ -214,3 +216,55 @@ def test_memory_grows_with_the_length_and_the_lists(monkeypatch: pytest.MonkeyPa
     counts = torch.full((1, 1, segments), 16, dtype=torch.int32)
     run = lambda: listed_attention(*trained, lists, counts, cu, skip=1).sum().backward()  # noqa: E731
     assert largest_tensor(run) < tokens * tokens / 8 / 8
+
+
+def interpreted(case: Case) -> Case:
+    if not INTERPRETING:
+        pytest.skip("runs in Triton's interpreter, on machines without a GPU")
+    return case
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "segments": {"tokens": 70, "capacity": 9},
+    "batch": {"tokens": 50, "batch": 2, "window": 5},
+    "prefix": {"tokens": 90, "prefix": 40, "sinks": 3},
+    "nothing skipped": {"tokens": 70, "skip": 0, "window": 9, "sinks": 2},
+    "granules": {"tokens": 90, "granule": 8, "capacity": 6, "sinks": 3, "window": 5},
+    "packed": {"tokens": 100, "bounds": (0, 1, 12, 30, 30, 100), "prefix": 4, "window": 6, "sinks": 2},
+    "long segments": {"tokens": 120, "sizes": (70,), "window": 20},
+    "groups": {"query_heads": 14, "tokens": 50},
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_kernels_equal_the_masked_computation(name: str, poisoned_kernels) -> None:
+    assert_equals_the_mask(interpreted(make_case(**SMALL[name])), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16], ids=str)
+def test_the_kernels_equal_it_in_half_precision(dtype: torch.dtype, poisoned_kernels) -> None:
+    assert_equals_the_mask(interpreted(make_case(**SMALL["packed"], dtype=dtype)), "triton")
+
+
+def test_the_kernels_do_not_read_other_keys(poisoned_kernels) -> None:
+    case = interpreted(make_case(**SMALL["packed"]))
+    clean = results(listed(case, "triton"), case.trained)
+    assert equal_results(clean, results(listed(poisoned(case), "triton"), poisoned(case).trained))
+
+
+def test_the_kernels_sum_parts_in_pieces(monkeypatch: pytest.MonkeyPatch, poisoned_kernels) -> None:
+    from sparsetrain_kernels.listed_keys.triton import launch
+
+    case = interpreted(make_case(tokens=60, capacity=9, sizes=(8,)))
+    monkeypatch.setattr(launch, "PARTIAL_BYTES", 2**14)
+    assert_equals_the_mask(case, "triton")
+
+
+@pytest.fixture
+def poisoned_kernels(poison_launches: Callable[..., None]) -> None:
+    if not INTERPRETING:
+        pytest.skip("runs in Triton's interpreter, on machines without a GPU")
+    from sparsetrain_kernels import row_statistics
+    from sparsetrain_kernels.listed_keys.triton import launch, work
+
+    poison_launches(launch, work, row_statistics)

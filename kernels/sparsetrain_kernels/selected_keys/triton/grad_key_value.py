@@ -9,8 +9,9 @@ whose names begin with ``padded`` have whole tiles of rows (``row_stats.py``).
 import triton
 import triton.language as tl
 
+from sparsetrain_kernels.gathered_rows import gather
 from sparsetrain_kernels.online_softmax import LOG2E
-from sparsetrain_kernels.selected_keys.triton.forward import gate, gather
+from sparsetrain_kernels.selected_keys.triton.forward import gate
 from sparsetrain_kernels.selected_keys.triton.grad_query import grad_pairs
 from sparsetrain_kernels.selected_keys.triton.row_stats import stretches_of
 

@@ -7,10 +7,10 @@ whose names begin with ``padded`` have whole tiles of rows (``row_stats.py``).
 import triton
 import triton.language as tl
 
+from sparsetrain_kernels.gathered_rows import gather
 from sparsetrain_kernels.online_softmax import LOG2E
 from sparsetrain_kernels.selected_keys.triton.forward import (
     gate,
-    gather,
     masked_keys,
     sees,
     window_of_rows,

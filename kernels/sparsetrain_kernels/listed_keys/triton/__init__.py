@@ -1,0 +1,1 @@
+"""The Triton kernels of attention over lists of keys."""

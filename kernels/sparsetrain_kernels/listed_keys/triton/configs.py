@@ -1,0 +1,46 @@
+"""Tile sizes of each kernel: a short table by head dim and dtype, every entry checked on the card, nothing tuned at run
+time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from sparsetrain_kernels.launching import Config
+
+
+class Configs(NamedTuple):
+    """The configurations of one call: over rows (forward and backward), and over keys (sums of parts, neighbours)."""
+
+    fwd: Config
+    rows: Config
+    sums: Config
+    """``block_m`` entries of lists, taken from as many tiles of rows at a time."""
+    keys: Config
+
+
+def tile_lines(dtype: torch.dtype, d_pad: int, segment_rows: int, group: int) -> int:
+    """Lines of a tile, of which each row of a segment takes one for each head of its group: enough for a segment of the
+    usual number of rows, within what has a configuration."""
+    most = 64 if d_pad > 128 or dtype == torch.float32 else 128
+    return max(16, min(most, triton.next_power_of_2(segment_rows * group)), triton.next_power_of_2(group))
+
+
+def choose_configs(dtype: torch.dtype, d_pad: int, lines: int) -> Configs:
+    """The configurations for a head dim padded to ``d_pad`` and tiles of so many lines."""
+    if dtype == torch.float32:
+        # fp32 products run on the ordinary cores, exactly.
+        small = d_pad > 128
+        rows = Config(lines, 16 if small else 32, 8, 1)
+        keys = Config(16, 16, 4, 1) if small else Config(32, 32, 4, 1)
+        return Configs(rows, rows, Config(16, 16, 4, 1), keys)
+    warps = 8 if lines > 64 or d_pad > 128 else 4
+    stages = 2 if d_pad > 128 else 3
+    return Configs(
+        Config(lines, 32 if d_pad > 128 else 64, warps, stages),
+        Config(lines, 32 if d_pad > 128 else 64, warps, 1 if d_pad > 128 else 2),
+        Config(64, 64, 8, 2),
+        Config(32, 64, 8, 2) if d_pad > 128 else Config(64, 64, 4, 2),
+    )

@@ -1,0 +1,236 @@
+"""Launches the Triton kernels. Everything follows from shapes; nothing here reads a tensor on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsetrain_kernels.documents import document_tiles, from_documents
+from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.listed_keys.inputs import ListedInputs
+from sparsetrain_kernels.listed_keys.triton.configs import Configs, choose_configs, tile_lines
+from sparsetrain_kernels.listed_keys.triton.forward import listed_fwd_kernel
+from sparsetrain_kernels.listed_keys.triton.grad_keys import listed_bwd_keys_kernel, listed_bwd_sum_kernel
+from sparsetrain_kernels.listed_keys.triton.grad_rows import listed_bwd_rows_kernel
+from sparsetrain_kernels.listed_keys.triton.work import Work, make_work
+from sparsetrain_kernels.row_statistics import row_statistics
+
+PARTIAL_BYTES = 2**30
+"""Memory for what tiles of rows add to keys: as many KV heads go together as fit; of a single one, as many tiles."""
+
+
+def attention_forward(inputs: ListedInputs) -> tuple[Tensor, Tensor]:
+    """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
+    query, key, value = inputs[:3]
+    batch, _, tokens, _ = query.shape
+    out = torch.zeros_like(query)
+    lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
+    configs, shape = _setup(inputs)
+    with on_device(query):
+        work = make_work(inputs, shape["ROWS"])
+        tiles = work.tiles.shape[0]
+        launch(
+            listed_fwd_kernel,
+            tiles * key.shape[1] * batch,
+            (query, key, value, out, lse, work.keys, work.counts, work.tiles),
+            (
+                *query.stride()[:3],
+                *key.stride()[:3],
+                *value.stride()[:3],
+                *out.stride()[:3],
+                tokens,
+                work.keys.shape[2],
+                tiles,
+                work.keys.shape[3],
+                inputs.scale,
+            ),
+            **shape,
+            BLOCK_M=configs.fwd.block_m,
+            BLOCK_N=configs.fwd.block_n,
+            num_warps=configs.fwd.num_warps,
+            num_stages=configs.fwd.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
+
+
+def attention_backward(
+    inputs: ListedInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, laid out like them."""
+    query, key, value = inputs[:3]
+    batch, kv_heads, tokens, _ = key.shape
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+    configs, shape = _setup(inputs)
+    d_pad = shape["D_PAD"]
+    # Half precision holds a tile's part as well as it does the weights; fp16 would not hold every size.
+    dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
+    with on_device(query):
+        work = make_work(inputs, shape["ROWS"])
+        statistics = row_statistics(out, grad_out, lse, grad_lse)
+        tiles, capacity = work.tiles.shape[0], work.keys.shape[3]
+        tile_bytes = batch * capacity * 2 * d_pad * dtype.itemsize
+        together = max(1, min(kv_heads, PARTIAL_BYTES // (tiles * tile_bytes)))
+        part = tiles if tiles * tile_bytes <= PARTIAL_BYTES else max(1, PARTIAL_BYTES // tile_bytes)
+        partial = torch.empty((batch * together * part * capacity, 2, d_pad), dtype=dtype, device=query.device)
+        sums = torch.empty((batch * together, tokens, 2, d_pad), dtype=torch.float32, device=query.device)
+        for first_head in range(0, kv_heads, together):
+            heads = (first_head, min(together, kv_heads - first_head))
+            for first_tile in range(0, tiles, part):
+                own = (first_tile, min(part, tiles - first_tile))
+                _launch_rows(inputs, grad_out, statistics, grad_query, partial, work, own, heads, configs, shape)
+                _launch_sums(inputs, partial, sums, work, own, heads, configs, shape)
+            _launch_keys(inputs, grad_out, statistics, (grad_key, grad_value), sums, work, heads, configs, shape)
+    return grad_query, grad_key, grad_value
+
+
+def _launch_rows(
+    inputs: ListedInputs,
+    grad_out: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    grad_query: Tensor,
+    partial: Tensor,
+    work: Work,
+    tiles: tuple[int, int],
+    heads: tuple[int, int],
+    configs: Configs,
+    shape: dict[str, Any],
+) -> None:
+    """dQ of some tiles and KV heads (the first, and how many), and their parts of the other gradients."""
+    query, key, value = inputs[:3]
+    launch(
+        listed_bwd_rows_kernel,
+        tiles[1] * heads[1] * query.shape[0],
+        (query, key, value, grad_out, *statistics, grad_query, partial, work.keys, work.counts, work.tiles),
+        (
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_out.stride()[:3],
+            *grad_query.stride()[:3],
+            query.shape[2],
+            work.keys.shape[2],
+            *tiles,
+            *heads,
+            work.keys.shape[3],
+            inputs.scale,
+        ),
+        **shape,
+        BLOCK_M=configs.rows.block_m,
+        BLOCK_N=configs.rows.block_n,
+        num_warps=configs.rows.num_warps,
+        num_stages=configs.rows.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_sums(
+    inputs: ListedInputs,
+    partial: Tensor,
+    sums: Tensor,
+    work: Work,
+    tiles: tuple[int, int],
+    heads: tuple[int, int],
+    configs: Configs,
+    shape: dict[str, Any],
+) -> None:
+    batch, kv_heads, tokens, _ = inputs.key.shape
+    key_tiles, table = _key_tiles(inputs, configs.sums.block_n)
+    capacity = work.keys.shape[3]
+    launch(
+        listed_bwd_sum_kernel,
+        key_tiles * heads[1] * batch,
+        (partial, sums, work.keys, work.counts, work.tiles, table),
+        (tokens, work.keys.shape[2], *tiles, *heads, capacity, key_tiles, capacity.bit_length()),
+        KV_HEADS=kv_heads,
+        D_PAD=shape["D_PAD"],
+        BLOCK_N=configs.sums.block_n,
+        TILES=configs.sums.block_m,
+        ENTRIES=configs.sums.block_m,
+        PACKED=table is not None,
+        FIRST=tiles[0] == 0,
+        PRECISION="ieee",
+        num_warps=configs.sums.num_warps,
+        num_stages=configs.sums.num_stages,
+    )
+
+
+def _launch_keys(
+    inputs: ListedInputs,
+    grad_out: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    sums: Tensor,
+    work: Work,
+    heads: tuple[int, int],
+    configs: Configs,
+    shape: dict[str, Any],
+) -> None:
+    query, key, value = inputs[:3]
+    config = configs.keys
+    key_tiles, table = _key_tiles(inputs, config.block_n)
+    segments = work.keys.shape[2]
+    own = {name: number for name, number in shape.items() if name != "ROWS"}
+    launch(
+        listed_bwd_keys_kernel,
+        key_tiles * heads[1] * query.shape[0],
+        (
+            query,
+            key,
+            value,
+            grad_out,
+            *statistics,
+            *grads,
+            sums,
+            inputs.cu_segments,
+            inputs.skip,
+            work.starts,
+            work.ends,
+            table,
+        ),
+        (
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_out.stride()[:3],
+            *grads[0].stride()[:3],
+            *grads[1].stride()[:3],
+            query.shape[2],
+            segments,
+            inputs.window,
+            *heads,
+            key_tiles,
+            segments.bit_length(),
+            inputs.scale,
+        ),
+        **own,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PACKED=table is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _setup(inputs: ListedInputs) -> tuple[Configs, dict[str, Any]]:
+    """The configurations, and what all kernels over rows and keys are compiled for."""
+    query = inputs.query
+    head_dim, kv_heads = query.shape[3], inputs.key.shape[1]
+    group, d_pad = query.shape[1] // kv_heads, pad_head_dim(head_dim)
+    usual = triton.cdiv(query.shape[2], inputs.lists.shape[2])
+    lines = tile_lines(query.dtype, d_pad, usual, group)
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "ROWS": lines // group}
+    return choose_configs(query.dtype, d_pad, lines), {**shape, "PRECISION": "ieee"}
+
+
+def _key_tiles(inputs: ListedInputs, keys: int) -> tuple[int, Tensor | None]:
+    """How many tiles of ``keys`` keys there are, and their bounds, int32 ``[tiles, 2]``, if they are no plain cut."""
+    tokens, cu_seqlens = inputs.key.shape[2], inputs.cu_seqlens
+    if cu_seqlens is None:
+        return triton.cdiv(tokens, keys), None
+    most = tokens // keys + cu_seqlens.shape[0] - 1
+    return most, from_documents(cu_seqlens, ("tiles", most, keys), lambda: document_tiles(cu_seqlens, keys, most))

@@ -1,0 +1,89 @@
+"""As ``cross_compile.py``, for attention over lists by segments and of chosen rows: ``FAMILY DTYPE``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from cross_compile import TARGET, report, source
+from sparsetrain_kernels import row_statistics
+from sparsetrain_kernels.dense.triton import keys, rows
+from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
+from sparsetrain_kernels.launching import Config
+from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, work
+from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
+from triton.compiler import ASTSource
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INTEGERS = (
+    "keys_ptr",
+    "counts_ptr",
+    "tiles_ptr",
+    "key_tiles_ptr",
+    "cu_ptr",
+    "skip_ptr",
+    "lists_ptr",
+    "key_counts_ptr",
+    "positions_ptr",
+)
+SINGLES = ("sums_ptr", "in_log2_ptr", "grad_lse_ptr", "lse_ptr", "delta_ptr")
+
+
+def compile_one(
+    name: str, kernel: Any, dtype: str, constants: dict[str, Any], config: Config | None, **types: str
+) -> None:
+    """Reports one kernel; the sizes of its tiles are the configuration's unless they are among the constants."""
+    if config is not None:
+        constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **constants}
+    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
+    known = dict.fromkeys(INTEGERS, "*i32") | dict.fromkeys(SINGLES, "*fp32") | types
+    own = {name: kind for name, kind in known.items() if name in kernel.arg_names}
+    options = {} if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source(ASTSource, kernel, dtype, constants, own), target=TARGET, options=options)
+    report(f"{name} {dtype}", compiled)
+
+
+def compile_listed(dtype: str) -> None:
+    """Every entry of the table for a dtype, with the lines of short and of long segments."""
+    for head_dim in (64, 128, 256):
+        for lines in (64, 128) if head_dim < 256 and dtype != "fp32" else (64,):
+            configs = choose_configs(DTYPES[dtype], head_dim, lines)
+            shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "ROWS": lines // 4}
+            shape |= {"PRECISION": "ieee", "PACKED": False, "key_tiles_ptr": None}
+            what = f"{head_dim} {lines}"
+            partial = "*bf16" if dtype == "bf16" else "*fp32"
+            compile_one(f"fwd {what}", forward.listed_fwd_kernel, dtype, shape, configs.fwd)
+            compile_one(
+                f"rows {what}", grad_rows.listed_bwd_rows_kernel, dtype, shape, configs.rows, partial_ptr=partial
+            )
+            if lines == 64:
+                shape |= {"TILES": configs.sums.block_m, "ENTRIES": configs.sums.block_m, "FIRST": False}
+                sums = grad_keys.listed_bwd_sum_kernel
+                compile_one(f"sums {head_dim}", sums, dtype, shape, configs.sums, partial_ptr=partial)
+                compile_one(f"keys {head_dim}", grad_keys.listed_bwd_keys_kernel, dtype, shape, configs.keys)
+
+
+def compile_rows(dtype: str) -> None:
+    """Every entry of the table of chosen rows for a dtype."""
+    for head_dim in (64, 128, 256):
+        configs = choose_row_configs(DTYPES[dtype], head_dim)
+        shape = {"HEADS": 32, "KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim}
+        shape |= {"PRECISION": "ieee", "PACKED": False, "tiles_ptr": None}
+        compile_one(f"fwd {head_dim}", rows.causal_rows_fwd_kernel, dtype, shape, configs.fwd)
+        compile_one(f"dq {head_dim}", rows.causal_rows_bwd_dq_kernel, dtype, shape, configs.dq)
+        compile_one(f"dkv {head_dim}", keys.causal_rows_bwd_dkv_kernel, dtype, shape, configs.dkv)
+
+
+def compile_work(dtype: str) -> None:
+    """What comes before the kernels of both."""
+    constants: dict[str, Any] = {"ROWS": 32, "PACKED": False, "SCAN": 1024, "GRANULE": 8}
+    compile_one("tiles", work.segment_tiles_kernel, dtype, constants, None)
+    compile_one("lists", work.ascending_keys_kernel, dtype, constants, None)
+    constants = {"HEADS": 32, "D": 128, "D_PAD": 128, "BLOCK_M": 64, "GRAD_LSE": True}
+    compile_one("statistics", row_statistics.row_statistics_kernel, dtype, constants, None)
+
+
+if __name__ == "__main__":
+    {"listed": compile_listed, "rows": compile_rows, "work": compile_work}[sys.argv[1]](sys.argv[2])
