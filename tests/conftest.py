@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -29,6 +30,10 @@ import torch  # noqa: E402
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from fast_interpreter import speed_up
+
+    speed_up()
 
 
 def pytest_unconfigure() -> None:
