@@ -5,6 +5,8 @@ Runs in a process of its own, without Triton's interpreter: ``python cross_compi
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -42,12 +44,13 @@ from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
 from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
 from sparsetrain_kernels.top_p_selection.triton import pooling, thresholds
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
+triton.knobs.compilation.always_compile = True
+triton.knobs.nvidia.dump_ptxas_log = True
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "places_until_ptr"}
 SINGLES = {
@@ -56,14 +59,15 @@ SINGLES = {
 }
 
 
-def report(name: str, kernel: Any) -> None:
+def report(name: str, code: Any, options: dict[str, Any]) -> None:
+    """Compile it, whatever a cache holds: only then does ptxas say what it did."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        kernel = triton.compile(code, target=TARGET, options=options)
+    log = said.getvalue()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        Path(file.name).write_text(kernel.asm["ptx"])
-        arguments = [get_ptxas(90).path, "--gpu-name", "sm_90a", "-v", file.name, "-o", "/dev/null"]
-        log = subprocess.run(arguments, capture_output=True, text=True).stderr
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     assert "Used" in log, log
@@ -120,8 +124,7 @@ def compile_plain(dtype: str) -> None:
             config = getattr(configs, name)
             constants = {**shared, **own, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            compiled = triton.compile(source(ASTSource, kernel, dtype, constants, {}), target=TARGET, options=options)
-            report(f"{name} {dtype} {head_dim}", compiled)
+            report(f"{name} {dtype} {head_dim}", source(ASTSource, kernel, dtype, constants, {}), options)
 
 
 def compile_selected(dtype: str) -> None:
@@ -145,8 +148,7 @@ def compile_selected(dtype: str) -> None:
             config = getattr(configs, name)
             constants = {**shared, **own, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            compiled = triton.compile(source(ASTSource, kernel, dtype, constants, {}), target=TARGET, options=options)
-            report(f"{name} {dtype} {head_dim}", compiled)
+            report(f"{name} {dtype} {head_dim}", source(ASTSource, kernel, dtype, constants, {}), options)
 
 
 WIDE = {
@@ -205,10 +207,7 @@ def compile_sparsek(dtype: str) -> None:
             constants = {**constants, "SCAN": 1024, "PACKED": False}
         names = [name for name in kernel.arg_names if name.endswith("_ptr") and not name.startswith("doc_")]
         own = dict.fromkeys(names, "*i32") | known | types
-        compiled = triton.compile(
-            source(ASTSource, kernel, dtype, constants, own), target=TARGET, options={"num_warps": warps}
-        )
-        report(f"{kernel.__name__} {constants}", compiled)
+        report(f"{kernel.__name__} {constants}", source(ASTSource, kernel, dtype, constants, own), {"num_warps": warps})
 
 
 def tiles(dtype: str, rows: int, head_dim: int) -> str:
@@ -254,12 +253,11 @@ def compile_hopper(dtype: str) -> None:
             types |= dict.fromkeys(("lse_desc", "delta_desc", "scale_desc"), f"tensordesc<fp32[64],{line!r}>")
             types["dq_desc"] = tiles("i32", 64, head_dim // 2)
             constants = {**own, "TPB": 2, "FAR": 16}
-            compiled = triton.compile(
+            report(
+                f"{name} {dtype} {head_dim}",
                 source(GluonASTSource, kernel, dtype, constants, types),
-                target=TARGET,
-                options={"num_warps": 4, "enable_fp_fusion": True, **options},
+                {"num_warps": 4, "enable_fp_fusion": True, **options},
             )
-            report(f"{name} {dtype} {head_dim}", compiled)
 
 
 def compile_query_sum(dtype: str) -> None:
@@ -275,10 +273,7 @@ def compile_query_sum(dtype: str) -> None:
     ):
         types = {name: kind for name, kind in known.items() if name in kernel.arg_names}
         options = {"num_warps": 8}
-        compiled = triton.compile(
-            source(ASTSource, kernel, dtype, {**shape, **own}, types), target=TARGET, options=options
-        )
-        report(kernel.__name__, compiled)
+        report(kernel.__name__, source(ASTSource, kernel, dtype, {**shape, **own}, types), options)
 
 
 def compile_lists(dtype: str) -> None:
@@ -314,11 +309,12 @@ def compile_lists(dtype: str) -> None:
             constants = {**own, "PAGES": pages}
             types = {name: known.get(name, "*i32") for name in kernel.arg_names if name in known or "_ptr" in name}
             options = {"num_warps": warps}
-            compiled = triton.compile(
-                source(ASTSource, kernel, dtype, constants, types), target=TARGET, options=options
-            )
             kind = {True: " newest", False: " union"}.get(own.get("NEWEST"), "")
-            report(kernel.__name__ + kind + (" pages" if pages else ""), compiled)
+            report(
+                kernel.__name__ + kind + (" pages" if pages else ""),
+                source(ASTSource, kernel, dtype, constants, types),
+                options,
+            )
 
 
 def compile_mirror(dtype: str) -> None:
@@ -366,8 +362,7 @@ def compile_mirror(dtype: str) -> None:
     kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64, "DUE": True}, {}, {"num_warps": 1}))
     for name, kernel, constants, types, options in kernels:
         own = known | types
-        compiled = triton.compile(source(ASTSource, kernel, dtype, constants, own), target=TARGET, options=options)
-        report(name, compiled)
+        report(name, source(ASTSource, kernel, dtype, constants, own), options)
 
 
 def compile_listed(dtype: str) -> None:
@@ -388,10 +383,11 @@ def compile_listed(dtype: str) -> None:
                 constants = {**shape, **more, "ROWS": rows, "BLOCK_N": config.block_n}
                 types = {name: kind for name, kind in known.items() if name in kernel.arg_names}
                 options = {"num_warps": 4, "num_stages": num_stages}
-                compiled = triton.compile(
-                    source(ASTSource, kernel, dtype, constants, types), target=TARGET, options=options
+                report(
+                    f"{kernel.__name__} {dtype} {head_dim} {rows}",
+                    source(ASTSource, kernel, dtype, constants, types),
+                    options,
                 )
-                report(f"{kernel.__name__} {dtype} {head_dim} {rows}", compiled)
 
 
 if __name__ == "__main__":
