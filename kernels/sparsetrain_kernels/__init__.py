@@ -4,6 +4,7 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attention, block_pattern_attention_dense
 from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
+from sparsetrain_kernels.key_choice import top_k_keys, top_p_keys
 from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, page_scores
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.list_decode import listed_decode
@@ -42,6 +43,8 @@ __all__ = [
     "sparsek_decode_attention",
     "sparsek_decode_update",
     "sparsek_threshold",
+    "top_k_keys",
     "top_k_lists",
+    "top_p_keys",
     "top_p_lists",
 ]

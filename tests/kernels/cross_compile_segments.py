@@ -11,6 +11,8 @@ from cross_compile import TARGET, report, source
 from sparsetrain_kernels import row_statistics
 from sparsetrain_kernels.dense.triton import keys, rows
 from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
+from sparsetrain_kernels.key_choice.triton import kernels as choice_kernels
+from sparsetrain_kernels.key_choice.triton.launch import STEPS, choose_config
 from sparsetrain_kernels.launching import Config
 from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
@@ -76,6 +78,17 @@ def compile_rows(dtype: str) -> None:
         compile_one(f"dkv {head_dim}", keys.causal_rows_bwd_dkv_kernel, dtype, shape, configs.dkv)
 
 
+def compile_choice(dtype: str) -> None:
+    """What weighs keys, for the largest of a group and for every head."""
+    for head_dim in (64, 128, 256):
+        for best in (True, False):
+            shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "STEPS": STEPS, "BEST": best}
+            shape |= {"PRECISION": "ieee", "PACKED": False, "tiles_ptr": None}
+            config = choose_config(DTYPES[dtype], head_dim)
+            name, kernel = f"weights {best} {head_dim}", choice_kernels.log_weights_kernel
+            compile_one(name, kernel, dtype, shape, config, weights_ptr="*fp16")
+
+
 def compile_work(dtype: str) -> None:
     """What comes before the kernels of both."""
     constants: dict[str, Any] = {"ROWS": 32, "PACKED": False, "SCAN": 1024, "GRANULE": 8}
@@ -86,4 +99,6 @@ def compile_work(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    {"listed": compile_listed, "rows": compile_rows, "work": compile_work}[sys.argv[1]](sys.argv[2])
+    {"listed": compile_listed, "rows": compile_rows, "choice": compile_choice, "work": compile_work}[sys.argv[1]](
+        sys.argv[2]
+    )

@@ -95,7 +95,7 @@ def test_the_kernels_around_attention_keep_to_registers(family: str, count: int)
         assert kernel["stack"] <= STACK.get(family, {}).get(kernel["kernel"], 0), kernel
 
 
-@pytest.mark.parametrize(("family", "count"), [("listed", 16), ("rows", 9)])
+@pytest.mark.parametrize(("family", "count"), [("listed", 16), ("rows", 9), ("choice", 6)])
 def test_attention_of_segments_and_chosen_rows_uses_the_tensor_cores(family: str, count: int) -> None:
     kernels = compiled(family, "bf16", script="cross_compile_segments.py")
     assert len(kernels) == count
