@@ -43,6 +43,8 @@ class Batch:
     """Number of tokens with loss. Shifting the labels loses none, since no document starts with one."""
     origin: list[str]
     """Name of each document."""
+    prompts: list[int]
+    """Tokens of each document before its first target, all where it has none. Of plain text that is 1."""
     padding: int = 0
     """Padding tokens at the end, for sequence parallelism if the length is not divisible."""
 
@@ -74,11 +76,25 @@ def collate(rows: Sequence[Row]) -> Batch:
     """Concatenate rows to one flat batch ``[1, T]``. All documents keep their boundaries and positions."""
     lengths = [length for row in rows for length in row.lengths]
     labels = np.concatenate([row.labels for row in rows])
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
     return Batch(
         input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows]))[None],
         labels=torch.from_numpy(labels)[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        cu_seqlens=torch.from_numpy(bounds),
         num_target_tokens=int((labels != IGNORE).sum()),
         origin=[name for row in rows for name in row.origin],
+        prompts=prompt_lengths(labels, bounds),
     )
+
+
+def prompt_lengths(labels: np.ndarray, bounds: np.ndarray) -> list[int]:
+    """Tokens of each document before its first target, all where it has none.
+
+    Args:
+        labels: int64 ``[T]``; ``-100`` means no loss.
+        bounds: int32 ``[documents + 1]``: the start of each document, and ``T``.
+    """
+    targets = np.flatnonzero(labels != IGNORE)
+    first = np.append(targets, len(labels))[np.searchsorted(targets, bounds[:-1])]
+    return [int(n) for n in np.minimum(first, bounds[1:]) - bounds[:-1]]

@@ -125,8 +125,8 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
 
 def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:
     """Add faults for synthetic tasks that do not fit their shortest document."""
-    from sparsetrain.data.randomness import generator
     from sparsetrain.data.synthetic import synthetic_task
+    from sparsetrain.randomness import generator
 
     for index, source in enumerate(recipe.data.sources):
         if source.synthetic:

@@ -17,11 +17,11 @@ from sparsetrain.data.content import content_of
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.position import Drawn, read_position
-from sparsetrain.data.randomness import generator
 from sparsetrain.data.render import RENDER_VERSION
 from sparsetrain.data.sources import OpenSource, Reader, open_source
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
+from sparsetrain.randomness import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

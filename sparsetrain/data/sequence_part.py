@@ -40,6 +40,7 @@ def sequence_part(batch: Batch, rank: int, ranks: int) -> Batch:
         position_ids=positions[:, start:end],
         cu_seqlens=boundaries,
         labels=labels,
+        prompts=[*batch.prompts, padding] if padding else batch.prompts,
         num_target_tokens=int((labels[:, 1:] != IGNORE).sum()),
         padding=max(0, end - max(start, length)),
     )

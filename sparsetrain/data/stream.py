@@ -16,9 +16,9 @@ from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece, Tokens
 from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.position import Position, read_position
 from sparsetrain.data.preview import preview
-from sparsetrain.data.randomness import generator, uniform
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
+from sparsetrain.randomness import generator, uniform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,9 +23,9 @@ import numpy as np
 from sparsetrain.data.document import Document, Piece, Tokens
 from sparsetrain.data.encoding import encode, encode_after, opening, shared_prefix
 from sparsetrain.data.position import Drawn, read_position
-from sparsetrain.data.randomness import generator
 from sparsetrain.data.recall import Recall
 from sparsetrain.errors import DataError
+from sparsetrain.randomness import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from sparsetrain.data import Batch
 from sparsetrain.data.batch import IGNORE
-from sparsetrain.modeling import has_plain_head
+from sparsetrain.modeling import has_plain_head, sparse_layers
+from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.world import World
 
 CHUNK = 2048
@@ -37,11 +38,13 @@ def predictions(
         fp32 logits ``[c, vocabulary]``, the labels ``[c]`` they should predict, and the document ``[c]`` of each.
     """
     batch = batch.to(device)
+    methods = [method for _, _, method in sparse_layers(model) if method is not None]
     inputs = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "cu_seqlens": batch.cu_seqlens,
         "use_cache": False,
+        **planned_arguments(methods, batch),
     }
     positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
     labels = batch.labels[0, positions + 1]

@@ -7,7 +7,7 @@ lacks one of them raises when it is defined. See docs/adding-a-method.md for exa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, Unpack, get_origin
 
 from pydantic import Field, PositiveInt, model_validator
@@ -106,6 +106,11 @@ class MethodConfig(Section, ABC):
         """The pattern to draw for ``length`` tokens; None if there is none."""
         return self.pattern(num_kv_heads)
 
+    def decode_section(self) -> Mapping[str, Any] | None:
+        """The fields of the ``decode`` section that the method is trained for, without ``dense_layers``; generation
+        uses it unless another is set. None: the method itself says what generation reads."""
+        return None
+
     @property
     def waits_for_fit(self) -> bool:
         """Whether layers have weights that are fitted to text before step 1 (:meth:`Method.fit`)."""
@@ -129,6 +134,21 @@ class MethodConfig(Section, ABC):
         return None
 
 
+class PassDocuments(NamedTuple):
+    """The documents of one forward pass over a packed row."""
+
+    bounds: Sequence[int]
+    """The start of each document, and the tokens of the row."""
+    prompts: Sequence[int]
+    """Tokens of each document before its first target, all where it has none."""
+    names: Sequence[str]
+    """The name of each document; of padding at the end there is none."""
+    seed: int | None = None
+    """Seed of a training pass; None in evaluation, where nothing is drawn."""
+    step: int = 0
+    """Step of a training pass, 0-based."""
+
+
 class Expected(NamedTuple):
     """The expected output of a layer at some positions of a packed row."""
 
@@ -147,6 +167,13 @@ class Method(ABC):
     extra_inputs: ClassVar[frozenset[str]] = frozenset()
     """Names of the arguments that the hooks of :meth:`attach` add to a layer's call and that :meth:`attend` takes:
     tensors ``[B, heads, N]``, one value per token of the call."""
+
+    pass_input: ClassVar[str | None] = None
+    """Name of the argument of :meth:`attend` that holds the result of :meth:`plan_pass`."""
+
+    decodes_all: ClassVar[bool] = False
+    """Whether generation keeps all keys and reads them by full attention, or the choice of them that
+    :meth:`MethodConfig.decode_section` names."""
 
     selection_operations: ClassVar[frozenset[str]] = frozenset()
     """PyTorch operations (``namespace::name``) that select the keys :meth:`attend` reads. Activation checkpointing
@@ -168,6 +195,14 @@ class Method(ABC):
         The weights are kept with the layer, and attaching the method again restores them: evaluating a model with dense
         attention in the middle of a run must not lose trained weights.
         """
+
+    def plan_pass(self, documents: PassDocuments) -> Any:
+        """What :meth:`attend` needs to know about the documents of a pass besides their bounds, such as which part of
+        them is a prompt. All layers get the same object, also when they are recomputed. None: nothing.
+
+        Training and the evaluation tasks ask for it. Other passes, such as a user's own call of the model, go without.
+        """
+        return None
 
     def memory(self) -> Memory | None:
         """The memory of one layer for generation. None means pages of keys and values: all, or those that a static

@@ -24,6 +24,7 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import TrainingError
 from sparsetrain.methods.base import Method
 from sparsetrain.modeling import sparse_layers
+from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
@@ -248,7 +249,12 @@ class Loop:
         mine = {name: value for method in observers for name, value in method.observations().items()}
         of_ranks: list[Any] = [None] * self.job.world.size
         dist.all_gather_object(of_ranks, mine)
-        return {name: sum(each[name] for each in of_ranks) / self.job.world.size for name in mine}
+        # A rank may lack what its texts are too short for.
+        found: dict[str, list[float]] = {}
+        for each in of_ranks:
+            for name, value in each.items():
+                found.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
@@ -263,6 +269,8 @@ class Loop:
         inputs: dict[str, Any] = {name: t.to(self.job.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: the number of chunks must be equal on all ranks.
         inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.job.recipe.train.loss_chunk)
+        draw = {"seed": self.job.recipe.train.seed, "step": self.state.step}
+        inputs["planned"] = planned_arguments(self.methods, micro, **draw)
         return inputs
 
     def _nonfinite(self, batch: Step, result: StepResult) -> None:

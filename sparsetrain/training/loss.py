@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class CausalLMLoss(nn.Module):
         targets: torch.Tensor,
         num_chunks: int,
         balance_weight: torch.Tensor | None = None,
+        planned: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Summed NLL, and the balance loss of the routers where the model adds one.
 
@@ -89,6 +91,8 @@ class CausalLMLoss(nn.Module):
                 projection gathers it, a collective operation. A chunk may be empty.
             balance_weight: Weight of the balance loss of these tokens besides its factor; by default K, so that it is
                 added to the mean NLL per target.
+            planned: What the attention method needs to know about the documents
+                (:func:`~sparsetrain.modeling.attention.passes.planned_arguments`).
 
         Returns:
             fp32 scalar.
@@ -99,6 +103,7 @@ class CausalLMLoss(nn.Module):
             "cu_seqlens": cu_seqlens,
             "use_cache": False,
             **self.shared,
+            **(planned or {}),
         }
         if self.chunk is None:
             output = self.model(**inputs)

@@ -114,8 +114,8 @@ class PasskeySection(TaskSection):
 
     def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The shortest prompt."""
-        from sparsetrain.data.randomness import generator
         from sparsetrain.data.synthetic import passkey_prompt
+        from sparsetrain.randomness import generator
 
         with self.blaming("lengths"):
             passkey_prompt(tokenizer, min(*self.lengths, ROOM), 0.5, generator(0), self.digits)
@@ -189,7 +189,7 @@ class Passkey(Task):
         """The prompts of one length, grouped so that a forward pass holds as many as fit into the greatest length."""
         from sparsetrain.data import Row, passkey_prompt
         from sparsetrain.data.batch import IGNORE
-        from sparsetrain.data.randomness import generator
+        from sparsetrain.randomness import generator
 
         length = self.lengths[length_index]
         prompts = []

@@ -95,8 +95,8 @@ class RecallSection(TaskSection):
 
     def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The shortest document."""
-        from sparsetrain.data.randomness import generator
         from sparsetrain.data.synthetic import synthetic_task
+        from sparsetrain.randomness import generator
 
         with self.blaming("source"):
             synthetic_task(self.source, tokenizer).document(min(*self.source.lengths, ROOM), generator(0))
@@ -137,8 +137,8 @@ class Recall(Task):
 
     def __init__(self, section: RecallSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         from sparsetrain.data.document import Document
-        from sparsetrain.data.randomness import generator
         from sparsetrain.data.synthetic import synthetic_task
+        from sparsetrain.randomness import generator
 
         with section.blaming("source"):
             task = synthetic_task(section.source, tokenizer)

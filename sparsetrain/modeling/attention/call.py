@@ -59,6 +59,8 @@ class AttentionCall:
     """The layer's memory of the past, in place of a cache; then ``M == N``."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """The method's extra inputs."""
+    planned: Any = None
+    """What the method has planned for the documents of the pass (:meth:`Method.plan_pass`)."""
 
     @property
     def rows(self) -> int:
@@ -116,6 +118,7 @@ def parse_call(
     sliding_window: int | None = None,
     use_cache: bool | None = None,
     sparsetrain_memory: Memory | None = None,
+    sparsetrain_planned: Any = None,
     **kwargs: Any,
 ) -> AttentionCall:
     """Read what transformers' ``AttentionInterface`` passes.
@@ -164,6 +167,7 @@ def parse_call(
         training=module.training,
         memory=sparsetrain_memory,
         extra=extra,
+        planned=sparsetrain_planned,
     )
 
 

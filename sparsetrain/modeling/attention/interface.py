@@ -70,6 +70,8 @@ def attend_call(module: nn.Module, call: AttentionCall) -> Tensor:
         attend: Attend = partial(causal_attention, window=plan.window, **call.settings)
     else:
         attend = partial(plan.method.attend, module, **call.settings)
+        if plan.method.pass_input is not None and call.planned is not None and call.memory is None:
+            attend = partial(attend, **{plan.method.pass_input: call.planned})
         if plan.window is not None and call.memory is None:
             _check_cache_is_whole(plan, call)
     if call.memory is not None:
