@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsetrain.generation.candidates import GRANULE, Always, Candidates
 from sparsetrain.generation.choices import Choices
+from sparsetrain.generation.exact import WholeStep, exact_scores, keys_only, whole_step
 from sparsetrain.generation.own_blocks import OwnBlocks
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.selectors import HeavyChannels, Places, QuestPages, Selector
@@ -61,7 +62,11 @@ class ListedMemory(PagedMemory):
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
         self._selector = _make_selector(decode, index, pattern)
-        self._mirrors = decode.prune is not None or (decode.refresh is not None and decode.refresh.keep is not None)
+        # Steps that choose read all keys, so nothing is kept to estimate them by.
+        self._whole = decode.refresh is not None and decode.refresh.choose == "full"
+        keeps = decode.refresh is not None and decode.refresh.keep is not None
+        self._mirrors = (decode.prune is not None or keeps) and not self._whole
+        self._whole_step: WholeStep | None = None  # of the token that is read now
         self._centred = self._mirrors or self._selector.centred
         prune = decode.prune
         self._prune: dict[str, Any] = {} if prune is None else {**prune.model_dump(), "p": prune.p_of(index)}
@@ -71,6 +76,7 @@ class ListedMemory(PagedMemory):
         rollback = room.get("rollback", ROLLBACK)
         self._most_guesses = rollback + 1
         self._choices: Choices | None = None
+        self._end: tuple[Tensor, dict[str, Any]] | None = None  # queries of the last tokens of the prompt
         super().__init__(pattern, attend, **room)
         if decode.refresh is not None:
             self._choices = Choices(decode.refresh, index, rollback=rollback, static=self.static)
@@ -107,11 +113,22 @@ class ListedMemory(PagedMemory):
                     last = query[:, :, -1:].detach()
                     find, room = partial(self._lists, last, options), self.max_length or 0
                     self._choices.make_room(last, self._tensors()[3], find, steps=room)
+                if self._whole:
+                    self._end = query[:, :, -self._most_guesses :].detach().clone(), options
+                    self._choose_at_end()
             return out
         if count == 1:
             return self._attend_one(query, key, value, options)
         tokens = zip(query.split(1, 2), key.split(1, 2), value.split(1, 2), strict=True)
         return torch.cat([self._attend_one(q, k, v, options) for q, k, v in tokens], dim=2)
+
+    def _choose_at_end(self) -> None:
+        """The last token of the prompt chooses, where its step reads all keys."""
+        assert self._end is not None
+        assert self._choices is not None
+        if self.started and self._end[0].shape[2]:
+            last, options = self._end[0][:, :, -1:], self._end[1]
+            self._choices.take(last, self._tensors()[3], partial(self._lists, last, options))
 
     def begin_round(self) -> None:
         """See :meth:`Memory.begin_round`: as many tokens as can be taken back may be guesses from now on."""
@@ -123,10 +140,17 @@ class ListedMemory(PagedMemory):
         if tokens == 0 or self.lengths is None:
             return
         # Of each row: the one with the longest prompt may have gone.
-        of_prompt = self._prompts is not None and bool((self.lengths < self._prompts).any())
+        before = -1 if self._prompts is None else int((self._prompts - self.lengths).max())
+        of_prompt = before > 0
         self._blank = self._longest == 0
         if self._choices is not None:
             self._choices.rollback(tokens)
+            if self._end is not None and before >= 0:
+                # Its choice may be gone, or that of another token is needed.
+                query, options = self._end
+                self._end = query[:, :, : max(query.shape[2] - before, 0)], options
+                self._choices.restart()
+                self._choose_at_end()
         if of_prompt:
             self._prompt, self._prompts = self._longest, self.lengths.clone()
             self._write_again(self._longest, whole=True)
@@ -145,10 +169,12 @@ class ListedMemory(PagedMemory):
             self._keep_moments(self._center[index], self._spread[index])
         if self._choices is not None:
             self._choices.select_rows(index)
+        if self._end is not None:
+            self._end = self._end[0].index_select(0, index), self._end[1]
 
     def nbytes(self) -> int:
         """See :meth:`Memory.nbytes`."""
-        held = [self._prompts, self._center, self._spread, *self._selector.held()]
+        held = [self._prompts, self._center, self._spread, *self._selector.held(), *(self._end or ())[:1]]
         chosen = 0 if self._choices is None else self._choices.nbytes()
         return super().nbytes() + chosen + sum(tensor.nbytes for tensor in held if tensor is not None)
 
@@ -164,12 +190,16 @@ class ListedMemory(PagedMemory):
         """Attention of one new token a row, ``[B, Hq, 1, D]``."""
         self._append(key, value)
         keys, values, table, lengths = self._tensors()
+        self._whole_step = None
         if self._choices is None:
             lists, counts = self._lists(query, options)
             recent: Any = self._always().recent
         else:
             choice = self._choices.take(query, lengths, partial(self._lists, query, options))
             lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
+        whole = self._whole_step
+        if whole is not None and whole.due is None:
+            return self._seen(query, whole.output, whole.lse, lengths[:, None].expand_as(counts), 0, options)
         out, lse = listed_decode(
             query,
             keys,
@@ -183,6 +213,15 @@ class ListedMemory(PagedMemory):
             return_lse=True,
             **options,
         )
+        if whole is not None and whole.due is not None:
+            out, lse = whole.rows(out, lse)
+            recent = torch.where(whole.due, lengths, recent)
+        return self._seen(query, out, lse, counts, recent, options)
+
+    def _seen(
+        self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]
+    ) -> Tensor:
+        """The output of a step, once it is counted."""
         if not torch.compiler.is_compiling() and OBSERVING.get():
             self._observe(query, out, lse, counts, recent, options)
         return out
@@ -197,6 +236,8 @@ class ListedMemory(PagedMemory):
     ) -> tuple[Tensor, Tensor]:
         """Positions that each KV head reads, ``lists [B, Hkv, capacity]`` and ``counts [B, Hkv]``, of the rows that are
         due, bool ``[B]``; None for all. They are made in ``into`` if they can be."""
+        if self._whole:
+            return self._exact_lists(query, options, due, into)
         candidates = self._candidates(query, options, due)
         if not self._mirrors:
             return candidates.positions(self._always())
@@ -209,6 +250,25 @@ class ListedMemory(PagedMemory):
         if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
             dropped = found.dropped.sum(1)
             self._counted[2] += (dropped if due is None else dropped.where(due, 0)).sum()
+        return found.lists, found.counts
+
+    def _exact_lists(
+        self, query: Tensor, options: dict[str, Any], due: Tensor | None, into: PositionLists | None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_lists`, by the exact weights of all keys, which :attr:`_whole_step` has then read."""
+        keys, values, _, lengths = self._tensors()
+        places = self._places(due)
+        step = whole_step(query, keys, values, self.pattern, places, options)
+        scores = exact_scores(query, keys, places, **_factors(options))
+        lse = keys_only(step.lse, options.get("sink_logits"))
+        self._whole_step = step
+        given: dict[str, Any] = {"lengths": lengths, "sinks": self.decode.sinks, "recent": self.decode.recent}
+        given |= {"num_kv_heads": keys.shape[1], "due": due, "into": into}
+        most = self._room() if self.decode.refresh is None or self.decode.refresh.keep is None else self._keep()
+        if self.decode.prune is not None:
+            found = top_p_lists(scores, lse, capacity=min(most, self._room()), **self._prune, **given)
+        else:
+            found = top_k_lists(scores, lse, min(most, self._room()), width=Candidates.pooled, **given)
         return found.lists, found.counts
 
     def _candidates(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> Candidates:

@@ -49,9 +49,14 @@ class Refresh(Section):
     """Choose again only where the cosine similarity of the layer's mean query to that of the last choice has fallen to
     this or below; None chooses every time."""
     keep: Annotated[int | float, Field(gt=0)] | None = None
-    """Keys of a choice: a number of tokens, or below 1 a share of the prompt. None takes what ``prune`` keeps."""
+    """Keys of a choice: a number of tokens, or below 1 a share of the prompt. None takes what ``prune`` keeps; with
+    ``choose: full`` both may be given, and ``keep`` is then the most that ``prune`` keeps."""
     staggered: bool = True
     """Neighbouring layers choose at different tokens, so that no step is much slower than others."""
+    choose: Literal["codes", "full"] = "codes"
+    """How a token chooses: ``codes`` estimates the weights of keys from their codes of 4 bits, and the token reads what
+    it has chosen; ``full`` makes it read all keys and choose by their exact weights, and the last token of a prompt
+    chooses for the tokens behind it, as in the paper and in training with ``attention.method: recycled``."""
 
 
 class Calibrated(Section):
@@ -90,8 +95,8 @@ class Decode(Section):
     refresh: Refresh | None = None
     sinks: TokensOrNone = 4
     """First tokens, which every step reads."""
-    recent: Annotated[Tokens, Field(ge=1)] = 64
-    """Last tokens, which every step reads; at least all since the last choice."""
+    recent: TokensOrNone = 64
+    """Last tokens, which every step reads; at least all since the last choice. 0 needs ``refresh.choose: full``."""
     dense_layers: list[Annotated[int, Field(ge=0)]] = [0, 1]
     """Layers that read all keys, as the published methods leave the first two."""
     calibrated: Calibrated | None = None
@@ -123,7 +128,15 @@ class Decode(Section):
             )
         if self.refresh is not None and self.refresh.keep is None and self.prune is None and self.select == "full":
             raise ValueError("refresh needs to know how many keys a choice has; give refresh.keep or prune.p")
-        if self.refresh is not None and self.refresh.keep is not None and self.prune is not None:
+        whole = self.refresh is not None and self.refresh.choose == "full"
+        if whole and self.select != "full":
+            raise ValueError(
+                f"refresh.choose=full reads all keys where it chooses, and select={self.select} would pass on few of "
+                "them; use select=full, or choose=codes"
+            )
+        if self.recent == 0 and not whole:
+            raise ValueError("recent=0: a step has to read its own token, which is the last; use 1 or more")
+        if self.refresh is not None and self.refresh.keep is not None and self.prune is not None and not whole:
             raise ValueError("refresh.keep and prune both say how many keys a choice has; drop one of them")
         if self.refresh is not None and isinstance(keep := self.refresh.keep, float) and keep >= 1 and keep % 1:
             raise ValueError(f"refresh.keep={keep} must be a whole number of tokens, or a share below 1")

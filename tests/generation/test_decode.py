@@ -38,6 +38,8 @@ EVERYTHING = {
     "all weight of all tokens by channels": {"select": "channels", "channels": 4, "prune": {"p": 1.0}},
     "all keys, chosen at every token": {"refresh": {"every": 1, "keep": 4096}},
     "all keys, used again": {"refresh": {"every": 5, "keep": 4096}},
+    "all keys by exact weights, used again": {"refresh": {"every": 5, "keep": 4096, "choose": "full"}},
+    "exact weights at every token": {"refresh": {"every": 1, "keep": 1, "choose": "full"}},
 }
 FEW = {
     "top-p": {"prune": {"p": 0.6, "min_keys": 1}},
@@ -63,6 +65,11 @@ FEW = {
         "refresh": {"every": 2, "similarity": 0.2},
     },
     "channels, used again": {"select": "channels", "channels": 4, "candidates": 16, "refresh": {"every": 4}},
+    "top-k by exact weights": {"refresh": {"every": 3, "keep": 5, "choose": "full"}},
+    "top-p by exact weights": {"prune": {"p": 0.5, "min_keys": 1}, "refresh": {"every": 4, "choose": "full"}},
+    "top-k by exact weights and similarity": {
+        "refresh": {"every": 2, "keep": 5, "similarity": 0.2, "choose": "full", "staggered": False},
+    },
     "Quest, used again": {"select": "quest", "candidates": 16, "refresh": {"every": 4}},
 }
 
@@ -176,7 +183,16 @@ def test_beams_turns_and_other_heads(decode):
     assert again.shape == (2, turn.shape[1] + 4)
 
 
-COMPILED = ("top-p", "Quest", "top-p of channels", "top-p, used again", "top-k by similarity", "Quest, used again")
+COMPILED = (
+    "top-p",
+    "top-k by exact weights",
+    "top-k by exact weights and similarity",
+    "Quest",
+    "top-p of channels",
+    "top-p, used again",
+    "top-k by similarity",
+    "Quest, used again",
+)
 
 
 @pytest.mark.parametrize("name", COMPILED)
