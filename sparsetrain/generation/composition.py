@@ -53,7 +53,7 @@ def attention_kind(method: Method | None, window: int | None) -> str:
     """
     if method is None:
         return FULL if window is None else WINDOW
-    if method.dense and not method.extra_inputs:
+    if method.decodes_all or (method.dense and not method.extra_inputs):
         return FULL
     if isinstance(method, StaticMethod):
         return WINDOW if type(method.pattern) is SlidingPattern else PATTERN

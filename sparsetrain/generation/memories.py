@@ -57,7 +57,8 @@ def make_memory(
     def choosing(attend: Attend) -> ListedMemory:
         return listed(FullPattern(PAGE), attend, decode, index, **room)
 
-    if method is None:
+    if method is None or method.decodes_all:
+        window = window if method is None else None
 
         def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             return causal_attention(query, key, value, window=window, **options)

@@ -17,6 +17,7 @@ from sparsetrain.methods.full import FullConfig
 from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.longnet import LongNetConfig
 from sparsetrain.methods.power import PowerConfig
+from sparsetrain.methods.recycled.method import RecycledConfig
 from sparsetrain.methods.sliding import SlidingConfig
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.stride import StrideConfig
@@ -29,6 +30,7 @@ CONFIGS: tuple[type[MethodConfig], ...] = (
     DilatedConfig,
     LongNetConfig,
     SparseKConfig,
+    RecycledConfig,
 )
 """The configs of our methods. A new method is a file or folder here and a line in this tuple."""
 

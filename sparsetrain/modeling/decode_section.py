@@ -83,6 +83,16 @@ def set_decode(model: Model, decode: str | Path | Mapping[str, Any] | Decode | N
     return model
 
 
+def restore_decode(model: Model, recorded: Decode | None) -> Model:
+    """Put a recorded section into a model that :func:`~sparsetrain.sparsify` has given its method again, in place.
+
+    Args:
+        recorded: None where the record has none; a section of the method's own is then taken out.
+    """
+    record: dict[str, Any] = model.config.sparsetrain  # type: ignore[assignment, union-attr]
+    return model if recorded is None and DECODE not in record else set_decode(model, recorded)
+
+
 def read_decode(given: str | Path | Mapping[str, Any] | Decode) -> Decode:
     """A decode section, also from a file of ``sparsetrain calibrate`` or of one's own.
 

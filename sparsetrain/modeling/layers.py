@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsetrain.errors import ModelError
+from sparsetrain.generation.composition import attention_kind, check_composition
+from sparsetrain.generation.settings import Decode, parse_decode
 from sparsetrain.methods.base import DenseLayerRule, Method, MethodConfig
 from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.registry import parse_attention
@@ -20,7 +23,7 @@ from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import keep_memory
 from sparsetrain.modeling.continuous_batching import refuse_continuous_batching
 from sparsetrain.modeling.decoder import decoder_holding
-from sparsetrain.modeling.records import PACKAGE, RECORD_FORMAT
+from sparsetrain.modeling.records import DECODE, PACKAGE, RECORD_FORMAT
 from sparsetrain.modeling.rotary import rotate_each_document
 from sparsetrain.version import __version__
 
@@ -58,6 +61,10 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
     if decoder is None:
         raise ModelError(f"{type(model).__name__} holds no transformers model that owns its attention layers")
     plans = _plan_layers(decoder, modules, text_config, config)
+    decode = _own_decode(plans, config)
+    if decode is not None:
+        taken = check_composition(((plan.index, attention_kind(plan.method, plan.window)) for plan in plans), decode)
+        plans = [replace(plan, decode=decode if plan.index in taken else None) for plan in plans]
 
     owner = next((m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is text_config), None)
     if owner is None:
@@ -75,8 +82,18 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
         "version": __version__,
         "attention": config.model_dump(mode="json"),
         **({} if package is None else {PACKAGE: package}),
+        **({} if decode is None else {DECODE: decode.model_dump(mode="json", exclude={"calibrated"})}),
     }
     return model
+
+
+def _own_decode(plans: list[LayerPlan], config: MethodConfig) -> Decode | None:
+    """The decode section that the layers are trained for; None where the method has none."""
+    section = config.decode_section()
+    if section is None:
+        return None
+    dense = [plan.index for plan in plans if plan.method is None and plan.window is None]
+    return parse_decode({**section, "dense_layers": dense})
 
 
 def put_method(module: nn.Module, plan: LayerPlan) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.adapters import load_adapters
 from sparsetrain.modeling.configs import saved_source
-from sparsetrain.modeling.decode_section import set_decode
+from sparsetrain.modeling.decode_section import restore_decode
 from sparsetrain.modeling.layers import sparsify
 from sparsetrain.modeling.places import ADAPTER_FILE, HUB_ARGUMENTS, resolve
 from sparsetrain.modeling.records import RECORD_FILE, check_same_method, recorded_attention, recorded_decode
@@ -54,7 +54,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{path} records {attention.method} but holds no weights of {' or '.join(attention.new_modules)}; if they "
             "were never trained, load it with transformers and call sparsetrain.sparsify(model, ...)"
         )
-    return model if decode is None else set_decode(model, decode)
+    return restore_decode(model, decode)
 
 
 def _load_with_base(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -63,4 +63,4 @@ def _load_with_base(path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         raise ModelError(f"{path} holds adapters, which do not accept {name}; they accept {', '.join(accepted)}")
     model = load_adapters(path, **kwargs)
     decode = recorded_decode(read_object(Path(path) / RECORD_FILE), path)
-    return model if decode is None else set_decode(model, decode)
+    return restore_decode(model, decode)

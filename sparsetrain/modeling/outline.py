@@ -13,7 +13,7 @@ from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.adapters import load_end_tokens, of_adapters
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, saved_source
-from sparsetrain.modeling.decode_section import set_decode
+from sparsetrain.modeling.decode_section import restore_decode
 from sparsetrain.modeling.layers import sparsify
 from sparsetrain.modeling.places import ADAPTER_FILE, resolve
 from sparsetrain.modeling.records import RECORD_FILE, adapters_record, recorded_attention, recorded_decode
@@ -54,7 +54,7 @@ def outline(path: str, field: str) -> PreTrainedModel:
     # Modules that a method adds have no weights either, and it does not take those of the model for offloaded.
     with torch.device("meta"):
         sparsify(model, attention)
-    return model if decode is None else set_decode(model, decode)
+    return restore_decode(model, decode)
 
 
 def _without_weights(source: ConfigSource, path: str | None) -> PreTrainedModel:

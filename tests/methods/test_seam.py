@@ -21,6 +21,7 @@ SMALL = {
     "stride": {"block": 8, "window": 2, "stride": 3},
     "dilated": {"block": 8, "window": 2},
     "longnet": {"block": 8, "segments": [[2, 1], [8, 4]], "head_shift": True},
+    "recycled": {"every": 8, "keep": 6, "sinks": 1, "recent": 2},
     "sparsek": {"topk": 6, "window": 8, "sinks": 1, "scorer": "random"},
 }
 

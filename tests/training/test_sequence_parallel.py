@@ -27,6 +27,10 @@ CHECKPOINTED = "train.activation_checkpointing=layer"
 CASES = {
     "power": ["deepspeed.stage=3"],
     "sparsek": ["attention={method: sparsek, topk: 16, window: 16, sinks: 2}", "deepspeed.stage=2", SHORT],
+    "recycled": [
+        "attention={method: recycled, every: [4, 8], keep: 16, sinks: 1, recent: 4, text_prefix: uniform}",
+        *("sequence.length=255", "deepspeed.stage=2", SHORT),
+    ],
     "one-kv-head": [
         "attention={method: sparsek, topk: 16, window: 16, sinks: 2, dense_layers: [0]}",
         *("model.architecture.num_key_value_heads=1", "sequence.length=255", "deepspeed.stage=0", SHORT, CHECKPOINTED),

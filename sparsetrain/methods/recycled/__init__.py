@@ -1,0 +1,1 @@
+"""Recycled attention: rows read the keys that an earlier row has chosen."""

@@ -1,0 +1,64 @@
+"""The attention of a packed row: rows that attend fully, their choices, and the rows that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sparsetrain_kernels import causal_attention, listed_attention
+from torch import Tensor
+
+from sparsetrain.methods.recycled.choice import choose
+from sparsetrain.methods.recycled.gate import choosing_rows
+from sparsetrain.methods.recycled.rules import Rules
+from sparsetrain.methods.recycled.segments import Segments
+
+Observe = Callable[..., None]
+
+
+def settled(rules: Rules, query: Tensor, segments: Segments) -> Segments:
+    """The segments of a layer with queries ``[1, Hq, N, D]``: those given, where similar ones need no new choice joined
+    to the one before."""
+    if rules.similarity is None:
+        return segments
+    return segments.keep(choosing_rows(query[0, :, segments.starts.long()], segments.documents, rules.similarity))
+
+
+def attend_rows(
+    rules: Rules,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    options: Mapping[str, Any],
+    observe: Observe | None = None,
+) -> Tensor:
+    """The output of one row, ``[1, Hq, N, D]``.
+
+    Args:
+        query: ``[1, Hq, N, D]``.
+        key, value: ``[1, Hkv, N, D]``.
+        segments: On their device.
+        options: Those of :meth:`Method.attend` that are supported.
+        observe: Is given what telemetry counts.
+    """
+    scale = options.get("scale") or query.shape[3] ** -0.5
+    cu_seqlens = options.get("cu_seqlens")
+    shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "scale": scale}
+    segments = settled(rules, query, segments)
+    starts = segments.starts.long()
+    asked = query[:, :, starts]
+    full, lse = causal_attention(asked, key, value, query_positions=segments.starts, return_lse=True, **shared)
+    lists, counts = choose(rules, asked.detach(), key.detach(), lse.detach(), segments, scale)
+    skip = segments.starts - segments.bounds[:-1] + 1
+    listed = {"skip": skip, "window": rules.recent, "sinks": rules.sinks, **shared}
+    out, out_lse = listed_attention(query, key, value, lists, counts, segments.bounds, return_lse=True, **listed)
+    if observe is not None:
+        observe(query.detach(), key.detach(), value.detach(), out_lse.detach(), segments, cu_seqlens, scale)
+    out = out.index_copy(2, starts, full)
+    prompts = segments.prompts.long()
+    if len(prompts) == 0:
+        return out
+    # A prompt sees nothing outside itself.
+    own = (tensor[:, :, prompts] for tensor in (query, key, value))
+    return out.index_copy(2, prompts, causal_attention(*own, cu_seqlens=segments.prompt_bounds, scale=scale))
