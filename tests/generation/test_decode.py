@@ -4,11 +4,10 @@ the same one by one, in a batch, with guesses and after a reload."""
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
-from decode_steps import logits, prompts
+from decode_steps import SHAPE, logits, prompts, small_llama
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, Qwen3Config
 
 import sparsetrain
@@ -18,17 +17,6 @@ from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, RE
 from sparsetrain.generation.listed import ListedMemory, observing
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 SMALL = {"sinks": 1, "recent": 2, "dense_layers": [0]}
 EVERYTHING = {
     "all weight": {"prune": {"p": 1.0}},
@@ -75,11 +63,7 @@ FEW = {
 
 
 def make(decode=None, attention=None, **shape):
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | shape)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    sparsetrain.sparsify(model, attention or {"method": "full"})
-    return model if decode is None else sparsetrain.set_decode(model, SMALL | decode)
+    return small_llama(attention, None if decode is None else SMALL | decode, **shape)
 
 
 @pytest.mark.parametrize("decode", EVERYTHING.values(), ids=EVERYTHING)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from page_reading import (
+    CLOSE,
+    PATTERNS,
+    STARTS,
+    TOKENS,
+    alone,
+    attend_by,
+    make_text,
+    read,
+    read_padded,
+)
 from sparsetrain_kernels import block_pattern_attention
 
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.generation.page_table import most_pages_read, pages_read
-from sparsetrain.patterns import DilatedPattern, LongNetPattern, PowerPattern, StridePattern
-
-PATTERNS = {
-    "power": PowerPattern(4, 2, 1),
-    "stride": StridePattern(4, 2, 0, 3),
-    "dilated": DilatedPattern(4, 3, 2),
-    "longnet": LongNetPattern(4, ((2, 1), (8, 2)), head_shift=True, num_heads=2),
-}
-TOKENS = 120
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(params=PATTERNS)
@@ -27,9 +28,7 @@ def pattern(request):
 
 @pytest.fixture
 def text():
-    """Query, key and value of two rows."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, heads, TOKENS, 8, generator=generator) for heads in (4, 2, 2)]
+    return make_text()
 
 
 class Poisoned(OffloadedMemory):
@@ -45,14 +44,7 @@ class Poisoned(OffloadedMemory):
 
 
 def offloaded(pattern, max_length=TOKENS):
-    def attend(layer, query, key, value, **options):
-        return block_pattern_attention(query, key, value, pattern, **options)
-
-    return Poisoned(pattern, attend, max_length=max_length)
-
-
-def read(memory, text, start, stop, starts=None):
-    return memory.attend(None, *(tensor[:, :, start:stop] for tensor in text), starts=starts)
+    return Poisoned(pattern, attend_by(pattern), max_length=max_length)
 
 
 @pytest.mark.parametrize("chunks", [[70] + [1] * 50, [50, 3, 1, 1, 17, 1, 2, 45], [1] * 120, [64, 4, 4, 48]], ids=str)
@@ -65,16 +57,11 @@ def test_any_chunks_equal_one_pass_with_dead_pages_poisoned(pattern, text, chunk
 
 
 def test_rows_that_start_later_are_read_as_if_alone(pattern, text) -> None:
-    starts = [0, 13]
+    want = alone(pattern, text)
     for chunks in ([60], [9, 30, 21]):
-        memory, at, out = offloaded(pattern), 0, []
-        for tokens in [*chunks, *[1] * 60]:
-            hidden = [min(max(start - at, 0), tokens) for start in starts]
-            out.append(read(memory, text, at, at + tokens, hidden if any(hidden) else None))
-            at += tokens
-        for row, start in enumerate(starts):
-            alone = block_pattern_attention(*(tensor[row, None, :, start:] for tensor in text), pattern)
-            torch.testing.assert_close(torch.cat(out, 2)[row, None, :, start:], alone, **CLOSE)
+        got = read_padded(offloaded(pattern), text, chunks)
+        for row, start in enumerate(STARTS):
+            torch.testing.assert_close(got[row, None, :, start:], want[row], **CLOSE)
 
 
 def test_any_number_of_tokens_is_taken_back(pattern, text) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from decode_steps import logits as steps
-from decode_steps import prompts
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig
+from decode_steps import prompts, small_llama
+from transformers import CompileConfig, DynamicCache
 
 import sparsetrain
 from sparsetrain.errors import ModelError
@@ -32,23 +32,6 @@ FEW = {**OWN, "recent": 3, "prune": {"p": 0.5, "min_keys": 1}}
 EVERYTHING = {**OWN, "prune": {"p": 1.0}}
 
 
-def make(attention: dict[str, Any], decode: dict[str, Any] | None = None, **shape):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        eos_token_id=None,
-        pad_token_id=0,
-        **{"initializer_range": 0.3, **shape},
-    )
-    model = sparsetrain.sparsify(AutoModelForCausalLM.from_config(config).eval(), attention)
-    return model if decode is None else sparsetrain.set_decode(model, decode)
-
-
 logits = partial(steps, count=24)
 """Over block boundaries."""
 
@@ -57,8 +40,8 @@ logits = partial(steps, count=24)
 def test_all_weight_is_the_method(method):
     """Over block boundaries, past the first pages of a ring, in rows that differ in length."""
     ids, mask = prompts(90, 33, 7)
-    want, tokens, _ = logits(make(method), ids, mask)
-    got, same, _ = logits(make(method, EVERYTHING), ids, mask)
+    want, tokens, _ = logits(small_llama(method), ids, mask)
+    got, same, _ = logits(small_llama(method, EVERYTHING), ids, mask)
     assert torch.equal(tokens, same)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -66,13 +49,13 @@ def test_all_weight_is_the_method(method):
 @pytest.mark.parametrize("name", ["power", "longnet, heads apart"])
 def test_lists_grow_with_the_text(name):
     ids, mask = prompts(20)
-    want, _, _ = logits(make(PATTERNS[name]), ids, mask, count=140)
-    got, _, _ = logits(make(PATTERNS[name], EVERYTHING), ids, mask, count=140)
+    want, _, _ = logits(small_llama(PATTERNS[name]), ids, mask, count=140)
+    got, _, _ = logits(small_llama(PATTERNS[name], EVERYTHING), ids, mask, count=140)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_is_used_again():
-    model = make(PATTERNS["longnet, heads apart"], FEW)
+    model = small_llama(PATTERNS["longnet, heads apart"], FEW)
     cache = sparsetrain.SparseCache(model, max_length=130)
     logits(model, *prompts(90, 33), past_key_values=cache)
     cache.reset()
@@ -85,9 +68,9 @@ def test_a_cache_is_used_again():
 def test_less_weight_reads_fewer_keys_of_the_pattern(name):
     method = PATTERNS[name]
     ids, mask = prompts(90)
-    want, _, _ = logits(make(method), ids, mask)
+    want, _, _ = logits(small_llama(method), ids, mask)
     with observing():
-        got, _, cache = logits(make(method, FEW), ids, mask)
+        got, _, cache = logits(small_llama(method, FEW), ids, mask)
     assert not torch.allclose(got[:, 1:], want[:, 1:], atol=1e-2)
     torch.testing.assert_close(got[:, 0], want[:, 0])
     memories = [layer.memory for layer in cache.layers]
@@ -97,13 +80,13 @@ def test_less_weight_reads_fewer_keys_of_the_pattern(name):
     assert seen["dropped"] == 0
     assert 0.4 < seen["mass_min"] <= seen["mass_mean"] < 1.0001
     with observing():
-        _, _, cache = logits(make(method, EVERYTHING), ids, mask)
+        _, _, cache = logits(small_llama(method, EVERYTHING), ids, mask)
     assert cache.layers[1].memory.observations()["kept"] == 1.0
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_rows_of_a_batch_are_as_alone(method):
-    model = make(method, FEW)
+    model = small_llama(method, FEW)
     ids, mask = prompts(90, 33, 50)
     together, _, _ = logits(model, ids, mask, count=20)
     for row, length in enumerate((90, 33, 50)):
@@ -114,7 +97,7 @@ def test_rows_of_a_batch_are_as_alone(method):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_guesses_change_nothing(method):
     """Right ones and wrong ones, over block boundaries."""
-    model = make(method, FEW, initializer_range=0.1)
+    model = small_llama(method, FEW, initializer_range=0.1)
     ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
     mask = torch.ones_like(ids)
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -142,7 +125,7 @@ def test_steps_compile_to_one_graph(name):
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
-    model = make(METHODS[name], FEW)
+    model = small_llama(METHODS[name], FEW)
     ids, mask = prompts(90, 33)
     want, _, _ = logits(model, ids, mask, count=12)
     cache = sparsetrain.SparseCache(model, max_length=110)
@@ -154,7 +137,7 @@ def test_steps_compile_to_one_graph(name):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pages_that_the_pattern_does_not_list_are_not_read(name):
     """Whatever they hold: in a ring they hold other tokens, here nothing that is a number."""
-    model = make(PATTERNS[name], FEW)
+    model = small_llama(PATTERNS[name], FEW)
     ids, _ = prompts(90)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -179,23 +162,23 @@ def test_pages_that_the_pattern_does_not_list_are_not_read(name):
 @pytest.mark.parametrize("name", ["power", "dilated"])
 def test_chunked_prompts_and_turns_attend_by_the_method(name, chunk):
     ids, mask = prompts(90, 60)
-    want, _, _ = logits(make(PATTERNS[name]), ids, mask, count=8, prefill_chunk_size=chunk)
-    got, _, cache = logits(make(PATTERNS[name], EVERYTHING), ids, mask, count=8, prefill_chunk_size=chunk)
+    want, _, _ = logits(small_llama(PATTERNS[name]), ids, mask, count=8, prefill_chunk_size=chunk)
+    got, _, cache = logits(small_llama(PATTERNS[name], EVERYTHING), ids, mask, count=8, prefill_chunk_size=chunk)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert cache.layers[1].memory.nbytes() > 0
 
 
 def test_beams_take_their_codes_along():
-    model = make(PATTERNS["dilated"], EVERYTHING)
+    model = small_llama(PATTERNS["dilated"], EVERYTHING)
     ids, mask = prompts(60, 21)
     arguments = {"attention_mask": mask, "max_new_tokens": 30, "num_beams": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **arguments), make(PATTERNS["dilated"]).generate(ids, **arguments))
+    assert torch.equal(model.generate(ids, **arguments), small_llama(PATTERNS["dilated"]).generate(ids, **arguments))
 
 
 def test_what_is_read_of_sparseks_slots_is_counted():
     ids, mask = prompts(90)
     with observing():
-        _, _, cache = logits(make(SPARSEK["value"], FEW), ids, mask)
+        _, _, cache = logits(small_llama(SPARSEK["value"], FEW), ids, mask)
     seen = [layer.memory.observations() for layer in cache.layers]
     assert seen[0] == {}
     assert 0.2 < seen[1]["kept"] < 0.95
@@ -203,7 +186,7 @@ def test_what_is_read_of_sparseks_slots_is_counted():
 
 
 def test_a_record_brings_it_back(tmp_path):
-    model = make(PATTERNS["power"], FEW)
+    model = small_llama(PATTERNS["power"], FEW)
     sparsetrain.save(model, tmp_path / "saved")
     loaded = sparsetrain.load(tmp_path / "saved").eval()
     assert loaded.config.sparsetrain["decode"]["select"] == "own"
@@ -213,11 +196,11 @@ def test_a_record_brings_it_back(tmp_path):
 
 def test_sparsek_is_told_to_be_for_measurement(caplog):
     with caplog.at_level(logging.WARNING):
-        make(SPARSEK["value"], FEW)
+        small_llama(SPARSEK["value"], FEW)
     assert "for measurement" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        make(PATTERNS["power"], FEW)
+        small_llama(PATTERNS["power"], FEW)
     assert not caplog.text
 
 
@@ -236,15 +219,15 @@ def test_sparsek_is_told_to_be_for_measurement(caplog):
 )
 def test_what_cannot_be_done_is_refused(method, decode, message):
     with pytest.raises(ModelError, match=message):
-        make(method, decode)
+        small_llama(method, decode)
 
 
 def test_what_lies_on_the_host_is_not_pruned():
-    model = make(PATTERNS["power"], FEW)
+    model = small_llama(PATTERNS["power"], FEW)
     with pytest.raises(ModelError, match=r"decode.select=own\) keep them on the device"):
         sparsetrain.SparseCache(model, max_length=100, offload=True)
 
 
 def test_own_keys_are_not_calibrated():
     with pytest.raises(ModelError, match="select=own is not measured"):
-        calibrate(make(PATTERNS["power"]), [[1] * 200], parse_decode(FEW), error=0.1)
+        calibrate(small_llama(PATTERNS["power"]), [[1] * 200], parse_decode(FEW), error=0.1)

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from page_reading import CLOSE, STARTS, TOKENS, alone, attend_by, make_text, read, read_padded
+from page_reading import PATTERNS as OTHERS
 from sparsetrain_kernels import block_pattern_attention, causal_attention
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.pages import PagedMemory
-from sparsetrain.patterns import (
-    DilatedPattern,
-    FullPattern,
-    LongNetPattern,
-    PowerPattern,
-    SlidingPattern,
-    StridePattern,
-)
+from sparsetrain.patterns import FullPattern, SlidingPattern
 
-PATTERNS = {
-    "full": FullPattern(4),
-    "power": PowerPattern(4, 2, 1),
-    "sliding": SlidingPattern(4, 2, 1),
-    "stride": StridePattern(4, 2, 0, 3),
-    "dilated": DilatedPattern(4, 3, 2),
-    "longnet": LongNetPattern(4, ((2, 1), (8, 2)), head_shift=True, num_heads=2),
-}
-TOKENS = 120
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+PATTERNS = {"full": FullPattern(4), "sliding": SlidingPattern(4, 2, 1), **OTHERS}
 
 
 @pytest.fixture(params=PATTERNS)
@@ -37,20 +23,11 @@ def pattern(request):
 
 @pytest.fixture
 def text():
-    """Query, key and value of two rows."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, heads, TOKENS, 8, generator=generator) for heads in (4, 2, 2)]
+    return make_text()
 
 
 def paged(pattern, **room):
-    def attend(layer, query, key, value, **options):
-        return block_pattern_attention(query, key, value, pattern, **options)
-
-    return PagedMemory(pattern, attend, **room)
-
-
-def read(memory, text, start, stop, starts=None):
-    return memory.attend(None, *(tensor[:, :, start:stop] for tensor in text), starts=starts)
+    return PagedMemory(pattern, attend_by(pattern), **room)
 
 
 def whole(pattern, text):
@@ -87,17 +64,11 @@ def test_any_chunks_equal_one_pass_with_dead_pages_poisoned(pattern, text, chunk
 
 
 def test_rows_that_start_later_are_read_as_if_alone(pattern, text) -> None:
-    starts = [0, 13]
-    alone = [whole(pattern, [tensor[row, None, :, start:] for tensor in text]) for row, start in enumerate(starts)]
+    want = alone(pattern, text)
     for chunks in ([60], [9, 30, 21]):
-        memory, at, out = paged(pattern), 0, []
-        for tokens in [*chunks, *[1] * 60]:
-            hidden = [min(max(start - at, 0), tokens) for start in starts]
-            out.append(read(memory, text, at, at + tokens, hidden if any(hidden) else None))
-            at += tokens
-        got = torch.cat(out, 2)
-        for row, start in enumerate(starts):
-            torch.testing.assert_close(got[row, None, :, start:], alone[row], **CLOSE)
+        got = read_padded(paged(pattern), text, chunks)
+        for row, start in enumerate(STARTS):
+            torch.testing.assert_close(got[row, None, :, start:], want[row], **CLOSE)
             assert (got[row, :, :start] == 0).all()
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from decode_steps import small_llama
+from transformers import DynamicCache
 
 import sparsetrain
 from sparsetrain.errors import ModelError
@@ -19,19 +20,7 @@ CHANNELS = {"select": "channels", "channels": 4, "sinks": 1, "recent": 4, "dense
 
 
 def make(decode: dict[str, Any], **shape):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        initializer_range=0.3,
-        **shape,
-    )
-    model = sparsetrain.sparsify(AutoModelForCausalLM.from_config(config).eval(), {"method": "full"})
-    return sparsetrain.set_decode(model, decode)
+    return small_llama(decode=decode, num_hidden_layers=2, **shape)
 
 
 def filled(decode: dict[str, Any], key: torch.Tensor, lengths: tuple[int, ...] | None = None):

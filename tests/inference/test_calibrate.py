@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from decode_steps import small_llama
+from transformers import AutoModelForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
@@ -30,19 +32,7 @@ SECTIONS = {
 }
 
 
-def make(**shape):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        initializer_range=0.2,
-        **shape,
-    )
-    return sparsetrain.sparsify(AutoModelForCausalLM.from_config(config).eval(), {"method": "full"})
+make = partial(small_llama, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
