@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from ports import free_port
+from training.preloaded import ensure_running
 
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
@@ -42,9 +43,9 @@ def test_two_ranks_measure_what_one_does(tiny_model, byte_tokenizer, tmp_path: P
     passkey = PasskeySection(lengths=[300, 320], depths=3, trials=1, digits=1)
     section = EvalSection(tasks=[perplexity, passkey])
     alone = evaluate(tiny_model, byte_tokenizer, section, World(0, 1, torch.device("cpu")))
-    multiprocessing.spawn(
-        evaluate_on_rank, (2, free_port(), tiny_model, byte_tokenizer, section, tmp_path), nprocs=2, join=True
-    )
+    ensure_running()
+    arguments = (2, free_port(), tiny_model, byte_tokenizer, section, tmp_path)
+    multiprocessing.start_processes(evaluate_on_rank, arguments, nprocs=2, start_method="forkserver")
     first, second = (EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     shared, whole = first.tasks["perplexity"], alone.tasks["perplexity"]

@@ -20,6 +20,7 @@ from filelock import FileLock
 from ports import free_port
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from training import drafts
 from training.preloaded import Fork
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -84,7 +85,8 @@ class Ranks:
         """Start them.
 
         Args:
-            command: what each runs: a command, or arguments of ``sparsetrain``, list by list and one after the other.
+            command: what each runs: a command; arguments of ``sparsetrain``, list by list and one after the other; or
+                arguments of ``python`` that begin with ``-c``, for a process that has the libraries already.
             log: what they say is added to it.
             ranks: how many to start, with the environment of a launcher; None for a launcher that does so itself. Where
                 there are GPUs, but fewer than these, the test is skipped.
@@ -95,16 +97,18 @@ class Ranks:
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         self.processes: list[subprocess.Popen | Fork] = []
         port = free_port()
-        forked = not isinstance(command[0], str)
+        forked = command[0] == "-c" or not isinstance(command[0], str)
+        if not isinstance(command[0], str):
+            command = ["-c", COMMANDS, json.dumps(command)]
         if forked and torch.cuda.is_available():  # whose contexts no fork survives
-            command, forked = [sys.executable, "-c", COMMANDS, json.dumps(command)], False
+            command, forked = [sys.executable, *command], False
         with log.open("a") as file:
             for rank in range(ranks or 1):
                 if ranks is not None and ranks > 1:
                     environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 if forked:
-                    self.processes.append(Fork(command, log, environment))
+                    self.processes.append(Fork(command[1:], log, environment))
                     continue
                 self.processes.append(
                     subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -349,6 +353,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     yield mount
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drafts_of_pictures() -> Iterator[None]:
+    drafts.draw_drafts()
+    yield
+    drafts.draw_in_full()
+
+
+@pytest.fixture
+def rendered() -> Iterator[None]:
+    """Pictures of runs in this process are what a user sees."""
+    drafts.draw_in_full()
+    yield
+    drafts.draw_drafts()
 
 
 @pytest.fixture

@@ -11,33 +11,40 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+from training import drafts
+
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["deepspeed", "peft", "datasets", "sparsetrain.cli", "sparsetrain.training.run"])
+FORKS.set_forkserver_preload(["deepspeed", "peft", "datasets", "sparsetrain.cli", "sparsetrain.training.run", "PIL"])
 
 
-def run(commands: Sequence[Sequence[str]], log: Path, environment: dict[str, str]) -> None:
-    """Run ``sparsetrain`` with each list of arguments in turn, in a session and with an environment of its own."""
+def run(program: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+    """Run a program with its arguments as ``python -c`` would, in a session and with an environment of its own."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.clear()
     os.environ.update(environment)
-    from sparsetrain.cli import main
+    drafts.draw_drafts()
+    sys.argv = ["-c", *program[1:]]
+    exec(compile(program[0], "<program>", "exec"), {"__name__": "__main__"})
 
-    sys.exit(max(main(arguments) for arguments in commands))
+
+def ensure_running() -> None:
+    """Start the process that imports, unless it runs."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # for the imports, as a run says it itself
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["DS_ACCELERATOR"]
 
 
 class Fork:
     """Such a process, with the methods of ``subprocess.Popen`` that the tests use."""
 
-    def __init__(self, commands: Sequence[Sequence[str]], log: Path, environment: dict[str, str]) -> None:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # for the imports, as a run says it itself
-        try:
-            forkserver.ensure_running()
-        finally:
-            del os.environ["DS_ACCELERATOR"]
-        self._process = FORKS.Process(target=run, args=(commands, log, environment))
+    def __init__(self, program: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        ensure_running()
+        self._process = FORKS.Process(target=run, args=(program, log, environment))
         self._process.start()
 
     def poll(self) -> int | None:

@@ -349,7 +349,7 @@ def test_killed_at_every_stage_of_a_save_it_ends_as_if_uninterrupted(tmp_path, t
     ]
     run = run_folder(tmp_path / "run")
     arguments = ["run", str(tiny), "checkpoint.every=1", "checkpoint.keep_last=2", "--output", str(run.path)]
-    command = [sys.executable, "-c", KILLED_WHILE_SAVING, json.dumps([arguments, moments])]
+    command = ["-c", KILLED_WHILE_SAVING, json.dumps([arguments, moments])]
     said = ranks_of(command, tmp_path / "log").wait(0)
     kills = [line for line in said.splitlines() if line.startswith("KILLED")]
     assert len(kills) == len(moments)

@@ -237,14 +237,14 @@ def test_it_is_used_where_there_is_a_gpu_and_the_package(monkeypatch):
 
 def test_a_run_with_the_kernels_trains_what_a_run_without_them_trains(tiny, tmp_path, run_folder, monkeypatch, capfd):
     """At stage 3 the head's weight is there only while the head is called."""
-    small = ["sequence.length=40", "train.steps=2", "train.global_batch_sequences=1", "deepspeed.stage=3"]
+    small = ["sequence.length=20", "train.steps=2", "train.global_batch_sequences=1", "deepspeed.stage=3"]
     small += [f"data={{sources: [{{path: {tiny.parent / 'corpus.jsonl'}}}]}}", "checkpoint.export=false"]
     runs = {}
     for name in ("plain", "fused"):
         fused = name == "fused"
         for module in (training, building):
             monkeypatch.setattr(module, "wants_liger", lambda choice, device, fused=fused: fused)
-        saving = ["train.activation_checkpointing=selective", "train.mlp_chunk=30"] if fused else []
+        saving = ["train.activation_checkpointing=selective", "train.mlp_chunk=15"] if fused else []
         assert main(["run", str(tiny), *small, *saving, "--output", str(tmp_path / name)]) == 0
         runs[name] = run_folder(tmp_path / name)
         assert ("loss: fused by Liger" in capfd.readouterr().err) == fused

@@ -79,7 +79,7 @@ def _registered(monkeypatch):
 
 
 @pytest.mark.usefixtures("_registered")
-def test_a_registered_task_runs_from_a_recipe_to_every_result(tmp_path, tiny, run_folder, capsys):
+def test_a_registered_task_runs_from_a_recipe_to_every_result(tmp_path, tiny, run_folder, rendered, capsys):
     run = run_folder(tmp_path / "run")
     tasks = "tasks: [{task: echo, tokens: 24}, {task: echo, name: short, tokens: 8}]"
     arguments = [f"eval={{every: 3, at_start: false, at_end: true, {tasks}}}", "eval.tasks.short.tokens=16"]
@@ -99,8 +99,8 @@ def test_a_registered_task_runs_from_a_recipe_to_every_result(tmp_path, tiny, ru
     assert "## Echoes: short\n" in report
     best = json.loads((run.path / "checkpoints/best.json").read_text())
     assert best == {"checkpoint": "step-000003", "metric": "short", "value": 16.0}
-    assert (run.path / "short.png").is_file()
-    assert (run.path / "echo.png").is_file()
+    for name in ("loss", "attention", "short", "echo", "report"):
+        assert (run.path / f"{name}.png").stat().st_size > 10_000
 
     command = ["eval", str(run.path / "final"), str(tiny), "eval.tasks.echo.tokens=4"]
     assert main([*command, "--output", str(tmp_path / "result.json")]) == 0

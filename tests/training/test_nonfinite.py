@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -97,7 +96,7 @@ def test_stop_ends_the_run_before_the_step(tmp_path, tiny, run_folder, refused, 
 
 
 def test_ranks_skip_together_when_one_of_them_fails(tmp_path, tiny, ranks_of, run_folder):
-    command = [sys.executable, "-c", SKIP_ON_TWO_RANKS, str(tiny), str(tmp_path / "run"), "0", "2"]
+    command = ["-c", SKIP_ON_TWO_RANKS, str(tiny), str(tmp_path / "run"), "0", "2"]
     ranks_of(command, tmp_path / "log", 2).wait()
     for stage in (0, 2):
         record = check_skipped(run_folder(tmp_path / f"run-{stage}"))

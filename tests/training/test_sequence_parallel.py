@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -88,7 +87,7 @@ def together(arguments, shared, ranks_of, run_folder):
     def make(folder):
         runs = [arguments(name, folder / name, "sequence.parallel=2") for name in CASES]
         broken = arguments("sparsek", folder / "broken", "sequence.parallel=2")
-        program = [sys.executable, "-c", PROGRAM, json.dumps([runs, broken])]
+        program = ["-c", PROGRAM, json.dumps([runs, broken])]
         ranks_of(program, folder / "log", 2).wait(TrainingError.exit_code)
 
     folder = shared("sequence-together", make)

@@ -169,7 +169,7 @@ def test_a_stop_during_the_export_comes_after_it(arguments, monkeypatch, tmp_pat
     ("asked", "number", "code"), [("1", signal.SIGUSR1, 75), ("1", signal.SIGINT, 0), ("01", signal.SIGINT, 0)]
 )
 def test_ranks_stop_together_before_training(tiny, tmp_path, ranks_of, asked, number, code):
-    command = [sys.executable, "-c", ASKED, str(tiny), str(tmp_path / "run"), asked, str(int(number))]
+    command = ["-c", ASKED, str(tiny), str(tmp_path / "run"), asked, str(int(number))]
     began = time.monotonic()
     said = ranks_of(command, tmp_path / "log", 2).wait(code)
     assert "Traceback" not in said
