@@ -44,9 +44,8 @@ def attend(method, query, key, value, segments, cu_seqlens=None, training: bool 
 def chosen(query: Tensor, key: Tensor, keep: int, p: float | None, sinks: int, recent: int) -> Tensor:
     """bool ``[Hkv, n]``: the keys that the last row chooses, by the definition; weights are compared in fp16."""
     length = key.shape[1]
-    scores = (query.unflatten(0, (len(key), -1)) @ key.mT * 0.7).half().float()
-    exact = (query.unflatten(0, (len(key), -1)) @ key.mT * 0.7).logsumexp(-1, keepdim=True).float()
-    weights = (scores - exact).half()
+    logits = query.unflatten(0, (len(key), -1)) @ key.mT * 0.7
+    weights = (logits - logits.logsumexp(-1, keepdim=True)).half()
     place = torch.arange(length)
     free = (place >= sinks) & (place < length - recent)
     if p is None:
@@ -54,7 +53,7 @@ def chosen(query: Tensor, key: Tensor, keep: int, p: float | None, sinks: int, r
         competes = free.expand(len(key), -1)
     else:
         competes = torch.zeros(len(key), length, dtype=torch.bool)
-        mass = (scores - exact).double().exp()
+        mass = weights.double().exp()
         for head, group in enumerate(mass):
             for row in group:
                 least = None

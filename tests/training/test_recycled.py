@@ -156,7 +156,7 @@ def test_choices_are_kept_and_gradients_are_the_same_bit_for_bit(tiny_recipe, ba
             )
             loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-        calls.append([count.seen[f"sparsetrain::recycled_{name}"] for name in ("choice", "gate")])
+        calls.append([count.seen[f"sparsetrain::{name}"] for name in ("key_choice", "recycled_gate")])
     assert calls == [[2, 2], [2, 2]]
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient)

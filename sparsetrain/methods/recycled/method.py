@@ -113,7 +113,7 @@ class RecycledMethod(Method):
     pass_input = "segments"
     decodes_all = True
     selection_operations: ClassVar[frozenset[str]] = frozenset(
-        {"sparsetrain::recycled_choice", "sparsetrain::recycled_gate"}
+        {"sparsetrain::key_choice", "sparsetrain::recycled_gate"}
     )
 
     def __init__(self, config: RecycledConfig) -> None:

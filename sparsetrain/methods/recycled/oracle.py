@@ -54,7 +54,8 @@ def expected_rows(
     inside = segments.starts[own].long()
     lse = torch.stack([row_logits(query[0, :, row], key[0, :, first : row + 1], scale).logsumexp(-1) for row in inside])
     part = replace(segments, starts=segments.starts[own], documents=segments.documents[own])
-    lists, counts = choose(rules, query[:, :, inside], key, lse.mT[None].float(), part, scale)
+    found = lse.mT[None].float().contiguous()
+    lists, counts = choose(rules, query[:, :, inside], key, found, part, options.get("cu_seqlens"), scale)
 
     checked = torch.linspace(0, length - 1, min(CHECKED_ROWS, length)).long().tolist()
     rows = []

@@ -49,7 +49,7 @@ def attend_rows(
     starts = segments.starts.long()
     asked = query[:, :, starts]
     full, lse = causal_attention(asked, key, value, query_positions=segments.starts, return_lse=True, **shared)
-    lists, counts = choose(rules, asked.detach(), key.detach(), lse.detach(), segments, scale)
+    lists, counts = choose(rules, asked.detach(), key.detach(), lse.detach(), segments, cu_seqlens, scale)
     skip = segments.starts - segments.bounds[:-1] + 1
     listed = {"skip": skip, "window": rules.recent, "sinks": rules.sinks, **shared}
     out, out_lse = listed_attention(query, key, value, lists, counts, segments.bounds, return_lse=True, **listed)
