@@ -157,7 +157,7 @@ WIDE = {
     *("value_ptr", "slope_ptr", "ties_ptr", "fine_value_ptr"),
 }
 """Of SparseK's kernels, int64."""
-DOUBLES = {"total_ptr", "squares_ptr", "threshold_sums_ptr", "means_ptr"}
+DOUBLES = {"total_ptr", "squares_ptr", "after_ptr", "squares_after_ptr", "threshold_sums_ptr", "means_ptr"}
 FLOATS = {
     *("linear_ptr", "gain_ptr", "scores_ptr", "scores_or_inf_ptr", "grad_ptr", "grad_linear_ptr", "grad_gain_ptr"),
     *("grad_scores_ptr", "sorted_ptr", "threshold_ptr"),
@@ -174,6 +174,7 @@ def compile_sparsek(dtype: str) -> None:
     kernels: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
         (placement_kernels.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
         (placement_kernels.placement_bwd_kernel, along, {}, 8),
+        (placement_kernels.next_score_kernel, {"SLOPE": 1e-4, "BLOCK": 32}, {}, 1),
         *(
             (kernel, parts, {}, 4)
             for kernel in (gradient_kernels.gradient_largest_kernel, gradient_kernels.gradient_steps_kernel)

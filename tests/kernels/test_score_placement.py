@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from sparsetrain_kernels.backend import INTERPRETING, TRITON_INSTALLED
-from sparsetrain_kernels.score_placement import document_positions, place_scores
+from sparsetrain_kernels.score_placement import DocumentPositions, Moments, document_positions, place_scores
 from torch import Tensor
 
 SLOPE = 1e-3
@@ -75,6 +75,30 @@ def test_nothing_of_a_document_reaches_another(foreign: float) -> None:
             assert torch.equal(disturbed[index][..., rows], whole[index][..., rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_one_token_a_row_goes_on_from_the_moments_of_those_before(batch: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    linear, gain = (tensor.detach() for tensor in problem(1, batch, dtype))
+    gain = gain[:, None].expand_as(linear)
+    # Of several tokens, none, and equal ones, whose variance rounds to less than 0.
+    before = torch.randn(2, batch, 3, generator=generator, dtype=torch.float64)
+    before[1] = before[1] ** 2 + before[0] ** 2
+    lengths = torch.randint(1, 2000, (batch, 1), generator=generator)
+    lengths[0], before[:, 0] = 0, 0
+    places = DocumentPositions(lengths, None)
+    moments = Moments(before[0].contiguous(), before[1].contiguous())
+    found = [place_scores(linear, gain, places, SLOPE, moments, backend=name) for name in ("reference", "triton")]
+    (plain, plain_after), (ours, after) = found
+    assert plain_after is not None
+    assert after is not None
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, plain, rtol=3e-7 if dtype == torch.float32 else 1e-10, atol=1e-7)
+    assert torch.equal(after.total, plain_after.total)
+    assert torch.equal(after.squares, plain_after.squares)
+    assert torch.equal(moments.total, before[0])
+
+
 def test_no_score_knows_what_comes_after_it() -> None:
     linear, gain = problem()
     places = document_positions(150, None, linear.device)
@@ -110,6 +134,10 @@ def test_the_operations_are_what_they_say_to_pytorch() -> None:
     torch.library.opcheck(torch.ops.sparsetrain.place_scores, (*arguments, SLOPE), test_utils=tests)
     sums = torch.ops.sparsetrain.place_scores(*arguments, SLOPE)[1:]
     torch.library.opcheck(torch.ops.sparsetrain.place_scores_bwd, (linear, *arguments, *sums), test_utils=tests)
+    one, position = linear[..., :1].contiguous(), torch.tensor([[7]])
+    moments = (torch.ones(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
+    arguments = (one, gain[..., :1], position, *moments, SLOPE)
+    torch.library.opcheck(torch.ops.sparsetrain.place_next_score, arguments, test_utils=tests)
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:

@@ -15,6 +15,11 @@ torch.library.define(
     "(Tensor linear, Tensor gain, Tensor position, Tensor first, float slope) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
+    "sparsetrain::place_next_score",
+    "(Tensor linear, Tensor gain, Tensor position, Tensor total, Tensor squares, float slope) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
     "sparsetrain::place_scores_bwd",
     "(Tensor grad, Tensor linear, Tensor gain, Tensor position, Tensor first, Tensor total, Tensor squares) "
     "-> (Tensor, Tensor)",
@@ -24,6 +29,11 @@ torch.library.define(
 @torch.library.impl("sparsetrain::place_scores", "default")
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _launches().place_scores(*args)
+
+
+@torch.library.impl("sparsetrain::place_next_score", "default")
+def _next(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _launches().place_next_score(*args)
 
 
 @torch.library.impl("sparsetrain::place_scores_bwd", "default")
@@ -42,6 +52,13 @@ def _launches() -> ModuleType:
 def _forward_fake(linear: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     total, squares = (linear.new_empty(linear.shape, dtype=torch.float64) for _ in range(2))
     return linear.new_empty(linear.shape), total, squares
+
+
+@torch.library.register_fake("sparsetrain::place_next_score")
+def _next_fake(
+    linear: Tensor, gain: Tensor, position: Tensor, total: Tensor, squares: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return linear.new_empty(linear.shape), torch.empty_like(total), torch.empty_like(squares)
 
 
 @torch.library.register_fake("sparsetrain::place_scores_bwd")

@@ -54,7 +54,8 @@ def place_scores(
         gain: ``[B, heads, N]``, the factor on the normalised scores, or None.
         positions: of the tokens, int64 ``[N]`` or ``[B, N]`` each.
         slope: per position.
-        moments: of the same documents' tokens in earlier calls, fp64 ``[B, heads]`` each.
+        moments: of the same documents' tokens in earlier calls, fp64 ``[B, heads]`` each, contiguous. For one token a
+            row, as in generation, the kernel is one launch.
         backend: ``triton``, ``reference`` (plain PyTorch), or ``auto``: the first on CUDA where it can run. Sums run
             in fp64 in both, but in another order, so that a score may differ in its last bit.
 
@@ -65,20 +66,26 @@ def place_scores(
     Raises:
         ValueError: the backend does not exist, or cannot run this.
     """
-    refusals = {"gluon": "there is no Hopper version", "triton": _refusal(gain, positions, moments)}
+    needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (linear, gain))
+    one = linear.shape[-1] == 1 and positions.position.dim() == 2 and not needs_grad
+    refusals = {"gluon": "there is no Hopper version", "triton": _refusal(gain, positions, moments, one=one)}
     chosen = choose_backend(backend, linear, refusals)
     if gain is None or chosen == "reference":
         return reference.place_scores(linear, gain, positions, slope, moments)
-    needs_grad = torch.is_grad_enabled() and (linear.requires_grad or gain.requires_grad)
+    if moments is not None:
+        scores, *after = torch.ops.sparsetrain.place_next_score(linear, gain, positions.position, *moments, slope)
+        return scores, Moments(*after)
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     run = PlaceScores.apply if needs_grad else torch.ops.sparsetrain.place_scores
     scores, total, squares = run(linear, gain, positions.position, positions.first, slope)
     return scores, Moments(total[..., -1], squares[..., -1])
 
 
-def _refusal(gain: Tensor | None, positions: DocumentPositions, moments: Moments | None) -> str | None:
+def _refusal(gain: Tensor | None, positions: DocumentPositions, moments: Moments | None, *, one: bool) -> str | None:
     if gain is None:
         return "without a gain nothing is normalised"
+    if one and moments is not None and all(each.is_contiguous() for each in moments):
+        return None
     if moments is not None or positions.position.dim() != 1:
         return "it normalises whole documents, at the same positions in all rows"
     return None

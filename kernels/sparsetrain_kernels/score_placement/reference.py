@@ -23,8 +23,9 @@ class DocumentPositions(NamedTuple):
 
     position: Tensor
     """Position within the document."""
-    first: Tensor
-    """Index along N of the document's first token; below 0 where the document began in an earlier call."""
+    first: Tensor | None
+    """Index along N of the document's first token; below 0 where the document began in an earlier call. None where the
+    moments of all earlier tokens are known."""
 
 
 def place_scores(
@@ -69,6 +70,7 @@ def _sum_so_far(values: Tensor, positions: DocumentPositions, before: Tensor | N
     running = values.cumsum(dim=-1)
     if before is not None:
         return running + before[..., None]
+    assert positions.first is not None
     ahead = torch.nn.functional.pad(running, (1, 0))
     return running - ahead.gather(-1, per_head(positions.first).expand_as(values))
 

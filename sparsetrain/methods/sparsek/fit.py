@@ -86,6 +86,7 @@ def received_attention(
     """
     batch, query_heads, length, _ = query.shape
     position, first = document_positions(length, cu_seqlens, query.device)
+    assert first is not None
     row = torch.arange(length, device=query.device)
     grouped = query.unflatten(1, (key.shape[1], -1))
     received = torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)

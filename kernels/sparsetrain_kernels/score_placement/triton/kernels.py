@@ -60,6 +60,45 @@ def placement_fwd_kernel(
 
 
 @triton.jit
+def next_score_kernel(
+    linear_ptr,
+    gain_ptr,
+    position_ptr,
+    total_ptr,
+    squares_ptr,
+    scores_ptr,
+    after_ptr,
+    squares_after_ptr,
+    linear_stride_b,
+    linear_stride_h,
+    gain_stride_b,
+    gain_stride_h,
+    position_stride_b,
+    pairs,
+    SLOPE: tl.constexpr,
+    HEADS: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The scores of one token a row, and the moments with it, ``[B, HEADS]``, of ``BLOCK`` heads."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    batch = (pair // HEADS).to(tl.int64)
+    head = (pair % HEADS).to(tl.int64)
+    linear_at = linear_ptr + batch * linear_stride_b + head * linear_stride_h
+    linear = tl.load(linear_at, mask=inside, other=0.0).to(tl.float64)
+    gain = tl.load(gain_ptr + batch * gain_stride_b + head * gain_stride_h, mask=inside, other=0.0).to(tl.float64)
+    position = tl.load(position_ptr + batch * position_stride_b, mask=inside, other=0)
+    total = tl.load(total_ptr + pair, mask=inside, other=0.0) + linear
+    squares = tl.load(squares_ptr + pair, mask=inside, other=0.0) + linear * linear
+    _, _, _, normal = _normalize(linear, total, squares, position, EPSILON)
+    scores = normal * gain + (position.to(tl.float32) * SLOPE).to(tl.float64)
+    tl.store(scores_ptr + pair, scores.to(scores_ptr.dtype.element_ty), mask=inside)
+    tl.store(after_ptr + pair, total, mask=inside)
+    tl.store(squares_after_ptr + pair, squares, mask=inside)
+
+
+@triton.jit
 def placement_bwd_kernel(
     grad_ptr,
     linear_ptr,

@@ -14,6 +14,8 @@ from sparsetrain_kernels.score_placement.triton import kernels
 
 BLOCK = 2048
 """Tokens that a program takes at a time."""
+PAIRS = 32
+"""Heads of all rows that a program takes where there is one token a row."""
 
 
 def place_scores(
@@ -37,6 +39,30 @@ def place_scores(
             **_shape(linear),
         )
     return scores, total, squares
+
+
+def place_next_score(
+    linear: Tensor, gain: Tensor, position: Tensor, total: Tensor, squares: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores like ``linear``, ``[B, heads, 1]``, of the tokens at ``position``, int64 ``[B, 1]``, and the moments with
+    them, fp64 ``[B, heads]`` each; ``total`` and ``squares`` are those before."""
+    batch, heads, _ = linear.shape
+    scores = torch.empty(linear.shape, dtype=linear.dtype, device=linear.device)
+    after, squares_after = torch.empty_like(total), torch.empty_like(squares)
+    with on_device(linear):
+        launch(
+            kernels.next_score_kernel,
+            triton.cdiv(batch * heads, PAIRS),
+            (linear, gain, position, total, squares, scores, after, squares_after),
+            (*linear.stride()[:2], *gain.stride()[:2], position.stride(0), batch * heads),
+            SLOPE=slope,
+            HEADS=heads,
+            EPSILON=EPSILON,
+            BLOCK=PAIRS,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+    return scores, after, squares_after
 
 
 def place_scores_backward(
