@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError
-from sparsetrain.modeling import sparsify
+from sparsetrain.modeling import fused_layers, sparsify
 from sparsetrain.training import run as training
 from sparsetrain.training.distributed import build as building
 from sparsetrain.training.loss import CausalLMLoss
@@ -63,7 +63,7 @@ def _interpreted(monkeypatch):
     monkeypatch.setattr(interpreter, "_implicit_cvt", convert_floats)
     monkeypatch.setattr(liger_kernel.ops.rms_norm, "rsqrt", _rsqrt)
     monkeypatch.setattr(liger_kernel.ops.geglu, "tanh", _tanh)
-    monkeypatch.setattr(liger, "PROBE_TOKENS", 8)
+    monkeypatch.setattr(fused_layers, "PROBE_TOKENS", 8)
 
 
 def build(family="llama", **fields):
@@ -205,9 +205,13 @@ def test_an_activation_that_the_kernel_does_not_compute_is_not_fused():
 
 
 def test_kernels_that_compute_something_else_are_noticed(monkeypatch):
-    monkeypatch.setitem(liger.ACTIVATIONS, "swiglu", ("gelu",))
+    monkeypatch.setitem(fused_layers.ACTIVATIONS, "swiglu", ("gelu",))
+    model = build(hidden_act="gelu")
+    before = {name: set(vars(module)) & {"forward"} for name, module in model.named_modules()}
     with pytest.raises(ModelError, match=r"train.liger: .* the output of LlamaMLP differs by .*; set it to off"):
-        liger.fuse_layers(build(hidden_act="gelu"), "auto", CPU)
+        liger.fuse_layers(model, "auto", CPU)
+    # And they are gone.
+    assert {name: set(vars(module)) & {"forward"} for name, module in model.named_modules()} == before
 
 
 def test_a_model_that_liger_does_not_know(batch):
@@ -229,7 +233,7 @@ def test_it_is_used_where_there_is_a_gpu_and_the_package(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert [liger.wants_liger(choice, cuda) for choice in ("auto", "on", "off")] == [True, True, False]
     assert [liger.wants_liger(choice, cpu) for choice in ("auto", "off")] == [False, False]
-    monkeypatch.setattr(liger.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fused_layers.util, "find_spec", lambda name: None)
     assert not liger.wants_liger("auto", cuda)
     with pytest.raises(RecipeError, match=r"train.liger=on needs liger-kernel; `pip install liger-kernel`, or set"):
         liger.wants_liger("on", cuda)
