@@ -17,7 +17,7 @@ from sparsetrain.bench.case import Case, Log
 from sparsetrain.bench.contenders.writers import Way
 from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
 from sparsetrain.bench.table import Report, Row, column, formatted
-from sparsetrain.generation.listed import observing
+from sparsetrain.generation.observed import observing
 from sparsetrain.modeling import SparseCache
 
 SETTLING = 4

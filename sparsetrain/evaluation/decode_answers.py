@@ -20,9 +20,9 @@ from transformers import (
 
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.listed import observing
 from sparsetrain.generation.measured import MeasuredMemory, Step
 from sparsetrain.generation.memories import make_memory
+from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import Decode
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan

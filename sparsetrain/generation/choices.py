@@ -63,6 +63,11 @@ class Choices:
         self._first: Any = 0  # the step at which there is no choice yet
         self._highest: Any = 0  # the highest step from which tokens have been taken back
 
+    def held(self) -> tuple[Tensor | None, ...]:
+        """The tensors that steps read and change: choices ``[B, ...]``, marks of steps ``[steps]``, numbers ``[1]``."""
+        numbers = (each if isinstance(each, Tensor) else None for each in (self._step, self._first, self._highest))
+        return *(self._held or ()), self._dropped, self._begins, *numbers
+
     def nbytes(self) -> int:
         """Bytes of the choices."""
         held = (*(self._held or ()), self._dropped, self._begins)

@@ -7,9 +7,6 @@ to the last ones. Keys are never copied: a choice is a list of positions. Prompt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -23,29 +20,16 @@ from torch import Tensor, nn
 from sparsetrain.generation.candidates import GRANULE, Always, Candidates
 from sparsetrain.generation.choices import Choices
 from sparsetrain.generation.exact import WholeStep, exact_weights, keys_only, whole_step
+from sparsetrain.generation.observed import Observations, is_observing
 from sparsetrain.generation.own_blocks import OwnBlocks
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.selectors import HeavyChannels, Places, QuestPages, Selector
 from sparsetrain.generation.settings import Decode
+from sparsetrain.methods.memory import addresses
 from sparsetrain.patterns import Pattern
 
 LEAST_CAPACITY = 8192
 """Room of a list, at least; a quarter of all keys where that is more."""
-MASS_EVERY = 64
-"""Steps between two measurements of the weight that was read, while observing."""
-
-
-OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
-
-
-@contextmanager
-def observing() -> Iterator[None]:
-    """Within it every step counts what it reads, and measures its weight now and then."""
-    token = OBSERVING.set(True)
-    try:
-        yield
-    finally:
-        OBSERVING.reset(token)
 
 
 class ListedMemory(PagedMemory):
@@ -58,6 +42,8 @@ class ListedMemory(PagedMemory):
         index: of the layer, by which choices are staggered.
         room: ``max_length``, ``rollback`` and ``budget`` of :class:`~sparsetrain.generation.pages.PagedMemory`.
     """
+
+    chooses = True
 
     def __init__(self, pattern: Pattern, attend: Attend, decode: Decode, index: int, **room: Any) -> None:
         self.decode, self.index = decode, index
@@ -77,6 +63,7 @@ class ListedMemory(PagedMemory):
         self._most_guesses = rollback + 1
         self._choices: Choices | None = None
         self._end: tuple[Tensor, dict[str, Any]] | None = None  # queries of the last tokens of the prompt
+        self._observations = Observations()
         super().__init__(pattern, attend, **room)
         if decode.refresh is not None:
             self._choices = Choices(decode.refresh, index, rollback=rollback, static=self.static)
@@ -88,10 +75,7 @@ class ListedMemory(PagedMemory):
         self._in_round = False
         if self._choices is not None:
             self._choices.restart()
-        # Keys read, keys held, keys dropped, over the observed steps: numbers on the device, read at the end.
-        self._counted: list[int | Tensor] = [0, 0, 0]
-        self._observed = 0
-        self._masses: list[Tensor] = []
+        self._observations.reset()
 
     def attend(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, starts: list[int] | None, **options: Any
@@ -101,12 +85,12 @@ class ListedMemory(PagedMemory):
         count = query.shape[2]
         many = count > 1 and count > (self._most_guesses if self._in_round else self._steps)
         if not self.started or padded or many:
-            later = self._longest > 0
+            later = self.longest > 0
             out = super().attend(layer, query, key, value, starts=starts, **options)
             if later and self._centred:
                 # A chunk of a prompt, or another turn: codes are centred and scaled by all tokens, as of one prompt.
-                self._write_again(self._longest, whole=True)
-            self._prompt, self._prompts = self._longest, self._tensors()[3].clone()
+                self._write_again(self.longest, whole=True)
+            self._prompt, self._prompts = self.longest, self._tensors()[3].clone()
             if self._choices is not None:
                 self._choices.restart()
                 if self._choices.static:
@@ -142,7 +126,7 @@ class ListedMemory(PagedMemory):
         # Of each row: the one with the longest prompt may have gone.
         before = -1 if self._prompts is None else int((self._prompts - self.lengths).max())
         of_prompt = before > 0
-        self._blank = self._longest == 0
+        self._blank = self.longest == 0
         if self._choices is not None:
             self._choices.rollback(tokens)
             if self._end is not None and before >= 0:
@@ -152,8 +136,8 @@ class ListedMemory(PagedMemory):
                 self._choices.restart()
                 self._choose_at_end()
         if of_prompt:
-            self._prompt, self._prompts = self._longest, self.lengths.clone()
-            self._write_again(self._longest, whole=True)
+            self._prompt, self._prompts = self.longest, self.lengths.clone()
+            self._write_again(self.longest, whole=True)
         elif self._selector.shared:
             self._write_again(GRANULE, whole=False)
 
@@ -179,10 +163,18 @@ class ListedMemory(PagedMemory):
         return super().nbytes() + chosen + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def observations(self) -> dict[str, float]:
-        """Statistics of the steps within :func:`observing`: ``kept``, the share of keys over steps, rows and KV heads;
-        ``dropped``, that of keys for which a list had no room; and ``mass_min`` and ``mass_mean``, the least and the
-        mean share of the softmax weight, by a dense pass now and then."""
-        return statistics_of(self._counted, self._masses)
+        """Statistics of the steps within :func:`~sparsetrain.generation.observed.observing`: ``kept``, the share of
+        keys over steps, rows and KV heads; ``dropped``, that of keys for which a list had no room; and ``mass_min`` and
+        ``mass_mean``, the least and the mean share of the softmax weight, by a dense pass now and then."""
+        return self._observations.statistics()
+
+    def fixed(self) -> tuple[Any, ...]:
+        """See :meth:`Memory.fixed`."""
+        chosen = () if self._choices is None else self._choices.held()
+        held = (self._center, self._spread, *self._selector.held(), *chosen, *self._observations.held())
+        refresh = self.decode.refresh
+        keep = 0 if refresh is None or refresh.keep is None else self._keep()
+        return *super().fixed(), *addresses(held), keep, self.decode.candidate_tokens(self._prompt)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -222,7 +214,7 @@ class ListedMemory(PagedMemory):
         self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]
     ) -> Tensor:
         """The output of a step, once it is counted."""
-        if not torch.compiler.is_compiling() and OBSERVING.get():
+        if is_observing():
             self._observe(query, out, lse, counts, recent, options)
         return out
 
@@ -247,9 +239,9 @@ class ListedMemory(PagedMemory):
         else:
             given = {"k": min(self._keep(), self._room()), "width": candidates.pooled, "due": due, "into": into}
             found = candidates.choose(top_k_lists, scores, lse, self._always(), num_kv_heads=self._heads(), **given)
-        if not torch.compiler.is_compiling() and OBSERVING.get() and self.decode.prune is not None:
+        if is_observing() and self.decode.prune is not None:
             dropped = found.dropped.sum(1)
-            self._counted[2] += (dropped if due is None else dropped.where(due, 0)).sum()
+            self._observations.drop(dropped if due is None else dropped.where(due, 0))
         return found.lists, found.counts
 
     def _exact_lists(
@@ -324,14 +316,12 @@ class ListedMemory(PagedMemory):
     ) -> None:
         """Count what a step read; ``out`` is its output, ``lse`` the log-sum-exp of what was read."""
         keys, values, table, lengths = self._tensors()
-        self._counted[0] += self._keys_read(counts, recent).sum()
-        self._counted[1] += self._selector.visible(self._places()).expand(counts.shape).sum()
-        self._observed += 1
-        if self._observed % MASS_EVERY == 1:
+        held = self._selector.visible(self._places()).expand(counts.shape)
+        if self._observations.count(read=self._keys_read(counts, recent), held=held):
             _, whole = block_pattern_decode(
                 query, keys, values, self.pattern, lengths=lengths, block_table=table, return_lse=True, **options
             )
-            self._masses.append(weight_share(lse, whole, options.get("sink_logits")).flatten())
+            self._observations.weigh(weight_share(lse, whole, options.get("sink_logits")))
 
     # --- beside the keys -----------------------------------------------------------------------------------------
 
@@ -407,21 +397,6 @@ def _make_selector(decode: Decode, index: int, pattern: Pattern) -> Selector:
     if decode.select == "channels":
         return HeavyChannels(decode, index)
     return QuestPages(decode) if decode.select == "quest" else Selector(decode)
-
-
-def statistics_of(counted: list[int | Tensor], masses: list[Tensor]) -> dict[str, float]:
-    """As of :meth:`ListedMemory.observations`.
-
-    Args:
-        counted: keys read, held and dropped.
-        masses: shares of the softmax weight, ``[B * Hq]`` each.
-    """
-    read, held, dropped = map(int, counted)
-    found = {"kept": read / held, "dropped": dropped / held} if held else {}
-    if masses:
-        shares = torch.cat(masses)
-        found |= {"mass_min": float(shares.min()), "mass_mean": float(shares.double().mean())}
-    return found
 
 
 def output_error(out: Tensor, whole: Tensor, read: Tensor, lengths: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 class MeasuredMemory(ListedMemory):
     """A :class:`~sparsetrain.generation.listed.ListedMemory` whose every step within
-    :func:`~sparsetrain.generation.listed.observing` is compared with full attention.
+    :func:`~sparsetrain.generation.observed.observing` is compared with full attention.
 
     The bytes of a choice are the codes of all candidates and what the selector keeps of all tokens. Scores that a
     choice writes and reads again, and lists, are not counted: they stay in the cache of the device.

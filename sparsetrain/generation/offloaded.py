@@ -35,6 +35,8 @@ class OffloadedMemory(PagedMemory):
         self._blocks_now: list[tuple[int, int]] = []  # first and last block of the step that the tables are for
         # A compiled step runs nothing here but what it says of itself: that it has been.
         self._ready, self._ran, self._coming = False, False, 0
+        self.prepared_between = False
+        """Whoever captures a step calls :meth:`prepare` before each replay, and :meth:`has_run` after it."""
         self.host: HostPages | None = None
         """What lies in host memory; None before the first tokens."""
         self._copies: Copies | None = None
@@ -57,7 +59,7 @@ class OffloadedMemory(PagedMemory):
         self.lengths.sub_(tokens).clamp_min_(0)
         self._ends = [max(end - tokens, 0) for end in self._ends]
         self._whole = [min(pair) for pair in zip(self._whole, self._full(), strict=True)]
-        self._longest, self._started, self._ready = max(self._ends), min(self._ends) > 0, False
+        self.longest, self._started, self._ready = max(self._ends), min(self._ends) > 0, False
 
     def select_rows(self, rows: Tensor) -> None:
         """See :meth:`Memory.select_rows`. Rows that change are copied on the host too, and waited for."""
@@ -78,15 +80,19 @@ class OffloadedMemory(PagedMemory):
             self._turn(tokens)
             self._ready, self._coming = True, tokens
 
+    def has_run(self) -> None:
+        """Told that a captured step has been replayed."""
+        self._ready, self._ran = False, True
+
     def _catch_up(self) -> None:
-        """Count the tokens of a compiled step."""
+        """Count the tokens of a compiled or captured step."""
         if self._ran:
             self._ran = False
             self._advance(self._coming)
 
     def _advance(self, tokens: int) -> None:
         self._ready, self._ends = False, [end + tokens for end in self._ends]
-        self._longest = max(self._ends)
+        self.longest = max(self._ends)
 
     # --- which pages are on the device -----------------------------------------------------------------------------
 
@@ -159,13 +165,16 @@ class OffloadedMemory(PagedMemory):
             self._ready, self._ran = False, True
             return
         if key.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ModelError(
-                "a captured step would bring the same pages in every replay: let generate compile the steps, which "
-                "brings pages between them"
-            )
+            if not self.prepared_between:
+                raise ModelError(
+                    "a captured step would bring the same pages in every replay: write with sparsetrain.generate, "
+                    "which brings pages between them"
+                )
+            super()._append(key, value)
+            return
         tokens = key.shape[2]
         self._catch_up()
-        check_room(self._longest + tokens, self.max_length)
+        check_room(self.longest + tokens, self.max_length)
         self._turn(tokens)
         *_, table, lengths = self._tensors()
         lengths.add_(tokens)
@@ -196,7 +205,7 @@ class OffloadedMemory(PagedMemory):
         self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
     ) -> None:
         """See :meth:`PagedMemory._store`: whole pages go to the host, and back from there where a step reads them."""
-        if self._longest == 0:
+        if self.longest == 0:
             self._allocate(key, starts, after)
         self._ready = False
         *_, lengths = self._tensors()
@@ -219,7 +228,7 @@ class OffloadedMemory(PagedMemory):
                     columns = slice(start + first * block - done, start + full * block - done)
                     host.write(row, first, key[row, :, columns], value[row, :, columns])
                     self._whole[row] = full
-        self._longest, self._started = max(after), min(after) > 0
+        self.longest, self._started = max(after), min(after) > 0
         self._turn(1)
         self._append_tokens(key, value, self._tensors()[2])  # fills the page that is begun now
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.page_table import NOT_KEPT, PageTable, page_table, still_read
 from sparsetrain.generation.rows import PackedRows
-from sparsetrain.methods.memory import Memory, alike
+from sparsetrain.methods.memory import Memory, addresses, alike
 from sparsetrain.patterns import Pattern
 
 Attend = Callable[..., Tensor]
@@ -98,6 +98,11 @@ class PagedMemory(Memory):
         held = (self.keys, self.values, self.table, self.lengths, *self.beside.values())
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    def fixed(self) -> tuple[Any, ...]:
+        """See :meth:`Memory.fixed`."""
+        held = (self.keys, self.values, self.table, self.lengths, *self.beside.values())
+        return addresses(held)
+
     def check_prompts(self, lengths: Sequence[int]) -> None:
         """See :meth:`Memory.check_prompts`."""
         if self._budget is not None:
@@ -129,7 +134,7 @@ class PagedMemory(Memory):
             )
         rows, tokens = query.shape[0], query.shape[2]
         padding = starts or [0] * rows
-        before = self._lengths() if self._longest else [0] * rows
+        before = self._lengths() if self.longest else [0] * rows
         after = [length + max(tokens - start, 0) for start, length in zip(padding, before, strict=True)]
         check_room(max(after), self.max_length)
         if any(before):
@@ -167,7 +172,7 @@ class PagedMemory(Memory):
                     )
         self._highest = highest
         self.lengths.sub_(tokens).clamp_min_(0)
-        self._longest, self._started = max(after), min(after) > 0
+        self.longest, self._started = max(after), min(after) > 0
 
     def begin_round(self) -> None:
         """Nothing: the last tokens can always be taken back."""
@@ -178,7 +183,7 @@ class PagedMemory(Memory):
 
     def reset(self) -> None:
         """See :meth:`Memory.reset`. Room for another text of the same batch stays."""
-        self._longest, self._started, self._highest = 0, False, [0] * self.rows
+        self.longest, self._started, self._highest = 0, False, [0] * self.rows
         self._starts = [0] * self.rows
         if self.lengths is not None:
             self.lengths.zero_()
@@ -220,9 +225,9 @@ class PagedMemory(Memory):
         tokens = key.shape[2]
         # A compiled step of a growing memory looks at the host's count too, and is compiled again where it must be.
         if not (self.static and torch.compiler.is_compiling()):
-            check_room(self._longest + tokens, self.max_length)
-            self._make_room(self._longest + tokens)
-            self._longest += tokens
+            check_room(self.longest + tokens, self.max_length)
+            self._make_room(self.longest + tokens)
+            self.longest += tokens
         _, _, table, lengths = self._tensors()
         lengths.add_(tokens)
         self._append_tokens(key, value, table)
@@ -274,7 +279,7 @@ class PagedMemory(Memory):
         self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
     ) -> None:
         """Write many new tokens to the pages that are kept. Rows were as long as ``before`` says, then as ``after``."""
-        if self._longest == 0:
+        if self.longest == 0:
             self._allocate(key, starts, after)
         self._make_room(max(after))
         _, _, table, lengths = self._tensors()
@@ -283,7 +288,7 @@ class PagedMemory(Memory):
             table = table.where(torch.tensor(owned, device=table.device), NOT_KEPT)
         lengths.copy_(torch.tensor(after, dtype=torch.int32))
         self._append_tokens(key, value, table)
-        self._longest, self._started = max(after), min(after) > 0
+        self.longest, self._started = max(after), min(after) > 0
 
     # --- room ----------------------------------------------------------------------------------------------------
 

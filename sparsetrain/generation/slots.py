@@ -13,7 +13,7 @@ from sparsetrain_kernels import KeyMirror, append_codes, estimate_scores, key_st
 from sparsetrain_kernels.sparsek_decode import EMPTY
 from torch import Tensor
 
-from sparsetrain.generation.listed import MASS_EVERY, OBSERVING, statistics_of
+from sparsetrain.generation.observed import Observations, is_observing
 from sparsetrain.generation.settings import Decode
 from sparsetrain.methods.sparsek.state import SparseKState
 
@@ -31,15 +31,19 @@ class SlotPruning:
         assert prune is not None
         self._decode = decode
         self._prune: dict[str, Any] = {**prune.model_dump(), "p": prune.p_of(index)}
-        # Keys read, held and dropped, of which there are none, over the observed steps: numbers on the device, read at
-        # the end.
-        self._counted: list[int | Tensor] = [0, 0, 0]
-        self._observed = 0
-        self._masses: list[Tensor] = []
+        self._counters = Observations()
 
     def observations(self) -> dict[str, float]:
         """As of :meth:`~sparsetrain.generation.listed.ListedMemory.observations`, of the keys that the slots hold."""
-        return statistics_of(self._counted, self._masses)
+        return self._counters.statistics()
+
+    def reset(self) -> None:
+        """Forget what the steps have read."""
+        self._counters.reset()
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        """The counters, ``[3]`` each."""
+        return self._counters.held()
 
     @torch.no_grad()
     def __call__(self, query: Tensor, state: SparseKState, scale: float | None) -> Tensor:
@@ -80,16 +84,13 @@ class SlotPruning:
         kept = held.new_zeros(batch, heads, count + 1).scatter(2, listed, True)[..., :count]
         recent = position >= (slots.length - self._decode.recent)[:, None, None]
         kept = held & (kept | recent | (position < self._decode.sinks))
-        if not torch.compiler.is_compiling() and OBSERVING.get():
+        if is_observing():
             self._observe(query, slots.keys, held, kept, width**-0.5 if scale is None else scale)
         return kept
 
     def _observe(self, query: Tensor, keys: Tensor, held: Tensor, kept: Tensor, scale: float) -> None:
         """Count what a step reads, and measure its weight now and then."""
-        self._counted[0] += kept.sum()
-        self._counted[1] += held.sum()
-        self._observed += 1
-        if self._observed % MASS_EVERY == 1:
+        if self._counters.count(read=kept, held=held):
             grouped = query[:, :, 0].float().unflatten(1, (keys.shape[1], -1))
             logits = (grouped @ keys.float().mT * scale).masked_fill(~held[:, :, None], float("-inf"))
-            self._masses.append((logits.softmax(-1) * kept[:, :, None]).sum(-1).flatten())
+            self._counters.weigh((logits.softmax(-1) * kept[:, :, None]).sum(-1))

@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.listed import observing
+from sparsetrain.generation.observed import observing
 from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:

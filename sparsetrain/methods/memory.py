@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ class Memory(ABC):
 
     most: int | None = None
     """Tokens of a row that it keeps at most, where that is known without a text."""
+
+    longest: int = 0
+    """Tokens of the longest row that the host has seen read, for memories that count them on the host."""
+
+    chooses: bool = False
+    """Steps read a choice of what it holds, which :meth:`observations` describes."""
 
     @property
     @abstractmethod
@@ -95,6 +101,11 @@ class Memory(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors it holds on the layer's device."""
 
+    def fixed(self) -> tuple[Any, ...]:
+        """What a captured step keeps of the moment when it was captured: addresses of tensors, and numbers that are in
+        no tensor. It can be replayed as long as this stays equal."""
+        return ()
+
     def prepare(self, tokens: int) -> None:  # noqa: B027 (most memories need not know)
         """Told on the host before a pass of so many tokens a row, be it compiled or not."""
 
@@ -108,6 +119,11 @@ class Memory(ABC):
     def host_nbytes(self) -> int:
         """Bytes that it holds in host memory beside them."""
         return 0
+
+
+def addresses(tensors: Iterable[torch.Tensor | None]) -> tuple[int, ...]:
+    """Where tensors, of any shape ``[...]``, are; 0 for None."""
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 def alike(starts: Sequence[int], lengths: Sequence[int]) -> dict[tuple[int, int], list[int] | slice]:

@@ -14,7 +14,8 @@ import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.generation import listed
 from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW, parts_of
-from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
 
 SMALL = {"sinks": 1, "recent": 2, "dense_layers": [0]}

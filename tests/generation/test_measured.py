@@ -7,9 +7,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from sparsetrain.generation.listed import observing
 from sparsetrain.generation.measured import MeasuredMemory, OracleMemory, WindowMemory
 from sparsetrain.generation.memories import make_memory
+from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import parse_decode
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8

@@ -14,7 +14,8 @@ from transformers import CompileConfig, DynamicCache
 
 import sparsetrain
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.listed import ListedMemory, observing
+from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import parse_decode
 from sparsetrain.inference.calibrate import calibrate
 

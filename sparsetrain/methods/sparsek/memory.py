@@ -11,7 +11,7 @@ from sparsetrain_kernels.score_placement import DocumentPositions, Moments, docu
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
-from sparsetrain.methods.memory import Memory, alike
+from sparsetrain.methods.memory import Memory, addresses, alike
 from sparsetrain.methods.sparsek.options import check_options
 from sparsetrain.methods.sparsek.rounds import LONGEST, Round, Tokens
 from sparsetrain.methods.sparsek.state import Sequence, SparseKState
@@ -28,6 +28,12 @@ class Chooser(Protocol):
 
     def observations(self) -> dict[str, float]:
         """As of :meth:`Memory.observations`."""
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        """Tensors that its steps change, of any shape ``[...]``."""
+
+    def reset(self) -> None:
+        """Forget all steps. Its tensors stay where they are."""
 
 
 SelectAndAttend = Callable[..., Tensor]
@@ -85,7 +91,9 @@ class SparseKMemory(Memory):
         # Guesses read what they would read one by one.
         most = 1 if self.choose is None or any(starts or ()) else LONGEST if self._rounds else MAX_ROWS
         if state.started and tokens.count <= most:
-            parts = [tokens] if tokens.count == 1 else tokens.one_by_one()
+            if tokens.count == 1:
+                return self._attend_one(layer, tokens, scale)
+            parts = tokens.one_by_one()
             return torch.cat([self._attend_one(layer, part, scale) for part in parts], dim=2)
 
         out = torch.zeros_like(query)
@@ -112,6 +120,16 @@ class SparseKMemory(Memory):
             out[rows, :, start:] = answers[:, :, -new:]
             state.fill(rows, sequence, length + new, after)
         return out
+
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        """See :attr:`Memory.chooses`."""
+        return self.choose is not None
+
+    def fixed(self) -> tuple[Any, ...]:
+        """See :meth:`Memory.fixed`."""
+        slots = () if self.state.slots is None else vars(self.state.slots).values()
+        return addresses((*slots, *(() if self.choose is None else self.choose.held())))
 
     def observations(self) -> dict[str, float]:
         """See :meth:`Memory.observations`."""
@@ -156,6 +174,8 @@ class SparseKMemory(Memory):
         """See :meth:`Memory.reset`."""
         self.state.reset()
         self._round = None
+        if self.choose is not None:
+            self.choose.reset()
 
     def select_rows(self, rows: Tensor) -> None:
         """See :meth:`Memory.select_rows`."""
@@ -172,7 +192,7 @@ class SparseKMemory(Memory):
     def _step(self, layer: nn.Module, token: Tokens) -> None:
         """Take in one token a row."""
         state, length = self.state, self.state.started_slots.length[:, None]
-        places = DocumentPositions(length, torch.zeros_like(length))
+        places = DocumentPositions(length, None)
         before = state.moments(slice(None))
         scores, after = self._score(layer, token.query, token.linear, token.gain, places, before)
         state.step(token.key, token.value, scores, after)
