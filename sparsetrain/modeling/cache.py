@@ -152,17 +152,17 @@ class StaticMemoryLayer(MemoryLayer):
     What a step changes is in tensors of fixed address. No Python value that ``torch.compile`` guards on changes.
 
     Args:
-        device: the layer's.
+        seen: tokens read so far, padding included, int64 ``[]`` on the layer's device.
+        counts: this layer counts them there; others of the same cache share the tensor.
     """
 
-    def __init__(self, memory: Memory, plan: LayerPlan, max_length: int, device: torch.device) -> None:
+    def __init__(self, memory: Memory, plan: LayerPlan, max_length: int, seen: torch.Tensor, *, counts: bool) -> None:
         super().__init__(memory, plan)
         self.max_length = max_length
         self.told: tuple[Memory, ...] = ()
         """Memories of the cache that have to know of a pass before it."""
         self._asked = 0
-        self._seen = torch.zeros((), dtype=torch.int64, device=device)
-        torch._dynamo.mark_static_address(self._seen)
+        self._seen, self._counts = seen, counts
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -176,7 +176,8 @@ class StaticMemoryLayer(MemoryLayer):
         if not self._expected:
             raise ModelError(FOREIGN)
         self._expected = False
-        self._seen.add_(key_states.shape[2])
+        if self._counts:
+            self._seen.add_(key_states.shape[2])
         if not torch.compiler.is_compiling():
             self.counted += key_states.shape[2]
         return key_states, value_states
@@ -212,13 +213,23 @@ class StaticMemoryLayer(MemoryLayer):
         if self.memory.fault is not None:
             self.memory.fault = None
         self.memory.reset()
-        self._seen.zero_()
+        if self._counts:
+            self._seen.zero_()
         self.counted = self._asked = 0
+
+    def host_counts(self) -> tuple[int, int, int]:
+        """What the host has counted: a captured step counts only on the device."""
+        return self.counted, self._asked, self.memory.longest
+
+    def set_host_counts(self, counts: tuple[int, int, int], more: int = 0) -> None:
+        """Take counts of :meth:`host_counts`, and ``more`` tokens."""
+        self.counted, self._asked, self.memory.longest = (count + more for count in counts)
 
     def crop(self, tokens_to_remove: int) -> None:
         """See :meth:`MemoryLayer.crop`."""
         super().crop(tokens_to_remove)
-        self._seen.add_(tokens_to_remove)
+        if self._counts:
+            self._seen.add_(tokens_to_remove)
 
 
 def keep_memory(layer: nn.Module, plan: LayerPlan) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.composition import attention_kind
@@ -61,32 +62,44 @@ class SparseCache(Cache):
             )
         modules.sort(key=lambda module: module.layer_idx)
         layers = modules[0].config.num_hidden_layers
-        if [module.layer_idx for module in modules] != list(range(layers)) or any(map(shares_keys, modules)):
+        # What transformers keeps of each layer: some have a state beside their keys (Falcon-H1).
+        kept = DynamicCache(config=modules[0].config).layers
+        own = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
+        if [module.layer_idx for module in modules] != list(range(layers)) or any(map(shares_keys, modules)) or not own:
             raise ModelError(
                 f"{type(model).__name__} has layers whose past is not keys and values of their own (state spaces, "
                 "convolutions, shared keys), which a SparseCache does not hold; generate without it"
             )
         plans = [module.sparsetrain_plan for module in modules]
         limits.check(attention_kind(plan.method, plan.window) for plan in plans)
+        devices = [next(module.parameters()).device for module in modules]
+        seen = {device: torch.zeros((), dtype=torch.int64, device=device) for device in devices}
+        for count in seen.values():
+            torch._dynamo.mark_static_address(count)
+        # The last layer of a device counts: a crop asks every layer for the count before it changes.
+        counting = dict(zip(devices, range(layers), strict=True)).values()
         super().__init__(
             layers=[
                 StaticMemoryLayer(
                     make_memory(
-                        module.sparsetrain_plan.method,
-                        module.sparsetrain_plan.window,
+                        plan.method,
+                        plan.window,
                         max_length=max_length,
                         rollback=rollback,
                         limits=limits,
-                        decode=module.sparsetrain_plan.decode,
-                        index=module.sparsetrain_plan.index,
+                        decode=plan.decode,
+                        index=plan.index,
                     ),
-                    module.sparsetrain_plan,
+                    plan,
                     max_length,
-                    next(module.parameters()).device,
+                    seen[device],
+                    counts=index in counting,
                 )
-                for module in modules
+                for index, (plan, device) in enumerate(zip(plans, devices, strict=True))
             ]
         )
+        self.captured: Any = None
+        """A captured step that :func:`sparsetrain.generate` keeps for the next batch."""
         self.max_length = max_length
         memories = [layer.memory for layer in self.layers]  # type: ignore[union-attr]
         for layer in self.layers:
@@ -97,6 +110,15 @@ class SparseCache(Cache):
         masks outside of what is compiled, does this by itself."""
         for layer in self.layers:
             layer.memory.prepare(tokens)  # type: ignore[union-attr]
+
+    def host_counts(self) -> list[tuple[int, int, int]]:
+        """What the host has counted of each layer. A captured step counts only on the device."""
+        return [layer.host_counts() for layer in self.layers]  # type: ignore[union-attr]
+
+    def set_host_counts(self, counts: Sequence[tuple[int, int, int]], more: int = 0) -> None:
+        """Take the counts of :meth:`host_counts`, and ``more`` tokens of every row."""
+        for layer, each in zip(self.layers, counts, strict=True):
+            layer.set_host_counts(each, more)  # type: ignore[union-attr]
 
     def check_prompts(self, lengths: Sequence[int]) -> None:
         """Refuse a batch of prompts whose layers need more than the budget, before anything is computed.
