@@ -1,0 +1,272 @@
+"""``sparsetrain.generate`` writes what ``model.generate`` writes, token for token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, MaxTimeCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import sparsetrain
+from sparsetrain.errors import ModelError
+from sparsetrain.generation.observed import observing
+from sparsetrain.inference.captured_step import CapturedStep
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "power": {"method": "power", "block": 8, "window": 2, "sinks": 1},
+    "sliding": {"method": "sliding", "block": 8, "window": 2, "sinks": 1},
+    "sparsek": {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "score_buffer": 4096},
+}
+DECODE = {"prune": {"p": 0.6, "min_keys": 1}, "refresh": {"every": 3}, "sinks": 1, "recent": 2, "dense_layers": [0]}
+ONE, THREE = (33,), (33, 7, 20)
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.9},
+    "penalties": {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 8},
+}
+NEW = 17
+
+
+def make(attention: dict[str, Any], decode: Any = None) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
+    sparsetrain.sparsify(model, attention)
+    return model if decode is None else sparsetrain.set_decode(model, decode)
+
+
+def texts(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random tokens, padded on the left, and their mask."""
+    width = max(lengths)
+    ids = torch.randint(1, 97, (len(lengths), width), generator=torch.Generator().manual_seed(len(lengths)))
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(model: Any, given: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+    """What transformers' loop writes, and what ours does, with the same random numbers."""
+    found = []
+    for write in (type(model).generate, sparsetrain.generate):
+        torch.manual_seed(5)
+        cache = sparsetrain.SparseCache(model, max_length=80)
+        found.append(write(model, **given, past_key_values=cache, max_new_tokens=NEW, **settings))
+    return found[0], found[1]
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[CapturedStep]:
+    """The steps that were captured."""
+    made: list[CapturedStep] = []
+    original = CapturedStep.capture
+    monkeypatch.setattr(CapturedStep, "capture", lambda step: made.append(step) or original(step))
+    return made
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """For tests whose steps are not captured."""
+    return caplog
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture):
+    yield
+    if "warned" not in request.fixturenames:
+        assert not [record for record in caplog.records if record.name.startswith("sparsetrain")]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("lengths", [ONE, THREE], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tokens_are_those_of_transformers(method, lengths, way, captures):
+    if method == "sparsek" and "prefill_chunk_size" in way:
+        pytest.skip("a chunk joins the slots in another order")
+    want, got = both(make(METHODS[method]), texts(lengths), **way)
+    assert got.tolist() == want.tolist()
+    assert len(captures) == 1
+
+
+def test_layers_that_choose_their_keys(captures):
+    want, got = both(make(METHODS["full"], DECODE), texts(THREE), do_sample=False)
+    assert got.tolist() == want.tolist()
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_end_alone_and_are_filled_up(do_sample):
+    model, given = make(METHODS["power"]), texts(THREE)
+    free, _ = both(model, given, do_sample=do_sample)
+    # Ends each row somewhere, and all of them before the most tokens.
+    ends = sorted({int(row[33 + place]) for row, place in zip(free, (2, 6, 9), strict=True)})
+    want, got = both(model, given, do_sample=do_sample, eos_token_id=ends)
+    assert got.tolist() == want.tolist()
+    assert 33 < got.shape[1] < 33 + NEW
+    assert (got[:, 33:] == 0).any()
+
+
+def test_what_is_asked_for_beside_the_tokens():
+    model, given = make(METHODS["power"]), texts(ONE)
+    settings = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    want, got = both(model, given, do_sample=True, **settings)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert len(got.scores) == len(got.logits) == NEW
+    for ours, theirs in ((got.scores, want.scores), (got.logits, want.logits)):
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs))
+    assert isinstance(got.past_key_values, sparsetrain.SparseCache)
+    assert int(got.past_key_values.get_seq_length()) == int(want.past_key_values.get_seq_length()) == 33 + NEW - 1
+
+
+def test_a_second_turn_goes_on_with_the_cache():
+    model, ids = make(METHODS["power"]), texts(ONE)["input_ids"]
+    turns = []
+    for write in (type(model).generate, sparsetrain.generate):
+        cache = sparsetrain.SparseCache(model, max_length=80)
+        settings = {"past_key_values": cache, "max_new_tokens": 9, "do_sample": False}
+        first = write(model, ids, attention_mask=torch.ones_like(ids), **settings)
+        more = torch.cat([first, ids[:, :20]], dim=1)
+        turns.append(write(model, more, attention_mask=torch.ones_like(more), **settings).tolist())
+    assert turns[0] == turns[1]
+
+
+def test_a_cache_serves_the_next_batch_with_the_same_step(captures):
+    model = make(METHODS["sliding"])
+    cache = sparsetrain.SparseCache(model, max_length=80)
+    for lengths in (THREE, (12, 33, 30), (33, 33, 33), ONE, (20, 5)):
+        given = texts(lengths)
+        cache.reset()
+        got = sparsetrain.generate(model, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+        fresh = sparsetrain.SparseCache(model, max_length=80)
+        want = model.generate(**given, past_key_values=fresh, max_new_tokens=NEW, do_sample=False)
+        assert got.tolist() == want.tolist()
+    # Another number of rows has other tensors.
+    assert len(captures) == 3
+
+
+class Noted(BaseStreamer):
+    """Notes what it is handed."""
+
+    def __init__(self) -> None:
+        self.put_there: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_there.append(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_each_token_once():
+    model, given = make(METHODS["power"]), texts(ONE)
+    heard = []
+    for write in (type(model).generate, sparsetrain.generate):
+        streamer = Noted()
+        cache = sparsetrain.SparseCache(model, max_length=80)
+        out = write(model, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False, streamer=streamer)
+        assert streamer.ended == 1
+        heard.append(streamer.put_there)
+    assert heard[0] == heard[1] == [given["input_ids"][0].tolist(), *([token] for token in out[0, 33:].tolist())]
+
+
+def test_processors_and_criteria_of_ones_own_see_every_token():
+    class Forbid(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            return scores.scatter(1, input_ids[:, -4:], float("-inf"))
+
+    model, given = make(METHODS["power"]), texts(THREE)
+    lengths: list[int] = []
+
+    def enough(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 41, dtype=torch.bool)
+
+    criteria = StoppingCriteriaList([MaxTimeCriteria(1e6), enough])
+    want, got = both(model, given, do_sample=False, logits_processor=[Forbid()], stopping_criteria=criteria)
+    assert got.tolist() == want.tolist()
+    assert got.shape[1] == 41
+    assert lengths == [*range(34, 42)] * 2
+
+
+def test_keys_that_are_read_are_counted():
+    decode = {**DECODE, "refresh": None}
+    model, given, kept = make(METHODS["full"], decode), texts(THREE), []
+    for write in (type(model).generate, sparsetrain.generate):
+        cache = sparsetrain.SparseCache(model, max_length=80)
+        with observing():
+            write(model, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+        kept.append([layer.memory.observations() for layer in cache.layers])
+    assert kept[0] == kept[1]
+    assert 0 < kept[0][1]["kept"] < 1
+
+
+def test_a_text_longer_than_its_cache_is_refused():
+    model = make(METHODS["power"])
+    cache = sparsetrain.SparseCache(model, max_length=40)
+    with pytest.raises(ModelError, match="grows to 41 tokens, and this cache was made for max_length=40"):
+        sparsetrain.generate(model, **texts(ONE), past_key_values=cache, max_new_tokens=30, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_beams": 2, "do_sample": False}, "beam search"),
+        ({"prompt_lookup_num_tokens": 2, "do_sample": False}, "assisted generation"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True, "do_sample": False}, "output_hidden_states"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_other_ways_to_generate_run_in_transformers_loops(settings, reason, warned):
+    model, given = make(METHODS["power"]), texts(ONE)
+    found = []
+    for write in (type(model).generate, sparsetrain.generate):
+        cache = sparsetrain.SparseCache(model, max_length=90, rollback=4)
+        out = write(model, **given, past_key_values=cache, max_new_tokens=NEW, **settings)
+        found.append((out if isinstance(out, torch.Tensor) else out.sequences).tolist())
+    assert found[0] == found[1]
+    assert f"transformers' own loop: {reason}" in warned.text
+
+
+def test_other_caches_run_in_transformers_loop(warned):
+    model, given = make(METHODS["power"]), texts(ONE)
+    got = sparsetrain.generate(model, **given, max_new_tokens=NEW, do_sample=False)
+    assert got.tolist() == model.generate(**given, max_new_tokens=NEW, do_sample=False).tolist()
+    assert "no SparseCache" in warned.text
+
+
+def test_keys_in_host_memory(captures):
+    model, given, found = make(METHODS["power"]), texts(THREE), []
+    for write in (type(model).generate, sparsetrain.generate):
+        cache = sparsetrain.SparseCache(model, max_length=80, offload=True)
+        found.append(write(model, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False).tolist())
+    assert found[0] == found[1]
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("how", ["capture", "inputs"])
+def test_a_step_that_cannot_be_captured_runs_as_it_is(how, monkeypatch, warned):
+    def fails(step: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    if how == "capture":
+        monkeypatch.setattr(CapturedStep, "capture", fails)
+    else:
+        monkeypatch.setattr(CapturedStep, "goes_on", lambda step, inputs: False)
+    for do_sample in (False, True):
+        want, got = both(make(METHODS["power"]), texts(THREE), do_sample=do_sample)
+        assert got.tolist() == want.tolist()
+    assert "steps run one by one: " in warned.text
+    assert "more" not in warned.text
