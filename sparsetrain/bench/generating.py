@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from sparsetrain.bench.case import Case, Log
@@ -18,10 +19,14 @@ from sparsetrain.bench.contenders.writers import Way
 from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
 from sparsetrain.bench.table import Report, Row, column, formatted
 from sparsetrain.generation.observed import observing
+from sparsetrain.inference.fewer_kernels import ready_for_steps
+from sparsetrain.inference.loop import generate
 from sparsetrain.modeling import SparseCache
 
 SETTLING = 4
 """Steps that compile and are not timed; a graph of ``torch.compile`` is recorded in the third."""
+ONE_BY_ONE = 16
+"""The most steps that are timed one by one: the host is what they wait for, all alike."""
 RATE = formatted("{:,.1f}")
 
 
@@ -32,8 +37,10 @@ class GenerateRow(Row):
     title: str
     prompt_seconds: float | None = column("prompt s", optional=True)
     """A pass of the prompts."""
-    rate: float | None = column("tokens/s", form=RATE)
-    """New tokens a second over all rows."""
+    generate_rate: float | None = column("generate", optional=True, form=RATE)
+    """New tokens a second over all rows by ``sparsetrain.generate``, the host and its stop flag included."""
+    rate: float | None = column("step by step", form=RATE)
+    """The same with a model called for each step."""
     graph_rate: float | None = column("as a CUDA graph", optional=True, form=RATE)
     """The same with every step as one CUDA graph, where a step is the same for every length."""
     compiled_rate: float | None = column("compiled", optional=True, form=RATE)
@@ -48,14 +55,18 @@ class GenerateRow(Row):
     @property
     def order_ms(self) -> float | None:
         """Time of a token."""
-        best = self.compiled_rate or self.graph_rate or self.rate
+        best = self.generate_rate or self.compiled_rate or self.graph_rate or self.rate
         return 1e3 / best if best else None
 
     @property
     def summary(self) -> str:
         """The rates."""
-        rates = f"{RATE(self.rate)} tokens/s"
-        for rate, how in ((self.graph_rate, "as a CUDA graph"), (self.compiled_rate, "compiled")):
+        rates = f"{RATE(self.rate)} tokens/s step by step"
+        for rate, how in (
+            (self.generate_rate, "by generate"),
+            (self.graph_rate, "as a CUDA graph"),
+            (self.compiled_rate, "compiled"),
+        ):
             rates += f", {RATE(rate)} {how}" if rate else ""
         return self.reason or rates
 
@@ -100,11 +111,13 @@ class GenerateCase(Case):
     def measure(self, way: Way, ids: Tensor, row: Any, report: Report) -> None:
         """The prompts ``[batch, length]``, steps one by one, one that says what it reads, and steps as a graph."""
         options, cuda = self.options, self.device.type == "cuda"
-        room = ids.shape[1] + 3 * options.new_tokens + 4 * SETTLING
+        room = ids.shape[1] + 4 * options.new_tokens + 6 * SETTLING
         self.check_memory(way, ids.shape[1], room)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         model = way.model(self.config, getattr(torch, options.dtype), self.device)
+        if way.method is not None:
+            ready_for_steps(model)
         if options.fill == "prefill":
             # Compiles what the timed pass runs.
             way.read_prompt(model, way.cache(model, room), ids)
@@ -119,13 +132,13 @@ class GenerateCase(Case):
             out: Any = forward(token, past_key_values=cache, use_cache=True)
             token.copy_(out.logits[:, -1:].argmax(-1))
 
-        def rate(call: Any) -> float:
-            _, ms = once_ms(lambda: [call() for _ in range(options.new_tokens)], self.device)
-            return 1e3 * token.numel() * options.new_tokens / ms
+        def rate(call: Any, steps: int = options.new_tokens) -> float:
+            _, ms = once_ms(lambda: [call() for _ in range(steps)], self.device)
+            return 1e3 * token.numel() * steps / ms
 
         for _ in range(SETTLING):
             step()
-        row.rate = rate(step)
+        row.rate = rate(step, min(options.new_tokens, ONE_BY_ONE))
         with observing():
             step()
         row.cache_gb, row.kept = cache_bytes(cache) / 1e9, kept(cache)
@@ -136,8 +149,39 @@ class GenerateCase(Case):
                 row.note = f"no CUDA graph: {explain(error)}"
             if options.compile:
                 self.measure_compiled(model, step, rate, row)
+        if isinstance(cache, SparseCache):
+            row.generate_rate = self.measure_generate(model, cache, ids, token)
         if cuda:
             row.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+
+    def measure_generate(self, model: Any, cache: SparseCache, ids: Tensor, token: Tensor) -> float:
+        """New tokens a second of ``sparsetrain.generate`` that goes on with a cache, from the first replay on.
+
+        Args:
+            ids: the prompts, int64 ``[batch, length]``.
+            token: the last tokens, int64 ``[batch, 1]``.
+        """
+        seen, new = int(cache.get_seq_length()), self.options.new_tokens
+        text = torch.cat([ids, token.expand(-1, seen + 1 - ids.shape[1])], dim=1)
+        pace = _Pace()
+        with observing():
+            generate(
+                model,
+                text,
+                attention_mask=torch.ones_like(text),
+                past_key_values=cache,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                eos_token_id=0,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([pace]),
+            )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        # Of the first three tokens one is of the prompt's pass, one of a plain step, one of the capture.
+        first = min(3, new - 1)
+        return token.numel() * (new - first) / (time.perf_counter() - pace.times[first - 1])
 
     def measure_compiled(self, model: Any, step: Any, rate: Any, row: GenerateRow) -> None:
         """Steps that are compiled as ``generate`` compiles them."""
@@ -179,6 +223,17 @@ class GenerateCase(Case):
                 f"needs {need:,} bytes ({weights:,} of weights, {keys:,} of keys, {passing:,} for the prompt), and the "
                 f"device has {there:,}; lower --layers, --batch or --lengths"
             )
+
+
+class _Pace(StoppingCriteria):
+    """Notes when each token was chosen."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def memory(device: torch.device) -> int:

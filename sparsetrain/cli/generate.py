@@ -83,8 +83,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="auto|TOKENS",
-            help="Make room once, for the tokens of a row that a layer's pattern reads again (auto); refuse a prompt "
-            "that needs more than TOKENS. By default the cache grows.",
+            help="Room of each layer for tokens of a row: what its pattern reads again of a text of this length "
+            "(auto, the default), or at most TOKENS, which refuses a prompt that needs more.",
             show_default=False,
         ),
     ] = None,
@@ -122,12 +122,13 @@ def generate(
 
     import torch
 
+    from sparsetrain.inference.fewer_kernels import ready_for_steps
     from sparsetrain.inference.models import check_room, find_model
     from sparsetrain.inference.sampling import check_own
     from sparsetrain.inference.writer import Writer, make_cache
     from sparsetrain.modeling import set_decode
 
-    limits = None if budget is None and not offload else {"budget": budget or "auto", "offload": offload}
+    limits: dict[str, Any] | None = {"budget": budget or "auto", "offload": offload}
     place = choose_device(device)
     source = find_model(model)
     # Without weights, so that what is wrong is said before they are read.
@@ -140,10 +141,20 @@ def generate(
     encoded = [each.encode(source.tokenizer, chat=chat) for each in prompts]
     for each, tokens in zip(prompts, encoded, strict=True):
         check_room(outline, each.place, len(tokens), max_new_tokens)
-    if limits is not None:
-        lengths = list(map(len, encoded))
-        for rows in {tuple(lengths[start : start + batch]) for start in range(0, len(lengths), batch)}:
-            make_cache(outline, max(rows) + max_new_tokens, limits).check_prompts(rows)
+    lengths = list(map(len, encoded))
+    for rows in {tuple(lengths[start : start + batch]) for start in range(0, len(lengths), batch)}:
+        try:
+            make_cache(outline, max(rows) + max_new_tokens, limits or {}).check_prompts(rows)
+        except ModelError as error:
+            if budget is not None or offload:
+                raise
+            # Nothing was asked for: such a model generates in caches that grow.
+            print(
+                f"note: the cache grows with the text, and steps are slower: {str(error).partition('; ')[0]}",
+                file=sys.stderr,
+            )
+            limits = None
+            break
 
     loaded = source.load(kind)
     if decode is not None:
@@ -151,7 +162,10 @@ def generate(
     _note(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
     _note_decode(loaded, max(map(len, encoded)), max_new_tokens)
     torch.manual_seed(seed)
-    writer = Writer(loaded.to(place), source.tokenizer, max_new_tokens, arguments, limits)
+    loaded = loaded.to(place)
+    if (told := ready_for_steps(loaded)) is not None:
+        print(f"note: {told}", file=sys.stderr)
+    writer = Writer(loaded, source.tokenizer, max_new_tokens, arguments, limits)
     rows_asked = output is not None or (file is not None and file.suffix == ".jsonl")
     if len(prompts) == 1 and not rows_asked:
         _stream(writer, encoded[0])

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
+from sparsetrain.inference.loop import generate, why_not
 from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Writer:
     Args:
         arguments: of ``model.generate``.
         max_new_tokens: the most that are written after a prompt.
-        limits: ``budget`` and ``offload`` of a :class:`~sparsetrain.SparseCache`; None generates without one, in caches
-            that grow.
+        limits: ``budget`` and ``offload`` of a :class:`~sparsetrain.SparseCache`, whose steps are captured on a GPU;
+            None generates without one, in caches that grow.
     """
 
     model: PreTrainedModel
@@ -112,12 +113,12 @@ class Writer:
         """
         device = self.model.device
         ids, mask = self._padded(prompts)
-        made = self._cache(len(prompts), ids.shape[1] + self.max_new_tokens)
+        cache = self._cache(len(prompts), ids.shape[1] + self.max_new_tokens)
         clock = _Clock(on_token, enough)
         begin = now(device)
         try:
             with observing():
-                written: Any = self.model.generate(  # type: ignore[operator]
+                written: Any = self._generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     max_new_tokens=self.max_new_tokens,
@@ -127,7 +128,7 @@ class Writer:
                     streamer=streamer,
                     return_dict_in_generate=True,
                     use_cache=True,
-                    **made,
+                    past_key_values=cache,
                     **self.arguments,
                 )
         except torch.OutOfMemoryError as error:
@@ -155,19 +156,26 @@ class Writer:
         self.usage.observations += [each for each in found if each]
         return completions
 
-    def _cache(self, rows: int, tokens: int) -> dict[str, Any]:
-        """The arguments of ``generate`` for a cache of so many rows, of up to so many tokens."""
+    def _generate(self, **arguments: Any) -> Any:
+        """``generate``, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
+        compiled: that takes minutes for a large model, and eager steps write many tokens in them."""
+        if why_not(self.model, arguments) is None:
+            return generate(self.model, **arguments)
+        return self.model.generate(**arguments, disable_compile=True)  # type: ignore[operator]
+
+    def _cache(self, rows: int, tokens: int) -> SparseCache | None:
+        """An empty cache for so many rows, of up to so many tokens; None where there are no limits."""
         if self.limits is None:
-            return {}
-        held, first = self._held, self._held is None
-        # Steps are compiled for one cache: it serves again where it fits and has not much more room than is needed.
+            return None
+        held = self._held
+        # A step is captured for one cache: it serves again where it fits and has not much more room than is needed.
         spare = tokens // 8 if self.limits["budget"] == "auto" else 0
         if held is not None and self._rows == rows and tokens <= self._tokens <= tokens + spare:
             held.reset()
-            return {"past_key_values": held}
+            return held
         self._held = held = None
         self._held, self._rows, self._tokens = make_cache(self.model, tokens, self.limits), rows, tokens
-        return {"past_key_values": self._held, "disable_compile": not first}
+        return self._held
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, int64 ``[prompts, tokens]``, padded on the left."""

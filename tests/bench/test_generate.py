@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_in_bytes(monkeypatch):
     keys = [
         int(rows[name].reason.split(" of keys")[0].split()[-1].replace(",", "")) for name in ("dynamic", "twilight")
     ]
-    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 3 * 2 + 16)
+    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 4 * 2 + 24)
     assert keys[1] == keys[0] * (2 * 16 * 4 + 16 // 2 + 4) // (2 * 16 * 4)
 
 

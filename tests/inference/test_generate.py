@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from small_families import small_model
 from transformers import AutoModelForCausalLM
 
 import sparsetrain
@@ -104,6 +105,21 @@ def test_room_on_the_device_is_limited_and_told(call, power_folder, tmp_path, mo
     code, out, err = call(*arguments, "--budget", "16")
     assert (code, out) == (2, "")
     assert re.search(r"budget=16: behind a prompt of \d+ tokens .* set budget to \d+ or more", err)
+
+
+def test_a_model_that_no_sparse_cache_holds_writes_into_one_that_grows(call, tmp_path, model_and_tokenizer):
+    tokenizer = model_and_tokenizer[1]
+    model = small_model("falcon_h1", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = (str(tmp_path), "--prompt", "import os", "--max-new-tokens", "6")
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert out.removesuffix("\n") == greedy(model, tokenizer, "import os", 6)
+    assert "note: the cache grows with the text, and steps are slower: FalconH1ForCausalLM has layers" in err
+    code, out, err = call(*arguments, "--budget", "auto")
+    assert (code, out) == (2, "")
+    assert "which a SparseCache does not hold" in err
 
 
 def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, power_folder, tmp_path):

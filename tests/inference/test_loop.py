@@ -100,8 +100,10 @@ def test_the_tokens_are_those_of_transformers(method, lengths, way, captures):
     assert len(captures) == 1
 
 
-def test_layers_that_choose_their_keys(captures):
-    want, got = both(make(METHODS["full"], DECODE), texts(THREE), do_sample=False)
+@pytest.mark.parametrize("choose", ["codes", "full"])
+def test_layers_that_choose_their_keys(choose, captures):
+    decode = {**DECODE, "refresh": {**DECODE["refresh"], "choose": choose}}
+    want, got = both(make(METHODS["full"], decode), texts(THREE), do_sample=False)
     assert got.tolist() == want.tolist()
     assert len(captures) == 1
 

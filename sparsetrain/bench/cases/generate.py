@@ -18,8 +18,9 @@ TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "
 class Options(AnyOptions):
     """Time generation with a model of Qwen3-8B's shape, random weights and each method's cache.
 
-    A pass of the prompts, then greedy tokens, one step at a time, as a CUDA graph and, where asked for, compiled. A
-    pass that is not timed comes first.
+    A pass of the prompts, then greedy tokens: one step at a time, as a CUDA graph, by sparsetrain.generate with the
+    host's work, and, where asked for, compiled. A pass that is not timed comes first. Models of sparsetrain are made
+    ready for steps as sparsetrain generate does it, with Liger if it is installed.
     Queries are scaled so that few keys hold most of the weight; the share that was read is in the table.
 
     \b
@@ -36,7 +37,7 @@ class Options(AnyOptions):
     layers: Annotated[Count, Suits(36, 3)]
     """Layers of the model."""
     new_tokens: Annotated[Count, Suits(64, 4)]
-    """Tokens after each prompt that are timed, and as many again in a CUDA graph and compiled."""
+    """Tokens after each prompt that are timed in a CUDA graph, as many again by generate, and compiled."""
     compile: bool = False
     """Time steps that torch.compile made too, as generate runs them on a GPU; takes a minute for each way."""
     ways: str = "all"
