@@ -20,8 +20,10 @@ class LayerBytes:
 
     input: float
     """Bytes that a checkpointed layer saves: its input."""
+    selection: float
+    """Bytes that it saves as well: what a sparse layer has selected, in the mean over the layers."""
     attention_result: float
-    """Bytes that selective checkpointing saves in addition: attention outputs, and a selection."""
+    """Bytes that selective checkpointing saves in addition: attention outputs."""
     saved: float
     """Bytes that autograd saves for one layer without checkpointing."""
     backward: float
@@ -59,8 +61,9 @@ def layer_bytes(setting: Setting) -> LayerBytes:
     if shape.qk_norm and parameters.trains_norms and not liger:
         heads_norm += e * (q + kv)
     log_sum_exp = 4 * shape.heads
-    result = e * q + log_sum_exp + method.saved_bytes
-    attention = heads_norm + e * (q + 2 * kv) + result
+    result = e * q + log_sum_exp
+    sparse = 1 - setting.dense_layers / shape.layers
+    attention = heads_norm + e * (q + 2 * kv) + result + method.saved_bytes
     before_mlp = norm + into_attention + attention + norm + into_mlp
     # Gate and up, the activated gate, and what goes into the last projection where that needs it.
     product = e * wide if full or "down_proj" in adapted else 0
@@ -97,6 +100,7 @@ def layer_bytes(setting: Setting) -> LayerBytes:
         dequantized = float(e * parameters.largest_matrix)
     return LayerBytes(
         input=float(e * hidden * tokens),
+        selection=float(method.saved_bytes * tokens * sparse),
         attention_result=float(result * tokens),
         saved=float((before_mlp + mlp + statistics) * tokens),
         backward=max(*phases, later) + statistics * tokens + dequantized,

@@ -63,7 +63,8 @@ def estimate_memory(setting: Setting) -> Memory:
     head_gradient = loss.weight_gradient
     kept_each, working, host = layer.saved, layer.backward, states.host
     if setting.checkpointing != "none":
-        kept_each = layer.input
+        kept_each = layer.input + layer.selection
+        working -= layer.selection
         if setting.checkpointing == "selective":
             kept_each += layer.attention_result
             working -= layer.attention_result

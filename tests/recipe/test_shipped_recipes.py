@@ -41,6 +41,13 @@ SPARSEK = {
     "qwen3-32b-sparsek-full-64k": 65536,
     "qwen3-32b-sparsek-qlora-32k": 32768,
 }
+RECYCLED = {
+    "llama-3.2-1b-recycled-32k": 32768,
+    "qwen3-8b-recycled-32k": 32768,
+    "qwen3-8b-recycled-lora-32k": 32768,
+    "qwen3-8b-recycled-128k": 131072,
+    "qwen3-8b-recycled-lora-128k": 131072,
+}
 FAMILIES = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b", "qwen3-8b", "qwen3-32b", "mistral-7b")
 # What the positions of each model reach as it comes; beyond that a recipe says how they are stretched.
 NATIVE = {"llama": 131072, "qwen3-32b": 40960, "qwen3": 32768, "mistral": 32768}
@@ -98,6 +105,19 @@ def test_sparsek_recipes_train_what_their_name_says(name):
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
 
 
+@pytest.mark.parametrize("name", RECYCLED)
+def test_recycled_recipes_draw_segments_and_generate_with_one_of_them(name):
+    recipe = load_recipe(name).recipe
+    attention = recipe.attention
+    assert recipe.sequence.length == RECYCLED[name]
+    assert (attention.method, attention.dense_layers) == ("recycled", [])
+    assert attention.fixed in attention.lengths
+    assert (attention.fixed, attention.keep) == ((16, 1024) if recipe.sequence.length == 32768 else (32, 2048))
+    assert (recipe.lora is not None) == ("lora-" in name)
+    assert max(recipe.eval.by_name["passkey"].lengths) == recipe.sequence.length
+    assert plan_batch(recipe, 8).tokens_per_step == 2**20
+
+
 @pytest.mark.parametrize("name", LONGEST)
 def test_the_longest_recipes_share_each_row_among_eight_ranks(name):
     recipe = load_recipe(name).recipe
@@ -114,7 +134,7 @@ def test_every_family_is_trained_whole_and_with_adapters_by_both_methods(family,
     assert trained == {True, False}
 
 
-@pytest.mark.parametrize("name", [*REAL_MODELS, *SPARSEK, *LONGEST])
+@pytest.mark.parametrize("name", [*REAL_MODELS, *SPARSEK, *RECYCLED, *LONGEST])
 def test_positions_beyond_the_models_own_are_stretched_by_a_rule_that_transformers_takes(name):
     from transformers import AutoConfig
 

@@ -41,7 +41,7 @@ def layer_costs(shape: LayerShape, *, lengths: Sequence[int], keep: int) -> Atte
     lists = 4.0 * shape.kv_heads * (min(keep, shape.length) + 2) / min(lengths)
     return AttentionCosts(
         rate=RATE,
-        backward_bytes=BYTES * shape.heads + lists,
+        backward_bytes=BYTES * shape.heads,
         saved_bytes=lists,
         keeps_input=False,
         parameters=NO_PARAMETERS,
