@@ -7,6 +7,7 @@ graph, and everything else is in the tensors of a :class:`~sparsetrain.SparseCac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,14 +111,16 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         pool = next((made.pool() for made, _ in self._graphs.values()), None)
         self._cache.prepare(1)
-        counts, generator = self._cache.host_counts(), _generator(self._inputs[TOKENS].device)
+        device = self._inputs[TOKENS].device
+        counts, generator = self._cache.host_counts(), _generator(device)
         drawn = generator.get_state()
         for memory in self._offloaded:
             memory.prepared_between = True
         try:
             with (
                 observing(1 if watched else 0),
-                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode="thread_local"),
             ):
                 logits = self._model(**self._inputs, return_dict=True).logits[:, -1]
                 self._advance()
@@ -146,6 +149,12 @@ class CapturedStep:
         memories = [layer.memory.fixed() for layer in self._cache.layers]  # type: ignore[union-attr]
         weights = [each.data_ptr() for each in (*self._model.parameters(), *self._model.buffers())]
         return id(self._model), self._model.training, is_observing(), *memories, *weights
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which all graphs of a device are captured: cuBLAS keeps memory of its own for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -82,6 +82,8 @@ def why_not(model: Any, arguments: dict[str, Any]) -> str | None:
         return "past_key_values is no SparseCache"
     if not cache.is_compileable:
         return "some layer's memory changes on the host with every step"
+    if len({each.device for each in model.parameters()}) > 1:
+        return "the model's weights are on several devices"
     for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if arguments.get(name):
             return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from sparsetrain.modeling import SparseCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Writer:
     def __post_init__(self) -> None:
         self._held: SparseCache | None = None
         self._rows = self._tokens = 0
+        self._told = False
         # Memories take the place of any cache, and the kind of cache changes no token.
         config: Any = self.model.generation_config
         config.cache_implementation = None
@@ -159,8 +164,12 @@ class Writer:
     def _generate(self, **arguments: Any) -> Any:
         """``generate``, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
         compiled: that takes minutes for a large model, and eager steps write many tokens in them."""
-        if why_not(self.model, arguments) is None:
+        reason = why_not(self.model, arguments)
+        if reason is None:
             return generate(self.model, **arguments)
+        if self.model.device.type == "cuda" and not self._told:
+            self._told = True
+            logger.warning("steps run one by one, in transformers' own loop: %s", reason)
         return self.model.generate(**arguments, disable_compile=True)  # type: ignore[operator]
 
     def _cache(self, rows: int, tokens: int) -> SparseCache | None:

@@ -13,6 +13,7 @@ import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
 from sparsetrain.inference.captured_step import CapturedStep
+from sparsetrain.inference.loop import why_not
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -247,6 +248,14 @@ def test_other_caches_run_in_transformers_loop(warned):
     got = sparsetrain.generate(model, **given, max_new_tokens=NEW, do_sample=False)
     assert got.tolist() == model.generate(**given, max_new_tokens=NEW, do_sample=False).tolist()
     assert "no SparseCache" in warned.text
+
+
+def test_a_model_on_several_devices_has_no_graph():
+    model = make(METHODS["power"])
+    arguments = {"past_key_values": sparsetrain.SparseCache(model, max_length=80)}
+    assert why_not(model, arguments) is None
+    model.lm_head.to("meta")
+    assert why_not(model, arguments) == "the model's weights are on several devices"
 
 
 def test_keys_in_host_memory(captures):

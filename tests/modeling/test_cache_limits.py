@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import sparsetrain
 from sparsetrain.errors import ModelError
@@ -185,3 +186,24 @@ def test_keys_that_are_chosen_in_a_step_cannot_wait_on_the_host(tiny):
     model = sparsetrain.set_decode(sparsify(tiny("llama"), METHODS["full"]), {"select": "quest", "dense_layers": []})
     with pytest.raises(ModelError, match=r"offload=True: .*chooses among them while it runs \(decode\).*would wait"):
         sparsetrain.SparseCache(model, max_length=144, offload=True)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_pass_that_breaks_off_in_the_last_layer_ends_the_cache(tiny, tokens, monkeypatch, static):
+    model, ids = sparsify(tiny("llama"), {"method": "power", "block": 8, "window": 2, "sinks": 1}), tokens(20)
+    cache = sparsetrain.SparseCache(model, max_length=40) if static else DynamicCache(config=model.config)
+    model(ids[:, :12], past_key_values=cache)
+    memory = cache.layers[-1].memory
+    with monkeypatch.context() as patch:
+
+        def breaks(*args, **options):
+            raise KeyboardInterrupt
+
+        patch.setattr(memory, "attend", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 12:13], past_key_values=cache)
+    with pytest.raises(ModelError, match="a pass was broken off in the attention of this cache; start again"):
+        model(ids[:, 13:14], past_key_values=cache)
+    cache.reset()
+    out = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(out, model(ids, use_cache=False).logits)

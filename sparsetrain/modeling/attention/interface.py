@@ -25,6 +25,8 @@ from sparsetrain.modeling.attention.padding import Attend, attend_padded, left_p
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.ulysses import Ulysses
 
+BROKEN_OFF = "a pass was broken off in the attention of this cache; start again with an empty cache"
+
 
 def registered_attention(
     module: nn.Module,
@@ -122,11 +124,27 @@ def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, 
             return _attend_packed(attend, call)
     options = {**call.settings, **call.extra}
     if not (torch.is_grad_enabled() and call.query.requires_grad and memory.rows):
-        return memory.attend(module, call.query, call.key, call.value, starts=starts, **options)
+        return _attend_whole(module, call, memory, starts, options)
     with torch.no_grad():
-        out = memory.attend(module, call.query, call.key, call.value, starts=starts, **options)
+        out = _attend_whole(module, call, memory, starts, options)
     remembered: Tensor = _Remembered.apply(out, call.query)
     return remembered
+
+
+def _attend_whole(
+    module: nn.Module, call: AttentionCall, memory: Memory, starts: list[int] | None, options: dict[str, Any]
+) -> Tensor:
+    """What the memory gives for a call, ``[B, Hq, N, D]``. If it is broken off, the memory is of no more use: nobody
+    knows how much of the call it holds."""
+    arguments = (module, call.query, call.key, call.value)
+    # Nothing runs while a step is compiled or captured.
+    if torch.compiler.is_compiling() or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return memory.attend(*arguments, starts=starts, **options)
+    try:
+        return memory.attend(*arguments, starts=starts, **options)
+    except BaseException:
+        memory.fault = memory.fault or BROKEN_OFF
+        raise
 
 
 class _Remembered(torch.autograd.Function):
