@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,10 @@ class AttentionRow(ComparedRow):
     )
     selection_ms: float | None = column("select ms", share="selection_share", optional=True)
     """Time of the selection of keys and its gradient, a part of ``both_ms`` that is timed separately."""
+    full_rows_ms: float | None = column("full rows ms", optional=True)
+    """Time of the rows that attend fully, forward and backward."""
+    listed_ms: float | None = column("lists ms", optional=True)
+    """Time of attention over lists of keys, forward and backward."""
     attention_tflops: float | None = column("TFLOP/s rest", optional=True)
     """Forward and backward without the selection."""
     extra_mib: float | None = column("memory MiB", optional=True)
@@ -121,6 +126,8 @@ class AttentionRow(ComparedRow):
                 "select: the selection, forward and backward, timed apart (%: of both passes). TFLOP/s rest: both "
                 "passes without it."
             ]
+        if any(row.listed_ms is not None for row in report.rows):
+            lines += ["full rows, lists: rows that attend fully, and attention over lists, both passes, timed apart."]
         return "\n".join(lines)
 
 
@@ -229,6 +236,8 @@ class AttentionCase(Case):
             scores = inputs[-1]
             gradient = torch.ones_like(scores)
             row.selection_ms = self.time(lambda: torch.autograd.backward(select(scores), gradient), [scores])
+        for name, part in prepared.parts.items():
+            setattr(row, name, self.time(partial(part, *inputs), inputs))
 
     def finish(self, rows: list[AttentionRow], report: Report) -> None:
         """Rates, checks and ranks. If no other implementation agrees with ours, ours may be the wrong one."""

@@ -11,6 +11,7 @@ import torch
 from sparsetrain_kernels import block_pattern_attention_dense, selected_attention_dense, sparsek_threshold
 from torch import Tensor
 
+from sparsetrain.methods.recycled.costs import share_of_pairs
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.sparsek.oracle import largest
 from sparsetrain.patterns import PowerPattern
@@ -147,6 +148,40 @@ class SparseKProblem(CausalProblem):
         found = [select_by_sorting(each, **keys) for each in scores.flatten(0, 1)]
         threshold, exit = (torch.stack(each).view(scores.shape) for each in zip(*found, strict=True))
         return selected_attention_dense(query, key, value, scores, threshold, exit, gate=self.gate, **keys)[0]
+
+
+@dataclass(frozen=True)
+class RecycledProblem(CausalProblem):
+    """Every ``every``-th row reads all earlier keys and chooses ``keep`` of them for the rows up to the next."""
+
+    every: int = field(kw_only=True)
+    keep: int = field(kw_only=True)
+    sinks: int = field(kw_only=True)
+    recent: int = field(kw_only=True)
+
+    def sparse_pairs(self, length: int) -> float:
+        """All keys of the rows that choose; the keys of a choice, and those since, of the others."""
+        share = share_of_pairs(length, self.every, self.keep + self.sinks + self.recent)
+        return share * length * (length + 1) / 2
+
+    def definition(self, *inputs: Tensor) -> Tensor:
+        """See :meth:`CausalProblem.definition`: attention with a mask of choices by sorting (2411.05787, 3)."""
+        query, key, value = inputs
+        groups = (key.shape[1], query.shape[1] // key.shape[1])
+        logits = query.unflatten(1, groups) @ key[:, :, None].mT * self.head_dim**-0.5
+        place = torch.arange(self.length, device=query.device)
+        causal = place <= place[:, None]
+        seen = causal.expand(self.batch, groups[0], -1, -1).clone()
+        weights = logits.detach().masked_fill(~causal, -math.inf).log_softmax(-1).amax(2).clamp(min=-6e4).half()
+        for start in range(0, self.length, self.every):
+            own = weights[:, :, start, : start + 1].float()
+            pooled = torch.nn.functional.max_pool1d(own, 7, 1, 3)
+            free = (place[: start + 1] >= self.sinks) & (place[: start + 1] <= start - self.recent)
+            competes = free.expand(*own.shape)
+            chosen = largest(pooled, competes, self.keep) | ~free
+            seen[:, :, start + 1 : start + self.every, : start + 1] = chosen[:, :, None]
+        weights = logits.masked_fill(~seen[:, :, None], -math.inf).softmax(-1)
+        return (weights @ value[:, :, None]).flatten(1, 2)
 
 
 def select_by_sorting(scores: Tensor, topk: int, window: int, sinks: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,6 +45,8 @@ class Prepared:
     """Memory allocated at the peak of building it."""
     select: Callable[[Tensor], Tensor] | None = None
     """The part of ``attend`` that selects keys, from scores to something with a gradient that has their shape."""
+    parts: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Parts of ``attend`` and its gradient, from the same arguments; each fills the column of its name in a row."""
     note: str = ""
     steps: int = 1
     """Calls of ``attend`` that differ, after which they come again; of decoding steps that are not all alike."""
