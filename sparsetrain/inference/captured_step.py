@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.generation.observed import MASS_EVERY, is_observing, observing
+from sparsetrain.generation.observed import is_observing, observing
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.modeling import SparseCache
 from sparsetrain.modeling.attention.mask import REQUEST_ATTRIBUTE
@@ -21,6 +21,9 @@ from sparsetrain.modeling.attention.mask import REQUEST_ATTRIBUTE
 TOKENS = "input_ids"
 PLACES = ("position_ids", "cache_position")
 """Arguments that grow by 1 with every step."""
+WATCHED = 61
+"""Steps between two that count what they read. A prime, so that they fall everywhere between two choices of keys that
+are made every few steps."""
 
 
 class CapturedStep:
@@ -76,25 +79,26 @@ class CapturedStep:
         self._step = 0
         return True
 
-    def run(self, tokens: Tensor) -> Tensor:
-        """Read a token of each row.
+    def take(self, tokens: Tensor) -> None:
+        """Take the token of each row that the next step reads, int64 ``[B]``."""
+        self._inputs[TOKENS].copy_(tokens[:, None], non_blocking=True)
 
-        Args:
-            tokens: int64 ``[B]``.
+    def run(self) -> Tensor:
+        """Run the step.
 
         Returns:
-            The logits of the next ones, ``[B, vocabulary]``, in a tensor that the next step overwrites.
+            The logits of the next tokens, ``[B, vocabulary]``, in a tensor that the next step overwrites.
         """
-        self._inputs[TOKENS].copy_(tokens[:, None], non_blocking=True)
         if not self._graphs:
             out: Tensor = self.run_plainly().logits[:, -1]
             return out
         # Some layers count what they read, and measure its weight: in a graph of its own, now and then.
-        watched = self._step % MASS_EVERY == 0 and is_observing() and self._chooses()
+        watched = self._step % WATCHED == 0 and is_observing() and self._chooses()
         if watched not in self._graphs:
             self._record(watched=watched)
         graph, logits = self._graphs[watched]
-        self._cache.prepare(1)
+        if self._offloaded:
+            self._cache.prepare(1)
         graph.replay()
         for memory in self._offloaded:
             memory.has_run()

@@ -147,6 +147,9 @@ def _write(
                     tokens = tokens * unfinished + pad * (1 - unfinished)
                 texts = torch.cat([texts, tokens[:, None]], dim=-1)
                 unfinished = unfinished & ~stopping_criteria(texts, scores)
+                if steps is not None:
+                    # Before the host waits.
+                    steps.take(tokens)
                 written, is_done = stop(tokens, unfinished, texts.shape[1])
                 if not is_done:
                     steps = steps or _Steps(model, cache, model_kwargs)
@@ -224,7 +227,7 @@ class _Steps:
         self._read += 1
         if self._step is not None and self._captured:
             check_room(self._read, self._cache.max_length)
-            return self._step.run(tokens)
+            return self._step.run()
         inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self._kwargs)
         if self._plain:
             return self._go_on(self._model(**inputs, return_dict=True))
@@ -232,7 +235,8 @@ class _Steps:
             held: CapturedStep | None = self._cache.captured
             if held is not None and held.start_again(inputs):
                 self._step, self._captured = held, True
-                return held.run(tokens)
+                held.take(tokens)
+                return held.run()
             # Its memory is free for another one.
             self._cache.captured = held = None
             self._step = CapturedStep(self._model, self._cache, inputs)
@@ -241,7 +245,12 @@ class _Steps:
             logger.warning("steps run one by one: %s", reason)
             self._step, self._plain = None, True
             return self._go_on(self._model(**inputs, return_dict=True))
-        return self._step.run(tokens)
+        return self._step.run()
+
+    def take(self, tokens: Tensor) -> None:
+        """Hand over the tokens that the next step will read, if there is one, int64 ``[B]``."""
+        if self._step is not None:
+            self._step.take(tokens)
 
     def finish(self) -> None:
         """No step follows."""
