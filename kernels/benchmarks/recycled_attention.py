@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -69,18 +70,24 @@ class Case:
         rows = self.start_rows(self.query)
         _, lse = causal_attention(rows, self.key, self.value, query_positions=self.starts, return_lse=True)
         chosen = top_k_keys(rows, self.key, lse, self.keys, query_positions=self.starts)
-        lists = (chosen.lists, chosen.counts, self.bounds)
+        listed_behind = partial(
+            listed_attention,
+            lists=chosen.lists,
+            counts=chosen.counts,
+            cu_segments=self.bounds,
+            skip=self.skip,
+        )
         dense, listed = self.leaves(), self.leaves()
         dense[0] = rows.detach().requires_grad_()
         dense_out = causal_attention(*dense, query_positions=self.starts)
-        listed_out = listed_attention(*listed, *lists, skip=self.skip)
+        listed_out = listed_behind(*listed)
         own_grad = self.start_rows(self.grad)
         return {
             "starts, forward": lambda: causal_attention(
                 rows, self.key, self.value, query_positions=self.starts, return_lse=True
             ),
             "choice": lambda: top_k_keys(rows, self.key, lse, self.keys, query_positions=self.starts),
-            "lists, forward": lambda: listed_attention(self.query, self.key, self.value, *lists, skip=self.skip),
+            "lists, forward": lambda: listed_behind(self.query, self.key, self.value),
             "starts, backward": lambda: torch.autograd.grad(dense_out, dense, own_grad, retain_graph=True),
             "lists, backward": lambda: torch.autograd.grad(listed_out, listed, self.grad, retain_graph=True),
         }

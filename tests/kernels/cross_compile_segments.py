@@ -6,16 +6,16 @@ import sys
 from typing import Any
 
 import torch
-import triton
-from cross_compile import TARGET, report, source
+from cross_compile import report, source
 from sparsetrain_kernels import row_statistics
 from sparsetrain_kernels.dense.triton import keys, rows
 from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
 from sparsetrain_kernels.key_choice.triton import kernels as choice_kernels
-from sparsetrain_kernels.key_choice.triton.launch import STEPS, choose_config
+from sparsetrain_kernels.key_choice.triton.launch import POOL, STEPS, choose_config
 from sparsetrain_kernels.launching import Config
 from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
+from sparsetrain_kernels.listed_keys.triton.launch import PLACES
 from triton.compiler import ASTSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,6 +29,10 @@ INTEGERS = (
     "lists_ptr",
     "key_counts_ptr",
     "positions_ptr",
+    "places_ptr",
+    "order_ptr",
+    "until_ptr",
+    "lengths_ptr",
 )
 SINGLES = ("sums_ptr", "in_log2_ptr", "grad_lse_ptr", "lse_ptr", "delta_ptr")
 
@@ -43,33 +47,33 @@ def compile_one(
     known = dict.fromkeys(INTEGERS, "*i32") | dict.fromkeys(SINGLES, "*fp32") | types
     own = {name: kind for name, kind in known.items() if name in kernel.arg_names}
     options = {} if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source(ASTSource, kernel, dtype, constants, own), target=TARGET, options=options)
-    report(f"{name} {dtype}", compiled)
+    report(f"{name} {dtype}", source(ASTSource, kernel, dtype, constants, own), options)
 
 
 def compile_listed(dtype: str) -> None:
-    """Every entry of the table for a dtype, with the lines of short and of long segments."""
-    for head_dim in (64, 128, 256):
-        for lines in (64, 128) if head_dim < 256 and dtype != "fp32" else (64,):
-            configs = choose_configs(DTYPES[dtype], head_dim, lines)
-            shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "ROWS": lines // 4}
-            shape |= {"PRECISION": "ieee", "PACKED": False, "key_tiles_ptr": None}
-            what = f"{head_dim} {lines}"
-            partial = "*bf16" if dtype == "bf16" else "*fp32"
-            compile_one(f"fwd {what}", forward.listed_fwd_kernel, dtype, shape, configs.fwd)
-            compile_one(
-                f"rows {what}", grad_rows.listed_bwd_rows_kernel, dtype, shape, configs.rows, partial_ptr=partial
-            )
-            if lines == 64:
-                shape |= {"TILES": configs.sums.block_m, "ENTRIES": configs.sums.block_m, "FIRST": False}
-                sums = grad_keys.listed_bwd_sum_kernel
-                compile_one(f"sums {head_dim}", sums, dtype, shape, configs.sums, partial_ptr=partial)
-                compile_one(f"keys {head_dim}", grad_keys.listed_bwd_keys_kernel, dtype, shape, configs.keys)
+    """Entries of the table for a dtype, with the lines of short and of long segments."""
+    for head_dim, lines in ((64, 64), (128, 64), (128, 128), (256, 64)):
+        configs = choose_configs(DTYPES[dtype], head_dim, lines)
+        shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "ROWS": lines // 4}
+        shape |= {"PRECISION": "ieee", "PACKED": False, "key_tiles_ptr": None}
+        what = f"{head_dim} {lines}"
+        partial = "*bf16" if dtype == "bf16" else "*fp32"
+        compile_one(f"fwd {what}", forward.listed_fwd_kernel, dtype, shape, configs.fwd)
+        compile_one(f"rows {what}", grad_rows.listed_bwd_rows_kernel, dtype, shape, configs.rows, partial_ptr=partial)
+        if (head_dim, lines) == (128, 128):
+            order = {"SCAN": 1024, "BLOCK_N": 64, "key_tile_of_ptr": None}
+            compile_one("order", grad_keys.listed_bwd_order_kernel, dtype, shape | order, None)
+            places = {"TILES": PLACES[0], "BOUNDS": PLACES[1], "BLOCK_N": 64}
+            compile_one("places", grad_keys.listed_bwd_places_kernel, dtype, shape | places, None)
+            shape |= {"ENTRIES": configs.sums.block_m, "FIRST": False}
+            sums = grad_keys.listed_bwd_sum_kernel
+            compile_one(f"sums {head_dim}", sums, dtype, shape, configs.sums, partial_ptr=partial)
+            compile_one(f"keys {head_dim}", grad_keys.listed_bwd_keys_kernel, dtype, shape, configs.keys)
 
 
 def compile_rows(dtype: str) -> None:
-    """Every entry of the table of chosen rows for a dtype."""
-    for head_dim in (64, 128, 256):
+    """Entries of the table of chosen rows for a dtype."""
+    for head_dim in (64, 128):
         configs = choose_row_configs(DTYPES[dtype], head_dim)
         shape = {"HEADS": 32, "KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim}
         shape |= {"PRECISION": "ieee", "PACKED": False, "tiles_ptr": None}
@@ -79,14 +83,16 @@ def compile_rows(dtype: str) -> None:
 
 
 def compile_choice(dtype: str) -> None:
-    """What weighs keys, for the largest of a group and for every head."""
-    for head_dim in (64, 128, 256):
+    """What weighs keys, for the largest of a group and for every head, and pools them."""
+    for head_dim in (64, 128):
         for best in (True, False):
             shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "STEPS": STEPS, "BEST": best}
             shape |= {"PRECISION": "ieee", "PACKED": False, "tiles_ptr": None}
             config = choose_config(DTYPES[dtype], head_dim)
             name, kernel = f"weights {best} {head_dim}", choice_kernels.log_weights_kernel
             compile_one(name, kernel, dtype, shape, config, weights_ptr="*fp16")
+    own, kernel = {"WIDTH": 7, "BLOCK": POOL}, choice_kernels.pool_positions_kernel
+    compile_one("pool", kernel, dtype, own, None, weights_ptr="*fp16", pooled_ptr="*fp16")
 
 
 def compile_work(dtype: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsetrain_kernels.key_choice.inputs import ChoiceInputs
 from sparsetrain_kernels.top_p_selection import PositionLists, top_k_lists, top_p_lists
+from sparsetrain_kernels.top_p_selection.selection import SelectionInputs
 
 
 def row_heads(inputs: ChoiceInputs) -> int:
@@ -25,13 +27,35 @@ def lists_of(inputs: ChoiceInputs, weights: Tensor, lengths: Tensor, backend: st
         lengths: int32 ``[rows]``, the keys that each row sees.
         backend: which implementation.
     """
-    zero = weights.new_zeros(weights.shape[:2], dtype=lengths.dtype).float()
-    alike: dict[str, Any] = {
-        "num_kv_heads": inputs.key.shape[1],
-        "sinks": inputs.sinks,
-        "recent": inputs.window,
-        "backend": backend,
-    }
+    zero = torch.zeros(weights.shape[:2], device=weights.device)
+    alike: dict[str, Any] = {"lengths": lengths, "num_kv_heads": inputs.key.shape[1], "backend": backend}
+    alike |= {"sinks": inputs.sinks, "recent": inputs.window}
     if inputs.p == 0:
-        return top_k_lists(weights, zero, inputs.capacity, lengths=lengths, width=inputs.width, **alike)
-    return top_p_lists(weights, zero, inputs.p, lengths=lengths, capacity=inputs.capacity, group=inputs.group, **alike)
+        return top_k_lists(weights, zero, inputs.capacity, width=inputs.width, **alike)
+    return top_p_lists(weights, zero, inputs.p, capacity=inputs.capacity, group=inputs.group, **alike)
+
+
+def pooled_lists(inputs: ChoiceInputs, pooled: Tensor, lengths: Tensor, backend: str) -> PositionLists:
+    """As :func:`lists_of`, of weights ``[rows, row_heads, columns]`` that have been pooled over positions."""
+    if inputs.p > 0:
+        return lists_of(inputs, pooled, lengths, backend)
+    selection = SelectionInputs(
+        scores=pooled,
+        lse=torch.zeros(pooled.shape[:2], device=pooled.device),
+        lengths=lengths,
+        page_lists=None,
+        page_counts=None,
+        p_heads=None,
+        recents=None,
+        p=0.0,
+        recent=inputs.window,
+        sinks=inputs.sinks,
+        kv_heads=inputs.key.shape[1],
+        group="union",
+        width=1,
+        min_keys=inputs.capacity,
+        capacity=inputs.capacity,
+        newest=True,
+        due=None,
+    )
+    return PositionLists(*torch.ops.sparsetrain.position_lists(*selection, backend))

@@ -1,5 +1,5 @@
-"""Tile sizes of each kernel: a short table by head dim and dtype, every entry checked on the card, nothing tuned at run
-time."""
+"""Tile sizes of each kernel: a short table by head dim and dtype, measured on the card for bf16 and head dims of 128,
+nothing tuned at run time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Configs(NamedTuple):
 
 _HALF = {
     64: Configs(Config(128, 64, 4, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: Configs(Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 128, 8, 2)),
+    128: Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3)),
     256: Configs(Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
 }
 # fp32 products run on the ordinary cores, exactly.

@@ -10,13 +10,15 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import document_tiles, known_bounds
-from sparsetrain_kernels.key_choice.chunks import lists_of, row_heads
+from sparsetrain_kernels.key_choice.chunks import pooled_lists, row_heads
 from sparsetrain_kernels.key_choice.inputs import ChoiceInputs, whole_lists
-from sparsetrain_kernels.key_choice.triton.kernels import log_weights_kernel
+from sparsetrain_kernels.key_choice.triton.kernels import log_weights_kernel, pool_positions_kernel
 from sparsetrain_kernels.launching import Config, launch, on_device, pad_head_dim
 
-PART_ELEMENTS = 2**26
+PART_ELEMENTS = 2**27
 """Weights at a time, about 24 bytes each while lists are made of them."""
+POOL = 1024
+"""Positions that one program pools."""
 STEPS = 8
 """Tiles of keys of one program."""
 
@@ -38,6 +40,7 @@ def choose(inputs: ChoiceInputs) -> tuple[Tensor, Tensor, Tensor]:
             lengths = lengths - starts.take(positions.long())
         # Of rows that see fewer keys, nothing is read behind them.
         weights = torch.empty((heads * part * keys,), dtype=torch.float16, device=query.device)
+        pooled = torch.empty_like(weights) if inputs.width > 1 else weights
         for sequence, first in itertools.product(range(batch), range(0, rows, part)):
             own = min(part, rows - first)
             tiles, table = _tiles(inputs, first, own, config.block_m)
@@ -60,8 +63,18 @@ def choose(inputs: ChoiceInputs) -> tuple[Tensor, Tensor, Tensor]:
                 num_stages=config.num_stages,
             )
             of_rows = slice(first, first + own)
-            by_row = weights[: heads * own * keys].view(heads, own, keys).transpose(0, 1)
-            for whole, lists in zip(found, lists_of(inputs, by_row, lengths[of_rows], "triton"), strict=True):
+            if inputs.width > 1:
+                launch(
+                    pool_positions_kernel,
+                    triton.cdiv(keys, POOL) * heads * own,
+                    (weights, lengths[of_rows], pooled),
+                    (own, keys, triton.cdiv(keys, POOL)),
+                    WIDTH=inputs.width,
+                    BLOCK=POOL,
+                    num_warps=4,
+                )
+            by_row = pooled[: heads * own * keys].view(heads, own, keys).transpose(0, 1)
+            for whole, lists in zip(found, pooled_lists(inputs, by_row, lengths[of_rows], "triton"), strict=True):
                 whole[sequence, :, of_rows] = lists.transpose(0, 1)
     return found
 
@@ -70,7 +83,7 @@ def choose_config(dtype: torch.dtype, d_pad: int) -> Config:
     """The configuration for a head dim padded to ``d_pad``."""
     if dtype == torch.float32:
         return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 2) if d_pad > 128 else Config(64, 128, 8, 2)
+    return Config(64, 64, 4, 2)
 
 
 def _tiles(inputs: ChoiceInputs, first: int, rows: int, size: int) -> tuple[int, Tensor | None]:

@@ -1,7 +1,8 @@
 """The backward kernels over keys: dK and dV, without atomics.
 
-First, for each tile of keys, what ``grad_rows.py`` left for them, tile of rows by tile of rows in their order; then the
-rows that see the keys as neighbours. Lists ascend, so that a tile's keys are one stretch of each.
+First what ``grad_rows.py`` left is brought in order by tile of keys. Lists ascend, so that a tile's keys are one
+stretch of each, between two places; counts of all stretches, summed up, say where each goes. Then it is added, and then
+come the rows that see the keys as neighbours.
 """
 
 import triton
@@ -12,9 +13,8 @@ from sparsetrain_kernels.online_softmax import LOG2E
 
 
 @triton.jit(do_not_specialize=["first_tile", "part_tiles", "first_head", "part_heads", "steps"])
-def listed_bwd_sum_kernel(
-    partial_ptr,
-    sums_ptr,
+def listed_bwd_places_kernel(
+    places_ptr,
     keys_ptr,
     counts_ptr,
     tiles_ptr,
@@ -29,87 +29,154 @@ def listed_bwd_sum_kernel(
     key_tiles,
     steps,
     KV_HEADS: tl.constexpr,
-    D_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Where the first key of each tile of keys stands in the lists of ``TILES`` tiles of rows: int32 ``[B, part_heads,
+    key_tiles + 1, part_tiles]``, the last of them the lists' counts. A search of ``steps`` halvings for ``BOUNDS``
+    tiles of keys. Grid: tiles of rows fastest, then tiles of keys, KV heads and the batch."""
+    groups = tl.cdiv(part_tiles, TILES)
+    spans = tl.cdiv(key_tiles + 1, BOUNDS)
+    own = tl.program_id(0) % groups * TILES + tl.arange(0, TILES)
+    bound = tl.program_id(0) // groups % spans * BOUNDS + tl.arange(0, BOUNDS)
+    part_head = tl.program_id(0) // groups // spans % part_heads
+    batch = (tl.program_id(0) // groups // spans // part_heads).to(tl.int64)
+    is_tile = own < part_tiles
+    cell = tiles_ptr + (first_tile + own) * FIELDS
+    segment = tl.load(cell, mask=is_tile, other=0)
+    # Empty tiles come after all rows.
+    exists = is_tile & (tl.load(cell + 1, mask=is_tile, other=tokens) < tokens)
+    place = (batch * KV_HEADS + first_head + part_head) * segments + segment
+    count = tl.load(counts_ptr + place, mask=exists, other=0)
+    is_bound = bound < key_tiles
+    if PACKED:
+        start = tl.load(key_tiles_ptr + bound * 2, mask=is_bound, other=tokens)
+        start = tl.where(tl.load(key_tiles_ptr + bound * 2 + 1, mask=is_bound, other=0) > start, start, tokens)
+    else:
+        start = tl.where(is_bound, bound * BLOCK_N, tokens)
+    lists = (keys_ptr + place * capacity)[:, None]
+    low = tl.zeros([TILES, BOUNDS], tl.int32)
+    high = low + count[:, None]
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        is_open = low < high
+        is_before = is_open & (tl.load(lists + middle, mask=is_open, other=0) < start[None, :])
+        low = tl.where(is_before, middle + 1, low)
+        high = tl.where(is_open & (is_before == 0), middle, high)
+    places_ptr += (batch * part_heads + part_head) * (key_tiles + 1) * part_tiles
+    cells = places_ptr + bound.to(tl.int64)[None, :] * part_tiles + own[:, None]
+    tl.store(cells, low, mask=is_tile[:, None] & (bound <= key_tiles)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_tile", "part_tiles", "first_head", "part_heads"])
+def listed_bwd_order_kernel(
+    order_ptr,
+    until_ptr,
+    places_ptr,
+    keys_ptr,
+    counts_ptr,
+    tiles_ptr,
+    key_tile_of_ptr,
+    key_tiles_ptr,
+    tokens,
+    segments,
+    first_tile,
+    part_tiles,
+    first_head,
+    part_heads,
+    capacity,
+    key_tiles,
+    KV_HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCAN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The entries of the lists of a part's tiles of rows by tile of keys, and there in the order of the lists: int32
+    ``[B, part_heads, part_tiles * capacity]``, of each its place among the partial sums times ``BLOCK_N`` and its key
+    in the tile. ``until_ptr``, int32 ``[B, part_heads, key_tiles, part_tiles]``, has the sums of the counts up to each.
+    Grid: tiles of rows fastest, then KV heads and the batch."""
+    part_tile = tl.program_id(0) % part_tiles
+    part_head = tl.program_id(0) // part_tiles % part_heads
+    batch = (tl.program_id(0) // part_tiles // part_heads).to(tl.int64)
+    cell = tiles_ptr + (first_tile + part_tile) * FIELDS
+    if tl.load(cell + 1) >= tokens:
+        return
+    place = (batch * KV_HEADS + first_head + part_head) * segments + tl.load(cell)
+    keys_ptr += place * capacity
+    count = tl.load(counts_ptr + place)
+    part = batch * part_heads + part_head
+    order_ptr += part * part_tiles * capacity
+    until_ptr += part * key_tiles * part_tiles + part_tile
+    places_ptr += part * (key_tiles + 1) * part_tiles + part_tile
+    for start in range(0, count, SCAN):
+        entry = start + tl.arange(0, SCAN)
+        is_entry = entry < count
+        key = tl.load(keys_ptr + entry, mask=is_entry, other=0)
+        if PACKED:
+            key_tile = tl.load(key_tile_of_ptr + key, mask=is_entry, other=0)
+            in_tile = key - tl.load(key_tiles_ptr + key_tile * 2, mask=is_entry, other=0)
+        else:
+            key_tile = key // BLOCK_N
+            in_tile = key % BLOCK_N
+        # Those of this tile of keys in this list end where the next ones begin.
+        to = key_tile.to(tl.int64) * part_tiles
+        behind = tl.load(places_ptr + to + part_tiles, mask=is_entry, other=0) - entry
+        target = tl.load(until_ptr + to, mask=is_entry, other=0) - behind
+        tl.store(order_ptr + target, (part_tile * capacity + entry) * BLOCK_N + in_tile, mask=is_entry)
+
+
+@triton.jit(do_not_specialize=["part_tiles", "part_heads"])
+def listed_bwd_sum_kernel(
+    partial_ptr,
+    sums_ptr,
+    order_ptr,
+    until_ptr,
+    key_tiles_ptr,
+    tokens,
+    part_tiles,
+    part_heads,
+    capacity,
+    key_tiles,
+    D_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     ENTRIES: tl.constexpr,
     PACKED: tl.constexpr,
     FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``BLOCK_N`` neighbouring keys of one KV head: adds to ``sums_ptr``, fp32 ``[B, part_heads, tokens, 2, D_PAD]``,
-    or, with ``FIRST``, writes it. Grid: key tiles fastest, then KV heads and the batch. A search of ``steps`` halvings
-    finds where the keys stand in the lists of ``TILES`` tiles of rows at a time."""
-    key_tile = tl.program_id(0) % key_tiles
-    part_head = tl.program_id(0) // key_tiles % part_heads
-    batch = (tl.program_id(0) // key_tiles // part_heads).to(tl.int64)
+    or, with ``FIRST``, writes it. Grid: keys or values fastest, then key tiles, KV heads and the batch. ``ENTRIES`` are
+    added at a time, by a product with a matrix of zeros and ones."""
+    half = tl.program_id(0) % 2
+    key_tile = tl.program_id(0) // 2 % key_tiles
+    part = (tl.program_id(0) // 2 // key_tiles).to(tl.int64)
     start, end = key_tile_bounds(key_tiles_ptr, key_tile, tokens, BLOCK_N, PACKED)
     if start >= end:
         return
-    place = (batch * KV_HEADS + first_head + part_head) * segments
-    keys_ptr += place * capacity
-    counts_ptr += place
-    partial_ptr += (batch * part_heads + part_head) * part_tiles * capacity * (2 * D_PAD)
-    wide = tl.arange(0, 2 * D_PAD)
+    partial_ptr += part * part_tiles * capacity * (2 * D_PAD) + half * D_PAD
+    order_ptr += part * part_tiles * capacity
+    until_ptr += (part * key_tiles + key_tile) * part_tiles
+    first = tl.load(until_ptr - 1, mask=key_tile > 0, other=0)
+    last = tl.load(until_ptr + part_tiles - 1)
+    dim = tl.arange(0, D_PAD)
     row = tl.arange(0, BLOCK_N)
-    cells = ((batch * part_heads + part_head) * tokens + start + row)[:, None] * (2 * D_PAD) + wide[None, :]
+    cells = (part * tokens + start + row)[:, None] * (2 * D_PAD) + (half * D_PAD + dim)[None, :]
     is_cell = (start + row < end)[:, None]
-    acc = tl.zeros([BLOCK_N, 2 * D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     if not FIRST:
         acc = tl.load(sums_ptr + cells, mask=is_cell, other=0.0)
-    slot = tl.arange(0, TILES)
     entry = tl.arange(0, ENTRIES)
-    # Tiles before that of the first key's row read earlier keys alone.
-    tile = first_tile
-    beyond = first_tile + part_tiles
-    while tile < beyond:
-        middle = (tile + beyond) // 2
-        is_before = tl.load(tiles_ptr + middle * FIELDS + 1) < start
-        tile = tl.where(is_before, middle + 1, tile)
-        beyond = tl.where(is_before, beyond, middle)
-    last_tile = first_tile + part_tiles
-    for from_tile in range(tile, last_tile, TILES):
-        own = from_tile + slot
-        exists = own < last_tile
-        segment = tl.load(tiles_ptr + own * FIELDS, mask=exists, other=0)
-        exists = exists & (tl.load(tiles_ptr + own * FIELDS + 1, mask=exists, other=tokens) < tokens)
-        count = tl.load(counts_ptr + segment, mask=exists, other=0)
-        own_keys = keys_ptr + segment.to(tl.int64) * capacity
-        low = _places_before(own_keys, start, count, steps)
-        number = _places_before(own_keys, end, count, steps) - low
-        until = tl.cumsum(number, 0)
-        shift = low - (until - number)
-        for at in range(0, tl.sum(number, 0), ENTRIES):
-            of = at + entry
-            # The tile of each entry, and its place in that tile's list.
-            is_later = until[None, :] <= of[:, None]
-            of_slot = tl.sum(is_later.to(tl.int32), 1)
-            is_entry = of_slot < TILES
-            is_slot = of_slot[:, None] == slot[None, :]
-            in_list = of + tl.sum(tl.where(is_slot, shift[None, :], 0), 1)
-            of_segment = tl.sum(tl.where(is_slot, segment[None, :], 0), 1)
-            index = tl.load(keys_ptr + of_segment.to(tl.int64) * capacity + in_list, mask=is_entry, other=-1) - start
-            source = (from_tile - first_tile + of_slot).to(tl.int64) * capacity + in_list
-            part = tl.load(
-                partial_ptr + source[:, None] * (2 * D_PAD) + wide[None, :], mask=is_entry[:, None], other=0.0
-            )
-            is_own = (row[:, None] == index[None, :]).to(part.dtype)
-            acc = tl.dot(is_own, part, acc, input_precision=PRECISION)
+    for at in tl.range(first, last, ENTRIES):
+        is_entry = at + entry < last
+        found = tl.load(order_ptr + at + entry, mask=is_entry, other=0)
+        # A part of all tiles has fewer than 2^31 elements.
+        source = found // BLOCK_N * (2 * D_PAD)
+        added = tl.load(partial_ptr + (source[:, None] + dim[None, :]), mask=is_entry[:, None], other=0.0)
+        is_own = (row[:, None] == (found % BLOCK_N)[None, :]).to(added.dtype)
+        acc = tl.dot(is_own, added, acc, input_precision=PRECISION)
     tl.store(sums_ptr + cells, acc, mask=is_cell)
-
-
-@triton.jit
-def _places_before(list_ptr, key, count, steps):
-    """How many entries of each list are before ``key``, by halving."""
-    low = tl.zeros_like(count)
-    high = count
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        is_open = low < high
-        is_before = is_open & (tl.load(list_ptr + middle, mask=is_open, other=0) < key)
-        low = tl.where(is_before, middle + 1, low)
-        high = tl.where(is_open & (is_before == 0), middle, high)
-    return low
 
 
 @triton.jit

@@ -13,13 +13,20 @@ from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 from sparsetrain_kernels.listed_keys.triton.configs import Configs, choose_configs, tile_lines
 from sparsetrain_kernels.listed_keys.triton.forward import listed_fwd_kernel
-from sparsetrain_kernels.listed_keys.triton.grad_keys import listed_bwd_keys_kernel, listed_bwd_sum_kernel
+from sparsetrain_kernels.listed_keys.triton.grad_keys import (
+    listed_bwd_keys_kernel,
+    listed_bwd_order_kernel,
+    listed_bwd_places_kernel,
+    listed_bwd_sum_kernel,
+)
 from sparsetrain_kernels.listed_keys.triton.grad_rows import listed_bwd_rows_kernel
 from sparsetrain_kernels.listed_keys.triton.work import Work, make_work
 from sparsetrain_kernels.row_statistics import row_statistics
 
 PARTIAL_BYTES = 2**30
 """Memory for what tiles of rows add to keys: as many KV heads go together as fit; of a single one, as many tiles."""
+PLACES = (8, 128)
+"""Tiles of rows, and of keys, whose places one program looks for."""
 
 
 def attention_forward(inputs: ListedInputs) -> tuple[Tensor, Tensor]:
@@ -139,18 +146,39 @@ def _launch_sums(
 ) -> None:
     batch, kv_heads, tokens, _ = inputs.key.shape
     key_tiles, table = _key_tiles(inputs, configs.sums.block_n)
-    capacity = work.keys.shape[3]
+    key_tile_of = None if table is None else _tile_of_keys(inputs, table)
+    segments, capacity = work.keys.shape[2:]
+    alike = {"KV_HEADS": kv_heads, "BLOCK_N": configs.sums.block_n, "PACKED": table is not None}
+    places = torch.empty((batch * heads[1], key_tiles + 1, tiles[1]), dtype=torch.int32, device=partial.device)
+    launch(
+        listed_bwd_places_kernel,
+        triton.cdiv(tiles[1], PLACES[0]) * triton.cdiv(key_tiles + 1, PLACES[1]) * heads[1] * batch,
+        (places, work.keys, work.counts, work.tiles, table),
+        (tokens, segments, *tiles, *heads, capacity, key_tiles, capacity.bit_length()),
+        TILES=PLACES[0],
+        BOUNDS=PLACES[1],
+        **alike,
+    )
+    # Of each tile of keys and list, the entries up to there, tile by tile of keys.
+    until = places.diff(dim=1).flatten(1).cumsum(1, dtype=torch.int32)
+    order = torch.empty((batch * heads[1], tiles[1] * capacity), dtype=torch.int32, device=partial.device)
+    launch(
+        listed_bwd_order_kernel,
+        tiles[1] * heads[1] * batch,
+        (order, until, places, work.keys, work.counts, work.tiles, key_tile_of, table),
+        (tokens, segments, *tiles, *heads, capacity, key_tiles),
+        SCAN=min(1024, max(64, triton.next_power_of_2(capacity))),
+        **alike,
+    )
     launch(
         listed_bwd_sum_kernel,
-        key_tiles * heads[1] * batch,
-        (partial, sums, work.keys, work.counts, work.tiles, table),
-        (tokens, work.keys.shape[2], *tiles, *heads, capacity, key_tiles, capacity.bit_length()),
-        KV_HEADS=kv_heads,
+        2 * key_tiles * heads[1] * batch,
+        (partial, sums, order, until, table),
+        (tokens, tiles[1], heads[1], capacity, key_tiles),
         D_PAD=shape["D_PAD"],
         BLOCK_N=configs.sums.block_n,
-        TILES=configs.sums.block_m,
-        ENTRIES=configs.sums.block_m,
         PACKED=table is not None,
+        ENTRIES=configs.sums.block_m,
         FIRST=tiles[0] == 0,
         PRECISION="ieee",
         num_warps=configs.sums.num_warps,
@@ -234,3 +262,15 @@ def _key_tiles(inputs: ListedInputs, keys: int) -> tuple[int, Tensor | None]:
         return triton.cdiv(tokens, keys), None
     most = tokens // keys + cu_seqlens.shape[0] - 1
     return most, from_documents(cu_seqlens, ("tiles", most, keys), lambda: document_tiles(cu_seqlens, keys, most))
+
+
+def _tile_of_keys(inputs: ListedInputs, tiles: Tensor) -> Tensor:
+    """Which of the ``tiles`` of packed documents each key is in, int32 ``[N]``."""
+    tokens, cu_seqlens = inputs.key.shape[2], inputs.cu_seqlens
+    assert cu_seqlens is not None
+
+    def find() -> Tensor:
+        key = torch.arange(tokens, dtype=torch.int32, device=tiles.device)
+        return torch.searchsorted(tiles[:, 0].contiguous(), key, right=True, out_int32=True) - 1
+
+    return from_documents(cu_seqlens, ("tile of keys", tokens, tiles.shape[0]), find)
