@@ -5,7 +5,7 @@ from sparsetrain_kernels.block_pattern import BlockPattern, block_pattern_attent
 from sparsetrain_kernels.causal_selection import CausalSelection, causal_sparsek
 from sparsetrain_kernels.dense import causal_attention, causal_attention_dense
 from sparsetrain_kernels.key_choice import top_k_keys, top_p_keys
-from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, page_scores
+from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, key_weights, page_scores
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.list_decode import listed_decode
 from sparsetrain_kernels.listed_keys import listed_attention, listed_attention_dense
@@ -32,6 +32,7 @@ __all__ = [
     "center_logits",
     "estimate_scores",
     "key_statistics",
+    "key_weights",
     "listed_attention",
     "listed_attention_dense",
     "listed_decode",

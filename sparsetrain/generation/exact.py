@@ -11,10 +11,6 @@ from torch import Tensor
 from sparsetrain.generation.selectors import Places
 from sparsetrain.patterns import Pattern
 
-LEAST = torch.finfo(torch.float16).min
-TOGETHER = 16384
-"""Keys of a row that are multiplied at once."""
-
 
 class WholeStep(NamedTuple):
     """A step that has read all keys."""
@@ -51,39 +47,6 @@ def whole_step(
     lengths = places.lengths if places.due is None else places.lengths.where(places.due, 0)
     given = {"lengths": lengths, "block_table": places.block_table, "max_length": places.max_length, **options}
     return WholeStep(*block_pattern_decode(query, keys, values, pattern, return_lse=True, **given), places.due)
-
-
-def exact_weights(
-    query: Tensor,
-    keys: Tensor,
-    lse: Tensor,
-    places: Places,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """The logarithms of the weights of all keys of one token a row, rounded to fp16 once, ``[B, Hq, max_length]``. What
-    stands behind a length is undefined.
-
-    Args:
-        query: ``[B, Hq, 1, D]``.
-        keys: ``[pages, Hkv, block, D]``.
-        lse: fp32 ``[B, Hq]``, the log-sum-exp of each row's logits.
-        places: where the keys are.
-        scale: factor on the logits; None means ``D ** -0.5``.
-        softcap: soft cap of the logits, or None.
-    """
-    heads, block, width = keys.shape[1:]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    asked = query[:, :, 0].unflatten(1, (heads, -1)).to(wide)
-    totals = lse.unflatten(1, (heads, -1))[..., None]
-    parts = []
-    for table in places.block_table.split(max(TOGETHER // block, 1), 1):
-        held = keys[table.clamp_min(0).long()].transpose(1, 2).flatten(2, 3).to(wide)
-        logits = asked @ held.mT * (width**-0.5 if scale is None else scale)
-        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-        parts.append((logits.float() - totals).clamp(min=LEAST).half())
-    return torch.cat(parts, -1).flatten(1, 2)[..., : places.max_length]
 
 
 def keys_only(lse: Tensor, sink_logits: Tensor | None) -> Tensor:

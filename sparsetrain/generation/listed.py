@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sparsetrain_kernels import append_tokens, estimate_scores, listed_decode, top_k_lists, top_p_lists
+from sparsetrain_kernels import append_tokens, estimate_scores, key_weights, listed_decode, top_k_lists, top_p_lists
 from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.key_mirror import KeyMirror, key_statistics
 from sparsetrain_kernels.top_p_selection import PositionLists
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsetrain.generation.candidates import GRANULE, Always, Candidates
 from sparsetrain.generation.choices import Choices
-from sparsetrain.generation.exact import WholeStep, exact_weights, keys_only, whole_step
+from sparsetrain.generation.exact import WholeStep, keys_only, whole_step
 from sparsetrain.generation.observed import Observations, is_observing
 from sparsetrain.generation.own_blocks import OwnBlocks
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
@@ -252,15 +252,16 @@ class ListedMemory(PagedMemory):
         places = self._places(due)
         step = whole_step(query, keys, values, self.pattern, places, options)
         lse = keys_only(step.lse, options.get("sink_logits"))
-        weights, ones = exact_weights(query, keys, lse, places, **_factors(options)), torch.zeros_like(lse)
+        weights = key_weights(query, keys, lse, **places.arguments, **_factors(options))
+        zero = torch.zeros_like(lse)
         self._whole_step = step
         given: dict[str, Any] = {"lengths": lengths, "sinks": self.decode.sinks, "recent": self.decode.recent}
         given |= {"num_kv_heads": keys.shape[1], "due": due, "into": into}
         most = self._room() if self.decode.refresh is None or self.decode.refresh.keep is None else self._keep()
         if self.decode.prune is not None:
-            found = top_p_lists(weights, ones, capacity=min(most, self._room()), **self._prune, **given)
+            found = top_p_lists(weights, zero, capacity=min(most, self._room()), **self._prune, **given)
         else:
-            found = top_k_lists(weights, ones, min(most, self._room()), width=Candidates.pooled, **given)
+            found = top_k_lists(weights, zero, min(most, self._room()), width=Candidates.pooled, **given)
         return found.lists, found.counts
 
     def _candidates(self, query: Tensor, options: dict[str, Any], due: Tensor | None = None) -> Candidates:

@@ -29,7 +29,8 @@ from sparsetrain_kernels.causal_selection.triton import (
 )
 from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
 from sparsetrain_kernels.key_estimate.triton import scores as key_scores
-from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile
+from sparsetrain_kernels.key_estimate.triton import weights as key_weights
+from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile, keys_of_a_tile
 from sparsetrain_kernels.key_mirror.triton import kernels as mirror_kernels
 from sparsetrain_kernels.list_decode.triton import kernels as listed_kernels
 from sparsetrain_kernels.list_decode.triton.configs import choose_tiles
@@ -360,6 +361,13 @@ def compile_mirror(dtype: str) -> None:
             types = {"bounds_ptr": "*u8" if in_bytes else f"*{dtype}", "scores_ptr": "*fp32"}
             name = f"pages {in_bytes} {head_dim}"
             kernels.append((name, page_bounds.page_scores_kernel, own, types, {"num_warps": 4}))
+        for softcap in (True, False):
+            own = {"KV_HEADS": 8, "GROUP": 4, "HEADS": 16, "D": head_dim, "D_PAD": head_dim, "PAGE": 256}
+            own |= {"BLOCK_N": keys_of_a_tile(4 if dtype == "fp32" else 2, head_dim), "DUE": softcap}
+            own |= {"SOFTCAP": softcap, "PRECISION": "ieee"}
+            types = {"lse_ptr": "*fp32", "weights_ptr": "*fp16"}
+            name = f"weights {softcap} {head_dim}"
+            kernels.append((name, key_weights.key_weights_kernel, own, types, {"num_warps": 4}))
     kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64, "DUE": True}, {}, {"num_warps": 1}))
     for name, kernel, constants, types, options in kernels:
         own = known | types

@@ -22,6 +22,11 @@ torch.library.define(
     "(Tensor query, Tensor bounds, Tensor? center, Tensor? spread, Tensor lengths, Tensor block_table, int granules, "
     "float scale, Tensor? due, str backend) -> Tensor",
 )
+torch.library.define(
+    "sparsetrain::key_weights",
+    "(Tensor query, Tensor key_cache, Tensor lse, Tensor lengths, Tensor block_table, int max_length, float scale, "
+    "float? softcap, Tensor? due, str backend) -> Tensor",
+)
 
 
 def _inputs(query: Tensor, *args: Any) -> EstimateInputs:
@@ -70,3 +75,18 @@ def _page_scores_fake(
     *args: Any,
 ) -> Tensor:
     return query.new_empty((query.shape[0], bounds.shape[1], granules), dtype=torch.float32)
+
+
+@torch.library.impl("sparsetrain::key_weights", "default")
+def _key_weights(*args: Any) -> Tensor:
+    *inputs, backend = args
+    if backend == "reference":
+        return reference.key_weights(*inputs)
+    from sparsetrain_kernels.key_estimate.triton.launch import key_weights
+
+    return key_weights(*inputs)
+
+
+@torch.library.register_fake("sparsetrain::key_weights")
+def _key_weights_fake(query: Tensor, *args: Any) -> Tensor:
+    return query.new_empty((*query.shape[:2], args[4]), dtype=torch.float16)

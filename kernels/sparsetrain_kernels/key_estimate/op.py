@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.arguments import check_tensors
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.inputs import check_factors, consecutive_rows
 from sparsetrain_kernels.key_estimate import library, reference  # noqa: F401  (the first defines the operations)
@@ -15,8 +16,8 @@ from sparsetrain_kernels.key_estimate.inputs import (
     check_max_length,
     check_query,
 )
-from sparsetrain_kernels.key_mirror.layout import GRANULE, KeyMirror, PageBounds
-from sparsetrain_kernels.key_mirror.op import check_places
+from sparsetrain_kernels.key_mirror.layout import GRANULE, KeyMirror, PageBounds, check_tensor
+from sparsetrain_kernels.key_mirror.op import check_cache, check_places
 
 
 def estimate_scores(
@@ -170,6 +171,62 @@ def page_scores(
     return torch.ops.sparsetrain.page_scores(
         consecutive_rows(query), *bounds, lengths, block_table, granules, scale, due, chosen
     )
+
+
+def key_weights(
+    query: Tensor,
+    key_cache: Tensor,
+    lse: Tensor,
+    *,
+    lengths: Tensor,
+    block_table: Tensor,
+    max_length: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    due: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Logarithms of the weights that the newest query of each sequence gives its keys (2411.05787, section 3), exact.
+
+    ``logit - lse`` in fp32, rounded to fp16 once: what :func:`top_k_lists` and :func:`top_p_lists` choose by, with a
+    ``lse`` of 0, as :func:`top_k_keys` does for rows of training. One launch; nothing is read on the host.
+
+    Args:
+        query: ``[B, Hq, 1, D]`` in the dtype of the keys.
+        key_cache: ``[pages, Hkv, page, D]``; query head ``h`` reads KV head ``h // (Hq // Hkv)``.
+        lse: fp32 ``[B, Hq]``, the log-sum-exp of each row's logits.
+        lengths: int32 ``[B]``, the keys of each sequence.
+        block_table: int32 ``[B, max_pages]``, the page of each ``page`` consecutive positions; negative where it is not
+            kept, whose tokens get -inf.
+        max_length: what no length exceeds; None means all that ``block_table`` has pages for.
+        scale: factor on the logits; None means ``D ** -0.5``.
+        softcap: ``softcap * tanh(logits / softcap)`` where given.
+        due: bool ``[B]``, the sequences that are asked for; None means all. Of others nothing is read or written.
+        backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch), or ``auto``.
+
+    Returns:
+        fp16 ``[B, Hq, max_length]``. What stands behind a length is undefined.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or requires a gradient; the message names it and its value.
+    """
+    batch = check_query(query)
+    check_tensors(key_cache=key_cache, lse=lse)
+    _, kv_heads, page, head_dim = check_cache(key_cache, key_cache)
+    check_heads(query, kv_heads, head_dim, "key_cache")
+    if (key_cache.dtype, key_cache.device) != (query.dtype, query.device):
+        raise TypeError(
+            f"key_cache is {key_cache.dtype} on {key_cache.device}, expected {query.dtype} on {query.device}"
+        )
+    check_tensor("lse", lse, query.shape[:2], torch.float32, query.device, strided=True)
+    check_places(lengths, block_table, batch, query.device)
+    check_due(due, query)
+    max_length = check_max_length(max_length, block_table, page)
+    check_factors(scale, softcap)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    chosen = choose_backend(backend, query, _refusals(query))
+    places = (lengths, block_table, max_length, scale, softcap, due)
+    return torch.ops.sparsetrain.key_weights(consecutive_rows(query), key_cache, lse, *places, chosen)
 
 
 def _refusals(tensor: Tensor) -> dict[str, str | None]:

@@ -13,6 +13,9 @@ LIMIT = 127 * 128
 """The largest integer of a query's channel: 127 in a first digit to the base 128, and 0 in a second."""
 COLUMNS = 4096
 """Columns of the scores that are worked out at a time."""
+LEAST = torch.finfo(torch.float16).min
+TOGETHER = 16384
+"""Keys of a sequence that are multiplied at once for exact weights."""
 
 
 def estimate(call: EstimateInputs) -> tuple[Tensor, Tensor]:
@@ -130,3 +133,37 @@ def check_lengths(lengths: Tensor, most: int) -> None:
     values = lengths.tolist()
     if not all(0 <= length <= most for length in values):
         raise ValueError(f"lengths={values} must be 0 to max_length={most}")
+
+
+def key_weights(
+    query: Tensor,
+    key_cache: Tensor,
+    lse: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    max_length: int,
+    scale: float,
+    softcap: float | None,
+    due: Tensor | None,
+) -> Tensor:
+    """As :func:`sparsetrain_kernels.key_weights`, some pages at a time; fp16 ``[B, Hq, max_length]``."""
+    batch, heads = query.shape[:2]
+    _, kv_heads, page, _ = key_cache.shape
+    weights = torch.empty((batch, heads, max_length), dtype=torch.float16, device=query.device)
+    if due is not None and due.device.type == "cpu" and not due.any():
+        return weights
+    wide = torch.promote_types(query.dtype, torch.float32)
+    asked = query[:, :, 0].unflatten(1, (kv_heads, -1)).to(wide)
+    totals = lse.unflatten(1, (kv_heads, -1))[..., None]
+    start = 0
+    for table in block_table[:, : -(-max_length // page)].split(max(TOGETHER // page, 1), 1):
+        held = key_cache[table.clamp(min=0).long()].transpose(1, 2).flatten(2, 3).to(wide)
+        logits = asked @ held.mT * scale
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        part = (logits.float() - totals).clamp(min=LEAST).half()
+        is_kept = (table >= 0).repeat_interleave(page, 1)
+        part = part.masked_fill(~is_kept[:, None, None], float("-inf")).flatten(1, 2)
+        count = min(part.shape[2], max_length - start)
+        weights[:, :, start : start + count] = part[..., :count]
+        start += count
+    return weights

@@ -46,3 +46,8 @@ def choose_splits(programs: int, tiles: int, room: int) -> int:
 def granules_of_a_tile(element_size: int, d_pad: int) -> int:
     """Bounds of 16 tokens that a program reads: 32 KiB of them."""
     return max(16, min(64, 2**15 // (2 * element_size * d_pad)))
+
+
+def keys_of_a_tile(element_size: int, d_pad: int) -> int:
+    """Keys that a program reads: up to 32 KiB of them."""
+    return max(16, min(128, 2**15 // (element_size * d_pad)))

@@ -18,8 +18,10 @@ from sparsetrain_kernels.key_estimate.triton.configs import (
     choose_heads,
     choose_splits,
     granules_of_a_tile,
+    keys_of_a_tile,
 )
 from sparsetrain_kernels.key_estimate.triton.scores import add_splits_kernel, estimate_kernel
+from sparsetrain_kernels.key_estimate.triton.weights import key_weights_kernel
 from sparsetrain_kernels.key_mirror.layout import BYTES, GRANULE, PageBounds
 from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 
@@ -138,3 +140,48 @@ def upper_bounds(
             num_warps=4,
         )
     return scores
+
+
+def key_weights(
+    query: Tensor,
+    key_cache: Tensor,
+    lse: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    max_length: int,
+    scale: float,
+    softcap: float | None,
+    due: Tensor | None,
+) -> Tensor:
+    """As :func:`sparsetrain_kernels.key_weights`; fp16 ``[B, Hq, max_length]``."""
+    batch, heads = query.shape[:2]
+    _, kv_heads, page, head_dim = key_cache.shape
+    d_pad = pad_head_dim(head_dim)
+    block_n = keys_of_a_tile(key_cache.element_size(), d_pad)
+    tiles = triton.cdiv(max_length, block_n)
+    weights = torch.empty((batch, heads, max_length), dtype=torch.float16, device=query.device)
+    lengths, lse = row_major(lengths, lse)
+    table = consecutive_rows(block_table)
+    due = None if due is None else due.contiguous().view(torch.uint8)
+    with on_device(query):
+        launch(
+            key_weights_kernel,
+            tiles * kv_heads * batch,
+            (query, key_cache, lse, lengths, table, due, weights),
+            (
+                *(*query.stride()[:2], table.stride(0), *key_cache.stride()[:3]),
+                *(max_length, tiles, scale, softcap or 0.0),
+            ),
+            KV_HEADS=kv_heads,
+            GROUP=heads // kv_heads,
+            HEADS=16,
+            D=head_dim,
+            D_PAD=d_pad,
+            PAGE=page,
+            BLOCK_N=block_n,
+            DUE=due is not None,
+            SOFTCAP=softcap is not None,
+            PRECISION="ieee",
+            num_warps=4,
+        )
+    return weights
