@@ -130,6 +130,10 @@ GOOD: dict[str, Any] = {
         ({"cu_seqlens": torch.tensor([0, 3, 10], dtype=torch.int32)}, "segment 0 has rows 0 to 3, but a document ends"),
         ({"scale": 0.0}, "scale=0.0 must be positive"),
         ({"backend": "gluon"}, "there is no Hopper version"),
+        (
+            {"query": torch.zeros(1, 258, 10, 8), "backend": "triton"},
+            "up to 128 query heads a KV head, not 129",
+        ),
         ({"backend": "tritan"}, "backend='tritan' does not exist"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

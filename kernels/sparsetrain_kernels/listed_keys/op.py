@@ -9,8 +9,11 @@ from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
 from sparsetrain_kernels.listed_keys import reference
-from sparsetrain_kernels.listed_keys.inputs import ListedOptions, check_listed_inputs
+from sparsetrain_kernels.listed_keys.inputs import ListedInputs, ListedOptions, check_listed_inputs
 from sparsetrain_kernels.listed_keys.library import ListedAttention
+
+MOST_HEADS = 128
+"""Query heads that share a KV head, at most, for the kernels: their lines make up a tile."""
 
 
 @overload
@@ -95,8 +98,9 @@ def listed_attention(
             ``B == 1``.
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log of the softmax denominator. Differentiable.
-        backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch, which reads bounds
-            on the host), or ``auto``: on CUDA the first of them that can run the call, else the last.
+        backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256, groups of up to 128 heads), ``reference`` (plain
+            PyTorch, which reads bounds on the host), or ``auto``: on CUDA the first of them that can run the call, else
+            the last.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -118,13 +122,24 @@ def listed_attention(
         cu_seqlens=cu_seqlens,
         scale=scale,
     )
-    refusals = {"triton": triton_refusal(inputs.query), "gluon": "there is no Hopper version"}
+    refusals = {
+        "triton": triton_refusal(inputs.query) or _too_many_heads(inputs),
+        "gluon": "there is no Hopper version",
+    }
     chosen = choose_backend(backend, inputs.query, refusals)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     run = ListedAttention.apply if needs_grad else torch.ops.sparsetrain.listed_fwd
     out, lse = run(*inputs, chosen)
     return (out, lse) if return_lse else out
+
+
+def _too_many_heads(inputs: ListedInputs) -> str | None:
+    """Why the kernels have no tile for a row of a group, or None."""
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    if group > MOST_HEADS:
+        return f"its kernels take up to {MOST_HEADS} query heads a KV head, not {group}"
+    return None
 
 
 def listed_attention_dense(
