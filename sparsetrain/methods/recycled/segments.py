@@ -33,7 +33,8 @@ class Segments:
     """int32 ``[G + 1]``: the first row of each segment, which for the first of a document is the document's, and the
     length of the row."""
     prompt_bounds: Tensor
-    """int32 ``[D + 1]``: where each prompt begins among :attr:`prompts`, and their number."""
+    """int32 ``[D + 1]``: where each prompt begins among :attr:`prompts`, and their number. It stays on the CPU, where
+    dense attention reads it."""
     _elsewhere: dict[torch.device, Segments] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Segments:
@@ -42,7 +43,7 @@ class Segments:
             return self
         if device not in self._elsewhere:
             moved: dict[str, Any] = {
-                name: (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+                name: tensor if name == "prompt_bounds" else on_device(tensor, device)
                 for name, tensor in vars(self).items()
                 if isinstance(tensor, Tensor)
             }
@@ -58,6 +59,11 @@ class Segments:
         kept = chosen.nonzero()[:, 0]
         bounds = torch.cat([self.bounds[kept], self.bounds[-1:]])
         return replace(self, starts=self.starts[kept], documents=self.documents[kept], bounds=bounds, _elsewhere={})
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU, ``[...]``, on a device, without waiting for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def make_segments(bounds: Sequence[int], prompts: Sequence[int], every: Sequence[int]) -> Segments:

@@ -9,7 +9,7 @@ import torch
 from sparsetrain_kernels import causal_attention
 from torch import Tensor
 
-from sparsetrain.methods.recycled.segments import Segments
+from sparsetrain.methods.recycled.segments import Segments, on_device
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, modulo 1, are spread evenly and repeat no distance."""
@@ -30,21 +30,21 @@ def observer(seen: list[dict[str, Tensor]], layer: int, longest: int) -> Callabl
         query: Tensor, key: Tensor, value: Tensor, lse: Tensor, segments: Segments, cu_seqlens: Any, scale: float
     ) -> None:
         # Not evenly spaced, or all might have one age.
-        index = (torch.arange(SAMPLED, dtype=torch.float64) * GOLDEN % 1 * query.shape[2]).long().unique()
-        index = index.to(query.device)
-        # Those that attend fully have no log-sum-exp here.
-        rows = index[lse[0, 0, index] > float("-inf")].int()
-        if len(rows) == 0:
-            return
+        index = (torch.arange(SAMPLED, dtype=torch.float64) * GOLDEN % 1 * query.shape[2]).int().unique()
+        rows = on_device(index, query.device)
         age = rows - segments.starts[torch.searchsorted(segments.starts, rows, right=True) - 1]
         options = {"query_positions": rows, "cu_seqlens": cu_seqlens, "scale": scale}
-        _, whole = causal_attention(query[:, :, rows.long()], key, value, return_lse=True, **options)
-        share = (lse[0, :, rows.long()] - whole[0]).exp().mean(0).double()
-        found = {f"layer_{layer:02}": torch.stack([share.sum(), share.new_tensor(len(share))])}
+        rows = rows.long()
+        _, whole = causal_attention(query[:, :, rows], key, value, return_lse=True, **options)
+        read = lse[0, :, rows]
+        # Rows that attend fully have no log-sum-exp here.
+        counted = read[0] > float("-inf")
+        share = ((read - whole[0]).exp().mean(0).double()).where(counted, 0.0)
+        found = {f"layer_{layer:02}": torch.stack([share.sum(), counted.sum().double()])}
         low = 1
         while low < max(longest, 2):
-            of_age = (age >= low) & (age < 2 * low)
-            found[f"age_{low:04}"] = torch.stack([(share * of_age).sum(), of_age.sum()])
+            of_age = counted & (age >= low) & (age < 2 * low)
+            found[f"age_{low:04}"] = torch.stack([(share * of_age).sum(), of_age.sum().double()])
             low *= 2
         seen.append(found)
 
