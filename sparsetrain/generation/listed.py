@@ -191,7 +191,7 @@ class ListedMemory(PagedMemory):
             lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
         whole = self._whole_step
         if whole is not None and whole.due is None:
-            return self._seen(query, whole.output, whole.lse, lengths[:, None].expand_as(counts), 0, options)
+            return self._seen(query, whole.output, whole.lse, self._rest(counts, 0), 0, options)
         out, lse = listed_decode(
             query,
             keys,
@@ -207,7 +207,7 @@ class ListedMemory(PagedMemory):
         )
         if whole is not None and whole.due is not None:
             out, lse = whole.rows(out, lse)
-            recent = torch.where(whole.due, lengths, recent)
+            counts = torch.where(whole.due[:, None], self._rest(counts, recent), counts)
         return self._seen(query, out, lse, counts, recent, options)
 
     def _seen(
@@ -311,6 +311,10 @@ class ListedMemory(PagedMemory):
         lengths = self._tensors()[3]
         always = torch.minimum(lengths, lengths.new_zeros(lengths.shape) + self._always().sinks + recent)
         return counts + always[:, None]
+
+    def _rest(self, counts: Tensor, recent: int | Tensor) -> Tensor:
+        """All keys but those that are read in any case, int32 ``[B, Hkv]``."""
+        return self._tensors()[3][:, None] - self._keys_read(torch.zeros_like(counts), recent)
 
     def _observe(
         self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]

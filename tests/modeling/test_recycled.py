@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Llama
 import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.listed import ListedMemory
+from sparsetrain.generation.observed import observing
 from sparsetrain.methods.base import PassDocuments
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.passes import PLANNED_ARGUMENT
@@ -173,3 +174,17 @@ def test_windows_are_replaced_where_that_is_asked_for():
     steps, tokens, _ = logits(model, ids, mask, count=9)
     rows = one_pass(model, torch.cat([ids, tokens], 1), prompt=50)[:, 49:-1]
     torch.testing.assert_close(rows, steps, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_that_choose_count_all_keys_and_the_others_few():
+    model = make({"method": "recycled", "every": 5, "keep": 6, "sinks": 1, "recent": 2}, num_hidden_layers=1)
+    ids, mask = prompts(50)
+    with observing():
+        _, _, cache = logits(model, ids, mask, count=11)
+    # Ten steps behind the prompt, of which the fifth and the tenth choose; the prompt's end chose for the first four.
+    read = [6 + 3 + 1 + age for age in (0, 1, 2, 3)]
+    keys = [*read, 55, *read, 60]
+    share = sum(keys) / sum(range(51, 61))
+    seen = cache.layers[0].memory.observations()
+    assert seen["kept"] == pytest.approx(share)
+    assert 0 < seen["mass_mean"] <= 1
