@@ -183,15 +183,16 @@ class ListedMemory(PagedMemory):
         self._append(key, value)
         keys, values, table, lengths = self._tensors()
         self._whole_step = None
+        since: Tensor | None = None
+        recent: Any = self._always().recent
         if self._choices is None:
             lists, counts = self._lists(query, options)
-            recent: Any = self._always().recent
         else:
             choice = self._choices.take(query, lengths, partial(self._lists, query, options))
-            lists, counts, recent = choice.lists, choice.counts, self.decode.recent + lengths - choice.lengths
+            lists, counts, recent, since = choice.lists, choice.counts, self.decode.recent, choice.lengths
         whole = self._whole_step
         if whole is not None and whole.due is None:
-            return self._seen(query, whole.output, whole.lse, self._rest(counts, 0), 0, options)
+            return self._seen(query, whole.output, whole.lse, counts, since, whole, options)
         out, lse = listed_decode(
             query,
             keys,
@@ -202,19 +203,33 @@ class ListedMemory(PagedMemory):
             block_table=table,
             sinks=self._always().sinks,
             recent=recent,
+            since=since,
             return_lse=True,
             **options,
         )
         if whole is not None and whole.due is not None:
             out, lse = whole.rows(out, lse)
-            counts = torch.where(whole.due[:, None], self._rest(counts, recent), counts)
-        return self._seen(query, out, lse, counts, recent, options)
+        return self._seen(query, out, lse, counts, since, whole, options)
 
     def _seen(
-        self, query: Tensor, out: Tensor, lse: Tensor, counts: Tensor, recent: Any, options: dict[str, Any]
+        self,
+        query: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        counts: Tensor,
+        since: Tensor | None,
+        whole: WholeStep | None,
+        options: dict[str, Any],
     ) -> Tensor:
-        """The output of a step, once it is counted."""
+        """The output of a step, once it is counted. It read the lists of ``counts``, and of rows that were due in a
+        ``whole`` step all keys; the most recent tokens are those of ``since``, and all later ones."""
         if is_observing():
+            recent: Any = self._always().recent
+            if since is not None:
+                recent = self.decode.recent + self._tensors()[3] - since
+            if whole is not None:
+                rest = self._rest(counts, recent)
+                counts = rest if whole.due is None else torch.where(whole.due[:, None], rest, counts)
             self._observe(query, out, lse, counts, recent, options)
         return out
 

@@ -33,8 +33,7 @@ from sparsetrain_kernels.key_estimate.triton import weights as key_weights
 from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile, keys_of_a_tile
 from sparsetrain_kernels.key_mirror.triton import kernels as mirror_kernels
 from sparsetrain_kernels.list_decode.triton import kernels as listed_kernels
-from sparsetrain_kernels.list_decode.triton.configs import choose_tiles
-from sparsetrain_kernels.list_decode.triton.launch import MERGE_STEP
+from sparsetrain_kernels.list_decode.triton.configs import MERGE_STEPS, choose_tiles
 from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
 from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
 from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_grad_key_value
@@ -377,16 +376,17 @@ def compile_mirror(dtype: str) -> None:
 def compile_listed(dtype: str) -> None:
     """Attention over lists, for a token and for the rows that need the wider tile, and the merge of its parts."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    known = dict.fromkeys(("lists_ptr", "counts_ptr", "lengths_ptr", "recents_ptr", "table_ptr"), "*i32")
+    known = dict.fromkeys(("lists_ptr", "counts_ptr", "lengths_ptr", "recents_ptr", "since_ptr", "table_ptr"), "*i32")
     known |= dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr"), "*fp32")
     for head_dim in (64, 128, 256):
         shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "ITEMS_PAD": 64, "RECENTS": True}
+        shape |= {"SINCE": True}
         for rows in (1, 16):
             config = choose_tiles(torch_dtype, head_dim, 4 * rows)
             own = {"PAGE": 256, "BLOCK_M": config.block_m, "SOFTCAP": False, "PRECISION": "ieee"}
             kernels: tuple[tuple[Any, dict[str, Any], int], ...] = (
                 (listed_kernels.listed_decode_kernel, own, config.num_stages),
-                (listed_kernels.merge_parts_kernel, {"SINK_LOGITS": True, "STEP": MERGE_STEP}, 3),
+                (listed_kernels.merge_parts_kernel, {"SINK_LOGITS": True, "STEP": MERGE_STEPS[1]}, 3),
             )
             for kernel, more, num_stages in kernels:
                 constants = {**shape, **more, "ROWS": rows, "BLOCK_N": config.block_n}

@@ -146,6 +146,13 @@ def test_each_sequence_has_its_own_recent_tokens(decode) -> None:
     assert_close(case.run(decode), case.expected())
 
 
+def test_tokens_that_came_since_the_lists_were_made_are_attended_too(decode) -> None:
+    case = Case(recent=to_integers(20, 9, 40, 33))
+    since = to_integers(*case.lengths) - to_integers(13, 9, 0, 33)
+    assert_close(case.run(decode, recent=to_integers(7, 0, 40, 0), since=since), case.expected())
+    assert_close(Case(recent=8).run(decode, recent=5, since=to_integers(*case.lengths) - 3), Case(recent=8).expected())
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_rows_that_see_nothing_are_zeros(decode) -> None:
     case = Case(lengths=(0, 3, 40), rows=5, sinks=0, recent=2, kept=0.0)
@@ -276,6 +283,8 @@ ARGUMENTS = {
         ({"recent": -1}, ValueError, "recent=-1 must be at least 0"),
         ({"recent": to_integers(1)}, ValueError, r"recent has shape \(1,\), expected \(2,\)"),
         ({"recent": torch.ones(2)}, TypeError, "recent is torch.float32"),
+        ({"since": to_integers(1)}, ValueError, r"since has shape \(1,\), expected \(2,\)"),
+        ({"since": 5}, TypeError, "since is a int, expected a tensor"),
         ({"sinks": 0.5}, TypeError, "sinks=0.5 is no integer"),
         ({"softcap": -2.0}, ValueError, "softcap=-2.0 must be positive"),
         ({"sink_logits": torch.zeros(2)}, ValueError, r"sink_logits has shape \(2,\)"),

@@ -23,6 +23,8 @@ class ListedInputs(NamedTuple):
     block_table: Tensor
     recents: Tensor | None
     """Where each sequence has its own."""
+    since: Tensor | None
+    """Tokens of each sequence when its lists were made: all later ones are attended in any case."""
     recent: int
     sinks: int
     scale: float
@@ -41,6 +43,7 @@ def check_listed_inputs(
     block_table: Tensor,
     sinks: int,
     recent: int | Tensor,
+    since: Tensor | None,
     scale: float | None,
     softcap: float | None,
     sink_logits: Tensor | None,
@@ -83,13 +86,17 @@ def check_listed_inputs(
     if counts.shape != each:
         raise ValueError(f"counts has shape {tuple(counts.shape)}, expected {each}, a number a list")
     recents = recent if isinstance(recent, Tensor) else None
-    for name, tensor in (("lists", lists), ("counts", counts), ("recent", recents)):
+    if since is not None:
+        check_tensors(since=since)
+    for name, tensor in (("lists", lists), ("counts", counts), ("recent", recents), ("since", since)):
         if tensor is not None and (tensor.dtype != torch.int32 or tensor.device != query.device):
             raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected int32 on {query.device}")
     if isinstance(recent, Tensor):
         if recent.shape != each[:1]:
             raise ValueError(f"recent has shape {tuple(recent.shape)}, expected {each[:1]}, a number a sequence")
         recent = 0
+    if since is not None and since.shape != each[:1]:
+        raise ValueError(f"since has shape {tuple(since.shape)}, expected {each[:1]}, a number a sequence")
     check_count("recent", recent, 0)
     check_count("sinks", sinks, 0)
     return ListedInputs(
@@ -101,6 +108,7 @@ def check_listed_inputs(
         lengths,
         block_table,
         recents,
+        since,
         int(recent),
         sinks,
         checked.scale,

@@ -13,8 +13,8 @@ from sparsetrain_kernels.list_decode.reference import attend_by_gathering
 torch.library.define(
     "sparsetrain::listed_decode",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lists, Tensor counts, Tensor lengths, "
-    "Tensor block_table, Tensor? recents, int recent, int sinks, float scale, float? softcap, Tensor? sink_logits, "
-    "str backend) -> (Tensor, Tensor)",
+    "Tensor block_table, Tensor? recents, Tensor? since, int recent, int sinks, float scale, float? softcap, "
+    "Tensor? sink_logits, str backend) -> (Tensor, Tensor)",
 )
 
 

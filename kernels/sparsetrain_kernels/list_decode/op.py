@@ -24,6 +24,7 @@ def listed_decode(
     block_table: Tensor,
     sinks: int = 0,
     recent: int | Tensor = 0,
+    since: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -44,6 +45,7 @@ def listed_decode(
     block_table: Tensor,
     sinks: int = 0,
     recent: int | Tensor = 0,
+    since: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -63,6 +65,7 @@ def listed_decode(
     block_table: Tensor,
     sinks: int = 0,
     recent: int | Tensor = 0,
+    since: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -94,6 +97,8 @@ def listed_decode(
         sinks: tokens at the start that every row attends to.
         recent: tokens at the end, the new ones among them, that every row attends to up to its own; a number, or int32
             ``[B]``.
+        since: int32 ``[B]``, the tokens of each sequence when its lists were made: those that have come since are
+            attended too, beside ``recent`` others before them. None means that none have.
         scale: factor on the logits; None means ``D ** -0.5``.
         softcap: ``softcap * tanh(logits / softcap)`` where given.
         sink_logits: ``[Hq]``, one more logit a row that takes part in the softmax denominator only.
@@ -118,6 +123,7 @@ def listed_decode(
         block_table=block_table,
         sinks=sinks,
         recent=recent,
+        since=since,
         scale=scale,
         softcap=softcap,
         sink_logits=sink_logits,

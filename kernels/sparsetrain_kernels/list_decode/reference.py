@@ -17,8 +17,12 @@ def attend_by_gathering(call: ListedInputs) -> tuple[Tensor, Tensor]:
     out = query.new_zeros(query.shape)
     lse = query.new_full(query.shape[:3], float("-inf"), dtype=dtype)
     rows = query.shape[2]
+    lengths = call.lengths.tolist()
     recents = [call.recent] * len(query) if call.recents is None else call.recents.tolist()
-    for sequence, (length, recent) in enumerate(zip(call.lengths.tolist(), recents, strict=True)):
+    if call.since is not None:
+        later = (max(length - since, 0) for length, since in zip(lengths, call.since.tolist(), strict=True))
+        recents = [recent + more for recent, more in zip(recents, later, strict=True)]
+    for sequence, (length, recent) in enumerate(zip(lengths, recents, strict=True)):
         position, is_key = _positions(call, sequence, length, recent)
         key, value, is_key = _read(call, sequence, position, is_key)
         own = torch.arange(length - rows, length, device=query.device)

@@ -15,6 +15,8 @@ _STAGES = 2
 # fp32 products run on the ordinary cores, exactly.
 _SINGLE = {64: 64, 128: 16, 256: 16}
 _SINGLE_STAGES = 5
+MERGE_STEPS = (8, 32)
+"""Parts merged at a time, at least and at most: of most rows there are no more."""
 
 
 def choose_tiles(dtype: torch.dtype, d_pad: int, rows: int) -> Config:
@@ -28,3 +30,9 @@ def choose_tiles(dtype: torch.dtype, d_pad: int, rows: int) -> Config:
 def choose_programs(items: int, most_keys: int, block_n: int, row_tiles: int, processors: int) -> int:
     """As many as run at a time, but no more than there can be tiles: ``items`` lists of up to ``most_keys`` keys."""
     return max(1, min(WAVES * processors // row_tiles, items * triton.cdiv(most_keys, block_n)))
+
+
+def choose_step(programs: int, items: int) -> int:
+    """Parts that a row of one of ``items`` lists is merged from at a time: those of lists of equal lengths."""
+    least, most = MERGE_STEPS
+    return min(max(triton.next_power_of_2(triton.cdiv(programs, items) + 1), least), most)

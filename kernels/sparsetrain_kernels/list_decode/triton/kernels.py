@@ -19,12 +19,14 @@ def tile_ends(
     counts_ptr,
     lengths_ptr,
     recents_ptr,
+    since_ptr,
     recent,
     sinks,
     capacity,
     items,
     KV_HEADS: tl.constexpr,
     RECENTS: tl.constexpr,
+    SINCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ITEMS_PAD: tl.constexpr,
 ):
@@ -34,6 +36,8 @@ def tile_ends(
     length = tl.load(lengths_ptr + item // KV_HEADS, mask=exists, other=0)
     if RECENTS:
         recent = tl.load(recents_ptr + item // KV_HEADS, mask=exists, other=0)
+    if SINCE:
+        recent += tl.maximum(length - tl.load(since_ptr + item // KV_HEADS, mask=exists, other=0), 0)
     count = tl.minimum(tl.load(counts_ptr + item, mask=exists, other=0), capacity)
     first, start = key_bounds(length, recent, sinks)
     keys = tl.where(exists, first + tl.maximum(length, 0) - start + count, 0)
@@ -49,6 +53,7 @@ def listed_decode_kernel(
     counts_ptr,
     lengths_ptr,
     recents_ptr,
+    since_ptr,
     table_ptr,
     partial_ptr,
     partial_lse_ptr,
@@ -79,6 +84,7 @@ def listed_decode_kernel(
     BLOCK_N: tl.constexpr,
     ITEMS_PAD: tl.constexpr,
     RECENTS: tl.constexpr,
+    SINCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -94,7 +100,19 @@ def listed_decode_kernel(
     row_tile = tl.program_id(0) % ROW_TILES
     program = tl.program_id(0) // ROW_TILES
     ends = tile_ends(
-        counts_ptr, lengths_ptr, recents_ptr, recent, sinks, capacity, items, KV_HEADS, RECENTS, BLOCK_N, ITEMS_PAD
+        counts_ptr,
+        lengths_ptr,
+        recents_ptr,
+        since_ptr,
+        recent,
+        sinks,
+        capacity,
+        items,
+        KV_HEADS,
+        RECENTS,
+        SINCE,
+        BLOCK_N,
+        ITEMS_PAD,
     )
     all_tiles = tl.max(ends, 0)
     share = tl.cdiv(all_tiles, programs)
@@ -118,6 +136,8 @@ def listed_decode_kernel(
         own_recent = recent
         if RECENTS:
             own_recent = tl.load(recents_ptr + batch)
+        if SINCE:
+            own_recent += tl.maximum(length - tl.load(since_ptr + batch), 0)
         first, start = key_bounds(length, own_recent, sinks)
         always = first + length - start
         keys = always + tl.minimum(tl.load(counts_ptr + item), capacity)
@@ -180,6 +200,7 @@ def merge_parts_kernel(
     counts_ptr,
     lengths_ptr,
     recents_ptr,
+    since_ptr,
     sink_logits_ptr,
     out_ptr,
     lse_ptr,
@@ -196,6 +217,7 @@ def merge_parts_kernel(
     BLOCK_N: tl.constexpr,
     ITEMS_PAD: tl.constexpr,
     RECENTS: tl.constexpr,
+    SINCE: tl.constexpr,
     SINK_LOGITS: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -206,7 +228,19 @@ def merge_parts_kernel(
     item = batch * KV_HEADS + head // GROUP
     in_group = head % GROUP * ROWS + cell % ROWS
     ends = tile_ends(
-        counts_ptr, lengths_ptr, recents_ptr, recent, sinks, capacity, items, KV_HEADS, RECENTS, BLOCK_N, ITEMS_PAD
+        counts_ptr,
+        lengths_ptr,
+        recents_ptr,
+        since_ptr,
+        recent,
+        sinks,
+        capacity,
+        items,
+        KV_HEADS,
+        RECENTS,
+        SINCE,
+        BLOCK_N,
+        ITEMS_PAD,
     )
     index = tl.arange(0, ITEMS_PAD)
     start = tl.max(tl.where(index < item, ends, 0), 0)

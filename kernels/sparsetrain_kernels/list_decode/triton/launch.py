@@ -11,11 +11,9 @@ from sparsetrain_kernels.inputs import consecutive_rows, row_major
 from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.list_decode.inputs import ListedInputs
 from sparsetrain_kernels.list_decode.triton import kernels
-from sparsetrain_kernels.list_decode.triton.configs import choose_programs, choose_tiles
+from sparsetrain_kernels.list_decode.triton.configs import choose_programs, choose_step, choose_tiles
 
 NUM_WARPS = 4
-MERGE_STEP = 8
-"""Parts merged at a time: of most rows there are no more."""
 
 
 def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
@@ -25,6 +23,7 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
     kv_heads, page_size = key.shape[1:3]
     lists, counts, lengths = row_major(call.lists, call.counts, call.lengths)
     recents = None if call.recents is None else row_major(call.recents)[0]
+    since = None if call.since is None else row_major(call.since)[0]
     sink_logits = None if call.sink_logits is None else row_major(call.sink_logits)[0]
     table = consecutive_rows(call.block_table)
     items, capacity, group = batch * kv_heads, lists.shape[2], heads // kv_heads
@@ -42,6 +41,7 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
         "BLOCK_N": config.block_n,
         "ITEMS_PAD": max(16, triton.next_power_of_2(items)),
         "RECENTS": recents is not None,
+        "SINCE": since is not None,
         "num_warps": NUM_WARPS,
     }
     bounds = (capacity, items, programs, call.recent, call.sinks)
@@ -54,7 +54,7 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
         launch(
             kernels.listed_decode_kernel,
             programs * row_tiles,
-            (query, key, value, lists, counts, lengths, recents, table, partial, partial_lse),
+            (query, key, value, lists, counts, lengths, recents, since, table, partial, partial_lse),
             (
                 *query.stride()[:3],
                 *key.stride()[:3],
@@ -74,10 +74,10 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
         launch(
             kernels.merge_parts_kernel,
             lse.numel(),
-            (partial, partial_lse, counts, lengths, recents, sink_logits, out, lse),
+            (partial, partial_lse, counts, lengths, recents, since, sink_logits, out, lse),
             bounds,
             SINK_LOGITS=sink_logits is not None,
-            STEP=MERGE_STEP,
+            STEP=choose_step(programs, items),
             **shape,
         )
     return out, lse
