@@ -43,6 +43,7 @@ from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as c
 from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
 from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
 from sparsetrain_kernels.top_p_selection.triton import pooling, thresholds
+from sparsetrain_kernels.top_p_selection.triton import short as short_rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
@@ -282,34 +283,54 @@ def compile_lists(dtype: str) -> None:
     known = dict.fromkeys(("lse_ptr", "p_ptr"), "*fp32") | {"always_ptr": "*i64", "p": "fp32", "deviations": "fp32"}
     known |= dict.fromkeys(("scores_ptr", "rows_ptr", "pooled_ptr", "rank_ptr", "sifted_ptr", "own_ptr"), f"*{dtype}")
     known |= {"due_ptr": "*u8"}
-    row = {"KV_HEADS": 8, "RECENTS": True}
+    row = {"KV_HEADS": 8, "RECENTS": True, "DUE": True}
+    many = {**row, "APART": select_configs.APART}
+    short = {**row, "ROW": 8192, "P_HEADS": True}
     sample = {"SAMPLE": select_configs.SAMPLE, "PIECE": select_configs.PIECE}
     sample |= {"GUESSES": select_configs.GUESSES, "TURNS": select_configs.TURNS}
     whole = {"CHUNK": select_configs.SIFT, "CHUNKS_PAD": 128}
     whole |= {"GATHER": select_configs.GATHER, "TILE": select_configs.TILE}
+    whole |= {"FEW": select_configs.FEW, "SOME": select_configs.SOME}
     chunk = {"CHUNK": select_configs.CHUNK, "KV_HEADS": 8}
+    warps = 8192 // select_configs.SHORT_COLUMNS
+    bounded = {"threshold_kernel": select_configs.REGISTERS, "short_threshold_kernel": select_configs.SHORT_REGISTERS}
     for pages in (False, True):
         kernels: list[tuple[Any, dict[str, Any], int]] = [
-            (thresholds.guess_kernel, {**row, **sample, "HEADS": 32, "P_HEADS": True}, select_configs.GUESS_WARPS),
-            (thresholds.sift_kernel, {**row, "GROUP": 4, "CHUNK": select_configs.SIFT}, select_configs.SIFT_WARPS),
-            (thresholds.threshold_kernel, {**row, **whole, "HEADS": 32, "P_HEADS": True}, select_configs.NUM_WARPS),
-            (pooling.pool_heads_kernel, {**chunk, "GROUP": 4, "MEAN": True}, select_configs.NUM_WARPS),
+            (thresholds.guess_kernel, {**many, **sample, "HEADS": 32, "P_HEADS": True}, select_configs.GUESS_WARPS),
+            (thresholds.sift_kernel, {**many, "GROUP": 4, "CHUNK": select_configs.SIFT}, select_configs.SIFT_WARPS),
+            (thresholds.threshold_kernel, {**many, **whole, "HEADS": 32, "P_HEADS": True}, select_configs.NUM_WARPS),
+            (
+                pooling.pool_heads_kernel,
+                {**chunk, "GROUP": 4, "MEAN": True, "DUE": True, "LSE": True},
+                select_configs.NUM_WARPS,
+            ),
             (pooling.pool_neighbours_kernel, {**chunk, "WIDTH": 7}, select_configs.NUM_WARPS),
             (
                 position_lists.list_kernel,
-                {**row, **whole, "GROUP": 4, "NEWEST": False, "DUE": True},
+                {**many, **whole, "GROUP": 4, "NEWEST": False},
                 select_configs.NUM_WARPS,
             ),
             (
                 position_lists.list_kernel,
-                {**row, **whole, "GROUP": 1, "NEWEST": True, "DUE": False},
+                {**many, **whole, "GROUP": 1, "NEWEST": True},
                 select_configs.NUM_WARPS,
+            ),
+            (short_rows.short_threshold_kernel, {**short, "HEADS": 32}, warps),
+            (
+                short_rows.short_list_kernel,
+                {**short, "GROUP": 4, "LSE": True, "POOLED": False, "SEARCH": False, "NEWEST": False},
+                warps,
+            ),
+            (
+                short_rows.short_list_kernel,
+                {**short, "GROUP": 1, "LSE": False, "POOLED": True, "SEARCH": True, "NEWEST": True},
+                warps,
             ),
         ]
         for kernel, own, warps in kernels:
             constants = {**own, "PAGES": pages}
             types = {name: known.get(name, "*i32") for name in kernel.arg_names if name in known or "_ptr" in name}
-            options = {"num_warps": warps}
+            options = {"num_warps": warps, "maxnreg": bounded.get(kernel.__name__)}
             kind = {True: " newest", False: " union"}.get(own.get("NEWEST"), "")
             report(
                 kernel.__name__ + kind + (" pages" if pages else ""),

@@ -37,7 +37,14 @@ STACK = {
         "dkv bf16 256": 480,
     },
     "hopper bf16": {"dq bf16 128": 32, "dkv bf16 128": 152, "fused bf16 128": 72},
-    "lists fp16": {"list_kernel union pages": 24},
+    # Two programs a multiprocessor instead of one; what spills is the search that few rows need.
+    "lists fp16": {
+        "threshold_kernel": 224,
+        "short_threshold_kernel": 48,
+        "threshold_kernel pages": 232,
+        "list_kernel newest pages": 16,
+        "short_threshold_kernel pages": 48,
+    },
     "listed bf16": {"listed_decode_kernel bf16 128 1": 8},
 }
 
@@ -85,7 +92,7 @@ def test_estimates_keep_to_registers_and_load_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("sparsek fp32", 25), ("sum bf16", 3), ("lists fp16", 14), ("listed bf16", 12)]
+    ("family", "count"), [("sparsek fp32", 25), ("sum bf16", 3), ("lists fp16", 20), ("listed bf16", 12)]
 )
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int) -> None:
     kernels = compiled(*family.split())

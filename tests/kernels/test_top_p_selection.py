@@ -23,22 +23,24 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "held", "split"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plain PyTorch, and the kernels, where several programs share a row."""
+    """Plain PyTorch, and the kernels: for rows that a program holds, and where several share a row, whose candidates
+    one of them holds if they are few."""
     if request.param == "reference":
         return "reference"
     if not INTERPRETING:
         pytest.skip("runs in Triton's interpreter, on machines without a GPU")
     request.getfixturevalue("poisoned")
-    split_rows(monkeypatch)
+    split_rows(monkeypatch, short=1024 if request.param == "held" else 0)
     return "triton"
 
 
-def split_rows(monkeypatch: pytest.MonkeyPatch, sample: int = 64) -> None:
+def split_rows(monkeypatch: pytest.MonkeyPatch, sample: int = 64, short: int = 0) -> None:
     """Small pieces, so that small tests have several; of rows of no more scores than the sample no guess is made."""
     launch = pytest.importorskip("sparsetrain_kernels.top_p_selection.triton.launch")
-    for name, value in {"SAMPLE": sample, "CHUNK": 128, "SIFT": 128, "GATHER": 256, "TILE": 128}.items():
+    sizes = {"SHORT": short, "SAMPLE": sample, "CHUNK": 128, "SIFT": 128, "GATHER": 256, "TILE": 128}
+    for name, value in {**sizes, "FEW": 32, "SOME": 128}.items():
         monkeypatch.setattr(launch, name, value)
 
 
@@ -306,6 +308,26 @@ def test_sequences_that_are_not_due_keep_their_lists(backend: str, pages: bool, 
         find(scores, into=into._replace(counts=into.counts[:2]))
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_scores_without_a_log_sum_exp_are_compared_as_they_are(backend: str, width: int) -> None:
+    scores = (normal(2, 4, 200) * 2).half()
+    options = {"lengths": to_lengths(200, 120), "num_kv_heads": 2, "width": width, "backend": backend}
+    found = top_k_lists(scores, None, 40, **options)
+    assert_same(found, top_k_lists(scores, torch.zeros(2, 4), 40, **options))
+    with pytest.raises(TypeError, match="lse is a NoneType, expected a tensor"):
+        top_p_lists(scores, None, 0.9, lengths=options["lengths"], num_kv_heads=2, capacity=200)
+
+
+def test_a_log_sum_exp_that_is_none_of_the_row_breaks_nothing(backend: str) -> None:
+    # Every key then has all of the weight, or none.
+    scores = (normal(1, 2, 200) * 2).half()
+    options = {"lengths": to_lengths(200), "num_kv_heads": 2, "capacity": 200, "backend": backend}
+    largest = scores[0].argmax(-1)
+    for head, own in enumerate(top_p_lists(scores, torch.full((1, 2), -50.0), 0.9, **options).lists[0]):
+        assert own[0] == largest[head]
+    assert top_p_lists(scores, torch.full((1, 2), 200.0), 0.9, **options).counts.tolist() == [[200, 200]]
+
+
 def test_k_of_fewer_keys_are_all(backend: str) -> None:
     scores = normal(1, 2, 50).half()
     found = top_k_lists(scores, log_sums(scores), 80, lengths=to_lengths(50), num_kv_heads=2, backend=backend)
@@ -360,13 +382,15 @@ def test_few_keys_lie_between_the_guess_and_the_threshold(p: float, min_keys: in
     lse, heads = log_sums(scores), len(rows)
     floor, taken = torch.full((2, heads), -7, dtype=torch.int32)
     thresholds.guess_kernel[(heads,)](
-        *(scores, lse, to_lengths(columns), None, None, None, None, floor, taken),
+        *(scores, lse, to_lengths(columns), None, None, None, None, None, floor, taken),
         *(*scores.stride()[:2], 0, 0, columns, 0, 0, min_keys, p, configs.DEVIATIONS),
         KV_HEADS=heads,
         HEADS=heads,
         P_HEADS=False,
         RECENTS=False,
         PAGES=False,
+        DUE=False,
+        APART=1,
         SAMPLE=configs.SAMPLE,
         PIECE=configs.PIECE,
         GUESSES=configs.GUESSES,

@@ -13,7 +13,7 @@ from sparsetrain_kernels.top_p_selection.selection import PositionLists, Selecti
 _INPUTS = len(SelectionInputs._fields)
 
 _ARGUMENTS = (
-    "Tensor scores, Tensor lse, Tensor lengths, Tensor? page_lists, Tensor? page_counts, Tensor? p_heads, "
+    "Tensor scores, Tensor? lse, Tensor lengths, Tensor? page_lists, Tensor? page_counts, Tensor? p_heads, "
     "Tensor? recents, float p, int recent, int sinks, int kv_heads, str group, int width, int min_keys, int capacity, "
     "bool newest, Tensor? due, str backend"
 )

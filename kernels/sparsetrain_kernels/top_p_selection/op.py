@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.arguments import check_count
+from sparsetrain_kernels.arguments import check_count, check_tensors
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.top_p_selection import library  # noqa: F401  (defines the operation)
 from sparsetrain_kernels.top_p_selection.selection import (
@@ -81,6 +81,7 @@ def top_p_lists(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
+    check_tensors(lse=lse)
     inputs = check_selection(
         scores,
         lse,
@@ -105,7 +106,7 @@ def top_p_lists(
 
 def top_k_lists(
     scores: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     k: int,
     *,
     lengths: Tensor,
@@ -127,7 +128,7 @@ def top_k_lists(
 
     Args:
         scores: fp16 ``[B, Hq, M]``.
-        lse: fp32 ``[B, Hq]``.
+        lse: fp32 ``[B, Hq]``; None compares the scores of all heads as they are.
         k: keys of a list; of fewer all are listed.
         lengths: int32 ``[B]``.
         num_kv_heads: ``Hkv``.

@@ -30,7 +30,8 @@ def _select(call: SelectionInputs) -> PositionLists:
     listed = (position >= call.sinks) & (position < (call.lengths - recents)[:, None, None])
     # By KV head and query head of its group.
     grouped = (batch, call.kv_heads, heads // call.kv_heads)
-    rows, lse = call.scores.view(*grouped, columns), call.lse.view(grouped)
+    rows = call.scores.view(*grouped, columns)
+    lse = rows.new_zeros(grouped, dtype=torch.float32) if call.lse is None else call.lse.view(grouped)
     p = call.scores.new_full((heads,), call.p, dtype=torch.float32) if call.p_heads is None else call.p_heads
     p = p.view(1, *grouped[1:])
     is_key = is_key[:, :, None] & (rows > -math.inf)

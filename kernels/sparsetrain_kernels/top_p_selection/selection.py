@@ -34,7 +34,8 @@ class SelectionInputs(NamedTuple):
     """Checked arguments. No value of a tensor is among what is checked: they may lie on a device."""
 
     scores: Tensor
-    lse: Tensor
+    lse: Tensor | None
+    """None where scores of all heads are compared as they are."""
     lengths: Tensor
     page_lists: Tensor | None
     page_counts: Tensor | None
@@ -59,7 +60,7 @@ class SelectionInputs(NamedTuple):
 
 def check_selection(
     scores: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     p: float | Tensor,
     *,
     lengths: Tensor,
@@ -81,14 +82,16 @@ def check_selection(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape or value; the message names it.
     """
-    check_tensors(scores=scores, lse=lse, lengths=lengths)
+    check_tensors(scores=scores, lengths=lengths)
     if scores.dim() != 3 or 0 in scores.shape:
         raise ValueError(f"scores has shape {tuple(scores.shape)}, expected [batch, query heads, keys], none of them 0")
     batch, heads, columns = scores.shape
     if columns > MOST_COLUMNS:
         raise ValueError(f"scores has {columns} columns; a row has at most {MOST_COLUMNS}")
     _check("scores", scores, torch.float16, scores.shape, scores)
-    _check("lse", lse, torch.float32, (batch, heads), scores)
+    if lse is not None:
+        check_tensors(lse=lse)
+        _check("lse", lse, torch.float32, (batch, heads), scores)
     _check("lengths", lengths, torch.int32, (batch,), scores)
     check_count("num_kv_heads", num_kv_heads, 1, unit="heads")
     if heads % num_kv_heads != 0:

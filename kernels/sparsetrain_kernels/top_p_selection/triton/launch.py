@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
+from torch import Tensor
 
-from sparsetrain_kernels.inputs import consecutive_rows, row_major
+from sparsetrain_kernels.inputs import consecutive_rows
 from sparsetrain_kernels.launching import launch, on_device
 from sparsetrain_kernels.top_p_selection.selection import PositionLists, SelectionInputs
-from sparsetrain_kernels.top_p_selection.triton import lists, pooling, thresholds
+from sparsetrain_kernels.top_p_selection.triton import lists, pooling, short, thresholds
 from sparsetrain_kernels.top_p_selection.triton.configs import (
+    APART,
     CHUNK,
     DEVIATIONS,
+    FEW,
     GATHER,
     GUESS_WARPS,
     GUESSES,
+    LARGE_SAMPLE,
     NUM_WARPS,
     PIECE,
+    REGISTERS,
     SAMPLE,
+    SAMPLED,
+    SHORT,
+    SHORT_COLUMNS,
+    SHORT_REGISTERS,
     SIFT,
     SIFT_WARPS,
+    SOME,
     TILE,
     TURNS,
 )
@@ -29,20 +41,17 @@ def select(call: SelectionInputs, into: PositionLists) -> None:
     """As :func:`sparsetrain_kernels.top_p_selection.reference.select`."""
     with on_device(call.scores):
         call = _with_consecutive_rows(call)
-        if call.group != "union":
+        is_short = call.scores.shape[2] <= SHORT
+        if call.group != "union" and not (is_short and call.newest and call.width == 1):
             call = _pooled(call)
-        _lists(call, into)
+        (_short_lists if is_short else _lists)(call, into)
 
 
 def _with_consecutive_rows(call: SelectionInputs) -> SelectionInputs:
-    lse, lengths = row_major(call.lse, call.lengths)
-    if call.due is not None:
-        # Without tokens there is nothing to do, in any kernel.
-        lengths = lengths.where(call.due, 0)
     return call._replace(
         scores=consecutive_rows(call.scores),
-        lse=lse,
-        lengths=lengths,
+        lse=None if call.lse is None else call.lse.contiguous(),
+        lengths=call.lengths.contiguous(),
         page_lists=None if call.page_lists is None else consecutive_rows(call.page_lists),
         page_counts=None if call.page_counts is None else call.page_counts.contiguous(),
         p_heads=None if call.p_heads is None else call.p_heads.contiguous(),
@@ -60,12 +69,14 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     launch(
         pooling.pool_heads_kernel,
         programs,
-        (call.scores, call.lse, call.lengths, call.page_lists, call.page_counts, pooled),
+        (call.scores, call.lse, call.lengths, call.page_lists, call.page_counts, call.due, pooled),
         (*call.scores.stride()[:2], *_page_strides(call), columns, chunks),
         KV_HEADS=call.kv_heads,
         GROUP=heads // call.kv_heads,
         MEAN=call.group == "mean",
         PAGES=call.page_lists is not None,
+        DUE=call.due is not None,
+        LSE=call.lse is not None,
         CHUNK=CHUNK,
         num_warps=NUM_WARPS,
     )
@@ -86,18 +97,65 @@ def _pooled(call: SelectionInputs) -> SelectionInputs:
     if p_heads is not None:
         p_heads = p_heads.view(call.kv_heads, -1).amax(1)
     # Of the k heaviest keys, whose weights need not sum to 1, the rank is the pooled logarithm itself.
-    lse = call.lse.new_zeros((batch, call.kv_heads)) if call.newest else pooled.float().logsumexp(-1)
+    lse = None if call.newest else pooled.float().logsumexp(-1)
     return call._replace(scores=pooled, lse=lse, p_heads=p_heads, group="union", width=1)
 
 
+def _arguments(call: SelectionInputs) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """Tensors, numbers and constants that all kernels after the pooling take."""
+    row = (call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts, call.due)
+    numbers = (*call.scores.stride()[:2], *_page_strides(call), call.scores.shape[2], call.recent, call.sinks)
+    alike = {"KV_HEADS": call.kv_heads, "RECENTS": call.recents is not None, "PAGES": call.page_lists is not None}
+    return row, numbers, {**alike, "DUE": call.due is not None}
+
+
+def _short_lists(call: SelectionInputs, into: PositionLists) -> None:
+    """Of rows that a program holds in registers: a launch for the thresholds of a group's heads, and one for the lists;
+    or one in all, where a list is of one row."""
+    batch, heads, columns = call.scores.shape
+    row, numbers, alike = _arguments(call)
+    held = max(16, triton.next_power_of_2(columns))
+    alike |= {"ROW": held, "P_HEADS": call.p_heads is not None, "num_warps": min(16, max(4, held // SHORT_COLUMNS))}
+    pooled, alone = call.group != "union", heads == call.kv_heads
+    threshold: Tensor | None = None
+    if not (pooled or alone):
+        threshold = torch.empty((batch, heads), dtype=torch.int32, device=call.scores.device)
+        launch(
+            short.short_threshold_kernel,
+            batch * heads,
+            (*row, call.p_heads, threshold),
+            (*numbers, call.min_keys, call.p),
+            HEADS=heads,
+            **_at_most(SHORT_REGISTERS),
+            **alike,
+        )
+    launch(
+        short.short_list_kernel,
+        batch * call.kv_heads,
+        (*row, call.p_heads, threshold, *into),
+        (*numbers, call.min_keys, call.p, call.capacity),
+        GROUP=heads // call.kv_heads,
+        LSE=call.lse is not None,
+        POOLED=pooled,
+        SEARCH=threshold is None,
+        NEWEST=call.newest,
+        **alike,
+    )
+
+
 def _lists(call: SelectionInputs, into: PositionLists) -> None:
+    """Of long rows: a floor, the candidates above it, the thresholds and the lists among these, a launch each."""
     batch, heads, columns = call.scores.shape
     rows, group = batch * call.kv_heads, heads // call.kv_heads
     device = call.scores.device
+    if call.lse is None:
+        call = call._replace(lse=torch.zeros((batch, heads), device=device))
     floor, threshold = torch.empty((2, batch, heads), dtype=torch.int32, device=device)
-    taken = torch.empty((batch, call.kv_heads), dtype=torch.int32, device=device)
+    taken = torch.empty((rows, APART), dtype=torch.int32, device=device)
     chunks = triton.cdiv(columns, SIFT)
-    always = torch.empty((batch, heads, chunks), dtype=torch.int64, device=device)
+    always: Tensor | None = None
+    if call.page_lists is not None:
+        always = torch.empty((batch, heads, chunks), dtype=torch.int64, device=device)
     segments = torch.empty((rows, chunks, 2), dtype=torch.int32, device=device)
     # Room for all keys, of which few are candidates: no more of it is touched.
     candidates = torch.empty((rows, columns), dtype=torch.int32, device=device)
@@ -105,17 +163,17 @@ def _lists(call: SelectionInputs, into: PositionLists) -> None:
     rank = torch.empty((rows, columns), dtype=torch.float16, device=device)
     before = torch.empty((rows, call.newest + 1, columns), dtype=torch.int32, device=device)
 
-    row = (call.scores, call.lse, call.lengths, call.recents, call.page_lists, call.page_counts)
-    numbers = (*call.scores.stride()[:2], *_page_strides(call), columns, call.recent, call.sinks)
-    alike = {"KV_HEADS": call.kv_heads, "RECENTS": call.recents is not None, "PAGES": call.page_lists is not None}
+    row, numbers, alike = _arguments(call)
+    alike["APART"] = APART
     heads_alike = {"HEADS": heads, "P_HEADS": call.p_heads is not None, **alike}
     whole = {"CHUNK": SIFT, "CHUNKS_PAD": max(16, triton.next_power_of_2(chunks)), "GATHER": GATHER, "TILE": TILE}
+    whole |= {"FEW": FEW, "SOME": SOME}
     launch(
         thresholds.guess_kernel,
         batch * heads,
         (*row, call.p_heads, floor, taken),
         (*numbers, call.min_keys, call.p, DEVIATIONS),
-        SAMPLE=SAMPLE,
+        SAMPLE=min(max(triton.next_power_of_2(columns // SAMPLED), SAMPLE), LARGE_SAMPLE),
         PIECE=PIECE,
         GUESSES=GUESSES,
         TURNS=TURNS,
@@ -138,21 +196,26 @@ def _lists(call: SelectionInputs, into: PositionLists) -> None:
         (*row, call.p_heads, floor, taken, always, candidates, sifted, own, threshold),
         (*numbers, chunks, call.min_keys, call.p),
         num_warps=NUM_WARPS,
+        **_at_most(REGISTERS),
         **heads_alike,
         **whole,
     )
     launch(
         lists.list_kernel,
         rows,
-        (*row, floor, threshold, taken, segments, candidates, sifted, rank, before, call.due, *into),
+        (*row, floor, threshold, taken, segments, candidates, sifted, rank, before, *into),
         (*numbers, chunks, call.capacity),
         GROUP=group,
         NEWEST=call.newest,
-        DUE=call.due is not None,
         num_warps=NUM_WARPS,
         **alike,
         **whole,
     )
+
+
+def _at_most(registers: int) -> dict[str, int]:
+    """The option of NVIDIA's compiler that bounds the registers of a thread."""
+    return {"maxnreg": registers} if registers and torch.version.hip is None else {}
 
 
 def _page_strides(call: SelectionInputs) -> tuple[int, int]:

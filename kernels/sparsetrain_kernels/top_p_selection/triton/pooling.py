@@ -13,6 +13,7 @@ def pool_heads_kernel(
     lengths_ptr,
     page_lists_ptr,
     page_counts_ptr,
+    due_ptr,
     pooled_ptr,
     scores_stride_b,
     scores_stride_h,
@@ -24,6 +25,8 @@ def pool_heads_kernel(
     GROUP: tl.constexpr,
     MEAN: tl.constexpr,
     PAGES: tl.constexpr,
+    DUE: tl.constexpr,
+    LSE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Log of the largest or mean weight that the heads of a group give each key, fp16 ``[B, Hkv, M]``; -inf where there
@@ -32,7 +35,18 @@ def pool_heads_kernel(
     kv_head = tl.program_id(0) // chunks % KV_HEADS
     batch = tl.program_id(0) // chunks // KV_HEADS
     columns, length, end = row_bounds(
-        lengths_ptr, lengths_ptr, page_counts_ptr, batch, kv_head, all_columns, 0, KV_HEADS, False, PAGES
+        lengths_ptr,
+        lengths_ptr,
+        page_counts_ptr,
+        due_ptr,
+        batch,
+        kv_head,
+        all_columns,
+        0,
+        KV_HEADS,
+        False,
+        PAGES,
+        DUE,
     )
     if PAGES:
         page_lists_ptr += batch.to(tl.int64) * pages_stride_b + kv_head.to(tl.int64) * pages_stride_h
@@ -43,7 +57,7 @@ def pool_heads_kernel(
         head = kv_head * GROUP + member
         row = scores_ptr + batch.to(tl.int64) * scores_stride_b + head.to(tl.int64) * scores_stride_h
         score, exists = load_scores(row, page_lists_ptr, column, columns, length, 0, end, PAGES)
-        lse = tl.load(lse_ptr + batch * KV_HEADS * GROUP + head)
+        lse = tl.load(lse_ptr + batch * KV_HEADS * GROUP + head) if LSE else 0.0
         weight = tl.where(exists, score - lse, float("-inf"))
         peak = tl.maximum(best, weight)
         if MEAN:

@@ -9,6 +9,10 @@ LARGEST = tl.constexpr(65504.0)
 PAGE = tl.constexpr(16)
 ONE = tl.constexpr(1099511627776.0)
 """The mass of a key that has all of the weight."""
+LARGE = tl.constexpr(16777216.0)
+"""The same in units of 2^-24."""
+SMALL = tl.constexpr(65536.0)
+"""And one of them in units of 2^-40."""
 
 
 @triton.jit
@@ -16,6 +20,7 @@ def row_bounds(
     lengths_ptr,
     recents_ptr,
     page_counts_ptr,
+    due_ptr,
     batch,
     kv_head,
     columns,
@@ -23,9 +28,13 @@ def row_bounds(
     KV_HEADS: tl.constexpr,
     RECENTS: tl.constexpr,
     PAGES: tl.constexpr,
+    DUE: tl.constexpr,
 ):
-    """Columns of a row behind which there is no key, the tokens of its sequence, and the first of the recent ones."""
+    """Columns of a row behind which there is no key, the tokens of its sequence, and the first of the recent ones. A
+    sequence that is not due has no tokens: then there is nothing to do, in any kernel."""
     length = tl.load(lengths_ptr + batch)
+    if DUE:
+        length = tl.where(tl.load(due_ptr + batch) != 0, length, 0)
     if RECENTS:
         recent = tl.load(recents_ptr + batch)
     if PAGES:
@@ -57,15 +66,20 @@ def load_scores(scores_ptr, page_lists_ptr, column, columns, length, sinks, rece
 
 
 @triton.jit
+def weights(score, lse):
+    """The weight of each score, fp32; 0 of -inf."""
+    return tl.where(score > float("-inf"), tl.minimum(tl.exp2((score - lse) * LOG2E), 1.0), 0.0)
+
+
+@triton.jit
 def masses(score, lse):
-    """The weight of each score in units of 2^-40, rounded down; 0 of -inf. A function of the two numbers alone."""
-    weight = tl.where(score > float("-inf"), tl.minimum(tl.exp2((score - lse) * LOG2E), 1.0), 0.0)
-    return (weight * ONE).to(tl.int64)
+    """The weight of each score in units of 2^-40, rounded down. A function of the two numbers alone."""
+    return (weights(score, lse) * ONE).to(tl.int64)
 
 
 @triton.jit
 def ordered(score):
-    """int32 0 to 65,535 in the order of fp16's numbers, equal for equal ones."""
+    """int32 0 to 65,535 in the order of fp16's numbers, equal for equal ones; ``score`` is fp16, or fp32 of such."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
     return (bits ^ ((bits >> 15) & 0x7FFF)) + 32768
 
@@ -77,6 +91,66 @@ def number(key):
     bits = key - 32768
     bits = bits ^ ((bits >> 15) & 0x7FFF)
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def mass_parts(score, lse):
+    """The mass of each key as two integers, ``2^16`` times the first and the second: sums of 64 bits are slow. And
+    whether sums of 32 bits do not overflow: weights of a row sum to 1, if its log-sum-exp is its own."""
+    weight = weights(score, lse)
+    large = (weight * LARGE).to(tl.int32)
+    small = ((weight * LARGE - large.to(tl.float32)) * SMALL).to(tl.int32)
+    return large, small, tl.sum(weight) < 4.0
+
+
+@triton.jit
+def mass_of(chosen, large, small, is_sound):
+    """The mass of some keys of a row."""
+    if is_sound:
+        mass = tl.sum(tl.where(chosen, large, 0)).to(tl.int64) * (1 << 16) + tl.sum(tl.where(chosen, small, 0))
+    else:
+        mass = tl.sum(tl.where(chosen, large.to(tl.int64) * (1 << 16) + small, 0))
+    return mass
+
+
+@triton.jit
+def halve(keys, amounts, found, least):
+    """The largest number from which on ``keys`` have at least ``least`` of their ``amounts``, all of them in registers;
+    no less than ``found``, of which that is taken for granted. Keys are fp16's numbers as integers in their order, -1
+    where there is none that may be listed, and ``least`` is above 0."""
+    found += tl.full([], 0, tl.int32)
+    # Found below ``beyond``, where there is nothing.
+    beyond = tl.max(keys) + 1
+    while beyond - found > 1:
+        middle = (found + beyond) // 2
+        if tl.sum(tl.where(keys >= middle, amounts, 0)) >= least:
+            found = middle
+        else:
+            beyond = middle
+    return found
+
+
+@triton.jit
+def held_threshold(keys, large, small, is_sound, floor, least_mass, min_keys):
+    """A number from which on keys in registers have the least mass and are the least number, and no smaller set of them
+    does; no less than ``floor``, of which that is taken for granted.
+
+    The larger parts of masses are searched first: from the number found on their sum is enough, from the next key on it
+    is not. That key's smaller parts decide whether there is more to search.
+    """
+    found = tl.full([], 65535, tl.int32)
+    if least_mass > 0:
+        found = floor + tl.full([], 0, tl.int32)
+        beyond = found
+        if is_sound:
+            found = halve(keys, large, floor, ((least_mass + ((1 << 16) - 1)) >> 16).to(tl.int32))
+            beyond = tl.min(tl.where(keys > found, keys, 65536))
+        # Of nothing the mass is 0, which is less than any.
+        if mass_of(keys >= beyond, large, small, is_sound) >= least_mass:
+            found = halve(keys, large.to(tl.int64) * (1 << 16) + small, beyond, least_mass)
+    if tl.sum((keys >= found).to(tl.int32)) < min_keys:
+        found = halve(keys, tl.full(keys.shape, 1, tl.int32), floor, min_keys)
+    return found
 
 
 @triton.jit
