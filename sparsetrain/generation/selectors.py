@@ -104,12 +104,12 @@ class QuestPages(Selector):
     def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
         """See :meth:`Selector.candidates`."""
         scale = factors.get("scale")
-        bounds = page_scores(query, PageBounds(places.beside["bounds"]), scale=scale, **places.arguments).half()
-        batch, heads, pages = bounds.shape
+        values = PageBounds(places.beside["bounds"])
+        bounds = page_scores(query, values, scale=scale, dtype=torch.float16, **places.arguments)
+        _, heads, pages = bounds.shape
         wanted = min(-(-self._decode.candidate_tokens(places.prompt) // GRANULE), pages)
-        alike = torch.zeros(batch, heads, device=bounds.device)
         # A row has no more pages than tokens, and where there is none the bound is -inf.
-        best = top_k_lists(bounds, alike, wanted, lengths=places.lengths, num_kv_heads=heads, width=1, due=places.due)
+        best = top_k_lists(bounds, None, wanted, lengths=places.lengths, num_kv_heads=heads, width=1, due=places.due)
         return Pages(best.lists, best.counts)
 
 

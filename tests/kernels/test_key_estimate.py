@@ -275,6 +275,8 @@ def test_page_scores_bound_every_logit_of_the_group(backend, bytes_: bool, page,
     want = torch.maximum(query.double() * low, query.double() * high).sum(3) * head_dim**-0.5
     want = want.unflatten(1, (2, group)).amax(2)
     assert ((scores - want).abs() <= 1e-5 * (1 + want.abs()))[real].all()
+    rounded = page_scores(query, keys.bounds, **keys.places(), dtype=torch.float16, backend=backend)
+    assert torch.equal(rounded, scores.half())
 
 
 @pytest.mark.parametrize("lengths", [(170, 41, 60), (1100, 1000, 900)], ids=["one split", "splits"])
@@ -333,7 +335,7 @@ def test_the_operations_are_well_made() -> None:
     for listed in ((None, None, 16), (lists, counts, 16), (lists, counts, 1)):
         args = (query, *keys.mirror, *keys.places().values(), 170, 0.1, None, *listed, None, "reference")
         torch.library.opcheck(estimate, args, test_utils=("test_schema", "test_faketensor"))
-    args = (query, *keys.bounds, *keys.places().values(), 12, 0.1, None, "reference")
+    args = (query, *keys.bounds, *keys.places().values(), 12, 0.1, None, torch.float16, "reference")
     torch.library.opcheck(pages, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -385,3 +387,5 @@ def test_page_scores_refuse_what_is_not_of_the_keys() -> None:
         page_scores(QUERY, KEYS.bounds.values, **KEYS.places())
     with pytest.raises(TypeError, match=r"bounds is torch\.float32, expected torch\.float16"):
         page_scores(QUERY.half(), KEYS.bounds, **KEYS.places())
+    with pytest.raises(ValueError, match=r"dtype=torch\.bfloat16 must be torch\.float32 or torch\.float16"):
+        page_scores(QUERY, KEYS.bounds, **KEYS.places(), dtype=torch.bfloat16)

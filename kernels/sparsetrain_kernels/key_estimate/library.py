@@ -20,7 +20,7 @@ torch.library.define(
 torch.library.define(
     "sparsetrain::page_scores",
     "(Tensor query, Tensor bounds, Tensor? center, Tensor? spread, Tensor lengths, Tensor block_table, int granules, "
-    "float scale, Tensor? due, str backend) -> Tensor",
+    "float scale, Tensor? due, ScalarType dtype, str backend) -> Tensor",
 )
 torch.library.define(
     "sparsetrain::key_weights",
@@ -72,9 +72,12 @@ def _page_scores_fake(
     lengths: Tensor,
     block_table: Tensor,
     granules: int,
-    *args: Any,
+    scale: float,
+    due: Any,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
-    return query.new_empty((query.shape[0], bounds.shape[1], granules), dtype=torch.float32)
+    return query.new_empty((query.shape[0], bounds.shape[1], granules), dtype=dtype)
 
 
 @torch.library.impl("sparsetrain::key_weights", "default")

@@ -131,6 +131,7 @@ def page_scores(
     max_length: int | None = None,
     scale: float | None = None,
     due: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
     """Upper bounds of the logits of every 16 tokens, from the bounds of their keys (2406.10774, Algorithm 1).
@@ -147,10 +148,11 @@ def page_scores(
         max_length: what no length exceeds; None means all that ``block_table`` has pages for.
         scale: factor on the logits; None means ``D ** -0.5``.
         due: bool ``[B]``, as there.
+        dtype: of the result, fp32, or fp16 as :func:`top_k_lists` takes it, which rounds the bounds.
         backend: as there.
 
     Returns:
-        fp32 ``[B, Hkv, ceil(max_length / 16)]``, bounded by fp16's range; -inf where there is no token. The largest,
+        ``[B, Hkv, ceil(max_length / 16)]``, bounded by fp16's range; -inf where there is no token. The largest,
         as :func:`top_k_lists` lists them, are ``page_lists`` of :func:`estimate_scores`.
 
     Raises:
@@ -165,11 +167,13 @@ def page_scores(
     check_due(due, query)
     max_length = check_max_length(max_length, block_table, page)
     check_factors(scale, None)
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype} must be torch.float32 or torch.float16")
     scale = head_dim**-0.5 if scale is None else float(scale)
     chosen = choose_backend(backend, query, _refusals(query))
     granules = -(-max_length // GRANULE)
     return torch.ops.sparsetrain.page_scores(
-        consecutive_rows(query), *bounds, lengths, block_table, granules, scale, due, chosen
+        consecutive_rows(query), *bounds, lengths, block_table, granules, scale, due, dtype, chosen
     )
 
 

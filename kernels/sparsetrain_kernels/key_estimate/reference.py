@@ -86,6 +86,7 @@ def upper_bounds(
     granules: int,
     scale: float,
     due: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As :func:`sparsetrain_kernels.page_scores`, of ``granules`` times 16 tokens. Reads ``lengths`` on the host.
 
@@ -115,7 +116,7 @@ def upper_bounds(
             own = query[sequence]
             score = own.clamp(min=0) @ highest + own.clamp(max=0) @ lowest + offset[sequence]
             scores[sequence, :, part] = (score.amax(1) * scale).clamp(-LARGEST, LARGEST)
-    return scores
+    return scores.to(dtype)
 
 
 def center_logits(query: Tensor, mirror: KeyMirror, scale: float) -> Tensor:

@@ -96,4 +96,4 @@ def page_scores_kernel(
     out = scores_ptr + (batch * KV_HEADS + kv_head) * granules + granule
     best = tl.maximum(best * scale, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
     best = tl.minimum(best, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out, tl.where(is_kept, best, float("-inf")), mask=granule < granules)
+    tl.store(out, tl.where(is_kept, best, float("-inf")).to(scores_ptr.dtype.element_ty), mask=granule < granules)

@@ -29,7 +29,7 @@ def choose_config(half_pad: int, heads: int, page: int, listed: bool) -> Config:
     divisor = page & -page
     if not listed and 64 <= divisor < block_n:
         block_n = divisor
-    return Config(block_n, 10 if listed else 7, 4, 4)
+    return Config(block_n, 6 if listed else 7, 4, 4)
 
 
 def choose_heads(group: int) -> int:
@@ -44,8 +44,8 @@ def choose_splits(programs: int, tiles: int, room: int) -> int:
 
 
 def granules_of_a_tile(element_size: int, d_pad: int) -> int:
-    """Bounds of 16 tokens that a program reads: 32 KiB of them."""
-    return max(16, min(64, 2**15 // (2 * element_size * d_pad)))
+    """Bounds of 16 tokens that a program reads: 16 KiB of them."""
+    return max(16, min(64, 2**14 // (2 * element_size * d_pad)))
 
 
 def keys_of_a_tile(element_size: int, d_pad: int) -> int:

@@ -107,6 +107,7 @@ def upper_bounds(
     granules: int,
     scale: float,
     due: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As :func:`sparsetrain_kernels.page_scores`, of ``granules`` times 16 tokens."""
     batch, heads = query.shape[:2]
@@ -117,7 +118,7 @@ def upper_bounds(
     values = bounds.values.view(torch.uint8) if in_bytes else bounds.values
     block_g = granules_of_a_tile(values.element_size(), d_pad)
     tiles = triton.cdiv(granules, block_g)
-    scores = torch.empty((batch, kv_heads, granules), dtype=torch.float32, device=query.device)
+    scores = torch.empty((batch, kv_heads, granules), dtype=dtype, device=query.device)
     (lengths,) = row_major(lengths)
     table = consecutive_rows(block_table)
     due = None if due is None else due.contiguous().view(torch.uint8)
