@@ -120,9 +120,9 @@ class MethodConfig(Section, ABC):
         """This config at the end of its schedule over the steps of a run."""
         return self
 
-    def heads_fault(self, num_kv_heads: int) -> str | None:
-        """The reason why a layer's heads cannot be divided among ranks (``sequence.parallel``), with a fix; None if
-        they can."""
+    def heads_fault(self, num_kv_heads: int, parallel: int) -> str | None:
+        """The reason why a layer's heads cannot be divided among ``parallel`` ranks (``sequence.parallel``), with a
+        fix; None if they can. Of fewer KV heads than ranks, several ranks have a copy and a part of its query heads."""
         pattern = self.pattern(num_kv_heads)
         if pattern is None or not pattern.per_head:
             return None

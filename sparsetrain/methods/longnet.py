@@ -65,7 +65,7 @@ class LongNetConfig(StaticConfig):
             block=self.block, segments=self.segments, head_shift=self.head_shift, num_heads=num_kv_heads
         )
 
-    def heads_fault(self, num_kv_heads: int) -> str | None:
+    def heads_fault(self, num_kv_heads: int, parallel: int) -> str | None:
         """See :meth:`MethodConfig.heads_fault`."""
-        fault = super().heads_fault(num_kv_heads)
+        fault = super().heads_fault(num_kv_heads, parallel)
         return None if fault is None else f"{fault}, or attention.head_shift: false"

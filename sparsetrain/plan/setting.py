@@ -50,8 +50,9 @@ class Setting:
         Raises:
             RecipeError: the global batch cannot be made on so many ranks, or the ranks cannot share a sequence.
         """
-        parallel = self.recipe.sequence.parallel
-        fault = heads_fault(parallel, self.shape.heads, self.shape.kv_heads) or self.shape.rotary_fault
+        parallel, kv_heads = self.recipe.sequence.parallel, self.shape.kv_heads
+        fault = heads_fault(parallel, self.shape.heads, kv_heads) or self.shape.rotary_fault
+        fault = fault or self.recipe.attention.heads_fault(kv_heads, parallel)
         if parallel > 1 and fault is not None:
             raise RecipeError(f"sequence.parallel: {fault}")
         return batch_shape(self.recipe, self.ranks)

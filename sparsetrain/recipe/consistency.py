@@ -164,7 +164,7 @@ def _shared_sequence(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     fault = None if heads is None else heads_fault(parallel, *heads)
     if fault is not None:
         yield ("sequence", "parallel"), fault
-    fault = attention.heads_fault(heads[1] if heads else 2)
+    fault = attention.heads_fault(heads[1] if heads else parallel, parallel)
     if fault is not None:
         yield ("sequence", "parallel"), f"{parallel} ranks share out the heads, but {fault}"
 

@@ -78,7 +78,7 @@ def check_model(recipe: Recipe) -> None:
     if recipe.sequence.parallel > 1:
         from sparsetrain.training.distributed import sequence_parallel  # imports DeepSpeed, which takes seconds
 
-        sequence_parallel.check_config(config, recipe.sequence.parallel)
+        sequence_parallel.check_config(config, recipe.sequence.parallel, recipe.attention)
     model = source.skeleton(config, trust_remote_code=section.trust_remote_code)
     if folder is not None:
         check_headers(

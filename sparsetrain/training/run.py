@@ -106,7 +106,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     transformers.set_seed(recipe.train.seed)
     activity.at("loading the model")
     if recipe.sequence.parallel > 1:
-        sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel)
+        sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel, recipe.attention)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_loaded(model, recipe)
     # It is saved with the model, and other programs truncate texts to it.

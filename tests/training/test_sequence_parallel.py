@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsetrain import sparsify
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError, TrainingError
+from sparsetrain.methods.power import PowerConfig
+from sparsetrain.methods.recycled.method import RecycledConfig
 from sparsetrain.modeling.attention.call import AttentionCall
 from sparsetrain.modeling.attention.interface import attend_call
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, shares_heads
-from sparsetrain.training.distributed.sequence_parallel import check_shareable, join_sequence_group
+from sparsetrain.training.distributed.sequence_parallel import check_config, check_shareable, join_sequence_group
 
 SHORT = "train.steps=3"
 CHECKPOINTED = "train.activation_checkpointing=layer"
@@ -204,12 +206,24 @@ def test_the_heads_say_how_many_ranks_can_share(heads, kv_heads, fitting):
             ["sequence.parallel=2", "attention={method: longnet, block: 16, head_shift: true}"],
             "attention.method=longnet gives each head its own pattern",
         ),
+        (
+            ["sequence.parallel=4", "attention.method=recycled"],
+            "chooses keys by all query heads of a key/value head, of which there are 2",
+        ),
     ],
 )
 def test_what_ranks_cannot_do_together_is_refused_with_the_recipe(tiny_recipe, overrides, expected):
     with pytest.raises(RecipeError, match=r"sequence\.parallel") as error:
         tiny_recipe(*overrides)
     assert expected in str(error.value)
+
+
+def test_a_model_from_elsewhere_has_too_few_heads_for_the_method():
+    config = AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=2)
+    check_config(config, 2, RecycledConfig())
+    check_config(config, 4, PowerConfig())
+    with pytest.raises(ModelError, match=r"sequence\.parallel=4: attention\.method=recycled .* set it to 2 or less"):
+        check_config(config, 4, RecycledConfig())
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,15 @@ class RecycledConfig(MethodConfig):
         prune = None if self.p is None else {"p": self.p, "group": "union", "min_keys": 1}
         return {"refresh": refresh, "prune": prune, "sinks": self.sinks, "recent": self.recent}
 
-    def heads_fault(self, num_kv_heads: int) -> str | None:
+    def heads_fault(self, num_kv_heads: int, parallel: int) -> str | None:
         """See :meth:`MethodConfig.heads_fault`."""
         if self.similarity is None:
-            return None
+            if parallel <= num_kv_heads:
+                return None
+            return (
+                f"attention.method=recycled chooses keys by all query heads of a key/value head, of which there are "
+                f"{num_kv_heads}, and more ranks than that divide them; set it to {num_kv_heads} or less"
+            )
         return (
             f"attention.similarity={self.similarity:g} compares the mean query of all heads of a layer, which no rank "
             "has; set it to 1, or attention.similarity: null"

@@ -131,7 +131,7 @@ class SparseKConfig(MethodConfig):
         """Without the warm-up of ``topk``."""
         return self.model_copy(update={"topk_start": None, "topk_steps": None})
 
-    def heads_fault(self, num_kv_heads: int) -> str | None:
+    def heads_fault(self, num_kv_heads: int, parallel: int) -> str | None:
         """See :meth:`MethodConfig.heads_fault`."""
         if self.scorer != "random":
             return None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from sparsetrain.errors import ModelError
+from sparsetrain.methods.base import MethodConfig
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.ulysses import Ulysses
@@ -36,17 +37,23 @@ def join_sequence_group(recipe: Recipe) -> Ulysses | None:
     return Ulysses(group)
 
 
-def check_config(config: Any, parallel: int) -> None:
+def check_config(config: Any, parallel: int, attention: MethodConfig | None = None) -> None:
     """Refuse a transformers config that does not support sequence parallelism.
 
+    Args:
+        attention: The method that its layers will have.
+
     Raises:
-        ModelError: The number of heads is not divisible, or the rotary embedding depends on the sequence length.
+        ModelError: The number of heads is not divisible, also for the method, or the rotary embedding depends on the
+            sequence length.
     """
     if parallel == 1:
         return
     text_config = config.get_text_config()
     heads = text_config.num_attention_heads
-    fault = heads_fault(parallel, heads, getattr(text_config, "num_key_value_heads", None) or heads)
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    fault = heads_fault(parallel, heads, kv_heads)
+    fault = fault or (None if attention is None else attention.heads_fault(kv_heads, parallel))
     fault = fault or rotary_fault(getattr(text_config, "rope_parameters", None))
     if fault is not None:
         raise ModelError(f"sequence.parallel={parallel}: {fault}")
