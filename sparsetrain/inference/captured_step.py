@@ -46,6 +46,9 @@ class CapturedStep:
         self._replayed = self._step = 0
         self._offloaded = [each.memory for each in cache.layers if isinstance(each.memory, OffloadedMemory)]  # type: ignore[union-attr]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """None: its graph reads this cache, and a copy of the cache captures a step of its own."""
+
     @property
     def inputs(self) -> dict[str, Any]:
         """The model's arguments."""

@@ -8,6 +8,7 @@ forward pass with ``use_cache=True``.
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,16 @@ class MemoryLayer(CacheLayerMixin):
         self.counted = 0
         """Tokens that the host has seen read, padding included."""
         self._expected = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryLayer:
+        """A past of its own for the same model: ``copy.deepcopy(cache)`` lets several texts go on from one prompt."""
+        for shared in (self.plan, self.plan.method, self.plan.decode):
+            # Unless the model is copied with it.
+            memo.setdefault(id(shared), shared)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     def expect(self) -> Memory:
         """The memory, for a layer that will call :meth:`update` and then attend with it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -157,6 +158,33 @@ def test_a_cache_serves_the_next_batch_with_the_same_step(captures):
         assert got.tolist() == want.tolist()
     # Another number of rows has other tensors.
     assert len(captures) == 3
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["SparseCache", "DynamicCache"])
+@pytest.mark.parametrize(
+    ("method", "decode"), [("power", None), ("sparsek", None), ("full", DECODE)], ids=["power", "sparsek", "decode"]
+)
+@torch.no_grad()
+def test_several_texts_go_on_from_copies_of_one_prompt(method, decode, grows, warned):
+    model, prompt = make(METHODS[method], decode), texts(ONE)["input_ids"]
+
+    def read() -> Any:
+        cache = None if grows else sparsetrain.SparseCache(model, max_length=80)
+        return model(prompt, past_key_values=cache, use_cache=True).past_key_values
+
+    def write(cache: Any, end: list[int]) -> list[list[int]]:
+        ids = torch.cat([prompt, torch.tensor([end])], dim=1)
+        settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        return sparsetrain.generate(model, ids, past_key_values=cache, **settings).tolist()
+
+    held, ends = read(), ([5, 6], [50, 7, 8])
+    first = copy.deepcopy(held)
+    assert [write(first, ends[0]), write(copy.deepcopy(held), ends[1])] == [write(read(), end) for end in ends]
+    assert held.layers[0].memory.nbytes() == read().layers[0].memory.nbytes()
+    # Of a captured step nothing is copied, and the model is no part of a cache.
+    assert getattr(copy.deepcopy(first), "captured", None) is None
+    both = copy.deepcopy({"model": model, "cache": held})
+    assert both["cache"].layers[1].plan is both["model"].model.layers[1].self_attn.sparsetrain_plan is not None
 
 
 class Noted(BaseStreamer):
