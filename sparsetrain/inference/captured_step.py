@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.generation.observed import is_observing, observing
 from sparsetrain.generation.offloaded import OffloadedMemory
@@ -155,7 +155,14 @@ class CapturedStep:
         """What must be as it was for the graph to be right."""
         memories = [layer.memory.fixed() for layer in self._cache.layers]  # type: ignore[union-attr]
         weights = [each.data_ptr() for each in (*self._model.parameters(), *self._model.buffers())]
-        return id(self._model), self._model.training, is_observing(), *memories, *weights
+        return id(self._model), self._model.training, is_observing(), *_adapters(self._model), *memories, *weights
+
+
+def _adapters(model: Any) -> Iterator[str]:
+    """Which adapters take part in a pass, and how strongly: peft decides it on the host, with the same weights."""
+    for module in model.modules():
+        if isinstance(getattr(module, "lora_A", None), Mapping | nn.Module):
+            yield f"{module.active_adapters} {module.disable_adapters} {module.scaling}"
 
 
 @cache

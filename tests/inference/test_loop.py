@@ -187,6 +187,25 @@ def test_several_texts_go_on_from_copies_of_one_prompt(method, decode, grows, wa
     assert both["cache"].layers[1].plan is both["model"].model.layers[1].self_attn.sparsetrain_plan is not None
 
 
+def test_another_adapter_is_another_step(captures):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model, given = peft.get_peft_model(make(METHODS["power"]), lora).eval(), texts(ONE)
+    cache = sparsetrain.SparseCache(model, max_length=80)
+
+    def write() -> list[list[int]]:
+        cache.reset()
+        settings = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False}
+        return sparsetrain.generate(model, **given, **settings).tolist()
+
+    found = [write(), write()]
+    assert len(captures) == 1
+    with model.disable_adapter():
+        found.append(write())
+    assert len(captures) == 2
+    assert found[0] == found[1] != found[2]
+
+
 class Noted(BaseStreamer):
     """Notes what it is handed."""
 
