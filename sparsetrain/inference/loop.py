@@ -23,6 +23,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from sparsetrain.errors import ModelError
 from sparsetrain.generation.pages import check_room
 from sparsetrain.inference.captured_step import CapturedStep
 from sparsetrain.modeling import SparseCache
@@ -63,15 +64,21 @@ def generate(
         of transformers.
 
     Raises:
-        ModelError: the text grows beyond the cache, or as the model's attention says.
+        ModelError: the text grows beyond the cache, ``use_cache=False`` beside a cache, or as the model's attention
+            says.
     """
+    if arguments.get("past_key_values") is not None:
+        if arguments.get("use_cache") is False:
+            raise ModelError("use_cache=False, and past_key_values is a cache: leave one of them out")
+        # The model's config may say otherwise, and transformers would read the whole text into the cache in every step.
+        arguments = {**arguments, "use_cache": True}
     reason = why_not(model, arguments)
     if reason is not None:
         logger.warning("steps run in transformers' own loop: %s", reason)
         return model.generate(inputs, streamer=streamer, **arguments)
     # transformers hands a streamer to its own loops only.
     loop = partial(_write, streamer=streamer)
-    return model.generate(inputs, streamer=streamer, custom_generate=loop, **{**arguments, "disable_compile": True})
+    return model.generate(inputs, streamer=streamer, **{**arguments, "custom_generate": loop, "disable_compile": True})
 
 
 def why_not(model: Any, arguments: dict[str, Any]) -> str | None:

@@ -206,6 +206,19 @@ def test_another_adapter_is_another_step(captures):
     assert found[0] == found[1] != found[2]
 
 
+def test_a_cache_that_is_handed_over_is_used():
+    model, given = make(METHODS["power"]), texts(ONE)
+    want, got = both(model, given, do_sample=False)
+    # As models are saved that were trained with checkpointing.
+    model.generation_config.use_cache = False
+    cache = sparsetrain.SparseCache(model, max_length=80)
+    settings = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False, "custom_generate": None}
+    assert sparsetrain.generate(model, **given, **settings).tolist() == want.tolist() == got.tolist()
+    cache.reset()
+    with pytest.raises(ModelError, match="use_cache=False, and past_key_values is a cache"):
+        sparsetrain.generate(model, **given, **settings, use_cache=False)
+
+
 class Noted(BaseStreamer):
     """Notes what it is handed."""
 
