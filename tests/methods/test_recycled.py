@@ -215,6 +215,33 @@ def test_the_oracle_refuses_other_choices(monkeypatch):
         method.expected(None, query, key, value, **call)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_the_oracle_knows_that_equal_keys_may_not_fit(spread):
+    """Of equal keys that do not all fit a top-p has none: a list is then shorter than it may be."""
+    query, key, value = (tensor.detach() for tensor in tensors(60))
+    method, options = built(keep=8, p=0.8, sinks=1, recent=0), {"scale": 0.7, "cu_seqlens": torch.tensor([0, 60]).int()}
+    call = {"segments": make_segments([0, 60], [4], [6]), "document": slice(0, 60), **options}
+    out = attend(method, query * spread, key, value, call["segments"], options["cu_seqlens"])
+    rows, right = method.expected(None, query * spread, key, value, **call)
+    torch.testing.assert_close(out[:, :, rows], right, rtol=0, atol=1e-12)
+
+
+def test_the_oracle_refuses_a_top_p_with_too_little_weight(monkeypatch):
+    query, key, value = (tensor.detach() for tensor in tensors(60))
+    method = built(keep=60, p=0.8, sinks=0, recent=0)
+    call = {"segments": make_segments([0, 60], [4], [6]), "document": slice(0, 60), "scale": 0.7}
+    method.expected(None, query, key, value, **call)
+    choose = oracle.choose
+
+    def fewer(*args):
+        lists, counts = choose(*args)
+        return lists, counts - (counts > 3).int()
+
+    monkeypatch.setattr(oracle, "choose", fewer)
+    with pytest.raises(ModelError, match="chose other keys"):
+        method.expected(None, query, key, value, **call)
+
+
 def test_the_weight_that_is_read_is_told_by_layer_and_age():
     query, key, value = (tensor.detach() for tensor in tensors(110))
     method = built(**SETTINGS["top-k"])

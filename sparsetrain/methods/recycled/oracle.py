@@ -139,7 +139,27 @@ def check_choice(rules: Rules, query: Tensor, key: Tensor, chosen: Tensor, scale
         wrong |= left > least + rounding
     else:
         # Where there is room for all, each head has its share of the weight.
+        slack = rounding.expm1()
         mass = weights.exp().masked_fill((free & ~chosen)[:, None], 0).sum(-1)
-        wrong = (mass < rules.p - rounding.expm1()).any(-1) & (chosen.sum(-1) < rules.keep)
+        wrong = (mass < rules.p - slack).any(-1) & (
+            most_members(weights, free, rules.p + slack, rounding) <= rules.keep
+        )
     if bool((wrong | (chosen & ~free).any(-1)).any()):
         raise ModelError("recycled attention chose other keys than those of the largest weights")
+
+
+def most_members(weights: Tensor, free: Tensor, p: Tensor, rounding: Tensor) -> Tensor:
+    """Keys that a top-p of the heads of each group has at most, up to rounding, int64 ``[Hkv]``.
+
+    Args:
+        weights: logarithms of weights ``[Hkv, group, n]``.
+        free: bool ``[n]``, the keys that compete.
+        p: the share of the weight that each head needs.
+        rounding: of a logarithm.
+    """
+    always = weights.exp().masked_fill(free, 0).sum(-1, keepdim=True)
+    order = weights.masked_fill(~free, float("-inf")).sort(-1, descending=True).values
+    # A key is a member if those that are clearly heavier have too little.
+    before = torch.searchsorted(-order, -(weights + 2 * rounding).contiguous())
+    heavier = torch.nn.functional.pad(order.exp().cumsum(-1), (1, 0)).gather(-1, before)
+    return ((always + heavier < p) & free).any(1).sum(-1)
