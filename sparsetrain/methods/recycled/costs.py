@@ -1,4 +1,7 @@
-"""The costs of a recycled layer for ``sparsetrain plan``."""
+"""The costs of a recycled layer for ``sparsetrain plan``.
+
+Rates and bytes were measured on one H200 in bf16, 2026-11-30, by ``python kernels/benchmarks/recycled_attention.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,17 @@ from collections.abc import Sequence
 
 from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
 
-RATE = AttentionRate(forward=(150e12, 110e12), backward=(110e12, 85e12))
-"""An estimate, with the choice: no measurement yet."""
+RATE = AttentionRate(forward=(138e12, 104e12), backward=(216e12, 164e12))
+"""With the choice; the mean of 120 and 155 in forward and of 186 and 247 TFLOP/s in backward at 32,768 tokens
+(segments of 16, 1,024 keys) and at 131,072 (segments of 32, 2,048 keys). Head dim 64 was not measured; it is scaled as
+block patterns."""
 
-BYTES = 64.0
-"""Bytes per token and query head in backward besides the lists; an estimate."""
+BYTES = (2253.0, 973.0)
+"""Bytes per token and query head of dim 128, with what the choice takes: 2.2 GiB for 32,768 tokens of 32 heads. Beyond
+that, memory is constant until 973 bytes per token exceed it: 3.8 GiB for 131,072 tokens."""
+
+KNEE = 32768
+"""Tokens up to which the memory grows at the first of those rates."""
 
 
 def share_of_pairs(length: int, every: int, reused: int) -> float:
@@ -38,10 +47,12 @@ def layer_costs(shape: LayerShape, *, lengths: Sequence[int], keep: int) -> Atte
         lengths: The lengths of segments that are drawn from; the shortest has the most lists.
         keep: Keys of a list.
     """
+    growing, lasting = BYTES
+    per_head = max(min(growing, growing * KNEE / shape.length), lasting) * shape.head_dim / 128
     lists = 4.0 * shape.kv_heads * (min(keep, shape.length) + 2) / min(lengths)
     return AttentionCosts(
         rate=RATE,
-        backward_bytes=BYTES * shape.heads,
+        backward_bytes=per_head * shape.heads,
         saved_bytes=lists,
         keeps_input=False,
         parameters=NO_PARAMETERS,
