@@ -140,6 +140,8 @@ class Decode(Section):
             raise ValueError("refresh.keep and prune both say how many keys a choice has; drop one of them")
         if self.refresh is not None and isinstance(keep := self.refresh.keep, float) and keep >= 1 and keep % 1:
             raise ValueError(f"refresh.keep={keep} must be a whole number of tokens, or a share below 1")
+        if self.refresh is not None and isinstance(self.refresh.keep, float) and self.refresh.keep == 1:
+            raise ValueError("refresh.keep=1.0 would be one token, not the whole prompt; write 1, or a share below 1")
         return self
 
     def candidate_tokens(self, prompt: int) -> int:

@@ -370,6 +370,7 @@ def test_published_settings_have_names(name):
         ({"refresh": {"every": 4}}, "give refresh.keep or prune.p"),
         ({"refresh": {"every": 0, "keep": 4}}, "decode.refresh.every"),
         ({"refresh": {"every": 4, "keep": True}}, "decode.refresh.keep: true is no value"),
+        ({"refresh": {"every": 4, "keep": 1.0}}, "refresh.keep=1.0 would be one token, not the whole prompt"),
         ({"refresh": {"every": 4, "keep": 8}, "prune": {}}, "drop one of them"),
         ({"candidates": 64, "prune": {}}, "candidates=64 is for select=quest or channels"),
         ({}, "give prune, refresh, select=quest or select=channels"),
