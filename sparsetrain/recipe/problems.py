@@ -178,7 +178,9 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     known = list(section.model_fields) if section else []
     owners = [name for name, config in METHODS.items() if key in config.model_fields] if path[0] == "attention" else []
     if owners and len(path) == 2:
-        return f"unknown key: method {data['attention']['method']} has no {key}, but {' and '.join(owners)} have"
+        names = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+        having = f"{names} {'has' if len(owners) == 1 else 'have'}"
+        return f"unknown key: method {data['attention']['method']} has no {key}, but {having}"
     others = [other for other in _short_paths() if other[-1] == key]
     if others:
         return f"unknown key here; did you mean {' or '.join(dotted(other) for other in others)}?"
