@@ -88,7 +88,7 @@ def parse_attention(attention: Mapping[str, Any] | MethodConfig, *, strict: bool
             return config.model_validate_json(json.dumps(dict(attention)), strict=True)
         return config.model_validate(dict(attention))
     except ValidationError as error:
-        problems = "; ".join(_explain(problem, config) for problem in error.errors())
+        problems = "; ".join(_explain(problem, config, attention) for problem in error.errors())
         raise ModelError(f"attention (method {method}): {problems}") from None
 
 
@@ -153,8 +153,15 @@ AttentionConfig = Annotated[MethodConfig, _AnyMethod]
 """The ``attention`` section of a recipe; its field ``method`` selects the config class."""
 
 
-def _explain(problem: Any, config: type[MethodConfig]) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
+def _explain(problem: Any, config: type[MethodConfig], given: Any) -> str:
+    names = []
+    for part in problem["loc"]:  # leaves out pydantic's names for the alternatives of a union
+        if (isinstance(given, Mapping) and part in given) or (isinstance(given, list) and isinstance(part, int)):
+            given = given[part]
+            names.append(str(part))
+    if problem["type"] == "missing":
+        names.append(str(problem["loc"][-1]))
+    field = ".".join(names)
     if problem["type"] == "extra_forbidden":
         return _unknown(field, list(config.model_fields))
     if not field:

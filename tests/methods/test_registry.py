@@ -88,6 +88,9 @@ def test_full_attention_has_no_pattern():
         ({"method": "longnet", "segments": [[4, 2]]}, "needs rate 1"),
         ({"method": "longnet", "segments": []}, "segments"),
         ({"method": "power", "dense_layers": {"count": 2}}, "every"),
+        ({"method": "recycled", "every": 0}, r"every=0: Input should be greater than 0; every=0: "),
+        ({"method": "recycled", "every": [8, 0]}, r"(recycled\): |; )every\.1=0: Input should be greater than 0"),
+        ({"method": "power", "dense_layers": {"count": 2}}, r"dense_layers\.every=.*: Field required"),
     ],
 )
 def test_mistakes_are_explained(section, message):
