@@ -98,5 +98,7 @@ def choose_device(name: str | None) -> Any:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ModelError(f"--device {name} is not known; choose cuda, cuda:1 or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        usable = "choose cpu" if count == 0 else f"choose one up to cuda:{count - 1}, or cpu"
+        raise ModelError(f"--device {name}: this machine has {count} CUDA devices that torch can use; {usable}")
     return device
