@@ -215,6 +215,9 @@ def _note_decode(model: Any, prompt: int, new: int) -> None:
         words.append("prune.p by layer" if isinstance(section.prune.p, dict) else f"prune.p={section.prune.p:g}")
     if section.refresh is not None:
         words.append(f"refresh.every={section.refresh.every}")
+        if section.refresh.keep is not None:
+            words.append(f"refresh.keep={section.refresh.keep}")
+        words.append(f"refresh.choose={section.refresh.choose}")
     print(f"note: steps read fewer keys: {', '.join(words)}", file=sys.stderr)
     candidates = section.candidate_tokens(prompt)
     if section.select in ("quest", "channels") and candidates >= prompt + new:

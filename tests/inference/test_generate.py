@@ -159,7 +159,7 @@ def test_fewer_keys_are_read_and_counted(call):
     assert code == 0
     assert "% of the keys read in a step" in err
     assert "of the softmax weight" in err
-    assert "note: steps read fewer keys: select=full, prune.p=0.5, refresh.every=4" in err
+    assert "note: steps read fewer keys: select=full, prune.p=0.5, refresh.every=4, refresh.choose=codes\n" in err
     code, _, err = call(*arguments, "--decode", "quest")
     assert (code, "no longer than decode.candidates=4,096, so select=quest passes on every key" in err) == (0, True)
     code, out, _ = call(*arguments, "--decode", "twilight-full", "--decode.prune.p", "1.0")
