@@ -31,8 +31,8 @@ class Choices(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._schema.name == "sparsetrain::recycled_choice":
-            self.lists, self.counts = out
+        if func._schema.name == "sparsetrain::key_choice":
+            self.lists, self.counts, _ = out
         return out
 
 
