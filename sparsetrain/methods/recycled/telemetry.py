@@ -62,5 +62,5 @@ def means(seen: Sequence[dict[str, Tensor]]) -> dict[str, float]:
             totals[name] = totals[name] + pair if name in totals else pair
     # One copy from the device for all values.
     numbers = torch.stack(list(totals.values())).tolist()
-    pairs = zip(sorted(totals), (pair for _, pair in sorted(zip(totals, numbers, strict=True))), strict=True)
+    pairs = sorted(zip(totals, numbers, strict=True))
     return {f"recycled/kept_mass/{name}": total / count for name, (total, count) in pairs if count > 0}
