@@ -42,6 +42,7 @@ class CapturedStep:
             for name, value in inputs.items()
         }
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        """By whether the step counts what it reads, and measures its weight."""
         self._fixed: tuple[Any, ...] = ()
         self._replayed = self._step = 0
         self._offloaded = [each.memory for each in cache.layers if isinstance(each.memory, OffloadedMemory)]  # type: ignore[union-attr]
@@ -67,9 +68,13 @@ class CapturedStep:
         return _alike(self._inputs, inputs, apart=(TOKENS,))
 
     def capture(self) -> None:
-        """Make the graph. Whatever fails in the model while it is captured is raised, and the cache stays as it is."""
+        """Make the graph, and where layers choose what they read and are observed, one that counts it too. Whatever
+        fails in the model while it is captured is raised, and the cache stays as it is."""
         if self._inputs[TOKENS].is_cuda:
             self._record(watched=False)
+            # Now, not when it is used first: a capture takes as long as many steps.
+            if is_observing() and self._chooses():
+                self._record(watched=True)
         self._fixed = self._now_fixed()
 
     def start_again(self, inputs: Mapping[str, Any]) -> bool:
@@ -95,11 +100,7 @@ class CapturedStep:
         if not self._graphs:
             out: Tensor = self.run_plainly().logits[:, -1]
             return out
-        # Some layers count what they read, and measure its weight: in a graph of its own, now and then.
-        watched = self._step % WATCHED == 0 and is_observing() and self._chooses()
-        if watched not in self._graphs:
-            self._record(watched=watched)
-        graph, logits = self._graphs[watched]
+        graph, logits = self._graphs[self._step % WATCHED == 0 and True in self._graphs]
         if self._offloaded:
             self._cache.prepare(1)
         graph.replay()
