@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, Stoppi
 from transformers.cache_utils import Cache
 
 from sparsetrain.bench.case import Case, Log
-from sparsetrain.bench.contenders.writers import Way
+from sparsetrain.bench.contenders.writers import Way, without_attention
 from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
 from sparsetrain.bench.table import Report, Row, column, formatted
 from sparsetrain.generation.observed import observing
@@ -43,6 +43,8 @@ class GenerateRow(Row):
     """The same with a model called for each step."""
     graph_rate: float | None = column("as a CUDA graph", optional=True, form=RATE)
     """The same with every step as one CUDA graph, where a step is the same for every length."""
+    attention_ms: float | None = column("attention ms", optional=True)
+    """Milliseconds of such a graph that are attention and the cache: it is timed without them too."""
     compiled_rate: float | None = column("compiled", optional=True, form=RATE)
     """The same with steps that ``torch.compile`` made, as ``generate`` does on a GPU."""
     kept: float | None = column("keys read", optional=True, form=formatted("{:.2%}"))
@@ -111,7 +113,7 @@ class GenerateCase(Case):
     def measure(self, way: Way, ids: Tensor, row: Any, report: Report) -> None:
         """The prompts ``[batch, length]``, steps one by one, one that says what it reads, and steps as a graph."""
         options, cuda = self.options, self.device.type == "cuda"
-        room = ids.shape[1] + 4 * options.new_tokens + 6 * SETTLING
+        room = ids.shape[1] + 5 * options.new_tokens + 8 * SETTLING
         self.check_memory(way, ids.shape[1], room)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -145,6 +147,10 @@ class GenerateCase(Case):
         if cuda and cache.is_compileable:
             try:
                 row.graph_rate = rate(captured(step))
+                if isinstance(cache, SparseCache):
+                    with without_attention(cache):
+                        rest = rate(captured(step))
+                    row.attention_ms = 1e3 * token.numel() * (1 / row.graph_rate - 1 / rest)
             except Exception as error:
                 row.note = f"no CUDA graph: {explain(error)}"
             if options.compile:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from sparsetrain.bench import generating
 from sparsetrain.bench.case import fill
 from sparsetrain.bench.cases import generate
-from sparsetrain.bench.contenders.writers import WAYS
+from sparsetrain.bench.contenders.writers import WAYS, without_attention
 from sparsetrain.bench.generating import GenerateRow
 from sparsetrain.bench.table import Report
 from sparsetrain.cli import main
@@ -45,7 +46,7 @@ def test_every_way_generates(how):
     assert {name: row.remark for name, row in rows.items() if row.remark} == {}
     assert all(row.rate > 0 and row.graph_rate is None and row.peak_gb is None for row in rows.values())
     assert all((row.prompt_seconds is None) == (how == "random") for row in rows.values())
-    choosing = {"twilight", "twilight-quest", "twilight-own", "quest", "channels", "refresh"}
+    choosing = {"twilight", "twilight-quest", "twilight-own", "quest", "channels", "refresh", "hybrid-refresh"}
     assert {name for name, row in rows.items() if row.kept is not None} == choosing
     assert all(rows[name].kept < 1 for name in choosing - {"quest", "channels"})
     # Pages of 256 tokens, and 3 layers, 2 rows, 2 KV heads of 16 in fp32.
@@ -80,6 +81,22 @@ def test_random_keys_fill_a_cache_as_long_as_the_prompt(name):
     assert out.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "power", "sparsek", "hybrid-refresh"])
+def test_steps_without_attention_leave_memories_as_they_are(name):
+    model, cache, ids = made(name)
+    token = NAMED[name].read_prompt(model, cache, ids)
+    before = copy.deepcopy([vars(layer.memory) for layer in cache.layers])
+    with without_attention(cache):
+        without = model(token, past_key_values=cache, use_cache=True).logits
+    after = [vars(layer.memory) for layer in cache.layers]
+    for one, other in zip(before, after, strict=True):
+        assert one.keys() == other.keys()
+        tensors = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
+        assert all(torch.equal(one[name], other[name]) for name in tensors)
+    assert not torch.allclose(without, model(token, past_key_values=cache, use_cache=True).logits)
+
+
 def test_what_does_not_fit_is_refused_in_bytes(monkeypatch):
     monkeypatch.setattr(generating, "memory", lambda device: 1_400_000)
     rows = measured(ways="dynamic,twilight,power")
@@ -90,7 +107,7 @@ def test_what_does_not_fit_is_refused_in_bytes(monkeypatch):
     keys = [
         int(rows[name].reason.split(" of keys")[0].split()[-1].replace(",", "")) for name in ("dynamic", "twilight")
     ]
-    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 4 * 2 + 24)
+    assert keys[0] == 3 * 2 * 2 * 2 * 16 * 4 * (280 + 5 * 2 + 32)
     assert keys[1] == keys[0] * (2 * 16 * 4 + 16 // 2 + 4) // (2 * 16 * 4)
 
 

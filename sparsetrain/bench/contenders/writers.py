@@ -21,6 +21,10 @@ from sparsetrain.modeling import SparseCache, set_decode, sparsify
 SHARP = 4.2
 """The weights of the norm of queries. Logits of random keys then have this deviation instead of 1, so that few keys
 hold most of the weight, as in trained models; with 1, top-p would read nearly all."""
+PERIOD = 7
+"""Layers among which ``Way.dense`` of them are dense."""
+AGAIN: dict[str, Any] = {"prune": {"p": 0.95}, "refresh": {"every": 8}}
+"""Twilight's top-p over all keys, every 8th step."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Way:
     """The attention method; None for transformers' own attention and cache."""
     decode: str | Mapping[str, Any] | None = None
     """What a step reads, as for :func:`~sparsetrain.set_decode`."""
+    dense: int = 0
+    """Layers of every ``PERIOD`` that keep full attention."""
 
     def model(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """A model with random weights."""
@@ -44,7 +50,8 @@ class Way:
             for layer in made.model.layers:
                 layer.self_attn.q_norm.weight.data.fill_(SHARP)
             if self.method is not None:
-                made = sparsify(made, {"method": self.method})
+                dense = [index for index in range(config["num_hidden_layers"]) if index % PERIOD < self.dense]
+                made = sparsify(made, {"method": self.method, "dense_layers": dense})
         return set_decode(made, self.decode).eval() if self.decode is not None else made.eval()
 
     def cache(self, model: PreTrainedModel, max_length: int) -> Cache:
@@ -54,9 +61,9 @@ class Way:
         return StaticCache(model.config, max_length) if self.name == "static" else DynamicCache(config=model.config)
 
     def bytes_of_a_key(self, head_dim: int, itemsize: int) -> float:
-        """Bytes that stay of every token and KV head; 0 where a method keeps few of the tokens."""
-        if self.method not in (None, "full"):
-            return 0
+        """Bytes that stay of every token and KV head in the mean of the layers; those of a method that keeps few tokens
+        count as 0."""
+        share = 1 if self.method in (None, "full") else self.dense / PERIOD
         size: float = 2 * head_dim * itemsize
         decode = None if self.decode is None else parse_decode(self.decode)
         if decode is not None and decode.prune is not None:
@@ -65,7 +72,7 @@ class Way:
             size += 2 * head_dim * itemsize / GRANULE
         if decode is not None and decode.select == "channels":
             size += decode.channels // 2 + 4
-        return size
+        return share * size
 
     def read_prompt(self, model: PreTrainedModel, cache: Cache, ids: Tensor) -> Tensor:
         """A pass of the prompts ``[batch, tokens]``; the next tokens ``[batch, 1]``."""
@@ -87,6 +94,19 @@ class Way:
         if self.method is None:
             model.set_attn_implementation("sdpa")
         return ids[:, -1:].clone()
+
+
+@contextmanager
+def without_attention(cache: SparseCache) -> Iterator[None]:
+    """Steps hand their queries on within it, and leave the cache as it is."""
+    memories: list[Any] = [layer.memory for layer in cache.layers]  # type: ignore[union-attr]
+    for memory in memories:
+        memory.attend = lambda layer, query, key, value, **options: query
+    try:
+        yield
+    finally:
+        for memory in memories:
+            del memory.attend
 
 
 @contextmanager
@@ -119,6 +139,8 @@ WAYS = (
         {"select": "own", "prune": {"p": 0.95}, "dense_layers": []},
     ),
     Way("channels", "sparsetrain, Double Sparsity", "full", {"select": "channels"}),
-    Way("refresh", "sparsetrain, Twilight, used again", "full", {"prune": {"p": 0.95}, "refresh": {"every": 8}}),
+    Way("refresh", "sparsetrain, Twilight, used again", "full", AGAIN),
+    Way("hybrid", "sparsetrain, PowerAttention, 2 dense layers in 7", "power", dense=2),
+    Way("hybrid-refresh", "sparsetrain, the same, Twilight used again", "power", AGAIN | {"dense_layers": []}, dense=2),
 )
 """The ways by name."""
