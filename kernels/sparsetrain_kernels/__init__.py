@@ -13,6 +13,7 @@ from sparsetrain_kernels.selected_keys import selected_attention, selected_atten
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
 from sparsetrain_kernels.top_p_selection import PositionLists, top_k_lists, top_p_lists
+from sparsetrain_kernels.top_p_softmax import top_p_attention
 
 __all__ = [
     "BlockPattern",
@@ -46,6 +47,7 @@ __all__ = [
     "sparsek_threshold",
     "top_k_keys",
     "top_k_lists",
+    "top_p_attention",
     "top_p_keys",
     "top_p_lists",
 ]
