@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from sparsetrain.patterns import Pattern
 
-# Measured on one H200 in bf16, 2026-11-24, by the commands in docs/performance.md.
-HOPPER_RATE = AttentionRate(forward=(578e12, 430e12), backward=(420e12, 384e12))
-"""Block patterns with our Hopper kernels at 131,072 tokens: heads of 128 9.99 ms forward, 44.0 both; of 64 6.71 and
-25.5."""
+# Measured on one H200 in bf16, 2026-11-24 and 2026-11-29, by the commands in docs/performance.md.
+HOPPER_RATE = AttentionRate(forward=(578e12, 430e12), backward=(439e12, 384e12))
+"""Block patterns with our Hopper kernels at 131,072 tokens: heads of 128 9.99 ms forward, 32.6 backward; of 64 6.71
+forward, 25.5 both."""
 
 TRITON_RATE = AttentionRate(forward=(374e12, 278e12), backward=(279e12, 255e12))
 """The plain Triton kernels on the same problem: 15.4 ms forward, 66.5 both; heads of 64 scaled as HOPPER_RATE."""
