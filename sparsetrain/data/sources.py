@@ -39,6 +39,7 @@ from sparsetrain.data.render import render
 from sparsetrain.data.shards import intact
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
+from sparsetrain.hub import read_cache_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,6 +183,7 @@ def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]
             f"data source {source.label!r}: {source.path!r} is a loader of datasets and not a data set, and would read "
             f"whatever lies in {os.getcwd()}; let path name files, or a Hub dataset with its owner"
         )
+    read_cache_if_unreachable()
     return "table", lambda: _loaded(
         source, source.path, name=source.subset, split=source.split, revision=source.revision, streaming=streaming
     )

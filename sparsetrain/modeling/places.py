@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsetrain.cache_folder import cache_fault
 from sparsetrain.errors import ModelError
+from sparsetrain.hub import read_cache_if_unreachable
 from sparsetrain.modeling.boundary import words
 
 OWN_MODELS = "sparsetrain:"
@@ -21,7 +22,8 @@ HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only",
 
 
 def resolve(name: str, field: str) -> str:
-    """Expand the path of a local folder; a Hub id is returned unchanged.
+    """Expand the path of a local folder; a Hub id is returned unchanged, and read from the cache where the Hub does not
+    answer.
 
     Args:
         field: The name of the setting in error messages.
@@ -44,6 +46,7 @@ def resolve(name: str, field: str) -> str:
         return str(folder)
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(place):
         raise ModelError(f"{field}={name!r}: there is no such folder")
+    read_cache_if_unreachable()
     return name
 
 
