@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from sparsetrain_kernels import causal_attention, listed_attention, top_k_keys
+from sparsetrain_kernels import causal_attention, listed_attention, put_rows, take_rows, top_k_keys
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -60,11 +60,12 @@ class Case:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The whole: the first row of each segment over all keys, the others over what it chose."""
-        rows = self.start_rows(query)
+        starts = self.starts.long()
+        query, rows = take_rows(query, starts)
         full, lse = causal_attention(rows, key, value, query_positions=self.starts, return_lse=True)
         chosen = top_k_keys(rows, key, lse, self.keys, query_positions=self.starts)
         out = listed_attention(query, key, value, chosen.lists, chosen.counts, self.bounds, skip=self.skip)
-        return out.index_copy(2, self.starts.long(), full)
+        return put_rows(out, starts, full)
 
     def parts(self) -> dict[str, Callable[[], object]]:
         rows = self.start_rows(self.query)

@@ -8,7 +8,7 @@ from sparsetrain_kernels.key_choice import top_k_keys, top_p_keys
 from sparsetrain_kernels.key_estimate import center_logits, estimate_scores, key_weights, page_scores
 from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds, append_codes, append_tokens, key_statistics
 from sparsetrain_kernels.list_decode import listed_decode
-from sparsetrain_kernels.listed_keys import listed_attention, listed_attention_dense
+from sparsetrain_kernels.listed_keys import listed_attention, listed_attention_dense, put_rows, take_rows
 from sparsetrain_kernels.selected_keys import selected_attention, selected_attention_dense, sparsek_attention
 from sparsetrain_kernels.sparsek_decode import SparseKSlots, sparsek_decode_attention, sparsek_decode_update
 from sparsetrain_kernels.sparsek_projection import sparsek, sparsek_threshold
@@ -38,6 +38,7 @@ __all__ = [
     "listed_attention_dense",
     "listed_decode",
     "page_scores",
+    "put_rows",
     "selected_attention",
     "selected_attention_dense",
     "sparsek",
@@ -45,6 +46,7 @@ __all__ = [
     "sparsek_decode_attention",
     "sparsek_decode_update",
     "sparsek_threshold",
+    "take_rows",
     "top_k_keys",
     "top_k_lists",
     "top_p_attention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsetrain_kernels import causal_attention, listed_attention
+from sparsetrain_kernels import causal_attention, listed_attention, put_rows, take_rows
 from torch import Tensor
 
 from sparsetrain.methods.recycled.choice import choose
@@ -47,18 +47,18 @@ def attend_rows(
     shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "scale": scale}
     segments = settled(rules, query, segments)
     starts = segments.starts.long()
-    asked = query[:, :, starts]
+    others, asked = take_rows(query, starts)
     full, lse = causal_attention(asked, key, value, query_positions=segments.starts, return_lse=True, **shared)
     lists, counts = choose(rules, asked.detach(), key.detach(), lse.detach(), segments, cu_seqlens, scale)
     skip = segments.starts - segments.bounds[:-1] + 1
     listed = {"skip": skip, "window": rules.recent, "sinks": rules.sinks, **shared}
-    out, out_lse = listed_attention(query, key, value, lists, counts, segments.bounds, return_lse=True, **listed)
+    out, out_lse = listed_attention(others, key, value, lists, counts, segments.bounds, return_lse=True, **listed)
     if observe is not None:
         observe(query.detach(), key.detach(), value.detach(), out_lse.detach(), segments, cu_seqlens, scale)
-    out = out.index_copy(2, starts, full)
+    out = put_rows(out, starts, full)
     prompts = segments.prompts.long()
     if len(prompts) == 0:
         return out
     # A prompt sees nothing outside itself.
     own = (tensor[:, :, prompts] for tensor in (query, key, value))
-    return out.index_copy(2, prompts, causal_attention(*own, cu_seqlens=segments.prompt_bounds, scale=scale))
+    return put_rows(out, prompts, causal_attention(*own, cu_seqlens=segments.prompt_bounds, scale=scale))
