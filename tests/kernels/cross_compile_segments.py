@@ -13,7 +13,7 @@ from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_ro
 from sparsetrain_kernels.key_choice.triton import kernels as choice_kernels
 from sparsetrain_kernels.key_choice.triton.launch import POOL, STEPS, choose_config
 from sparsetrain_kernels.launching import Config
-from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, work
+from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, skipped, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
 from sparsetrain_kernels.listed_keys.triton.launch import PLACES
 from triton.compiler import ASTSource
@@ -102,6 +102,7 @@ def compile_work(dtype: str) -> None:
     compile_one("lists", work.ascending_keys_kernel, dtype, constants, None)
     constants = {"HEADS": 32, "D": 128, "D_PAD": 128, "BLOCK_M": 64, "GRAD_LSE": True}
     compile_one("statistics", row_statistics.row_statistics_kernel, dtype, constants, None)
+    compile_one("skipped", skipped.clear_skipped_rows_kernel, dtype, constants, None)
 
 
 if __name__ == "__main__":

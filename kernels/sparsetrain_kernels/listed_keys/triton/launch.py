@@ -20,6 +20,7 @@ from sparsetrain_kernels.listed_keys.triton.grad_keys import (
     listed_bwd_sum_kernel,
 )
 from sparsetrain_kernels.listed_keys.triton.grad_rows import listed_bwd_rows_kernel
+from sparsetrain_kernels.listed_keys.triton.skipped import clear_skipped_rows
 from sparsetrain_kernels.listed_keys.triton.work import Work, make_work
 from sparsetrain_kernels.row_statistics import row_statistics
 
@@ -33,8 +34,8 @@ def attention_forward(inputs: ListedInputs) -> tuple[Tensor, Tensor]:
     """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
     query, key, value = inputs[:3]
     batch, _, tokens, _ = query.shape
-    out = torch.zeros_like(query)
-    lse = torch.full(query.shape[:3], float("-inf"), dtype=torch.float32, device=query.device)
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     configs, shape = _setup(inputs)
     with on_device(query):
         work = make_work(inputs, shape["ROWS"])
@@ -61,6 +62,7 @@ def attention_forward(inputs: ListedInputs) -> tuple[Tensor, Tensor]:
             num_stages=configs.fwd.num_stages,
             enable_fp_fusion=True,
         )
+        clear_skipped_rows(inputs, out, lse)
     return out, lse
 
 
@@ -70,7 +72,7 @@ def attention_backward(
     """The gradients of query, key and value, laid out like them."""
     query, key, value = inputs[:3]
     batch, kv_heads, tokens, _ = key.shape
-    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+    grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
     configs, shape = _setup(inputs)
     d_pad = shape["D_PAD"]
     # Half precision holds a tile's part as well as it does the weights; fp16 would not hold every size.
@@ -91,6 +93,7 @@ def attention_backward(
                 _launch_rows(inputs, grad_out, statistics, grad_query, partial, work, own, heads, configs, shape)
                 _launch_sums(inputs, partial, sums, work, own, heads, configs, shape)
             _launch_keys(inputs, grad_out, statistics, (grad_key, grad_value), sums, work, heads, configs, shape)
+        clear_skipped_rows(inputs, grad_query)
     return grad_query, grad_key, grad_value
 
 
