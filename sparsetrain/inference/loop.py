@@ -27,6 +27,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.generation.pages import check_room
 from sparsetrain.inference.captured_step import CapturedStep
 from sparsetrain.modeling import SparseCache
+from sparsetrain.modeling.cache import UNUSED
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -69,8 +70,8 @@ def generate(
     """
     if arguments.get("past_key_values") is not None:
         if arguments.get("use_cache") is False:
-            raise ModelError("use_cache=False, and past_key_values is a cache: leave one of them out")
-        # The model's config may say otherwise, and transformers would read the whole text into the cache in every step.
+            raise ModelError(UNUSED)
+        # The model's config may say otherwise.
         arguments = {**arguments, "use_cache": True}
     reason = why_not(model, arguments)
     if reason is not None:

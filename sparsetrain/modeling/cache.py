@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from sparsetrain.errors import ModelError
@@ -31,7 +32,13 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 
 FOREIGN = "this cache was filled by another attention method; start again with an empty cache"
 
+UNUSED = (
+    "use_cache=False, and past_key_values is a cache, into which the whole text would be read in every step: pass "
+    "use_cache=True (the config of the model may say otherwise), or leave the cache out"
+)
+
 HOOK_ATTRIBUTE = "sparsetrain_memory_hook"
+UNUSED_HOOK_ATTRIBUTE = "sparsetrain_unused_cache_hook"
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -241,6 +248,20 @@ class StaticMemoryLayer(MemoryLayer):
         super().crop(tokens_to_remove)
         if self._counts:
             self._seen.add_(tokens_to_remove)
+
+
+def refuse_unused_cache(model: nn.Module) -> None:
+    """Make a model refuse a call with a cache and ``use_cache=False``, as transformers' loops call it for every token
+    with the whole text."""
+    for each in model.modules():
+        if isinstance(each, PreTrainedModel) and each.can_generate() and UNUSED_HOOK_ATTRIBUTE not in each.__dict__:
+            setattr(each, UNUSED_HOOK_ATTRIBUTE, each.register_forward_pre_hook(_check_used, with_kwargs=True))
+
+
+def _check_used(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model that generates."""
+    if kwargs.get("use_cache") is False and kwargs.get("past_key_values") is not None:
+        raise ModelError(UNUSED)
 
 
 def keep_memory(layer: nn.Module, plan: LayerPlan) -> None:

@@ -20,7 +20,7 @@ from sparsetrain.modeling.attention.documents import guard_documents
 from sparsetrain.modeling.attention.interface import ATTENTION_NAME
 from sparsetrain.modeling.attention.name import guard_name
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
-from sparsetrain.modeling.cache import keep_memory
+from sparsetrain.modeling.cache import keep_memory, refuse_unused_cache
 from sparsetrain.modeling.continuous_batching import refuse_continuous_batching
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.records import DECODE, PACKAGE, RECORD_FORMAT
@@ -71,6 +71,7 @@ def sparsify(model: Model, attention: Mapping[str, Any] | MethodConfig) -> Model
         raise ModelError(f"{type(model).__name__} holds no transformers model that has the config of its decoder")
     owner.set_attn_implementation(ATTENTION_NAME)
     refuse_continuous_batching(model, modules[0])
+    refuse_unused_cache(model)
     for module, plan in zip(modules, plans, strict=True):
         put_method(module, plan)
         guard_name(module)

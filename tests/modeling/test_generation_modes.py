@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling import sparsify
+from sparsetrain.modeling import SparseCache, sparsify
 from sparsetrain.modeling.cache import MemoryLayer
 
 METHODS = {
@@ -158,3 +160,21 @@ def test_a_cache_gives_gradients_to_the_first_call_and_refuses_them_later(tiny, 
 def test_static_caches_of_transformers_are_refused(tiny, tokens):
     with pytest.raises(ModelError, match="static caches of transformers are not supported"):
         sparsify(tiny("llama"), METHODS["power"]).generate(tokens(21), cache_implementation="static", **GREEDY)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, partial(SparseCache, max_length=40)], ids=["dynamic", "sparse"])
+def test_a_cache_that_is_not_to_be_used_is_refused(cache, tiny, tokens):
+    model, ids = sparsify(tiny("llama"), METHODS["power"]), tokens(21)
+    given = cache(model) if isinstance(cache, partial) else cache(config=model.config)
+    refused = pytest.raises(ModelError, match=r"use_cache=False, and past_key_values is a cache.* pass use_cache=True")
+    with refused:
+        model.generate(ids, past_key_values=given, use_cache=False, **GREEDY)
+    # As models are saved that were trained with checkpointing.
+    model.generation_config.use_cache = False
+    with refused:
+        model.generate(ids, past_key_values=given, **GREEDY)
+    want = greedy_without_cache(model, ids).tolist()
+    assert model.generate(ids, **GREEDY).tolist() == want
+    # Nothing was read.
+    given.reset()
+    assert model.generate(ids, past_key_values=given, use_cache=True, **GREEDY).tolist() == want
