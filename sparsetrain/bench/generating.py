@@ -18,6 +18,7 @@ from sparsetrain.bench.case import Case, Log
 from sparsetrain.bench.contenders.writers import Way, without_attention
 from sparsetrain.bench.measure import Unavailable, captured, explain, once_ms
 from sparsetrain.bench.table import Report, Row, column, formatted
+from sparsetrain.counted import counted
 from sparsetrain.generation.observed import observing
 from sparsetrain.inference.fewer_kernels import ready_for_steps
 from sparsetrain.inference.loop import generate
@@ -83,7 +84,8 @@ class GenerateRow(Row):
         return (
             f"Batches of {options['batch']}. Keys "
             + ("of a pass of random prompts" if passed else "of random hidden states, without a pass of the prompts")
-            + f"; {options['new_tokens']} greedy tokens after them. {options['layers']} layers with random weights."
+            + f"; {counted(options['new_tokens'], 'greedy token')} after them. "
+            f"{counted(options['layers'], 'layer')} with random weights."
         )
 
 

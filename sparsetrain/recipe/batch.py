@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.schema import MOST_SHARING, Recipe
 
@@ -46,9 +47,9 @@ class BatchShape:
     def describe(self) -> str:
         """``2 rows x 4 accumulation x 2 ranks = 16 rows = 32,768 tokens a step``."""
         return (
-            f"{_count(self.micro_batch, 'row')} x {self.accumulation} accumulation x "
+            f"{counted(self.micro_batch, 'row')} x {self.accumulation} accumulation x "
             f"{_ranks(self.ranks, self.parallel)} = "
-            f"{_count(self.global_batch_sequences, 'row')} = {self.tokens_per_step:,} tokens a step"
+            f"{counted(self.global_batch_sequences, 'row')} = {self.tokens_per_step:,} tokens a step"
         )
 
 
@@ -63,7 +64,7 @@ class BatchPlan(BatchShape):
 
     def describe(self) -> str:
         """The batch arithmetic in one line: ``... = 32,768 tokens a step; 30 steps = 983,040 tokens``."""
-        return f"{super().describe()}; {_count(self.steps, 'step')} = {self.steps * self.tokens_per_step:,} tokens"
+        return f"{super().describe()}; {counted(self.steps, 'step')} = {self.steps * self.tokens_per_step:,} tokens"
 
 
 def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
@@ -145,8 +146,8 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
         best = min(micro_batches, key=lambda size: (abs(size - train.micro_batch), size))
         fixes.append(f"train.micro_batch={best}")
     return (
-        f"the global batch of {_count(rows, 'row')} (train.{field}={rows * unit}) is not a multiple of "
-        f"train.micro_batch={train.micro_batch} x {_ranks(ranks, recipe.sequence.parallel)} = {_count(once, 'row')}; "
+        f"the global batch of {counted(rows, 'row')} (train.{field}={rows * unit}) is not a multiple of "
+        f"train.micro_batch={train.micro_batch} x {_ranks(ranks, recipe.sequence.parallel)} = {counted(once, 'row')}; "
         f"{' works, and so does '.join(fixes)}{' works' if len(fixes) == 1 else ''}"
     )
 
@@ -154,12 +155,8 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
 def _undivided_ranks(parallel: int, ranks: int) -> str:
     divisors = [size for size in range(1, min(ranks, MOST_SHARING) + 1) if ranks % size == 0]
     fixes = f"set it to {' or '.join(map(str, divisors))}, or start a multiple of {parallel} ranks"
-    return f"sequence.parallel={parallel} ranks that share a sequence do not divide {_count(ranks, 'rank')}; {fixes}"
+    return f"sequence.parallel={parallel} ranks that share a sequence do not divide {counted(ranks, 'rank')}; {fixes}"
 
 
 def _ranks(ranks: int, parallel: int) -> str:
-    return _count(ranks, "rank") if parallel == 1 else f"{_count(ranks, 'group')} of {parallel} ranks"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return counted(ranks, "rank") if parallel == 1 else f"{counted(ranks, 'group')} of {parallel} ranks"

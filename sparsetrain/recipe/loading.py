@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.recipe import problems, task_list
 from sparsetrain.recipe.consistency import contradictions, without_effect
@@ -220,7 +221,7 @@ def _validate(source: Source, file: Path) -> Recipe:
         lines = [f"  {_by_name(problem, source)}{_elsewhere(problem, source)}" for problem in shown]
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more")
-        raise RecipeError(f"{file} has {len(found)} problem{'s' if len(found) > 1 else ''}:\n" + "\n".join(lines))
+        raise RecipeError(f"{file} has {counted(len(found), 'problem')}:\n" + "\n".join(lines))
     return result
 
 

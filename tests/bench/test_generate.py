@@ -117,7 +117,7 @@ def test_it_is_a_command(capsys, tmp_path):
     assert main(["bench", "generate", *arguments, "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "CPU timings of a tiny model" in shown
-    assert "Keys of a pass of random prompts; 1 greedy tokens after them. 1 layers" in shown
+    assert "Keys of a pass of random prompts; 1 greedy token after them. 1 layer with" in shown
     record = json.loads((tmp_path / "generate.json").read_text())
     assert [row["name"] for row in record["rows"]] == ["dynamic", "power"]
     assert main(["bench", "generate", "--ways", "fast"]) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from sparsetrain.counted import counted
 from sparsetrain.data import RowStream
 from sparsetrain.errors import CheckpointError
 from sparsetrain.recipe import BatchPlan
@@ -62,8 +63,8 @@ def load(
         else:
             draw_random_state(seed, saved.step, world.rank)
             say(
-                f"resuming on {_ranks(world.size)} a run of {_ranks(saved.ranks)}: the same batches up to "
-                "rounding, and new random numbers for dropout"
+                f"resuming on {counted(world.size, 'rank')} a run of {counted(saved.ranks, 'rank')}: the same batches "
+                "up to rounding, and new random numbers for dropout"
             )
         return TrainState(
             **saved.model_dump(include={field.name for field in fields(TrainState)}) | {"ranks": world.size}
@@ -79,8 +80,8 @@ def _check_plan(checkpoint: Path, saved: StateFile, world: World, plan: BatchPla
     rows = plan.global_batch_sequences
     if saved.rows_per_step != rows:
         raise CheckpointError(
-            f"{checkpoint} was written by {_ranks(saved.ranks)} with {saved.rows_per_step} rows per step, but this "
-            f"run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
+            f"{checkpoint} was written by {counted(saved.ranks, 'rank')} with {saved.rows_per_step} rows per step, but "
+            f"this run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
         )
     if saved.step > plan.steps:
         raise CheckpointError(
@@ -89,10 +90,6 @@ def _check_plan(checkpoint: Path, saved: StateFile, world: World, plan: BatchPla
         )
     if saved.tokens > saved.step * plan.tokens_per_step:
         raise ValueError(f"it counts {saved.tokens:,} tokens, more than {saved.step} steps contain")
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'' if number == 1 else 's'}"
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from sparsetrain.activity import activity
+from sparsetrain.counted import counted
 from sparsetrain.errors import TrainingError, first_line
 from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.schema import Recipe
@@ -33,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World) -> TrainingError:
     """The error to raise instead, with the peak, the sequence length, and the three unused settings that save most."""
-    rows = f"{recipe.train.micro_batch} row{'s' if recipe.train.micro_batch > 1 else ''}"
+    rows = counted(recipe.train.micro_batch, "row")
     settings = [_with_its_run(setting) for setting in settings_that_help(recipe, world)]
     message = (
         f"out of memory in {activity} ({first_line(error).rstrip('.')}): {_used(world.device)}, with {rows} of "
