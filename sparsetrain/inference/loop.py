@@ -77,6 +77,11 @@ def generate(
     if reason is not None:
         logger.warning("steps run in transformers' own loop: %s", reason)
         return model.generate(inputs, streamer=streamer, **arguments)
+    return replay(model, inputs, streamer=streamer, **arguments)
+
+
+def replay(model: Any, inputs: Tensor | None = None, *, streamer: BaseStreamer | None = None, **arguments: Any) -> Any:
+    """As :func:`generate`, for arguments that :func:`why_not` has nothing against."""
     # transformers hands a streamer to its own loops only.
     loop = partial(_write, streamer=streamer)
     return model.generate(inputs, streamer=streamer, **{**arguments, "custom_generate": loop, "disable_compile": True})

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
-from sparsetrain.inference.loop import generate, why_not
+from sparsetrain.inference.loop import replay, why_not
 from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:
@@ -162,11 +162,11 @@ class Writer:
         return completions
 
     def _generate(self, **arguments: Any) -> Any:
-        """``generate``, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
+        """Generate, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
         compiled: that takes minutes for a large model, and eager steps write many tokens in them."""
         reason = why_not(self.model, arguments)
         if reason is None:
-            return generate(self.model, **arguments)
+            return replay(self.model, **arguments)
         if self.model.device.type == "cuda" and not self._told:
             self._told = True
             logger.warning("steps run one by one, in transformers' own loop: %s", reason)
