@@ -82,7 +82,7 @@ class ListedMemory(PagedMemory):
     ) -> Tensor:
         """See :meth:`Memory.attend`. Several tokens that may be guesses read what they would read one by one."""
         padded = starts is not None and any(starts)
-        count = query.shape[2]
+        count = max(query.shape[2], self.part_of)
         many = count > 1 and count > (self._most_guesses if self._in_round else self._steps)
         if not self.started or padded or many:
             later = self.longest > 0
@@ -101,7 +101,7 @@ class ListedMemory(PagedMemory):
                     self._end = query[:, :, -self._most_guesses :].detach().clone(), options
                     self._choose_at_end()
             return out
-        if count == 1:
+        if query.shape[2] == 1:
             return self._attend_one(query, key, value, options)
         tokens = zip(query.split(1, 2), key.split(1, 2), value.split(1, 2), strict=True)
         return torch.cat([self._attend_one(q, k, v, options) for q, k, v in tokens], dim=2)

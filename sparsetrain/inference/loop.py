@@ -135,10 +135,12 @@ def _write(
     stop = _Stop(stopping_criteria, streamed=streamer is not None)
     steps: _Steps | None = None
 
-    outputs = model._prefill(texts, generation_config, model_kwargs, is_first_iteration=True)
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    whole = texts.shape[1] if mask is None else mask.shape[1]
+    with cache.reading(whole - int(cache.get_seq_length())):
+        outputs = model._prefill(texts, generation_config, model_kwargs, is_first_iteration=True)
     logits = outputs.logits[:, -1]
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
-    cache = model_kwargs["past_key_values"]
     del outputs
     optimized = getattr(model, "_optimize_model_for_decode", nullcontext)
     try:

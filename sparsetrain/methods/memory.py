@@ -26,6 +26,10 @@ class Memory(ABC):
     longest: int = 0
     """Tokens of the longest row that the host has seen read, for memories that count them on the host."""
 
+    part_of: int = 0
+    """Tokens of a row of the text that the calls at present are parts of, which each reads as one call would read them
+    all; 0 where a call is by itself."""
+
     chooses: bool = False
     """Steps read a choice of what it holds, which :meth:`observations` describes."""
 

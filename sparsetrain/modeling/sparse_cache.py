@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +111,18 @@ class SparseCache(Cache):
         masks outside of what is compiled, does this by itself."""
         for layer in self.layers:
             layer.memory.prepare(tokens)  # type: ignore[union-attr]
+
+    @contextmanager
+    def reading(self, tokens: int) -> Iterator[None]:
+        """Within it, calls read a text of so many tokens a row in parts (``prefill_chunk_size``): layers that choose
+        their keys read every part as they would read the whole, however short it is."""
+        for layer in self.layers:
+            layer.memory.part_of = tokens  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.memory.part_of = 0  # type: ignore[union-attr]
 
     def host_counts(self) -> list[tuple[int, int, int]]:
         """What the host has counted of each layer. A captured step counts only on the device."""

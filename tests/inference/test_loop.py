@@ -110,6 +110,48 @@ def test_layers_that_choose_their_keys(choose, captures):
     assert len(captures) == 1
 
 
+CHOOSING: dict[str, Any] = {
+    "top-p": ({"method": "full"}, DECODE),
+    "recycled": ({"method": "recycled", "every": 4, "keep": 3, "sinks": 1, "recent": 2}, None),
+}
+
+
+@pytest.mark.parametrize("lengths", [ONE, THREE], ids=str)
+@pytest.mark.parametrize("chunk", [8, 20, 32])
+@pytest.mark.parametrize("case", CHOOSING)
+def test_parts_of_a_prompt_are_read_as_the_prompt_however_short(case, chunk, lengths):
+    attention, decode = CHOOSING[case]
+    model, given = make(attention, decode), texts(lengths)
+    settings = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+
+    def write(**more: Any) -> Any:
+        # With room for guesses, up to 16 tokens at once may be such.
+        cache = sparsetrain.SparseCache(model, max_length=80, rollback=20)
+        return sparsetrain.generate(model, **given, past_key_values=cache, **settings, **more)
+
+    want, got = write(), write(prefill_chunk_size=chunk)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", CHOOSING)
+def test_a_short_turn_is_read_in_steps_in_parts_too(case):
+    attention, decode = CHOOSING[case]
+    model, given = make(attention, decode), texts(ONE)
+    more = torch.cat([given["input_ids"], torch.arange(5, 17)[None]], dim=1)
+
+    def write(ids: torch.Tensor, cache: Any, **settings: Any) -> Any:
+        return sparsetrain.generate(model, ids, past_key_values=cache, max_new_tokens=4, do_sample=False, **settings)
+
+    found = []
+    for chunk in (None, 5):
+        cache = sparsetrain.SparseCache(model, max_length=80, rollback=20)
+        with torch.no_grad():
+            model(**given, past_key_values=cache)
+        found.append(write(more, cache, prefill_chunk_size=chunk).tolist())
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_rows_end_alone_and_are_filled_up(do_sample):
     model, given = make(METHODS["power"]), texts(THREE)
