@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.methods.base import Method
+from sparsetrain.methods.recycled.method import RecycledMethod
 from sparsetrain.methods.sparsek.memory import SparseKMemory
 from sparsetrain.methods.static import StaticMethod
 from sparsetrain.patterns import SlidingPattern
@@ -15,17 +16,20 @@ from sparsetrain.patterns import SlidingPattern
 if TYPE_CHECKING:
     from sparsetrain.generation.settings import Decode
 
-FULL, WINDOW, PATTERN, LEARNED = "full attention", "a sliding window", "a block pattern", "learned selections"
+FULL, RECYCLED, WINDOW = "full attention", "recycled attention", "a sliding window"
+PATTERN, LEARNED = "a block pattern", "learned selections"
 
 PARTS = ("full", "quest", "channels", "own", "prune", "refresh")
 """The parts of a section: the values of ``select``, and what may be added."""
 
 _CHOSEN = "the method has chosen which keys it still has, and select=own chooses among them"
 _LISTED = "the pattern says which blocks are read, and select=own chooses among them"
+_ALL = "it reads all keys, which select=full, quest and channels choose from"
 _FEW = "a window has no keys to choose from: it reads few and all of them"
 
 REASONS = {
-    (FULL, "own"): "it reads all keys, which select=full, quest and channels choose from",
+    (FULL, "own"): _ALL,
+    (RECYCLED, "own"): _ALL,
     (WINDOW, "full"): _FEW,
     (WINDOW, "quest"): _FEW,
     (WINDOW, "channels"): _FEW,
@@ -53,6 +57,8 @@ def attention_kind(method: Method | None, window: int | None) -> str:
     """
     if method is None:
         return FULL if window is None else WINDOW
+    if isinstance(method, RecycledMethod):
+        return RECYCLED
     if method.decodes_all or (method.dense and not method.extra_inputs):
         return FULL
     if isinstance(method, StaticMethod):
@@ -91,7 +97,9 @@ def check_composition(kinds: Iterable[tuple[int, str]], decode: Decode) -> list[
     kind = next(iter(layers.values()))
     part = next(part for part in parts_of(decode) if (kind, part) in REASONS)
     name = f"decode.{part}" if part in ("prune", "refresh") else f"decode.select={part}"
-    remedy = "leave decode out" if kind == FULL else "leave decode out, or train with attention.dense_layers"
+    remedy = (
+        "leave decode out" if kind in (FULL, RECYCLED) else "leave decode out, or train with attention.dense_layers"
+    )
     raise ModelError(
         f"{name} does not go with {kind}, which the layers of this model have: {REASONS[kind, part]}; {remedy}"
     )

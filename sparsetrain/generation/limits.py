@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, WINDOW
+from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, RECYCLED, WINDOW
 
 REASONS = {
     (FULL, "budget"): (
@@ -16,6 +16,14 @@ REASONS = {
     (FULL, "offload"): (
         "a step reads all keys, or chooses among them while it runs (decode), so that each layer of every step would "
         "wait for its keys; train a block pattern, which is known ahead, or use several devices"
+    ),
+    (RECYCLED, "budget"): (
+        "few keys are read in a step, but every choice is made among all of them, and a budget would evict; leave "
+        "budget out, or train sparsek, which keeps few"
+    ),
+    (RECYCLED, "offload"): (
+        "a step that chooses reads all keys, and no step knows ahead which keys it will read, so that each layer would "
+        "wait for them; leave offload out and use several devices, or train a block pattern, which is known ahead"
     ),
     (WINDOW, "offload"): "what has left a window is never read again, so that nothing is left to move to the host; "
     "leave offload out",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Llam
 import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.generation import listed
-from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, WINDOW, parts_of
+from sparsetrain.generation.composition import FULL, LEARNED, PARTS, PATTERN, REASONS, RECYCLED, WINDOW, parts_of
 from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
@@ -298,6 +298,7 @@ METHODS = {
     PATTERN: {"method": "power", "block": 16, "window": 2, "sinks": 1},
     LEARNED: {"method": "sparsek", "topk": 8, "window": 8},
     FULL: {"method": "full"},
+    RECYCLED: {"method": "recycled", "every": 4, "keep": 8},
 }
 PRUNE, REFRESH = {"prune": {"p": 0.9}}, {"refresh": {"every": 2, "keep": 8}}
 SECTIONS = [
@@ -332,6 +333,7 @@ def test_the_table_is_that_of_the_design():
     composes = {kind: {part for part in PARTS if (kind, part) not in REASONS} for kind in METHODS}
     assert composes == {
         FULL: {"full", "quest", "channels", "prune", "refresh"},
+        RECYCLED: {"full", "quest", "channels", "prune", "refresh"},
         WINDOW: set(),
         PATTERN: {"own", "prune"},
         LEARNED: {"own", "prune"},

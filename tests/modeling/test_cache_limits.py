@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import sparsetrain
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, WINDOW
+from sparsetrain.generation.composition import FULL, LEARNED, PATTERN, RECYCLED, WINDOW
 from sparsetrain.generation.limits import KINDS, REASONS
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.modeling import sparsify
@@ -24,7 +24,13 @@ MODELS = [
     ("gemma3_text", "power"),
 ]
 SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2}
-LAYERS = {FULL: METHODS["full"], WINDOW: METHODS["sliding"], PATTERN: METHODS["power"], LEARNED: SPARSEK}
+LAYERS = {
+    FULL: METHODS["full"],
+    RECYCLED: {"method": "recycled", "every": 4, "keep": 8},
+    WINDOW: METHODS["sliding"],
+    PATTERN: METHODS["power"],
+    LEARNED: SPARSEK,
+}
 
 
 @pytest.fixture(params=MODELS, ids=" ".join)
