@@ -18,6 +18,7 @@ from sparsetrain.cli.eval import NamesTasks, evaluate_folder
 from sparsetrain.cli.export import export
 from sparsetrain.cli.flow import flow
 from sparsetrain.cli.generate import generate
+from sparsetrain.cli.interrupt import leave_on_interrupt
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.run import run
 from sparsetrain.container import prepare_environment
@@ -115,6 +116,8 @@ def script() -> NoReturn:
 
     # Other commands need not be started again.
     ends = ExitOnSignal() if sys.argv[1:2] == ["run"] else None
+    if sys.argv[1:2] == ["generate"]:
+        leave_on_interrupt()
     code = main()
     if ends is not None:
         ends.code = code

@@ -21,6 +21,8 @@ from sparsetrain.cli.arguments import (
     choose_dtype,
 )
 from sparsetrain.cli.decode_options import with_decode_options
+from sparsetrain.cli.interrupt import interruptible
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
 from sparsetrain.streams import reader_gone
 
@@ -167,10 +169,11 @@ def generate(
         print(f"note: {told}", file=sys.stderr)
     writer = Writer(loaded, source.tokenizer, max_new_tokens, arguments, limits)
     rows_asked = output is not None or (file is not None and file.suffix == ".jsonl")
-    if len(prompts) == 1 and not rows_asked:
-        _stream(writer, encoded[0])
-    else:
-        _write_rows(writer, prompts, encoded, batch, output)
+    with interruptible():
+        if len(prompts) == 1 and not rows_asked:
+            _stream(writer, encoded[0])
+        else:
+            _write_rows(writer, prompts, encoded, batch, output)
     print(_speed(writer.usage), file=sys.stderr)
     if (told := _kept(writer.usage)) is not None:
         print(told, file=sys.stderr)
@@ -242,16 +245,20 @@ def _stream(writer: Writer, tokens: list[int]) -> None:
 def _write_rows(
     writer: Writer, prompts: list[Prompt], encoded: list[list[int]], batch: int, output: Path | None
 ) -> None:
-    """One JSON object a prompt, in order, written after each batch."""
+    """One JSON object a prompt, in order, written after each batch. What is written stays when it is interrupted."""
     from rich.console import Console
     from rich.progress import Progress
 
     from sparsetrain.inference.prompts import ANSWER
 
+    written = 0
     with ExitStack() as stack:
         file: TextIO = stack.enter_context(
             nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8")
         )
+        if output is not None:
+            of = f" of {len(prompts)}" if len(prompts) > 1 else ""
+            stack.callback(lambda: print(f"{output}: {counted(written, 'completion')}{of}", file=sys.stderr))
         bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
         task = bar.add_task("tokens", total=len(prompts) * writer.max_new_tokens)
         for start in range(0, len(prompts), batch):
@@ -260,11 +267,10 @@ def _write_rows(
             for prompt, completion in zip(prompts[start : start + batch], done, strict=True):
                 row = prompt.row | {name: getattr(completion, name) for name in ANSWER}
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+                written += 1
             if output is None and reader_gone():
                 break
             bar.update(task, completed=min(start + batch, len(prompts)) * writer.max_new_tokens)
-    if output is not None:
-        print(f"{output}: {len(prompts)} completions", file=sys.stderr)
 
 
 def _speed(usage: Usage) -> str:
