@@ -156,12 +156,17 @@ class CapturedStep:
         """What must be as it was for the graph to be right."""
         memories = [layer.memory.fixed() for layer in self._cache.layers]  # type: ignore[union-attr]
         weights = [each.data_ptr() for each in (*self._model.parameters(), *self._model.buffers())]
-        return id(self._model), self._model.training, is_observing(), *_adapters(self._model), *memories, *weights
+        return self._model.training, is_observing(), *_code(self._model), *memories, *weights
 
 
-def _adapters(model: Any) -> Iterator[str]:
-    """Which adapters take part in a pass, and how strongly: peft decides it on the host, with the same weights."""
+def _code(model: Any) -> Iterator[Any]:
+    """What runs in a pass: modules, functions that stand for their ``forward``, hooks, and which adapters take part,
+    and how strongly, which peft decides on the host, with the same weights."""
     for module in model.modules():
+        yield module
+        yield module.__dict__.get("forward")
+        # Of each a number of its own, which no later one gets.
+        yield *module._forward_pre_hooks, *module._forward_hooks
         if isinstance(getattr(module, "lora_A", None), Mapping | nn.Module):
             yield f"{module.active_adapters} {module.disable_adapters} {module.scaling}"
 

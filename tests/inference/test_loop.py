@@ -248,6 +248,33 @@ def test_another_adapter_is_another_step(captures):
     assert found[0] == found[1] != found[2]
 
 
+def test_a_hook_that_is_added_or_taken_away_makes_another_step(captures):
+    model, given = make(METHODS["power"]), texts(ONE)
+    cache = sparsetrain.SparseCache(model, max_length=80)
+
+    def write() -> list[list[int]]:
+        cache.reset()
+        settings = {"past_key_values": cache, "max_new_tokens": NEW, "do_sample": False}
+        return sparsetrain.generate(model, **given, **settings).tolist()
+
+    found = [write(), write()]
+    assert len(captures) == 1
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda module, inputs, output: -output)
+    found.append(write())
+    assert len(captures) == 2
+    handle.remove()
+    mlp.forward = lambda hidden: torch.zeros_like(hidden)
+    found.append(write())
+    assert len(captures) == 3
+    del mlp.forward
+    mlp.act_fn = torch.nn.Tanh()
+    found.append(write())
+    assert len(captures) == 4
+    assert found[0] == found[1]
+    assert len({str(each) for each in found}) == 4
+
+
 def test_a_cache_that_is_handed_over_is_used():
     model, given = make(METHODS["power"]), texts(ONE)
     want, got = both(model, given, do_sample=False)
