@@ -114,6 +114,22 @@ def test_of_equal_keys_the_newest_are_listed(backend: str, poison_launches) -> N
     assert found.dropped[0].tolist() == [[0, 32]] * 2
 
 
+@BACKENDS
+def test_of_equal_keys_that_do_not_all_fit_a_share_lists_none(backend: str, poison_launches) -> None:
+    poison(poison_launches, backend)
+    query, key = torch.zeros(1, 4, 2, 16), torch.zeros(1, 2, 50, 16)
+    query[..., 0] = 1.0
+    # Three keys weigh more than the others, which are equal.
+    key[:, :, [3, 20, 30], 0] = 8.0
+    positions = torch.tensor([5, 40], dtype=torch.int32)
+    logits = (query @ key.repeat_interleave(2, 1).mT)[0, 0, 0] / 4
+    lse = torch.stack([logits[: place + 1].logsumexp(0) for place in positions.tolist()]).expand(1, 4, 2)
+    found = top_p_keys(query, key, lse, 1.0, query_positions=positions, capacity=8, backend=backend)
+    assert found.counts[0].tolist() == [[6, 3]] * 2
+    assert found.lists[0, 1, 1, :3].tolist() == [3, 20, 30]
+    assert found.dropped[0].tolist() == [[0, 38]] * 2
+
+
 @pytest.mark.parametrize(
     ("group", "backend"),
     [("union", "reference"), ("max", "reference"), ("mean", "reference"), ("union", "triton"), ("mean", "triton")],

@@ -95,7 +95,8 @@ def top_p_keys(
     """Of each chosen row, the fewest keys that hold a share ``p`` of the weight (Twilight: 2502.02770, Algorithm 1).
 
     As :func:`top_p_lists` finds them, from logarithms of the weights in fp16: shares are counted to about one part in a
-    thousand. All else is as in :func:`top_k_keys`, without pooling over positions.
+    thousand. Of equal keys that do not all fit ``capacity`` there is none. All else is as in :func:`top_k_keys`,
+    without pooling over positions.
 
     Args:
         query: ``[B, Hq, P, D]``.
