@@ -1,0 +1,71 @@
+"""Texts that a model writes behind prompts, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    new_tokens: int,
+    *,
+    in_step: bool,
+) -> list[list[int]]:
+    """Continue a batch of prompts greedily, in the model's own cache and under the decode section that it records.
+
+    Args:
+        prompts: token ids of each, ``[n]``; they may differ in length.
+        new_tokens: the most that are written.
+        in_step: make ``new_tokens`` forward passes whatever is written. Ranks that share a model by ZeRO-3 must make
+            equally many. What is behind the end of a text is dropped, so the texts are the same.
+
+    Returns:
+        The tokens of each text, without the one that ends it.
+    """
+    width = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ends = _ends(model, tokenizer)
+    # generate fills what it is not given from the model's own: penalties, sampling, chunks of a prompt.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=None if in_step or not ends else sorted(ends),
+        pad_token_id=min(ends, default=0),
+        use_cache=True,
+        disable_compile=True,
+    )
+    try:
+        written: Any = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            synced_gpus=False,
+        )
+    finally:
+        model.generation_config = own
+    return [_until_end(text, ends) for text in written[:, width:].tolist()]
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a text."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return {end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}
+
+
+def _until_end(text: list[int], ends: set[int]) -> list[int]:
+    return text[: next((place for place, token in enumerate(text) if token in ends), len(text))]

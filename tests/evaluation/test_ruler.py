@@ -1,0 +1,217 @@
+"""RULER's scores by hand, and an evaluation from a recipe to its tables, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from ports import free_port
+from training.preloaded import ensure_running
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparsetrain
+from sparsetrain.cli import main
+from sparsetrain.errors import RecipeError
+from sparsetrain.evaluation.report import print_results, write_report
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.ruler.result import RulerResult
+from sparsetrain.evaluation.ruler.specs import answers_found
+from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.tasks.ruler import RulerSection
+from sparsetrain.evaluation.writing import write
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe.schema import EvalSection
+from sparsetrain.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "references", "found"),
+    [
+        ("niah_single_1", " 1234567.", ["1234567"], 1),
+        ("niah_single_1", " 123456", ["1234567"], 0),
+        ("niah_multivalue", "7, 8 and\x01 10", ["7", "8", "9", "10"], 3),
+        ("cwe", "1. APPLE\x002. Pear", ["apple", "peAR", "fig"], 2),
+        ("vt", "AB\x1fCD", ["AB\x1fCD", "AB\nCD", "ABCD"], 1),
+        ("qa_1", "It was Ann, I think", ["Ann Smith", "ann"], 1),
+        ("qa_1", "It was ANN SMITH", ["Ann Smith", "ann"], 1),
+        ("qa_2", "I do not know", ["yes"], 0),
+        ("qa_2", "nothing", ["no"], 1),
+        ("qa_1", "", ["Ann"], 0),
+    ],
+)
+def test_an_answer_is_found_where_the_text_contains_it(task, text, references, found):
+    assert answers_found(task, text, references) == found
+
+
+def result(found, **given):
+    lengths = given.pop("lengths", [4096, 8192])
+    return RulerResult(
+        lengths=lengths,
+        samples=given.pop("samples", 20),
+        found=found,
+        written={task: [100] * len(lengths) for task in found},
+        left_out=given.pop("left_out", {}),
+        prompt="plain",
+        mirror=False,
+        haystack="generated",
+        words="generated",
+    )
+
+
+def test_scores_means_and_the_worst():
+    measured = result({"niah_single_1": [20, 19], "vt": [100, 30], "qa_1": [17, 13]}, left_out={"qa_2": "no file"})
+    assert measured.scores("vt") == [100, 30]
+    assert measured.means() == pytest.approx([95, (95 + 30 + 65) / 3])
+    assert measured.mean() == pytest.approx((95 + 190 / 3) / 2)
+    assert measured.effective_length() == 4096
+    assert measured.worst() == ("vt", 8192, 30)
+    assert measured.worst_at(0) == ("qa_1", 85)
+    assert measured.interval("vt", 0) is None
+    assert measured.interval("niah_single_1", 0) == pytest.approx((83.9, 100), abs=0.1)
+    metrics = measured.metrics()
+    assert metrics[""] == measured.score() == measured.mean()
+    assert (metrics["/8192/worst"], metrics["/8192/vt"], metrics["/worst"]) == (30, 30, 30)
+    assert metrics["/effective_length"] == 4096
+    about = RulerResult.report({"after": measured}).about
+    assert "those of 3 of the 13 tasks. Left out: qa_2 (no file)." in about
+
+
+def test_weighted_means_are_those_of_the_papers_table():
+    """Jamba-1.5-large: 96.7, 96.6, 96.4, 96.0, 95.4 and 95.1 from 4K to 128K; wAvg 95.7 (inc) and 96.3 (dec)."""
+    lengths = [4096 * 2**power for power in range(6)]
+    measured = result({"qa_1": [967, 966, 964, 960, 954, 951]}, lengths=lengths, samples=1000)
+    assert round(measured.weighted(to_long=True), 1) == 95.7
+    assert round(measured.weighted(to_long=False), 1) == 96.3
+    assert measured.effective_length() == 131072
+    assert result({"qa_1": [856]}, lengths=[4096], samples=1000).effective_length() is None
+
+
+def test_tables_and_pictures_show_tasks_beside_the_mean(tmp_path, capsys):
+    measured = result({"niah_single_1": [20, 19], "vt": [100, 30]})
+    results = {name: EvalResult(tasks={"ruler": measured}) for name in ("before", "after")}
+    print_results(results)
+    printed = capsys.readouterr().out
+    assert "RULER by length (mean of 2 tasks, prompts of each: 20)" in printed
+    assert "30.0 vt at 8,192" in printed
+    report = write_report(results, tmp_path, title="Evaluation").read_text()
+    assert "| niah_single_1 | 100.0 [84, 100] | 95.0 [76, 99] | 5 of 128 |" in report
+    assert "| worst | 100.0 niah_single_1 | 30.0 vt |  |" in report
+    assert EvalResult.model_validate_json(results["after"].model_dump_json()) == results["after"]
+    from matplotlib.figure import Figure
+
+    drawing = RulerResult.drawing("ruler", {"after": measured}, None)
+    figure = Figure(figsize=(drawing.width, drawing.height))
+    drawing.draw(figure)
+    figure.savefig(tmp_path / "ruler.png")
+    assert (tmp_path / "ruler.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def answering():
+    """A random model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        eos_token_id=256,
+    )
+    return sparsetrain.sparsify(LlamaForCausalLM(config).eval(), {"method": "power", "block": 32, "window": 2})
+
+
+def test_texts_are_those_of_each_prompt_alone_whatever_the_batch_and_the_ranks(answering, byte_tokenizer):
+    prompts = [torch.randint(256, (length,)).int().numpy() for length in (70, 3, 41)]
+    texts = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.from_numpy(prompt).long()[None]
+            for _ in range(12):
+                ids = torch.cat([ids, answering(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            texts.append(ids[0, len(prompt) :].tolist())
+    end = texts[0][5]
+    expected = [text[: text.index(end)] if end in text else text for text in texts]
+    assert {len(text) == 12 for text in expected} == {True, False}
+    own = answering.generation_config
+    own.eos_token_id, own.repetition_penalty, own.do_sample = [end], 5.0, True
+    for in_step in (False, True):
+        assert write(answering, byte_tokenizer, prompts, 12, in_step=in_step) == expected
+    assert answering.generation_config is own
+    passes = []
+    answering.register_forward_hook(lambda *_: passes.append(1))
+    for in_step, expected_passes in ((False, 6), (True, 12)):
+        passes.clear()
+        write(answering, byte_tokenizer, prompts[:1], 12, in_step=in_step)
+        assert len(passes) == expected_passes
+
+
+def recipe(folder: Path, **settings) -> Path:
+    tasks = [{"task": "ruler", "name": "long", **settings}]
+    file = folder / "recipe.yaml"
+    file.write_text(f"base: quickstart\neval: {{tasks: {json.dumps(tasks)}}}\n")
+    return file
+
+
+def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, answering):
+    tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+    answering.resize_token_embeddings(len(tokenizer))
+    sparsetrain.save(answering, tmp_path / "model", tokenizer)
+    file = recipe(tmp_path, lengths=[1300, 1100], tasks=["fwe", "vt"], samples=2)
+    output = tmp_path / "result.json"
+    assert main(["eval", str(tmp_path / "model"), str(file), "--output", str(output)]) == 0
+    assert "RULER by length (mean of 2 tasks, prompts of each: 2)" in capsys.readouterr().out
+    measured = json.loads(output.read_text())["tasks"]["long"]
+    assert measured["lengths"] == [1100, 1300]
+    assert [*measured["found"]] == [*measured["written"]] == ["vt", "fwe"]
+    assert all(0 < tokens <= 2 * 30 for tokens in measured["written"]["vt"])
+    assert (measured["prompt"], measured["haystack"], measured["mirror"]) == ("plain", "generated", False)
+
+
+def test_tasks_without_their_files_are_left_out_or_refused(tmp_path):
+    every = RulerSection()
+    assert len(every.measured) == 11
+    assert every.left_out == {"qa_1": "no squad file is given", "qa_2": "no hotpot file is given"}
+    assert RulerSection(squad="x").left_out == {"qa_2": "no hotpot file is given"}
+    with pytest.raises(RecipeError, match=r"eval\.tasks\.long\.tasks: .*qa_1 needs eval\.tasks\.long\.squad"):
+        load_recipe(recipe(tmp_path, tasks=["qa_1", "vt"]))
+    for field in ("squad", "hotpot", "haystack", "words"):
+        with pytest.raises(RecipeError, match=rf"eval\.tasks\.long\.{field}: has no effect here: none of .* needs it"):
+            load_recipe(recipe(tmp_path, tasks=["vt", "niah_multikey_3"], **{field: "x"}))
+
+
+def evaluate_on_rank(rank, world, port, model, tokenizer, section, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    here = World(rank, world, torch.device("cpu"))
+    (out / f"{rank}.json").write_text(evaluate(model, tokenizer, section, here).model_dump_json())
+    (out / f"{rank}.txt").write_text(str(len(passes)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_does_in_equally_many_passes(answering, byte_tokenizer, tmp_path):
+    letters = [{"text": letter} for letter in "aeiounrst"]
+    paragraph = {"context": "Any letter will do.", "qas": [{"question": f"{n}?", "answers": letters} for n in range(3)]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    settings = {"lengths": [1000, 900], "tasks": ["qa_1", "fwe"], "samples": 3}
+    section = EvalSection(tasks=[RulerSection(**settings, squad=str(tmp_path / "squad.json"))])
+    alone = evaluate(answering, byte_tokenizer, section, ALONE)
+    ensure_running()
+    arguments = (2, free_port(), answering, byte_tokenizer, section, tmp_path)
+    multiprocessing.start_processes(evaluate_on_rank, arguments, nprocs=2, start_method="forkserver")
+    found = [EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1] == alone
+    assert sum(alone.tasks["ruler"].found["qa_1"]) > 0
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
