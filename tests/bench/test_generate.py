@@ -46,9 +46,11 @@ def test_every_way_generates(how):
     assert {name: row.remark for name, row in rows.items() if row.remark} == {}
     assert all(row.rate > 0 and row.graph_rate is None and row.peak_gb is None for row in rows.values())
     assert all((row.prompt_seconds is None) == (how == "random") for row in rows.values())
-    choosing = {"twilight", "twilight-quest", "twilight-own", "quest", "channels", "refresh", "hybrid-refresh"}
+    twilight = {"twilight", "twilight-quest", "twilight-own", "refresh", "hybrid-refresh"}
+    # These have room for more keys than there are.
+    choosing = {*twilight, "quest", "channels", "recycled"}
     assert {name for name, row in rows.items() if row.kept is not None} == choosing
-    assert all(rows[name].kept < 1 for name in choosing - {"quest", "channels"})
+    assert all(rows[name].kept < 1 for name in twilight)
     # Pages of 256 tokens, and 3 layers, 2 rows, 2 KV heads of 16 in fp32.
     assert 1e9 * rows["dynamic"].cache_gb == 2 * 3 * 2 * 2 * 16 * 4 * (280 + 4 + 2 + 1)
     assert rows["full"].cache_gb > rows["dynamic"].cache_gb
@@ -95,6 +97,24 @@ def test_steps_without_attention_leave_memories_as_they_are(name):
         tensors = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
         assert all(torch.equal(one[name], other[name]) for name in tensors)
     assert not torch.allclose(without, model(token, past_key_values=cache, use_cache=True).logits)
+
+
+def test_recycled_attention_generates_by_its_own_settings():
+    case = generate.case(generate.Options(**SMALL))
+    model = NAMED["recycled"].model(case.config, torch.float32, torch.device("cpu"))
+    record = model.config.sparsetrain
+    assert record["attention"]["method"] == "recycled"
+    assert record["decode"]["dense_layers"] == []
+    assert record["decode"]["refresh"] == {
+        "every": 32,
+        "keep": 2048,
+        "similarity": None,
+        "staggered": False,
+        "choose": "full",
+    }
+    # All keys stay, and the choice beside them.
+    rows = measured(ways="full,recycled")
+    assert rows["recycled"].cache_gb > rows["full"].cache_gb
 
 
 def test_what_does_not_fit_is_refused_in_bytes(monkeypatch):

@@ -42,8 +42,8 @@ class Options(AnyOptions):
     """Time steps that torch.compile made too, as generate runs them on a GPU; takes a minute for each way."""
     ways: str = "all"
     """dynamic and static (transformers with SDPA), full, power, sliding, sparsek, twilight, twilight-quest, quest,
-    twilight-own (of power), channels (Double Sparsity), refresh (Twilight, a choice for 8 tokens), hybrid (power with 2
-    dense layers in 7), hybrid-refresh. Commas between, or all."""
+    twilight-own (of power), channels (Double Sparsity), refresh (Twilight, a choice for 8 tokens), recycled (2,048
+    keys for 32 tokens), hybrid (power with 2 dense layers in 7), hybrid-refresh. Commas between, or all."""
     fill: Annotated[str, one_of("prefill", "random")] = "prefill"
     """prefill: a pass of the prompts; random: the keys of random hidden states, at once and in less memory."""
     dtype: Annotated[str, one_of("bfloat16", "float16", "float32"), Suits("bfloat16", "float32")]

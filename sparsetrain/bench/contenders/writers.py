@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ PERIOD = 7
 """Layers among which ``Way.dense`` of them are dense."""
 AGAIN: dict[str, Any] = {"prune": {"p": 0.95}, "refresh": {"every": 8}}
 """Twilight's top-p over all keys, every 8th step."""
+RECYCLED: dict[str, Any] = {"every": 32, "keep": 2048}
+"""As the recipes for 131,072 tokens train it; every layer chooses."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Way:
     """What a step reads, as for :func:`~sparsetrain.set_decode`."""
     dense: int = 0
     """Layers of every ``PERIOD`` that keep full attention."""
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the attention section beside the method."""
 
     def model(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """A model with random weights."""
@@ -51,7 +55,7 @@ class Way:
                 layer.self_attn.q_norm.weight.data.fill_(SHARP)
             if self.method is not None:
                 dense = [index for index in range(config["num_hidden_layers"]) if index % PERIOD < self.dense]
-                made = sparsify(made, {"method": self.method, "dense_layers": dense})
+                made = sparsify(made, {"method": self.method, "dense_layers": dense, **self.attention})
         return set_decode(made, self.decode).eval() if self.decode is not None else made.eval()
 
     def cache(self, model: PreTrainedModel, max_length: int) -> Cache:
@@ -63,7 +67,7 @@ class Way:
     def bytes_of_a_key(self, head_dim: int, itemsize: int) -> float:
         """Bytes that stay of every token and KV head in the mean of the layers; those of a method that keeps few tokens
         count as 0."""
-        share = 1 if self.method in (None, "full") else self.dense / PERIOD
+        share = 1 if self.method in (None, "full", "recycled") else self.dense / PERIOD
         size: float = 2 * head_dim * itemsize
         decode = None if self.decode is None else parse_decode(self.decode)
         if decode is not None and decode.prune is not None:
@@ -140,6 +144,7 @@ WAYS = (
     ),
     Way("channels", "sparsetrain, Double Sparsity", "full", {"select": "channels"}),
     Way("refresh", "sparsetrain, Twilight, used again", "full", AGAIN),
+    Way("recycled", "sparsetrain, recycled, 2,048 keys for 32 tokens", "recycled", attention=RECYCLED),
     Way("hybrid", "sparsetrain, PowerAttention, 2 dense layers in 7", "power", dense=2),
     Way("hybrid-refresh", "sparsetrain, the same, Twilight used again", "power", AGAIN | {"dense_layers": []}, dense=2),
 )
