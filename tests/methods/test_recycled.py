@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from largest_allocation import on_cpu
+from sparsetrain_kernels.dense import row_reference
+from sparsetrain_kernels.key_choice import reference as choice_reference
+from sparsetrain_kernels.listed_keys import gathered
 from torch import Tensor, nn
 
 from sparsetrain.errors import ModelError
@@ -258,6 +262,21 @@ def test_the_weight_that_is_read_is_told_by_layer_and_age():
     method.observing = True
     attend(method, query, key, value, segments, torch.tensor(BOUNDS).int())
     assert method.observations()["recycled/kept_mass/layer_03"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("p", [None, 0.5])
+def test_there_is_no_tensor_of_starts_by_keys(p, monkeypatch):
+    for module in (choice_reference, row_reference, gathered):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2**16)
+    length, every = 2048, 2
+    query, key, value = tensors(length)
+    method = built(every=every, keep=8, p=p)
+
+    def run() -> None:
+        attend(method, query, key, value, None).sum().backward()
+
+    # One number a byte at least.
+    assert query.numel() * 8 <= on_cpu(run) < length * (length // every)
 
 
 def test_the_density_counts_pairs():
