@@ -1,0 +1,28 @@
+"""An evaluation that generates, in a run whose ranks share the weights by ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+
+from sparsetrain.cli import main
+
+
+def test_ranks_that_share_the_weights_write_what_one_writes(tmp_path, tiny, start, run_folder):
+    answers = [{"text": letter} for letter in "aeiou"]
+    paragraph = {"context": "Any vowel will do.", "qas": [{"question": f"{n}?", "answers": answers} for n in range(3)]}
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    task = {"task": "ruler", "lengths": [1000, 950], "tasks": ["qa_1", "fwe"], "samples": 3}
+    task["squad"] = str(tmp_path / "squad.json")
+    arguments = [f"eval={json.dumps({'at_start': True, 'at_end': True, 'tasks': [task]})}", "train.steps=2"]
+    two = start(tmp_path / "two", *arguments, "deepspeed.stage=3", ranks=2)
+    assert main(["run", str(tiny), *arguments, "--output", str(tmp_path / "one")]) == 0
+    two.wait()
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert list(one) == list(two) == ["full attention, before", "power, before", "power, after"]
+    for label in ("full attention, before", "power, before"):
+        assert one[label] == two[label]
+    found = one["power, before"]["tasks"]["ruler"]
+    assert sum(found["found"]["qa_1"]) > 0
+    assert 0 < sum(found["written"]["qa_1"]) <= 6 * 32
+    lines = run_folder(tmp_path / "two").lines
+    assert any("eval/ruler/1000/worst" in line for line in lines)
