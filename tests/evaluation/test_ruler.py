@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from ports import free_port
-from training.preloaded import ensure_running
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsetrain
@@ -17,18 +15,14 @@ from sparsetrain.cli import main
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.report import print_results, write_report
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.ruler.prompts import Prompts
 from sparsetrain.evaluation.ruler.result import RulerResult
 from sparsetrain.evaluation.ruler.specs import answers_found
-from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.evaluation.tasks.ruler import RulerSection
 from sparsetrain.evaluation.writing import write
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
 from sparsetrain.recipe import load_recipe
-from sparsetrain.recipe.schema import EvalSection
-from sparsetrain.world import World
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +93,7 @@ def test_tables_and_pictures_show_tasks_beside_the_mean(tmp_path, capsys):
     print_results(results)
     printed = capsys.readouterr().out
     assert "RULER by length (mean of 2 tasks, prompts of each: 20)" in printed
-    assert "30.0 vt at 8,192" in printed
+    assert "30.0 vt at 8K" in printed
     report = write_report(results, tmp_path, title="Evaluation").read_text()
     assert "| niah_single_1 | 100.0 [84, 100] | 95.0 [76, 99] | 5 of 128 |" in report
     assert "| worst | 100.0 niah_single_1 | 30.0 vt |  |" in report
@@ -190,28 +184,17 @@ def test_tasks_without_their_files_are_left_out_or_refused(tmp_path):
             load_recipe(recipe(tmp_path, tasks=["vt", "niah_multikey_3"], **{field: "x"}))
 
 
-def evaluate_on_rank(rank, world, port, model, tokenizer, section, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    here = World(rank, world, torch.device("cpu"))
-    (out / f"{rank}.json").write_text(evaluate(model, tokenizer, section, here).model_dump_json())
-    (out / f"{rank}.txt").write_text(str(len(passes)))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_find_what_one_does_in_equally_many_passes(answering, byte_tokenizer, tmp_path):
-    letters = [{"text": letter} for letter in "aeiounrst"]
-    paragraph = {"context": "Any letter will do.", "qas": [{"question": f"{n}?", "answers": letters} for n in range(3)]}
-    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
-    settings = {"lengths": [1000, 900], "tasks": ["qa_1", "fwe"], "samples": 3}
-    section = EvalSection(tasks=[RulerSection(**settings, squad=str(tmp_path / "squad.json"))])
-    alone = evaluate(answering, byte_tokenizer, section, ALONE)
-    ensure_running()
-    arguments = (2, free_port(), answering, byte_tokenizer, section, tmp_path)
-    multiprocessing.start_processes(evaluate_on_rank, arguments, nprocs=2, start_method="forkserver")
-    found = [EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found[0] == found[1] == alone
-    assert sum(alone.tasks["ruler"].found["qa_1"]) > 0
-    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+def test_prompts_are_made_once_until_something_changes(byte_tokenizer, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Prompts, "all", lambda self: made.append(self) or [])
+    essay = tmp_path / "essay.txt"
+    essay.write_text("One. Two.")
+    section = RulerSection(tasks=["niah_single_2"], haystack=str(essay), name="kept")
+    for _ in range(3):
+        section.build(byte_tokenizer, 1)
+    assert len(made) == 1
+    section.build(byte_tokenizer, 2)
+    os.utime(essay, (1, 1))
+    section.build(byte_tokenizer, 2)
+    section.model_copy(update={"samples": 3}).build(byte_tokenizer, 2)
+    assert len(made) == 4

@@ -1,7 +1,7 @@
 """The essay that needles are hidden in: a user's text, or sentences of a small grammar, which no one else wrote.
 
-RULER takes Paul Graham's essays, which are his. A text of a grammar repeats no sentence within a hundred thousand words
-but is easier than an author's: figures are comparable where the text is the same.
+RULER takes Paul Graham's essays, which are his. A text of a grammar hardly repeats a sentence, but is more uniform
+than an author's: figures compare where the text is the same.
 """
 
 from __future__ import annotations

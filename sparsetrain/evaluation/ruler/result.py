@@ -155,6 +155,8 @@ class RulerResult(TaskResult):
 
 
 def _rows(results: Mapping[str, RulerResult]) -> Rows:
+    from sparsetrain.evaluation.panels import short
+
     lengths = sorted({length for result in results.values() for length in result.lengths})
     rows = [["", *(f"{length:,}" for length in lengths), "mean", "wAvg inc", "wAvg dec", "effective", "worst"]]
     for label, result in results.items():
@@ -167,7 +169,7 @@ def _rows(results: Mapping[str, RulerResult]) -> Rows:
                 *(f"{value:.1f}" for value in (result.mean(), result.weighted(to_long=True))),
                 f"{result.weighted(to_long=False):.1f}",
                 "none" if effective is None else f"{effective:,}",
-                f"{score:.1f} {task} at {length:,}",
+                f"{score:.1f} {task} at {short(length)}",
             ]
         )
     return rows
@@ -184,8 +186,7 @@ def _draw(figure: Any, measured: Mapping[str, RulerResult], ending: str) -> None
     for axes, (label, result) in zip(all_axes, measured.items(), strict=True):
         grid = np.array([result.scores(task) for task in result.found])
         image = axes.pcolormesh(grid, cmap=colors, vmin=0, vmax=100, edgecolor="white", linewidth=2)
-        task, length, score = result.worst()
-        put_title(axes, f"{label}\nmean {result.mean():.1f}, worst {score:.1f} ({task} at {short(length)})")
+        put_title(axes, f"{label}\nmean {result.mean():.1f}, worst {result.worst()[2]:.1f}")
         axes.set_xticks(np.arange(len(result.lengths)) + 0.5, [short(each) for each in result.lengths])
         axes.set_yticks(np.arange(len(result.found)) + 0.5, result.found)
         axes.set_xlabel("length (tokens)")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsetrain.evaluation.base import Task
 from sparsetrain.evaluation.ruler.result import RulerResult
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
 TOKENS = 16384
 """Shorter prompts share a batch of up to so many tokens."""
+
+_MADE: dict[str, tuple[Any, list[Prompt]]] = {}
+"""The prompts of the last evaluation, by the name of the task, and what they depend on."""
 
 
 class RulerSection(RulerSettings):
@@ -42,14 +44,6 @@ class RulerSection(RulerSettings):
         return Ruler(self, tokenizer, seed)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Prompts that are answered together."""
-
-    prompts: list[Prompt]
-    budget: int
-
-
 class Ruler(Task):
     """RULER's prompts: the same for every model and every evaluation with one seed.
 
@@ -60,15 +54,14 @@ class Ruler(Task):
     def __init__(self, section: RulerSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.section, self._tokenizer = section, tokenizer
         self.lengths = sorted(set(section.lengths))
-        self.prompts = _Kept.prompts(section, tokenizer, seed)
         grouped: dict[tuple[int, int], list[Prompt]] = defaultdict(list)
-        for prompt in self.prompts:
+        for prompt in _prompts(section, tokenizer, seed):
             grouped[BUDGETS[prompt.task], prompt.length].append(prompt)
-        # Ranks write equally many tokens at a time: parts with one budget are dealt among them.
-        self.parts: dict[int, list[Part]] = defaultdict(list)
+        # Prompts that are answered together, by the tokens to write: ranks write equally many at a time.
+        self.parts: dict[int, list[list[Prompt]]] = defaultdict(list)
         for (budget, length), prompts in grouped.items():
             fit = max(self.lengths[-1], TOKENS) // length
-            self.parts[budget] += [Part(prompts[at : at + fit], budget) for at in range(0, len(prompts), fit)]
+            self.parts[budget] += [prompts[at : at + fit] for at in range(0, len(prompts), fit)]
 
     def num_forwards(self, ranks: int) -> int:
         """Several prompts at a time; a text that is written counts as one pass."""
@@ -86,9 +79,9 @@ class Ruler(Task):
         sums = torch.zeros(2, len(tasks), len(self.lengths), dtype=torch.int64)
         for budget, parts in self.parts.items():
             for part, weight in deal(parts, world):
-                prompts = [prompt.input_ids for prompt in part.prompts]
-                texts = write(model, self._tokenizer, prompts, budget, in_step=world.size > 1)
-                for prompt, tokens in zip(part.prompts, texts, strict=True):
+                read = [prompt.input_ids for prompt in part]
+                texts = write(model, self._tokenizer, read, budget, in_step=world.size > 1)
+                for prompt, tokens in zip(part, texts, strict=True):
                     text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
                     found = answers_found(prompt.task, text, prompt.references)
                     place = tasks.index(prompt.task), self.lengths.index(prompt.length)
@@ -108,21 +101,15 @@ class Ruler(Task):
         )
 
 
-class _Kept:
-    """The prompts of the last evaluation, for the next of the run: making them takes minutes where they are long."""
+def _prompts(section: RulerSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
+    """All prompts. They are kept for the next evaluation of the run: making long ones takes minutes."""
+    from sparsetrain.data.encoding import tokenizer_fingerprint
+    from sparsetrain.evaluation.ruler.prompts import Prompts
 
-    key: ClassVar[tuple[Any, ...]] = ()
-    made: ClassVar[list[Prompt]] = []
-
-    @classmethod
-    def prompts(cls, section: RulerSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
-        """All prompts."""
-        from sparsetrain.data.encoding import tokenizer_fingerprint
-        from sparsetrain.evaluation.ruler.prompts import Prompts
-
-        changed = [file.stat().st_mtime_ns for file in section.files() if file.exists()]
-        key = (section, tokenizer_fingerprint(tokenizer), seed, changed)
-        if key != cls.key:
-            cls.key, cls.made = (), []
-            cls.made, cls.key = Prompts(section, tokenizer, seed).all(), key
-        return cls.made
+    changed = [file.stat().st_mtime_ns for file in section.files() if file.exists()]
+    key = (section, tokenizer_fingerprint(tokenizer), seed, changed)
+    known, made = _MADE.get(section.label, (None, []))
+    if known != key:
+        made = Prompts(section, tokenizer, seed).all()
+        _MADE[section.label] = key, made
+    return made
