@@ -248,6 +248,28 @@ def test_another_adapter_is_another_step(captures):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize(
+    ("section", "graphs"),
+    [
+        ({"refresh": {"every": 3, "keep": 8}}, 1),
+        ({"refresh": {"every": 3, "keep": 0.25}}, 2),
+        ({"select": "quest", "candidates": 16}, 1),
+        ({"select": "quest", "candidates": 0.75}, 2),
+    ],
+    ids=str,
+)
+def test_prompts_of_other_lengths_use_one_graph_unless_keys_are_a_share_of_them(section, graphs, captures):
+    model = make(METHODS["full"], {**section, "sinks": 1, "recent": 2, "dense_layers": [0]})
+    cache = sparsetrain.SparseCache(model, max_length=80)
+    for length in (33, 57):
+        given = {**texts((length,)), "max_new_tokens": NEW, "do_sample": False}
+        cache.reset()
+        got = sparsetrain.generate(model, **given, past_key_values=cache)
+        own = sparsetrain.SparseCache(model, max_length=80)
+        assert got.tolist() == model.generate(**given, past_key_values=own).tolist()
+    assert len(captures) == graphs
+
+
 def test_a_hook_that_is_added_or_taken_away_makes_another_step(captures):
     model, given = make(METHODS["power"]), texts(ONE)
     cache = sparsetrain.SparseCache(model, max_length=80)
