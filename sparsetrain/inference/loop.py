@@ -81,7 +81,7 @@ def generate(
 
 
 def replay(model: Any, inputs: Tensor | None = None, *, streamer: BaseStreamer | None = None, **arguments: Any) -> Any:
-    """As :func:`generate`, for arguments that :func:`why_not` has nothing against."""
+    """As :func:`generate`, with token ids int64 ``[B, N]``, for arguments that :func:`why_not` has nothing against."""
     # transformers hands a streamer to its own loops only.
     loop = partial(_write, streamer=streamer)
     return model.generate(inputs, streamer=streamer, **{**arguments, "custom_generate": loop, "disable_compile": True})
