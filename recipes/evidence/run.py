@@ -67,15 +67,20 @@ def methods(recipe: Recipe, gates: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def train(recipe: Path, method: str, seed: int, settings: list[str], folder: Path) -> Outcome:
+def train(
+    recipe: Path, method: str, seed: int, settings: list[str], folder: Path, program: str = "sparsetrain.cli"
+) -> Outcome:
     """One run, in a process of its own; its output goes to a ``.txt`` beside its folder.
+
+    Args:
+        program: the module that is sparsetrain's command line.
 
     Raises:
         RuntimeError: the run failed or was stopped; says where its log is.
     """
     log, times = folder.with_suffix(".txt"), folder / "seconds.json"
     if not at_end(folder):
-        command = [sys.executable, "-m", "sparsetrain.cli", "run", str(recipe), f"train.seed={seed}", *settings]
+        command = [sys.executable, "-m", program, "run", str(recipe), f"train.seed={seed}", *settings]
         start = time.monotonic()
         with log.open("w") as out:
             code = subprocess.run(
