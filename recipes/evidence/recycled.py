@@ -2,14 +2,15 @@
 
     python -m sparsetrain.recipes.evidence.recycled recycled --seed 2 --seed 3
     python -m sparsetrain.recipes.evidence.recycled recycled attention.keep=32 # settings as for any run
+    python -m sparsetrain.recipes.evidence.recycled recycled-needles --question 26 --seed 2 --seed 3
     python -m sparsetrain.recipes.evidence.recycled recycled-text --seed 2 --seed 3
 
 Every model is measured with three readings: all keys; recycled, which reads all keys every few tokens and chooses; and
 a window of at least as many keys.
 
-A recall task is answered by ``generate``. A prompt ends before its first answer and is read in full. Of the answers
-that follow, those count whose steps read a choice of an earlier token. The perplexity of text is that of one pass whose
-rows are steps of generation behind the first token of each window. Runs are those of
+A recall task is answered by ``generate``. A prompt ends ``--question`` tokens before its first answer and is read in
+full. Of the answers that follow, those count whose steps read a choice of an earlier token. The perplexity of text is
+that of one pass whose rows are steps of generation behind the first token of each window. Runs are those of
 :mod:`~sparsetrain.recipes.evidence.run`, and are not repeated.
 """
 
@@ -19,6 +20,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,12 +82,15 @@ def reused(questions: Sequence[Question], every: int) -> list[Question]:
     return kept
 
 
-def answers(model: str, recipe: Recipe, trained: str, seed: int, lengths: Sequence[int]) -> list[Outcome]:
+def answers(
+    model: str, recipe: Recipe, trained: str, seed: int, lengths: Sequence[int], question: int = 0
+) -> list[Outcome]:
     """What a model finds with each reading and each number of tokens between two choices.
 
     Args:
         model: a folder of a run or of a model.
         recipe: its recall task is asked, with documents of ``seed``, and its attention is recycled.
+        question: tokens before the first answer that are read in steps.
     """
     from sparsetrain.evaluation.decode_answers import Answerer, Question
     from sparsetrain.generation.measured import MeasuredMemory, WindowMemory
@@ -99,7 +104,7 @@ def answers(model: str, recipe: Recipe, trained: str, seed: int, lengths: Sequen
     source = find_model(model)
     task = section.build(source.tokenizer, seed)
     loaded = sparsify(source.load(None), {"method": "full"}).eval()
-    questions = [Question.of(row, 0) for row in task.answered() or []]
+    questions = [Question.of(row, question) for row in task.answered() or []]
     beside: dict[str, Any] = {"sinks": attention.sinks, "dense_layers": attention.dense_layers or []}
     window = {"select": "quest", "candidates": 16, **beside}
     whole = Answerer(loaded, source.tokenizer, questions, extra=0, batch=BATCH)
@@ -202,12 +207,13 @@ def _cell(outcome: Outcome) -> str:
 
 
 def main(
-    recipe: Annotated[str, typer.Argument(help="recycled, recycled-text, or a file.")],
+    recipe: Annotated[str, typer.Argument(help="recycled, recycled-needles, recycled-text, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each training; 0 and 1 by default.")] = None,
     every: Annotated[
         list[int] | None, typer.Option(help="Tokens between two choices; attention.every by default.")
     ] = None,
+    question: Annotated[int, typer.Option(help="Tokens before the first answer that are read one by one.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare generation with recycled attention before and after training with it, and with full attention."""
@@ -218,7 +224,10 @@ def main(
         raise typer.BadParameter(f"{file} has attention.method={attention.method}; the comparison starts from recycled")
     if loaded.model.path is None:
         raise typer.BadParameter(f"{file} has no model.path; the comparison starts from a model that can do the task")
-    measure = answers if isinstance(the_task(loaded), RecallSection) else perplexities
+    asked = isinstance(the_task(loaded), RecallSection)
+    if question and not asked:
+        raise typer.BadParameter(f"--question {question}: {file} measures perplexity, not answers; leave it out")
+    measure = partial(answers, question=question) if asked else perplexities
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import typer
+from sparsetrain.recipes.evidence.needle_questions import write
 from sparsetrain.recipes.evidence.recycled import TRAINED, Outcome, main, perplexities, reused, table, the_task
 from sparsetrain.recipes.evidence.recycled_choices import chosen_and_found
 
@@ -80,6 +82,37 @@ def test_the_command_trains_and_each_model_answers(tmp_path, monkeypatch):
         # 64 keys, 4 before the choice and those since; a quarter of the steps read everything.
         assert 0.55 < keys[trained, "recycled"] < 0.75
     assert "| recycled | window |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_question_is_read_in_steps_of_which_the_last_choice_is_as_old_as_it_should_be():
+    """--question 26: the answer of a needle document begins 2, 2, 10 and 26 tokens behind a choice."""
+    recipe = load_recipe(RECIPE.parent / "recycled-needles.yaml").recipe
+    tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+    for row in the_task(recipe).build(tokenizer, 0).answered()[:3]:
+        question = Question.of(row, 26)
+        for every in (4, 8, 16, 32):
+            (kept,) = reused([question], every)
+            assert list(kept.answers) == [26]
+        assert "What is the pass key" not in tokenizer.decode(question.prompt)
+
+
+def test_needle_documents_are_prompts_and_questions_with_their_answer(tmp_path):
+    write(tmp_path / "questions.jsonl", 4)
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+    for row in rows:
+        name, key = re.fullmatch(
+            r"What is the pass key of the (.+)\? The pass key of the \1 is (\d{5})", row["completion"]
+        ).groups()
+        assert f"\nImportant! The pass key of the {name} is {key}.\n" in row["prompt"]
+        assert row["prompt"].count("Important!") == 4
+        assert len(tokenizer(row["prompt"] + row["completion"]).input_ids) < 512
+    assert len({row["prompt"] for row in rows}) == 4
+
+
+def test_text_has_no_questions(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"--question 26: .* measures perplexity, not answers"):
+        main("recycled-text", None, seed=[0], every=None, question=26, out=tmp_path / "out")
 
 
 def test_text_is_measured_with_a_window_of_no_fewer_keys(tmp_path):
