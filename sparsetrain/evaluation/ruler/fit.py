@@ -48,6 +48,10 @@ class NoRoom(DataError):
         self.tokens = tokens
 
 
+FULL = 0.95
+"""Share of its tokens above which a prompt is as long as asked for."""
+
+
 class Maker(ABC):
     """Makes the prompts of one task, of more or fewer units: words, lines, documents.
 
@@ -89,26 +93,31 @@ class Maker(ABC):
         )
 
     def fitted(self, index: int, units: int, room: Room, draws: Draws) -> Sample:
-        """The prompt with a number, of fewer units where so many are too long.
+        """The prompt with a number, of fewer units where so many are too long, and of more where that leaves much room.
 
         Raises:
-            NoRoom: even :attr:`fewest` are.
+            NoRoom: even :attr:`fewest` are too long.
         """
-        while not room.fits(tokens := room.count(sample := self.sample(index, units, draws))):
-            units = self.fewer(units, tokens, room, draws)
+        return self.fit(lambda count: self.sample(index, count, draws), units, room, draws)
+
+    def fit(self, make: Callable[[int], Sample], units: int, room: Room, draws: Draws) -> Sample:
+        """What ``make`` makes of about so many units. NVIDIA's scripts take steps, and never more units.
+
+        Raises:
+            NoRoom: even :attr:`fewest` are too long.
+        """
+        tokens = room.count(sample := make(units))
+        target = room.most - room.budget
+        if not draws.mirror and tokens < FULL * target:
+            units = units * target // tokens
+            tokens = room.count(sample := make(units))
+        while tokens > target:
+            if units <= self.fewest:
+                raise NoRoom(tokens + room.budget + room.overhead)
+            less = self.step if draws.mirror and units > self.step else max(1, units * (tokens - target) // tokens)
+            units = max(self.fewest, units - less)
+            tokens = room.count(sample := make(units))
         return sample
-
-    def fewer(self, units: int, tokens: int, room: Room, draws: Draws) -> int:
-        """Units for another try, where a sample of ``units`` has too many tokens.
-
-        Raises:
-            NoRoom: there are no fewer.
-        """
-        if units <= self.fewest:
-            raise NoRoom(tokens + room.budget + room.overhead)
-        excess = units * (tokens + room.budget - room.most) // tokens
-        less = self.step if draws.mirror and units > self.step else max(1, excess)
-        return max(self.fewest, units - less)
 
     def _search(self, room: Room, draws: Draws, low: int, high: int) -> int | None:
         best = None

@@ -90,16 +90,13 @@ class FrequentWordsMaker(Maker):
         return words - self.step
 
     def fitted(self, index: int, units: int, room: Room, draws: Draws) -> Sample:
-        """A text of a vocabulary of its own, of fewer words where so many are too long.
+        """A text of a vocabulary of its own, which does not change where another number of words is tried.
 
         Raises:
-            NoRoom: even :data:`FEWEST_CODED` are.
+            NoRoom: even :data:`FEWEST_CODED` words are too long.
         """
         vocabulary = self._vocabulary(self._tokens // 50, draws)
-        units = max(units, self.fewest)
-        while not room.fits(tokens := room.count(sample := self._text(units, vocabulary, draws))):
-            units = self.fewer(units, tokens, room, draws)
-        return sample
+        return self.fit(lambda words: self._text(words, vocabulary, draws), max(units, self.fewest), room, draws)
 
     def _vocabulary(self, size: int, draws: Draws) -> list[str]:
         size = max(size, 4)
