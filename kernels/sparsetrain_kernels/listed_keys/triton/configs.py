@@ -43,6 +43,6 @@ def choose_configs(dtype: torch.dtype, d_pad: int, lines: int) -> Configs:
     return Configs(
         Config(lines, 128, 8, 2) if wide else Config(lines, 64, 8 if long else 4, 3),
         Config(lines, 64, 8 if long else 4, 3 if wide else 2),
-        Config(64, 64, 4, 3),
+        Config(128, 64, 4, 3),
         Config(64, 64, 4, 2),
     )

@@ -160,6 +160,9 @@ def listed_bwd_sum_kernel(
     until_ptr += (part * key_tiles + key_tile) * part_tiles
     first = tl.load(until_ptr - 1, mask=key_tile > 0, other=0)
     last = tl.load(until_ptr + part_tiles - 1)
+    if not FIRST and first >= last:
+        # There is nothing to add, as in parts of empty tiles of rows.
+        return
     dim = tl.arange(0, D_PAD)
     row = tl.arange(0, BLOCK_N)
     cells = (part * tokens + start + row)[:, None] * (2 * D_PAD) + (half * D_PAD + dim)[None, :]
@@ -173,7 +176,9 @@ def listed_bwd_sum_kernel(
         found = tl.load(order_ptr + at + entry, mask=is_entry, other=0)
         # A part of all tiles has fewer than 2^31 elements.
         source = found // BLOCK_N * (2 * D_PAD)
-        added = tl.load(partial_ptr + (source[:, None] + dim[None, :]), mask=is_entry[:, None], other=0.0)
+        # Read once: evicted first, so that the sums and the order stay in L2.
+        parts = partial_ptr + (source[:, None] + dim[None, :])
+        added = tl.load(parts, mask=is_entry[:, None], other=0.0, eviction_policy="evict_first")
         is_own = (row[:, None] == (found % BLOCK_N)[None, :]).to(added.dtype)
         acc = tl.dot(is_own, added, acc, input_precision=PRECISION)
     tl.store(sums_ptr + cells, acc, mask=is_cell)

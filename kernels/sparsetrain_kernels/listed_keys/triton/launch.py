@@ -24,7 +24,7 @@ from sparsetrain_kernels.listed_keys.triton.skipped import clear_skipped_rows
 from sparsetrain_kernels.listed_keys.triton.work import Work, make_work
 from sparsetrain_kernels.row_statistics import row_statistics
 
-PARTIAL_BYTES = 2**30
+PARTIAL_BYTES = 2**31
 """Memory for what tiles of rows add to keys: as many KV heads go together as fit; of a single one, as many tiles."""
 PLACES = (8, 128)
 """Tiles of rows, and of keys, whose places one program looks for."""
