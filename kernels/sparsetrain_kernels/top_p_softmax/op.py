@@ -69,11 +69,11 @@ def top_p_attention(
     Which keys those are is a constant, without a gradient.
 
     **There is no speed in it**: every logit is computed and sorted in the forward pass and computed again in the
-    backward pass, and single keys that are left out here and there leave no tile of a product empty. Plain PyTorch, the
-    same on a CPU and on CUDA; some rows at a time, so that no ``N x M`` tensor is kept or built. Logits, softmax and
-    sums are fp32 (fp64 for fp64 inputs). The backward pass finds the same keys by a number for each row, halfway
-    between the last logit that is read and the first that is not, so that rounding does not decide. Gradients are the
-    same bit for bit on every run.
+    backward pass, and single keys that are left out here and there leave no tile of a product empty. Plain PyTorch for
+    any device, so far run on CPUs alone; some rows at a time, so that no ``N x M`` tensor is kept or built. Logits,
+    softmax and sums are fp32 (fp64 for fp64 inputs). The backward pass finds the same keys by a number for each row,
+    halfway between the last logit that is read and the first that is not, so that rounding does not decide. On a CPU,
+    gradients are the same bit for bit on every run.
 
     Args:
         query: ``[B, Hq, N, D]``.
