@@ -125,3 +125,24 @@ def test_chosen_keys_are_the_heaviest(bounds: Any) -> None:
             assert (listed.diff() > 0).all()
             least = pooled[head].sort(descending=True)[0][count - 1]
             assert (pooled[head, listed] >= least - 0.02).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((8, 2), 128), ((8, 1), 64), ((2, 2), 128), ((6, 2), 64), ((14, 2), 128)], ids=str
+)
+@pytest.mark.parametrize("bounds", [None, (0, 1, 3000, 3000, 9000)], ids=["one", "packed"])
+def test_chosen_keys_are_those_of_plain_pytorch(bounds: Any, heads: Any, head_dim: int) -> None:
+    """Products of small integers have no rounding, and many of them are equal."""
+    torch.manual_seed(0)
+    chosen = torch.arange(5, 9000, 131, dtype=torch.int32, device="cuda")
+    query = torch.randint(-2, 3, (1, heads[0], len(chosen), head_dim), device="cuda").bfloat16()
+    key = torch.randint(-2, 3, (1, heads[1], 9000, head_dim), device="cuda").bfloat16()
+    lse = torch.randint(0, 9, query.shape[:3], device="cuda").float()
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    options = {"query_positions": chosen, "cu_seqlens": cu_seqlens, "scale": 0.25, "sinks": 3, "window": 40}
+    ours = top_k_keys(query, key, lse, 300, **options, backend="triton")
+    plain = top_k_keys(query, key, lse, 300, **options, backend="reference")
+    assert torch.equal(ours.counts, plain.counts)
+    assert torch.equal(ours.dropped, plain.dropped)
+    inside = torch.arange(300, device="cuda") < plain.counts[..., None]
+    assert torch.equal(ours.lists[inside], plain.lists[inside])

@@ -10,8 +10,9 @@ from cross_compile import report, source
 from sparsetrain_kernels import row_statistics
 from sparsetrain_kernels.dense.triton import keys, rows
 from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
-from sparsetrain_kernels.key_choice.triton import kernels as choice_kernels
-from sparsetrain_kernels.key_choice.triton.launch import POOL, STEPS, choose_config
+from sparsetrain_kernels.key_choice.triton import lists as choice_lists
+from sparsetrain_kernels.key_choice.triton import weights as choice_weights
+from sparsetrain_kernels.key_choice.triton.launch import HELD_BYTES, LIST_WARPS, TILE, choose_config
 from sparsetrain_kernels.launching import Config
 from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, skipped, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
@@ -33,6 +34,9 @@ INTEGERS = (
     "order_ptr",
     "until_ptr",
     "lengths_ptr",
+    "spans_ptr",
+    "columns_ptr",
+    "dropped_ptr",
 )
 SINGLES = ("sums_ptr", "in_log2_ptr", "grad_lse_ptr", "lse_ptr", "delta_ptr")
 
@@ -83,16 +87,17 @@ def compile_rows(dtype: str) -> None:
 
 
 def compile_choice(dtype: str) -> None:
-    """What weighs keys, for the largest of a group and for every head, and pools them."""
+    """What weighs keys, for the largest of a group and for every head, and what lists them."""
+    halves = {"weights_ptr": "*fp16", "peaks_ptr": "*fp16", "pooled_ptr": "*fp16"}
     for head_dim in (64, 128):
         for best in (True, False):
-            shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "STEPS": STEPS, "BEST": best}
+            shape = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D_PAD": head_dim, "BEST": best, "HELD": best}
             shape |= {"PRECISION": "ieee", "PACKED": False, "tiles_ptr": None}
-            config = choose_config(DTYPES[dtype], head_dim)
-            name, kernel = f"weights {best} {head_dim}", choice_kernels.log_weights_kernel
-            compile_one(name, kernel, dtype, shape, config, weights_ptr="*fp16")
-    own, kernel = {"WIDTH": 7, "BLOCK": POOL}, choice_kernels.pool_positions_kernel
-    compile_one("pool", kernel, dtype, own, None, weights_ptr="*fp16", pooled_ptr="*fp16")
+            config = choose_config(DTYPES[dtype], head_dim, best, HELD_BYTES)
+            name, kernel = f"weights {best} {head_dim}", choice_weights.log_weights_kernel
+            compile_one(name, kernel, dtype, shape, config, **halves)
+    own = {"HALF": 3, "TILE": TILE}
+    compile_one("lists", choice_lists.top_keys_kernel, dtype, own, Config(0, 0, LIST_WARPS, 3), **halves)
 
 
 def compile_work(dtype: str) -> None:

@@ -108,7 +108,7 @@ def test_attention_of_segments_and_chosen_rows_uses_the_tensor_cores(family: str
     assert len(kernels) == count
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
-        assert kernel["wgmma"] > 0 or kernel["kernel"].split()[0] in ("places", "order", "pool"), kernel
+        assert kernel["wgmma"] > 0 or kernel["kernel"].split()[0] in ("places", "order", "lists"), kernel
         assert not kernel["serialised"], kernel
 
 

@@ -155,12 +155,15 @@ def test_the_fewest_keys_that_hold_a_share_are_listed(group: str, backend: str, 
         assert len(listed) <= len(wanted) + len(weights)
 
 
-def test_the_kernels_choose_what_plain_pytorch_does(poison_launches, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_kernels_choose_what_plain_pytorch_does(
+    dtype: torch.dtype, poison_launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     poison(poison_launches, "triton")
     from sparsetrain_kernels.key_choice.triton import launch
 
-    monkeypatch.setattr(launch, "PART_ELEMENTS", 7 * 2 * 200)
-    rows = Rows(bounds=PACKED, rows=12)
+    monkeypatch.setattr(launch, "PART_ELEMENTS", 7 * launch.ALIGNED)
+    rows = Rows(bounds=PACKED, rows=12, dtype=dtype)
     tensors, options = rows.arguments()
     ours, plain = (top_k_keys(*tensors, 10, backend=backend, **options) for backend in ("triton", "reference"))
     assert torch.equal(ours.counts, plain.counts)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparsetrain_kernels.key_choice.inputs import ChoiceInputs
 from sparsetrain_kernels.top_p_selection import PositionLists, top_k_lists, top_p_lists
-from sparsetrain_kernels.top_p_selection.selection import SelectionInputs
 
 
 def row_heads(inputs: ChoiceInputs) -> int:
@@ -33,29 +32,3 @@ def lists_of(inputs: ChoiceInputs, weights: Tensor, lengths: Tensor, backend: st
     if inputs.p == 0:
         return top_k_lists(weights, zero, inputs.capacity, width=inputs.width, **alike)
     return top_p_lists(weights, zero, inputs.p, capacity=inputs.capacity, group=inputs.group, **alike)
-
-
-def pooled_lists(inputs: ChoiceInputs, pooled: Tensor, lengths: Tensor, backend: str) -> PositionLists:
-    """As :func:`lists_of`, of weights ``[rows, row_heads, columns]`` that have been pooled over positions."""
-    if inputs.p > 0:
-        return lists_of(inputs, pooled, lengths, backend)
-    selection = SelectionInputs(
-        scores=pooled,
-        lse=torch.zeros(pooled.shape[:2], device=pooled.device),
-        lengths=lengths,
-        page_lists=None,
-        page_counts=None,
-        p_heads=None,
-        recents=None,
-        p=0.0,
-        recent=inputs.window,
-        sinks=inputs.sinks,
-        kv_heads=inputs.key.shape[1],
-        group="union",
-        width=1,
-        min_keys=inputs.capacity,
-        capacity=inputs.capacity,
-        newest=True,
-        due=None,
-    )
-    return PositionLists(*torch.ops.sparsetrain.position_lists(*selection, backend))
