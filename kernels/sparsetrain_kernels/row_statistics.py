@@ -21,7 +21,8 @@ def row_statistics(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor 
     Rows that saw nothing get an infinite log-sum-exp, which makes their weights zero.
     """
     batch, heads, rows, head_dim = out.shape
-    in_log2, delta = torch.empty((2, batch, heads, rows), dtype=torch.float32, device=out.device).unbind()
+    # Two tensors, not halves of one, which TMA could not read at an address of any multiple of 4.
+    in_log2, delta = (torch.empty((batch, heads, rows), dtype=torch.float32, device=out.device) for _ in range(2))
     tiles = triton.cdiv(rows, ROWS)
     launch(
         row_statistics_kernel,

@@ -85,19 +85,65 @@ def test_parts_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(outputs_and_gradients(ours, case.trained)[2], whole[2])
 
 
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="its kernel is for Hopper"
+)
+BACKENDS = pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=HOPPER)])
+
+
 @DTYPES
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("bounds", [None, (0, 1, 300, 300, 700)], ids=["one", "packed"])
-def test_chosen_rows_equal_the_oracle(bounds: Any, head_dim: int, dtype: torch.dtype) -> None:
+def test_chosen_rows_equal_the_oracle(bounds: Any, head_dim: int, backend: str, dtype: torch.dtype) -> None:
+    if backend == "gluon" and (head_dim == 80 or dtype == torch.float32):
+        pytest.skip("no such kernel")
     chosen = torch.randperm(700, generator=torch.Generator().manual_seed(0))[:190].sort()[0].int().cuda()
     tensors = tuple(t.detach() for t in make_inputs(8, 2, 190, 700, head_dim=head_dim, dtype=dtype, device="cuda"))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
     options = {"query_positions": chosen, "cu_seqlens": cu_seqlens}
     assert_close(
-        partial(causal_attention, **options, return_lse=True, backend="triton"),
+        partial(causal_attention, **options, return_lse=True, backend=backend),
         partial(causal_attention_dense, **options),
         tensors,
     )
+
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "one": {"places": [699]},
+    "all": {"places": range(700)},
+    "none at the end": {"places": range(0, 400, 3)},
+    "groups of 7": {"places": range(5, 700, 2), "heads": (7, 1)},
+    "one head each": {"places": range(5, 700, 9), "heads": (3, 3)},
+    "batch": {"places": range(0, 700, 7), "batch": 2},
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", CHOSEN)
+def test_any_rows_may_be_chosen(name: str, backend: str) -> None:
+    case = {"heads": (8, 2), "batch": 1, **CHOSEN[name]}
+    chosen = torch.tensor(case["places"], dtype=torch.int32, device="cuda")
+    shape = {"batch": case["batch"], "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
+    tensors = tuple(t.detach() for t in make_inputs(*case["heads"], len(chosen), 700, **shape))
+    assert_close(
+        partial(causal_attention, query_positions=chosen, return_lse=True, backend=backend),
+        partial(causal_attention_dense, query_positions=chosen),
+        tensors,
+    )
+
+
+@BACKENDS
+def test_keys_that_no_row_sees_are_not_read(backend: str) -> None:
+    bounds = torch.tensor([0, 30, 110, 300], dtype=torch.int32, device="cuda")
+    chosen = torch.tensor([40, 60, 200], dtype=torch.int32, device="cuda")
+    tensors = tuple(t.detach() for t in make_inputs(8, 2, 3, 300, head_dim=128, dtype=torch.bfloat16, device="cuda"))
+    attend = partial(causal_attention, query_positions=chosen, cu_seqlens=bounds, return_lse=True, backend=backend)
+    clean = outputs_and_gradients(attend, tensors)
+    for tensor in tensors[1:]:
+        tensor[:, :, 201:] = tensor[:, :, :30] = tensor[:, :, 61:110] = float("nan")
+    dirty = outputs_and_gradients(attend, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
 @pytest.mark.parametrize("bounds", [None, (0, 1, 3000, 3000, 9000)], ids=["one", "packed"])

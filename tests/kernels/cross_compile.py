@@ -27,6 +27,7 @@ from sparsetrain_kernels.causal_selection.triton import (
     selection_kernels,
     statistics_kernels,
 )
+from sparsetrain_kernels.dense.hopper import grad_key_value as rows_grad_key_value
 from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
 from sparsetrain_kernels.key_estimate.triton import scores as key_scores
 from sparsetrain_kernels.key_estimate.triton import weights as key_weights
@@ -54,6 +55,8 @@ triton.knobs.compilation.always_compile = True
 triton.knobs.nvidia.dump_ptxas_log = True
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "places_until_ptr"}
+INTEGERS |= {"positions_ptr", "key_tiles_ptr"}
+PATTERN = {"TPB": 2, "FAR": 16}
 SINGLES = {
     *("lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr", "padded_threshold_ptr"),
     *("scores_ptr", "threshold_ptr", "partial_scores_ptr", "grad_scores_ptr", "grad_threshold_ptr"),
@@ -245,6 +248,13 @@ def compile_hopper(dtype: str) -> None:
                 {"q": 64, "k": 64, "v": 64, "do": 64},
                 {},
             ),
+            (
+                "rows dkv",
+                rows_grad_key_value.causal_rows_bwd_dkv_hopper_kernel,
+                {"BLOCK_M": 64, "STAGES": 4},
+                {"q": 64, "k": 64, "v": 64, "do": 64},
+                {},
+            ),
         )
         if head_dim == 128:
             fused = fused_backward.block_pattern_bwd_fused_kernel
@@ -254,7 +264,7 @@ def compile_hopper(dtype: str) -> None:
             types = {f"{tensor}_desc": tiles(dtype, rows, head_dim) for tensor, rows in boxes.items()}
             types |= dict.fromkeys(("lse_desc", "delta_desc", "scale_desc"), f"tensordesc<fp32[64],{line!r}>")
             types["dq_desc"] = tiles("i32", 64, head_dim // 2)
-            constants = {**own, "TPB": 2, "FAR": 16}
+            constants = own | {name: size for name, size in PATTERN.items() if name in kernel.arg_names}
             report(
                 f"{name} {dtype} {head_dim}",
                 source(GluonASTSource, kernel, dtype, constants, types),

@@ -159,13 +159,14 @@ CHOSEN = torch.tensor([0, 4, 9], dtype=torch.int32)
         ({"q_start": 0}, "q_start=0 cannot be combined"),
         ({"softcap": 2.0}, "softcap=2.0 cannot be combined"),
         ({"sink_logits": torch.zeros(4)}, "sink_logits=a tensor cannot be combined"),
-        ({"backend": "gluon"}, "there is no Hopper version"),
+        ({"backend": "gluon"}, "its kernel takes fp16 and bf16, not torch.float32"),
+        (dict(zip(("query", "key", "value"), (t.half() for t in (QUERY, KEY, KEY)))) | {"backend": "gluon"}, "not 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_wrong_arguments_are_named(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=named):
-        causal_attention(QUERY, KEY, KEY, **{"query_positions": CHOSEN, **wrong})
+        causal_attention(**{"query": QUERY, "key": KEY, "value": KEY, "query_positions": CHOSEN, **wrong})
 
 
 SMALL: dict[str, dict[str, Any]] = {

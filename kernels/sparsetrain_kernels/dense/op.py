@@ -14,6 +14,9 @@ from sparsetrain_kernels.dense.row_library import CausalRows
 from sparsetrain_kernels.dense.row_reference import dense_rows
 from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
 
+GLUON_DTYPES = (torch.float16, torch.bfloat16)
+GLUON_HEAD_DIMS = (64, 128)
+
 
 @overload
 def causal_attention(
@@ -78,7 +81,9 @@ def causal_attention(
             host to check.
         return_lse: also return the log of the softmax denominator (the sink included). Differentiable.
         backend: ``reference`` (plain PyTorch, torch's fused attention where it is the same) or ``auto``, which is the
-            same: only chosen rows have kernels, ``triton``, which ``auto`` takes on CUDA.
+            same: only chosen rows have kernels. These are ``triton`` (fp32, fp16 and bf16, head dim up to 256) and, for
+            the gradients of keys and values, ``gluon`` (Hopper: fp16 and bf16, head dim 64 or 128); ``auto`` takes on
+            CUDA what can run the call, ``gluon`` first.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -112,12 +117,21 @@ def causal_attention(
 
 
 def _chosen_rows(inputs: RowInputs, backend: str) -> tuple[Tensor, Tensor]:
-    refusals = {"triton": triton_refusal(inputs.query), "gluon": "there is no Hopper version"}
+    refusals = {"triton": triton_refusal(inputs.query), "gluon": _gluon_refusal(inputs)}
     chosen = choose_backend(backend, inputs.query, refusals)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     run = CausalRows.apply if needs_grad else torch.ops.sparsetrain.causal_rows_fwd
     return run(*inputs, chosen)
+
+
+def _gluon_refusal(inputs: RowInputs) -> str | None:
+    """Why the Hopper kernel cannot run this, if so."""
+    if inputs.query.dtype not in GLUON_DTYPES:
+        return f"its kernel takes fp16 and bf16, not {inputs.query.dtype}"
+    if inputs.query.shape[3] not in GLUON_HEAD_DIMS:
+        return f"its kernel takes a head_dim of 64 or 128, not {inputs.query.shape[3]}"
+    return None
 
 
 def causal_attention_dense(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,18 +14,19 @@ from sparsetrain_kernels.dense.row_reference import pairs_seen, row_backward, ro
 
 
 def _forward(backend: str) -> Callable[..., Any]:
-    return row_forward if backend == "reference" else _launches().rows_forward
+    # The Hopper kernels are of the backward pass.
+    return row_forward if backend == "reference" else _launches("triton").rows_forward
 
 
 def _backward(backend: str) -> Callable[..., Any]:
-    return row_backward if backend == "reference" else _launches().rows_backward
+    return row_backward if backend == "reference" else _launches(backend).rows_backward
 
 
-def _launches() -> ModuleType:
-    """The module that launches the kernels. Imported on first use: Triton may be absent."""
-    from sparsetrain_kernels.dense.triton import launch
-
-    return launch
+@cache
+def _launches(backend: str) -> ModuleType:
+    """The module that launches the kernels of a backend. Imported on first use: Triton may be absent."""
+    folder = {"triton": "triton", "gluon": "hopper"}[backend]
+    return importlib.import_module(f"sparsetrain_kernels.dense.{folder}.launch")
 
 
 def _pairs(inputs: RowInputs) -> int:

@@ -58,32 +58,39 @@ def _producer(
 
 
 @gluon.jit
-def _step(
+def not_later(where, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Which of the 64 keys each query of a step sees, keys by queries: on the diagonal, those that are not later."""
+    key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
+    query = (step % (TILE // BLOCK_M)) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT))
+    return gl.expand_dims(query, 0) >= gl.expand_dims(key, 1)
+
+
+@gluon.jit
+def key_value_step(
     s,
     dp,
     dk,
     dv,
-    k,
-    v,
-    rings,
-    line_rings,
-    full,
-    empty,
+    operands,
     step,
     n_steps,
     to_log2,
+    visible: gl.constexpr,
+    where,
     MASKED: gl.constexpr,
     W: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """``BLOCK_M`` queries against the 64 keys of this warpgroup. Arrives with S of this step done and dP in flight, and
-    leaves so for the next one (past the last, both are of whatever lies in the slot, and unused).
+    leaves so for the next one (past the last, both are of whatever lies in the slot, and unused). ``operands`` are the
+    keys, the values, the rings, and their barriers; ``visible`` tells what a masked step sees, from ``where``.
 
     Products complete in the order of issue, dV dK S' dP' in each step; a wait names how many of the later ones may
     still run. The exponentials hide behind dP, and dS behind dV. ptxas serialises every product of the kernel if one
     with its left operand in registers crosses the end of the step, or if what crosses is not waited for with 0.
     """
+    k, v, rings, line_rings, full, empty = operands
     q_ring, do_ring = rings
     lse_ring, delta_ring = line_rings
     D: gl.constexpr = k.shape[1]
@@ -99,9 +106,7 @@ def _step(
     lse = lse_ring.index(slot).load(QUERIES)
     p = exp2(s * to_log2 - gl.expand_dims(lse, 0))
     if MASKED:
-        key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
-        query = (step % (TILE // BLOCK_M)) * BLOCK_M + gl.arange(0, BLOCK_M, QUERIES)
-        p = gl.where(gl.expand_dims(query, 0) >= gl.expand_dims(key, 1), p, 0.0)
+        p = gl.where(visible(where, step, W, BLOCK_M, S_LAYOUT), p, 0.0)
     left = gl.convert_layout(p.to(dtype), LEFT)
     mbarrier.wait(full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -142,6 +147,7 @@ def _consumer(
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     k = k_buf.index(W).reshape([HALF, D])
     v = v_buf.index(W).reshape([HALF, D])
+    operands = (k, v, rings, line_rings, full, empty)
     dk = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
     dv = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
     mbarrier.wait(kv_full, 0)
@@ -150,12 +156,12 @@ def _consumer(
     dp = product(v, do_ring, 0, BLOCK_M, D, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
     for step in range(n_masked):
-        s, dp, dk, dv = _step(
-            s, dp, dk, dv, k, v, rings, line_rings, full, empty, step, n_steps, to_log2, True, W, BLOCK_M, STAGES
+        s, dp, dk, dv = key_value_step(
+            s, dp, dk, dv, operands, step, n_steps, to_log2, not_later, 0, True, W, BLOCK_M, STAGES
         )
     for step in range(n_masked, n_steps):
-        s, dp, dk, dv = _step(
-            s, dp, dk, dv, k, v, rings, line_rings, full, empty, step, n_steps, to_log2, False, W, BLOCK_M, STAGES
+        s, dp, dk, dv = key_value_step(
+            s, dp, dk, dv, operands, step, n_steps, to_log2, not_later, 0, False, W, BLOCK_M, STAGES
         )
     warpgroup_mma_wait(0, deps=(dp,))
     dk = dk * (to_log2 * LN2)

@@ -56,55 +56,76 @@ def rows_backward(
     inputs: RowInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, laid out like them."""
+    with on_device(inputs.query):
+        statistics = row_statistics(out, grad_out, lse, grad_lse)
+        return grad_rows(inputs, grad_out, statistics), *_grad_keys(inputs, grad_out, statistics)
+
+
+def grad_rows(inputs: RowInputs, grad_out: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of the query, laid out like it."""
     query, key, value, positions = inputs[:4]
     batch, heads, rows, head_dim = query.shape
-    kv_heads = key.shape[1]
-    configs = choose_configs(query.dtype, pad_head_dim(head_dim))
-    grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
-    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3]]
-    with on_device(query):
-        statistics = row_statistics(out, grad_out, lse, grad_lse)
-        config = configs.dq
-        tiles, table, starts = row_tiles(inputs, config.block_m)
-        launch(
-            causal_rows_bwd_dq_kernel,
-            tiles * heads * batch,
-            (query, key, value, grad_out, *statistics, grad_query, positions, starts, table),
-            (*strides, *grad_query.stride()[:3], rows, tiles, inputs.scale),
-            HEADS=heads,
-            **_shape(inputs),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PACKED=table is not None,
-            PRECISION="ieee",
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
-        config = configs.dkv
-        key_table = key_tiles(inputs, config.block_n)
-        launch(
-            causal_rows_bwd_dkv_kernel,
-            key_table.shape[0] * kv_heads * batch,
-            (query, key, value, grad_out, *statistics, grad_key, grad_value, positions, key_table),
-            (
-                *strides,
-                *grad_key.stride()[:3],
-                *grad_value.stride()[:3],
-                rows,
-                key_table.shape[0],
-                inputs.scale,
-            ),
-            KV_HEADS=kv_heads,
-            **_shape(inputs),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PRECISION="ieee",
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
-    return grad_query, grad_key, grad_value
+    grad_query = torch.empty_like(query)
+    config = choose_configs(query.dtype, pad_head_dim(head_dim)).dq
+    tiles, table, starts = row_tiles(inputs, config.block_m)
+    launch(
+        causal_rows_bwd_dq_kernel,
+        tiles * heads * batch,
+        (query, key, value, grad_out, *statistics, grad_query, positions, starts, table),
+        (
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_out.stride()[:3],
+            *grad_query.stride()[:3],
+            rows,
+            tiles,
+            inputs.scale,
+        ),
+        HEADS=heads,
+        **_shape(inputs),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PACKED=table is not None,
+        PRECISION="ieee",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return grad_query
+
+
+def _grad_keys(inputs: RowInputs, grad_out: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    query, key, value, positions = inputs[:4]
+    batch, kv_heads = key.shape[:2]
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).dkv
+    table = key_tiles(inputs, config.block_n)
+    launch(
+        causal_rows_bwd_dkv_kernel,
+        table.shape[0] * kv_heads * batch,
+        (query, key, value, grad_out, *statistics, grad_key, grad_value, positions, table),
+        (
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_out.stride()[:3],
+            *grad_key.stride()[:3],
+            *grad_value.stride()[:3],
+            query.shape[2],
+            table.shape[0],
+            inputs.scale,
+        ),
+        KV_HEADS=kv_heads,
+        **_shape(inputs),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PRECISION="ieee",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return grad_key, grad_value
 
 
 def row_tiles(inputs: RowInputs, size: int) -> tuple[int, Tensor | None, Tensor | None]:
