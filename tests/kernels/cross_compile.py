@@ -32,13 +32,13 @@ from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
 from sparsetrain_kernels.key_estimate.triton import scores as key_scores
 from sparsetrain_kernels.key_estimate.triton import weights as key_weights
 from sparsetrain_kernels.key_estimate.triton.configs import choose_config, granules_of_a_tile, keys_of_a_tile
+from sparsetrain_kernels.key_lists.triton.forward import key_lists_fwd_kernel
+from sparsetrain_kernels.key_lists.triton.grad_rows import key_lists_bwd_rows_kernel
 from sparsetrain_kernels.key_mirror.triton import kernels as mirror_kernels
 from sparsetrain_kernels.list_decode.triton import kernels as listed_kernels
 from sparsetrain_kernels.list_decode.triton.configs import MERGE_STEPS, choose_tiles
 from sparsetrain_kernels.score_placement.triton import kernels as placement_kernels
-from sparsetrain_kernels.selected_keys.triton import forward as selected_forward
 from sparsetrain_kernels.selected_keys.triton import grad_key_value as selected_grad_key_value
-from sparsetrain_kernels.selected_keys.triton import grad_query as selected_grad_query
 from sparsetrain_kernels.selected_keys.triton import lists
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs as choose_selected_configs
 from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
@@ -134,13 +134,15 @@ def compile_plain(dtype: str) -> None:
 def compile_selected(dtype: str) -> None:
     """Attention over a selection: every entry of its table for a dtype."""
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    over_rows = {"HEADS": 32, "LIST_ROWS": 128, "GATE": "value", "PACKED": False}
+    over_rows = {"KV_HEADS": 8, "MEMBERS": 1, "GATE": "value", "SELECTED": True, "PACKED": False}
+    over_rows |= {"LIST_ROWS": 128, "tiles_ptr": None}
+    lists = dict.fromkeys(("keys_ptr", "whole_ptr"), "*i32")
     for head_dim in (64, 128, 256):
         configs = choose_selected_configs(torch_dtype, head_dim)
         shared = {"D": head_dim, "D_PAD": head_dim, "GROUP": 4, "SELECTIONS": 8, "PRECISION": "ieee"}
         kernels = (
-            ("fwd", selected_forward.selected_fwd_kernel, over_rows),
-            ("dq", selected_grad_query.selected_bwd_dq_kernel, over_rows),
+            ("fwd", key_lists_fwd_kernel, over_rows | {"ROWS": configs.fwd.block_m}),
+            ("dq", key_lists_bwd_rows_kernel, over_rows | {"ROWS": configs.dq.block_m, "partial_ptr": None}),
             (
                 "stretch",
                 selected_grad_key_value.selected_bwd_stretch_kernel,
@@ -150,9 +152,10 @@ def compile_selected(dtype: str) -> None:
         )
         for name, kernel, own in kernels:
             config = getattr(configs, name)
+            own_lists = lists if "keys_ptr" in kernel.arg_names else {}
             constants = {**shared, **own, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            report(f"{name} {dtype} {head_dim}", source(ASTSource, kernel, dtype, constants, {}), options)
+            report(f"{name} {dtype} {head_dim}", source(ASTSource, kernel, dtype, constants, own_lists), options)
 
 
 WIDE = {
@@ -174,7 +177,9 @@ def compile_sparsek(dtype: str) -> None:
     parts = {"PARTS": 256, "BLOCK": 1024}
     ages = {"AGE_1": 1, "AGE_2": 4}
     alone = {"PACKED": False, "BLOCK": 256}
-    lone_list = {"parent_keys_ptr": None, "parent_counts_ptr": None, "scores_or_inf_ptr": None, "FROM_PARENT": False}
+    absent = ("parent_keys_ptr", "parent_counts_ptr", "whole_ptr", "scores_or_inf_ptr")
+    long_list = {**dict.fromkeys(absent), "FROM_PARENT": False, "SINKS": False, "ROWS": 2048}
+    tile_list = {"FROM_PARENT": True, "SINKS": True, "ROWS": 128}
     kernels: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
         (placement_kernels.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
         (placement_kernels.placement_bwd_kernel, along, {}, 8),
@@ -196,8 +201,8 @@ def compile_sparsek(dtype: str) -> None:
         (selection_kernels.selection_points_kernel, alone, {}, 4),
         (selection_kernels.selection_intervals_kernel, alone, {}, 4),
         (selection_kernels.selection_thresholds_kernel, alone, {}, 4),
-        (lists.select_keys_kernel, {**lone_list, "SINKS": False, "ROWS": 2048, "PARENT_ROWS": 2048}, {}, 4),
-        (lists.select_keys_kernel, {"FROM_PARENT": True, "SINKS": True, "ROWS": 128, "PARENT_ROWS": 2048}, {}, 4),
+        (lists.select_keys_kernel, long_list, {}, 4),
+        (lists.select_keys_kernel, tile_list, {}, 4),
     ]
     for step in (32, 64):
         grid = {"CHUNK": step * step, "STEP": step}
@@ -209,7 +214,7 @@ def compile_sparsek(dtype: str) -> None:
     known |= {"unit": "i64", "limit": "i64", "to_unit": "fp32"}
     for kernel, constants, types, warps in kernels:
         if kernel is lists.select_keys_kernel:
-            constants = {**constants, "SCAN": 1024, "PACKED": False}
+            constants = {**constants, "PARENT_ROWS": 2048, "SCAN": 1024, "PACKED": False}
         names = [name for name in kernel.arg_names if name.endswith("_ptr") and not name.startswith("doc_")]
         own = dict.fromkeys(names, "*i32") | known | types
         report(f"{kernel.__name__} {constants}", source(ASTSource, kernel, dtype, constants, own), {"num_warps": warps})

@@ -13,8 +13,10 @@ from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_ro
 from sparsetrain_kernels.key_choice.triton import lists as choice_lists
 from sparsetrain_kernels.key_choice.triton import weights as choice_weights
 from sparsetrain_kernels.key_choice.triton.launch import HELD_BYTES, LIST_WARPS, TILE, choose_config
+from sparsetrain_kernels.key_lists.triton.forward import key_lists_fwd_kernel
+from sparsetrain_kernels.key_lists.triton.grad_rows import key_lists_bwd_rows_kernel
 from sparsetrain_kernels.launching import Config
-from sparsetrain_kernels.listed_keys.triton import forward, grad_keys, grad_rows, skipped, work
+from sparsetrain_kernels.listed_keys.triton import grad_keys, skipped, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
 from sparsetrain_kernels.listed_keys.triton.launch import PLACES
 from triton.compiler import ASTSource
@@ -37,6 +39,9 @@ INTEGERS = (
     "spans_ptr",
     "columns_ptr",
     "dropped_ptr",
+)
+NO_SELECTION = dict.fromkeys(
+    ("whole_ptr", "scores_ptr", "threshold_ptr", "exit_ptr", "doc_start_ptr", "grad_threshold_ptr")
 )
 SINGLES = ("sums_ptr", "in_log2_ptr", "grad_lse_ptr", "lse_ptr", "delta_ptr")
 
@@ -62,8 +67,13 @@ def compile_listed(dtype: str) -> None:
         shape |= {"PRECISION": "ieee", "PACKED": False, "key_tiles_ptr": None}
         what = f"{head_dim} {lines}"
         partial = "*bf16" if dtype == "bf16" else "*fp32"
-        compile_one(f"fwd {what}", forward.listed_fwd_kernel, dtype, shape, configs.fwd)
-        compile_one(f"rows {what}", grad_rows.listed_bwd_rows_kernel, dtype, shape, configs.rows, partial_ptr=partial)
+        over_rows = (
+            shape
+            | {"MEMBERS": 4, "SELECTIONS": 8, "SELECTED": False, "GATE": "straight", "LIST_ROWS": 1}
+            | NO_SELECTION
+        )
+        compile_one(f"fwd {what}", key_lists_fwd_kernel, dtype, over_rows, configs.fwd)
+        compile_one(f"rows {what}", key_lists_bwd_rows_kernel, dtype, over_rows, configs.rows, partial_ptr=partial)
         if (head_dim, lines) == (128, 128):
             order = {"SCAN": 1024, "BLOCK_N": 64, "key_tile_of_ptr": None}
             compile_one("order", grad_keys.listed_bwd_order_kernel, dtype, shape | order, None)

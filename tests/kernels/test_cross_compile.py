@@ -29,10 +29,10 @@ STACK = {
     },
     "selected bf16": {
         "stretch bf16 64": 72,
-        "dq bf16 128": 24,
+        "dq bf16 128": 16,
         "stretch bf16 128": 48,
         "dkv bf16 128": 544,
-        "dq bf16 256": 24,
+        "dq bf16 256": 16,
         "stretch bf16 256": 464,
         "dkv bf16 256": 480,
     },

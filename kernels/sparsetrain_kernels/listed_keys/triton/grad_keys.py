@@ -8,7 +8,8 @@ come the rows that see the keys as neighbours.
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.listed_keys.triton.work import FIELDS, segment_bounds
+from sparsetrain_kernels.key_lists.triton.tiles import FIELDS
+from sparsetrain_kernels.listed_keys.triton.work import segment_bounds
 from sparsetrain_kernels.online_softmax import LOG2E
 
 

@@ -9,17 +9,17 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import document_tiles, from_documents
+from sparsetrain_kernels.key_lists.triton.launch import Call, Part, launch_backward_rows, launch_forward
+from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
 from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 from sparsetrain_kernels.listed_keys.triton.configs import Configs, choose_configs, tile_lines
-from sparsetrain_kernels.listed_keys.triton.forward import listed_fwd_kernel
 from sparsetrain_kernels.listed_keys.triton.grad_keys import (
     listed_bwd_keys_kernel,
     listed_bwd_order_kernel,
     listed_bwd_places_kernel,
     listed_bwd_sum_kernel,
 )
-from sparsetrain_kernels.listed_keys.triton.grad_rows import listed_bwd_rows_kernel
 from sparsetrain_kernels.listed_keys.triton.skipped import clear_skipped_rows
 from sparsetrain_kernels.listed_keys.triton.work import Work, make_work
 from sparsetrain_kernels.row_statistics import row_statistics
@@ -32,36 +32,13 @@ PLACES = (8, 128)
 
 def attention_forward(inputs: ListedInputs) -> tuple[Tensor, Tensor]:
     """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
-    query, key, value = inputs[:3]
-    batch, _, tokens, _ = query.shape
+    query = inputs.query
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     configs, shape = _setup(inputs)
     with on_device(query):
         work = make_work(inputs, shape["ROWS"])
-        tiles = work.tiles.shape[0]
-        launch(
-            listed_fwd_kernel,
-            tiles * key.shape[1] * batch,
-            (query, key, value, out, lse, work.keys, work.counts, work.tiles),
-            (
-                *query.stride()[:3],
-                *key.stride()[:3],
-                *value.stride()[:3],
-                *out.stride()[:3],
-                tokens,
-                work.keys.shape[2],
-                tiles,
-                work.keys.shape[3],
-                inputs.scale,
-            ),
-            **shape,
-            BLOCK_M=configs.fwd.block_m,
-            BLOCK_N=configs.fwd.block_n,
-            num_warps=configs.fwd.num_warps,
-            num_stages=configs.fwd.num_stages,
-            enable_fp_fusion=True,
-        )
+        launch_forward(_call(inputs, work, shape), None, out, lse, configs.fwd)
         clear_skipped_rows(inputs, out, lse)
     return out, lse
 
@@ -79,6 +56,7 @@ def attention_backward(
     dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
     with on_device(query):
         work = make_work(inputs, shape["ROWS"])
+        call = _call(inputs, work, shape)
         statistics = row_statistics(out, grad_out, lse, grad_lse)
         tiles, capacity = work.tiles.shape[0], work.keys.shape[3]
         tile_bytes = batch * capacity * 2 * d_pad * dtype.itemsize
@@ -90,51 +68,12 @@ def attention_backward(
             heads = (first_head, min(together, kv_heads - first_head))
             for first_tile in range(0, tiles, part):
                 own = (first_tile, min(part, tiles - first_tile))
-                _launch_rows(inputs, grad_out, statistics, grad_query, partial, work, own, heads, configs, shape)
+                place = Part(*own, *heads)
+                launch_backward_rows(call, None, place, grad_out, statistics, grad_query, partial, configs.rows)
                 _launch_sums(inputs, partial, sums, work, own, heads, configs, shape)
             _launch_keys(inputs, grad_out, statistics, (grad_key, grad_value), sums, work, heads, configs, shape)
         clear_skipped_rows(inputs, grad_query)
     return grad_query, grad_key, grad_value
-
-
-def _launch_rows(
-    inputs: ListedInputs,
-    grad_out: Tensor,
-    statistics: tuple[Tensor, Tensor],
-    grad_query: Tensor,
-    partial: Tensor,
-    work: Work,
-    tiles: tuple[int, int],
-    heads: tuple[int, int],
-    configs: Configs,
-    shape: dict[str, Any],
-) -> None:
-    """dQ of some tiles and KV heads (the first, and how many), and their parts of the other gradients."""
-    query, key, value = inputs[:3]
-    launch(
-        listed_bwd_rows_kernel,
-        tiles[1] * heads[1] * query.shape[0],
-        (query, key, value, grad_out, *statistics, grad_query, partial, work.keys, work.counts, work.tiles),
-        (
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *grad_out.stride()[:3],
-            *grad_query.stride()[:3],
-            query.shape[2],
-            work.keys.shape[2],
-            *tiles,
-            *heads,
-            work.keys.shape[3],
-            inputs.scale,
-        ),
-        **shape,
-        BLOCK_M=configs.rows.block_m,
-        BLOCK_N=configs.rows.block_n,
-        num_warps=configs.rows.num_warps,
-        num_stages=configs.rows.num_stages,
-        enable_fp_fusion=True,
-    )
 
 
 def _launch_sums(
@@ -256,6 +195,10 @@ def _setup(inputs: ListedInputs) -> tuple[Configs, dict[str, Any]]:
     lines = tile_lines(query.dtype, d_pad, usual, group)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "ROWS": lines // group}
     return choose_configs(query.dtype, d_pad, lines), {**shape, "PRECISION": "ieee"}
+
+
+def _call(inputs: ListedInputs, work: Work, shape: dict[str, Any]) -> Call:
+    return Call(*inputs[:3], inputs.scale, KeyLists(work.keys, work.counts, shape["ROWS"], tiles=work.tiles))
 
 
 def _key_tiles(inputs: ListedInputs, keys: int) -> tuple[int, Tensor | None]:

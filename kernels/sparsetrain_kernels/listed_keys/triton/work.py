@@ -10,11 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.key_lists.triton.tiles import FIELDS
 from sparsetrain_kernels.launching import launch
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 
-FIELDS = tl.constexpr(4)
-"""Numbers of a tile: its segment, its first row, the row past its last, the first key of the segment's own range."""
 SCAN = 1024
 """Segments, or entries of a list, that one step looks at."""
 RANKED = tl.constexpr(64)

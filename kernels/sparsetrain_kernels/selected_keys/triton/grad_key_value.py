@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.gathered_rows import gather
+from sparsetrain_kernels.key_lists.triton.gates import gate, grad_pairs
 from sparsetrain_kernels.online_softmax import LOG2E
-from sparsetrain_kernels.selected_keys.triton.forward import gate
-from sparsetrain_kernels.selected_keys.triton.grad_query import grad_pairs
 from sparsetrain_kernels.selected_keys.triton.row_stats import stretches_of
 
 
@@ -80,7 +79,7 @@ def selected_bwd_stretch_kernel(
     batch = (tl.program_id(0) // (part_heads * key_tiles) // stretches).to(tl.int64)
     selection = batch * SELECTIONS + (kv_head if SELECTIONS > 1 else 0)
     entry = selection * stretches + stretch
-    listed = tl.load(counts_ptr + entry * 2 + 1)
+    listed = tl.load(counts_ptr + entry)
     if key_tile * BLOCK_N >= listed:
         return
     slot = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)

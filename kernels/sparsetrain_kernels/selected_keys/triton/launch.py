@@ -9,13 +9,20 @@ import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
+from sparsetrain_kernels.key_lists.triton.launch import (
+    Call,
+    Part,
+    Selection,
+    count_tiles,
+    launch_backward_rows,
+    launch_forward,
+)
+from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
 from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs
-from sparsetrain_kernels.selected_keys.triton.forward import selected_fwd_kernel
 from sparsetrain_kernels.selected_keys.triton.grad_key_value import selected_bwd_dkv_kernel, selected_bwd_stretch_kernel
-from sparsetrain_kernels.selected_keys.triton.grad_query import selected_bwd_dq_kernel
-from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, KeyLists, stretch_lists, tile_lists
+from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, stretch_lists, tile_lists
 from sparsetrain_kernels.selected_keys.triton.row_stats import selected_bwd_stats_kernel
 
 PARTIAL_BYTES = 2**28
@@ -31,53 +38,14 @@ class _Bounds(NamedTuple):
 
 def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
     """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
-    query, key, value = inputs[:3]
-    batch, heads, tokens, _ = query.shape
+    query = inputs.query
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).fwd
     with on_device(query):
         bounds = _bounds(inputs)
-        lists, scores = tile_lists(inputs, stretch_lists(inputs, bounds.start), bounds.start)
-        tiles = triton.cdiv(tokens, config.block_m)
-        launch(
-            selected_fwd_kernel,
-            tiles * heads * batch,
-            (
-                query,
-                key,
-                value,
-                out,
-                lse,
-                scores,
-                inputs.threshold,
-                inputs.exit,
-                bounds.start,
-                lists.keys,
-                lists.counts,
-            ),
-            (
-                *query.stride()[:3],
-                *key.stride()[:3],
-                *value.stride()[:3],
-                *out.stride()[:3],
-                tokens,
-                inputs.window,
-                tiles,
-                lists.keys.shape[3],
-                inputs.scale,
-            ),
-            HEADS=heads,
-            **_shape(inputs),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            LIST_ROWS=TILE,
-            GATE=inputs.gate,
-            PACKED=bounds.start is not None,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+        call, selection = _setup(inputs, stretch_lists(inputs, bounds.start), bounds.start)
+        launch_forward(call, selection, out, lse, config)
     return out, lse
 
 
@@ -94,50 +62,20 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
     with on_device(query):
         bounds = _bounds(inputs)
         stretches = stretch_lists(inputs, bounds.start)
-        lists, scores = tile_lists(inputs, stretches, bounds.start)
+        call, selection = _setup(inputs, stretches, bounds.start)
         padded, parts = _row_stats(inputs, grad_out, out, lse)
         padded_tokens = padded[0].shape[2]
-        config = configs.dq
-        tiles = triton.cdiv(tokens, config.block_m)
-        launch(
-            selected_bwd_dq_kernel,
-            tiles * heads * batch,
-            (
-                query,
-                key,
-                value,
-                grad_out,
-                *padded,
-                grad_query,
-                grad_threshold,
-                scores,
-                inputs.exit,
-                bounds.start,
-                lists.keys,
-                lists.counts,
-            ),
-            (
-                *strides,
-                *grad_query.stride()[:3],
-                tokens,
-                padded_tokens,
-                inputs.window,
-                tiles,
-                lists.keys.shape[3],
-                inputs.scale,
-            ),
-            HEADS=heads,
-            **_shape(inputs),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            LIST_ROWS=TILE,
-            GATE=inputs.gate,
-            PACKED=bounds.start is not None,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+        launch_backward_rows(
+            call,
+            selection._replace(threshold=padded[2]),
+            Part(0, count_tiles(call.lists, query, configs.dq), 0, kv_heads),
+            grad_out,
+            padded[:2],
+            grad_query,
+            grad_threshold,
+            configs.dq,
         )
-        config = configs.dkv
+        config, scores = configs.dkv, selection.scores
         key_tiles = triton.cdiv(tokens, config.block_n)
         places_until = parts.cumsum(2, dtype=torch.int32)
         places = _most_places(inputs, stretches)
@@ -268,6 +206,13 @@ def _shape(inputs: SelectedInputs) -> dict[str, Any]:
         "D_PAD": pad_head_dim(head_dim),
         "PRECISION": "ieee",
     }
+
+
+def _setup(inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None) -> tuple[Call, Selection]:
+    """What the kernels over rows are given."""
+    lists, scores = tile_lists(inputs, stretches, doc_start)
+    selection = Selection(scores, inputs.threshold, inputs.exit, doc_start, inputs.window, inputs.gate)
+    return Call(*inputs[:3], inputs.scale, lists), selection
 
 
 def _bounds(inputs: SelectedInputs) -> _Bounds:

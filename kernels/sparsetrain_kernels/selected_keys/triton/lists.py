@@ -7,13 +7,12 @@ before them, lists of tiles from the list of the stretch around them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
 from sparsetrain_kernels.launching import launch
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 
@@ -25,26 +24,14 @@ SCAN = 1024
 """Keys that one step looks at."""
 
 
-class KeyLists(NamedTuple):
-    """One list for each stretch of ``rows`` rows."""
-
-    keys: Tensor
-    """int32 ``[B, Hs, stretches, capacity]``: rows of the keys, ascending; of a tile's list, first the keys that all
-    its rows see, then the others."""
-    counts: Tensor
-    """int32 ``[B, Hs, stretches, 2]``: how many keys all rows see (0 in the list of a long stretch), and how many there
-    are in all."""
-    rows: int
-
-
 def stretch_lists(inputs: SelectedInputs, doc_start: Tensor | None) -> KeyLists:
-    """The lists of long stretches."""
+    """The lists of long stretches, ascending."""
     return _make(inputs, STRETCH, doc_start, None)
 
 
 def tile_lists(inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None) -> tuple[KeyLists, Tensor]:
-    """The lists of tiles, and the scores, ``[B, Hs, N]``: those of the first tokens infinite, so that their gates are
-    1."""
+    """The lists of tiles, ascending among the keys that all rows see and among the others; and the scores, ``[B, Hs,
+    N]``: those of the first tokens infinite, so that their gates are 1."""
     scores = torch.empty_like(inputs.scores) if inputs.sinks else inputs.scores
     return _make(inputs, TILE, doc_start, stretches, scores), scores
 
@@ -57,7 +44,8 @@ def _make(
     capacity = min(inputs.sinks + inputs.topk + rows, tokens)
     device = inputs.exit.device
     keys = torch.empty((batch, heads, stretches, capacity), dtype=torch.int32, device=device)
-    counts = torch.empty((batch, heads, stretches, 2), dtype=torch.int32, device=device)
+    counts = torch.empty((batch, heads, stretches), dtype=torch.int32, device=device)
+    whole = None if parents is None else torch.empty_like(counts)
     launch(
         select_keys_kernel,
         stretches * heads * batch,
@@ -68,6 +56,7 @@ def _make(
             None if parents is None else parents.counts,
             keys,
             counts,
+            whole,
             inputs.scores,
             scores,
         ),
@@ -87,7 +76,7 @@ def _make(
         SINKS=scores is not None and inputs.sinks > 0,
         SCAN=min(SCAN, triton.next_power_of_2(tokens)),
     )
-    return KeyLists(keys, counts, rows)
+    return KeyLists(keys, counts, rows, whole=whole)
 
 
 @triton.jit
@@ -98,6 +87,7 @@ def select_keys_kernel(
     parent_counts_ptr,
     keys_ptr,
     counts_ptr,
+    whole_ptr,
     scores_ptr,
     scores_or_inf_ptr,
     tokens,
@@ -114,8 +104,9 @@ def select_keys_kernel(
     SINKS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """One list; with ``SINKS``, also the scores of its rows, infinite for the first tokens of documents. Grid:
-    stretches fastest, then heads and the batch."""
+    """One list; of a list from a longer stretch's, also how many keys all rows see, which come first; with ``SINKS``,
+    also the scores of its rows, infinite for the first tokens of documents. Grid: stretches fastest, then heads and the
+    batch."""
     stretch = tl.program_id(0) % stretches
     pair = (tl.program_id(0) // stretches).to(tl.int64)
     first = stretch * ROWS
@@ -131,7 +122,7 @@ def select_keys_kernel(
         parent = pair * parents + first // PARENT_ROWS
         parent_keys_ptr += parent * parent_capacity
         start = 0
-        end = tl.load(parent_counts_ptr + parent * 2 + 1)
+        end = tl.load(parent_counts_ptr + parent)
     else:
         # Keys of earlier documents are gone, and later keys have not left the window.
         start = tl.load(doc_start_ptr + first) if PACKED else 0
@@ -161,8 +152,9 @@ def select_keys_kernel(
         tl.store(keys_ptr + index, key, mask=is_listed & (index < capacity))
         seen += tl.sum(others)
     # Exits that no selection of topk keys has could list more than that.
-    tl.store(counts_ptr + place * 2, tl.minimum(whole, capacity))
-    tl.store(counts_ptr + place * 2 + 1, tl.minimum(seen, capacity))
+    tl.store(counts_ptr + place, tl.minimum(seen, capacity))
+    if FROM_PARENT:
+        tl.store(whole_ptr + place, tl.minimum(whole, capacity))
 
 
 @triton.jit
