@@ -304,7 +304,14 @@ def test_lengths_without_room_are_refused_with_the_task_and_what_it_takes(byte_t
         ("qa_1", "squad", "{", r"is not in the format of SQuAD"),
         ("qa_1", "squad", '{"data": []}', "has no question with an answer"),
         ("qa_2", "hotpot", '{"data": []}', r"hotpot: .* is not in the format of HotpotQA"),
+        (
+            "qa_2",
+            "hotpot",
+            '[{"question": "q", "answer": "a", "context": []}]',
+            r"is not in the format of HotpotQA: .* \(ValueError: a question without documents\)",
+        ),
         ("niah_single_2", "haystack", " \n", "has no words"),
+        ("niah_single_2", "haystack", "Hello. " + "word " * 100, "has 101 words and 1 sentence; needles stand between"),
     ],
 )
 def test_files_that_do_not_serve_are_refused_by_their_field(
@@ -325,6 +332,8 @@ def test_too_few_questions_and_too_few_words_are_refused(byte_tokenizer, section
         Prompts(section("qa_1", 2000, samples=3), byte_tokenizer, seed=0).all()
     for name in ("nounlist", "adjectivelist", "verblist"):
         (tmp_path / f"{name}.txt").write_text("one\ntwo\n")
+    with pytest.raises(DataError, match=rf"ruler\.words: {tmp_path}/none/nounlist\.txt: cannot be read"):
+        Prompts(section("cwe", 2000, words=f"{tmp_path}/none"), byte_tokenizer, seed=0).all()
     with pytest.raises(DataError, match=r"ruler\.words: .* gives 4 keys .*, fewer than 1,000; give longer lists"):
         Prompts(section("cwe", 2000, words=str(tmp_path)), byte_tokenizer, seed=0).all()
 

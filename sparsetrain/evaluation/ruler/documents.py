@@ -130,6 +130,8 @@ def _squad(content: Any) -> Questions:
 
 def _hotpot(content: Any) -> Questions:
     contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in content]
+    if not all(contexts):
+        raise ValueError("a question without documents")
     documents = sorted({text for context in contexts for text in context})
     numbers = {text: number for number, text in enumerate(documents)}
     questions = [

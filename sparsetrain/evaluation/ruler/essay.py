@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import DataError
 from sparsetrain.evaluation.ruler.draws import MIRRORED
 from sparsetrain.textfile import text_lines
@@ -75,13 +76,23 @@ def generated_essay() -> tuple[str, ...]:
     return tuple(words)
 
 
+LONGEST = 100
+"""Words of a sentence, on average, above which needles could not be put where they should."""
+
+
 def read_essay(path: Path, called: str) -> tuple[str, ...]:
     """The words of a user's text.
 
     Raises:
-        DataError: it cannot be read, or has none.
+        DataError: it cannot be read, or has no words or hardly a sentence.
     """
     words = tuple("".join(text_lines(path, f"{called}: {path}", DataError)).split())
     if not words:
         raise DataError(f"{called}: {path} has no words; give a text to hide needles in")
+    ends = sum(word.endswith((".", "!", "?")) for word in words)
+    if len(words) > LONGEST * ends:
+        raise DataError(
+            f"{called}: {path} has {counted(len(words), 'word')} and {counted(ends, 'sentence')}; needles stand "
+            "between sentences, so give a text whose sentences end at . ! or ? before a space"
+        )
     return words

@@ -42,7 +42,8 @@ class RulerSettings(TaskSection):
     """``chat`` puts the prompt into a user's turn of the tokenizer's chat template, ``plain`` takes it as it is; both
     end with the beginning of the answer. ``auto`` is ``chat`` where there is a template."""
     haystack: Text | None = None
-    """A text file that needles are hidden in by the five tasks with an essay; null is a generated text."""
+    """A text file that needles are hidden in by the five tasks with an essay, between sentences, which end at ``.``,
+    ``!`` or ``?`` before a space; null is a generated text."""
     words: Text | None = None
     """A folder with ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, a word a line, for keys and lists;
     null makes words up."""

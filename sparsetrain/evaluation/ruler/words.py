@@ -124,7 +124,7 @@ class Words:
         Raises:
             DataError: one cannot be read, or they are too short.
         """
-        lists = {kind: _lines(folder / name, f"{called}: {name}") for kind, name in FILES.items()}
+        lists = {kind: _lines(folder / name, f"{called}: {folder / name}") for kind, name in FILES.items()}
         words = cls(**lists)
         if len(words.pairs) < FEWEST_PAIRS:
             raise DataError(
