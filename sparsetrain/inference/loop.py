@@ -65,8 +65,8 @@ def generate(
         of transformers.
 
     Raises:
-        ModelError: the text grows beyond the cache, ``use_cache=False`` beside a cache, or as the model's attention
-            says.
+        ModelError: the text grows beyond the cache, ``use_cache=False`` beside a cache, a ``prefill_chunk_size``
+            below 1, or as the model's attention says.
     """
     if arguments.get("past_key_values") is not None:
         if arguments.get("use_cache") is False:
@@ -111,6 +111,14 @@ def why_not(model: Any, arguments: dict[str, Any]) -> str | None:
     return None
 
 
+def _check_parts(tokens: Any) -> None:
+    """transformers splits a prompt by it unchecked."""
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ModelError(
+            f"prefill_chunk_size={tokens!r}: expected the tokens of a part of the prompt, at least 1; or leave it out"
+        )
+
+
 @torch.no_grad()
 def _write(
     model: Any,
@@ -123,6 +131,7 @@ def _write(
 ) -> Any:
     """As ``_sample`` of transformers."""
     config: Any = generation_config
+    _check_parts(config.prefill_chunk_size)
     texts: Any = input_ids  # of a type of transformers' own
     pad: Any = None if config._pad_token_tensor is None else config._pad_token_tensor.to(texts.device)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)

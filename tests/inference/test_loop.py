@@ -367,6 +367,14 @@ def test_keys_that_are_read_are_counted():
     assert 0 < kept[0][1]["kept"] < 1
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, "x", True])
+def test_parts_of_a_prompt_without_tokens_are_refused(tokens):
+    model = make(METHODS["power"])
+    cache = sparsetrain.SparseCache(model, max_length=40)
+    with pytest.raises(ModelError, match=rf"prefill_chunk_size={tokens!r}: expected the tokens of a part"):
+        sparsetrain.generate(model, **texts(ONE), past_key_values=cache, max_new_tokens=2, prefill_chunk_size=tokens)
+
+
 def test_a_text_longer_than_its_cache_is_refused():
     model = make(METHODS["power"])
     cache = sparsetrain.SparseCache(model, max_length=40)
