@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from sparsetrain.methods.costs import NO_PARAMETERS, AttentionCosts, AttentionRate, LayerShape
 
-RATE = AttentionRate(forward=(138e12, 104e12), backward=(216e12, 164e12))
-"""With the choice; the mean of 120 and 155 in forward and of 186 and 247 TFLOP/s in backward at 32,768 tokens
+RATE = AttentionRate(forward=(211e12, 159e12), backward=(268e12, 203e12))
+"""With the choice; the mean of 185 and 238 in forward and of 235 and 301 TFLOP/s in backward at 32,768 tokens
 (segments of 16, 1,024 keys) and at 131,072 (segments of 32, 2,048 keys). Head dim 64 was not measured; it is scaled as
 block patterns."""
 
-BYTES = (2253.0, 973.0)
-"""Bytes per token and query head of dim 128, with what the choice takes: 2.2 GiB for 32,768 tokens of 32 heads. Beyond
-that, memory is constant until 973 bytes per token exceed it: 3.8 GiB for 131,072 tokens."""
+BYTES = (2304.0, 719.0)
+"""Bytes per token and query head of dim 128, with what the choice takes: 2.25 GiB for 32,768 tokens of 32 heads. Beyond
+that, memory is constant until 719 bytes per token exceed it: 2.81 GiB for 131,072 tokens."""
 
 KNEE = 32768
 """Tokens up to which the memory grows at the first of those rates."""
