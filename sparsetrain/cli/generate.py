@@ -257,6 +257,8 @@ def _write_rows(
             nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8")
         )
         if output is not None:
+            # Without a row it would only be in the way of the next call.
+            stack.callback(lambda: None if written else output.unlink())
             of = f" of {len(prompts)}" if len(prompts) > 1 else ""
             stack.callback(lambda: print(f"{output}: {counted(written, 'completion')}{of}", file=sys.stderr))
         bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import sparsetrain
 from sparsetrain.cli import main
+from sparsetrain.errors import ModelError
+from sparsetrain.inference.writer import Writer
 from sparsetrain.modeling.adapters import adapter_tensors, add_adapters, save_adapters
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
@@ -172,6 +174,17 @@ def test_one_row_comes_back_as_a_row(call, tmp_path):
     code, out, err = call(TINY, "--file", str(tmp_path / "one.jsonl"), *options)
     assert (code, json.loads(out)["id"]) == (0, 7)
     assert "note: attention full, greedy, repetition_penalty 1.5" in err
+
+
+def test_a_call_that_ends_before_its_first_row_leaves_no_file(call, tmp_path, monkeypatch):
+    def broken_off(*_, **__):
+        raise ModelError("no memory")
+
+    monkeypatch.setattr(Writer, "complete", broken_off)
+    out = tmp_path / "rows.jsonl"
+    code, _, told = call(TINY, "--prompt", "a", "--prompt", "b", "--output", str(out))
+    assert (code, "no memory" in told) == (2, True), told
+    assert not out.exists()
 
 
 def test_a_recorded_section_can_be_left_out(call, tmp_path):
