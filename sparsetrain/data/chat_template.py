@@ -118,7 +118,7 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]
 def _marked(template: str) -> bool:
     answer = _HELPER.ask(json.dumps({"template": template}), SECONDS)
     if answer.get("fault") == "row":
-        raise DataError(f"the chat template cannot be compiled: {answer['error']}. {_ELSEWHERE}")
+        raise DataError(f"the chat template cannot be compiled: {answer['error'].rstrip('.')}. {_ELSEWHERE}")
     _raise_fault(answer)
     return bool(answer["marked"])
 
@@ -126,7 +126,7 @@ def _marked(template: str) -> bool:
 def _raise_fault(answer: dict[str, Any]) -> None:
     match answer.get("fault"):
         case "template":
-            raise DataError(f"the chat template cannot be compiled: {answer['error']}. {_ELSEWHERE}")
+            raise DataError(f"the chat template cannot be compiled: {answer['error'].rstrip('.')}. {_ELSEWHERE}")
         case "memory":
             raise DataError(
                 f"the chat template needs more than {MEMORY >> 30} GiB of memory for one conversation; look for a "

@@ -288,8 +288,8 @@ def test_lengths_without_room_are_refused_with_the_task_and_what_it_takes(byte_t
         with pytest.raises(DataError) as refused:
             Prompts(asked, byte_tokenizer, seed=0).all()
         said = str(refused.value)
-        assert said.startswith("eval.tasks.ruler.lengths: 250 tokens have no room for " + task)
-        needed = int(re.search(r"takes ([\d,]+) with", said)[1].replace(",", ""))
+        assert said.startswith("eval.tasks.ruler.lengths: a length of 250 has no room for " + task)
+        needed = int(re.search(r"takes ([\d,]+) tokens with", said)[1].replace(",", ""))
         assert needed > 250
         if task not in ("cwe", "fwe"):
             Prompts(section(task, needed + 40), byte_tokenizer, seed=0).all()

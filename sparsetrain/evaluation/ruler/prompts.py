@@ -94,9 +94,9 @@ class Prompts:
             sample = maker.fitted(index, units, room, seeding(index))
         except NoRoom as error:
             raise DataError(
-                f"{self._section.path('lengths')}: {length:,} tokens have no room for {task}, whose shortest prompt "
-                f"takes {error.tokens:,} with its answer and this tokenizer; ask for longer prompts, or leave {task} "
-                f"out of {self._section.path('tasks')}"
+                f"{self._section.path('lengths')}: a length of {length:,} has no room for {task}, whose shortest "
+                f"prompt takes {error.tokens:,} tokens with its answer and this tokenizer; ask for longer prompts, or "
+                f"leave {task} out of {self._section.path('tasks')}"
             ) from error
         ids = np.array(self._encoder.ids(sample), dtype=np.int32)
         return Prompt(task, length, ids, sample.references)
