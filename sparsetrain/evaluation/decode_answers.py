@@ -24,6 +24,7 @@ from sparsetrain.generation.measured import MeasuredMemory, Step
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import Decode
+from sparsetrain.generation.texts import left_padded, without_own_settings
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import MemoryLayer
@@ -185,32 +186,26 @@ class Answerer:
         measured = Measured()
         chosen = self.questions[:first]
         set_decode(self.model, decode)
-        # generate fills what it is not given from the model's own: penalties, chunks of a prompt, tokens never written.
-        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            for start in range(0, len(chosen), self._batch):
-                part = chosen[start : start + self._batch]
-                self._answer(part, memory, measured)
-                on_batch(len(part))
+            with without_own_settings(self.model):
+                for start in range(0, len(chosen), self._batch):
+                    part = chosen[start : start + self._batch]
+                    self._answer(part, memory, measured)
+                    on_batch(len(part))
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{self.model.device} has too little memory for {self._batch} documents; lower --batch"
             ) from error
         finally:
-            self.model.generation_config = own
             set_decode(self.model, None)
         return measured
 
     def _answer(self, questions: Sequence[Question], memory: type[MeasuredMemory], measured: Measured) -> None:
-        width, count = (
-            max(len(each) for each in parts) for parts in zip(*((q.prompt, q.steps) for q in questions), strict=True)
-        )
-        count += self._extra
-        ids, mask = torch.zeros(2, len(questions), width, dtype=torch.long)
+        ids, mask = left_padded([question.prompt for question in questions])
+        width = ids.shape[1]
+        count = max(len(question.steps) for question in questions) + self._extra
         dictated = torch.full((len(questions), count), FREE)
         for row, question in enumerate(questions):
-            ids[row, width - len(question.prompt) :] = torch.tensor(question.prompt)
-            mask[row, width - len(question.prompt) :] = 1
             dictated[row, : len(question.steps)] = torch.tensor(question.steps)
         device = self.model.device
         cache, memories = self._cache(memory)

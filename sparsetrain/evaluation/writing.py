@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import GenerationConfig
+
+from sparsetrain.generation.texts import end_tokens, left_padded, without_own_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,14 +33,8 @@ def write(
     Returns:
         The tokens of each text, without the one that ends it.
     """
-    width = max(map(len, prompts))
-    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ends = _ends(model, tokenizer)
-    # generate fills what it is not given from the model's own: penalties, sampling, chunks of a prompt.
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    ids, mask = left_padded(prompts)
+    ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=new_tokens,
@@ -48,23 +43,14 @@ def write(
         use_cache=True,
         disable_compile=True,
     )
-    try:
+    with without_own_settings(model):
         written: Any = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
             synced_gpus=False,
         )
-    finally:
-        model.generation_config = own
-    return [_until_end(text, ends) for text in written[:, width:].tolist()]
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a text."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = own if isinstance(own, list) else [own]
-    return {end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}
+    return [_until_end(text, ends) for text in written[:, ids.shape[1] :].tolist()]
 
 
 def _until_end(text: list[int], ends: set[int]) -> list[int]:

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
+from sparsetrain.generation.texts import end_tokens, left_padded
 from sparsetrain.inference.loop import replay, why_not
 from sparsetrain.modeling import SparseCache
 
@@ -117,7 +118,7 @@ class Writer:
             ModelError: the device has too little memory, or the budget is too small.
         """
         device = self.model.device
-        ids, mask = self._padded(prompts)
+        ids, mask = left_padded(prompts, self._padding())
         cache = self._cache(len(prompts), ids.shape[1] + self.max_new_tokens)
         clock = _Clock(on_token, enough)
         begin = now(device)
@@ -186,26 +187,12 @@ class Writer:
         self._held, self._rows, self._tokens = make_cache(self.model, tokens, self.limits), rows, tokens
         return self._held
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask, int64 ``[prompts, tokens]``, padded on the left."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._padding())
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-            mask[row, width - len(prompt) :] = 1
-        return ids, mask
-
     def _padding(self) -> int:
         padding = self.tokenizer.pad_token_id
         return padding if isinstance(padding, int) else min(self._ends(), default=0)
 
     def _ends(self) -> set[int]:
-        """Tokens that end a text."""
-        config: Any = self.model.generation_config
-        own = config.eos_token_id
-        ends = set(own) if isinstance(own, list) else {own}
-        return {end for end in (*ends, self.tokenizer.eos_token_id) if isinstance(end, int)}
+        return end_tokens(self.model, self.tokenizer)
 
     def _completion(self, row: list[int], prompt_tokens: int) -> Completion:
         end = next((place for place, token in enumerate(row) if token in self._ends()), None)
