@@ -67,10 +67,9 @@ def attention_backward(
         for first_head in range(0, kv_heads, together):
             heads = (first_head, min(together, kv_heads - first_head))
             for first_tile in range(0, tiles, part):
-                own = (first_tile, min(part, tiles - first_tile))
-                place = Part(*own, *heads)
-                launch_backward_rows(call, None, place, grad_out, statistics, grad_query, partial, configs.rows)
-                _launch_sums(inputs, partial, sums, work, own, heads, configs, shape)
+                own = Part(first_tile, min(part, tiles - first_tile), *heads)
+                launch_backward_rows(call, None, own, grad_out, statistics, grad_query, partial, configs.rows)
+                _launch_sums(inputs, partial, sums, work, own, configs, shape)
             _launch_keys(inputs, grad_out, statistics, (grad_key, grad_value), sums, work, heads, configs, shape)
         clear_skipped_rows(inputs, grad_query)
     return grad_query, grad_key, grad_value
@@ -81,8 +80,7 @@ def _launch_sums(
     partial: Tensor,
     sums: Tensor,
     work: Work,
-    tiles: tuple[int, int],
-    heads: tuple[int, int],
+    part: Part,
     configs: Configs,
     shape: dict[str, Any],
 ) -> None:
@@ -91,37 +89,37 @@ def _launch_sums(
     key_tile_of = None if table is None else _tile_of_keys(inputs, table)
     segments, capacity = work.keys.shape[2:]
     alike = {"KV_HEADS": kv_heads, "BLOCK_N": configs.sums.block_n, "PACKED": table is not None}
-    places = torch.empty((batch * heads[1], key_tiles + 1, tiles[1]), dtype=torch.int32, device=partial.device)
+    places = torch.empty((batch * part.heads, key_tiles + 1, part.tiles), dtype=torch.int32, device=partial.device)
     launch(
         listed_bwd_places_kernel,
-        triton.cdiv(tiles[1], PLACES[0]) * triton.cdiv(key_tiles + 1, PLACES[1]) * heads[1] * batch,
+        triton.cdiv(part.tiles, PLACES[0]) * triton.cdiv(key_tiles + 1, PLACES[1]) * part.heads * batch,
         (places, work.keys, work.counts, work.tiles, table),
-        (tokens, segments, *tiles, *heads, capacity, key_tiles, capacity.bit_length()),
+        (tokens, segments, *part, capacity, key_tiles, capacity.bit_length()),
         TILES=PLACES[0],
         BOUNDS=PLACES[1],
         **alike,
     )
     # Of each tile of keys and list, the entries up to there, tile by tile of keys.
     until = places.diff(dim=1).flatten(1).cumsum(1, dtype=torch.int32)
-    order = torch.empty((batch * heads[1], tiles[1] * capacity), dtype=torch.int32, device=partial.device)
+    order = torch.empty((batch * part.heads, part.tiles * capacity), dtype=torch.int32, device=partial.device)
     launch(
         listed_bwd_order_kernel,
-        tiles[1] * heads[1] * batch,
+        part.tiles * part.heads * batch,
         (order, until, places, work.keys, work.counts, work.tiles, key_tile_of, table),
-        (tokens, segments, *tiles, *heads, capacity, key_tiles),
+        (tokens, segments, *part, capacity, key_tiles),
         SCAN=min(1024, max(64, triton.next_power_of_2(capacity))),
         **alike,
     )
     launch(
         listed_bwd_sum_kernel,
-        2 * key_tiles * heads[1] * batch,
+        2 * key_tiles * part.heads * batch,
         (partial, sums, order, until, table),
-        (tokens, tiles[1], heads[1], capacity, key_tiles),
+        (tokens, part.tiles, part.heads, capacity, key_tiles),
         D_PAD=shape["D_PAD"],
         BLOCK_N=configs.sums.block_n,
         PACKED=table is not None,
         ENTRIES=configs.sums.block_m,
-        FIRST=tiles[0] == 0,
+        FIRST=part.first_tile == 0,
         PRECISION="ieee",
         num_warps=configs.sums.num_warps,
         num_stages=configs.sums.num_stages,
