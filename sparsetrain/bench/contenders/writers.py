@@ -146,6 +146,12 @@ WAYS = (
     Way("refresh", "sparsetrain, Twilight, used again", "full", AGAIN),
     Way("recycled", "sparsetrain, recycled, 2,048 keys for 32 tokens", "recycled", attention=RECYCLED),
     Way("hybrid", "sparsetrain, PowerAttention, 2 dense layers in 7", "power", dense=2),
-    Way("hybrid-refresh", "sparsetrain, the same, Twilight used again", "power", AGAIN | {"dense_layers": []}, dense=2),
+    Way(
+        "hybrid-refresh",
+        "sparsetrain, PowerAttention, Twilight in 2 of 7",
+        "power",
+        AGAIN | {"dense_layers": []},
+        dense=2,
+    ),
 )
 """The ways by name."""
