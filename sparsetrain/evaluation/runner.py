@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparsetrain.evaluation.base import Task
+from sparsetrain.evaluation.batched import BatchedTask, Dealt
+from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.world import World
 
@@ -34,25 +37,39 @@ def evaluate(
     *,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> EvalResult:
     """Run the tasks of an ``eval`` section.
 
-    With several ranks the work is dealt out and the counts are summed over the default process group. Every rank runs
-    equally many forward passes, as ZeRO-3 needs, and returns the same result.
+    With several ranks the work is dealt out and the records are gathered over the default process group. Every rank
+    runs equally many forward passes, as ZeRO-3 needs, and returns the same result.
 
     Args:
         model: gone through :func:`sparsetrain.sparsify` (method ``full`` for dense attention). It is put into
             evaluation mode, and afterwards back into the mode it was in.
         seed: of generated inputs; held-out text is read in order.
-        on_progress: called with the forward passes done and to do, on this rank.
+        on_progress: called with the forward passes done and to do, on this rank; those that are not needed, because the
+            journal has their records, count as done from the beginning.
+        journal: keeps finished batches. A task whose measuring is its own (no ``BatchedTask``) is measured whole.
 
     Raises:
         RecipeError: a length does not fit the tokens to score.
         DataError: the held-out source is too short, or a length cannot hold the synthetic task.
     """
-    tasks = {task.label: task.build(tokenizer, seed) for task in section.tasks}
-    total = sum(task.num_forwards(world.size) for task in tasks.values())
-    done = 0
+    journal = journal or Journal()
+    tasks: dict[str, Task | Dealt] = {}
+    total = left = 0
+    for each in section.tasks:
+        task = each.build(tokenizer, seed)
+        forwards = task.num_forwards(world.size)
+        total, left = total + forwards, left + forwards
+        tasks[each.label] = task
+        if isinstance(task, BatchedTask):
+            tasks[each.label] = dealt = Dealt(task, journal.part(each.label, each.model_dump_json()))
+            left += dealt.forwards_left(world.size) - forwards
+    done = total - left
+    if done and on_progress is not None:
+        on_progress(done, total)
 
     def on_forward() -> None:
         nonlocal done

@@ -1,9 +1,8 @@
-"""Next-token predictions on packed rows, and the distribution of rows over ranks."""
+"""Next-token predictions on packed rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -12,12 +11,9 @@ from sparsetrain.data import Batch
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.modeling import has_plain_head, sparse_layers
 from sparsetrain.modeling.attention.passes import planned_arguments
-from sparsetrain.world import World
 
 CHUNK = 2048
 """Number of positions whose logits are computed at once."""
-
-T = TypeVar("T")
 
 
 def predictions(
@@ -59,19 +55,3 @@ def predictions(
         logits, labels.tensor_split(num_chunks), documents.tensor_split(num_chunks), strict=True
     ):
         yield part.float(), label, document
-
-
-def deal(items: Sequence[T], world: World) -> list[tuple[T, int]]:
-    """The items of one rank with weight 1, padded with items of weight 0 so that all ranks have the same number."""
-    rounds = -(-len(items) // world.size)
-    mine = range(world.rank, rounds * world.size, world.size)
-    return [(items[index], 1) if index < len(items) else (items[0], 0) for index in mine]
-
-
-def sum_over_ranks(counts: torch.Tensor, world: World) -> torch.Tensor:
-    """The sum of ``counts`` ``[...]`` over the default process group, on the CPU."""
-    if world.size == 1:
-        return counts
-    counts = counts.to(world.device)
-    torch.distributed.all_reduce(counts)
-    return counts.cpu()

@@ -8,9 +8,10 @@ import torch.multiprocessing as multiprocessing
 from ports import free_port
 from training.preloaded import ensure_running
 
+from sparsetrain.evaluation.batched import deal
+from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
-from sparsetrain.evaluation.scoring import deal
 from sparsetrain.evaluation.tasks.passkey import PasskeySection
 from sparsetrain.evaluation.tasks.perplexity import PerplexitySection
 from sparsetrain.recipe.schema import EvalSection
@@ -22,7 +23,7 @@ from sparsetrain.world import World
 def test_every_item_is_dealt_once_and_every_rank_runs_equally_often(items, world):
     hands = [deal(range(items), World(rank, world, torch.device("cpu"))) for rank in range(world)]
     assert len({len(hand) for hand in hands}) == 1
-    assert sorted(item for hand in hands for item, weight in hand if weight) == list(range(items))
+    assert sorted(item for hand in hands for item, counts in hand if counts) == list(range(items))
 
 
 def evaluate_on_rank(rank, world, port, model, tokenizer, section, out):
@@ -33,22 +34,41 @@ def evaluate_on_rank(rank, world, port, model, tokenizer, section, out):
     result = evaluate(model, tokenizer, section, here, on_progress=lambda *done: forwards.append(done))
     (out / f"{rank}.json").write_text(result.model_dump_json())
     (out / f"{rank}.txt").write_text(str(forwards[-1]))
+    forwards.clear()
+    journal = Journal.open(out / "samples", "row", {"model": f"seen by rank {rank}"}, here)
+    resumed = evaluate(
+        model, tokenizer, section, here, on_progress=lambda *done: forwards.append(done), journal=journal
+    )
+    (out / f"{rank}.resumed.txt").write_text(str((resumed == result, forwards[0], forwards[-1], journal.notes)))
     torch.distributed.destroy_process_group()
+
+
+def killed_after(batches, model, tokenizer, section, folder):
+    alone = World(0, 1, torch.device("cpu"))
+
+    def kill(done, total):
+        if done == batches:
+            raise KeyboardInterrupt
+
+    journal = Journal.open(folder, "row", {"model": "seen by rank 0"}, alone)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, section, alone, on_progress=kill, journal=journal)
 
 
 def test_two_ranks_measure_what_one_does(tiny_model, byte_tokenizer, tmp_path: Path):
     text = tmp_path / "held_out.txt"
-    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)
+    text.write_text("Ishmael. " + " ".join(f"It was {number} years ago." for number in range(99)))
     perplexity = PerplexitySection(lengths=[64, 256], source=DataSource(path=str(text)), tokens=1200)
     passkey = PasskeySection(lengths=[300, 320], depths=3, trials=1, digits=1)
     section = EvalSection(tasks=[perplexity, passkey])
     alone = evaluate(tiny_model, byte_tokenizer, section, World(0, 1, torch.device("cpu")))
+    killed_after(5, tiny_model, byte_tokenizer, section, tmp_path / "samples")
     ensure_running()
     arguments = (2, free_port(), tiny_model, byte_tokenizer, section, tmp_path)
     multiprocessing.start_processes(evaluate_on_rank, arguments, nprocs=2, start_method="forkserver")
     first, second = (EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    shared, whole = first.tasks["perplexity"], alone.tasks["perplexity"]
-    assert shared.perplexity == pytest.approx(whole.perplexity, rel=1e-9)
-    assert first.tasks["passkey"] == alone.tasks["passkey"]
+    assert first == second == alone
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == "(9, 9)"
+    # Both ranks read the file of the killed evaluation, and share what is left equally.
+    said = (True, (3, 9), (9, 9), [f"5 finished batches are taken from {tmp_path / 'samples'}"])
+    assert [(tmp_path / f"{rank}.resumed.txt").read_text() for rank in range(2)] == [str(said)] * 2

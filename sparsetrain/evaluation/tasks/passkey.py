@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from sparsetrain.evaluation.base import Drawing, Rows, Task, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.batched import BatchedTask
 from sparsetrain.evaluation.interval import wilson_interval
 from sparsetrain.section import MOST_LISTED, Bounds, Tokens
 from sparsetrain.source_section import ROOM
@@ -134,7 +134,7 @@ class Prompt:
     depth_index: int
 
 
-class Passkey(Task):
+class Passkey(BatchedTask):
     """Passkey prompts on a grid of lengths and depths: the same for every model and every evaluation with one seed.
 
     A prompt is answered right when every token of the answer is the model's first choice after the prompt and the
@@ -154,35 +154,32 @@ class Passkey(Task):
         self.depths = [0.5] if section.depths == 1 else np.linspace(0, 1, section.depths).tolist()
         self.groups = [group for index in range(len(self.lengths)) for group in self._groups(index, tokenizer, seed)]
 
-    def num_forwards(self, ranks: int) -> int:
-        """A group at a time."""
-        return math.ceil(len(self.groups) / ranks)
-
     def answered(self) -> list[Row]:
         """The prompts with their answers."""
         return [prompt.row for group in self.groups for prompt in group]
 
-    def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> PasskeyResult:
-        """Right answers by length and depth."""
-        import torch
+    def batches(self) -> dict[str, list[list[Prompt]]]:
+        """A group of prompts at a time."""
+        return {"": self.groups}
 
+    def measure_batch(self, model: PreTrainedModel, batch: list[Prompt], world: World) -> list[bool]:
+        """Whether each answer is right."""
         from sparsetrain.data import collate
-        from sparsetrain.evaluation.scoring import deal, predictions, sum_over_ranks
+        from sparsetrain.evaluation.scoring import predictions
 
-        correct = torch.zeros(len(self.lengths), len(self.depths), dtype=torch.int64)
-        for group, weight in deal(self.groups, world):
-            batch = collate([prompt.row for prompt in group])
-            ((logits, labels, documents),) = predictions(model, batch, world.device, num_chunks=1)
-            wrong = set(documents[logits.argmax(-1) != labels].tolist())
-            for index, prompt in enumerate(group):
-                correct[prompt.length_index, prompt.depth_index] += weight * (index not in wrong)
-            on_forward()
+        rows = collate([prompt.row for prompt in batch])
+        ((logits, labels, documents),) = predictions(model, rows, world.device, num_chunks=1)
+        wrong = set(documents[logits.argmax(-1) != labels].tolist())
+        return [index not in wrong for index in range(len(batch))]
+
+    def result(self, records: Mapping[str, Sequence[Any]]) -> PasskeyResult:
+        """Right answers by length and depth."""
+        correct = [[0] * len(self.depths) for _ in self.lengths]
+        for group, found in zip(self.groups, records[""], strict=True):
+            for prompt, right in zip(group, found, strict=True):
+                correct[prompt.length_index][prompt.depth_index] += right
         return PasskeyResult(
-            lengths=self.lengths,
-            depths=self.depths,
-            trials=self.trials,
-            digits=self.digits,
-            correct=sum_over_ranks(correct, world).tolist(),
+            lengths=self.lengths, depths=self.depths, trials=self.trials, digits=self.digits, correct=correct
         )
 
     def _groups(self, length_index: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[Prompt]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.evaluation.base import Drawing, LossMarks, Rows, Task, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.base import Drawing, LossMarks, Rows, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.batched import BatchedTask
 from sparsetrain.section import MOST_LISTED, Bounds, Tokens
 from sparsetrain.source_section import DataSource
 
@@ -112,7 +113,7 @@ class PerplexitySection(TaskSection):
         return Perplexity(self, tokenizer)
 
 
-class Perplexity(Task):
+class Perplexity(BatchedTask):
     """Perplexity of one stream of held-out tokens, cut into non-overlapping windows of each length.
 
     The same stream is scored at every length (its last window may be shorter). Nothing is put before a window (no BOS),
@@ -138,30 +139,34 @@ class Perplexity(Task):
         # Short windows share a row, so that every row costs about as much as one window of the greatest length.
         self.rows = {length: window_rows(stream, length, self.lengths[-1]) for length in self.lengths}
 
-    def num_forwards(self, ranks: int) -> int:
+    def batches(self) -> dict[str, list[Row]]:
         """A row at a time."""
-        return sum(math.ceil(len(rows) / ranks) for rows in self.rows.values())
+        return {str(length): rows for length, rows in self.rows.items()}
 
-    def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> PerplexityResult:
-        """Perplexity by length."""
-        import numpy as np
-        import torch
+    def measure_batch(self, model: PreTrainedModel, batch: Row, world: World) -> list[float]:
+        """Summed NLL in nats, and scored tokens."""
         import torch.nn.functional as F
 
         from sparsetrain.data import collate
-        from sparsetrain.evaluation.scoring import CHUNK, deal, predictions, sum_over_ranks
+        from sparsetrain.evaluation.scoring import CHUNK, predictions
 
-        # Summed NLL and scored tokens of each length; fp64, since fp32 would lose digits over a million terms.
-        sums = torch.zeros(len(self.lengths), 2, dtype=torch.float64)
-        num_chunks = math.ceil(self.lengths[-1] / CHUNK)
-        for total, length in zip(sums, self.lengths, strict=True):
-            for row, weight in deal(self.rows[length], world):
-                for logits, labels, _ in predictions(model, collate([row]), world.device, num_chunks):
-                    nll = F.cross_entropy(logits, labels, reduction="none").double().sum()
-                    total += weight * torch.tensor([nll.item(), len(labels)], dtype=torch.float64)
-                on_forward()
-        means = [nll / count for nll, count in sum_over_ranks(sums, world).tolist()]
-        perplexity = {length: float(np.exp(mean)) for length, mean in zip(self.lengths, means, strict=True)}
+        nll, tokens = 0.0, 0
+        for logits, labels, _ in predictions(
+            model, collate([batch]), world.device, num_chunks=math.ceil(self.lengths[-1] / CHUNK)
+        ):
+            # fp64, since fp32 would lose digits over a million terms.
+            nll += F.cross_entropy(logits, labels, reduction="none").double().sum().item()
+            tokens += len(labels)
+        return [nll, tokens]
+
+    def result(self, records: Mapping[str, Sequence[Any]]) -> PerplexityResult:
+        """Perplexity by length."""
+        import numpy as np
+
+        perplexity = {}
+        for length in self.lengths:
+            nll, tokens = (math.fsum(each) for each in zip(*records[str(length)], strict=True))
+            perplexity[length] = float(np.exp(nll / tokens))
         return PerplexityResult(perplexity=perplexity, tokens=self.tokens)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sparsetrain.evaluation.base import Task, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.base import TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.batched import BatchedTask
 from sparsetrain.evaluation.interval import wilson_interval
 from sparsetrain.section import Bounds
 from sparsetrain.source_section import ROOM, DataSource
@@ -125,7 +126,7 @@ class Questions:
         return cls([_row(document) for document in documents], torch.from_numpy(answers))
 
 
-class Recall(Task):
+class Recall(BatchedTask):
     """Held-out documents of a synthetic source: the same for every model and every evaluation with one seed.
 
     An answer is right when each of its tokens is the model's first choice after the question and the answer's earlier
@@ -151,36 +152,34 @@ class Recall(Task):
         self.passes = [Questions.of(documents[start : start + fit]) for start in range(0, len(documents), fit)]
         self.num_answers = sum(len(document.tokens.targets) for document in documents)
 
-    def num_forwards(self, ranks: int) -> int:
-        """Several documents at a time."""
-        return math.ceil(len(self.passes) / ranks)
-
     def answered(self) -> list[Row]:
         """The documents."""
         return [row for questions in self.passes for row in questions.rows]
 
-    def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> RecallResult:
-        """Right answers and the loss."""
+    def batches(self) -> dict[str, list[Questions]]:
+        """Several documents at a time."""
+        return {"": self.passes}
+
+    def measure_batch(self, model: PreTrainedModel, batch: Questions, world: World) -> list[float]:
+        """Right answers, summed NLL in nats, and scored tokens."""
         import torch
         import torch.nn.functional as F
 
         from sparsetrain.data import collate
-        from sparsetrain.evaluation.scoring import CHUNK, deal, predictions, sum_over_ranks
+        from sparsetrain.evaluation.scoring import CHUNK, predictions
 
-        # Right answers, summed NLL and scored tokens; exact in fp64.
-        sums = torch.zeros(3, dtype=torch.float64)
         num_chunks = max(math.ceil(len(questions.answers) / CHUNK) for questions in self.passes)
-        for questions, weight in deal(self.passes, world):
-            right, nll = [], 0.0
-            for logits, labels, _ in predictions(model, collate(questions.rows), world.device, num_chunks):
-                right.append((logits.argmax(-1) == labels).cpu())
-                nll += F.cross_entropy(logits, labels, reduction="sum").item()
-            answers = questions.answers
-            wrong = answers[~torch.cat(right)].unique()
-            found = int(answers[-1]) + 1 - len(wrong)
-            sums += weight * torch.tensor([found, nll, len(answers)], dtype=torch.float64)
-            on_forward()
-        found, nll, tokens = sum_over_ranks(sums, world).tolist()
+        right, nll = [], 0.0
+        for logits, labels, _ in predictions(model, collate(batch.rows), world.device, num_chunks):
+            right.append((logits.argmax(-1) == labels).cpu())
+            nll += F.cross_entropy(logits, labels, reduction="sum").item()
+        answers = batch.answers
+        wrong = answers[~torch.cat(right)].unique()
+        return [int(answers[-1]) + 1 - len(wrong), nll, len(answers)]
+
+    def result(self, records: Mapping[str, Sequence[Any]]) -> RecallResult:
+        """Right answers and the loss."""
+        found, nll, tokens = (math.fsum(each) for each in zip(*records[""], strict=True))
         return RecallResult(answers=self.num_answers, correct=round(found), loss=nll / tokens)
 
 

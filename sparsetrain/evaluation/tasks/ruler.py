@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsetrain.evaluation.base import Task
+from sparsetrain.evaluation.batched import BatchedTask
 from sparsetrain.evaluation.ruler.result import RulerResult
 from sparsetrain.evaluation.ruler.settings import RulerSettings
 from sparsetrain.evaluation.ruler.specs import BUDGETS, answers_found
@@ -44,7 +43,7 @@ class RulerSection(RulerSettings):
         return Ruler(self, tokenizer, seed)
 
 
-class Ruler(Task):
+class Ruler(BatchedTask):
     """RULER's prompts: the same for every model and every evaluation with one seed.
 
     Raises:
@@ -63,42 +62,44 @@ class Ruler(Task):
             fit = max(self.lengths[-1], TOKENS) // length
             self.parts[budget] += [prompts[at : at + fit] for at in range(0, len(prompts), fit)]
 
-    def num_forwards(self, ranks: int) -> int:
+    def batches(self) -> dict[str, list[list[Prompt]]]:
         """Several prompts at a time; a text that is written counts as one pass."""
-        return sum(math.ceil(len(parts) / ranks) for parts in self.parts.values())
+        return {str(budget): parts for budget, parts in self.parts.items()}
 
-    def measure(self, model: PreTrainedModel, world: World, on_forward: Callable[[], None]) -> RulerResult:
-        """Answers found by task and length."""
-        import torch
-
-        from sparsetrain.evaluation.scoring import deal, sum_over_ranks
+    def measure_batch(self, model: PreTrainedModel, batch: list[Prompt], world: World) -> list[list[int]]:
+        """Answers found and tokens written, of each prompt."""
         from sparsetrain.evaluation.writing import write
 
+        read = [prompt.input_ids for prompt in batch]
+        texts = write(model, self._tokenizer, read, BUDGETS[batch[0].task], in_step=world.size > 1)
+        return [[self._found(prompt, tokens), len(tokens)] for prompt, tokens in zip(batch, texts, strict=True)]
+
+    def result(self, records: Mapping[str, Sequence[Any]]) -> RulerResult:
+        """Answers found by task and length."""
         tasks = self.section.measured
-        # Answers found and tokens written.
-        sums = torch.zeros(2, len(tasks), len(self.lengths), dtype=torch.int64)
+        found = {task: [0] * len(self.lengths) for task in tasks}
+        written = {task: [0] * len(self.lengths) for task in tasks}
         for budget, parts in self.parts.items():
-            for part, weight in deal(parts, world):
-                read = [prompt.input_ids for prompt in part]
-                texts = write(model, self._tokenizer, read, budget, in_step=world.size > 1)
-                for prompt, tokens in zip(part, texts, strict=True):
-                    text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-                    found = answers_found(prompt.task, text, prompt.references)
-                    place = tasks.index(prompt.task), self.lengths.index(prompt.length)
-                    sums[:, *place] += weight * torch.tensor([found, len(tokens)])
-                on_forward()
-        found, written = sum_over_ranks(sums, world).tolist()
+            for part, measured in zip(parts, records[str(budget)], strict=True):
+                for prompt, (answers, tokens) in zip(part, measured, strict=True):
+                    index = self.lengths.index(prompt.length)
+                    found[prompt.task][index] += answers
+                    written[prompt.task][index] += tokens
         return RulerResult(
             lengths=self.lengths,
             samples=self.section.samples,
-            found=dict(zip(tasks, found, strict=True)),
-            written=dict(zip(tasks, written, strict=True)),
+            found=found,
+            written=written,
             left_out=self.section.left_out,
             prompt="chat" if self.section.uses_chat(self._tokenizer) else "plain",
             mirror=self.section.mirror,
             haystack=self.section.haystack or "generated",
             words=self.section.words or "generated",
         )
+
+    def _found(self, prompt: Prompt, tokens: list[int]) -> int:
+        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return answers_found(prompt.task, text, prompt.references)
 
 
 def _prompts(section: RulerSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Prompt]:
