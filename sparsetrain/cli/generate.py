@@ -124,10 +124,11 @@ def generate(
 
     import torch
 
+    from sparsetrain.inference.cached import make_cache
     from sparsetrain.inference.fewer_kernels import ready_for_steps
     from sparsetrain.inference.models import check_room, find_model
     from sparsetrain.inference.sampling import check_own
-    from sparsetrain.inference.writer import Writer, make_cache
+    from sparsetrain.inference.writer import Writer
     from sparsetrain.modeling import set_decode
 
     limits: dict[str, Any] | None = {"budget": budget or "auto", "offload": offload}

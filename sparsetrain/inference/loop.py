@@ -97,6 +97,8 @@ def why_not(model: Any, arguments: dict[str, Any]) -> str | None:
         return "some layer's memory changes on the host with every step"
     if len({each.device for each in model.parameters()}) > 1:
         return "the model's weights are on several devices"
+    if any(hasattr(each, "ds_id") for each in model.parameters()):
+        return "the model's weights are shared out over ranks (ZeRO-3)"
     for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if arguments.get(name):
             return name

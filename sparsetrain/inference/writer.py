@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +13,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.texts import end_tokens, left_padded
-from sparsetrain.inference.loop import replay, why_not
+from sparsetrain.inference.cached import CachedGeneration
 from sparsetrain.modeling import SparseCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,7 @@ class Writer:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        self._held: SparseCache | None = None
-        self._rows = self._tokens = 0
-        self._told = False
+        self._cached = CachedGeneration(self.model, self.limits)
         # Memories take the place of any cache, and the kind of cache changes no token.
         config: Any = self.model.generation_config
         config.cache_implementation = None
@@ -119,12 +113,12 @@ class Writer:
         """
         device = self.model.device
         ids, mask = left_padded(prompts, self._padding())
-        cache = self._cache(len(prompts), ids.shape[1] + self.max_new_tokens)
+        cache = self._cached.cache(len(prompts), ids.shape[1] + self.max_new_tokens)
         clock = _Clock(on_token, enough)
         begin = now(device)
         try:
             with observing():
-                written: Any = self._generate(
+                written: Any = self._cached.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     max_new_tokens=self.max_new_tokens,
@@ -162,31 +156,6 @@ class Writer:
         self.usage.observations += [each for each in found if each]
         return completions
 
-    def _generate(self, **arguments: Any) -> Any:
-        """Generate, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
-        compiled: that takes minutes for a large model, and eager steps write many tokens in them."""
-        reason = why_not(self.model, arguments)
-        if reason is None:
-            return replay(self.model, **arguments)
-        if self.model.device.type == "cuda" and not self._told:
-            self._told = True
-            logger.warning("steps run one by one, in transformers' own loop: %s", reason)
-        return self.model.generate(**arguments, disable_compile=True)  # type: ignore[operator]
-
-    def _cache(self, rows: int, tokens: int) -> SparseCache | None:
-        """An empty cache for so many rows, of up to so many tokens; None where there are no limits."""
-        if self.limits is None:
-            return None
-        held = self._held
-        # A step is captured for one cache: it serves again where it fits and has not much more room than is needed.
-        spare = tokens // 8 if self.limits["budget"] == "auto" else 0
-        if held is not None and self._rows == rows and tokens <= self._tokens <= tokens + spare:
-            held.reset()
-            return held
-        self._held = held = None
-        self._held, self._rows, self._tokens = make_cache(self.model, tokens, self.limits), rows, tokens
-        return self._held
-
     def _padding(self) -> int:
         padding = self.tokenizer.pad_token_id
         return padding if isinstance(padding, int) else min(self._ends(), default=0)
@@ -199,23 +168,6 @@ class Writer:
         kept = row if end is None else row[: end + 1]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(str(text), prompt_tokens, len(kept), "length" if end is None else "stop")
-
-
-def make_cache(model: PreTrainedModel, tokens: int, limits: dict[str, Any]) -> SparseCache:
-    """An empty cache for rows of up to ``tokens`` tokens, and what the model's generation config guesses on top.
-
-    Args:
-        limits: ``budget`` and ``offload``.
-
-    Raises:
-        ModelError: no layer of the model allows them.
-    """
-    own: Any = model.generation_config
-    guesses = getattr(own, "prompt_lookup_num_tokens", None) or 0
-    if getattr(own, "assistant_early_exit", None) is not None:
-        guesses = max(guesses, own.num_assistant_tokens or 20)  # transformers' default
-    room = tokens + (guesses + 1 if guesses else 0)
-    return SparseCache(model, max_length=room, rollback=guesses, **limits)
 
 
 def cache_bytes(cache: Any) -> int:
