@@ -34,7 +34,7 @@ EXCEPTIONS = {
 }
 """Imports that are not allowed although the layers would allow them, with the reason."""
 
-ALSO = {("doctor", "plan"), ("bench", "plan")}
+ALSO = {("doctor", "plan"), ("bench", "plan"), ("evaluation", "inference")}
 """Imports between neighbours that are allowed."""
 
 SHARED = {"sparsetrain.evaluation.base", "sparsetrain.evaluation.registry"}

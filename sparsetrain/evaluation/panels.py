@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -195,3 +196,40 @@ def few(results: Mapping[str, T]) -> dict[str, T]:
         return dict(results)
     labels = list(results)
     return {label: results[label] for label in labels[: MAX_RESULTS // 2] + labels[-MAX_RESULTS // 2 :]}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Percentages by kind and length."""
+
+    kinds: list[str]
+    lengths: list[int]
+    shares: list[list[float]]
+    """``[kind][length]``."""
+
+
+def draw_grids(figure: Any, grids: Mapping[str, Grid], said: str) -> None:
+    """A heat map for each grid, by its title.
+
+    Args:
+        said: below them.
+    """
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("found", MISSED_TO_FOUND)
+    all_axes: Sequence[Any] = figure.subplots(1, len(grids), squeeze=False)[0]
+    for axes, (title, grid) in zip(all_axes, grids.items(), strict=True):
+        shares = np.array(grid.shares)
+        image = axes.pcolormesh(shares, cmap=colors, vmin=0, vmax=100, edgecolor="white", linewidth=2)
+        put_title(axes, title)
+        axes.set_xticks(np.arange(len(grid.lengths)) + 0.5, [short(each) for each in grid.lengths])
+        axes.set_yticks(np.arange(len(grid.kinds)) + 0.5, grid.kinds)
+        axes.set_xlabel("length (tokens)")
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        for (row, column), value in np.ndenumerate(shares):
+            axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=INK)
+    figure.colorbar(image, ax=all_axes, fraction=0.02, pad=0.01, ticks=[0, 50, 100])
+    figure.supxlabel(said, fontsize=9, color=FAINT)

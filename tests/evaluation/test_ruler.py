@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import RecipeError
+from sparsetrain.evaluation.generative.tally import Tally
+from sparsetrain.evaluation.generative.writing import Text, TextWriter
 from sparsetrain.evaluation.report import print_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.ruler.prompts import Prompts
 from sparsetrain.evaluation.ruler.result import RulerResult
-from sparsetrain.evaluation.ruler.specs import answers_found
+from sparsetrain.evaluation.ruler.specs import ANSWERS, answers_found
 from sparsetrain.evaluation.tasks.ruler import RulerSection
-from sparsetrain.evaluation.writing import write
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
 from sparsetrain.recipe import load_recipe
@@ -45,12 +46,13 @@ def test_an_answer_is_found_where_the_text_contains_it(task, text, references, f
 
 
 def result(found, **given):
-    lengths = given.pop("lengths", [4096, 8192])
+    lengths, samples = given.pop("lengths", [4096, 8192]), given.pop("samples", 20)
     return RulerResult(
         lengths=lengths,
-        samples=given.pop("samples", 20),
-        found=found,
-        written={task: [100] * len(lengths) for task in found},
+        tallies={
+            task: [Tally(asked=samples, right=each, written=5 * samples, cut=samples // 4) for each in counts]
+            for task, counts in found.items()
+        },
         left_out=given.pop("left_out", {}),
         prompt="plain",
         mirror=False,
@@ -72,9 +74,14 @@ def test_scores_means_and_the_worst():
     metrics = measured.metrics()
     assert metrics[""] == measured.score() == measured.mean()
     assert (metrics["/8192/worst"], metrics["/8192/vt"], metrics["/worst"]) == (30, 30, 30)
-    assert metrics["/effective_length"] == 4096
+    assert (metrics["/written"], metrics["/cut"]) == (5, 0.25)
+    assert "/effective_length" not in metrics
     about = RulerResult.report({"after": measured}).about
     assert "those of 3 of the 13 tasks. Left out: qa_2 (no file)." in about
+    assert "4,096 of 3 tasks" in RulerResult.report({"after": measured}).rows[1]
+    whole = result({task: [18 * ANSWERS[task], 15 * ANSWERS[task]] for task in ANSWERS})
+    assert whole.metrics()["/effective_length"] == 4096
+    assert "4,096" in RulerResult.report({"after": whole}).rows[1]
 
 
 def test_weighted_means_are_those_of_the_papers_table():
@@ -95,7 +102,7 @@ def test_tables_and_pictures_show_tasks_beside_the_mean(tmp_path, capsys):
     assert "RULER by length (mean of 2 tasks, prompts of each: 20)" in printed
     assert "30.0 vt at 8K" in printed
     report = write_report(results, tmp_path, title="Evaluation").read_text()
-    assert "| niah_single_1 | 100.0 [84, 100] | 95.0 [76, 99] | 5 of 128 |" in report
+    assert "| niah_single_1 | 100.0 [84, 100] | 95.0 [76, 99] | 5, 25% cut at 128 |" in report
     assert "| worst | 100.0 niah_single_1 | 30.0 vt |  |" in report
     assert EvalResult.model_validate_json(results["after"].model_dump_json()) == results["after"]
     from matplotlib.figure import Figure
@@ -135,18 +142,20 @@ def test_texts_are_those_of_each_prompt_alone_whatever_the_batch_and_the_ranks(a
                 ids = torch.cat([ids, answering(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
             texts.append(ids[0, len(prompt) :].tolist())
     end = texts[0][5]
-    expected = [text[: text.index(end)] if end in text else text for text in texts]
-    assert {len(text) == 12 for text in expected} == {True, False}
+    expected = [Text(text[: text.index(end)], False) if end in text else Text(text, True) for text in texts]
+    assert {text.cut for text in expected} == {True, False}
     own = answering.generation_config
     own.eos_token_id, own.repetition_penalty, own.do_sample = [end], 5.0, True
     for in_step in (False, True):
-        assert write(answering, byte_tokenizer, prompts, 12, in_step=in_step) == expected
+        writer = TextWriter(answering, byte_tokenizer, in_step=in_step)
+        # The second time in the cache of the first.
+        assert writer.write(prompts, 12, 100) == writer.write(prompts, 12, 100) == expected
     assert answering.generation_config is own
     passes = []
     answering.register_forward_hook(lambda *_: passes.append(1))
     for in_step, expected_passes in ((False, 6), (True, 12)):
         passes.clear()
-        write(answering, byte_tokenizer, prompts[:1], 12, in_step=in_step)
+        TextWriter(answering, byte_tokenizer, in_step=in_step).write(prompts[:1], 12)
         assert len(passes) == expected_passes
 
 
@@ -167,8 +176,8 @@ def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, answe
     assert "RULER by length (mean of 2 tasks, prompts of each: 2)" in capsys.readouterr().out
     measured = json.loads(output.read_text())["tasks"]["long"]
     assert measured["lengths"] == [1100, 1300]
-    assert [*measured["found"]] == [*measured["written"]] == ["vt", "fwe"]
-    assert all(0 < tokens <= 2 * 30 for tokens in measured["written"]["vt"])
+    assert [*measured["tallies"]] == ["vt", "fwe"]
+    assert all(each["asked"] == 2 and 0 < each["written"] <= 2 * 30 for each in measured["tallies"]["vt"])
     assert (measured["prompt"], measured["haystack"], measured["mirror"]) == ("plain", "generated", False)
 
 

@@ -13,13 +13,13 @@ from evaluation.ruler_material import write_material
 from transformers import AutoTokenizer
 
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.draws import Draws
-from sparsetrain.evaluation.ruler.essay import generated_essay
+from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.essay import generated_essay
+from sparsetrain.evaluation.generative.words import Pairs, Words
 from sparsetrain.evaluation.ruler.niah import NeedleMaker
 from sparsetrain.evaluation.ruler.prompts import Prompts
 from sparsetrain.evaluation.ruler.settings import USERS
 from sparsetrain.evaluation.ruler.specs import ANSWERS, BUDGETS, Needles, RulerTask
-from sparsetrain.evaluation.ruler.words import Pairs, Words
 from sparsetrain.evaluation.tasks.ruler import RulerSection
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer

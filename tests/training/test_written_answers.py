@@ -22,7 +22,8 @@ def test_ranks_that_share_the_weights_write_what_one_writes(tmp_path, tiny, star
     for label in ("full attention, before", "power, before"):
         assert one[label] == two[label]
     found = one["power, before"]["tasks"]["ruler"]
-    assert sum(found["found"]["qa_1"]) > 0
-    assert 0 < sum(found["written"]["qa_1"]) <= 6 * 32
+    tallies = found["tallies"]["qa_1"]
+    assert sum(each["right"] for each in tallies) > 0
+    assert 0 < sum(each["written"] for each in tallies) <= 6 * 32
     lines = run_folder(tmp_path / "two").lines
     assert any("eval/ruler/1000/worst" in line for line in lines)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.draws import Draws
-from sparsetrain.evaluation.ruler.fit import Maker, Sample
+from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.fit import Maker, Sample
 from sparsetrain.textfile import text_lines
 
 INSTRUCTION = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import string
 
-from sparsetrain.evaluation.ruler.draws import Draws
-from sparsetrain.evaluation.ruler.fit import Maker, Room, Sample
+from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.fit import Maker, Room, Sample
+from sparsetrain.evaluation.generative.words import Words
 from sparsetrain.evaluation.ruler.niah import SHORT
-from sparsetrain.evaluation.ruler.words import Words
 
 LIST = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "

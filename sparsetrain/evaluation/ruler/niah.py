@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from uuid import UUID
 
 import numpy as np
 
 from sparsetrain.data.synthetic import NOISE
-from sparsetrain.evaluation.ruler.draws import Draws
-from sparsetrain.evaluation.ruler.fit import Maker, Sample
+from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.essay import sentences
+from sparsetrain.evaluation.generative.fit import Maker, Sample
+from sparsetrain.evaluation.generative.words import Pairs
 from sparsetrain.evaluation.ruler.specs import Kind, Needles
-from sparsetrain.evaluation.ruler.words import Pairs
 
 TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -26,8 +26,6 @@ DEPTHS = [int(depth) for depth in np.round(np.linspace(0, 100, num=40))]
 
 SHORT = 4096
 """Below so many tokens prompts shrink by smaller steps."""
-
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class NeedleMaker(Maker):
@@ -78,12 +76,12 @@ class NeedleMaker(Maker):
     def _hide(self, hidden: list[str], units: int, keys: list[str], draws: Draws) -> str:
         task, random = self.needles, draws.random
         if task.haystack == "essay":
-            sentences = _sentences(self._essay, units)
+            lines = _first_sentences(self._essay, units)
             depths = random.sample(DEPTHS, len(hidden))
-            cuts = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
+            cuts = [0, *sorted(int(len(lines) * (depth / 100)) for depth in depths), len(lines)]
             parts: list[str] = []
             for start, stop, needle in zip(cuts, cuts[1:], [*hidden, None]):
-                parts += [" ".join(sentences[start:stop])] + ([needle] if needle is not None else [])
+                parts += [" ".join(lines[start:stop])] + ([needle] if needle is not None else [])
             return " ".join(parts)
         if task.haystack == "noise":
             lines = [NOISE] * units
@@ -117,7 +115,7 @@ def _singular(template: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _sentences(essay: tuple[str, ...], words: int) -> list[str]:
+def _first_sentences(essay: tuple[str, ...], words: int) -> list[str]:
     """The sentences of an essay's first words; it begins again where it ends."""
     repeats = -(-words // len(essay))
-    return _SENTENCE_END.split(" ".join((essay * repeats)[:words]).strip())
+    return list(sentences((essay * repeats)[:words]))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field
 
-from sparsetrain.evaluation.base import TaskSection
+from sparsetrain.evaluation.generative.settings import GenerativeSection
 from sparsetrain.evaluation.ruler.specs import NEEDLES, RulerTask
-from sparsetrain.section import MOST_LISTED, Bounds, Text, Tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sparsetrain.section import Bounds, Text
 
 FILES = {"qa_1": "squad", "qa_2": "hotpot"}
 """Tasks that need a file, and the field that names it."""
@@ -25,11 +22,9 @@ USERS = {
 """Fields that name a file or folder, and the tasks that it is for."""
 
 
-class RulerSettings(TaskSection):
+class RulerSettings(GenerativeSection):
     """The settings of the task ``ruler``."""
 
-    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)] = [4096, 8192, 16384, 32768]
-    """Tokens of a prompt and its answer together, with BOS and the chat template."""
     tasks: Annotated[list[RulerTask], Field(min_length=1)] | None = None
     """What is measured of RULER; null is all 13, without ``qa_1`` and ``qa_2`` where their files are not given."""
     samples: Annotated[int, Field(gt=0), Bounds(10_000, "each is a prompt of its own, of every task and length")] = 25
@@ -38,9 +33,6 @@ class RulerSettings(TaskSection):
     """Draw prompts as NVIDIA's scripts do, with seed 42 and one generator for all samples of a task and length. By
     default each sample has a seed of its own, so that it does not depend on their number, and answers are not in the
     same place of every sample."""
-    prompt: Literal["auto", "chat", "plain"] = "auto"
-    """``chat`` puts the prompt into a user's turn of the tokenizer's chat template, ``plain`` takes it as it is; both
-    end with the beginning of the answer. ``auto`` is ``chat`` where there is a template."""
     haystack: Text | None = None
     """A text file that needles are hidden in by the five tasks with an essay, between sentences, which end at ``.``,
     ``!`` or ``?`` before a space; null is a generated text."""
@@ -74,21 +66,8 @@ class RulerSettings(TaskSection):
             if getattr(self, name) is not None and not set(users) & set(self.measured):
                 yield name, f"has no effect here: none of {self.path('tasks')} needs it ({', '.join(users)})"
 
-    def place(self, name: str) -> Path | None:
-        """The file or folder that a field names."""
-        path = getattr(self, name)
-        return None if path is None else Path(path).expanduser()
-
     def files(self) -> list[Path]:
         """The user's files."""
         words = self.place("words")
         named = [self.place(name) for name in USERS if name != "words"]
         return [path for path in named if path is not None] + ([] if words is None else sorted(words.glob("*.txt")))
-
-    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether prompts are turns of a chat."""
-        return self.prompt == "chat" or (self.prompt == "auto" and bool(tokenizer.chat_template))
-
-    def lengths_by_field(self) -> dict[str, Sequence[int]]:
-        """Prompts with their answers."""
-        return {"lengths": self.lengths}

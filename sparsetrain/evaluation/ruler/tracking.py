@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from sparsetrain.data.synthetic import NOISE
-from sparsetrain.evaluation.ruler.draws import Draws
-from sparsetrain.evaluation.ruler.fit import Maker, NoRoom, Room, Sample
+from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.fit import Maker, NoRoom, Room, Sample
 from sparsetrain.evaluation.ruler.niah import SHORT
 
 TEMPLATE = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.draws import MIRRORED
+from sparsetrain.evaluation.generative.draws import MIRRORED
 from sparsetrain.textfile import text_lines
 
 FILES = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "verblist.txt"}

@@ -8,7 +8,7 @@ from sparsetrain.data.chat_template import apply_template
 from sparsetrain.data.encoding import encode, opening
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.fit import Sample
+from sparsetrain.evaluation.generative.fit import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,17 +6,20 @@ than an author's: figures compare where the text is the same.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 
 from sparsetrain.counted import counted
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.draws import MIRRORED
+from sparsetrain.evaluation.generative.draws import MIRRORED
 from sparsetrain.textfile import text_lines
 
 WORDS = 2**17
 """Words of the generated text. Longer prompts repeat it, as RULER repeats its essays."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 _OPENINGS = (
     "",
@@ -74,6 +77,11 @@ def generated_essay() -> tuple[str, ...]:
         )
         words += (sentence[0].upper() + sentence[1:]).split()
     return tuple(words)
+
+
+def sentences(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The sentences of a text, which end at ``.``, ``!`` or ``?`` before a space."""
+    return tuple(_SENTENCE_END.split(" ".join(words).strip()))
 
 
 LONGEST = 100

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.ruler.draws import Draws
+from sparsetrain.evaluation.generative.draws import Draws
 
 
 @dataclass(frozen=True)

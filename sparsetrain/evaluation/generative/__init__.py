@@ -1,0 +1,1 @@
+"""What tasks share in which the model writes an answer: prompts, texts, and how long these are."""

@@ -1,0 +1,124 @@
+"""All prompts of an evaluation: of each kind as many as asked for, as long as each length allows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from sparsetrain.activity import activity
+from sparsetrain.errors import DataError
+from sparsetrain.evaluation.generative.chat import Encoder
+from sparsetrain.evaluation.generative.draws import Draws, Seeding, draws_of_samples
+from sparsetrain.evaluation.generative.essay import generated_essay, read_essay
+from sparsetrain.evaluation.generative.fit import Maker, NoRoom, Room, Sample
+from sparsetrain.evaluation.generative.task import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.evaluation.generative.settings import GenerativeSection
+
+
+class PromptMaker(ABC):
+    """Makes the prompts that a section asks for.
+
+    Raises:
+        DataError: a file cannot be read, or the chat template not be used.
+    """
+
+    chosen_by: ClassVar[str] = ""
+    """The field that leaves a kind out."""
+
+    def __init__(self, section: GenerativeSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.section, self.tokenizer, self.seed = section, tokenizer, seed
+        with section.blaming("prompt"):
+            self.encoder = Encoder(tokenizer, chat=section.uses_chat(tokenizer))
+
+    @abstractmethod
+    def kinds(self) -> Sequence[str]:
+        """The kinds of prompts."""
+
+    @abstractmethod
+    def budget(self, kind: str) -> int:
+        """Tokens written behind a prompt at most."""
+
+    @abstractmethod
+    def maker(self, kind: str, length: int, room: Room, draws: Draws) -> Maker:
+        """What makes the prompts of a kind."""
+
+    def seeding(self, kind: str, length: int) -> Seeding:
+        """What is random in them: of each prompt on its own."""
+        return draws_of_samples(self.seed, f"{self.section.task}/{kind}", length)
+
+    def count(self, sample: Sample) -> int:
+        """Tokens of a sample that belong to its length, without BOS, the chat template, and the budget."""
+        return self.encoder.count(sample)
+
+    def prompts(self, kind: str, length: int, index: int, sample: Sample) -> list[Prompt]:
+        """What is asked of a model."""
+        return [Prompt(kind, length, self.budget(kind), self.ids(sample), sample.references)]
+
+    def ids(self, sample: Sample) -> np.ndarray:
+        """The tokens that the model reads, int32 ``[n]``."""
+        return np.array(self.encoder.ids(sample), dtype=np.int32)
+
+    def all(self) -> list[Prompt]:
+        """Every prompt, by kind and length.
+
+        Raises:
+            DataError: a length has no room for a kind, or a file has too few questions.
+        """
+        return [
+            prompt
+            for kind in self.kinds()
+            for length in sorted(self.section.lengths)
+            for prompt in self._of(kind, length)
+        ]
+
+    def smallest(self) -> None:
+        """Try whether each kind fits the shortest length, without the search for how much does.
+
+        Raises:
+            DataError: one does not.
+        """
+        length = min(self.section.lengths)
+        for kind in self.kinds():
+            maker, room, seeding = self._prepared(kind, length)
+            self._fitted(maker, 0, maker.fewest, room, seeding, kind, length)
+
+    def _of(self, kind: str, length: int) -> Iterator[Prompt]:
+        maker, room, seeding = self._prepared(kind, length)
+        units = maker.units(room, seeding("search"))
+        for index in range(self.section.samples):
+            sample = self._fitted(maker, index, units, room, seeding, kind, length)
+            yield from self.prompts(kind, length, index, sample)
+        activity.moved()
+
+    def _prepared(self, kind: str, length: int) -> tuple[Maker, Room, Seeding]:
+        seeding = self.seeding(kind, length)
+        overhead = self.encoder.overhead
+        room = Room(self.count, length - overhead, self.budget(kind), overhead)
+        return self.maker(kind, length, room, seeding("shared")), room, seeding
+
+    def _fitted(
+        self, maker: Maker, index: int, units: int, room: Room, seeding: Seeding, kind: str, length: int
+    ) -> Sample:
+        try:
+            return maker.fitted(index, units, room, seeding(index))
+        except NoRoom as error:
+            without = f", or leave {kind} out of {self.section.path(self.chosen_by)}" if self.chosen_by else ""
+            raise DataError(
+                f"{self.section.path('lengths')}: a length of {length:,} has no room for {kind}, whose shortest "
+                f"prompt takes {error.tokens:,} tokens with its answer and this tokenizer; ask for longer prompts"
+                f"{without}"
+            ) from error
+
+    @cached_property
+    def essay(self) -> tuple[str, ...]:
+        """The words of the filler."""
+        file = self.section.place("haystack")
+        return generated_essay() if file is None else read_essay(file, self.section.path("haystack"))
