@@ -23,6 +23,7 @@ PLACES = {
     "perplexity": "sparsetrain.evaluation.tasks.perplexity:PerplexitySection",
     "passkey": "sparsetrain.evaluation.tasks.passkey:PasskeySection",
     "recall": "sparsetrain.evaluation.tasks.recall:RecallSection",
+    "reasoning": "sparsetrain.evaluation.tasks.reasoning:ReasoningSection",
     "ruler": "sparsetrain.evaluation.tasks.ruler:RulerSection",
 }
 """Module and class of each task's section by its name."""

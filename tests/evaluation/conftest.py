@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparsetrain.modeling import sparsify
+from sparsetrain.modeling import save, sparsify
+from sparsetrain.modeling.places import resolve
+from sparsetrain.modeling.tokenizers import load_tokenizer
 
 # Tiny tensors are slower on several threads, and much slower when other processes want the cores.
 torch.set_num_threads(1)
@@ -39,3 +43,24 @@ def tiny_model() -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return sparsify(LlamaForCausalLM(config), {"method": "full"})
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random model with a small attention pattern and a real tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    model = sparsify(LlamaForCausalLM(config).eval(), {"method": "power", "block": 32, "window": 2})
+    save(model, folder, tokenizer)
+    return folder
