@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparsetrain.data.loader import StepLoader
     from sparsetrain.data.stream import RowStream
     from sparsetrain.data.synthetic import RetrievalPrompt, multikey_prompt, passkey_prompt
-    from sparsetrain.data.tokens import token_stream
+    from sparsetrain.data.tokens import held_out_tokens
 
 __all__ = [
     "Batch",
@@ -25,9 +25,9 @@ __all__ = [
     "StepLoader",
     "build_rows",
     "collate",
+    "held_out_tokens",
     "multikey_prompt",
     "passkey_prompt",
-    "token_stream",
 ]
 
 _MODULES = {
@@ -36,7 +36,7 @@ _MODULES = {
     "loader": ("StepLoader",),
     "stream": ("RowStream",),
     "synthetic": ("RetrievalPrompt", "multikey_prompt", "passkey_prompt"),
-    "tokens": ("token_stream",),
+    "tokens": ("held_out_tokens",),
 }
 
 

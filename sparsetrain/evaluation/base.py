@@ -154,9 +154,9 @@ class TaskReport:
     shares: bool = False
     """Whether the cells are percentages, which are coloured."""
     details: Mapping[str, Rows] = field(default_factory=dict)
-    """A table for each result."""
+    """More tables by title: one for each result, titled by its label, or any others."""
     details_heading: str = ""
-    """The heading of these tables, after the result's label."""
+    """What the headings of these tables say behind their titles."""
 
 
 @dataclass(frozen=True)

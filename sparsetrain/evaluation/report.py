@@ -59,7 +59,8 @@ def write_report(
     for shown, ending in _reports(results):
         parts += [f"## {shown.heading}{ending}", shown.about, _markdown(shown.rows)]
         for label, rows in shown.details.items():
-            parts += [f"### {label}, {shown.details_heading}", _markdown(rows)]
+            ending = f", {shown.details_heading}" if shown.details_heading else ""
+            parts += [f"### {label}{ending}", _markdown(rows)]
     if history:
         parts += ["## Changed during the run", "\n".join(f"- {line}" for line in history)]
     parts += [f"![{picture.stem}]({picture.relative_to(folder).as_posix()})" for picture in pictures]

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from sparsetrain.data import encoding, token_stream
+from sparsetrain.data import encoding, held_out_tokens
 from sparsetrain.data.encoding import encode
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataMemoryError
@@ -45,7 +45,7 @@ def test_what_cannot_be_cut_or_is_too_long_is_refused(tokenizer, write_jsonl, mo
     with pytest.raises(
         Exception, match=r"data\.jsonl:2: a document of 140,000 characters; cut it into ones of at most"
     ):
-        token_stream(source, tokenizer, 1000)
+        held_out_tokens(source, tokenizer, 1000)
 
 
 @pytest.mark.usefixtures("_small_pieces")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from sparsetrain.evaluation.base import Drawing, TaskReport, TaskResult
+from sparsetrain.evaluation.panels import ORANGE as ORANGE_HEX
 from sparsetrain.evaluation.panels import _smooth, few, pooled, short
 from sparsetrain.evaluation.pictures import (
     attention_picture,
@@ -22,7 +25,33 @@ from sparsetrain.evaluation.report import print_results
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.tasks.passkey import PasskeyResult
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
+from sparsetrain.evaluation.text.definition import TextDefinition, WindowCount
+from sparsetrain.evaluation.text.losses import Losses
+from sparsetrain.evaluation.text.positions import buckets
 from sparsetrain.methods.registry import parse_attention
+
+
+class LevelResult(TaskResult):
+    """A picture of one panel."""
+
+    task: Literal["level"] = "level"
+    level: float
+
+    def metrics(self):
+        return {"": self.level}
+
+    def score(self):
+        return self.level
+
+    @classmethod
+    def report(cls, results):
+        return TaskReport("Levels", "Levels", "", [["", "level"]])
+
+    @classmethod
+    def drawing(cls, name, results, trained_length):
+        levels = [result.level for result in results.values()]
+        return Drawing(lambda axes: axes.plot(levels, color=ORANGE_HEX), 4, 4)
+
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
 RESULTS = {
@@ -56,8 +85,33 @@ BLUE, ORANGE, GREEN, RED = (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94
 
 def test_every_series_is_drawn(metrics, tmp_path):
     assert {BLUE, RED} <= colours(loss_curve(metrics, tmp_path / "loss.png"))
-    perplexity = drawings(RESULTS, 1024, wide=False)["perplexity"]
-    assert ORANGE in colours(task_picture(perplexity, tmp_path / "perplexity.png", wide=False))
+    perplexity = drawings(RESULTS, 1024, wide=True)["perplexity"]
+    assert ORANGE in colours(task_picture(perplexity, tmp_path / "perplexity.png", wide=True))
+
+
+def test_losses_by_position_and_their_differences_are_drawn_beside_perplexity(tmp_path):
+    def result(shift, seed):
+        losses = np.random.default_rng(seed).normal(3 + shift, 1, 512)
+        context = np.arange(512)
+        definition = TextDefinition(
+            source="book", digest="a", tokenizer="t", stride=None, bos=False, documents="joined", targets_only=False,
+            windows={512: WindowCount(windows=1, scored=512, mean_context=256)},
+        )  # fmt: skip
+        return PerplexityResult(
+            perplexity={512: 20.0},
+            tokens=512,
+            definition=definition,
+            losses={512: Losses.of(losses)},
+            positions=buckets(losses, context, 512, "log"),
+        )
+
+    widths = []
+    for labels in (["full"], ["full", "power"]):
+        results = {label: EvalResult(tasks={"perplexity": result(0.1 * i, i)}) for i, label in enumerate(labels)}
+        picture = task_picture(drawings(results, wide=True)["perplexity"], tmp_path / "perplexity.png", wide=True)
+        widths.append(imread(picture).shape[1])
+    assert widths == [13 * 130, 19 * 130], "a panel of differences more"
+    assert ORANGE in colours(picture)
 
 
 def test_a_run_without_steps_still_has_a_picture(tmp_path):
@@ -106,9 +160,9 @@ def test_the_report_holds_every_panel(metrics, tmp_path):
 
 
 def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):
-    first = RESULTS["after"].tasks
+    first = {"level": LevelResult(level=1.0), "passkey": PASSKEY}
     tasks = first | {f"{name}_far": result for name, result in first.items()}
-    more = tasks | {"third": first["perplexity"]}
+    more = tasks | {"third": first["level"]}
     heights = []
     for found in (first, tasks, more):
         path = report_picture(
@@ -124,9 +178,10 @@ def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):
     assert heights[0] < heights[1] == heights[2], "the second map and the second panel take a row each, a third none"
     results = {"after": EvalResult(tasks=tasks)}
     assert list(drawings(results, wide=True)) == ["passkey", "passkey_far"]
+    assert list(drawings(results, wide=False)) == ["level", "level_far"]
     console = Console(file=io.StringIO(), width=120)
     print_results(results, console)
-    assert "Perplexity by context length: perplexity_far" in console.file.getvalue()
+    assert "Levels: level_far" in console.file.getvalue()
 
 
 def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path):
