@@ -100,6 +100,16 @@ class TaskSection(Section, ABC):
             RecipeError, DataError: they cannot be made.
         """
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Refuse a model that cannot be measured so, before it is trained or measured; by default none.
+
+        Args:
+            model: gone through :func:`sparsetrain.sparsify`; it may have no weights (on the meta device).
+
+        Raises:
+            ModelError: names the task, and why.
+        """
+
     @contextmanager
     def blaming(self, name: str) -> Iterator[None]:
         """Put the path of a field before what is said of the data."""

@@ -24,7 +24,7 @@ from sparsetrain.generation.measured import MeasuredMemory, Step
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import Decode
-from sparsetrain.generation.texts import left_padded, without_own_settings
+from sparsetrain.generation.texts import left_padded, line_breaks, without_own_settings
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import MemoryLayer
@@ -158,10 +158,8 @@ class Answerer:
         self._single = _single(questions)
         self._extra = extra if self._single else 0
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        breaks = [token for token, piece in enumerate(pieces) if "\n" in piece]
         # Of documents with several answers none ends before its last token.
-        ends = {*breaks, *([eos] if isinstance(eos, int) else eos or [])} if self._single else set()
+        ends = line_breaks(tokenizer) | {*([eos] if isinstance(eos, int) else eos or [])} if self._single else set()
         self._ends: set[int] = ends
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from sparsetrain.evaluation.base import TaskResult, TaskSection
 from sparsetrain.installed import Installed
 
 PLACES = {
+    "multi_turn": "sparsetrain.evaluation.tasks.multi_turn:MultiTurnSection",
     "perplexity": "sparsetrain.evaluation.tasks.perplexity:PerplexitySection",
     "passkey": "sparsetrain.evaluation.tasks.passkey:PasskeySection",
     "recall": "sparsetrain.evaluation.tasks.recall:RecallSection",

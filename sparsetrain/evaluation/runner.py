@@ -55,11 +55,13 @@ def evaluate(
     Raises:
         RecipeError: a length does not fit the tokens to score.
         DataError: the held-out source is too short, or a length cannot hold the synthetic task.
+        ModelError: a task cannot be measured with the model.
     """
     journal = journal or Journal()
     tasks: dict[str, Task | Dealt] = {}
     total = left = 0
     for each in section.tasks:
+        each.check_model(model)
         task = each.build(tokenizer, seed)
         forwards = task.num_forwards(world.size)
         total, left = total + forwards, left + forwards

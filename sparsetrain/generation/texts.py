@@ -37,6 +37,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}
 
 
+def line_breaks(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that break the line."""
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, piece in enumerate(pieces) if "\n" in piece}
+
+
 @contextmanager
 def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     """``generate`` fills what it is not given from the model's own generation config: penalties, sampling, chunks of a

@@ -11,6 +11,9 @@ from sparsetrain.modeling import SparseCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+AUTO = {"budget": "auto", "offload": False}
+"""Limits of a cache that has room for all that is read again, on the device."""
+
 logger = logging.getLogger(__name__)
 
 

@@ -101,6 +101,7 @@ def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
     check_positions(model, recipe.sequence.length)
     for task in recipe.eval.tasks:
         check_learned_positions(model, {task.path(name): lengths for name, lengths in task.lengths_by_field().items()})
+        task.check_model(model)
     check_dropout(model)
     check_balance(model, recipe.model)
     if recipe.sequence.parallel > 1:

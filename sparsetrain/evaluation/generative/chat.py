@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from sparsetrain.data.chat_template import apply_template
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "the-text-of-a-prompt-goes-here"
+_ANSWER = "what-was-answered-goes-here"
+_NEXT = "the-text-of-the-next-prompt-goes-here"
+_LATER = re.compile(rf".*{_MARK}.*{_ANSWER}(.*){_NEXT}(.*)", re.DOTALL)
 
 
 class Encoder:
@@ -28,7 +34,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._chat = tokenizer, chat
         self._opening = [] if chat else opening(tokenizer)
         self._before, self._behind = self._turn() if chat else ("", "")
         # A prompt is measured, and then taken.
@@ -48,20 +54,49 @@ class Encoder:
         """Tokens without those of BOS and the template."""
         return len(self.ids(sample)) - self.overhead
 
+    def next_ids(self, sample: Sample) -> list[int]:
+        """Tokens of a question behind an answer, with those that end the answer's turn.
+
+        Raises:
+            DataError: the template cannot hold several turns.
+        """
+        between, behind = self._later
+        return encode(self._tokenizer, f"{between}{sample.text}{behind}{sample.prefix}")
+
+    def tokens_before(self, text: str) -> int:
+        """Tokens up to the end of a text with which a prompt begins."""
+        return len(self._opening) + len(encode(self._tokenizer, self._before + text))
+
     def _plain(self, sample: Sample) -> int:
         return len(encode(self._tokenizer, sample.text + sample.prefix))
 
     def _turn(self) -> tuple[str, str]:
         if not self._tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; prompt: plain asks without one")
-        messages = [{"role": "user", "content": _MARK}]
-        try:
-            text = apply_template(self._tokenizer, messages, prompt=True).text
-        except MalformedRow as error:
-            raise DataError(f"{error}; prompt: plain asks without it") from error
+        text = self._rendered(_MARK)
         before, mark, behind = text.partition(_MARK)
         if not mark or _MARK in behind:
             raise DataError(
                 "the chat template does not write a user's turn once, as it is; prompt: plain asks without it"
             )
         return before, behind
+
+    @cached_property
+    def _later(self) -> tuple[str, str]:
+        """What stands between an answer and the next question, and behind that."""
+        if not self._chat:
+            return "\n", ""
+        found = _LATER.fullmatch(self._rendered(_MARK, _ANSWER, _NEXT))
+        if found is None:
+            raise DataError(
+                "the chat template does not write a user's next turn behind an answer; prompt: plain asks without it"
+            )
+        return found[1], found[2]
+
+    def _rendered(self, *turns: str) -> str:
+        """Turns of the user and the assistant by turns, and where the next answer begins."""
+        messages = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), turns)]
+        try:
+            return apply_template(self._tokenizer, messages, prompt=True).text
+        except MalformedRow as error:
+            raise DataError(f"{error}; prompt: plain asks without it") from error

@@ -7,6 +7,7 @@ than an author's: figures compare where the text is the same.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -82,6 +83,23 @@ def generated_essay() -> tuple[str, ...]:
 def sentences(words: tuple[str, ...]) -> tuple[str, ...]:
     """The sentences of a text, which end at ``.``, ``!`` or ``?`` before a space."""
     return tuple(_SENTENCE_END.split(" ".join(words).strip()))
+
+
+def among(filler: Sequence[str], start: int, count: int, told: Sequence[str], random: Random) -> str:
+    """A text of ``count`` sentences of the filler, which begins again where it ends, and between them, in their order
+    and at random depths, the sentences that are told.
+
+    Args:
+        start: the first sentence of the filler.
+    """
+    around = [filler[(start + place) % len(filler)] for place in range(count)]
+    parts: list[str] = []
+    begin = 0
+    for depth, sentence in zip(sorted(random.random() for _ in told), told, strict=True):
+        stop = int(depth * (count + 1))
+        parts += [*around[begin:stop], sentence]
+        begin = stop
+    return " ".join(parts + around[begin:])
 
 
 LONGEST = 100

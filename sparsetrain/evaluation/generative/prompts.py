@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class PromptMaker(ABC):
         """Tokens of a sample that belong to its length, without BOS, the chat template, and the budget."""
         return self.encoder.count(sample)
 
-    def prompts(self, kind: str, length: int, index: int, sample: Sample) -> list[Prompt]:
+    def prompts(self, kind: str, length: int, index: int, sample: Sample) -> list[Any]:
         """What is asked of a model."""
         return [Prompt(kind, length, self.budget(kind), self.ids(sample), sample.references)]
 
@@ -66,7 +66,7 @@ class PromptMaker(ABC):
         """The tokens that the model reads, int32 ``[n]``."""
         return np.array(self.encoder.ids(sample), dtype=np.int32)
 
-    def all(self) -> list[Prompt]:
+    def all(self) -> list[Any]:
         """Every prompt, by kind and length.
 
         Raises:
@@ -90,7 +90,7 @@ class PromptMaker(ABC):
             maker, room, seeding = self._prepared(kind, length)
             self._fitted(maker, 0, maker.fewest, room, seeding, kind, length)
 
-    def _of(self, kind: str, length: int) -> Iterator[Prompt]:
+    def _of(self, kind: str, length: int) -> Iterator[Any]:
         maker, room, seeding = self._prepared(kind, length)
         units = maker.units(room, seeding("search"))
         for index in range(self.section.samples):

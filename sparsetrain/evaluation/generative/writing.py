@@ -12,13 +12,11 @@ import torch
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.texts import end_tokens, left_padded, without_own_settings
-from sparsetrain.inference.cached import CachedGeneration, make_cache
+from sparsetrain.inference.cached import AUTO, CachedGeneration, make_cache
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LIMITS = {"budget": "auto", "offload": False}
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class TextWriter:
         self.no_cache: str | None = None
         """Why the model has no cache of known length; None where it has one."""
         try:
-            make_cache(model, 1, LIMITS)
+            make_cache(model, 1, AUTO)
         except ModelError as error:
             self.no_cache = str(error)
-        self._cached = CachedGeneration(model, None if self.no_cache else LIMITS)
+        self._cached = CachedGeneration(model, None if self.no_cache else AUTO)
 
     def write(self, prompts: Sequence[np.ndarray], new_tokens: int, room: int = 0) -> list[Text]:
         """Continue a batch of prompts.

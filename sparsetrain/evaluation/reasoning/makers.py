@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from sparsetrain.evaluation.generative.draws import Draws
+from sparsetrain.evaluation.generative.essay import among
 from sparsetrain.evaluation.generative.fit import Maker, Room, Sample
 from sparsetrain.evaluation.generative.words import Words
 from sparsetrain.evaluation.reasoning import graph
@@ -59,17 +61,10 @@ class StoryMaker(Maker):
         random, filler = draws.random, self._filler
         story, question = ask(self._kind, random, self._events)
         start = random.randrange(len(filler))
-        depths = sorted(random.random() for _ in story.sentences)
+        seed = random.random()
 
         def sample(units: int) -> Sample:
-            around = [filler[(start + place) % len(filler)] for place in range(units)]
-            parts: list[str] = []
-            begin = 0
-            for depth, sentence in zip(depths, story.sentences, strict=True):
-                stop = int(depth * (units + 1))
-                parts += [*around[begin:stop], sentence]
-                begin = stop
-            context = " ".join(parts + around[begin:])
+            context = among(filler, start, units, story.sentences, Random(seed))
             return ReasoningSample(
                 STORY.format(context=context, question=question.text),
                 PREFIX + question.prefix,

@@ -1,0 +1,1 @@
+"""Questions about one text that are answered in turn, from one cache."""
