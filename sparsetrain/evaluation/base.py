@@ -143,6 +143,11 @@ class Task(ABC):
             on_forward: to be called after each forward pass.
         """
 
+    def follow(self, first: TaskResult) -> None:
+        """What the first evaluation of a run, or the first row of a comparison, gave for the task of this name: called
+        before anything is measured. Where inputs depend on a model, those of the first are for all."""
+        return None
+
     def answered(self) -> list[Row] | None:
         """One row for each document whose labels are the answers that a model should write; None where the task has no
         answers. ``sparsetrain compare-decode`` has them written under decode settings."""

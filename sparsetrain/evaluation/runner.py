@@ -38,6 +38,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     journal: Journal | None = None,
+    first: EvalResult | None = None,
 ) -> EvalResult:
     """Run the tasks of an ``eval`` section.
 
@@ -51,6 +52,8 @@ def evaluate(
         on_progress: called with the forward passes done and to do, on this rank; those that are not needed, because the
             journal has their records, count as done from the beginning.
         journal: keeps finished batches. A task whose measuring is its own (no ``BatchedTask``) is measured whole.
+        first: the first result of the run, or of the rows that are compared: some tasks measure the same as it did
+            (:meth:`~sparsetrain.evaluation.base.Task.follow`). That of rank 0 holds for all ranks.
 
     Raises:
         RecipeError: a length does not fit the tokens to score.
@@ -58,11 +61,16 @@ def evaluate(
         ModelError: a task cannot be measured with the model.
     """
     journal = journal or Journal()
+    if world.size > 1:
+        first = world.on_main(lambda: first)
+    followed = {} if first is None else first.tasks
     tasks: dict[str, Task | Dealt] = {}
     total = left = 0
     for each in section.tasks:
         each.check_model(model)
         task = each.build(tokenizer, seed)
+        if each.label in followed:
+            task.follow(followed[each.label])
         forwards = task.num_forwards(world.size)
         total, left = total + forwards, left + forwards
         tasks[each.label] = task

@@ -12,6 +12,7 @@ from sparsetrain.evaluation.batched import deal
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.tasks.key_tokens import KeyTokensSection
 from sparsetrain.evaluation.tasks.passkey import PasskeySection
 from sparsetrain.evaluation.tasks.perplexity import PerplexitySection
 from sparsetrain.recipe.schema import EvalSection
@@ -40,6 +41,9 @@ def evaluate_on_rank(rank, world, port, model, tokenizer, section, out):
         model, tokenizer, section, here, on_progress=lambda *done: forwards.append(done), journal=journal
     )
     (out / f"{rank}.resumed.txt").write_text(str((resumed == result, forwards[0], forwards[-1], journal.notes)))
+    # What is found on rank 0 alone holds for all.
+    followed = evaluate(model, tokenizer, section, here, first=result if here.main else None)
+    (out / f"{rank}.followed.json").write_text(followed.model_dump_json())
     torch.distributed.destroy_process_group()
 
 
@@ -60,7 +64,10 @@ def test_two_ranks_measure_what_one_does(tiny_model, byte_tokenizer, tmp_path: P
     text.write_text("Ishmael. " + " ".join(f"It was {number} years ago." for number in range(99)))
     perplexity = PerplexitySection(lengths=[64, 256], source=DataSource(path=str(text)), tokens=1200)
     passkey = PasskeySection(lengths=[300, 320], depths=3, trials=1, digits=1)
-    section = EvalSection(tasks=[perplexity, passkey])
+    keys = KeyTokensSection(
+        lengths=[400], source=DataSource(path=str(text)), tokens=1200, short=64, stride=64, alpha=0.01, beta=-9.0
+    )
+    section = EvalSection(tasks=[perplexity, passkey, keys])
     alone = evaluate(tiny_model, byte_tokenizer, section, World(0, 1, torch.device("cpu")))
     killed_after(5, tiny_model, byte_tokenizer, section, tmp_path / "samples")
     ensure_running()
@@ -68,7 +75,10 @@ def test_two_ranks_measure_what_one_does(tiny_model, byte_tokenizer, tmp_path: P
     multiprocessing.start_processes(evaluate_on_rank, arguments, nprocs=2, start_method="forkserver")
     first, second = (EvalResult.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second == alone
-    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == "(9, 9)"
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == "(14, 14)"
+    keys_found = [EvalResult.model_validate_json((tmp_path / f"{rank}.followed.json").read_text()) for rank in range(2)]
+    assert [each.tasks["key_tokens"].chosen_by for each in keys_found] == ["the first row"] * 2
+    assert all(each.tasks["key_tokens"].key == alone.tasks["key_tokens"].key for each in keys_found)
     # Both ranks read the file of the killed evaluation, and share what is left equally.
-    said = (True, (3, 9), (9, 9), [f"5 finished batches are taken from {tmp_path / 'samples'}"])
+    said = (True, (3, 14), (14, 14), [f"5 finished batches are taken from {tmp_path / 'samples'}"])
     assert [(tmp_path / f"{rank}.resumed.txt").read_text() for rank in range(2)] == [str(said)] * 2

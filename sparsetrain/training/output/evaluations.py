@@ -59,6 +59,7 @@ class Evaluations:
                 job.world,
                 seed=job.recipe.train.seed,
                 on_progress=moved,
+                first=next(iter(self.results.values()), None),
             )
         self.results[label] = result
         if job.world.main:
