@@ -46,7 +46,7 @@ def draw_perplexity(
             middles = [bucket.middle() for bucket in buckets]
             losses = [bucket.losses.mean() for bucket in buckets]
             axes.plot(middles, losses, color=color, marker=marker, linewidth=2, label=label)
-        _finish(axes, "loss (nats)")
+        _finish(axes, "loss (nats)", next(iter(positions.values())))
     if paired:
         _draw_differences(next(panels), positions, paired, styles)
 
@@ -64,7 +64,7 @@ def _draw_differences(
         found = [mine.losses.difference(theirs.losses) for mine, theirs in pairs]
         means, bars = [mean for mean, _ in found], [2 * error for _, error in found]
         axes.errorbar(middles, means, bars, color=color, marker=marker, linewidth=2, capsize=3, label=label)
-    _finish(axes, "difference (nats), ± 2 standard errors")
+    _finish(axes, "difference (nats), ± 2 standard errors", positions[first])
 
 
 def draw_by_length(
@@ -97,12 +97,18 @@ def draw_by_length(
     axes.legend(loc="best", edgecolor="none")
 
 
-def _finish(axes: Axes, ylabel: str) -> None:
-    axes.set_xscale("log", base=2)
-    low, high = axes.get_xlim()
-    ticks = [2**power for power in range(0, 28, 2) if low <= 2**power <= high]
-    axes.set_xticks(ticks, [short(tick) for tick in ticks])
-    axes.minorticks_off()
+def _finish(axes: Axes, ylabel: str, buckets: Sequence[Bucket]) -> None:
+    widths = [bucket.stop - bucket.first for bucket in buckets]
+    if max(widths) > 4 * min(widths):  # buckets that double, and not equal ones
+        axes.set_xscale("log", base=2)
+        low, high = axes.get_xlim()
+        ticks = [2**power for power in range(0, 28, 2) if low <= 2**power <= high]
+        axes.set_xticks(ticks, [short(tick) for tick in ticks])
+        axes.minorticks_off()
+    else:
+        stop = buckets[-1].stop
+        ticks = [stop * quarter // 4 for quarter in range(5)]
+        axes.set_xticks(ticks, [short(tick) for tick in ticks])
     axes.set(xlabel="tokens before the token", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color=PAPER)

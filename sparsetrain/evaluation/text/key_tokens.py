@@ -22,7 +22,7 @@ ITSELF, FIRST = "itself", "the first row"
 
 
 class Choice(BaseModel):
-    """How key tokens are chosen (2410.23771, section 3)."""
+    """How key tokens are chosen: LSD and LCL of 2410.23771."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -31,8 +31,8 @@ class Bucket(BaseModel):
     losses: Losses
 
     def middle(self) -> float:
-        """The geometric mean of the fewest and the most."""
-        return math.sqrt(self.first * (self.stop - 1))
+        """The mean of the fewest and the most."""
+        return (self.first + self.stop - 1) / 2
 
     def label(self) -> str:
         """``512 to 1,023``."""
