@@ -148,30 +148,27 @@ def _losses_at(result: PerplexityResult, *, length: int) -> Losses | None:
 
 
 def _by_position(results: Mapping[str, PerplexityResult]) -> dict[str, Rows]:
-    """A row for each bucket and a column for each result, with the difference from the first."""
+    """A row for each bucket of the longest windows and a column for each result, with the difference from the first."""
     from sparsetrain.evaluation.panels import few
 
-    measured = few({label: result for label, result in results.items() if result.positions})
+    longest = max((length for result in results.values() for length in result.losses), default=0)
+    measured = few(
+        {label: result for label, result in results.items() if result.positions and longest in result.losses}
+    )
     if not measured:
         return {}
-    paired = _paired(measured)
-    first = next(iter(measured))
-    longest = max(length for result in measured.values() for length in result.losses)
-    spans = {(bucket.first, bucket.stop): bucket.label() for result in measured.values() for bucket in result.positions}
-    found = {
-        label: {(bucket.first, bucket.stop): bucket.losses for bucket in result.positions}
-        for label, result in measured.items()
-    }
-    header = ["tokens before"]
+    paired, first = _paired(measured), next(iter(measured))
+    found = {label: {bucket.label(): bucket for bucket in result.positions} for label, result in measured.items()}
+    buckets = {bucket.label(): bucket for each in found.values() for bucket in each.values()}
+    header = ["tokens before", "tokens"]
     for label in measured:
-        header += [label] if label not in paired or label == first else [label, "difference"]
+        header += [label, "difference"] if label in paired and label != first else [label]
     rows = [header]
-    for span in sorted(spans):
-        row = [spans[span]]
+    for name, bucket in sorted(buckets.items(), key=lambda item: (item[1].first, item[1].stop)):
+        row = [name, f"{bucket.losses.tokens:,}"]
         for label in measured:
-            losses = found[label].get(span)
-            row.append("-" if losses is None else f"{losses.mean():.4f}")
-            if label in paired and label != first:
-                row.append(difference_cell(losses, found[first].get(span)))
+            mine, theirs = (found[each][name].losses if name in found[each] else None for each in (label, first))
+            row.append("-" if mine is None else f"{mine.mean():.4f}")
+            row += [difference_cell(mine, theirs)] if label in paired and label != first else []
         rows.append(row)
     return {f"Loss by position in windows of {longest:,} tokens (nats)": rows}

@@ -20,8 +20,8 @@ def difference_cell(mine: Losses | None, first: Losses | None) -> str:
     if mine is None or first is None or not mine.comparable(first):
         return "-"
     mean, error = mine.difference(first)
-    mean = 0.0 if abs(mean) < 0.00005 else mean  # not -0.0000
-    return f"{mean:+.4f}" if math.isnan(error) else f"{mean:+.4f} ± {error:.4f}"
+    shown = "0.0000" if abs(mean) < 0.00005 else f"{mean:+.4f}"  # not -0.0000
+    return shown if math.isnan(error) else f"{shown} ± {error:.4f}"
 
 
 def difference_rows(results: Mapping[str, R], losses: Mapping[str, Callable[[R], Losses | None]]) -> Rows:
