@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart quickstart-sliding test lint format clean
+.PHONY: help install quickstart quickstart-sliding test lint docs format clean
 
 help:
 	@echo "make quickstart          finetune the embedded model with PowerAttention on this machine, a few minutes"
 	@echo "make quickstart-sliding  the same with a sliding window of the same key budget"
 	@echo "make test                lint, types, tests"
+	@echo "make docs                write the site to site/"
 	@echo "make format              format the code"
-	@echo "make clean               remove .venv and runs/"
+	@echo "make clean               remove .venv, runs/ and site/"
 
 install: $(STAMP)
 
@@ -48,9 +49,14 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# tests/test_site.py builds it as strictly.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html, or for the search: $(BIN)/python -m http.server --directory site"
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -15,7 +15,7 @@ from sparsetrain.cli import app, main
 from sparsetrain.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 SECTIONS = (
     "model",
@@ -53,7 +53,7 @@ def command_lines() -> list:
     """Lines of `sparsetrain ...` and of the deepspeed launcher, in blocks and in the text."""
     found = {}
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"^\*\*`.*`\*\*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)  # error messages
         pieces = [line for match in FENCE.finditer(text) for line in match[3].replace("\\\n", " ").splitlines()]
         pieces += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))]
         for piece in pieces:
@@ -110,6 +110,35 @@ def test_a_command_is_one_that_is_understood(line, tmp_path, monkeypatch):
 def test_a_setting_in_the_text_is_in_the_schema(override, capsys):
     main(["recipe", "validate", "quickstart", override])
     assert "unknown key" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folders_of_examples(tmp_path_factory):
+    """A folder with the models that the pages speak of, and the smallest one in the hands of the reader."""
+    from transformers import AutoTokenizer
+
+    import sparsetrain
+
+    folder = tmp_path_factory.mktemp("examples")
+    model = sparsetrain.load("sparsetrain:tiny")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "sparsetrain/assets/tiny")
+    sparsetrain.sparsify(model, {"method": "power", "block": 16, "window": 2, "dense_layers": [0, 1, 2]})
+    for name in ("my-model", "runs/qwen3/final"):
+        sparsetrain.save(model, folder / name, tokenizer)
+    return folder, {"sparsetrain": sparsetrain, "model": model, "tokenizer": tokenizer}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/getting-started.md", "docs/generation.md", "docs/decode-policies.md"]
+)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, folders_of_examples, monkeypatch, capsys):
+    """In one program, with shorter texts."""
+    folder, given = folders_of_examples
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    blocks = [match[3] for match in FENCE.finditer((ROOT / page).read_text(encoding="utf-8")) if match[2] == "python"]
+    program = "\n".join(blocks).replace("131_072", "128").replace("1_024", "4")
+    exec(compile(program, page, "exec"), given | {"ids": given["tokenizer"]("def", return_tensors="pt")["input_ids"]})
 
 
 def test_there_are_examples():
