@@ -41,9 +41,16 @@ class CachedGeneration:
         if held is not None and self._rows == rows and tokens <= self._tokens <= tokens + spare:
             held.reset()
             return held
-        self._held = held = None
+        held = None
+        self.release()
         self._held, self._rows, self._tokens = make_cache(self.model, tokens, self.limits), rows, tokens
         return self._held
+
+    def release(self) -> None:
+        """Give the memory of the cache that was kept back at once."""
+        if self._held is not None:
+            free(self._held)
+        self._held = None
 
     def generate(self, **arguments: Any) -> Any:
         """Generate, with captured steps where that is possible and transformers' own loop elsewhere. Nothing is
@@ -55,6 +62,12 @@ class CachedGeneration:
             self._told = True
             logger.warning("steps run one by one, in transformers' own loop: %s", reason)
         return self.model.generate(**arguments, disable_compile=True)  # type: ignore[operator]
+
+
+def free(cache: SparseCache) -> None:
+    """Take the captured step off a cache that is not used any more. They hold each other, and so the device's memory,
+    until Python looks for such circles."""
+    cache.captured = None
 
 
 def make_cache(model: PreTrainedModel, tokens: int, limits: dict[str, Any]) -> SparseCache:

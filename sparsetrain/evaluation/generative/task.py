@@ -81,7 +81,9 @@ class GenerativeTask(BatchedTask):
 
     def result(self, records: Mapping[str, Sequence[Any]]) -> TaskResult:
         """The sums by cell."""
-        self._writer = None  # its cache would stay
+        if self._writer is not None:
+            self._writer.release()
+        self._writer = None
         tallies: dict[Cell, Tally] = defaultdict(Tally)
         for group, batches in self._batches.items():
             for batch, counts in zip(batches, records[group], strict=True):
@@ -103,9 +105,10 @@ class GenerativeTask(BatchedTask):
 def _grouped(prompts: Sequence[Prompt]) -> dict[str, list[list[Prompt]]]:
     """Batches by what decides how many passes each takes."""
     longest = max((prompt.length for prompt in prompts), default=0)
-    alike: dict[tuple[int, int, int | None], list[Prompt]] = defaultdict(list)
+    alike: dict[tuple[int, int, tuple[str, int] | None], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
-        alike[prompt.budget, prompt.length, prompt.context].append(prompt)
+        context = None if prompt.context is None else (prompt.key, prompt.context)
+        alike[prompt.budget, prompt.length, context].append(prompt)
     batches: dict[str, list[list[Prompt]]] = defaultdict(list)
     for (budget, length, context), group in alike.items():
         if context is None:

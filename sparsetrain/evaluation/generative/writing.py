@@ -12,7 +12,7 @@ import torch
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.texts import end_tokens, left_padded, without_own_settings
-from sparsetrain.inference.cached import AUTO, CachedGeneration, make_cache
+from sparsetrain.inference.cached import AUTO, CachedGeneration, free, make_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,14 +73,19 @@ class TextWriter:
             return [text for prompt in prompts for text in self.write([prompt], new_tokens, room)]
         shared = _shared(prompts)
         with self._alone():
-            cache = self._cached.cache(1, max(room, max(map(len, prompts)) + new_tokens))
+            cache: Any = self._cached.cache(1, max(room, max(map(len, prompts)) + new_tokens))
             # The token that this writes is not read, so that the cache holds what is shared.
             self._generate([prompts[0][:shared]], 1, cache, set())
-            return [
-                text
-                for prompt in prompts
-                for text in self._write([prompt], new_tokens, copy.deepcopy(cache), self.ends)
-            ]
+            texts: list[Text] = []
+            for prompt in prompts:
+                own = copy.deepcopy(cache)
+                texts += self._write([prompt], new_tokens, own, self.ends)
+                free(own)
+            return texts
+
+    def release(self) -> None:
+        """Give the memory of the last cache back."""
+        self._cached.release()
 
     def conversation(self, room: int) -> Conversation:
         """A conversation of at most ``room`` tokens.

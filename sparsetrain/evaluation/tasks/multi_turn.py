@@ -84,7 +84,9 @@ class MultiTurn(BatchedTask):
 
     def result(self, records: Mapping[str, Sequence[Any]]) -> MultiTurnResult:
         """The sums by turn and by distance."""
-        self._writer = None  # its cache would stay
+        if self._writer is not None:
+            self._writer.release()
+        self._writer = None
         lengths = sorted(self.section.lengths)
         bounds = [lengths[-1] >> halved for halved in reversed(range(HALVINGS + 1))]
         spoken = {
