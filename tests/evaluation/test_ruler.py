@@ -24,6 +24,7 @@ from sparsetrain.evaluation.tasks.ruler import RulerSection
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
 from sparsetrain.recipe import load_recipe
+from sparsetrain.world import World
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,43 @@ def test_texts_are_those_of_each_prompt_alone_whatever_the_batch_and_the_ranks(a
         assert len(passes) == expected_passes
 
 
+@pytest.mark.parametrize("method", ["full", "power", "sparsek", "decode"])
+def test_prompts_that_begin_alike_are_answered_as_each_alone(answering, byte_tokenizer, method):
+    sections = {
+        "sparsek": {"method": "sparsek", "topk": 8, "window": 8, "sinks": 2, "score_buffer": 4096},
+        "power": {"method": "power", "block": 16, "window": 2},
+    }
+    sparsetrain.sparsify(answering, sections.get(method, {"method": "full"}))
+    if method == "decode":
+        sparsetrain.set_decode(answering, {"select": "quest", "candidates": 32, "dense_layers": []})
+    text = torch.randint(256, (90,)).int()
+    prompts = [torch.cat([text, torch.randint(256, (length,)).int()]).numpy() for length in (9, 30, 9)]
+    passes = []
+    answering.register_forward_hook(lambda *_: passes.append(1))
+    for in_step in (False, True):
+        writer = TextWriter(answering, byte_tokenizer, in_step=in_step)
+        alone = [found for prompt in prompts for found in writer.write([prompt], 12)]
+        passes.clear()
+        assert writer.write_each(prompts, 12) == alone
+    assert len(passes) == 1 + 3 * 12
+    assert len({tuple(each.tokens) for each in alone}) == 3
+
+
+def test_several_questions_of_a_text_are_counted_each(answering, byte_tokenizer):
+    section = RulerSection(lengths=[1500], tasks=["niah_multikey_1", "niah_single_1"], samples=2, questions=3)
+    task = section.build(byte_tokenizer, 0)
+    assert {group: len(batches) for group, batches in task.batches().items()} == {
+        "3 times 128 tokens": 2,
+        "128 tokens": 1,
+    }
+    measured = task.measure(answering, World(0, 1, torch.device("cpu")), lambda: None)
+    assert {task: tallies[0].asked for task, tallies in measured.tallies.items()} == {
+        "niah_single_1": 2,
+        "niah_multikey_1": 6,
+    }
+    assert "prompts of each: 2 to 6" in RulerResult.report({"after": measured}).title
+
+
 def recipe(folder: Path, **settings) -> Path:
     tasks = [{"task": "ruler", "name": "long", **settings}]
     file = folder / "recipe.yaml"
@@ -179,6 +217,16 @@ def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, answe
     assert [*measured["tallies"]] == ["vt", "fwe"]
     assert all(each["asked"] == 2 and 0 < each["written"] <= 2 * 30 for each in measured["tallies"]["vt"])
     assert (measured["prompt"], measured["haystack"], measured["mirror"]) == ("plain", "generated", False)
+
+
+def test_questions_and_lengths_that_cannot_be_are_refused(tmp_path):
+    for settings, said in (
+        ({"lengths": [4096, 8192, 4096]}, "lengths: has 4096 2 times"),
+        ({"questions": 2, "mirror": True}, "questions: NVIDIA's scripts ask one question of a text"),
+        ({"questions": 2, "tasks": ["vt"]}, "questions: has no effect here: only niah_multikey_1, "),
+    ):
+        with pytest.raises(RecipeError, match=rf"eval\.tasks\.long\.{said}"):
+            load_recipe(recipe(tmp_path, **settings))
 
 
 def test_tasks_without_their_files_are_left_out_or_refused(tmp_path):

@@ -253,6 +253,64 @@ def test_by_default_the_gold_document_is_not_in_one_place(byte_tokenizer, tmp_pa
     assert places[True] < 4 < places[False]
 
 
+def many_questions(folder):
+    """A file with long paragraphs, of which each answers two questions."""
+    paragraphs = []
+    for number in range(30):
+        text = " ".join(f"Item {line} of list {number} is a {line * 37 + number}." for line in range(8 + number % 5))
+        asked = [
+            {"question": f"What is item {line} of list {number}?", "answers": [{"text": f"a {line * 37 + number}"}]}
+            for line in (1, 2)
+        ]
+        paragraphs.append({"context": text, "qas": asked})
+    file = folder / "long.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs[:4]}, {"paragraphs": paragraphs[4:]}]}))
+    return str(file)
+
+
+@pytest.mark.parametrize("questions", [1, 4])
+def test_the_last_document_is_cut_at_a_sentence_so_that_the_prompt_is_full(
+    byte_tokenizer, tmp_path, section, questions
+):
+    file = many_questions(tmp_path)
+    asked = section("qa_1", 2000, lengths=[2000, 3300], samples=6, squad=file, questions=questions)
+    for prompt in Prompts(asked, byte_tokenizer, seed=0).all():
+        assert 0 <= prompt.length - 32 - len(prompt.input_ids) < 40 + 10 * (questions > 1)
+        *whole, last = re.findall(r"Document \d+:\n(.*)", byte_tokenizer.decode(prompt.input_ids))
+        assert all(len(re.findall(r"Item \d+ of", text)) >= 8 for text in whole)
+        assert last.endswith(".")
+        about = re.search(r"(of list \d+)\?", byte_tokenizer.decode(prompt.input_ids))[1]
+        (gold,) = [text for text in (*whole, last) if f"{about} is" in text]
+        assert len(re.findall(r"Item \d+ of", gold)) >= 8
+    mirrored = Prompts(section("qa_1", 3300, squad=file, mirror=True), byte_tokenizer, seed=0).all()
+    *_, last = re.findall(r"Document \d+:\n(.*)", byte_tokenizer.decode(mirrored[0].input_ids))
+    assert len(re.findall(r"Item \d+ of", last)) >= 8
+
+
+@pytest.mark.parametrize(
+    ("task", "count"), [("niah_multikey_1", 4), ("niah_multikey_2", 5), ("niah_multikey_3", 5), ("qa_1", 5), ("vt", 1)]
+)
+def test_several_questions_are_about_one_text_and_the_first_one_stays(byte_tokenizer, tmp_path, section, task, count):
+    files = {"squad": many_questions(tmp_path)} if task == "qa_1" else {}
+    several, alone = (
+        Prompts(section(task, 2600, samples=2, questions=most, **files), byte_tokenizer, seed=0).all()
+        for most in (5, 1)
+    )
+    assert len(several) == 2 * count
+    assert [prompt.context for prompt in alone] == [None] * 2
+    for index in range(2):
+        group = several[count * index : count * (index + 1)]
+        texts = [byte_tokenizer.decode(prompt.input_ids) for prompt in group]
+        if task != "qa_1":
+            assert texts[0] == byte_tokenizer.decode(alone[index].input_ids)
+        assert len({*texts}) == count
+        assert all(prompt.references[0] in text for prompt, text in zip(group, texts, strict=True))
+        assert all(len(prompt.input_ids) + prompt.budget <= prompt.length for prompt in group)
+        cut = "\nWhat is" if "niah" in task else "\nQuestion: "
+        assert len({text.rpartition(cut)[0] for text in texts}) == 1
+        assert {prompt.context for prompt in group} == ({index} if count > 1 else {None})
+
+
 def test_keys_are_distinct_where_words_are_few():
     seen = [Draws(seed, seed, mirror=False) for seed in range(3)]
     maker = NeedleMaker(Needles("needle", "word", "number", keys=4), 4096, Pairs(["red"], [*"abcdefgh"]), ())

@@ -27,6 +27,8 @@ class Draws:
 
     def __init__(self, seed: int, shuffle_seed: int, *, mirror: bool) -> None:
         self.random = Random(seed)
+        self.more = Random(seed + 1)
+        """For what is asked beside the first question, which therefore does not change."""
         self.mirror = mirror
         self._numbers = np.random.RandomState(seed)
         self._shuffle_seed = shuffle_seed

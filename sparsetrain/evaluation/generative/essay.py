@@ -20,7 +20,7 @@ from sparsetrain.textfile import text_lines
 WORDS = 2**17
 """Words of the generated text. Longer prompts repeat it, as RULER repeats its essays."""
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 _OPENINGS = (
     "",
@@ -82,7 +82,7 @@ def generated_essay() -> tuple[str, ...]:
 
 def sentences(words: tuple[str, ...]) -> tuple[str, ...]:
     """The sentences of a text, which end at ``.``, ``!`` or ``?`` before a space."""
-    return tuple(_SENTENCE_END.split(" ".join(words).strip()))
+    return tuple(SENTENCE_END.split(" ".join(words).strip()))
 
 
 def among(filler: Sequence[str], start: int, count: int, told: Sequence[str], random: Random) -> str:

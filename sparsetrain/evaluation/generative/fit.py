@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from sparsetrain.errors import DataError
 from sparsetrain.evaluation.generative.draws import Draws
@@ -20,6 +20,8 @@ class Sample:
     """How the answer begins, which the model goes on from."""
     references: list[str]
     """The answers."""
+    others: Sequence[Sample] = field(default=(), kw_only=True)
+    """Other questions about the same text, which stand in the place of this one."""
 
 
 @dataclass(frozen=True)

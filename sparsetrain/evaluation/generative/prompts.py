@@ -55,12 +55,17 @@ class PromptMaker(ABC):
         return draws_of_samples(self.seed, f"{self.section.task}/{kind}", length)
 
     def count(self, sample: Sample) -> int:
-        """Tokens of a sample that belong to its length, without BOS, the chat template, and the budget."""
-        return self.encoder.count(sample)
+        """Tokens of a sample that belong to its length, without BOS, the chat template, and the budget; of the longest
+        one where it has other questions."""
+        return max(self.encoder.count(each) for each in (*sample.others, sample))
 
     def prompts(self, kind: str, length: int, index: int, sample: Sample) -> list[Any]:
         """What is asked of a model."""
-        return [Prompt(kind, length, self.budget(kind), self.ids(sample), sample.references)]
+        context = index if sample.others else None
+        return [
+            Prompt(kind, length, self.budget(kind), self.ids(each), each.references, context)
+            for each in (sample, *sample.others)
+        ]
 
     def ids(self, sample: Sample) -> np.ndarray:
         """The tokens that the model reads, int32 ``[n]``."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import DataError
 from sparsetrain.evaluation.generative.draws import Draws
-from sparsetrain.evaluation.generative.fit import Maker, Sample
+from sparsetrain.evaluation.generative.essay import SENTENCE_END
+from sparsetrain.evaluation.generative.fit import Maker, NoRoom, Room, Sample
 from sparsetrain.textfile import text_lines
 
 INSTRUCTION = (
@@ -20,6 +23,10 @@ TEMPLATE = (
     f"{INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{INSTRUCTION}\n\nQuestion: {{question}}"
 )
 PREFIX = " Answer:"
+ENOUGH = 0.99
+"""Share of its tokens from which on a prompt is full."""
+ESTIMATES = 8
+"""Attempts to fill one by estimates."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,19 @@ class Questions:
 class QuestionMaker(Maker):
     """Makes prompts of so many documents in random order, and a question.
 
+    The units are documents. NVIDIA's scripts take whole ones; else one more, cut behind a sentence, fills the room.
+
     Args:
         order: draws the order of the questions; None asks them as the file has them.
+        most: questions about the same documents.
     """
 
     step = 10
 
-    def __init__(self, questions: Questions, order: Draws | None) -> None:
+    def __init__(self, questions: Questions, order: Draws | None, most: int = 1) -> None:
         self._documents = questions.documents
         self.questions = questions.questions if order is None else order.shuffled(questions.questions)
+        self._more = most - 1
 
     def trial(self, units: int, draws: Draws) -> Sample:
         """The first question."""
@@ -64,21 +75,115 @@ class QuestionMaker(Maker):
     def sample(self, index: int, units: int, draws: Draws) -> Sample:
         """One question of the file, at least with the documents that it needs."""
         question = self.questions[index]
-        chosen = draws.shuffled(self._chosen(question, max(units, len(question.gold)), draws))
-        context = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(chosen, start=1))
+        numbers = self._chosen(question, max(units, len(question.gold)), draws)
+        return self._prompt(question, draws.shuffled(self._documents[number] for number in numbers))
+
+    def fitted(self, index: int, units: int, room: Room, draws: Draws) -> Sample:
+        """One question of the file, with as many whole documents as fit, and the beginning of another one.
+
+        Raises:
+            NoRoom: the documents that it needs are too long.
+        """
+        if draws.mirror:
+            return super().fitted(index, units, room, draws)
+        question = self.questions[index]
+        numbers = self._ordered(question, max(2 * units, len(question.gold)) + self.step, draws)
+        # Where a text may end: behind each sentence of each document.
+        ends: list[tuple[int, int]] = []
+        sizes: list[int] = []
+        before = 0
+        for place, number in enumerate(numbers):
+            own = _ends(self._documents[number])
+            ends += [(place, end) for end in own]
+            sizes += [before + end for end in own]
+            before = sizes[-1]
+        fewest = sum(len(_ends(self._documents[number])) for number in question.gold) - 1
+        start = next((at for at, (place, _) in enumerate(ends) if place == units), len(ends)) - 1
+
+        def documents(at: int) -> tuple[list[int], list[str]]:
+            """The numbers of whole ones, and the texts of all."""
+            place, end = ends[at]
+            last = self._documents[numbers[place]]
+            whole = numbers[: place + (end == len(last))]
+            texts = draws.shuffled(self._documents[number] for number in whole)
+            return whole, texts + ([last[:end]] if end < len(last) else [])
+
+        at = _fullest(lambda at: room.count(self._prompt(question, documents(at)[1])), fewest, start, sizes, room)
+        while True:
+            whole, texts = documents(at)
+            others = [self._prompt(each, texts) for each in self._others(question, whole, draws)]
+            sample = replace(self._prompt(question, texts), others=others)
+            # Another question may be longer.
+            if at == fewest or not others or room.fits(room.count(sample)):
+                return sample
+            at -= 1
+
+    def _others(self, question: Question, documents: Sequence[int], draws: Draws) -> list[Question]:
+        """Other questions that these documents answer, as many as asked for."""
+        if not self._more:
+            return []
+        known = {*documents}
+        able = [each for each in self.questions if each is not question and known.issuperset(each.gold)]
+        return draws.more.sample(able, min(self._more, len(able)))
+
+    def _prompt(self, question: Question, texts: Sequence[str]) -> Sample:
+        context = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(texts, start=1))
         return Sample(TEMPLATE.format(context=context, question=question.text), PREFIX, question.answers)
 
-    def _chosen(self, question: Question, count: int, draws: Draws) -> list[str]:
-        every, gold, near = self._documents, question.gold, question.near
+    def _ordered(self, question: Question, count: int, draws: Draws) -> list[int]:
+        """Numbers of documents: those that the question needs, of its article, and others, each in random order."""
+        sample, known = draws.random.sample, {*question.gold, *question.near}
+        near = sample(question.near, len(question.near))
+        others = [number for number in range(len(self._documents)) if number not in known]
+        every = question.gold + near + sample(others, min(count, len(others)))
+        return (every * -(-count // len(every)))[:count]
+
+    def _chosen(self, question: Question, count: int, draws: Draws) -> list[int]:
+        """Numbers of documents as NVIDIA's scripts choose them."""
+        gold, near, every = question.gold, question.near, range(len(self._documents))
         if count >= len(every):
-            return (every * -(-count // len(every)))[:count]
+            return (list(every) * -(-count // len(every)))[:count]
         if count - len(gold) <= len(near):
-            numbers = gold + draws.random.sample(near, count - len(gold))
+            return gold + draws.random.sample(near, count - len(gold))
+        known = {*gold, *near}
+        others = [number for number in every if number not in known]
+        return gold + near + draws.random.sample(others, count - len(gold) - len(near))
+
+
+def _ends(text: str) -> list[int]:
+    """Where the sentences of a text end."""
+    return [*(found.start() for found in SENTENCE_END.finditer(text)), len(text)]
+
+
+def _fullest(count: Callable[[int], int], fewest: int, start: int, sizes: list[int], room: Room) -> int:
+    """The greatest number whose tokens fit, or one that leaves little room.
+
+    Args:
+        count: the tokens of a number.
+        fewest: the least number.
+        start: a first guess.
+        sizes: about in proportion to the tokens, by number, ascending.
+
+    Raises:
+        NoRoom: not even the least fits.
+    """
+    target = room.most - room.budget
+    low, tokens, high, guess = fewest - 1, 0, len(sizes), max(start, fewest)
+    for attempt in itertools.count(1):
+        measured = count(guess)
+        letters_a_token = sizes[guess] / measured
+        if measured <= target:
+            low, tokens = guess, measured
+        elif guess == fewest:
+            raise NoRoom(measured + room.budget + room.overhead)
         else:
-            known = {*gold, *near}
-            others = [number for number in range(len(every)) if number not in known]
-            numbers = gold + near + draws.random.sample(others, count - len(gold) - len(near))
-        return [every[number] for number in numbers]
+            high = guess
+        if high - low <= 1 or tokens >= ENOUGH * target:
+            return low
+        aim = bisect_right(sizes, sizes[guess] + (target - measured) * letters_a_token) - 1
+        # The middle where estimates do not come to an end.
+        guess = min(max(aim, low + 1), high - 1) if attempt < ESTIMATES else (low + high) // 2
+    raise AssertionError("the search ends")
 
 
 def read_squad(path: Path, called: str) -> Questions:

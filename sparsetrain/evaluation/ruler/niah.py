@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from uuid import UUID
 
@@ -35,10 +36,11 @@ class NeedleMaker(Maker):
         length: tokens of the prompts.
         pairs: keys that are words.
         essay: the words of the essay.
+        most: questions about one text, each for another key.
     """
 
-    def __init__(self, needles: Needles, length: int, pairs: Pairs, essay: tuple[str, ...]) -> None:
-        self.needles, self._pairs, self._essay = needles, pairs, essay
+    def __init__(self, needles: Needles, length: int, pairs: Pairs, essay: tuple[str, ...], most: int = 1) -> None:
+        self.needles, self._pairs, self._essay, self._most = needles, pairs, essay, most
         if needles.haystack == "essay":
             self.step = 500
         else:
@@ -47,6 +49,13 @@ class NeedleMaker(Maker):
 
     def trial(self, units: int, draws: Draws) -> Sample:
         """A prompt of so many words of an essay, or lines of another haystack."""
+        return self._asked(units, draws, 1)
+
+    def sample(self, index: int, units: int, draws: Draws) -> Sample:
+        """The same with other questions."""
+        return self._asked(units, draws, self._most)
+
+    def _asked(self, units: int, draws: Draws, most: int) -> Sample:
         task, random = self.needles, draws.random
         kind = f"{task.value}s"
         keys: list[str] = []
@@ -59,21 +68,29 @@ class NeedleMaker(Maker):
             for key, own in zip(keys, values, strict=True)
             for value in own
         ]
-        context = self._hide(draws.shuffled(hidden), units, keys, draws)
+        found: dict[str, str] = {}
+        context = self._hide(draws.shuffled(hidden), units, keys, found, draws)
         asked = random.sample(range(task.keys), task.queries)
         names = [keys[index] for index in asked]
         query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
         template, prefix = TEMPLATE, PREFIX
-        if task.queries * task.values == 1:
+        single = task.queries * task.values == 1
+        if single:
             template, prefix = _singular(template), _singular(prefix)
             kind = kind[:-1]
-        return Sample(
-            template.format(kind=kind, context=context, query=query),
-            prefix.format(kind=kind, query=query),
-            [value for index in asked for value in values[index]],
-        )
 
-    def _hide(self, hidden: list[str], units: int, keys: list[str], draws: Draws) -> str:
+        def sample(query: str, answers: list[str], others: Sequence[Sample] = ()) -> Sample:
+            said = template.format(kind=kind, context=context, query=query)
+            return Sample(said, prefix.format(kind=kind, query=query), answers, others=others)
+
+        if single:
+            found |= {key: own[0] for key, own in zip(keys, values, strict=True) if key not in names}
+        # A key that is there twice has two answers.
+        able = sorted(key for key, value in found.items() if value) if single else []
+        others = [sample(key, [found[key]]) for key in draws.more.sample(able, min(most - 1, len(able)))]
+        return sample(query, [value for index in asked for value in values[index]], others)
+
+    def _hide(self, hidden: list[str], units: int, keys: list[str], found: dict[str, str], draws: Draws) -> str:
         task, random = self.needles, draws.random
         if task.haystack == "essay":
             lines = _first_sentences(self._essay, units)
@@ -86,10 +103,11 @@ class NeedleMaker(Maker):
         if task.haystack == "noise":
             lines = [NOISE] * units
         else:
-            lines = [
-                NEEDLE.format(kind=f"{task.value}s", key=self._key(draws, keys), value=self._draw(task.value, draws))
-                for _ in range(units)
-            ]
+            lines = []
+            for _ in range(units):
+                key, value = self._key(draws, keys), self._draw(task.value, draws)
+                lines.append(NEEDLE.format(kind=f"{task.value}s", key=key, value=value))
+                found[key] = "" if key in found else value
         places = sorted(random.sample(range(units), len(hidden)), reverse=True)
         for place, needle in zip(places, hidden, strict=True):
             lines.insert(place, needle)

@@ -45,7 +45,7 @@ class Prompts(PromptMaker):
         """What makes the prompts of a task."""
         if kind in NEEDLES:
             essay = self.essay if NEEDLES[kind].haystack == "essay" else ()
-            return NeedleMaker(NEEDLES[kind], length, self._words.pairs, essay)
+            return NeedleMaker(NEEDLES[kind], length, self._words.pairs, essay, self.section.questions)
         if kind == "vt":
             return TrackingMaker(length, room, draws)
         if kind == "cwe":
@@ -53,7 +53,7 @@ class Prompts(PromptMaker):
         if kind == "fwe":
             return FrequentWordsMaker(room)
         order = None if self.section.mirror else draws_of_samples(self.seed, kind, 0)("order")
-        return QuestionMaker(self._squad if kind == "qa_1" else self._hotpot, order)
+        return QuestionMaker(self._squad if kind == "qa_1" else self._hotpot, order, self.section.questions)
 
     @cached_property
     def _words(self) -> Words:

@@ -21,6 +21,9 @@ USERS = {
 }
 """Fields that name a file or folder, and the tasks that it is for."""
 
+SEVERAL = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "qa_1", "qa_2")
+"""Tasks whose texts answer several questions."""
+
 
 class RulerSettings(GenerativeSection):
     """The settings of the task ``ruler``."""
@@ -29,6 +32,9 @@ class RulerSettings(GenerativeSection):
     """What is measured of RULER; null is all 13, without ``qa_1`` and ``qa_2`` where their files are not given."""
     samples: Annotated[int, Field(gt=0), Bounds(10_000, "each is a prompt of its own, of every task and length")] = 25
     """Prompts of each task and length; 500 in the paper."""
+    questions: Annotated[int, Field(gt=0), Bounds(100, "each is asked of a copy of the text's cache")] = 1
+    """Questions about each text at most, which is read once for all. ``niah_multikey_1``, ``niah_multikey_2``,
+    ``niah_multikey_3``, ``qa_1`` and ``qa_2`` have more than one to ask, as many as their texts answer."""
     mirror: bool = False
     """Draw prompts as NVIDIA's scripts do, with seed 42 and one generator for all samples of a task and length. By
     default each sample has a seed of its own, so that it does not depend on their number, and answers are not in the
@@ -62,6 +68,10 @@ class RulerSettings(GenerativeSection):
         for task, name in FILES.items():
             if getattr(self, name) is None and task in (self.tasks or ()):
                 yield "tasks", f"{task} needs {self.path(name)}, a JSON file; give it, or leave {task} out"
+        if self.questions > 1 and self.mirror:
+            yield "questions", "NVIDIA's scripts ask one question of a text; leave it out, or set mirror: false"
+        if self.questions > 1 and not {*SEVERAL} & {*self.measured}:
+            yield "questions", f"has no effect here: only {', '.join(SEVERAL)} have several questions to ask"
         for name, users in USERS.items():
             if getattr(self, name) is not None and not set(users) & set(self.measured):
                 yield name, f"has no effect here: none of {self.path('tasks')} needs it ({', '.join(users)})"
