@@ -128,9 +128,21 @@ def folders_of_examples(tmp_path_factory):
     return folder, {"sparsetrain": sparsetrain, "model": model, "tokenizer": tokenizer}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/getting-started.md", "docs/generation.md", "docs/decode-policies.md"]
-)
+PROGRAMS = ["README.md", "docs/getting-started.md", "docs/generation.md", "docs/decode-policies.md"]
+ELSEWHERE = {
+    "docs/from-scratch.md": "below",
+    "docs/adding-a-method.md": "tests/methods/test_installed.py",
+    "docs/evaluation.md": "tests/methods/test_installed.py, but for the harness, which is an extra",
+}
+"""Pages whose Python another test runs."""
+
+
+def test_every_page_with_python_is_run():
+    names = {page.relative_to(ROOT).as_posix() for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
+    assert names == {*PROGRAMS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, folders_of_examples, monkeypatch, capsys):
     """In one program, with shorter texts."""
     folder, given = folders_of_examples
@@ -139,6 +151,32 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, folders_of_examples,
     blocks = [match[3] for match in FENCE.finditer((ROOT / page).read_text(encoding="utf-8")) if match[2] == "python"]
     program = "\n".join(blocks).replace("131_072", "128").replace("1_024", "4")
     exec(compile(program, page, "exec"), given | {"ids": given["tokenizer"]("def", return_tensors="pt")["input_ids"]})
+
+
+def test_the_commands_of_getting_started_run_in_their_order(tmp_path, monkeypatch, capsys):
+    """Those that need neither the Hub nor several GPUs, with a run of one short step."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    lines = [
+        line for match in FENCE.finditer(page) for line in match[3].splitlines() if line.startswith("sparsetrain ")
+    ]
+    short = ["train.steps=1", "train.micro_batch=1", "sequence.length=256", "eval.at_start=false", "eval.at_end=false"]
+    done = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["sparsetrain"] or words[1] == "--version" or (words[2:] == ["my.yaml"] and words[1] != "plan"):
+            continue
+        words = words[1:]
+        if words[0] == "run":
+            if "runs/quickstart" in map(str, Path().glob("runs/*")):
+                continue  # the same again, somewhere else
+            words += short
+        if words[0] == "generate":
+            words += ["--max-new-tokens", "4"]
+        assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+        done.append(words[0])
+    assert done == ["run", "generate", "recipe", "recipe", "recipe", "plan", "export"]
+    assert Path("my-export/config.json").is_file()
 
 
 def test_there_are_examples():
