@@ -274,8 +274,9 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
     assert code == 0, err
     assert "256" in out
     result = json.loads(Path("result.json").read_text())
-    assert result["tasks"]["passkey"]["lengths"] == [256]
-    assert len(result["tasks"]["passkey"]["correct"][0]) == 2
+    (row,) = result["rows"].values()
+    assert row["tasks"]["passkey"]["lengths"] == [256]
+    assert len(row["tasks"]["passkey"]["correct"][0]) == 2
 
     code, _, err = call("eval", "final", recipe, measure, "--output", "nowhere/result.json")
     assert (code, err.startswith("error: --output nowhere/result.json: there is no such folder")) == (2, True)
@@ -283,7 +284,7 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
         file.unlink()
     code, _, err = call("eval", "final", recipe, measure)
     assert code == 2
-    assert "error: FOLDER (its tokenizer)='final' cannot be loaded: " in err
+    assert "error: MODEL (its tokenizer)='final' cannot be loaded: " in err
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def command_lines() -> list:
         pieces += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))]
         for piece in pieces:
             for line in re.findall(r"(?:^|[ ;&(])((?:\S*/)?(?:sparsetrain|deepspeed) [^#;&|>]*)", piece.strip()):
-                if re.match(r"(\S*/)?sparsetrain [a-z]|(\S*/)?deepspeed .*train\.py", line):
+                if re.match(r"(\S*/)?sparsetrain [a-z]|(\S*/)?deepspeed .*(train|eval)\.py", line):
                     found.setdefault(line.strip(), f"{page.name}: {line.strip()[:60]}")
     return [pytest.param(line, id=name) for line, name in found.items()]
 
@@ -87,8 +87,8 @@ def test_a_block_of_yaml_is_a_recipe(block, tmp_path, monkeypatch):
 def test_a_command_is_one_that_is_understood(line, tmp_path, monkeypatch):
     words = [STAND_INS.get(word, word) for word in shlex.split(line) if word not in ("...", "…")]
     if "deepspeed" in Path(words[0]).name:
-        script = next(index for index, word in enumerate(words) if word.endswith("train.py"))
-        words = ["sparsetrain", "run", *words[script + 1 :]]
+        script = next(index for index, word in enumerate(words) if word.endswith(("train.py", "eval.py")))
+        words = ["sparsetrain", "eval" if words[script].endswith("eval.py") else "run", *words[script + 1 :]]
     context = click.Context(typer.main.get_command(app), info_name="sparsetrain")
     command, rest = context.command, words[1:]
     while rest and hasattr(command, "resolve_command"):

@@ -26,10 +26,10 @@ def with_decode_options(
             ``--decode none``, or None where no option was.
         without: fields that have no option, such as ``prune.p``.
     """
-    given = inspect.signature(function, eval_str=True).parameters
+    own_parameters = inspect.signature(function, eval_str=True).parameters
     fields = {name: field for name, field in _fields() if name not in without}
     names = {name: f"decode_{name.replace('.', '_')}" for name in fields}
-    own = [each for each in given.values() if each.name != "decode"]
+    own = [each for each in own_parameters.values() if each.name != "decode"]
     extra = [_parameter(names[name], f"--decode.{name}", field) for name, field in fields.items()]
     published = _option(
         "decode",
@@ -42,7 +42,8 @@ def with_decode_options(
         chosen = arguments.pop("decode")
         values = {name: arguments.pop(parameter) for name, parameter in names.items()}
         function(
-            **arguments, decode=_section(chosen, {name: text for name, text in values.items() if text is not None})
+            **arguments,
+            decode=decode_section(chosen, {name: text for name, text in values.items() if text is not None}),
         )
 
     parameters = [*own, published, *extra]
@@ -77,7 +78,7 @@ def _option(name: str, flag: str, text: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
+def decode_section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
     """The fields that were given, laid over a file or published settings; empty for no section, None for no option."""
     import yaml
 

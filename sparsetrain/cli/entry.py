@@ -14,7 +14,7 @@ from sparsetrain.cli import bench, recipe
 from sparsetrain.cli.calibrate import calibrate
 from sparsetrain.cli.compare_decode import compare_decode
 from sparsetrain.cli.doctor import doctor
-from sparsetrain.cli.eval import NamesTasks, evaluate_folder
+from sparsetrain.cli.eval import NamesTasks, evaluate_model
 from sparsetrain.cli.export import export
 from sparsetrain.cli.flow import flow
 from sparsetrain.cli.generate import generate
@@ -116,7 +116,7 @@ def script() -> NoReturn:
 
     # Other commands need not be started again.
     ends = ExitOnSignal() if sys.argv[1:2] == ["run"] else None
-    if sys.argv[1:2] == ["generate"]:
+    if sys.argv[1:2] in (["generate"], ["eval"]):
         leave_on_interrupt()
     code = main()
     if ends is not None:
@@ -152,7 +152,7 @@ app = typer.Typer(
 )
 app.callback()(_root)
 app.command()(run)
-app.command(name="eval", cls=NamesTasks)(evaluate_folder)
+app.command(name="eval", cls=NamesTasks)(evaluate_model)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(compare_decode)

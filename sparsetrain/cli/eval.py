@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from sparsetrain.cli.arguments import Overrides, RecipeArgument, choose_device
-from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.cli.arguments import DeviceOption, DtypeOption, choose_device, choose_dtype
+from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
+from sparsetrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from sparsetrain.evaluation.rows import Decoding
+
+RANK_MINUTES = 10.0
+"""Minutes in which all ranks must have started."""
 
 
 class NamesTasks(TyperCommand):
@@ -21,67 +31,188 @@ class NamesTasks(TyperCommand):
 
         packages = {name: INSTALLED.package_of(name) for name in TASKS}
         names = [f"{name} ({package})" if package else name for name, package in packages.items()]
-        self.epilog = f"Tasks of eval.tasks: {', '.join(names)}"
+        self.epilog = f"Tasks of --tasks and eval.tasks: {', '.join(names)}"
         super().format_help(ctx, formatter)
 
 
-def evaluate_folder(
-    folder: Annotated[Path, typer.Argument(help="A trained model: the final/ of a run folder.", show_default=False)],
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Also write the result to this JSON file.", show_default=False)
+def evaluate_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run, its final/, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
+            show_default=False,
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="The recipe whose eval section says what is measured, by default that of the run; and overrides, such "
+            "as eval.tasks.passkey.trials=20.",
+            show_default=False,
+        ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure these: names of the recipe's tasks, or kinds of tasks with their usual settings.",
+            metavar="NAME,NAME",
+            show_default=False,
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Of every task that has lengths, in tokens; k is 1,024.", metavar="4k,8k,16k", show_default=False
+        ),
+    ] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row with this attention: trained (as the model records it, the default), dense, a method with its "
+            "usual settings, its fields ('{method: power, block: 64}'), or a recipe that has them. May be given again.",
+            metavar="trained|dense|METHOD",
+            show_default=False,
+        ),
+    ] = None,
+    decode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row with this decode setting: none (all keys), recorded, what sparsetrain generate --decode takes, "
+            "and fields behind it: twilight,prune.p=0.9 or select=quest,candidates=512. May be given again.",
+            metavar="SETTING",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the rows to this JSON file, after each. Finished samples are kept beside it (FILE.samples).",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--fresh",
+            help="Take finished samples of an earlier call with this --output, the default, or measure all anew.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
 ) -> None:
-    """Evaluate a trained folder with the eval section of a recipe.
+    """Measure what a model can do, and what its attention costs.
 
-    The folder determines the attention method; the recipe determines the evaluation tasks.
+    A run is measured as its recipe says. Any other model needs a recipe, or --tasks. Every attention method and every
+    decode setting is a row; the table has the difference to the first. The same command goes on where it was killed.
 
     \b
     Examples:
-      sparsetrain eval runs/quickstart/final quickstart
-      sparsetrain eval runs/quickstart/final quickstart eval.tasks.passkey.lengths=[4096] --output result.json
-    """
-    from sparsetrain.recipe import load_recipe
+      sparsetrain eval runs/quickstart                                     the run's own tasks, again
+      sparsetrain eval runs/quickstart --attention trained --attention dense
+      sparsetrain eval Qwen/Qwen3-0.6B --tasks ruler,passkey --lengths 4k,8k,16k --output qwen.json
+      sparsetrain eval Qwen/Qwen3-0.6B --tasks perplexity --attention dense --attention power
+      sparsetrain eval my-model my-recipe.yaml eval.tasks.ruler.samples=50 --decode none --decode twilight
 
-    for override in overrides or []:
-        if not override.startswith(("eval.", "eval=", "train.seed=")):
-            raise RecipeError(f"{override} has no effect here: only the eval section of the recipe is used")
-    loaded = load_recipe(recipe, overrides or [])
-    section = loaded.recipe.eval
-    if section.empty:
-        raise RecipeError(f"{loaded.path} has nothing to measure: give eval.tasks")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ModelError(
-            f"{folder} holds no model (no config.json or adapter_config.json); give the final/ folder of a run"
-        )
+    \b
+    Several GPUs share the samples, with the same result:
+      deepspeed launch/eval.py runs/power-32k --tasks ruler --output ruler.json
+      torchrun --nproc-per-node 8 launch/eval.py runs/power-32k --tasks ruler --output ruler.json
+
+    Each decode setting is measured as it is. `sparsetrain compare-decode` instead gives all of them the same bytes to
+    read, and measures what their attention loses.
+    """
+    from sparsetrain.cli.eval_tasks import choose_tasks, read_lengths
+    from sparsetrain.evaluation.rows import TRAINED, apart, read_attention
+
+    names = None if tasks is None else _names(tasks)
+    asked = None if lengths is None else read_lengths(lengths)
+    attentions = apart("--attention", [read_attention(each) for each in attention or [TRAINED]])
+    _check_output(output, resume)
+    kind = choose_dtype(dtype)
+    place = None if device is None else choose_device(device)
+    found: list[Any] = []
+
+    def source() -> Any:
+        from sparsetrain.inference.models import find_model
+
+        found[:] = found or [find_model(model)]
+        return found[0]
+
+    def positions() -> int | None:
+        from sparsetrain.modeling.positions import position_limit
+
+        return position_limit(source().outline)
+
+    measured = choose_tasks(model, settings or [], names, asked, positions)
+    decodings = apart("--decode", [_read_decoding(each) for each in decode or ["recorded"]])
+    for task in measured.section.tasks:
+        task.try_inputs(source().tokenizer)
+
+    import transformers
+    from rich.console import Console
+
+    from sparsetrain.cli.eval_rows import Evaluation
+    from sparsetrain.evaluation.report import print_differences, print_results
+    from sparsetrain.training.distributed.launcher import connect
+
+    # The bar of an evaluation is the only one.
+    transformers.utils.logging.disable_progress_bar()
+    evaluation = Evaluation(source(), measured.section, measured.seed, kind, output, resume is False)
+    rows = evaluation.rows(attentions, decodings)
+    world = connect(place, timeout=RANK_MINUTES)
+    try:
+        with interruptible():
+            results = evaluation.measure(rows, world)
+    except KeyboardInterrupt:
+        goes_on = "nothing was kept without --output" if output is None else "the same command goes on from here"
+        print(f"stopped: {goes_on}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if world.main:
+        print_results(results, Console())
+        if len(results) > 1:
+            print_differences(results, Console())
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+    if not names:
+        raise RecipeError("--tasks is empty; give names such as perplexity,passkey")
+    return names
+
+
+def _read_decoding(text: str) -> Decoding:
+    """What ``--decode`` was given: a name or a file, and fields behind it.
+
+    Raises:
+        ModelError: the name is not known, or a field is wrong.
+    """
+    from sparsetrain.cli.decode_options import decode_section
+    from sparsetrain.evaluation.rows import NONE, RECORDED, Decoding
+    from sparsetrain.generation.settings import parse_decode
+
+    if text == RECORDED:
+        return Decoding(text, recorded=True)
+    # Commas inside of brackets belong to a list.
+    first, *rest = re.split(r",(?![^\[]*\])", text)
+    name, parts = (None, [first, *rest]) if "=" in first and not Path(first).is_file() else (first, rest)
+    fields = {}
+    for part in parts:
+        field, equals, value = part.strip().partition("=")
+        if not equals:
+            raise RecipeError(f"--decode {text}: {part} is no field; write a setting, then fields such as prune.p=0.9")
+        fields[field] = value
+    section = decode_section(name, fields)
+    return Decoding(NONE if name == NONE else text, parse_decode(section) if section else None)
+
+
+def _check_output(output: Path | None, resume: bool | None) -> None:
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from sparsetrain.evaluation.report import print_results
-    from sparsetrain.evaluation.runner import evaluate
-    from sparsetrain.modeling import check_learned_positions, load
-    from sparsetrain.modeling.tokenizers import load_tokenizer
-    from sparsetrain.world import World
-
-    device = choose_device(None)
-    model: Any = load(folder)
-    for each in section.tasks:
-        check_learned_positions(model, {each.path(name): lengths for name, lengths in each.lengths_by_field().items()})
-    model.to(device)
-    tokenizer = load_tokenizer(folder, "FOLDER (its tokenizer)")
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("evaluating", total=None)
-        result = evaluate(
-            model,
-            tokenizer,
-            section,
-            World(0, 1, device),
-            seed=loaded.recipe.train.seed,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    print_results({str(folder): result})
-    if output is not None:
-        output.write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise RecipeError(f"--output {output}: nothing can be written in {output.parent}; name another folder")
+    if output is None and resume is not None:
+        flag = "--resume" if resume else "--fresh"
+        raise RecipeError(f"{flag} has no effect without --output, beside which finished samples are kept; give it")

@@ -48,6 +48,10 @@ class TaskSection(Section, ABC):
     result: ClassVar[type[TaskResult]]
     """The kind of task."""
 
+    writes: ClassVar[bool] = True
+    """Whether the model may write texts, in steps that follow its decode section. Otherwise the task measures the same
+    under every decode setting."""
+
     task: str
     name: TaskName | None = None
     """Its name in metrics, tables and ``checkpoint.keep_best``; by default the task's. Two tasks of one kind need
@@ -66,6 +70,15 @@ class TaskSection(Section, ABC):
     def sources(self) -> dict[str, DataSource]:
         """The sources of documents, by field. Their first rows are looked at before a run."""
         return {name: getattr(self, name) for name in self.source_fields()}
+
+    @classmethod
+    def suggested(cls, lengths: list[int]) -> dict[str, Any]:
+        """The settings with which ``sparsetrain eval --tasks NAME`` measures where no recipe has the task.
+
+        Args:
+            lengths: in tokens, ascending.
+        """
+        return {"lengths": lengths} if "lengths" in cls.model_fields else {}
 
     def path(self, name: str) -> str:
         """A field as messages call it: ``eval.tasks.passkey.lengths``."""

@@ -168,7 +168,7 @@ def _read(file: Path, about: Any) -> tuple[dict[Key, Any], str | None]:
         return {}, "it does not say what was evaluated"
     other = sorted(name for name in {**header, **about} if header.get(name) != about.get(name))
     if other:
-        return {}, f"it is of another {', another '.join(other)}"
+        return {}, f"it is of other {' and '.join(other)}"
     for line in map(_parsed, lines[1:]):
         key = tuple(line.get(name) for name in ("task", "settings", "batch"))
         if "record" in line and all(isinstance(part, str) for part in key):

@@ -15,6 +15,7 @@ from rich.text import Text
 from sparsetrain.durable import read_bytes, write_whole
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.base import Rows, TaskReport
+from sparsetrain.evaluation.differences import differences
 from sparsetrain.evaluation.panels import few
 from sparsetrain.evaluation.result import EvalResult, by_task
 from sparsetrain.tables import print_tables
@@ -34,6 +35,12 @@ def print_results(results: Mapping[str, EvalResult], console: Console | None = N
         if report.details:
             shown = few(report.details)
             print_tables(console, *(_table(label, rows, report.shares) for label, rows in shown.items()))
+
+
+def print_differences(results: Mapping[str, EvalResult], console: Console) -> None:
+    """Print the numbers of several results beside one another, with the differences to the first."""
+    title = f"Beside one another (in brackets: the difference to {next(iter(results))})"
+    print_tables(console, _table(title, differences(results), shares=False))
 
 
 def write_report(

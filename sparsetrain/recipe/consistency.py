@@ -9,7 +9,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.recipe.expressions import matching
 from sparsetrain.recipe.heads import attention_heads, heads_fault, positions_fault
 from sparsetrain.recipe.local_model import decoder_config, num_layers
-from sparsetrain.recipe.schema import Recipe
+from sparsetrain.recipe.schema import EvalSection, Recipe
 from sparsetrain.recipe.sizes import too_large
 from sparsetrain.recipe.yaml_source import KeyPath
 
@@ -79,6 +79,11 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("checkpoint", "keep_best"),
             f"nothing measures {best}, and {named}; give eval.tasks one of that name, or set it to null",
         )
+    yield from task_faults(evaluation)
+
+
+def task_faults(evaluation: EvalSection) -> Iterator[tuple[KeyPath, str]]:
+    """Values of evaluation tasks that contradict one another."""
     for index, task in enumerate(evaluation.tasks):
         for field, fault in task.faults():
             yield ("eval", "tasks", index, *field.split(".")), fault

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,7 +22,10 @@ from sparsetrain.recipe.overrides import apply_overrides
 from sparsetrain.recipe.schema import SCHEMA_VERSION, Recipe
 from sparsetrain.recipe.shipped import LONGEST_NAME, find_recipe, recipes_folder, shipped_recipes
 from sparsetrain.recipe.yaml_source import LARGEST, KeyPath, Problem, Source, dump_yaml, parse_yaml, text_fault
+from sparsetrain.section import Section
 from sparsetrain.textfile import read_text
+
+Valid = TypeVar("Valid", bound=Section)
 
 LARGEST_FILE = 2**18
 """Maximum bytes of a recipe; the longest shipped one has three thousand."""
@@ -208,20 +211,35 @@ def _layer(child: Source) -> Layer:
 
 
 def _validate(source: Source, file: Path) -> Recipe:
+    return validated(source, str(file), Recipe, contradictions)
+
+
+def validated(
+    source: Source, called: str, section: type[Valid], contradicts: Callable[[Valid], Iterator[tuple[KeyPath, str]]]
+) -> Valid:
+    """A recipe, or a part of one that has the same paths, from plain values.
+
+    Args:
+        called: what messages call it.
+        contradicts: yields contradictions between its values.
+
+    Raises:
+        RecipeError: lists every mistake, one line each.
+    """
     found = source.problems + list(source.unreadable.values())
-    result = _parse(source.data)
-    if isinstance(result, Recipe):
-        found += [Problem(source.place(path), path, text) for path, text in contradictions(result)]
+    result = _parse(source.data, section)
+    if not isinstance(result, list):
+        found += [Problem(source.place(path), path, text) for path, text in contradicts(result)]
     else:
         # A value with an unset environment variable is null; neither it nor its section is validated.
         waiting = {path[:length] for path in source.unreadable for length in range(1, len(path) + 1)}
         found += [problem for problem in problems.explain(result, source) if problem.path not in waiting]
-    if found or not isinstance(result, Recipe):
+    if found or isinstance(result, list):
         shown = sorted(found, key=_in_order)[:SHOWN]
         lines = [f"  {_by_name(problem, source)}{_elsewhere(problem, source)}" for problem in shown]
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more")
-        raise RecipeError(f"{file} has {counted(len(found), 'problem')}:\n" + "\n".join(lines))
+        raise RecipeError(f"{called} has {counted(len(found), 'problem')}:\n" + "\n".join(lines))
     return result
 
 
@@ -241,10 +259,10 @@ def _in_order(problem: Problem) -> tuple[str, int]:
     return (file, int(line)) if line.isdecimal() and len(line) < 10 else (problem.place, 0)
 
 
-def _parse(data: dict[str, Any]) -> Recipe | list[Any]:
-    """The recipe, or pydantic's errors. Types are strict: ``"30"`` is not a number and ``1`` is not true."""
+def _parse(data: dict[str, Any], section: type[Valid]) -> Valid | list[Any]:
+    """The section, or pydantic's errors. Types are strict: ``"30"`` is not a number and ``1`` is not true."""
     try:
-        return Recipe.model_validate_json(json.dumps(data), strict=True)
+        return section.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         errors = error.errors()
     # YAML parses 1e9 as a float, but it is a natural way to write a number of tokens.
@@ -255,7 +273,7 @@ def _parse(data: dict[str, Any]) -> Recipe | list[Any]:
         for part in above:
             container = container[part]
         container[last] = int(each["input"])
-    return _parse(data) if whole else errors
+    return _parse(data, section) if whole else errors
 
 
 def _is_whole(value: Any) -> bool:

@@ -91,7 +91,7 @@ def test_records_of_something_else_are_not_used_and_that_is_said(evaluation, tmp
     other = {**ABOUT, "attention": {"method": "power"}, "decode": None}
     _, seen, notes = evaluation(about={**other, "decode": "twilight"})
     file = tmp_path / "samples/row.rank0.jsonl"
-    assert (seen[0], notes) == ((1, 18), [f"{file} is not used: it is of another attention, another decode"])
+    assert (seen[0], notes) == ((1, 18), [f"{file} is not used: it is of other attention and decode"])
     assert evaluation(about={**other, "decode": "twilight"})[1] == [(18, 18)]
     assert evaluation(about={**other, "decode": "twilight"}, fresh=True)[1][0] == (1, 18)
     file.write_text("{")

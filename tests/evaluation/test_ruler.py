@@ -212,7 +212,8 @@ def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, answe
     output = tmp_path / "result.json"
     assert main(["eval", str(tmp_path / "model"), str(file), "--output", str(output)]) == 0
     assert "RULER by length (mean of 2 tasks, prompts of each: 2)" in capsys.readouterr().out
-    measured = json.loads(output.read_text())["tasks"]["long"]
+    (row,) = json.loads(output.read_text())["rows"].values()
+    measured = row["tasks"]["long"]
     assert measured["lengths"] == [1100, 1300]
     assert [*measured["tallies"]] == ["vt", "fwe"]
     assert all(each["asked"] == 2 and 0 < each["written"] <= 2 * 30 for each in measured["tallies"]["vt"])

@@ -268,7 +268,8 @@ def test_an_installed_task_is_measured_in_a_run_and_by_the_command(environment, 
         ["recipe", "validate", "quickstart", "eval.tasks=[{task: echoes, lenght: 3}]"],
     )
     assert again[0] == 0, again[2]
-    assert json.loads((tmp_path / "result.json").read_text())["tasks"]["echoes"] == measured
+    (row,) = json.loads((tmp_path / "result.json").read_text())["rows"].values()
+    assert row["tasks"]["echoes"] == measured
     assert "perplexity, passkey, recall" in help_[1]
     assert "echoes (echoes 0.1)" in " ".join(help_[1].split())
     assert "EchoesSection" in json.loads(schema[1])["$defs"]

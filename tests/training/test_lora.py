@@ -426,12 +426,13 @@ def test_load_and_eval_take_a_folder_of_adapters(trained, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     recipe = str(trained["untied"].path / "recipe.yaml")
     assert main(["eval", str(final), recipe, measure, "--output", "result.json"]) == 0
-    adapted = json.loads((tmp_path / "result.json").read_text())["tasks"]["perplexity"]["perplexity"]
+    (adapted,) = json.loads((tmp_path / "result.json").read_text())["rows"].values()
     merge_adapters(sparsetrain.load(final)).save_pretrained(tmp_path / "merged")
     for file in final.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "merged")
     assert main(["eval", "merged", recipe, measure, "--output", "merged.json"]) == 0
-    merged = json.loads((tmp_path / "merged.json").read_text())["tasks"]["perplexity"]["perplexity"]
+    (merged,) = json.loads((tmp_path / "merged.json").read_text())["rows"].values()
+    adapted, merged = (row["tasks"]["perplexity"]["perplexity"] for row in (adapted, merged))
     assert adapted == {length: pytest.approx(value, rel=1e-4) for length, value in merged.items()}
 
 

@@ -104,7 +104,7 @@ def test_a_registered_task_runs_from_a_recipe_to_every_result(tmp_path, tiny, ru
 
     command = ["eval", str(run.path / "final"), str(tiny), "eval.tasks.echo.tokens=4"]
     assert main([*command, "--output", str(tmp_path / "result.json")]) == 0
-    assert json.loads((tmp_path / "result.json").read_text())["tasks"]["echo"]["tokens"] == 4
+    assert json.loads((tmp_path / "result.json").read_text())["rows"]["trained (power)"]["tasks"]["echo"]["tokens"] == 4
     assert "EchoSection" in json_schema()["$defs"]
 
 

@@ -93,9 +93,11 @@ class GenerativeTask(BatchedTask):
 
     def _writing(self, model: PreTrainedModel, world: World) -> TextWriter:
         from sparsetrain.evaluation.generative.writing import TextWriter
+        from sparsetrain.modeling.sharding import is_sharded
 
         if self._writer is None or self._writer.model is not model:
-            self._writer = TextWriter(model, self._tokenizer, in_step=world.size > 1)
+            in_step = world.size > 1 and is_sharded(model)
+            self._writer = TextWriter(model, self._tokenizer, in_step=in_step)
         return self._writer
 
     def _decoded(self, tokens: list[int]) -> str:

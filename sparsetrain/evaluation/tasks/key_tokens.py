@@ -31,6 +31,7 @@ class KeyTokensSection(TaskSection):
     the mean over all tokens is that of near ones."""
 
     result = KeyTokensResult
+    writes = False
 
     task: Literal["key_tokens"] = "key_tokens"
     """Loss on key tokens (LongPPL)."""
@@ -57,6 +58,15 @@ class KeyTokensSection(TaskSection):
     """``joined``: windows run over all documents. ``separate``: they begin anew with each document."""
     bos: bool = False
     """Put BOS before every window, as its first token."""
+
+    @classmethod
+    def suggested(cls, lengths: list[int]) -> dict[str, Any]:
+        """The sources of Python's library that no shipped recipe trains on, and a short context that is short of all
+        windows."""
+        source = {"path": "python-stdlib", "split": "validation"}
+        least = min(lengths)
+        short = {} if least > 5 * 1024 else {"short": max(1, least // 4), "stride": max(1, least // 16)}
+        return {"lengths": lengths, "tokens": max(65536, *lengths), "source": source, **short}
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Windows that are no longer than the short context, or than the text."""

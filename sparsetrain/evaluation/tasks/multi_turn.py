@@ -70,9 +70,10 @@ class MultiTurn(BatchedTask):
         sentence that tells the answer."""
         from sparsetrain.evaluation.generative.writing import TextWriter
         from sparsetrain.evaluation.multi_turn.prompts import BUDGET
+        from sparsetrain.modeling.sharding import is_sharded
 
         if self._writer is None or self._writer.model is not model:
-            self._writer = TextWriter(model, self._tokenizer, in_step=world.size > 1)
+            self._writer = TextWriter(model, self._tokenizer, in_step=world.size > 1 and is_sharded(model))
         talk = self._writer.conversation(batch.length)
         record = []
         for turn in batch.turns:

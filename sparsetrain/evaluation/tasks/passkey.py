@@ -96,6 +96,7 @@ class PasskeySection(TaskSection):
     """Passkey accuracy by length and depth: is every digit of the hidden key the model's first choice?"""
 
     result = PasskeyResult
+    writes = False
 
     task: Literal["passkey"] = "passkey"
     """Passkey accuracy by length and depth."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,7 @@ class PerplexitySection(TaskSection):
     """Token perplexity by context length: ``exp`` of the mean NLL over windows of each length."""
 
     result = PerplexityResult
+    writes = False
 
     task: Literal["perplexity"] = "perplexity"
     """Perplexity by context length."""
@@ -51,6 +52,12 @@ class PerplexitySection(TaskSection):
     equal ones."""
     trailing: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0625
     """Share of the longest windows, at their end, of which the trailing loss is taken."""
+
+    @classmethod
+    def suggested(cls, lengths: list[int]) -> dict[str, Any]:
+        """The sources of Python's library that no shipped recipe trains on."""
+        source = {"path": "python-stdlib", "split": "validation"}
+        return {"lengths": lengths, "tokens": max(65536, *lengths), "source": source}
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Fewer tokens than a window has, or a stride that passes over some."""

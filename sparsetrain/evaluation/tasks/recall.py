@@ -76,6 +76,7 @@ class RecallSection(TaskSection):
     token, and the loss on them."""
 
     result = RecallResult
+    writes = False
 
     task: Literal["recall"] = "recall"
     """Answers found in a synthetic task."""
@@ -89,6 +90,11 @@ class RecallSection(TaskSection):
         if self.source.synthetic is None or not self.source.lengths:
             raise ValueError("source: give synthetic (passkey, multikey or recall) and its lengths")
         return self
+
+    @classmethod
+    def suggested(cls, lengths: list[int]) -> dict[str, Any]:
+        """Key and value tokens."""
+        return {"source": {"synthetic": "recall", "lengths": lengths}}
 
     def lengths_by_field(self) -> dict[str, Sequence[int]]:
         """The documents."""

@@ -22,7 +22,7 @@ from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
-from sparsetrain.training.distributed.launcher import adopt_slurm, check_ranks, join, meeting, ranks_of_this_host
+from sparsetrain.training.distributed.launcher import adopt_slurm, check_ranks, join, meeting, share_cores
 from sparsetrain.world import World
 
 
@@ -52,9 +52,7 @@ def init_world(timeout: float = 30.0) -> World:
         with meeting(timeout):
             join(device, collective_timeout(timeout))
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    if not cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks on one host share its cores, so they must not each start one thread per core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))
+    share_cores(device)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sparsetrain.errors import TrainingError, first_line
+from sparsetrain.world import World
 
 Environment = MutableMapping[str, str]
 """The environment is always passed explicitly, because datasets replaces ``os.environ`` by a copy."""
@@ -100,6 +101,40 @@ def _check_numbers(environment: Environment, names: Sequence[str]) -> None:
     for name in names:
         if not environment.get(name, "0").isdecimal():
             raise TrainingError(f"{name}={environment[name]!r} in the environment is not a number; unset or correct it")
+
+
+def connect(device: torch.device | None = None, *, timeout: float) -> World:
+    """Join the other ranks of the launcher; a process without one starts no process group and is alone.
+
+    Args:
+        device: of a process that is alone; by default the GPU if there is one. Each of several ranks has its own GPU.
+        timeout: minutes to wait for the other ranks; collectives wait 20 times as long.
+
+    Raises:
+        TrainingError: the ranks cannot connect, or the environment variables about them are wrong.
+    """
+    adopt_slurm(os.environ)
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return World(0, 1, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_ranks(os.environ)
+    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and (device is None or device.type == "cuda")
+    if cuda and local >= torch.cuda.device_count():
+        raise TrainingError(
+            f"LOCAL_RANK={local}, but this host has {torch.cuda.device_count()} GPUs; start one process for each"
+        )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    with meeting(timeout):
+        join(device, timedelta(minutes=20 * timeout))
+    share_cores(device)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def share_cores(device: torch.device) -> None:
+    """Give each rank of this host as many threads as there are cores for it, where the work is done on the CPU."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_this_host(dist.get_world_size())))
 
 
 @contextmanager

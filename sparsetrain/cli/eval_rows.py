@@ -1,0 +1,218 @@
+"""Measures the rows of ``sparsetrain eval``: a model with each attention method and each decode setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from sparsetrain.durable import write_whole
+from sparsetrain.errors import ModelError
+from sparsetrain.evaluation.base import TaskResult
+from sparsetrain.evaluation.fingerprint import weights_digest
+from sparsetrain.evaluation.journal import Journal
+from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.rows import DENSE, Attention, Decoding
+from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.generation.settings import Decode, parse_decode
+from sparsetrain.inference.models import Source
+from sparsetrain.modeling import check_learned_positions, set_decode, sparsify
+from sparsetrain.modeling.outline import outline
+from sparsetrain.modeling.positions import position_limit
+from sparsetrain.time_left import counting
+from sparsetrain.version import __version__
+
+if TYPE_CHECKING:
+    from sparsetrain.recipe.schema import EvalSection
+    from sparsetrain.world import World
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model as it is measured."""
+
+    label: str
+    attention: Attention
+    decoding: Decoding
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of a model, and what is measured of each.
+
+    Args:
+        output: the file that has the rows which are done; None keeps nothing.
+        fresh: do not use finished samples of an earlier call.
+    """
+
+    source: Source
+    section: EvalSection
+    seed: int
+    dtype: torch.dtype | None
+    output: Path | None
+    fresh: bool
+
+    def rows(self, attentions: Sequence[Attention], decodings: Sequence[Decoding]) -> list[Row]:
+        """Each attention method with each decode setting, tried on the model without its weights.
+
+        Raises:
+            ModelError: the model cannot take one of them, or no task would be different.
+        """
+        if not all(each.recorded for each in decodings) and not any(task.writes for task in self.section.tasks):
+            names = ", ".join(self.section.by_name)
+            raise ModelError(f"--decode has no effect on {names}, which write no texts; add a task that does: ruler")
+        self._note_positions()
+        rows: list[Row] = []
+        for attention in attentions:
+            for decoding in decodings:
+                tried: Any = outline(self.source.path, "MODEL")
+                with torch.device("meta"):
+                    put(tried, attention, decoding)
+                for task in self.section.tasks:
+                    task.check_model(tried)
+                named = attention.label
+                if attention.config is None:
+                    method = _record(tried)["attention"]["method"]
+                    named = DENSE if method == "full" else f"{named} ({method})"
+                label = named if decoding.recorded else f"{named}, {decoding.label}"
+                if any(row.label == label for row in rows):
+                    raise ModelError("--attention trained is dense: this model attends fully; drop one of the two")
+                rows.append(Row(label, attention, decoding))
+        return rows
+
+    def measure(self, rows: Sequence[Row], world: World) -> dict[str, EvalResult]:
+        """The results by label; the file has those that are done."""
+        results: dict[str, EvalResult] = {}
+        about: dict[str, Any] = {}
+        # A method that is replaced loses its weights, so each has a model of its own.
+        for attention, group in groupby(rows, key=lambda row: row.attention):
+            model = self._load(attention, world)
+            weights, own = weights_digest(model, world), recorded_section(model)
+            # What does not write is the same under every decode setting.
+            same: dict[str, TaskResult] = {}
+            for row in group:
+                section = own if row.decoding.recorded else row.decoding.section
+                if section != recorded_section(model):
+                    set_decode(model, section)
+                about[row.label] = {**_about(model), "weights": weights}
+                first = next(iter(results.values()), None)
+                new = self._measured(row.label, model, about[row.label], [*same], first, world)
+                found = {**same, **new.tasks}
+                same = {task.label: found[task.label] for task in self.section.tasks if not task.writes}
+                results[row.label] = EvalResult(tasks={name: found[name] for name in self.section.by_name})
+                if self.output is not None and world.main:
+                    self._write(results, about)
+            del model
+        return results
+
+    def _load(self, attention: Attention, world: World) -> Any:
+        torch.manual_seed(self.seed)  # of modules that a method adds
+        model: Any = self.source.load(self.dtype)
+        put(model, attention, None)
+        return model.to(world.device)
+
+    def _measured(
+        self,
+        label: str,
+        model: Any,
+        about: dict[str, Any],
+        known: Sequence[str],
+        first: EvalResult | None,
+        world: World,
+    ) -> EvalResult:
+        """What a row measures.
+
+        Args:
+            known: names of tasks that need not be.
+            first: the result of the first row.
+        """
+        tasks = [task for task in self.section.tasks if task.label not in known]
+        console = Console(stderr=True, quiet=not world.main)
+        journal = None
+        if self.output is not None:
+            name = re.sub(r"[^a-z0-9.-]+", "-", label.lower()).strip("-")[:100]
+            journal = Journal.open(samples_folder(self.output), name, about, world, fresh=self.fresh)
+            for note in journal.notes if world.main else ():
+                print(f"note: {label}: {note}", file=sys.stderr)
+        with counting(label, console) as count:
+            return evaluate(
+                model,
+                self.source.tokenizer,
+                self.section.model_copy(update={"tasks": tasks}),
+                world,
+                seed=self.seed,
+                on_progress=count,
+                journal=journal,
+                first=first,
+            )
+
+    @property
+    def _lengths(self) -> dict[str, Sequence[int]]:
+        return {task.path(name): each for task in self.section.tasks for name, each in task.lengths_by_field().items()}
+
+    def _note_positions(self) -> None:
+        """Say which lengths a model with rotary positions was not made for; learned positions end."""
+        check_learned_positions(self.source.outline, self._lengths)
+        limit = position_limit(self.source.outline)
+        for field, lengths in self._lengths.items():
+            if limit is not None and max(lengths, default=0) > limit and os.environ.get("RANK", "0") == "0":
+                print(
+                    f"note: {field}: {max(lengths):,} tokens are more than the {limit:,} positions of the model "
+                    "(max_position_embeddings)",
+                    file=sys.stderr,
+                )
+
+    def _write(self, results: dict[str, EvalResult], about: dict[str, Any]) -> None:
+        rows = {label: {**about[label], **result.model_dump(mode="json")} for label, result in results.items()}
+        content = {"model": self.source.path, "seed": self.seed, "rows": rows}
+        assert self.output is not None
+        write_whole(self.output, json.dumps(content, indent=2) + "\n")
+
+
+def samples_folder(output: Path) -> Path:
+    """Where finished samples are kept: ``result.samples`` beside ``result.json``."""
+    return output.with_name(f"{output.stem}.samples")
+
+
+def put(model: Any, attention: Attention, decoding: Decoding | None) -> None:
+    """Give a model the attention and the decode section of a row.
+
+    Raises:
+        ModelError: it cannot take one of them.
+    """
+    if attention.config is not None:
+        sparsify(model, attention.config)
+    if decoding is not None and not decoding.recorded:
+        set_decode(model, decoding.section)
+
+
+def recorded_section(model: Any) -> Decode | None:
+    """The decode section that a model records."""
+    section = _record(model).get("decode")
+    return None if section is None else parse_decode(section)
+
+
+def _record(model: Any) -> dict[str, Any]:
+    record: dict[str, Any] = model.config.sparsetrain
+    return record
+
+
+def _about(model: Any) -> dict[str, Any]:
+    """What the numbers of a row depend on, beside tasks and weights."""
+    record = _record(model)
+    return {
+        "attention": record["attention"],
+        "decode": record.get("decode"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "sparsetrain": __version__,
+    }

@@ -1,0 +1,40 @@
+"""A digest of a model's weights: whether finished samples are of the same model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.evaluation.journal import digest
+
+if TYPE_CHECKING:
+    from sparsetrain.world import World
+
+_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def weights_digest(model: nn.Module, world: World) -> str:
+    """A digest of parameters and buffers: of their names, and of the sum of their bits as integers.
+
+    Weights that ZeRO-3 has spread over ranks are summed over all, which is then a collective operation: the number of
+    ranks makes no difference.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    shards = [getattr(tensor, "ds_tensor", None) for _, tensor in named]
+    sums = [_sum(tensor if shard is None else shard) for (_, tensor), shard in zip(named, shards, strict=True)]
+    totals = torch.stack([each.to(world.device) for each in sums])
+    if world.size > 1 and any(shard is not None for shard in shards):
+        whole = torch.tensor([shard is None for shard in shards], device=world.device)
+        shared = totals.where(~whole, 0)
+        torch.distributed.all_reduce(shared)
+        totals = totals.where(whole, shared)
+    return digest([[name for name, _ in named], totals])
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    kind = _AS_INTEGERS[tensor.element_size()]
+    if tensor.is_complex():
+        tensor, kind = torch.view_as_real(tensor), _AS_INTEGERS[tensor.element_size() // 2]
+    return tensor.detach().contiguous().view(kind).sum(dtype=torch.int64)
