@@ -22,11 +22,11 @@ from sparsetrain.installed import Installed
 PLACES = {
     "multi_turn": "sparsetrain.evaluation.tasks.multi_turn:MultiTurnSection",
     "perplexity": "sparsetrain.evaluation.tasks.perplexity:PerplexitySection",
-    "key_tokens": "sparsetrain.evaluation.tasks.key_tokens:KeyTokensSection",
     "passkey": "sparsetrain.evaluation.tasks.passkey:PasskeySection",
     "recall": "sparsetrain.evaluation.tasks.recall:RecallSection",
     "reasoning": "sparsetrain.evaluation.tasks.reasoning:ReasoningSection",
     "ruler": "sparsetrain.evaluation.tasks.ruler:RulerSection",
+    "key_tokens": "sparsetrain.evaluation.tasks.key_tokens:KeyTokensSection",
 }
 """Module and class of each task's section by its name."""
 
