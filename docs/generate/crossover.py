@@ -1,4 +1,4 @@
-"""The chart of speed against length, drawn from the tables of docs/performance.md."""
+"""The chart of speed against length, drawn from tables of docs/performance.md and kernels/README.md."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from svg import CHOICE, FAR, SINK, WINDOW, drawing, line, rectangle, text
+from svg import CHOICE, FAR, FIFTH, SINK, WINDOW, drawing, line, rectangle, text
 
 PAGE = Path(__file__).resolve().parents[1] / "performance.md"
+KERNELS = PAGE.parents[1] / "kernels/README.md"
 LENGTHS = (8192, 32768, 131072, 524288)
 SPEEDS = (0.5, 1, 2, 5, 10, 20, 50)
 WIDTH, TALL, X, Y = 390, 300, 40, 14
@@ -53,11 +54,27 @@ def step(model: str) -> dict[int, float]:
     return {32768: number(full[1]) / number(ours[1]), 131072: number(full[4]) / number(ours[4])}
 
 
+def recycled() -> dict[int, float]:
+    """Dense attention's time over that of recycled attention.
+
+    Raises:
+        LookupError: kernels/README.md has no such table.
+    """
+    found = re.search(
+        r"^\| \| ([\d,]+ tokens.*)\n(?:\|.*\n)+?\| times as fast \|(.*)", KERNELS.read_text("utf-8"), re.M
+    )
+    if found is None:
+        raise LookupError("kernels/README.md has no row 'times as fast'; docs/generate/crossover.py reads it")
+    lengths = [number(length) for length in re.findall(r"([\d,]+) tokens", found[1])]
+    return dict(zip(map(int, lengths), (number(cell) for cell in found[2].strip("| ").split("|"))))
+
+
 def series() -> dict[str, dict[int, float]]:
     """What is drawn: speed over the dense one, by length."""
     return {
         "PowerAttention": kernels("PowerAttention, forward and backward"),
         "SparseK": kernels("SparseK"),
+        "recycled": recycled(),
         "step, 1B": step("Llama-3.2-1B"),
         "step, 8B LoRA": step("Qwen3-8B"),
     }
@@ -81,13 +98,13 @@ def crossover() -> str:
     for length in LENGTHS:
         parts.append(text(across(length), Y + TALL + 18, f"{length // 1024}K", "middle", size=12))
     parts.append(text(right - 4, up(1) + 16, "dense is faster", "end", size=12))
-    for (name, points), colour in zip(series().items(), (WINDOW, FAR, SINK, CHOICE)):
+    for (name, points), colour in zip(series().items(), (WINDOW, FAR, FIFTH, SINK, CHOICE)):
         ends = sorted(points)
         for a, b in pairwise(ends):
             parts.append(line(across(a), up(points[a]), across(b), up(points[b]), colour, 2.5))
         for length in ends:
             parts.append(f'<circle cx="{across(length):.1f}" cy="{up(points[length]):.1f}" r="4" fill="{colour}"/>')
-        right_of, above = ("start", 9), {"step, 1B": -2, "step, 8B LoRA": 13}.get(name)
+        right_of, above = ("start", 9), {"recycled": 4, "step, 1B": -2, "step, 8B LoRA": 13}.get(name)
         anchor, shift = ("end", -6) if above is None else right_of
         parts.append(text(across(ends[-1]) + shift, up(points[ends[-1]]) + (above or -9), name, anchor))
     parts.append(text(X + WIDTH / 2, Y + TALL + 38, "tokens of a row", "middle", size=12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 WINDOW, SINK, FAR, CHOICE, EMPTY = "#3a8fd0", "#e69f00", "#009e73", "#cc5a10", "#80808030"
+FIFTH = "#c979b0"
 """Colours that differ for colour-blind readers too, on white and on black."""
 
 STYLE = (
