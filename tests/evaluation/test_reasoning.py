@@ -115,6 +115,9 @@ def test_every_answer_is_what_a_solver_reads_out_of_the_prompt(byte_tokenizer):
         assert found <= {*prompt.options}
         hops[kind, steps] += len(found)
         assert 0 < prompt.chance <= 0.5
+        other = next(each for each in prompt.options if each not in prompt.references)
+        assert is_right(kind, f" {' and '.join(reversed(prompt.references))}.", prompt.options, prompt.references)
+        assert not is_right(kind, f" {other}.", prompt.options, prompt.references)
     assert hops["bfs", "3"] > 12 * 6
 
 
