@@ -13,6 +13,7 @@ from sparsetrain.generation.composition import attention_kind
 from sparsetrain.generation.limits import Limits
 from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.offloaded import OffloadedMemory
+from sparsetrain.generation.page_table import page_table
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
 from sparsetrain.generation.settings import Decode
 from sparsetrain.generation.slots import SlotPruning
@@ -93,3 +94,19 @@ def make_memory(
     if decodes and decode is not None:
         return choosing(method.attend)
     return PagedMemory(FullPattern(PAGE), method.attend, decodes=decodes, **room)
+
+
+def kept_tokens(memory: Memory, prompt: int, max_length: int) -> int | None:
+    """Tokens whose keys and values an empty memory will have room for behind a prompt; None where it does not say.
+
+    Args:
+        prompt: tokens of the prompt.
+        max_length: tokens of prompt and text together.
+    """
+    if memory.most is not None:
+        return memory.most
+    if not isinstance(memory, PagedMemory):
+        return None
+    block = memory.pattern.block
+    pages = -(-max_length // block)
+    return block * page_table(memory.pattern, pages, prompt=prompt // block, horizon=pages).needed

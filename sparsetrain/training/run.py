@@ -172,7 +172,7 @@ def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
     loader = StepLoader(loaded.rows, plan, job.world.rank)
     loop = Loop(job, plan, built.engine.deepspeed, loader, state, callbacks)
     if state.step == 0:
-        callbacks.tracker.log(callbacks.costs.density_by_layer(), 0)
+        callbacks.tracker.log(callbacks.costs.unchanging(), 0)
     job.progress.begin(plan.steps, state.step, plan.tokens_per_step)
     try:
         with job.progress:
