@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sparsetrain.errors import DataError
+from sparsetrain.evaluation.interval import wilson_interval
 from sparsetrain.section import Section
 from sparsetrain.source_section import DataSource
 
@@ -196,6 +197,9 @@ class Drawing:
     width: float
     height: float
     """Inches as a picture of its own."""
+    panels: Sequence[Callable[[Any], None]] = ()
+    """Of a result that is :attr:`TaskResult.wide`: draw the same into axes, one after the other, for a page on which
+    they are pictures of their own. Without them the page has a picture of each result."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,20 @@ class LossMarks:
     label: str
     points: list[tuple[int, float, str]]
     """Step, loss in nats per token, and the number beside it."""
+
+
+class Share(NamedTuple):
+    """A share of right answers, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, share: float, asked: int) -> Self:
+        """A share of so many prompts, with Wilson's interval. Where prompts can be right in part it is too wide rather
+        than too narrow."""
+        return cls(share, *wilson_interval(share * asked, asked))
 
 
 class TaskResult(BaseModel, ABC):
@@ -240,6 +258,10 @@ class TaskResult(BaseModel, ABC):
             trained_length: tokens of a training row.
         """
         return None
+
+    def accuracy_by_length(self) -> Mapping[int, Share]:
+        """The share of right answers by length in tokens, which ``report.html`` draws; none by default."""
+        return {}
 
     @classmethod
     def loss_marks(cls, name: str, lines: Sequence[Mapping[str, Any]]) -> LossMarks | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def wilson_interval(correct: int, trials: int) -> tuple[float, float]:
+def wilson_interval(correct: float, trials: int) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a proportion, which is valid at 0 and 1, where the normal one has width 0.
 
     20 of 20 right answers: (0.84, 1.0).

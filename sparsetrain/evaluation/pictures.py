@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.durable import write_whole
+from sparsetrain.evaluation.attention_panels import draw_attention
 from sparsetrain.evaluation.base import Drawing, LossMarks, TaskResult
-from sparsetrain.evaluation.panels import INK, draw_attention, draw_loss
+from sparsetrain.evaluation.curve_panels import draw_loss
+from sparsetrain.evaluation.metrics import read_metrics
+from sparsetrain.evaluation.panels import INK
 from sparsetrain.evaluation.registry import TASKS
 from sparsetrain.evaluation.result import EvalResult, by_task
-from sparsetrain.evaluation.survival import draw_survival
+from sparsetrain.evaluation.survival import Survival, draw_survival
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
 
     from sparsetrain.methods.base import MethodConfig
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def loss_curve(metrics: Path, out: Path, results: Mapping[str, EvalResult] | None = None) -> Path:
     """Draw training loss, learning rate and evaluation results over steps, from ``metrics.jsonl``."""
     figure = _figure(8, 4.5)
-    lines = _read_metrics(metrics)
-    draw_loss(figure.subplots(), lines, _loss_marks(results or {}, lines))
+    found = read_metrics(metrics)
+    draw_loss(figure.subplots(), found, loss_marks(results or {}, found.evaluations))
     return _save(figure, out)
 
 
@@ -62,14 +63,10 @@ def attention_picture(
     return _save(figure, out)
 
 
-def selection_picture(lifetimes: Mapping[int, torch.Tensor], out: Path) -> Path:
-    """Draw how long the tokens of a row are read, by layer and head.
-
-    Args:
-        lifetimes: By layer, int32 ``[heads, N]``, as in :meth:`Method.lifetimes`.
-    """
-    figure = _figure(12, 2.2 + 0.14 * sum(len(heads) for heads in lifetimes.values()))
-    draw_survival(figure, lifetimes)
+def selection_picture(survival: Survival, out: Path) -> Path:
+    """Draw how long the tokens of a row are read, by layer and head."""
+    figure = _figure(12, survival.height)
+    draw_survival(figure, survival)
     return _save(figure, out)
 
 
@@ -97,8 +94,8 @@ def report_picture(
         panels[0].draw(right)
     else:
         left = parts[0].subplots()
-    lines = _read_metrics(metrics)
-    draw_loss(left, lines, _loss_marks(results, lines))
+    found = read_metrics(metrics)
+    draw_loss(left, found, loss_marks(results, found.evaluations))
     for part, pair in zip(parts[1:], pairs):
         for axes, drawing in zip(part.subplots(1, len(pair), squeeze=False)[0], pair, strict=True):
             drawing.draw(axes)
@@ -108,20 +105,18 @@ def report_picture(
     return _save(figure, out)
 
 
-def _loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) -> list[LossMarks]:
-    """Of the tasks of ``results``, and of those that have their default names in ``metrics.jsonl``."""
+def loss_marks(results: Mapping[str, EvalResult], lines: list[dict[str, Any]]) -> list[LossMarks]:
+    """What evaluations measured of a loss: of the tasks of ``results``, and of those that have their default names.
+
+    Args:
+        lines: the lines of ``metrics.jsonl`` that evaluations wrote.
+    """
     classes: dict[str, type[TaskResult]] = {
         section.model_fields["task"].default: section.result for section in TASKS.usable()
     }
     classes |= {name: type(next(iter(measured.values()))) for name, measured in by_task(results)}
     found = (result.loss_marks(name, lines) for name, result in classes.items())
-    return [marks for marks in found if marks is not None]
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():  # opening a pipe would block
-        raise ValueError(f"{path} is not a file")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [marks for marks in found if marks is not None and marks.points]
 
 
 def _figure(width: float, height: float) -> Figure:

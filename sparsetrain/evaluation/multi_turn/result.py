@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult
+from sparsetrain.evaluation.base import Drawing, Rows, Share, TaskReport, TaskResult
 from sparsetrain.evaluation.generative.tally import LENGTH_SAID, Tally, total
 
 
@@ -93,6 +93,11 @@ class MultiTurnResult(TaskResult):
     def score(self) -> float:
         """The mean over lengths."""
         return self.mean()
+
+    def accuracy_by_length(self) -> dict[int, Share]:
+        """Over all turns, as if the answers of a conversation were independent."""
+        asked = [total(spoken.turns).asked for spoken in self.spoken]
+        return {n: Share.of(mean / 100, count) for n, mean, count in zip(self.lengths, self.means(), asked)}
 
     @classmethod
     def report(cls, results: Mapping[str, Self]) -> TaskReport:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult
+from sparsetrain.evaluation.base import Drawing, Rows, Share, TaskReport, TaskResult
 from sparsetrain.evaluation.generative.tally import LENGTH_SAID, Tally, total
 
 
@@ -96,6 +96,11 @@ class ReasoningResult(TaskResult):
     def score(self) -> float:
         """The mean over rows and lengths."""
         return self.mean()
+
+    def accuracy_by_length(self) -> dict[int, Share]:
+        """The mean over rows, of the prompts of all."""
+        asked = [sum(row.tallies[index].asked for row in self.rows) for index in range(len(self.lengths))]
+        return {n: Share.of(mean / 100, count) for n, mean, count in zip(self.lengths, self.means(), asked)}
 
     @classmethod
     def report(cls, results: Mapping[str, Self]) -> TaskReport:

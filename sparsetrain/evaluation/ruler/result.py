@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
-from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult
+from sparsetrain.evaluation.base import Drawing, Rows, Share, TaskReport, TaskResult
 from sparsetrain.evaluation.generative.tally import LENGTH_SAID, Tally, total
 from sparsetrain.evaluation.ruler.specs import ANSWERS, BUDGETS, LLAMA_2_7B_AT_4K
 
@@ -107,6 +107,11 @@ class RulerResult(TaskResult):
     def score(self) -> float:
         """The mean over tasks and lengths."""
         return self.mean()
+
+    def accuracy_by_length(self) -> dict[int, Share]:
+        """The mean over tasks, of the prompts of all."""
+        asked = [sum(tallies[index].asked for tallies in self.tallies.values()) for index in range(len(self.lengths))]
+        return {n: Share.of(mean / 100, count) for n, mean, count in zip(self.lengths, self.means(), asked)}
 
     @classmethod
     def report(cls, results: Mapping[str, Self]) -> TaskReport:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.base import Drawing, Rows, Share, TaskReport, TaskResult, TaskSection
 from sparsetrain.evaluation.batched import BatchedTask
 from sparsetrain.evaluation.interval import wilson_interval
 from sparsetrain.section import MOST_LISTED, Bounds, Tokens
@@ -68,6 +68,11 @@ class PasskeyResult(TaskResult):
     def score(self) -> float:
         """Share of right answers over all prompts."""
         return self.mean()
+
+    def accuracy_by_length(self) -> dict[int, Share]:
+        """Over all depths, with Wilson's interval."""
+        counts, asked = map(sum, self.correct), self.trials * len(self.depths)
+        return {n: Share.of(found / asked, asked) for n, found in zip(self.lengths, counts)}
 
     @classmethod
     def report(cls, results: Mapping[str, Self]) -> TaskReport:
@@ -226,32 +231,22 @@ def _depth_rows(passkey: PasskeyResult) -> Rows:
 
 def _draw(figure: Any, measured: Mapping[str, PasskeyResult], ending: str) -> None:
     import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
 
-    from sparsetrain.evaluation.panels import FAINT, INK, MISSED_TO_FOUND, put_title, short
+    from sparsetrain.evaluation.panels import FAINT, draw_cells, put_title, short
 
-    colors = LinearSegmentedColormap.from_list("found", MISSED_TO_FOUND)
     all_axes = figure.subplots(1, len(measured), squeeze=False)[0]
     for axes, (label, passkey) in zip(all_axes, measured.items(), strict=True):
-        grid = np.array(passkey.accuracy()).T
-        image = axes.pcolormesh(grid, cmap=colors, vmin=0, vmax=1, edgecolor="white", linewidth=2)
+        depths, lengths = [f"{depth:.0%}" for depth in passkey.depths], [short(length) for length in passkey.lengths]
+        image = draw_cells(axes, np.array(passkey.accuracy()).T, "{:.0%}", depths, lengths)
         low, high = passkey.interval()
         put_title(axes, f"{label}\n{passkey.mean():.0%} found  [{low:.0%}, {high:.0%}]")
-        axes.set_xticks(np.arange(len(passkey.lengths)) + 0.5, [short(length) for length in passkey.lengths])
-        axes.set_yticks(np.arange(len(passkey.depths)) + 0.5, [f"{depth:.0%}" for depth in passkey.depths])
         axes.set_xlabel("prompt length (tokens)")
-        axes.invert_yaxis()
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        if grid.size <= 120:
-            for (row, column), share in np.ndenumerate(grid):
-                axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", color=INK)
     all_axes[0].set_ylabel("depth of the key")
     figure.colorbar(image, ax=all_axes, fraction=0.02, pad=0.01, format="{x:.0%}", ticks=[0, 0.5, 1])
     passkey = next(iter(measured.values()))
     figure.supxlabel(
-        f"passkeys found{ending}; prompts in a cell: {passkey.trials}, in a map: {passkey.prompts()}; [95 % interval]; "
-        f"by chance 1 in {10**passkey.digits:,}",
+        f"passkeys found{ending}; prompts in a cell: {passkey.trials}, in a map: {passkey.prompts()};\n"
+        f"[95 % interval]; by chance 1 in {10**passkey.digits:,}",
         fontsize=9,
         color=FAINT,
     )

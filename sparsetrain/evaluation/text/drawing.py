@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.evaluation.panels import FAINT, PAPER, SERIES, few, put_title, short
+from sparsetrain.evaluation.panels import FAINT, PAPER, SERIES, few, label_ends, put_lengths, put_title, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 Points = list[tuple[int, float]]
 
 
-def draw_perplexity(
-    figure: Any,
+def perplexity_panels(
     perplexities: Mapping[str, Mapping[int, float]],
     positions: Mapping[str, Sequence[Bucket]],
     paired: Sequence[str],
     *,
     ending: str,
     trained_length: int | None,
-) -> None:
-    """Perplexity against length; beside it, where there are such results, loss against position, and its difference
-    from the first result, with two standard errors to either side.
+) -> list[Callable[[Any], None]]:
+    """Perplexity against length; and where there are such results, loss against position, and its difference from the
+    first result, with two standard errors to either side. Each draws into axes.
 
     Args:
         perplexities: by result and length.
@@ -34,21 +33,35 @@ def draw_perplexity(
         paired: results whose losses are of the same tokens; the others are compared with the first.
         ending: of the titles.
     """
-    panels = iter(figure.subplots(1, 1 + bool(positions) + bool(paired), squeeze=False)[0])
     styles = dict(zip(perplexities, cycle(SERIES)))
     points = {label: sorted(found.items()) for label, found in perplexities.items()}
-    draw_by_length(next(panels), f"Perplexity by context length{ending}", "perplexity", points, trained_length)
+    title = f"Perplexity by context length{ending}"
+    panels: list[Callable[[Any], None]] = [
+        lambda axes: draw_by_length(axes, title, "perplexity", points, trained_length)
+    ]
     if positions:
-        axes = next(panels)
-        put_title(axes, f"Loss by position{ending}")
-        for label, buckets in positions.items():
-            color, marker = styles[label]
-            middles = [bucket.middle() for bucket in buckets]
-            losses = [bucket.losses.mean() for bucket in buckets]
-            axes.plot(middles, losses, color=color, marker=marker, linewidth=2, label=label)
-        _finish(axes, "loss (nats)", next(iter(positions.values())))
+        panels.append(lambda axes: _draw_positions(axes, f"Loss by position{ending}", positions, styles))
     if paired:
-        _draw_differences(next(panels), positions, paired, styles)
+        panels.append(lambda axes: _draw_differences(axes, positions, paired, styles))
+    return panels
+
+
+def draw_side_by_side(figure: Any, panels: Sequence[Callable[[Any], None]]) -> None:
+    """Each panel in axes of its own."""
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes)
+
+
+def _draw_positions(
+    axes: Axes, title: str, positions: Mapping[str, Sequence[Bucket]], styles: Mapping[str, tuple[str, str]]
+) -> None:
+    put_title(axes, title)
+    for label, buckets in positions.items():
+        color, marker = styles[label]
+        middles = [bucket.middle() for bucket in buckets]
+        losses = [bucket.losses.mean() for bucket in buckets]
+        axes.plot(middles, losses, color=color, marker=marker, linewidth=2, label=label)
+    _finish(axes, "loss (nats)", next(iter(positions.values())))
 
 
 def _draw_differences(
@@ -74,20 +87,17 @@ def draw_by_length(
     from matplotlib.ticker import LogLocator
 
     put_title(axes, title)
-    measured = few(points_of)
+    measured, ends = few(points_of), []
     for (label, points), (color, marker) in zip(measured.items(), cycle(SERIES)):
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=2, label=label)
-        end = f"{points[-1][1]:.3g}"
-        axes.annotate(end, points[-1], (7, 0), textcoords="offset points", va="center", color=color)
+        ends.append((*points[-1], f"{points[-1][1]:.3g}", color))
     values = [value for points in measured.values() for _, value in points]
     if max(values) > 4 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
     lengths = sorted({length for points in measured.values() for length, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [short(length) for length in lengths])
-    axes.minorticks_off()
+    put_lengths(axes, lengths)
     if trained_length is not None:
         axes.axvline(trained_length, color=FAINT, linestyle=":", label="trained length")
     axes.margins(x=0.1)
@@ -95,6 +105,7 @@ def draw_by_length(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color=PAPER)
     axes.legend(loc="best", edgecolor="none")
+    label_ends(axes, ends)
 
 
 def _finish(axes: Axes, ylabel: str, buckets: Sequence[Bucket]) -> None:

@@ -78,20 +78,17 @@ class PerplexityResult(TaskResult):
     def drawing(cls, name: str, results: Mapping[str, Self], trained_length: int | None) -> Drawing:
         """Perplexity against length, loss against position, and its difference from the first result."""
         from sparsetrain.evaluation.panels import few
-        from sparsetrain.evaluation.text.drawing import draw_perplexity
+        from sparsetrain.evaluation.text.drawing import draw_side_by_side, perplexity_panels
 
         shown = few(results)
-        positions = {label: result.positions for label, result in shown.items() if result.positions}
-        paired = list(_paired(shown))
-        draw = partial(
-            draw_perplexity,
-            perplexities={label: result.perplexity for label, result in shown.items()},
-            positions=positions,
-            paired=paired,
+        panels = perplexity_panels(
+            {label: result.perplexity for label, result in shown.items()},
+            {label: result.positions for label, result in shown.items() if result.positions},
+            list(_paired(shown)),
             ending=cls.ending(name),
             trained_length=trained_length,
         )
-        return Drawing(draw, 7.0 + 6.0 * (bool(positions) + bool(paired)), 4.5)
+        return Drawing(partial(draw_side_by_side, panels=panels), 1.0 + 6.0 * len(panels), 4.5, panels)
 
     @classmethod
     def loss_marks(cls, name: str, lines: Sequence[Mapping[str, Any]]) -> LossMarks | None:

@@ -23,6 +23,7 @@ OF_A_RUN = ("final", "evaluation.json", "metrics.jsonl")
 """Valuable results of a run besides its checkpoints."""
 WRITTEN = (
     *("recipe.yaml", "environment.json", "deepspeed.json", "history.json", "nonfinite.jsonl", "report.md"),
+    *("report.html", "selection.npz"),
     *(f"{name}.png" for name in PICTURES_OF_A_RUN),
 )
 """Files that a run would overwrite, besides the pictures of its evaluation tasks."""

@@ -18,6 +18,7 @@ from sparsetrain.evaluation.pictures import (
     task_picture,
 )
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.survival import SURVIVAL_FILE, Survival
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe import Recipe
 from sparsetrain.training.output.tracking import METRICS_FILE
@@ -58,7 +59,9 @@ def draw_run(
     methods = [method for _, _, method in sparse_layers(model) if method is not None]
     lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
     if lifetimes:
-        pictures["selection"] = lambda out: selection_picture(lifetimes, out)
+        survival = Survival.of(lifetimes)
+        attempt(SURVIVAL_FILE, lambda: survival.save(folder / SURVIVAL_FILE))
+        pictures["selection"] = lambda out: selection_picture(survival, out)
     for name, draw in pictures.items():
         out = folder / f"{name}.png"
 

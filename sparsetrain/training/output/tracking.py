@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
+from sparsetrain.evaluation.metrics import METRICS_FILE
 from sparsetrain.training.output.attempt import attempt, brief
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe
 
-METRICS_FILE = "metrics.jsonl"
 INIT_TIMEOUT = 30.0
 """Seconds to wait for the W&B server before recording offline."""
 FINISH_TIMEOUT = 60.0
