@@ -30,7 +30,7 @@ quickstart: $(STAMP)
 	$(BIN)/sparsetrain run quickstart
 	@echo
 	@echo "Next:"
-	@echo "  open runs/quickstart/report.png and runs/quickstart/report.md"
+	@echo "  open runs/quickstart/report.html in a browser"
 	@echo "  make quickstart-sliding                                  the same keys without the far ones"
 	@echo "  $(BIN)/sparsetrain recipe list                           recipes for real models"
 	@echo "  $(BIN)/sparsetrain recipe copy qwen3-0.6b-power-32k      start your own from one"
@@ -40,6 +40,8 @@ quickstart: $(STAMP)
 quickstart-sliding: $(STAMP)
 	rm -rf runs/quickstart-sliding
 	$(BIN)/sparsetrain run quickstart attention.method=sliding --output runs/quickstart-sliding
+	@echo
+	@echo "Both in one page: $(BIN)/sparsetrain compare runs/quickstart runs/quickstart-sliding"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

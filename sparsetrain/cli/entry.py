@@ -20,6 +20,7 @@ from sparsetrain.cli.flow import flow
 from sparsetrain.cli.generate import generate
 from sparsetrain.cli.interrupt import leave_on_interrupt
 from sparsetrain.cli.plan import plan
+from sparsetrain.cli.report import compare, report
 from sparsetrain.cli.run import run
 from sparsetrain.container import prepare_environment
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
@@ -156,6 +157,8 @@ app.command(name="eval", cls=NamesTasks)(evaluate_model)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(compare_decode)
+app.command()(report)
+app.command()(compare)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)

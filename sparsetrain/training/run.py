@@ -207,8 +207,9 @@ def finish(job: Job, loaded: Loaded, callbacks: RunCallbacks) -> None:
         for picture in drawn:
             callbacks.tracker.image(picture.stem, picture, step)
         callbacks.evaluations.write_report(title, [picture for picture in drawn if picture.stem == "report"])
+        callbacks.evaluations.write_page()
         job.record("the results", lambda: print_results(results))
-        job.say(f"run folder: {job.output}  (report.md, report.png, metrics.jsonl, checkpoints/)")
+        job.say(f"run folder: {job.output}  (report.html, report.md, report.png, metrics.jsonl, checkpoints/)")
         if recipe.checkpoint.export:
             kind = "trained model" if recipe.lora is None else "trained adapters"
             job.say(f"{kind}: {final}; load with sparsetrain.load({str(final)!r})")

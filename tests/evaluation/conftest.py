@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sparsetrain.evaluation.html import svg
 from sparsetrain.modeling import save, sparsify
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
@@ -64,3 +65,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = sparsify(LlamaForCausalLM(config).eval(), {"method": "power", "block": 32, "window": 2})
     save(model, folder, tokenizer)
     return folder
+
+
+@pytest.fixture
+def drafts(monkeypatch):
+    """Pictures of pages are made in full, but not laid out and rendered, which takes longest."""
+    monkeypatch.setattr(svg, "render", lambda figure: '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>')

@@ -13,8 +13,9 @@ from PIL import Image
 
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation import pictures
+from sparsetrain.evaluation.html import svg
 
-render = pictures._save
+render, render_svg = pictures._save, svg.render
 
 
 def draft(figure: Any, out: Path) -> Path:
@@ -25,9 +26,14 @@ def draft(figure: Any, out: Path) -> Path:
     return out
 
 
+def draft_svg(figure: Any) -> str:
+    """An empty picture in the place of a figure of a page."""
+    return '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
+
+
 def draw_drafts() -> None:
-    pictures._save = draft
+    pictures._save, svg.render = draft, draft_svg
 
 
 def draw_in_full() -> None:
-    pictures._save = render
+    pictures._save, svg.render = render, render_svg

@@ -86,6 +86,10 @@ def test_a_registered_task_runs_from_a_recipe_to_every_result(tmp_path, tiny, ru
     assert main(["run", str(tiny), *arguments, "checkpoint.keep_best=short", "--output", str(run.path)]) == 0
     assert "Echoes on the console: short" in capsys.readouterr().out
 
+    page = (run.path / "report.html").read_text()
+    assert ">Echoes: short</h2>" in page
+    assert page.count("Echoes: short of ") == 2, "a picture of each result"
+
     results = json.loads((run.path / "evaluation.json").read_text())
     assert list(results) == ["power, step 3", "power, after"]
     measured = results["power, after"]["tasks"]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.html.page import PAGE_FILE, write_page
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import check_inputs, evaluate
@@ -73,6 +74,11 @@ class Evaluations:
             "the report",
             lambda: write_report(self.results, self.job.output, title=title, pictures=pictures, history=history),
         )
+
+    def write_page(self) -> None:
+        """Write ``report.html`` from the records in the run folder."""
+        history = [describe_change(line) for line in self.history]
+        self.job.record(PAGE_FILE, lambda: write_page(self.job.output, history=history))
 
 
 def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[str, EvalResult]:

@@ -1,7 +1,8 @@
 """Prepare the run folder, lock it, and write the record of how the run was produced.
 
 ``recipe.yaml`` (resolved), ``deepspeed.json``, ``environment.json``, ``history.json`` (of a run that was resumed with
-changes), ``metrics.jsonl``, ``evaluation.json``, ``report.md``, the pictures, ``checkpoints/`` and ``final/``.
+changes), ``metrics.jsonl``, ``evaluation.json``, ``report.md``, ``report.html``, the pictures, ``checkpoints/`` and
+``final/``.
 """
 
 from __future__ import annotations

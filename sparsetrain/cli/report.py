@@ -1,0 +1,62 @@
+"""``sparsetrain report`` and ``sparsetrain compare``: runs as HTML pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsetrain.errors import CheckpointError
+
+
+def report(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; by default report.html in the run folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the page of a run: one HTML file with its numbers, curves, evaluations and recipe.
+
+    A run writes it at its end. The file needs no network and no other file. What is missing or damaged in the folder is
+    named in the page. An earlier page is replaced.
+
+    \b
+    Examples:
+      sparsetrain report runs/quickstart
+      sparsetrain report runs/quickstart --output quickstart.html
+    """
+    if output is not None:
+        _check_place(output)
+    from sparsetrain.evaluation.html.page import write_page
+    from sparsetrain.training.output.run_folder import read_history
+
+    print(write_page(run_folder, out=output, history=read_history(run_folder)))
+
+
+def compare(
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs, 2 to 12.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The file.")] = Path("compare.html"),
+) -> None:
+    """Compare runs in one HTML page: curves over one another, tables with differences, settings that differ.
+
+    Differences are to the first run. Of each run the last evaluation is compared. An earlier page is replaced.
+
+    \b
+    Examples:
+      sparsetrain compare runs/quickstart runs/quickstart-sliding
+      sparsetrain compare runs/power runs/sliding runs/full --output three.html
+    """
+    _check_place(output)
+    from sparsetrain.evaluation.html.compare import write_comparison
+
+    print(write_comparison(run_folders, output))
+
+
+def _check_place(output: Path) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        raise CheckpointError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
