@@ -37,8 +37,8 @@ def test_every_evaluation_of_a_run_measures_the_tokens_that_full_attention_chose
     assert {"eval/perplexity/128", "eval/perplexity/position/64"} <= logged
     assert (run.path / "perplexity.png").is_file()
 
-    command = ["eval", str(run.path / "final"), str(tiny), settings[0]]
+    command = ["eval", str(run.path), "--tasks", "key_tokens", "--attention", "dense", "--attention", "trained"]
     command.append(f"eval.tasks.key_tokens.key_tokens_from={run.path / 'final'}")
     assert main([*command, "--output", str(tmp_path / "result.json")]) == 0
-    found = json.loads((tmp_path / "result.json").read_text())["tasks"]["key_tokens"]
-    assert found["chosen_by"] == str(run.path / "final")
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"].values()
+    assert [row["tasks"]["key_tokens"]["chosen_by"] for row in rows] == [str(run.path / "final"), "the first row"]
