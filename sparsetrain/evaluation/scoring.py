@@ -34,6 +34,29 @@ def predictions(
         fp32 logits ``[c, vocabulary]``, the labels ``[c]`` they should predict, and the document ``[c]`` of each.
     """
     batch = batch.to(device)
+    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    labels = batch.labels[0, positions + 1]
+    documents = torch.searchsorted(batch.cu_seqlens, positions.int(), right=True) - 1
+    yield from zip(
+        logits_at(model, batch, device, positions, num_chunks),
+        labels.tensor_split(num_chunks),
+        documents.tensor_split(num_chunks),
+        strict=True,
+    )
+
+
+def logits_at(
+    model: PreTrainedModel, batch: Batch, device: torch.device, positions: torch.Tensor, num_chunks: int
+) -> Iterator[torch.Tensor]:
+    """The model's logits at some positions of a packed row, computed in chunks; see :func:`predictions`.
+
+    Args:
+        positions: int64 ``[p]``, ascending, on ``device``.
+
+    Yields:
+        fp32 logits ``[c, vocabulary]``.
+    """
+    batch = batch.to(device)
     methods = [method for _, _, method in sparse_layers(model) if method is not None]
     inputs = {
         "input_ids": batch.input_ids,
@@ -42,16 +65,11 @@ def predictions(
         "use_cache": False,
         **planned_arguments(methods, batch),
     }
-    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
-    labels = batch.labels[0, positions + 1]
-    documents = torch.searchsorted(batch.cu_seqlens, positions.int(), right=True) - 1
     if has_plain_head(model):
         head = model.get_output_embeddings()
         hidden = model.get_decoder()(**inputs).last_hidden_state[0, positions]
         logits = (head(part) for part in hidden.tensor_split(num_chunks))
     else:
         logits = iter(model(**inputs).logits[0, positions].tensor_split(num_chunks))
-    for part, label, document in zip(
-        logits, labels.tensor_split(num_chunks), documents.tensor_split(num_chunks), strict=True
-    ):
-        yield part.float(), label, document
+    for part in logits:
+        yield part.float()
