@@ -119,6 +119,18 @@ def test_a_key_that_was_said_early_is_the_key_token_and_shows_what_a_window_lose
     difference, error = sliding.key[400].difference(dense.key[400])
     assert difference > 3 > error
 
+    # Rows of another run, whose first row chose others, are not compared with this one's.
+    other = measured(model, tokenizer, section.model_copy(update={"alpha": 1.0}))
+    theirs = measured(
+        model,
+        tokenizer,
+        section,
+        first=EvalResult(tasks={"key_tokens": other.model_copy(update={"choice": dense.choice})}),
+    )
+    assert (theirs.chosen_by, theirs.key[400].tokens) == ("the first row", other.key[400].tokens)
+    assert sliding.pairs_with(dense)
+    assert not theirs.pairs_with(dense)
+
     console = Console(width=160, record=True)
     print_results({"full": first, "sliding": EvalResult(tasks={"key_tokens": sliding})}, console)
     printed = [" ".join(line.split()) for line in console.export_text().splitlines()]
@@ -149,6 +161,7 @@ def test_another_model_can_choose_them(tiny_model, byte_tokenizer, text, tmp_pat
     result = measured(tiny_model, byte_tokenizer, section)
     assert (result.chosen, result.chosen_by) == (expected.chosen, str(chooser))
     assert result.key[200].mean() != expected.key[200].mean()
+    assert result.pairs_with(expected)
     again = measured(tiny_model, byte_tokenizer, section, first=EvalResult(tasks={"key_tokens": result}))
     assert (again.chosen_by, again.key) == ("the first row", result.key)
 

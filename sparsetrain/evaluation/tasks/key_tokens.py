@@ -188,9 +188,11 @@ class KeyTokens(BatchedTask):
 
     def result(self, records: Mapping[str, Sequence[str]]) -> KeyTokensResult:
         """Losses of key tokens and of others."""
+        from sparsetrain.evaluation.journal import digest
+
         self._chooser = None
         by = self.section.key_tokens_from
-        key, others, chosen = {}, {}, {}
+        key, others, packed = {}, {}, {}
         for length in self.windows["long"]:
             losses = joined_losses(records[_group(length, "long", None)])
             if self._known:
@@ -198,7 +200,7 @@ class KeyTokens(BatchedTask):
             else:
                 long, short = (joined_losses(records[_group(length, context, by)]) for context in ("long", "short"))
                 picked = self.choice.of(long, short)
-                chosen[length] = pack(picked)
+            packed[length] = pack(picked)
             key[length], others[length] = Losses.of(losses[picked]), Losses.of(losses[~picked])
         return KeyTokensResult(
             definition=self.definition,
@@ -206,7 +208,8 @@ class KeyTokens(BatchedTask):
             chosen_by=FIRST if self._known else by or ITSELF,
             key=key,
             others=others,
-            chosen=chosen,
+            chosen={} if self._known else packed,
+            digest=digest(list(packed.values())),
         )
 
     def _parts(self, context: Literal["long", "short"], by: str | None) -> dict[str, list[Part]]:

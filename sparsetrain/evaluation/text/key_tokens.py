@@ -62,6 +62,8 @@ class KeyTokensResult(TaskResult):
     """Losses of the other tokens that could have been chosen."""
     chosen: dict[int, str]
     """The key tokens among those, packed (:func:`pack`); empty where they are those of the first row."""
+    digest: str
+    """Equal for equal key tokens."""
 
     def metrics(self) -> dict[str, float]:
         """LongPPL at each length, and beside it the perplexity of other tokens and the share of key tokens. A length
@@ -89,7 +91,7 @@ class KeyTokensResult(TaskResult):
             self.definition.same_tokens(other.definition)
             and self.choice == other.choice
             and self.key.keys() == other.key.keys()
-            and (FIRST in (self.chosen_by, other.chosen_by) or self.chosen == other.chosen)
+            and self.digest == other.digest
         )
 
     @classmethod
@@ -161,12 +163,15 @@ def _about(choice: Choice) -> str:
 
 def _choosers(results: Mapping[str, KeyTokensResult]) -> dict[str, str]:
     """Who chose the key tokens of each result, by its label."""
-    names, first = {}, ""
-    for label, result in results.items():
-        if result.chosen_by != FIRST:
-            first = first or (label if result.chosen_by == ITSELF else result.chosen_by)
-        names[label] = (first or FIRST) if result.chosen_by == FIRST else result.chosen_by
-    return names
+    first = {
+        result.digest: label if result.chosen_by == ITSELF else result.chosen_by
+        for label, result in [*results.items()][::-1]
+        if result.chosen_by != FIRST
+    }
+    return {
+        label: first.get(result.digest, FIRST) if result.chosen_by == FIRST else result.chosen_by
+        for label, result in results.items()
+    }
 
 
 def _counts(results: Mapping[str, KeyTokensResult]) -> Rows:
