@@ -179,6 +179,7 @@ def test_what_cannot_be_is_refused_with_its_field(byte_tokenizer, tmp_path):
     assert "eval.tasks.think.lengths: has 4096 2 times" in refused(lengths=[4096, 4096])
     assert "eval.tasks.think.bfs_depths" in refused(bfs_depths=[5])
     assert "eval.tasks.think.facts" in refused(facts=3)
+    assert not [*ReasoningSection(**ReasoningSection(kinds=["walk"]).model_dump()).faults()]
     for kind in ("three_facts", "bfs", "walk"):
         section = ReasoningSection(lengths=[300], kinds=[kind])
         with pytest.raises(DataError, match=rf"reasoning\.lengths: a length of 300 has no room for {kind}"):

@@ -46,5 +46,6 @@ class ReasoningSettings(GenerativeSection):
             "walk_steps": ("walk",),
             "bfs_depths": ("bfs",),
         }.items():
-            if name in self.model_fields_set and getattr(self, name) is not None and not kinds & {*users}:
+            usual = type(self).model_fields[name].get_default()
+            if getattr(self, name) != usual and not kinds & {*users}:
                 yield name, f"has no effect here: none of {self.path('kinds')} needs it ({', '.join(users)})"
