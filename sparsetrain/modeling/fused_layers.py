@@ -34,6 +34,10 @@ class NotFused(Exception):
     """Why the layers stay as they are, in words that follow on the name of whatever asked."""
 
 
+class ResultsDiffer(NotFused):
+    """A kernel computes something else than the model's own code."""
+
+
 class VersionsDiffer(NotFused):
     """The installed Liger and transformers do not work together."""
 
@@ -47,19 +51,23 @@ def is_installed() -> bool:
     return util.find_spec("liger_kernel") is not None
 
 
-def fuse(model: PreTrainedModel, device: torch.device) -> str:
+def fuse(model: PreTrainedModel, device: torch.device, *, whole: bool = False) -> str:
     """Install Liger's kernels in the decoder layers of a sparsified model in place, and compare with the model's code.
+
+    Modules whose output differs by more than rounding keep their own code. So do experts in fp32, whose kernel computes
+    products in TF32.
 
     Args:
         device: The device of the comparison. The model may be on the host, and larger than the device: only the weights
             of one module are on the device at a time.
+        whole: Raise instead where the output of a module differs.
 
     Returns:
-        A sentence that describes the fused kernels.
+        A sentence that describes the fused kernels, and names the modules that keep their own code.
 
     Raises:
-        NotFused: A kernel's result differs, or Liger cannot be imported or does not know the model. The model is then
-            as it was.
+        NotFused: Liger cannot be imported or does not know the model, or ``whole`` and a kernel's result differs. The
+            model is then as it was.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
@@ -78,15 +86,31 @@ def fuse(model: PreTrainedModel, device: torch.device) -> str:
         with _transformers_unchanged() as replaced:
             apply(model=model, **options)
         options["rope"] = _replace_functions(model, replaced) > 0
-        difference = _largest_difference(model, device)
+        differences = _differences(model, device)
+        limit = 1e-3 if model.dtype == torch.float32 else 0.05
+        wrong = {name: difference for name, difference in differences.items() if not difference <= limit}
+        if wrong and whole:
+            raise ResultsDiffer(f"with {_name()} the output of {_listed(wrong)} from the model's own")
     except NotFused:
-        for module, names in own.items():
-            for name in PATCHED:
-                vars(module).pop(name, None)
-            vars(module).update(names)
+        _restore(own)
         raise
+    _restore({module: names for module, names in own.items() if type(module).__name__ in wrong})
     kernels = ", ".join(name for name, used in options.items() if used)
-    return f"{_name()} in the decoder layers: {kernels}; largest difference of a module's output {difference:.1e}"
+    largest = max((difference for name, difference in differences.items() if name not in wrong), default=0.0)
+    said = f"{_name()} in the decoder layers: {kernels}; largest difference of a module's output {largest:.1e}"
+    return f"{said}; these keep their own code: {_listed(wrong)} with the kernel" if wrong else said
+
+
+def _listed(differences: dict[str, float]) -> str:
+    return ", ".join(f"{name} differs by {difference:.3g} (relative RMS)" for name, difference in differences.items())
+
+
+def _restore(own: dict[nn.Module, dict[str, Any]]) -> None:
+    """Give modules back what Liger has replaced in them."""
+    for module, names in own.items():
+        for name in PATCHED:
+            vars(module).pop(name, None)
+        vars(module).update(names)
 
 
 def _options(model: PreTrainedModel, known: Any) -> dict[str, bool]:
@@ -140,20 +164,17 @@ def _replace_functions(model: PreTrainedModel, replaced: dict[ModuleType, dict[s
 
 
 @torch.no_grad()
-def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
-    """The largest relative RMS difference between a patched module's output and that of its own class, on a few tokens.
-
-    Raises:
-        NotFused: It is larger than rounding explains.
-    """
+def _differences(model: PreTrainedModel, device: torch.device) -> dict[str, float]:
+    """The largest relative RMS difference between a patched module's output and that of its own code, on a few tokens,
+    by the name of the module's class."""
     differences: dict[str, float] = {}
 
     def compare(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         own = type(module).forward(module, *args, **kwargs)
         found, wanted = ((x[0] if isinstance(x, tuple) else x).float() for x in (output, own))
-        difference = ((found - wanted).norm() / wanted.norm()).item()
+        difference = (found - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float32).tiny)
         name = type(module).__name__
-        differences[name] = max(difference, differences.get(name, 0.0))
+        differences[name] = max(difference.nan_to_num(nan=torch.inf).item(), differences.get(name, 0.0))
 
     decoder: Any = model.get_decoder()
     tokens = torch.arange(PROBE_TOKENS, device=device)[None]
@@ -170,12 +191,7 @@ def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    name, difference = max(differences.items(), key=lambda item: item[1], default=("", 0.0))
-    if not difference <= (1e-3 if model.dtype == torch.float32 else 0.05):
-        raise NotFused(
-            f"with {_name()} the output of {name} differs by {difference:.3g} (relative RMS) from the model's own"
-        )
-    return difference
+    return differences
 
 
 @contextmanager

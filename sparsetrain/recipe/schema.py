@@ -189,7 +189,8 @@ class TrainSection(Section):
     Liger's fused loss chooses its own chunks, whose logits are about as large as the hidden states."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's fused kernels for norms, MLP activation, rotary positions and the loss; ``auto`` uses them if there is a
-    CUDA device and ``liger-kernel`` is installed. The log says which were used."""
+    CUDA device and ``liger-kernel`` is installed, except where a module's output would differ by more than rounding
+    (experts in fp32: the kernel multiplies in TF32). The log says which were used."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Handling of a non-finite loss or gradient: stop the run or skip the step. The batch is recorded in
     ``nonfinite.jsonl``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -204,14 +205,18 @@ def test_an_activation_that_the_kernel_does_not_compute_is_not_fused():
     assert "layers: rope, rms_norm; largest" in liger.fuse_layers(build(hidden_act="gelu"), "auto", CPU)
 
 
-def test_kernels_that_compute_something_else_are_noticed(monkeypatch):
+def test_kernels_that_compute_something_else_are_not_used(batch, monkeypatch):
     monkeypatch.setitem(fused_layers.ACTIVATIONS, "swiglu", ("gelu",))
     model = build(hidden_act="gelu")
     before = {name: set(vars(module)) & {"forward"} for name, module in model.named_modules()}
-    with pytest.raises(ModelError, match=r"train.liger: .* the output of LlamaMLP differs by .*; set it to off"):
-        liger.fuse_layers(model, "auto", CPU)
+    with pytest.raises(ModelError, match=r"train.liger=on: .* the output of LlamaMLP differs by .*; set it to auto"):
+        liger.fuse_layers(model, "on", CPU)
     # And they are gone.
     assert {name: set(vars(module)) & {"forward"} for name, module in model.named_modules()} == before
+    wanted = step(model, batch(), fused=False)
+    said = liger.fuse_layers(model, "auto", CPU)
+    assert re.search(r"these keep their own code: LlamaMLP differs by [\d.]+ \(relative RMS\) with the kernel", said)
+    assert_close(step(model, batch(), fused=False), wanted)
 
 
 def test_a_model_that_liger_does_not_know(batch):

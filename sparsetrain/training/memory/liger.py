@@ -42,19 +42,19 @@ def fuse_layers(model: PreTrainedModel, choice: Choice, device: torch.device) ->
         A sentence that describes the fused kernels.
 
     Raises:
-        ModelError: A kernel's result differs; Liger cannot be imported; or ``choice`` is ``on`` and Liger does not
-            support the model.
+        ModelError: Liger cannot be imported; or ``choice`` is ``on`` and Liger does not support the model or a kernel's
+            result differs.
     """
     try:
-        return fused_layers.fuse(model, device)
+        return fused_layers.fuse(model, device, whole=choice == "on")
     except fused_layers.UnknownFamily as error:
         if choice == "on":
             raise ModelError(f"train.liger=on: {error}; set it to auto") from error
         return f"{error}; nothing is fused in its layers"
     except fused_layers.VersionsDiffer as error:
         raise ModelError(f"train.liger: {error}; install another version of liger-kernel, or set it to off") from error
-    except fused_layers.NotFused as error:
-        raise ModelError(f"train.liger: {error}; set it to off") from error
+    except fused_layers.ResultsDiffer as error:
+        raise ModelError(f"train.liger=on: {error}; set it to auto, which leaves such modules as they are") from error
 
 
 def can_fuse_loss(model: PreTrainedModel) -> bool:
