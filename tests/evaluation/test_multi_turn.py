@@ -195,5 +195,6 @@ def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, tiny_
     file.write_text(f"base: quickstart\neval: {{tasks: {json.dumps(tasks)}}}\n")
     assert main(["eval", str(tiny_folder), str(file), "--output", str(output)]) == 0
     assert "Questions in turn by length" in capsys.readouterr().out
-    (spoken,) = json.loads(output.read_text())["tasks"]["multi_turn"]["spoken"]
+    (measured,) = json.loads(output.read_text())["rows"].values()
+    (spoken,) = measured["tasks"]["multi_turn"]["spoken"]
     assert [each["asked"] for each in spoken["turns"]] == [2, 2, 2]

@@ -215,6 +215,7 @@ def test_an_evaluation_runs_from_a_recipe_to_its_numbers(tmp_path, capsys, tiny_
     file.write_text(f"base: quickstart\neval: {{tasks: {json.dumps(tasks)}}}\n")
     assert main(["eval", str(tiny_folder), str(file), "--output", str(output)]) == 0
     assert "Reasoning by length (mean of 2 kinds, prompts of each: 2)" in capsys.readouterr().out
-    rows = json.loads(output.read_text())["tasks"]["reasoning"]["rows"]
+    (measured,) = json.loads(output.read_text())["rows"].values()
+    rows = measured["tasks"]["reasoning"]["rows"]
     assert [(row["kind"], row["hops"]) for row in rows] == [("yes_no", 1), ("walk", 3)]
     assert all(0 < row["tallies"][0]["written"] <= 2 * budget(row["kind"], row["hops"]) for row in rows)
