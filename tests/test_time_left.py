@@ -53,4 +53,5 @@ def test_on_a_terminal_there_is_a_bar(clock):
 
 
 def test_hours_are_told_where_there_are_any():
-    assert [clock_time(seconds) for seconds in (5, 65, 7265)] == ["0:05", "1:05", "2:01:05"]
+    said = [clock_time(seconds) for seconds in (0, 42.4, 61, 3599.6, 36610)]
+    assert said == ["0:00", "0:42", "1:01", "1:00:00", "10:10:10"]

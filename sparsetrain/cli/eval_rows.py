@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.console import Console
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import ModelError
 from sparsetrain.evaluation.base import TaskResult
-from sparsetrain.evaluation.fingerprint import weights_digest
+from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.rows import DENSE, Attention, Decoding
@@ -29,7 +28,6 @@ from sparsetrain.modeling import check_learned_positions, set_decode, sparsify
 from sparsetrain.modeling.outline import outline
 from sparsetrain.modeling.positions import position_limit
 from sparsetrain.time_left import counting
-from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import EvalSection
@@ -103,7 +101,7 @@ class Evaluation:
                 section = own if row.decoding.recorded else row.decoding.section
                 if section != recorded_section(model):
                     set_decode(model, section)
-                about[row.label] = {**_about(model), "weights": weights}
+                about[row.label] = describe(model, weights)
                 first = next(iter(results.values()), None)
                 new = self._measured(row.label, model, about[row.label], [*same], first, world)
                 found = {**same, **new.tasks}
@@ -139,10 +137,10 @@ class Evaluation:
         console = Console(stderr=True, quiet=not world.main)
         journal = None
         if self.output is not None:
-            name = re.sub(r"[^a-z0-9.-]+", "-", label.lower()).strip("-")[:100]
-            journal = Journal.open(samples_folder(self.output), name, about, world, fresh=self.fresh)
+            folder = samples_folder(self.output)
+            journal = Journal.open(folder, label, about, world, fresh=self.fresh, say=_note)
             for note in journal.notes if world.main else ():
-                print(f"note: {label}: {note}", file=sys.stderr)
+                _note(f"{label}: {note}")
         with counting(label, console) as count:
             return evaluate(
                 model,
@@ -206,13 +204,5 @@ def _record(model: Any) -> dict[str, Any]:
     return record
 
 
-def _about(model: Any) -> dict[str, Any]:
-    """What the numbers of a row depend on, beside tasks and weights."""
-    record = _record(model)
-    return {
-        "attention": record["attention"],
-        "decode": record.get("decode"),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "sparsetrain": __version__,
-    }
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

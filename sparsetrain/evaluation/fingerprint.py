@@ -1,18 +1,39 @@
-"""A digest of a model's weights: whether finished samples are of the same model."""
+"""What the numbers of an evaluation depend on beside tasks: whether finished samples are of the same model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.evaluation.journal import digest
+from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sparsetrain.world import World
 
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def describe(model: PreTrainedModel, weights: str) -> dict[str, Any]:
+    """What a model is evaluated as, for :meth:`~sparsetrain.evaluation.journal.Journal.open`.
+
+    Args:
+        model: gone through :func:`sparsetrain.sparsify`.
+        weights: their :func:`weights_digest`.
+    """
+    record: dict[str, Any] = model.config.sparsetrain
+    return {
+        "attention": record["attention"],
+        "decode": record.get("decode"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "sparsetrain": __version__,
+        "weights": weights,
+    }
 
 
 def weights_digest(model: nn.Module, world: World) -> str:

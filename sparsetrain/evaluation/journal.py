@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -25,53 +27,83 @@ class Journal:
     """The records of finished batches by task, settings and content.
 
     Every rank appends what it measures to a file of its own: JSON lines, of which the first says what is evaluated. Any
-    number of ranks can go on from these files. A journal that was not opened writes nothing.
+    number of ranks can go on from these files. A journal that was not opened writes nothing. After a fault of the disk
+    nothing more is kept, and the evaluation goes on.
+
+    Args:
+        file: of this rank.
+        about: what is evaluated.
+        say: is told of faults of the disk.
     """
 
-    def __init__(self, file: Path | None = None, about: Mapping[str, Any] | None = None) -> None:
-        self._file, self._about = file, about
+    def __init__(
+        self,
+        file: Path | None = None,
+        about: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._file, self._about, self._say = file, about, say
         self._out: TextIO | None = None
+        self._others = ""
         self._records: dict[Key, Any] = {}
         self._new: dict[Key, Any] = {}
         self.notes: list[str] = []
         """What was found in the files, for the user; the same on every rank."""
 
     @classmethod
-    def open(cls, folder: Path, name: str, about: Mapping[str, Any], world: World, *, fresh: bool = False) -> Journal:
+    def open(
+        cls,
+        folder: Path,
+        label: str,
+        about: Mapping[str, Any],
+        world: World,
+        *,
+        fresh: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Journal:
         """The journal of an evaluation, with the records that are there; a collective operation.
 
         Files of an evaluation of something else are removed, and :attr:`notes` says in what it differs.
 
         Args:
             folder: is made where it is missing.
-            name: of the evaluation, with which the names of its files begin.
+            label: of the evaluation, from which the names of its files are made.
             about: JSON of what the records depend on beside tasks and inputs, such as the model, its attention and its
                 dtype. That of rank 0 holds for all ranks.
             fresh: remove what is there.
-
-        Raises:
-            OSError: the folder cannot be made, or a file not be read.
+            say: is told of faults of the disk, on the rank that has them.
         """
         about = _gathered(json.loads(json.dumps(about)), world)[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        journal = cls(folder / f"{name}.rank{world.rank}.jsonl", about)
-        # Other ranks may read the same files, so these are removed when all have.
+        name = re.sub(r"[^a-z0-9.-]+", "-", label.lower()).strip("-")[:100]
+        journal = cls(folder / f"{name}.rank{world.rank}.jsonl", about, say)
+        journal._others = f"{name}.rank*.jsonl"
         notes, useless = set(), []
-        for file in sorted(folder.glob(f"{name}.rank*.jsonl")):
-            records, fault = ({}, None) if fresh else _read(file, about)
-            journal._new |= records
-            if fresh or fault is not None:
-                useless.append(file)
-            if fault is not None:
-                notes.add(f"{file} is not used: {fault}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(folder.glob(journal._others)):
+                records, fault = ({}, None) if fresh else _read(file, about)
+                journal._new |= records
+                if fresh or fault is not None:
+                    useless.append(file)
+                if fault is not None:
+                    notes.add(f"{file} is not used: {fault}")
+        except OSError as error:
+            journal._give_up(error)
+        # Other ranks may read the same files, so these are removed when all have.
         journal.share(world)
         journal.notes = sorted(set().union(*_gathered(notes, world)))
-        for file in useless:
-            if world.main or file == journal._file:
-                file.unlink(missing_ok=True)
+        journal._remove(useless, world)
         if journal._records:
             journal.notes.append(f"{len(journal._records):,} finished batches are taken from {folder}")
         return journal
+
+    def remove(self, world: World) -> None:
+        """Remove the files of all ranks, once nothing more is added."""
+        if self._file is not None:
+            self._remove(sorted(self._file.parent.glob(self._others)), world)
+            with suppress(OSError):
+                self._file.parent.rmdir()  # if it is empty
+        self._file = self._out = None
 
     def part(self, task: str, settings: str) -> Part:
         """The records of a task with these settings."""
@@ -84,23 +116,34 @@ class Journal:
         return self._records[key]
 
     def add(self, key: Key, record: Any) -> None:
-        """Keep a record, in the file at once. It is then what is read back from JSON.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Keep a record, in the file at once. It is then what is read back from JSON."""
         line = json.dumps({**dict(zip(("task", "settings", "batch"), key, strict=True)), "record": record})
         self._records[key] = self._new[key] = json.loads(line)["record"]
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._out = self._out or self._appended(self._file)
             self._out.write(line + "\n")
             self._out.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def share(self, world: World) -> None:
         """Give every rank the records of all; a collective operation."""
         for new in _gathered(self._new, world):
             self._records |= new
         self._new = {}
+
+    def _give_up(self, error: OSError) -> None:
+        self._say(f"{self._file} cannot be written: {error.strerror}; finished samples are not kept from here on")
+        self._file = self._out = None
+
+    def _remove(self, files: list[Path], world: World) -> None:
+        """Remove those of this rank, or on rank 0 all."""
+        for file in files:
+            if world.main or file == self._file:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
     def _appended(self, file: Path) -> TextIO:
         """The file, open behind its last line."""

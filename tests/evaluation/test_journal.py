@@ -108,6 +108,16 @@ def test_changed_text_and_changed_settings_are_measured_anew(evaluation, tmp_pat
     assert seen == [(18, 18)]
 
 
+def test_without_a_folder_to_write_to_the_evaluation_goes_on(evaluation, tmp_path):
+    (tmp_path / "samples").write_text("in the way")
+    said = []
+    journal = Journal.open(tmp_path / "samples", "row", ABOUT, ALONE, say=said.append)
+    assert evaluation(journal=journal)[1][-1] == (18, 18)
+    (line,) = said
+    assert line.startswith(f"{tmp_path / 'samples/row.rank0.jsonl'} cannot be written: ")
+    assert line.endswith("; finished samples are not kept from here on")
+
+
 @dataclass
 class Sample:
     ids: np.ndarray

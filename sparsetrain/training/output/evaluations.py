@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.html.page import PAGE_FILE, write_page
+from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import check_inputs, evaluate
@@ -19,6 +21,9 @@ from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.training.changes import describe_change
 from sparsetrain.training.job import Job, Loaded
+
+SAMPLES_FOLDER = "evaluation.samples"
+"""Finished samples of an evaluation that is not: a run that is stopped there goes on with them."""
 
 
 @dataclass
@@ -46,6 +51,10 @@ class Evaluations:
         if section.empty:
             return None
         activity.at(f"evaluating: {label}", activity.step)
+        about = describe(self.model, weights_digest(self.model, job.world))
+        journal = Journal.open(job.output / SAMPLES_FOLDER, label, about, job.world, say=job.say)
+        for note in journal.notes:
+            job.say(f"{label}: {note}")
         with job.progress.counting(f"evaluating: {label}") as on_progress:
 
             def moved(done: int, total: int) -> None:
@@ -60,11 +69,13 @@ class Evaluations:
                 job.world,
                 seed=job.recipe.train.seed,
                 on_progress=moved,
+                journal=journal,
                 first=next(iter(self.results.values()), None),
             )
         self.results[label] = result
         if job.world.main:
             self.write_report(f"Evaluation of {job.recipe.name}")
+        journal.remove(job.world)
         return result
 
     def write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:

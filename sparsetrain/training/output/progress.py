@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from sparsetrain.time_left import clock_time, counting
+
 WINDOW = 20
 """Number of updates over which tokens per second and remaining time are averaged."""
 
@@ -91,7 +93,7 @@ class Progress:
         if grad_norm is not None:
             parts.append(f"grad {grad_norm:.2f}")
         parts.append(f"{self.tokens_per_second:,.0f} tok/s")
-        parts.append(f"left {_clock_time(self.seconds_left)}")
+        parts.append(f"left {clock_time(self.seconds_left)}")
         status = "  ".join(parts)
         if self._bar is not None:
             with suppress(Exception):
@@ -112,23 +114,21 @@ class Progress:
 
     @contextmanager
     def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """Show counted work: a separate bar on a terminal, otherwise a line at the start.
+        """Show counted work: a line at the start, then a bar on a terminal and elsewhere a line every few seconds, with
+        the time left.
 
         Yields a function to call with ``done`` and ``total``.
         """
-        if (
-            self._console is None
-            or not self._console.is_terminal
-            or (self._bar is not None and self._bar.live.is_started)
-        ):
+        if self._console is None or (self._bar is not None and self._bar.live.is_started):
             self.log(label)
             yield lambda done, total: None
             return
-        columns = (TextColumn(label), BarColumn(bar_width=None), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-        with RichProgress(*columns, console=self._console, expand=True, transient=True) as bar:
-            task = bar.add_task(label)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        self.log(label)
+        if not self._console.is_terminal:
+            self.log(label)
+        with counting(label, self._console) as count:
+            yield count
+        if self._console.is_terminal:
+            self.log(label)
 
     @property
     def tokens_per_second(self) -> float:
@@ -142,9 +142,3 @@ class Progress:
         steps = sum(interval[0] for interval in self._intervals)
         seconds = sum(interval[2] for interval in self._intervals)
         return (self.total_steps - self._step) * seconds / steps if steps else 0.0
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
