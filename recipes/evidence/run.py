@@ -55,15 +55,18 @@ def methods(recipe: Recipe, gates: list[str]) -> dict[str, list[str]]:
     sliding = ["method=sliding", f"block={SLIDING_BLOCK}", f"window={window}", f"sinks={min(1, attention.sinks)}"]
     found = {
         "full": ["attention.method=full", "train.new_modules_lr=null"],
-        **{f"learned, gate {gate}": [f"attention.gate={gate}"] for gate in gates},
+        "sliding": [*(f"attention.{setting}" for setting in sliding), "train.new_modules_lr=null"],
+    }
+    scorers = {
+        "learned": [],
         "frozen": ["attention.scorer=frozen", "attention.init=normal"],
         "detached": ["attention.scorer=detached", "attention.init=normal"],
         "window and random keys": ["attention.scorer=random", "attention.init=null"],
-        "sliding": [*(f"attention.{setting}" for setting in sliding), "train.new_modules_lr=null"],
     }
     if recipe.model.path is not None:  # beside random weights there would be nothing to select for
-        alone = "train.parameters=new_modules"
-        found |= {f"scorers alone, gate {gate}": [f"attention.gate={gate}", alone] for gate in gates}
+        scorers["scorers alone"] = ["train.parameters=new_modules"]
+    for scorer, settings in scorers.items():
+        found |= {f"{scorer}, gate {gate}": [f"attention.gate={gate}", *settings] for gate in gates}
     return found
 
 
@@ -143,9 +146,7 @@ def main(
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 0 and 1 by default.")] = None,
     parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    gate: Annotated[
-        list[str] | None, typer.Option(help="Gates of the learned scorer; the recipe's by default.")
-    ] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="Gates of every scorer; the recipe's by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:

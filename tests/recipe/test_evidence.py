@@ -37,7 +37,15 @@ def test_every_method_reads_as_many_keys(file):
             assert budget <= least + pattern.block - 1 <= budget + 2 * pattern.block
         elif name != "full":
             assert method.sinks + method.topk + method.window == budget
-    assert load_recipe(file, methods(recipe, ["log"])["learned, gate log"]).recipe.attention.gate == "log"
+
+
+def test_every_scorer_is_measured_with_every_gate():
+    recipe = load_recipe(RECALL[1]).recipe
+    gates = ["value", "log"]
+    for scorer in ("learned", "scorers alone", "frozen", "detached", "window and random keys"):
+        for gate in gates:
+            settings = methods(recipe, gates)[f"{scorer}, gate {gate}"]
+            assert load_recipe(RECALL[1], settings).recipe.attention.gate == gate
 
 
 def test_the_scorers_are_trained_alone_where_there_is_a_model_to_train_them_for():
@@ -73,15 +81,23 @@ def test_the_table_has_a_row_a_method_and_columns_for_each_seed():
 def test_the_runner_trains_writes_its_table_and_repeats_nothing(tmp_path):
     settings = ["train.steps=1", "train.warmup=0", "train.micro_batch=1", "eval.tasks.recall.documents=2"]
     for _ in range(2):
-        main("recall", settings, seed=[3], parallel=1, gate=None, only=["window and random keys"], out=tmp_path)
+        main(
+            "recall",
+            settings,
+            seed=[3],
+            parallel=1,
+            gate=None,
+            only=["window and random keys, gate straight"],
+            out=tmp_path,
+        )
         (log,) = tmp_path.glob("*.txt")
         written = log.stat().st_mtime_ns
     (outcome,) = json.loads((tmp_path / "table.json").read_text())
-    assert (outcome["method"], outcome["seed"]) == ("window and random keys", 3)
+    assert (outcome["method"], outcome["seed"]) == ("window and random keys, gate straight", 3)
     assert list(outcome["after"]) == ["answers found", "loss"]
-    assert "| window and random keys |" in (tmp_path / "table.md").read_text()
+    assert "| window and random keys, gate straight |" in (tmp_path / "table.md").read_text()
     assert log.stat().st_mtime_ns == written
-    assert Path(tmp_path / "window-and-random-keys-3/metrics.jsonl").exists()
+    assert Path(tmp_path / "window-and-random-keys-gate-straight-3/metrics.jsonl").exists()
 
 
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
