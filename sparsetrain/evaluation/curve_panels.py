@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsetrain.evaluation.base import LossMarks, Share
 from sparsetrain.evaluation.metrics import Metrics, Points, thinned
@@ -31,6 +31,10 @@ MAX_POINTS = 800
 """Points of a curve that are drawn; with more, the lowest and the highest of each part of the run."""
 ASIDE = 0.04
 """Octaves between the points of two results at one length."""
+BELOW = 0.5
+"""Inches from the axes to a legend below their ticks and label."""
+MOST_LETTERS = 46
+"""Letters of two labels side by side below the narrowest axes."""
 ENOUGH = 40
 """Steps from which on a curve is smoothed."""
 
@@ -66,7 +70,7 @@ def draw_loss(axes: Axes, metrics: Metrics, marks: Sequence[LossMarks] = ()) -> 
         other.spines["right"].set_color(FAINT)
         axes.plot([], [], color=FAINT, linestyle="--", linewidth=1.2, label="learning rate")
     put_steps(axes)
-    axes.legend(loc="best", edgecolor="none")
+    _put_legend(axes)
 
 
 def draw_curves(axes: Axes, title: str, ylabel: str, curves: Mapping[str, Points]) -> None:
@@ -106,7 +110,7 @@ def draw_accuracy(
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color=PAPER)
-    axes.legend(loc="best", edgecolor="none")
+    _put_legend(axes)
 
 
 def draw_layers(axes: Axes, title: str, ylabel: str, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -137,6 +141,18 @@ def smooth(points: Points) -> Points | None:
         low, high = max(0, index - half), min(len(points), index + half + 1)
         found.append((step, (sums[high] - sums[low]) / (high - low)))
     return found
+
+
+def _put_legend(axes: Axes) -> None:
+    """Below the axes, where it covers neither lines nor the labels of points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = axes.transAxes + ScaledTranslation(0, -BELOW, axes.figure.dpi_scale_trans)
+    place: Any = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
+    labels = axes.get_legend_handles_labels()[1]
+    half = -(-len(labels) // 2)
+    letters = sum(max(map(len, column), default=0) for column in (labels[:half], labels[half:]))
+    axes.legend(**place, ncols=2 if letters <= MOST_LETTERS else 1, frameon=False, fontsize=9)
 
 
 def _marker(points: Points) -> str:

@@ -12,6 +12,7 @@ from sparsetrain.recipe.shipped import shipped_recipes
 
 OF_ITS_OWN = ("name", "output")
 """Settings that differ between any two runs."""
+_OWN: Any = {"mode": "json", "exclude_defaults": True}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -25,11 +26,28 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(recipes: Sequence[Recipe]) -> dict[str, list[Any]]:
-    """The settings in which recipes differ, with the value in each; None where one lacks it."""
-    held = [settings(recipe) for recipe in recipes]
-    keys = dict.fromkeys(key for each in held for key in each)
-    found = {key: [each.get(key) for each in held] for key in keys}
+    """The settings in which recipes differ, with the value in each; None where one lacks it.
+
+    A task or a source that one of them lacks is one setting, with what is not a default.
+    """
+    held, parts = [settings(recipe) for recipe in recipes], [_parts(recipe) for recipe in recipes]
+    lacking = {name for each in parts for name in each if any(name not in other for other in parts)}
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for each in held for key in each):
+        part = next((name for name in lacking if key.startswith(f"{name}.")), None)
+        if part is None:
+            found[key] = [each.get(key) for each in held]
+        else:
+            found[part] = [each.get(part) for each in parts]
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def _parts(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The entries of lists of sections by path, each with what is not a default."""
+    sources = {f"data.sources.{n}": source.model_dump(**_OWN) for n, source in enumerate(recipe.data.sources)}
+    named = recipe.eval.by_name.items()
+    tasks = {f"eval.tasks.{name}": {"task": task.task, **task.model_dump(**_OWN)} for name, task in named}
+    return sources | tasks
 
 
 def shipped_origin(recipe: Recipe) -> tuple[str, Recipe] | None:

@@ -13,7 +13,7 @@ from made_runs import ATTACK, Words, add_selection, lines, make_run, passkey, re
 from sparsetrain.cli import main
 from sparsetrain.evaluation import metrics as reading
 from sparsetrain.evaluation.base import Drawing, TaskReport, TaskResult, TaskSection
-from sparsetrain.evaluation.html.page import write_page
+from sparsetrain.evaluation.html.page import plain, write_page
 from sparsetrain.evaluation.html.record import read_run
 from sparsetrain.evaluation.html.svg import picture
 from sparsetrain.evaluation.metrics import read_metrics, thinned
@@ -258,6 +258,16 @@ def test_the_shipped_recipe_is_found_by_name_or_by_likeness():
         assert name == "quickstart"
         assert differences([shipped, each]) == {"train.lr": [7e-4, 1e-3], "eval.tasks.passkey.trials": [8, 9]}
     assert differences([recipe, renamed]) == {}
+
+
+def test_a_task_that_one_recipe_lacks_is_one_setting():
+    less = ["eval.tasks.passkey=null", "data.sources=[{path: python-stdlib}]"]
+    found = differences([load_recipe("quickstart", each).recipe for each in ([], less)])
+    assert found == {
+        "data.sources.1": [{"synthetic": "passkey", "weight": 2}, None],
+        "eval.tasks.passkey": [{"task": "passkey", "lengths": [512, 1024, 2048], "trials": 8}, None],
+    }
+    assert plain(found["eval.tasks.passkey"][0]) == "task: passkey, lengths: [512, 1024, 2048], trials: 8"
 
 
 def test_metrics_are_read_once_and_in_bounded_memory(tmp_path):

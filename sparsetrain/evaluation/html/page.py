@@ -53,7 +53,7 @@ def run_page(record: RunRecord, history: Sequence[str] = ()) -> Page:
     if recipe is not None:
         sections.append(_recipe(record, history))
     lead = f"{attention_facts(recipe)}." if recipe else ""
-    return Page(record.name, lead[:1].upper() + lead[1:], facts(record), sections, record.notes)
+    return Page(record.name, lead, facts(record), sections, record.notes)
 
 
 def facts(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -171,7 +171,10 @@ def _telemetry(record: RunRecord) -> list[Section]:
         height = min(survival.height, 9.0)
         section.draw(lambda: picture(lambda figure: draw_survival(figure, survival), title, height=height, whole=True))
     if groups:
-        values = {name: {layer: last for layer, (_, last) in found.items()} for name, found in groups.items()}
+        values: dict[str, dict[int, float]] = {}
+        for name, found in groups.items():
+            short = name.rpartition("/")[2]
+            values[name if short in values else short] = {layer: last for layer, (_, last) in found.items()}
         section.tables.append(_by_layer("Telemetry in the last logged step", values, folded=True))
     return [section] if section.pictures or section.tables else []
 
@@ -241,7 +244,11 @@ def _versions(environment: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of a recipe as YAML would have it, in one line."""
+    """A value of a recipe in one line."""
     if value is None:
         return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {plain(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(plain, value))}]"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
