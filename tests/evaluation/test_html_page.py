@@ -13,6 +13,7 @@ from made_runs import ATTACK, Words, add_selection, lines, make_run, passkey, re
 from sparsetrain.cli import main
 from sparsetrain.evaluation import metrics as reading
 from sparsetrain.evaluation.base import Drawing, TaskReport, TaskResult, TaskSection
+from sparsetrain.evaluation.html.blocks import Page, Section
 from sparsetrain.evaluation.html.page import plain, write_page
 from sparsetrain.evaluation.html.record import read_run
 from sparsetrain.evaluation.html.svg import picture
@@ -130,6 +131,22 @@ def test_a_damaged_file_is_a_sentence_of_the_page(tmp_path, name):
     page = Words(write_page(folder).read_text(encoding="utf-8"))
     assert "What is missing" in page.text
     assert page.fetched == []
+
+
+@pytest.mark.usefixtures("drafts")
+def test_results_that_make_no_sense_are_a_sentence(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    odd = {"task": "passkey", "lengths": [], "depths": [], "trials": 0, "digits": 5, "correct": []}
+    (folder / "evaluation.json").write_text(json.dumps({"after": {"tasks": {"passkey": odd}}}))
+    (folder / "final").mkdir()
+    (folder / "final/config.json").write_text('{"num_key_value_heads": 1e99, "num_attention_heads": "x"}')
+    assert "The results cannot be shown (ZeroDivisionError" in Words(write_page(folder).read_text()).text
+
+
+def test_headings_that_are_alike_have_addresses_of_their_own():
+    page = Page("twice", "", [], [Section("Recipe"), Section("Recipe"), Section("問")])
+    names = re.findall(r'<h2 id="([^"]+)"', page.html())
+    assert len(set(names)) == 3
 
 
 @pytest.mark.usefixtures("drafts")

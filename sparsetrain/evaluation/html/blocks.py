@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,17 +44,21 @@ class Section:
     code: tuple[str, str] | None = None
     """A caption and a text in a fixed width, folded."""
 
-    @property
-    def anchor(self) -> str:
-        """Its address in the page."""
-        return re.sub(r"[^a-z0-9]+", "-", self.heading.lower()).strip("-")
+    anchor: str = ""
+    """Its address in the page, which the page gives it."""
+
+    @contextmanager
+    def saying(self, fault: str) -> Iterator[None]:
+        """A sentence in the place of what cannot be made: results and drawings of other packages raise anything."""
+        try:
+            yield
+        except Exception as error:
+            self.about.append(f"{fault} ({type(error).__name__}: {error}).")
 
     def draw(self, make: Callable[[], Picture]) -> None:
         """Add a picture; a sentence in its place where it cannot be drawn."""
-        try:
+        with self.saying("A picture cannot be drawn"):
             self.pictures.append(make())
-        except Exception as error:  # drawings of other packages raise anything
-            self.about.append(f"A picture cannot be drawn ({type(error).__name__}: {error}).")
 
 
 @dataclass
@@ -71,6 +76,10 @@ class Page:
 
     def html(self) -> str:
         """The page as one file."""
+        for number, section in enumerate(self.sections):
+            words = re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-")
+            taken = {other.anchor for other in self.sections[:number]}
+            section.anchor = words if words and words not in taken else f"section-{number}"
         return str(_template().render(page=self, version=__version__, style=_file("style.css")))
 
     def write(self, file: Path) -> Path:

@@ -139,7 +139,8 @@ def _tasks(runs: Runs, trained_length: int | None, changed: Iterable[str]) -> li
     sections = task_sections(results, trained_length)
     for (task, measured), section in zip(by_task(results), sections, strict=True):
         if len(measured) > 1:
-            section.tables.insert(1, difference_table(measured))
+            with section.saying("Differences cannot be shown"):
+                section.tables.insert(1, difference_table(measured))
         lacking = [name for name in runs if name not in measured]
         if lacking:
             section.about.append(f"Not measured in the last evaluation of {', '.join(lacking)}.")

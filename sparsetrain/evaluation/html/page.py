@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,12 @@ def _attention(record: RunRecord) -> Section:
         kind = attention.pattern_drawn(length, kv_heads or 1) or pattern
         title = f"Blocks that see each other: {kind.density(length):.1%} of full attention at {length:,} tokens"
         section.draw(lambda: picture(lambda axes: draw_mask(axes, attention, kind, length), title, height=5.0))
-        layers = len(densities)
-        if layers:
+        with section.saying("The reach of the pattern cannot be drawn"):
+            words, layers = "Blocks that reach the last one after each layer", len(densities)
             dense = attention.resolve_dense_layers(layers)
-            words = "Blocks that reach the last one after each layer"
-            section.draw(lambda: picture(lambda axes: draw_reach(axes, kind, length, layers, dense), words, height=5.0))
+            reach = partial(draw_reach, pattern=kind, length=length, num_layers=layers, dense_layers=dense)
+            if layers:
+                section.draw(lambda: picture(reach, words, height=5.0))
     if densities:
         title = "Density: share of the causal pairs attended"
         section.draw(lambda: picture(lambda axes: draw_layers(axes, title, "share", {"density": densities}), title))

@@ -19,6 +19,8 @@ from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.local_model import decoder_config
 
 RECIPE_FILE = "recipe.yaml"
+MOST_HEADS = 1024
+"""KV heads of a layer; a config that names more is not believed."""
 T = TypeVar("T")
 
 
@@ -48,7 +50,7 @@ class RunRecord:
         """KV heads of the model; None where its config is not on this machine."""
         config = _config_of(self.folder) or (decoder_config(self.recipe.model) if self.recipe else {})
         found = config.get("num_key_value_heads") or config.get("num_attention_heads")
-        return found if isinstance(found, int) and found > 0 else None
+        return found if isinstance(found, int) and 0 < found <= MOST_HEADS else None
 
     def last_result(self) -> tuple[str, EvalResult] | None:
         """The last evaluation and its label."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from sparsetrain.evaluation.base import Drawing, TaskResult
+from sparsetrain.evaluation.base import TaskResult
 from sparsetrain.evaluation.curve_panels import draw_accuracy
 from sparsetrain.evaluation.html.blocks import Section, Table, short_labels, significant
 from sparsetrain.evaluation.html.svg import WIDTH, picture
@@ -28,13 +28,16 @@ def task_sections(results: Mapping[str, EvalResult], trained_length: int | None)
     sections = []
     for name, measured in by_task(results):
         kind = type(next(iter(measured.values())))
-        report = kind.report(measured)
-        section = Section(report.heading + kind.ending(name), [report.about])
-        _draw(section, name, measured, trained_length)
-        section.tables = [Table(report.title, report.rows)]
-        ending = f", {report.details_heading}" if report.details_heading else ""
-        section.tables += [Table(f"{label}{ending}", rows, folded=True) for label, rows in report.details.items()]
+        section = Section(name)
         sections.append(section)
+        with section.saying("The results cannot be shown"):
+            report = kind.report(measured)
+            section.heading = report.heading + kind.ending(name)
+            section.about.append(report.about)
+            section.tables.append(Table(report.title, report.rows))
+            ending = f", {report.details_heading}" if report.details_heading else ""
+            section.tables += [Table(f"{label}{ending}", rows, folded=True) for label, rows in report.details.items()]
+            _draw(section, name, measured, trained_length)
     return sections
 
 
@@ -68,28 +71,18 @@ def _draw(section: Section, name: str, measured: Mapping[str, TaskResult], train
         title = f"{section.heading}: found by length"
         shown = few(accuracy)
         section.draw(lambda: picture(lambda axes: draw_accuracy(axes, title, shown, trained_length), title))
-    named = {short[label]: result for label, result in measured.items()}
-    together = _drawing(section, kind, name, named, trained_length)
-    if together is None:
-        return
-    for panel in together.panels or ([] if kind.wide else [together.draw]):
-        section.draw(partial(picture, panel, f"{section.heading}: see the tables", titled=True))
-    if not kind.wide or together.panels:
-        return
-    # Maps of several results side by side would be too small on a phone: each is a picture of its own.
-    for label, result in few(measured).items():
-        alone = _drawing(section, kind, name, {short[label]: result}, trained_length)
-        if alone is not None:
-            width = alone.width if alone.width > BROAD else WIDTH
-            title = f"{section.heading} of {label}: see the tables"
-            section.draw(partial(picture, alone.draw, title, width=width, height=alone.height, whole=True))
-
-
-def _drawing(
-    section: Section, kind: type[TaskResult], name: str, group: Mapping[str, TaskResult], trained_length: int | None
-) -> Drawing | None:
-    try:
-        return kind.drawing(name, group, trained_length)
-    except Exception as error:  # those of other packages raise anything
-        section.about.append(f"A picture cannot be drawn ({type(error).__name__}: {error}).")
-        return None
+    with section.saying("A picture cannot be drawn"):
+        together = kind.drawing(name, {short[label]: result for label, result in measured.items()}, trained_length)
+        if together is None:
+            return
+        for panel in together.panels or ([] if kind.wide else [together.draw]):
+            section.draw(partial(picture, panel, f"{section.heading}: see the tables", titled=True))
+        if not kind.wide or together.panels:
+            return
+        # Maps of several results side by side would be too small on a phone: each is a picture of its own.
+        for label, result in few(measured).items():
+            alone = kind.drawing(name, {short[label]: result}, trained_length)
+            if alone is not None:
+                width = alone.width if alone.width > BROAD else WIDTH
+                title = f"{section.heading} of {label}: see the tables"
+                section.draw(partial(picture, alone.draw, title, width=width, height=alone.height, whole=True))
