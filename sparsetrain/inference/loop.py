@@ -28,6 +28,7 @@ from sparsetrain.generation.pages import check_room
 from sparsetrain.inference.captured_step import CapturedStep
 from sparsetrain.modeling import SparseCache
 from sparsetrain.modeling.cache import UNUSED
+from sparsetrain.modeling.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -97,7 +98,7 @@ def why_not(model: Any, arguments: dict[str, Any]) -> str | None:
         return "some layer's memory changes on the host with every step"
     if len({each.device for each in model.parameters()}) > 1:
         return "the model's weights are on several devices"
-    if any(hasattr(each, "ds_id") for each in model.parameters()):
+    if is_sharded(model):
         return "the model's weights are shared out over ranks (ZeRO-3)"
     for name in ("custom_generate", "assistant_model", "synced_gpus"):
         if arguments.get(name):
