@@ -114,7 +114,8 @@ def evaluate_model(
       sparsetrain eval runs/quickstart --attention trained --attention dense
       sparsetrain eval Qwen/Qwen3-0.6B --tasks ruler,passkey --lengths 4k,8k,16k --output qwen.json
       sparsetrain eval Qwen/Qwen3-0.6B --tasks perplexity --attention dense --attention power
-      sparsetrain eval my-model my-recipe.yaml eval.tasks.ruler.samples=50 --decode none --decode twilight
+      sparsetrain eval my-model my-recipe.yaml eval.tasks.ruler.samples=50
+      sparsetrain eval my-model --tasks ruler --decode none --decode twilight --decode quest
 
     \b
     Several GPUs share the samples, with the same result:
@@ -156,10 +157,12 @@ def evaluate_model(
 
     from sparsetrain.cli.eval_rows import Evaluation
     from sparsetrain.evaluation.report import print_differences, print_results
+    from sparsetrain.evaluation.runner import check_inputs
     from sparsetrain.training.distributed.launcher import connect
 
     # The bar of an evaluation is the only one.
     transformers.utils.logging.disable_progress_bar()
+    check_inputs(measured.section, source().tokenizer, measured.seed)
     evaluation = Evaluation(source(), measured.section, measured.seed, kind, output, resume is False)
     rows = evaluation.rows(attentions, decodings)
     world = connect(place, timeout=RANK_MINUTES)

@@ -224,6 +224,7 @@ def test_ranks_share_the_samples_and_one_tells(run):
             ["run", "--output", "nowhere/result.json"],
             "--output nowhere/result.json: there is no such folder to write",
         ),
+        (["run", "--tasks", "perplexity", "eval.tasks.perplexity.source={path: gone.txt}"], "gone.txt"),
         (["run/final", "gone.yaml"], "there is no recipe gone.yaml"),
         (["sparsetrain:tiny"], "nothing says what to measure of sparsetrain:tiny, which is not of a run: name tasks"),
         (["sparsetrain:tiny", "--tasks", "passkey", "--lengths", "8"], "eval.tasks.passkey.lengths: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from sparsetrain.evaluation.fingerprint import weights_digest
 from sparsetrain.evaluation.journal import Journal, digest
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.evaluation.tasks.passkey import PasskeySection
 from sparsetrain.evaluation.tasks.perplexity import PerplexitySection
 from sparsetrain.evaluation.tasks.recall import RecallSection
 from sparsetrain.evaluation.tasks.ruler import RulerSection
+from sparsetrain.modeling import sparsify
 from sparsetrain.recipe.schema import EvalSection
 from sparsetrain.source_section import DataSource
 from sparsetrain.world import World
@@ -141,6 +144,23 @@ def test_a_digest_is_of_the_content():
     assert len(set(map(digest, others))) == len(others)
     with pytest.raises(TypeError, match="no digest of a object"):
         digest([object()])
+
+
+def test_a_digest_of_weights_tells_models_apart(tiny_model):
+    tiny_model.register_buffer("flags", torch.tensor([True, False]))
+    first = weights_digest(tiny_model, ALONE)
+    assert weights_digest(copy.deepcopy(tiny_model), ALONE) == first
+    changed = []
+    for change in (
+        lambda model: model.lm_head.weight.data[3, 4].mul_(-1),
+        lambda model: model.flags.fill_(True),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: sparsify(model, {"method": "sparsek", "topk": 8, "window": 4}),
+    ):
+        other = copy.deepcopy(tiny_model)
+        change(other)
+        changed.append(weights_digest(other, ALONE))
+    assert len({first, *changed}) == 5
 
 
 def test_a_record_is_what_json_gives_back(tmp_path):
