@@ -81,8 +81,8 @@ def cache_costs(model: PreTrainedModel, recipe: Recipe) -> dict[str, float]:
     heads = text_config.num_attention_heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    if not isinstance(kv_heads, int):  # a number for each layer
-        return {}
+    if not isinstance(kv_heads, int) or getattr(text_config, "kv_lora_rank", None) is not None:
+        return {}  # a number for each layer, or keys that are not as wide as values
     bytes_each = 2 * kv_heads * head_dim * getattr(torch, recipe.model.dtype).itemsize
     prompt = recipe.sequence.length
     length = prompt + GENERATED
