@@ -242,6 +242,35 @@ class Method(ABC):
     def density(self, length: int) -> float:
         """The fraction of the causal pairs of ``length`` tokens that is attended."""
 
+    def keys_read(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        **options: Unpack[AttentionOptions],
+    ) -> torch.Tensor:
+        """The keys that :meth:`attend` reads for some tokens, in evaluation. The task ``attention_error`` asks for it,
+        and refuses a method that does not define it.
+
+        Args:
+            query: ``[1, Hq, N, D]``, of one document.
+            key, value: ``[1, Hkv, N, D]``.
+            rows: int64 ``[R]``, positions of these tokens.
+            options: Those of the call of :meth:`attend`.
+
+        Returns:
+            bool ``[H, R, N]``, ``H`` being 1 where all heads read the same keys, else ``Hkv``.
+        """
+        raise ModelError(f"{type(self).__name__} does not say which keys a token reads (keys_read)")
+
+    @property
+    def says_keys_read(self) -> bool:
+        """Whether the method defines :meth:`keys_read`."""
+        return type(self).keys_read is not Method.keys_read
+
     @abstractmethod
     def attend(
         self,

@@ -57,6 +57,21 @@ class FullMethod(Method):
         """All causal pairs."""
         return 1.0
 
+    def keys_read(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        **options: Unpack[AttentionOptions],
+    ) -> torch.Tensor:
+        """See :meth:`Method.keys_read`, bool ``[1, R, N]``: all keys up to the token itself."""
+        import torch
+
+        return (torch.arange(key.shape[2], device=key.device) <= rows[:, None])[None]
+
     def attend(
         self,
         layer: nn.Module,

@@ -68,6 +68,27 @@ class StaticMethod(Method):
         """The fraction of the causal pairs of ``length`` tokens that is attended, averaged over the heads."""
         return sum(self.pattern.density(length, head) for head in self.pattern.heads) / len(self.pattern.heads)
 
+    def keys_read(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        **options: Unpack[AttentionOptions],
+    ) -> torch.Tensor:
+        """See :meth:`Method.keys_read`, bool ``[H, R, N]``: the listed blocks up to the token itself."""
+        import torch
+
+        pattern, length = self.pattern, key.shape[2]
+        blocks = torch.zeros(len(pattern.heads), len(rows), -(-length // pattern.block), dtype=torch.bool)
+        for head in pattern.heads:
+            for index, row in enumerate(rows.tolist()):
+                blocks[head, index, list(pattern.key_blocks(row // pattern.block, head))] = True
+        seen = blocks.to(key.device).repeat_interleave(pattern.block, dim=-1)[..., :length]
+        return seen & (torch.arange(length, device=key.device) <= rows[:, None])
+
     def attend(
         self,
         layer: nn.Module,

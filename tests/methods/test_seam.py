@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsetrain.methods.base import Method, MethodConfig
+from sparsetrain.methods.base import Method, MethodConfig, PassDocuments
 from sparsetrain.methods.registry import METHODS, parse_attention
 from sparsetrain.methods.static import StaticMethod
 
@@ -40,6 +40,35 @@ def test_the_oracle_is_what_a_layer_answers(method):
     assert len(rows) >= 32
     assert right.dtype == torch.float64
     torch.testing.assert_close(output[:, :, rows].double(), right, rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = [(method, {}) for method in METHODS]
+VARIANTS += [("recycled", {"p": 0.6, "similarity": 0.9}), ("sparsek", {"topk": 90})]
+
+
+@pytest.mark.parametrize(("method", "more"), VARIANTS)
+def test_attention_over_the_keys_that_a_method_says_it_reads_is_what_a_layer_answers(method, more):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)
+    call = {"cu_seqlens": torch.tensor([0, 90]).int(), "scale": 0.3, "softcap": None, "sink_logits": None}
+    gate = {"gate": "straight"} if method == "sparsek" else {}  # the others also scale what is read
+    layer = nn.Module().eval()
+    layer.layer_idx = 1
+    built = parse_attention({"method": method, **SMALL[method], **gate, **more}).build(2)
+    if method == "recycled":
+        plan = built.plan_pass(PassDocuments([0, 90], [20], ["text"]))
+        call["segments"] = plan
+    rows = torch.tensor([0, 5, 19, 20, 40, 43, 62, 89])
+    read = built.keys_read(layer, query, key, value, rows=rows, **call)
+    assert read.dtype == torch.bool
+    assert read.shape in {(1, 8, 90), (2, 8, 90)}
+    assert built.says_keys_read
+    weights = (query[0, :, rows].unflatten(0, (2, 2)) @ key[0, :, None].mT * 0.3).masked_fill(
+        ~read[:, None], float("-inf")
+    )
+    expected = (weights.softmax(-1) @ value[0, :, None]).flatten(0, 1)
+    output = built.attend(layer, query, key, value, q_start=None, **call)
+    torch.testing.assert_close(output[0, :, rows], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_config_without_costs_is_refused_where_it_is_defined():

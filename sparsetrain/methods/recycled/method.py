@@ -182,6 +182,22 @@ class RecycledMethod(Method):
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def keys_read(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        segments: Segments | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> torch.Tensor:
+        """See :meth:`Method.keys_read`, bool ``[Hkv, R, N]``: all keys, or the last choice and those since."""
+        from sparsetrain.methods.recycled.rows import keys_of_rows
+
+        return keys_of_rows(self.rules, query, key, value, rows, self._segments(segments, query, options), options)
+
     def expected(
         self,
         layer: nn.Module,

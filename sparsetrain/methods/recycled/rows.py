@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from sparsetrain_kernels import causal_attention, listed_attention, put_rows, take_rows
 from torch import Tensor
 
@@ -62,3 +64,42 @@ def attend_rows(
     # A prompt sees nothing outside itself.
     own = (tensor[:, :, prompts] for tensor in (query, key, value))
     return put_rows(out, prompts, causal_attention(*own, cu_seqlens=segments.prompt_bounds, scale=scale))
+
+
+def keys_of_rows(
+    rules: Rules,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    segments: Segments,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The keys that some rows of one document read, bool ``[Hkv, R, N]``.
+
+    Args:
+        query: ``[1, Hq, N, D]``.
+        key, value: ``[1, Hkv, N, D]``.
+        rows: int64 ``[R]``.
+        segments, options: As in :func:`attend_rows`.
+    """
+    scale = options.get("scale") or query.shape[3] ** -0.5
+    cu_seqlens = options.get("cu_seqlens")
+    segments = settled(rules, query, segments)
+    index = torch.searchsorted(segments.starts.long(), rows, right=True) - 1
+    # Rows before the first choice are a prompt, and attend fully as those that choose do.
+    used, of = index.clamp(min=0).unique(return_inverse=True)
+    part = replace(segments, starts=segments.starts[used], documents=segments.documents[used])
+    starts = part.starts.long()
+    shared: dict[str, Any] = {"query_positions": part.starts, "cu_seqlens": cu_seqlens, "scale": scale}
+    asked = query[:, :, starts].contiguous()
+    _, lse = causal_attention(asked, key, value, return_lse=True, **shared)
+    lists, counts = choose(rules, asked, key, lse, part, cu_seqlens, scale)
+
+    length = key.shape[2]
+    place, row, start = torch.arange(length, device=key.device), rows[:, None], starts[of][:, None]
+    unused = torch.arange(lists.shape[3], device=key.device) >= counts[0, :, :, None]
+    chosen = torch.zeros(*counts.shape[1:], length + 1, dtype=torch.bool, device=key.device)
+    chosen.scatter_(2, lists[0].long().masked_fill(unused, length), True)
+    seen = chosen[:, of, :length] | (place > start - rules.recent) | (place < rules.sinks)
+    return (seen | (row <= start)) & (place <= row)

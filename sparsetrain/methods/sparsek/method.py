@@ -229,6 +229,32 @@ class SparseKMethod(Method):
         topk = self.training_topk if layer.training else self.config.topk
         return self._select_and_attend(layer, query, key, value, scores, topk, cu_seqlens, options.get("scale"))
 
+    def keys_read(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        rows: torch.Tensor,
+        sparsek_scores: torch.Tensor | None = None,
+        sparsek_gain: torch.Tensor | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> torch.Tensor:
+        """See :meth:`Method.keys_read`, bool ``[H, R, N]``: the sinks, the window, and the selection."""
+        import torch
+        from sparsetrain_kernels.causal_selection import causal_sparsek
+        from sparsetrain_kernels.score_placement import document_positions
+
+        config, cu_seqlens = self.config, options.get("cu_seqlens")
+        places = document_positions(query.shape[2], cu_seqlens, query.device)
+        scores, _ = self._scores(layer, query, sparsek_scores, sparsek_gain, places)
+        selection = causal_sparsek(scores, config.topk, config.window, sinks=config.sinks, cu_seqlens=cu_seqlens)
+        place, row = torch.arange(key.shape[2], device=key.device), rows[:, None]
+        always = (place < config.sinks) | (row - place < config.window)
+        # Behind the window a key is selected until its exit.
+        return (always | (row < selection.exit[0, :, None])) & (place <= row)
+
     def expected(
         self,
         layer: nn.Module,
