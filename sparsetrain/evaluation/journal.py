@@ -66,7 +66,7 @@ class Journal:
         Files of an evaluation of something else are removed, and :attr:`notes` says in what it differs.
 
         Args:
-            folder: is made where it is missing.
+            folder: is made where it is missing, in one that exists.
             label: of the evaluation, from which the names of its files are made.
             about: JSON of what the records depend on beside tasks and inputs, such as the model, its attention and its
                 dtype. That of rank 0 holds for all ranks.
@@ -79,7 +79,7 @@ class Journal:
         journal._others = f"{name}.rank*.jsonl"
         notes, useless = set(), []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             for file in sorted(folder.glob(journal._others)):
                 records, fault = ({}, None) if fresh else _read(file, about)
                 journal._new |= records
