@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparsetrain_kernels.eager import called_plainly
 from sparsetrain_kernels.first_derivative import first_derivative_only
 from sparsetrain_kernels.inputs import consecutive_rows
 
@@ -59,13 +60,14 @@ def define_attention(
     run_forward = getattr(torch.ops.sparsetrain, f"{name}_fwd")
     run_backward = getattr(torch.ops.sparsetrain, f"{name}_bwd")
 
-    @torch.library.impl(f"sparsetrain::{name}_fwd", "default")
     def _forward(*args: Any) -> Any:
         return forward(args[-1])(inputs._make(args[:-1]))
 
-    @torch.library.impl(f"sparsetrain::{name}_bwd", "default")
     def _backward(grad_out: Tensor, *args: Any) -> Any:
         return backward(args[-1])(inputs._make(args[before:-1]), consecutive_rows(grad_out), *args[:before])
+
+    torch.library.impl(f"sparsetrain::{name}_fwd", "default", _forward)
+    torch.library.impl(f"sparsetrain::{name}_bwd", "default", _backward)
 
     @torch.library.register_fake(f"sparsetrain::{name}_fwd")
     def _forward_fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +83,7 @@ def define_attention(
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return run_forward(*args)
+            return (_forward if called_plainly(*args[:trained]) else run_forward)(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,7 +100,8 @@ def define_attention(
             *saved, out, lse = ctx.saved_tensors
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
             results = (grad_lse, out, lse) if lse_gradient else (out, lse)
-            grads = run_backward(grad_out, *results, *saved, *ctx.settings)
+            run = _backward if called_plainly(grad_out, *saved[:trained]) else run_backward
+            grads = run(grad_out, *results, *saved, *ctx.settings)
             return *grads, *[None] * (len(saved) - trained + len(ctx.settings))
 
     @register_flop_formula(run_forward, get_raw=True)

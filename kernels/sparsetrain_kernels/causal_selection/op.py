@@ -10,6 +10,7 @@ from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.causal_selection.axis import MAX_TOKENS
 from sparsetrain_kernels.causal_selection.library import CausalSparsek
 from sparsetrain_kernels.causal_selection.selection import CausalSelection
+from sparsetrain_kernels.eager import apply
 
 TRITON_TOKENS = 2**24
 """Tokens of all heads together: the kernels' axis is twice as fine."""
@@ -69,8 +70,10 @@ def causal_sparsek(
     chosen = choose_backend(backend, scores, refusals)
     needs_grad = torch.is_grad_enabled() and scores.requires_grad
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = CausalSparsek.apply if needs_grad else torch.ops.sparsetrain.causal_sparsek
-    return CausalSelection(*run(scores, topk, window, sinks, cu_seqlens, chosen))
+    args = (scores, topk, window, sinks, cu_seqlens, chosen)
+    return CausalSelection(
+        *(apply(CausalSparsek, *args) if needs_grad else torch.ops.sparsetrain.causal_sparsek(*args))
+    )
 
 
 def _check(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None) -> None:

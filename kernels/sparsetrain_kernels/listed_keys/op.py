@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend, triton_refusal
+from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.listed_keys import reference
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs, ListedOptions, check_listed_inputs
 from sparsetrain_kernels.listed_keys.library import ListedAttention
@@ -129,8 +130,8 @@ def listed_attention(
     chosen = choose_backend(backend, inputs.query, refusals)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = ListedAttention.apply if needs_grad else torch.ops.sparsetrain.listed_fwd
-    out, lse = run(*inputs, chosen)
+    args = (*inputs, chosen)
+    out, lse = apply(ListedAttention, *args) if needs_grad else ListedAttention.forward(*args)
     return (out, lse) if return_lse else out
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.backend import choose_backend
 from sparsetrain_kernels.documents import from_documents, known_bounds
+from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.score_placement import reference
 from sparsetrain_kernels.score_placement.library import PlaceScores
 from sparsetrain_kernels.score_placement.reference import DocumentPositions, Moments
@@ -76,8 +77,9 @@ def place_scores(
         scores, *after = torch.ops.sparsetrain.place_next_score(linear, gain, positions.position, *moments, slope)
         return scores, Moments(*after)
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = PlaceScores.apply if needs_grad else torch.ops.sparsetrain.place_scores
-    scores, total, squares = run(linear, gain, positions.position, positions.first, slope)
+    args = (linear, gain, positions.position, positions.first, slope)
+    placed = apply(PlaceScores, *args) if needs_grad else torch.ops.sparsetrain.place_scores(*args)
+    scores, total, squares = placed
     return scores, Moments(total[..., -1], squares[..., -1])
 
 
