@@ -21,6 +21,8 @@ a model's kernels without a GPU."""
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_HEAD_DIM = 256
 """The largest that the attention kernels have tiles for."""
+GLUON_DTYPES = (torch.float16, torch.bfloat16)
+GLUON_HEAD_DIMS = (64, 128)
 TESTED_GLUON = ((3, 6), (3, 9))
 """Oldest and newest Triton whose Gluon, still experimental there, the Hopper kernels were compiled with."""
 
@@ -57,6 +59,15 @@ def triton_refusal(query: torch.Tensor) -> str | None:
         return f"its kernels take fp32, fp16 and bf16, not {query.dtype}"
     if query.shape[-1] > TRITON_HEAD_DIM:
         return f"its kernels take a head_dim of up to {TRITON_HEAD_DIM}, not {query.shape[-1]}"
+    return None
+
+
+def gluon_refusal(query: torch.Tensor) -> str | None:
+    """Why the Hopper kernels of attention cannot run this query, ``[..., head_dim]``, or None."""
+    if query.dtype not in GLUON_DTYPES:
+        return f"its kernels take fp16 and bf16, not {query.dtype}"
+    if query.shape[-1] not in GLUON_HEAD_DIMS:
+        return f"its kernels take a head_dim of 64 or 128, not {query.shape[-1]}"
     return None
 
 

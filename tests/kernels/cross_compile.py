@@ -178,8 +178,14 @@ def compile_sparsek(dtype: str) -> None:
     ages = {"AGE_1": 1, "AGE_2": 4}
     alone = {"PACKED": False, "BLOCK": 256}
     absent = ("parent_keys_ptr", "parent_counts_ptr", "whole_ptr", "scores_or_inf_ptr")
-    long_list = {**dict.fromkeys(absent), "FROM_PARENT": False, "SINKS": False, "ROWS": 2048}
-    tile_list = {"FROM_PARENT": True, "SINKS": True, "ROWS": 128}
+    long_list = {
+        **dict.fromkeys((*absent, "seen_ptr")),
+        "FROM_PARENT": False,
+        "SINKS": False,
+        "ROWS": 2048,
+        "SEEN": False,
+    }
+    tile_list = {"FROM_PARENT": True, "SINKS": True, "ROWS": 128, "SEEN": True}
     kernels: list[tuple[Any, dict[str, Any], dict[str, str], int]] = [
         (placement_kernels.placement_fwd_kernel, {**along, "SLOPE": 1e-4}, {}, 8),
         (placement_kernels.placement_bwd_kernel, along, {}, 8),
@@ -214,7 +220,7 @@ def compile_sparsek(dtype: str) -> None:
     known |= {"unit": "i64", "limit": "i64", "to_unit": "fp32"}
     for kernel, constants, types, warps in kernels:
         if kernel is lists.select_keys_kernel:
-            constants = {**constants, "PARENT_ROWS": 2048, "SCAN": 1024, "PACKED": False}
+            constants = {**constants, "PARENT_ROWS": 2048, "SCAN": 1024, "FILL": 128, "PACKED": False}
         names = [name for name in kernel.arg_names if name.endswith("_ptr") and not name.startswith("doc_")]
         own = dict.fromkeys(names, "*i32") | known | types
         report(f"{kernel.__name__} {constants}", source(ASTSource, kernel, dtype, constants, own), {"num_warps": warps})

@@ -1,4 +1,5 @@
-"""As ``cross_compile.py``, for attention over lists by segments and of chosen rows: ``FAMILY DTYPE``."""
+"""As ``cross_compile.py``, for attention over lists by segments, of chosen rows, and of SparseK's selections on Hopper:
+``FAMILY DTYPE``."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from cross_compile import report, source
+from cross_compile import report, source, tiles
 from sparsetrain_kernels import row_statistics
 from sparsetrain_kernels.dense.triton import keys, rows
 from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
@@ -19,7 +20,11 @@ from sparsetrain_kernels.launching import Config
 from sparsetrain_kernels.listed_keys.triton import grad_keys, skipped, work
 from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
 from sparsetrain_kernels.listed_keys.triton.launch import PLACES
+from sparsetrain_kernels.selected_keys.hopper import forward, grad_key_value, grad_query
+from sparsetrain_kernels.selected_keys.hopper.launch import KEY_STAGES, STAGES, VALUE_STAGES
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = (
@@ -120,7 +125,34 @@ def compile_work(dtype: str) -> None:
     compile_one("skipped", skipped.clear_skipped_rows_kernel, dtype, constants, None)
 
 
-if __name__ == "__main__":
-    {"listed": compile_listed, "rows": compile_rows, "choice": compile_choice, "work": compile_work}[sys.argv[1]](
-        sys.argv[2]
+def compile_selected(dtype: str) -> None:
+    """The Gluon kernels of SparseK: over rows, over selected keys and over neighbouring ones."""
+    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    singles = ("lse_ptr", "delta_ptr", "scores_ptr", "threshold_ptr", "grad_threshold_ptr")
+    singles += ("partial_ptr", "partial_scores_ptr", "grad_scores_ptr")
+    integers = ("keys_ptr", "seen_ptr", "counts_ptr", "whole_ptr", "exit_ptr", "places_until_ptr")
+    known = dict.fromkeys(integers, "*i32") | dict.fromkeys(singles, "*fp32")
+    known |= dict.fromkeys(("lse_desc", "delta_desc", "threshold_desc"), f"tensordesc<fp32[64],{line!r}>")
+    shape = {"SHARED_SELECTION": False, "PACKED": False, "STRETCH": 2048, "STAGES": STAGES}
+    shape |= {"KEY_STAGES": KEY_STAGES, "VALUE_STAGES": VALUE_STAGES}
+    shape |= {"GATE": "value", "LISTED": True}
+    neighbours: dict[str, Any] = {"LISTED": False, "GATE": "none", "threshold_desc": None}
+    kernels: tuple[tuple[str, Any, int, dict[str, Any]], ...] = (
+        ("fwd", forward.selected_fwd_hopper_kernel, 128, {}),
+        ("dq", grad_query.selected_bwd_dq_hopper_kernel, 64, {}),
+        ("dkv of selected keys", grad_key_value.selected_bwd_dkv_hopper_kernel, 64, {}),
+        ("dkv of neighbours", grad_key_value.selected_bwd_dkv_hopper_kernel, 64, neighbours),
     )
+    head_dim = 128
+    for name, kernel, tile, own in kernels:
+        types = known | {f"{tensor}_desc": tiles(dtype, 64, head_dim) for tensor in ("q", "do")}
+        types |= {f"{tensor}_desc": tiles(dtype, tile, head_dim) for tensor in ("k", "v")}
+        constants = {name: each for name, each in (shape | own).items() if name in kernel.arg_names}
+        types = {name: each for name, each in types.items() if name in kernel.arg_names and name not in constants}
+        code = source(GluonASTSource, kernel, dtype, constants, types)
+        report(f"{name} {dtype} {head_dim}", code, {"num_warps": 4, "enable_fp_fusion": True})
+
+
+if __name__ == "__main__":
+    families = {"listed": compile_listed, "rows": compile_rows, "choice": compile_choice, "work": compile_work}
+    (families | {"selected": compile_selected})[sys.argv[1]](sys.argv[2])

@@ -159,7 +159,7 @@ CHOSEN = torch.tensor([0, 4, 9], dtype=torch.int32)
         ({"q_start": 0}, "q_start=0 cannot be combined"),
         ({"softcap": 2.0}, "softcap=2.0 cannot be combined"),
         ({"sink_logits": torch.zeros(4)}, "sink_logits=a tensor cannot be combined"),
-        ({"backend": "gluon"}, "its kernel takes fp16 and bf16, not torch.float32"),
+        ({"backend": "gluon"}, "its kernels take fp16 and bf16, not torch.float32"),
         (dict(zip(("query", "key", "value"), (t.half() for t in (QUERY, KEY, KEY)))) | {"backend": "gluon"}, "not 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

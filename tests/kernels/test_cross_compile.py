@@ -102,8 +102,8 @@ def test_the_kernels_around_attention_keep_to_registers(family: str, count: int)
         assert kernel["stack"] <= STACK.get(family, {}).get(kernel["kernel"], 0), kernel
 
 
-@pytest.mark.parametrize(("family", "count"), [("listed", 12), ("rows", 6), ("choice", 5)])
-def test_attention_of_segments_and_chosen_rows_uses_the_tensor_cores(family: str, count: int) -> None:
+@pytest.mark.parametrize(("family", "count"), [("listed", 12), ("rows", 6), ("choice", 5), ("selected", 4)])
+def test_attention_of_segments_rows_and_selections_uses_the_tensor_cores(family: str, count: int) -> None:
     kernels = compiled(family, "bf16", script="cross_compile_segments.py")
     assert len(kernels) == count
     for kernel in kernels:

@@ -160,7 +160,7 @@ GOOD: dict[str, Any] = {
         ({"gate": "none"}, "gate='none' does not exist; choose one of value, log, straight"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, r"cu_seqlens=\[0, 9\]"),
-        ({"backend": "gluon"}, "there is no Hopper version; use backend='auto' or 'reference'"),
+        ({"backend": "gluon"}, "fp16 and bf16, not torch.float32; use backend='auto' or 'reference'"),
         ({"backend": "cuda"}, "backend='cuda' does not exist"),
     ],
     ids=str,

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.arguments import check_count
-from sparsetrain_kernels.backend import choose_backend, triton_refusal
+from sparsetrain_kernels.backend import choose_backend, gluon_refusal, triton_refusal
 from sparsetrain_kernels.block_pattern import reference
 from sparsetrain_kernels.block_pattern.library import BlockPatternAttention, block_pattern_forward
 from sparsetrain_kernels.block_pattern.pattern import BlockLists, BlockPattern, block_lists
 from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.inputs import AttentionInputs, AttentionOptions, check_inputs, consecutive_rows
 
-GLUON_DTYPES = (torch.float16, torch.bfloat16)
-GLUON_HEAD_DIMS = (64, 128)
 GLUON_TILE = 128
 WORKSPACE = 2**31
 """Bytes, where the caller does not say."""
@@ -124,10 +122,8 @@ def block_pattern_attention(
 
 def _gluon_refusal(inputs: AttentionInputs, lists: BlockLists) -> str | None:
     """Why the Hopper kernels cannot run this, if so."""
-    if inputs.query.dtype not in GLUON_DTYPES:
-        return f"its kernels take fp16 and bf16, not {inputs.query.dtype}"
-    if inputs.query.shape[3] not in GLUON_HEAD_DIMS:
-        return f"its kernels take a head_dim of 64 or 128, not {inputs.query.shape[3]}"
+    if (refusal := gluon_refusal(inputs.query)) is not None:
+        return refusal
     if lists.block % GLUON_TILE != 0:
         return f"its tiles of {GLUON_TILE} tokens do not divide the pattern's block of {lists.block}"
     if inputs.softcap is not None or inputs.sink_logits is not None:

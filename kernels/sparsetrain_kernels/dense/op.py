@@ -7,15 +7,13 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend, triton_refusal
+from sparsetrain_kernels.backend import choose_backend, gluon_refusal, triton_refusal
 from sparsetrain_kernels.dense import reference
 from sparsetrain_kernels.dense.row_inputs import RowInputs, check_row_inputs
 from sparsetrain_kernels.dense.row_library import CausalRows
 from sparsetrain_kernels.dense.row_reference import dense_rows
+from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
-
-GLUON_DTYPES = (torch.float16, torch.bfloat16)
-GLUON_HEAD_DIMS = (64, 128)
 
 
 @overload
@@ -117,21 +115,12 @@ def causal_attention(
 
 
 def _chosen_rows(inputs: RowInputs, backend: str) -> tuple[Tensor, Tensor]:
-    refusals = {"triton": triton_refusal(inputs.query), "gluon": _gluon_refusal(inputs)}
+    refusals = {"triton": triton_refusal(inputs.query), "gluon": gluon_refusal(inputs.query)}
     chosen = choose_backend(backend, inputs.query, refusals)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:3])
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = CausalRows.apply if needs_grad else torch.ops.sparsetrain.causal_rows_fwd
-    return run(*inputs, chosen)
-
-
-def _gluon_refusal(inputs: RowInputs) -> str | None:
-    """Why the Hopper kernel cannot run this, if so."""
-    if inputs.query.dtype not in GLUON_DTYPES:
-        return f"its kernel takes fp16 and bf16, not {inputs.query.dtype}"
-    if inputs.query.shape[3] not in GLUON_HEAD_DIMS:
-        return f"its kernel takes a head_dim of 64 or 128, not {inputs.query.shape[3]}"
-    return None
+    args = (*inputs, chosen)
+    return apply(CausalRows, *args) if needs_grad else CausalRows.forward(*args)
 
 
 def causal_attention_dense(

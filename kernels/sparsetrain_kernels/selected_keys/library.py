@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -14,18 +16,18 @@ from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 
 
 def _forward(backend: str) -> Callable[..., Any]:
-    return gathered_forward if backend == "reference" else _launches().attention_forward
+    return gathered_forward if backend == "reference" else _launches(backend).attention_forward
 
 
 def _backward(backend: str) -> Callable[..., Any]:
-    return gathered_backward if backend == "reference" else _launches().attention_backward
+    return gathered_backward if backend == "reference" else _launches(backend).attention_backward
 
 
-def _launches() -> ModuleType:
-    """The module that launches the kernels. Imported on first use: Triton may be absent."""
-    from sparsetrain_kernels.selected_keys.triton import launch
-
-    return launch
+@cache
+def _launches(backend: str) -> ModuleType:
+    """The module that launches the kernels of a backend. Imported on first use: Triton may be absent."""
+    folder = {"triton": "triton", "gluon": "hopper"}[backend]
+    return importlib.import_module(f"sparsetrain_kernels.selected_keys.{folder}.launch")
 
 
 def _pairs(inputs: SelectedInputs) -> int:

@@ -7,8 +7,9 @@ from typing import Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.backend import choose_backend, triton_refusal
+from sparsetrain_kernels.backend import choose_backend, gluon_refusal, triton_refusal
 from sparsetrain_kernels.causal_selection import causal_sparsek
+from sparsetrain_kernels.eager import apply
 from sparsetrain_kernels.selected_keys import reference
 from sparsetrain_kernels.selected_keys.inputs import SelectedOptions, check_selected_inputs
 from sparsetrain_kernels.selected_keys.library import SelectedAttention
@@ -98,8 +99,9 @@ def selected_attention(
             ``B == 1``. Must rise from 0 to ``N``; Triton does not read it on the host to check.
         scale: factor on the logits; None means ``D ** -0.5``.
         return_lse: also return the log of the softmax denominator. It has no gradient.
-        backend: ``triton`` (fp32, fp16 and bf16, head dim up to 256), ``reference`` (plain PyTorch, which reads sizes
-            on the host), or ``auto``: on CUDA the first of them that can run the call, else the last.
+        backend: ``gluon`` (Hopper: fp16 and bf16, head dim 64 or 128), ``triton`` (fp32, fp16 and bf16, head dim up to
+            256), ``reference`` (plain PyTorch, which reads sizes on the host), or ``auto``: on CUDA the first of them
+            that can run the call, else the last.
 
     Returns:
         ``[B, Hq, N, D]`` in the query's dtype and, with ``return_lse``, fp32 ``[B, Hq, N]`` (fp64 for fp64 inputs).
@@ -121,12 +123,12 @@ def selected_attention(
         cu_seqlens=cu_seqlens,
         scale=scale,
     )
-    refusals = {"triton": triton_refusal(inputs.query), "gluon": "there is no Hopper version"}
+    refusals = {"triton": triton_refusal(inputs.query), "gluon": gluon_refusal(inputs.query)}
     chosen = choose_backend(backend, inputs.query, refusals)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:5])
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
-    run = SelectedAttention.apply if needs_grad else torch.ops.sparsetrain.selected_fwd
-    out, lse = run(*inputs, chosen)
+    args = (*inputs, chosen)
+    out, lse = apply(SelectedAttention, *args) if needs_grad else SelectedAttention.forward(*args)
     return (out, lse) if return_lse else out
 
 
@@ -170,7 +172,9 @@ def sparsek_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and its value.
     """
-    selection = causal_sparsek(scores, topk, window, sinks=sinks, cu_seqlens=cu_seqlens, backend=backend)
+    # Gluon has kernels of attention alone.
+    select = "triton" if backend == "gluon" else backend
+    selection = causal_sparsek(scores, topk, window, sinks=sinks, cu_seqlens=cu_seqlens, backend=select)
     return selected_attention(
         query,
         key,

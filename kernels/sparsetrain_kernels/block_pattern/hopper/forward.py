@@ -73,7 +73,7 @@ def _producer(
 
 
 @gluon.jit
-def _partial_sums(p):
+def partial_sums(p):
     """Row sums of what one thread holds, ``[64, 128]`` to ``[64, 4]``: no shuffle (8 columns a core matrix of the MMA,
     two neighbours a thread)."""
     x = p.reshape([p.shape[0], p.shape[1] // 8, 4, 2])
@@ -81,7 +81,7 @@ def _partial_sums(p):
 
 
 @gluon.jit
-def _round_pack(p, dtype: gl.constexpr):
+def round_pack(p, dtype: gl.constexpr):
     """fp32 ``[64, 128]`` to pairs of 16-bit floats in int32 ``[64, 64]``. The loop carries weights in this form: a
     16-bit tensor would be carried as halves of registers, taken apart and put together again in every step."""
     low, high = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
@@ -96,7 +96,7 @@ def _round_pack(p, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
+def unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
     low, high = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
     )
@@ -105,7 +105,7 @@ def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax_step(s, peak, to_log2):
+def softmax_step(s, peak, to_log2):
     """Scores and the old row maxima to the new maxima, the factor for what was summed so far, and the weights.
 
     The first step is the masked tile, in which every row sees itself: the maxima are finite."""
@@ -154,9 +154,9 @@ def _consumer(
     column = gl.arange(0, TILE, gl.SliceLayout(0, S_LAYOUT))
     s = gl.where(line[:, None] >= column[None, :], s, -float("inf"))
     peak = gl.full([HALF], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    peak, factor, weights = _softmax_step(s, peak, to_log2)
-    total = _partial_sums(weights)
-    p = _round_pack(weights, dtype)
+    peak, factor, weights = softmax_step(s, peak, to_log2)
+    total = partial_sums(weights)
+    p = round_pack(weights, dtype)
     alpha = gl.full([HALF], 1.0, gl.float32, gl.SliceLayout(1, O_LAYOUT))
     o = gl.zeros([HALF, D], gl.float32, O_LAYOUT)
 
@@ -167,22 +167,20 @@ def _consumer(
         mbarrier.wait(k_full.index(slot), ((step + 1) // STAGES) & 1)
         next_s = product(q, k_ring, step + 1, TILE, D, STAGES)
         o = o * alpha[:, None]
-        left = _unpack(p, dtype, P_LAYOUT)
+        left = unpack(p, dtype, P_LAYOUT)
         next_o = _values(left, o, v_ring, v_full, step, STAGES, D)
         s = warpgroup_mma_wait(1, deps=[next_s])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        peak, factor, weights = _softmax_step(s, peak, to_log2)
-        total = total * gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout))[:, None] + _partial_sums(
-            weights
-        )
-        p = _round_pack(weights, dtype)
+        peak, factor, weights = softmax_step(s, peak, to_log2)
+        total = total * gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout))[:, None] + partial_sums(weights)
+        p = round_pack(weights, dtype)
         alpha = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))
         # Long complete. It ends a basic block, which keeps ptxas from moving the softmax behind the wait below.
         mbarrier.wait(q_full, 0)
         o, left, p, total = warpgroup_mma_wait(0, deps=[next_o, left, p, total])
         mbarrier.arrive(v_empty.index(step % STAGES), count=1)
     o = o * alpha[:, None]
-    left = _unpack(p, dtype, P_LAYOUT)
+    left = unpack(p, dtype, P_LAYOUT)
     next_o = _values(left, o, v_ring, v_full, n_full, STAGES, D)
     o, left = warpgroup_mma_wait(0, deps=[next_o, left])
 

@@ -66,6 +66,19 @@ def not_later(where, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.
 
 
 @gluon.jit
+def as_they_are(where, p, slot, RULE: gl.constexpr):
+    """Weights as values are summed with them: those of the softmax."""
+    return p
+
+
+@gluon.jit
+def softmax_gradient(where, p, dp, delta_ring, slot, sums, RULE: gl.constexpr):
+    """The gradient of the logits, and of what else depends on them: of nothing."""
+    delta = delta_ring.index(slot).load(gl.SliceLayout(0, p.type.layout))
+    return p * (dp - gl.expand_dims(delta, 0)), sums
+
+
+@gluon.jit
 def key_value_step(
     s,
     dp,
@@ -81,10 +94,15 @@ def key_value_step(
     W: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    weigh: gl.constexpr = as_they_are,
+    gradient: gl.constexpr = softmax_gradient,
+    RULE: gl.constexpr = None,
+    sums=0,
 ):
-    """``BLOCK_M`` queries against the 64 keys of this warpgroup. Arrives with S of this step done and dP in flight, and
+    """``BLOCK_M`` queries against the 64 keys of this warpgroup. Arrives with S of this step done and dP in flight and
     leaves so for the next one (past the last, both are of whatever lies in the slot, and unused). ``operands`` are the
     keys, the values, the rings, and their barriers; ``visible`` tells what a masked step sees, from ``where``.
+    ``weigh`` and ``gradient`` are for weights that have gates, by a ``RULE``; ``sums`` is what the latter adds up.
 
     Products complete in the order of issue, dV dK S' dP' in each step; a wait names how many of the later ones may
     still run. The exponentials hide behind dP, and dS behind dV. ptxas serialises every product of the kernel if one
@@ -107,12 +125,11 @@ def key_value_step(
     p = exp2(s * to_log2 - gl.expand_dims(lse, 0))
     if MASKED:
         p = gl.where(visible(where, step, W, BLOCK_M, S_LAYOUT), p, 0.0)
-    left = gl.convert_layout(p.to(dtype), LEFT)
+    left = gl.convert_layout(weigh(where, p, slot, RULE).to(dtype), LEFT)
     mbarrier.wait(full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(left, do, dv, is_async=True)
-    delta = delta_ring.index(slot).load(QUERIES)
-    ds = p * (dp - gl.expand_dims(delta, 0))
+    ds, sums = gradient(where, p, dp, delta_ring, slot, sums, RULE)
     dk = warpgroup_mma(gl.convert_layout(ds.to(dtype), LEFT), q, dk, is_async=True)
 
     s = product(k, q_ring, step + 1, BLOCK_M, D, STAGES)
@@ -120,7 +137,7 @@ def key_value_step(
     mbarrier.arrive(empty.index(slot))
     dp = product(v, do_ring, step + 1, BLOCK_M, D, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
-    return s, dp, dk, dv
+    return s, dp, dk, dv, sums
 
 
 @gluon.jit
@@ -156,11 +173,11 @@ def _consumer(
     dp = product(v, do_ring, 0, BLOCK_M, D, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
     for step in range(n_masked):
-        s, dp, dk, dv = key_value_step(
+        s, dp, dk, dv, _ = key_value_step(
             s, dp, dk, dv, operands, step, n_steps, to_log2, not_later, 0, True, W, BLOCK_M, STAGES
         )
     for step in range(n_masked, n_steps):
-        s, dp, dk, dv = key_value_step(
+        s, dp, dk, dv, _ = key_value_step(
             s, dp, dk, dv, operands, step, n_steps, to_log2, not_later, 0, False, W, BLOCK_M, STAGES
         )
     warpgroup_mma_wait(0, deps=(dp,))

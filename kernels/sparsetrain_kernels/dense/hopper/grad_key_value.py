@@ -85,11 +85,11 @@ def _consumer(
     dp = product(v, do_ring, 0, BLOCK_M, D, STAGES)
     s = warpgroup_mma_wait(1, deps=(s,))
     for step in range(n_masked):
-        s, dp, dk, dv = key_value_step(
+        s, dp, dk, dv, _ = key_value_step(
             s, dp, dk, dv, operands, step, n_steps, to_log2, _by_position, where, True, W, BLOCK_M, STAGES
         )
     for step in range(n_masked, n_steps):
-        s, dp, dk, dv = key_value_step(
+        s, dp, dk, dv, _ = key_value_step(
             s, dp, dk, dv, operands, step, n_steps, to_log2, _by_position, where, False, W, BLOCK_M, STAGES
         )
     warpgroup_mma_wait(0, deps=(dp,))

@@ -30,6 +30,9 @@ class KeyLists(NamedTuple):
     """int32 ``[B, Hs, lists]``: how many keys all rows see; they come first. None where all rows see all."""
     tiles: Tensor | None = None
     """int32 ``[tiles, FIELDS]``, those without rows at the end; None for a selection, whose tiles are a plain cut."""
+    seen: Tensor | None = None
+    """int32 like ``keys``: which of a list's rows see a key, the first in the low 16 bits, the one past the last above
+    them; None where no kernel reads it."""
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The backward kernels over keys: dK, dV and the gradient of scores, without atomics.
 
-First over stretches of rows, each with its list of keys; then one sum a key, with the part of its window.
+First over stretches of rows, each with its list of keys; then what these leave for a key is summed, and the kernel over
+windows adds it.
 
 Both recompute the weights from the saved log-sum-exp. ``delta`` is the sum of each row's ``grad_out * out``. Tensors
 whose names begin with ``padded`` have whole tiles of rows (``row_stats.py``).
@@ -99,7 +100,8 @@ def selected_bwd_stretch_kernel(
     tile = (tl.maximum(tl.min(enter), start) - start) // BLOCK_M
     tile_end = tl.cdiv(tl.minimum(tl.max(exit), end) - start, BLOCK_M)
     whole = tl.cdiv(tl.maximum(tl.max(enter), start) - start, BLOCK_M)
-    whole_end = (tl.minimum(tl.min(exit), end) - start) // BLOCK_M
+    # What does not exist may see anything: it is not stored.
+    whole_end = (tl.minimum(tl.min(tl.where(is_key, exit, end)), end) - start) // BLOCK_M
     whole = tl.minimum(whole, tile_end)
     whole_end = tl.maximum(whole, whole_end)
     n_before = whole - tile
@@ -185,6 +187,58 @@ def selected_bwd_stretch_kernel(
 
 
 @triton.jit
+def selected_bwd_sum_kernel(
+    partial_ptr,
+    partial_scores_ptr,
+    exit_ptr,
+    places_until_ptr,
+    tokens,
+    window,
+    key_tiles,
+    first_head,
+    part_heads,
+    places,
+    SELECTIONS: tl.constexpr,
+    D_PAD: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STRETCH: tl.constexpr,
+):
+    """What :func:`selected_bwd_stretch_kernel` left for ``KEYS`` keys of one KV head, into the first place of each key:
+    ``PARTS`` stretches at a time, in their order. Most keys are selected in none. Grid: key tiles fastest, then KV
+    heads and the batch."""
+    first = tl.program_id(0) % key_tiles * KEYS
+    part_head = tl.program_id(0) // key_tiles % part_heads
+    batch = (tl.program_id(0) // key_tiles // part_heads).to(tl.int64)
+    selection = batch * SELECTIONS + (first_head + part_head if SELECTIONS > 1 else 0)
+    exit_ptr += selection * tokens
+    places_until_ptr += selection * tokens
+    index = first + tl.arange(0, KEYS)
+    exit = tl.load(exit_ptr + index, mask=index < tokens, other=0)
+    if tl.max(stretches_of(index + window, exit, STRETCH)) < 2:
+        return
+    start = (batch * part_heads + part_head) * places
+    dim = tl.arange(0, 2 * D_PAD)
+    for key in range(first, tl.minimum(first + KEYS, tokens)):
+        stretches = stretches_of(key + window, tl.load(exit_ptr + key), STRETCH)
+        if stretches > 1:
+            place = tl.load(places_until_ptr + key) - stretches
+            stretches = tl.minimum(stretches, places - place)
+            total = tl.zeros([2 * D_PAD], tl.float32)
+            total_score = 0.0
+            for i in range(0, stretches, PARTS):
+                part = i + tl.arange(0, PARTS)
+                cells = (start + place + part)[:, None] * (2 * D_PAD) + dim[None, :]
+                total += tl.sum(tl.load(partial_ptr + cells, mask=(part < stretches)[:, None], other=0.0), 0)
+                scores = tl.load(partial_scores_ptr + start + place + part, mask=part < stretches, other=0.0)
+                total_score += tl.sum(scores, 0)
+            tl.debug_barrier()
+            if stretches > 0:
+                tl.store(partial_ptr + (start + place) * (2 * D_PAD) + dim, total)
+                tl.store(partial_scores_ptr + start + place, total_score)
+
+
+@triton.jit
 def selected_bwd_dkv_kernel(
     query_ptr,
     key_ptr,
@@ -238,7 +292,7 @@ def selected_bwd_dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     """``BLOCK_N`` neighbouring keys of one KV head, over the rows whose window holds them and all heads of the group;
-    then what :func:`selected_bwd_stretch_kernel` left for these keys, in the order of the stretches.
+    then the sums that :func:`selected_bwd_sum_kernel` left for these keys.
 
     Grid: KV heads fastest (``part_heads`` of them, from ``first_head`` on), then key tiles and the batch. The gradient
     of the scores is fp32 ``[B, KV_HEADS, tokens]``.
@@ -331,13 +385,11 @@ def selected_bwd_dkv_kernel(
     stretches = stretches_of(index + window, exit, STRETCH)
     place = tl.load(places_until_ptr + selection * tokens + index, mask=is_key, other=0) - stretches
     start = (batch * part_heads + part_head) * places
-    grad_score = tl.zeros([BLOCK_N], tl.float32)
-    for i in range(0, tl.max(stretches)):
-        has_part = (i < stretches) & (place + i < places)
-        cells = (start + place + i)[:, None] * (2 * D_PAD) + dim[None, :]
-        grad_key += tl.load(partial_ptr + cells, mask=has_part[:, None], other=0.0)
-        grad_value += tl.load(partial_ptr + D_PAD + cells, mask=has_part[:, None], other=0.0)
-        grad_score += tl.load(partial_scores_ptr + start + place + i, mask=has_part, other=0.0)
+    has_part = (stretches > 0) & (place < places)
+    cells = (start + place)[:, None] * (2 * D_PAD) + dim[None, :]
+    grad_key += tl.load(partial_ptr + cells, mask=has_part[:, None], other=0.0)
+    grad_value += tl.load(partial_ptr + D_PAD + cells, mask=has_part[:, None], other=0.0)
+    grad_score = tl.load(partial_scores_ptr + start + place, mask=has_part, other=0.0)
 
     grad_key_ptr += batch * grad_key_stride_b + kv_head * grad_key_stride_h
     grad_value_ptr += batch * grad_value_stride_b + kv_head * grad_value_stride_h

@@ -21,15 +21,21 @@ from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
 from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs
-from sparsetrain_kernels.selected_keys.triton.grad_key_value import selected_bwd_dkv_kernel, selected_bwd_stretch_kernel
+from sparsetrain_kernels.selected_keys.triton.grad_key_value import (
+    selected_bwd_dkv_kernel,
+    selected_bwd_stretch_kernel,
+    selected_bwd_sum_kernel,
+)
 from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, stretch_lists, tile_lists
 from sparsetrain_kernels.selected_keys.triton.row_stats import selected_bwd_stats_kernel
 
-PARTIAL_BYTES = 2**28
+PARTIAL_BYTES = 2**29
 """Memory for the partial sums of the selected keys: as many KV heads go together as fit, at least one."""
+SUM_KEYS, SUM_PARTS = 16, 8
+"""Keys of a program that adds up partial sums, and how many of a key it reads at once."""
 
 
-class _Bounds(NamedTuple):
+class Bounds(NamedTuple):
     """Of each row's document, the first row and the one past the last, int32 ``[N]``; None where there is only one."""
 
     start: Tensor | None
@@ -43,7 +49,7 @@ def attention_forward(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     config = choose_configs(query.dtype, pad_head_dim(query.shape[3])).fwd
     with on_device(query):
-        bounds = _bounds(inputs)
+        bounds = document_rows(inputs)
         call, selection = _setup(inputs, stretch_lists(inputs, bounds.start), bounds.start)
         launch_forward(call, selection, out, lse, config)
     return out, lse
@@ -60,10 +66,10 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
     grad_threshold = torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3]]
     with on_device(query):
-        bounds = _bounds(inputs)
+        bounds = document_rows(inputs)
         stretches = stretch_lists(inputs, bounds.start)
         call, selection = _setup(inputs, stretches, bounds.start)
-        padded, parts = _row_stats(inputs, grad_out, out, lse)
+        padded, parts = row_stats(inputs, grad_out, out, lse)
         padded_tokens = padded[0].shape[2]
         launch_backward_rows(
             call,
@@ -78,13 +84,14 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         config, scores = configs.dkv, selection.scores
         key_tiles = triton.cdiv(tokens, config.block_n)
         places_until = parts.cumsum(2, dtype=torch.int32)
-        places = _most_places(inputs, stretches)
-        together = _part_heads(batch, kv_heads, places, pad_head_dim(query.shape[3]))
+        places = most_places(inputs, stretches)
+        together = part_heads_of(batch, kv_heads, places, pad_head_dim(query.shape[3]))
         for first_head in range(0, kv_heads, together):
             part_heads = min(together, kv_heads - first_head)
             partial = _launch_stretches(
                 inputs, grad_out, scores, padded, stretches, places_until, places, strides, first_head, part_heads
             )
+            sum_partials(inputs, partial, places_until, first_head)
             launch(
                 selected_bwd_dkv_kernel,
                 key_tiles * part_heads * batch,
@@ -129,8 +136,8 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         grad_query,
         grad_key,
         grad_value,
-        _sum_heads(grad_scores, selections),
-        _sum_heads(grad_threshold, selections),
+        sum_heads(grad_scores, selections),
+        sum_heads(grad_threshold, selections),
     )
 
 
@@ -197,6 +204,26 @@ def _launch_stretches(
     return partial, partial_scores
 
 
+def sum_partials(inputs: SelectedInputs, partial: tuple[Tensor, Tensor], places_until: Tensor, first_head: int) -> None:
+    """Adds up the partial sums of each key, in place, for the KV heads from ``first_head`` on."""
+    batch, part_heads, places, _, d_pad = partial[0].shape
+    tokens = inputs.exit.shape[2]
+    if tokens <= STRETCH:
+        return  # One stretch, one partial sum a key.
+    key_tiles = triton.cdiv(tokens, SUM_KEYS)
+    launch(
+        selected_bwd_sum_kernel,
+        key_tiles * part_heads * batch,
+        (*partial, inputs.exit, places_until),
+        (tokens, inputs.window, key_tiles, first_head, part_heads, places),
+        SELECTIONS=inputs.scores.shape[1],
+        D_PAD=d_pad,
+        KEYS=SUM_KEYS,
+        PARTS=SUM_PARTS,
+        STRETCH=STRETCH,
+    )
+
+
 def _shape(inputs: SelectedInputs) -> dict[str, Any]:
     head_dim, kv_heads = inputs.query.shape[3], inputs.key.shape[1]
     return {
@@ -215,14 +242,14 @@ def _setup(inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None
     return Call(*inputs[:3], inputs.scale, lists), selection
 
 
-def _bounds(inputs: SelectedInputs) -> _Bounds:
+def document_rows(inputs: SelectedInputs) -> Bounds:
     query, cu_seqlens = inputs.query, inputs.cu_seqlens
     if cu_seqlens is None:
-        return _Bounds(None, None)
-    return _Bounds(*known_bounds(query.shape[2], cu_seqlens, query.device))
+        return Bounds(None, None)
+    return Bounds(*known_bounds(query.shape[2], cu_seqlens, query.device))
 
 
-def _row_stats(
+def row_stats(
     inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles; and of each key, the stretches
@@ -258,19 +285,19 @@ def _row_stats(
     return (padded_lse, padded_delta, padded_threshold), parts
 
 
-def _most_places(inputs: SelectedInputs, stretches: KeyLists) -> int:
+def most_places(inputs: SelectedInputs, stretches: KeyLists) -> int:
     """How many partial sums there can be."""
     tokens, count = inputs.exit.shape[2], stretches.keys.shape[2]
     # At the first row of a stretch, that many are selected at most; every key enters once.
     return count * min(inputs.sinks + inputs.topk, tokens) + tokens
 
 
-def _part_heads(batch: int, kv_heads: int, places: int, d_pad: int) -> int:
+def part_heads_of(batch: int, kv_heads: int, places: int, d_pad: int) -> int:
     head_bytes = batch * places * (2 * d_pad + 1) * 4
     return max(1, min(kv_heads, PARTIAL_BYTES // head_bytes))
 
 
-def _sum_heads(grad: Tensor, selections: int) -> Tensor:
+def sum_heads(grad: Tensor, selections: int) -> Tensor:
     """The gradient of what heads share, summed over them in their order."""
     batch, heads, tokens = grad.shape
     return grad if heads == selections else grad.view(batch, selections, heads // selections, tokens).sum(2)

@@ -29,23 +29,32 @@ def stretch_lists(inputs: SelectedInputs, doc_start: Tensor | None) -> KeyLists:
     return _make(inputs, STRETCH, doc_start, None)
 
 
-def tile_lists(inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None) -> tuple[KeyLists, Tensor]:
-    """The lists of tiles, ascending among the keys that all rows see and among the others; and the scores, ``[B, Hs,
-    N]``: those of the first tokens infinite, so that their gates are 1."""
+def tile_lists(
+    inputs: SelectedInputs, stretches: KeyLists, doc_start: Tensor | None, seen: bool = False
+) -> tuple[KeyLists, Tensor]:
+    """The lists of tiles, ascending among the keys that all rows see and among the others, with ``seen`` also which
+    rows see a key; and the scores, ``[B, Hs, N]``: those of the first tokens infinite, so that their gates are 1."""
     scores = torch.empty_like(inputs.scores) if inputs.sinks else inputs.scores
-    return _make(inputs, TILE, doc_start, stretches, scores), scores
+    return _make(inputs, TILE, doc_start, stretches, scores, seen), scores
 
 
 def _make(
-    inputs: SelectedInputs, rows: int, doc_start: Tensor | None, parents: KeyLists | None, scores: Tensor | None = None
+    inputs: SelectedInputs,
+    rows: int,
+    doc_start: Tensor | None,
+    parents: KeyLists | None,
+    scores: Tensor | None = None,
+    seen: bool = False,
 ) -> KeyLists:
     batch, heads, tokens = inputs.exit.shape
     stretches = triton.cdiv(tokens, rows)
-    capacity = min(inputs.sinks + inputs.topk + rows, tokens)
+    # Whole tiles, which a list is filled up to.
+    capacity = triton.cdiv(min(inputs.sinks + inputs.topk + rows, tokens), TILE) * TILE
     device = inputs.exit.device
     keys = torch.empty((batch, heads, stretches, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((batch, heads, stretches), dtype=torch.int32, device=device)
     whole = None if parents is None else torch.empty_like(counts)
+    seen_by = torch.empty_like(keys) if seen else None
     launch(
         select_keys_kernel,
         stretches * heads * batch,
@@ -57,6 +66,7 @@ def _make(
             keys,
             counts,
             whole,
+            seen_by,
             inputs.scores,
             scores,
         ),
@@ -74,9 +84,11 @@ def _make(
         PACKED=doc_start is not None,
         FROM_PARENT=parents is not None,
         SINKS=scores is not None and inputs.sinks > 0,
+        SEEN=seen,
+        FILL=TILE,
         SCAN=min(SCAN, triton.next_power_of_2(tokens)),
     )
-    return KeyLists(keys, counts, rows, whole=whole)
+    return KeyLists(keys, counts, rows, whole=whole, seen=seen_by)
 
 
 @triton.jit
@@ -88,6 +100,7 @@ def select_keys_kernel(
     keys_ptr,
     counts_ptr,
     whole_ptr,
+    seen_ptr,
     scores_ptr,
     scores_or_inf_ptr,
     tokens,
@@ -102,11 +115,15 @@ def select_keys_kernel(
     PACKED: tl.constexpr,
     FROM_PARENT: tl.constexpr,
     SINKS: tl.constexpr,
+    SEEN: tl.constexpr,
+    FILL: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """One list; of a list from a longer stretch's, also how many keys all rows see, which come first; with ``SINKS``,
-    also the scores of its rows, infinite for the first tokens of documents. Grid: stretches fastest, then heads and the
-    batch."""
+    also the scores of its rows, infinite for the first tokens of documents; with ``SEEN``, which of the rows see each
+    key: the first in the low 16 bits, the one past the last above them, counted from the list's first row. The last
+    ``FILL`` places of a list are filled up with its first row, which none of them sees there. Grid: stretches fastest,
+    then heads and the batch."""
     stretch = tl.program_id(0) % stretches
     pair = (tl.program_id(0) // stretches).to(tl.int64)
     first = stretch * ROWS
@@ -130,27 +147,38 @@ def select_keys_kernel(
     whole = 0
     if FROM_PARENT:
         for step in range(start, end, SCAN):
-            _, _, is_whole = _look_up(
+            _, _, is_whole, _ = _look_up(
                 exit_ptr, parent_keys_ptr, step + tl.arange(0, SCAN), end, window, first, last, FROM_PARENT
             )
             whole += tl.sum(is_whole.to(tl.int32))
     place = pair * stretches + stretch
     keys_ptr += place * capacity
+    if SEEN:
+        seen_ptr += place * capacity
     seen_whole, seen = 0, whole
     for step in range(start, end, SCAN):
-        key, is_listed, is_whole = _look_up(
+        key, is_listed, is_whole, rows = _look_up(
             exit_ptr, parent_keys_ptr, step + tl.arange(0, SCAN), end, window, first, last, FROM_PARENT
         )
         if FROM_PARENT:
             ones = is_whole.to(tl.int32)
             index = seen_whole + tl.cumsum(ones, 0) - ones
             tl.store(keys_ptr + index, key, mask=is_whole & (index < capacity))
+            if SEEN:
+                tl.store(seen_ptr + index, rows, mask=is_whole & (index < capacity))
             seen_whole += tl.sum(ones)
             is_listed = is_listed & (is_whole == 0)
         others = is_listed.to(tl.int32)
         index = seen + tl.cumsum(others, 0) - others
         tl.store(keys_ptr + index, key, mask=is_listed & (index < capacity))
+        if SEEN:
+            tl.store(seen_ptr + index, rows, mask=is_listed & (index < capacity))
         seen += tl.sum(others)
+    index = seen + tl.arange(0, FILL)
+    until = tl.minimum(tl.cdiv(seen, FILL) * FILL, capacity)
+    tl.store(keys_ptr + index, first, mask=index < until)
+    if SEEN:
+        tl.store(seen_ptr + index, 0, mask=index < until)
     # Exits that no selection of topk keys has could list more than that.
     tl.store(counts_ptr + place, tl.minimum(seen, capacity))
     if FROM_PARENT:
@@ -159,7 +187,8 @@ def select_keys_kernel(
 
 @triton.jit
 def _look_up(exit_ptr, parent_keys_ptr, index, end, window, first, last, FROM_PARENT: tl.constexpr):
-    """The keys at places ``index``, which of them rows ``first`` to ``last - 1`` read, and which are read by all."""
+    """The keys at places ``index``, which of them rows ``first`` to ``last - 1`` read, which are read by all, and the
+    rows that read them, of up to 2^15."""
     inside = index < end
     key = index
     if FROM_PARENT:
@@ -167,4 +196,5 @@ def _look_up(exit_ptr, parent_keys_ptr, index, end, window, first, last, FROM_PA
     exit = tl.load(exit_ptr + key, mask=inside, other=0)
     enter = key + window
     is_listed = inside & (exit > enter) & (exit > first) & (enter < last)
-    return key, is_listed, is_listed & (enter <= first) & (exit >= last)
+    rows = tl.maximum(enter - first, 0) | (tl.minimum(exit, last) - first) << 16
+    return key, is_listed, is_listed & (enter <= first) & (exit >= last), rows

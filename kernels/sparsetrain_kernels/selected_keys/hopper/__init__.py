@@ -1,0 +1,1 @@
+"""Attention over a selection in Gluon for Hopper cards: ``launch.py`` calls the kernels of the other files."""
