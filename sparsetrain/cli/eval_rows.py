@@ -101,7 +101,7 @@ class Evaluation:
                 section = own if row.decoding.recorded else row.decoding.section
                 if section != recorded_section(model):
                     set_decode(model, section)
-                about[row.label] = describe(model, weights)
+                about[row.label] = describe(model, self.source.tokenizer, weights)
                 first = next(iter(results.values()), None)
                 new = self._measured(row.label, model, about[row.label], [*same], first, world)
                 found = {**same, **new.tasks}

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsetrain.evaluation.journal import digest
+from sparsetrain.generation.texts import end_tokens
 from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsetrain.world import World
 
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "sparsetrain", "transformers_version", "use_cache")
+"""Fields of a config that no number depends on, or that are described beside it."""
 
-def describe(model: PreTrainedModel, weights: str) -> dict[str, Any]:
+
+def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str) -> dict[str, Any]:
     """What a model is evaluated as, for :meth:`~sparsetrain.evaluation.journal.Journal.open`.
 
     Args:
         model: gone through :func:`sparsetrain.sparsify`.
+        tokenizer: whose EOS may end a text.
         weights: their :func:`weights_digest`.
     """
     record: dict[str, Any] = model.config.sparsetrain
@@ -33,7 +39,15 @@ def describe(model: PreTrainedModel, weights: str) -> dict[str, Any]:
         "device": model.device.type,
         "sparsetrain": __version__,
         "weights": weights,
+        "config": _config_digest(model),
+        "end_tokens": sorted(end_tokens(model, tokenizer)),
     }
+
+
+def _config_digest(model: PreTrainedModel) -> str:
+    """A digest of what the same weights are computed with: an activation, an epsilon, a scale of positions."""
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    return digest({name: value for name, value in sorted(fields.items()) if name not in _NOT_COMPUTED})
 
 
 def weights_digest(model: nn.Module, world: World) -> str:

@@ -171,6 +171,14 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, capsys, monkeypatch)
     assert main([*arguments[:2], "--tasks", "far", "--output", "result.json", "--fresh"]) == 0
     assert "note" not in capsys.readouterr().err
 
+    # The same weights may be computed otherwise since, or their texts end elsewhere.
+    for written, field, value in (("config.json", "hidden_act", "gelu"), ("generation_config.json", "eos_token_id", 7)):
+        settings = json.loads(Path("run/final", written).read_text())
+        Path("run/final", written).write_text(json.dumps({**settings, field: value}))
+        assert main([*arguments[:2], "--tasks", "far", "--output", "result.json"]) == 0
+        other = {"hidden_act": "config", "eos_token_id": "end_tokens"}[field]
+        assert f"note: trained (power): {file} is not used: it is of other {other}\n" in capsys.readouterr().err
+
 
 def evaluate_on_rank(rank: int, port: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ class Evaluations:
         if section.empty:
             return None
         activity.at(f"evaluating: {label}", activity.step)
-        about = describe(self.model, weights_digest(self.model, job.world))
+        about = describe(self.model, self.tokenizer, weights_digest(self.model, job.world))
         journal = Journal.open(job.output / SAMPLES_FOLDER, label, about, job.world, say=job.say)
         for note in journal.notes:
             job.say(f"{label}: {note}")
