@@ -103,7 +103,7 @@ def test_a_method_loses_what_it_leaves_out_and_no_more_than_oracles_allow(tiny_m
             assert layer.top_p_keys <= layer.keys < result.before[length]
             assert layer.error > 1e-3
     assert result.metrics()["/256/keys"] == pytest.approx(sum(layer.keys for layer in result.layers[256]) / 2)
-    assert result.metrics()["/keys"] == result.metrics()["/256/keys"] != result.metrics()["/128/keys"]
+    assert result.metrics()["/error"] == result.metrics()["/256/error"] != result.metrics()["/128/error"]
     assert result.metrics()["/256/error/layer_01"] == result.layers[256][1].error
     assert result.score() == -result.metrics()["/256/error"]
     assert AttentionErrorResult.model_validate_json(result.model_dump_json()) == result
