@@ -27,6 +27,7 @@ PLACES = {
     "reasoning": "sparsetrain.evaluation.tasks.reasoning:ReasoningSection",
     "ruler": "sparsetrain.evaluation.tasks.ruler:RulerSection",
     "key_tokens": "sparsetrain.evaluation.tasks.key_tokens:KeyTokensSection",
+    "receptive_field": "sparsetrain.evaluation.tasks.receptive_field:ReceptiveFieldSection",
     "attention_error": "sparsetrain.evaluation.tasks.attention_error:AttentionErrorSection",
 }
 """Module and class of each task's section by its name."""
