@@ -45,11 +45,11 @@ def compare_rows(
     """
     heads, length = query.shape[0], key.shape[1]
     key, value = key.float(), value.float()
-    read = read.repeat_interleave(heads // read.shape[0], dim=0)
     sums: dict[str, Tensor] = {}
     for part in torch.arange(len(rows), device=rows.device).split(max(1, TOGETHER // (heads * length))):
         weights = _Weights(query[:, part].float(), key, value, rows[part], scale, softcap, sink_logits)
-        for name, found in weights.compare(read[:, part], out[:, part].float()).items():
+        seen = read[:, part].repeat_interleave(heads // len(read), dim=0)
+        for name, found in weights.compare(seen, out[:, part].float()).items():
             sums[name] = sums.get(name, 0) + found.double().sum()
     totals = torch.stack(list(sums.values())).tolist()
     return {name: total / (heads * len(rows)) for name, total in zip(sums, totals, strict=True)}
