@@ -16,6 +16,8 @@ from sparsetrain.evaluation.generative.words import Pairs, Words
 from sparsetrain.evaluation.multi_turn.settings import MultiTurnSettings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sparsetrain.evaluation.generative.draws import Draws
 
 TEXT = (
@@ -94,6 +96,11 @@ class Talks(PromptMaker):
     """
 
     section: MultiTurnSettings
+
+    def __init__(self, section: MultiTurnSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        super().__init__(section, tokenizer, seed)
+        with section.blaming("prompt"):
+            self.encoder.next_ids(Sample("", "", []))
 
     def kinds(self) -> Sequence[str]:
         """One."""
