@@ -170,7 +170,7 @@ class Evaluation:
                 )
 
     def _write(self, results: dict[str, EvalResult], about: dict[str, Any]) -> None:
-        rows = {label: {**about[label], **result.model_dump(mode="json")} for label, result in results.items()}
+        rows = {label: {**about[label], **json.loads(result.model_dump_json())} for label, result in results.items()}
         content = {"model": self.source.path, "seed": self.seed, "rows": rows}
         assert self.output is not None
         write_whole(self.output, json.dumps(content, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sparsetrain.cli import main
 from sparsetrain.cli.eval_tasks import read_lengths
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.journal import Journal
+from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.recipe import load_recipe
 from sparsetrain.world import World
@@ -91,6 +93,17 @@ def test_another_model_is_measured_by_tasks_and_lengths_alone(run):
         "run/final", "eval.tasks.near={task: passkey, lengths: [400], depths: 1, trials: 1}", "--lengths", "300"
     )
     assert tasks["trained (power)"]["tasks"]["near"]["lengths"] == [300]
+
+
+def test_numbers_of_a_model_that_overflows_are_plain_json(run):
+    model = sparsetrain.load("run/final")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    model.save_pretrained("run/final")
+    call("run", "--tasks", "perplexity", "--lengths", "64", "eval.tasks.perplexity.tokens=200")
+    row = json.loads(Path("result.json").read_text(), parse_constant=pytest.fail)["rows"]["trained (power)"]
+    result = EvalResult.model_validate({"tasks": row["tasks"]})
+    assert math.isnan(result.tasks["perplexity"].perplexity[64])
 
 
 def test_attention_of_training_and_others_are_rows_with_their_differences(run, capsys):
