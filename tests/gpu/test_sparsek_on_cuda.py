@@ -177,6 +177,8 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_memory_beyond_the_tensors_is_linear_with_a_small_constant() -> None:
+    from sparsetrain_kernels.selected_keys.triton.launch import PARTIAL_BYTES
+
     peaks = []
     for tokens in (32_768, 65_536):
         leaves, exit, options = case((32, 8), tokens, topk=1024, window=1024)
@@ -191,7 +193,7 @@ def test_memory_beyond_the_tensors_is_linear_with_a_small_constant() -> None:
         del leaves, out, grad, grads
     # Partial sums are bounded by themselves; lists and statistics of rows are a few hundred bytes a token and KV head.
     assert peaks[1] < 2.2 * peaks[0]
-    assert peaks[1] / (65_536 * 8) < 1500
+    assert (peaks[1] - PARTIAL_BYTES) / (65_536 * 8) < 1000
 
 
 @pytest.mark.parametrize("tokens", [1, 5000, 70_000])
