@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sparsetrain.cli.arguments import DeviceOption, DtypeOption, choose_device, choose_dtype
+from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_replaced, choose_device, choose_dtype
 from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
@@ -106,21 +106,22 @@ def evaluate_model(
     """Measure what a model can do, and what its attention costs.
 
     A run is measured as its recipe says. Any other model needs a recipe, or --tasks. Every attention method and every
-    decode setting is a row; the table has the difference to the first. The same command goes on where it was killed.
+    decode setting is a row; the table has the difference to the first. With --output, the same command goes on where
+    it was killed.
 
     \b
     Examples:
-      sparsetrain eval runs/quickstart                                     the run's own tasks, again
-      sparsetrain eval runs/quickstart --attention trained --attention dense
-      sparsetrain eval Qwen/Qwen3-0.6B --tasks ruler,passkey --lengths 4k,8k,16k --output qwen.json
-      sparsetrain eval Qwen/Qwen3-0.6B --tasks perplexity --attention dense --attention power
+      sparsetrain eval runs/my
+      sparsetrain eval runs/my --attention trained --attention dense
+      sparsetrain eval Qwen/Qwen3-0.6B --tasks ruler,passkey --lengths 4k,8k
+      sparsetrain eval my-model --tasks ruler --output ruler.json
       sparsetrain eval my-model my-recipe.yaml eval.tasks.ruler.samples=50
-      sparsetrain eval my-model --tasks ruler --decode none --decode twilight --decode quest
+      sparsetrain eval my-model --tasks ruler --decode none --decode quest
 
     \b
     Several GPUs share the samples, with the same result:
-      deepspeed launch/eval.py runs/power-32k --tasks ruler --output ruler.json
-      torchrun --nproc-per-node 8 launch/eval.py runs/power-32k --tasks ruler --output ruler.json
+      deepspeed launch/eval.py runs/my --tasks ruler --output ruler.json
+      torchrun --nproc-per-node 8 launch/eval.py runs/my --output ruler.json
 
     Each decode setting is measured as it is. `sparsetrain compare-decode` instead gives all of them the same bytes to
     read, and measures what their attention loses.
@@ -212,10 +213,15 @@ def _read_decoding(text: str) -> Decoding:
 
 
 def _check_output(output: Path | None, resume: bool | None) -> None:
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise RecipeError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
-    if output is not None and not os.access(output.parent, os.W_OK):
-        raise RecipeError(f"--output {output}: nothing can be written in {output.parent}; name another folder")
+    if output is not None:
+        check_replaced(output, "result", _is_result)
     if output is None and resume is not None:
         flag = "--resume" if resume else "--fresh"
         raise RecipeError(f"{flag} has no effect without --output, beside which finished samples are kept; give it")
+
+
+def _is_result(content: bytes) -> bool:
+    try:
+        return {"model", "rows"} <= json.loads(content).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False

@@ -172,7 +172,7 @@ def _with_lengths(measured: Measured, lengths: Sequence[int], overrides: Sequenc
 def _no_task(name: str, known: dict[str, TaskSection], recipe: str | None) -> str:
     everything = list(dict.fromkeys((*known, *TASKS)))
     nearest = difflib.get_close_matches(name, everything, n=1)
-    guess = f"; did you mean {nearest[0]}?" if nearest else ""
+    guess = f"; did you mean {nearest[0]}?" if nearest else ";"
     has = f"{recipe} has {', '.join(known)}; " if known else ""
     return f"--tasks {name}: there is no such task{guess} {has}tasks are {', '.join(TASKS)}"
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsetrain.errors import CheckpointError
+from sparsetrain.cli.arguments import check_replaced
 
 
 def report(
@@ -58,5 +58,4 @@ def compare(
 
 
 def _check_place(output: Path) -> None:
-    if output.is_dir() or not output.parent.is_dir():
-        raise CheckpointError(f"--output {output}: there is no such folder to write to; name a file in one that exists")
+    check_replaced(output, "page", lambda content: content.lstrip()[:14].lower() == b"<!doctype html")

@@ -67,7 +67,9 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys, monkeypatch)
         ([runs[0]] * 13, "13 runs cannot be compared"),
         ([runs[0], runs[0] / "."], "is given twice"),
         ([runs[0], tmp_path], "is not a run folder"),
-        ([*runs, "--output", tmp_path], "there is no such folder to write to"),
+        ([*runs, "--output", tmp_path], "is a folder; name a file"),
+        ([*runs, "--output", tmp_path / "no/c.html"], "there is no such folder to write to"),
+        ([*runs, "--output", runs[0] / "recipe.yaml"], "exists already, and is no page of this command"),
     ):
         assert main(["compare", *map(str, given)]) == 2
         assert said in capsys.readouterr().err
