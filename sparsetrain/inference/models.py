@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,22 @@ def find_model(name: str) -> Source:
 
     folder = Path(name) / "final"
     path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, MODEL)
-    tokenizer = load_tokenizer(path, f"{MODEL} (its tokenizer)")
+    try:
+        tokenizer = load_tokenizer(path, f"{MODEL} (its tokenizer)")
+    except ModelError as error:
+        if beside := _runs_beside(Path(name)):
+            raise ModelError(f"{MODEL}={name!r} is no run and no model; name a run: {', '.join(beside)}") from error
+        raise
     return Source(path, outline(path, MODEL), tokenizer)
+
+
+def _runs_beside(folder: Path) -> list[str]:
+    """The runs in a folder, or those beside a folder that is not there; the nearest names first."""
+    if any((folder / file).is_file() for file in ("config.json", "adapter_config.json", "recipe.yaml")):
+        return []
+    place = folder if folder.is_dir() else folder.parent
+    runs = [str(file.parent) for file in sorted(place.glob("*/recipe.yaml"))]
+    return get_close_matches(str(folder), runs, n=5, cutoff=0.0)
 
 
 def check_room(model: PreTrainedModel, place: str, tokens: int, new_tokens: int) -> None:
