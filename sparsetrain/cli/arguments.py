@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,12 +68,8 @@ def check_new(flag: str, path: Path, kind: str) -> None:
         raise DataError(f"--{flag} {path}: nothing can be written in {path.parent}; make it writable, or name another")
 
 
-def check_replaced(path: Path, kind: str, is_ours: Callable[[bytes], bool]) -> None:
-    """Refuse an ``--output`` that cannot be written, or whose file the command did not write: only its own is replaced.
-
-    Args:
-        kind: of the file, for the message: ``page``.
-        is_ours: whether the command wrote a file with this content.
+def check_place(path: Path) -> None:
+    """Refuse an ``--output`` that is no file which can be written; one that exists is for the command to judge.
 
     Raises:
         DataError: names the path.
@@ -85,8 +80,6 @@ def check_replaced(path: Path, kind: str, is_ours: Callable[[bytes], bool]) -> N
         raise DataError(f"--output {path}: there is no such folder to write to; name a file in one that exists")
     if not os.access(path.parent, os.W_OK):
         raise DataError(f"--output {path}: nothing can be written in {path.parent}; name another folder")
-    if path.exists() and not (path.is_file() and is_ours(path.read_bytes())):
-        raise DataError(f"--output {path} exists already, and is no {kind} of this command; name another file")
 
 
 def choose_dtype(name: str) -> torch.dtype | None:

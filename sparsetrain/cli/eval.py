@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_replaced, choose_device, choose_dtype
+from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_place, choose_device, choose_dtype
 from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
@@ -214,14 +214,16 @@ def _read_decoding(text: str) -> Decoding:
 
 def _check_output(output: Path | None, resume: bool | None) -> None:
     if output is not None:
-        check_replaced(output, "result", _is_result)
+        check_place(output)
+        if output.exists() and not _is_result(output):
+            raise RecipeError(f"--output {output} exists already and is no result of eval; name another file")
     if output is None and resume is not None:
         flag = "--resume" if resume else "--fresh"
         raise RecipeError(f"{flag} has no effect without --output, beside which finished samples are kept; give it")
 
 
-def _is_result(content: bytes) -> bool:
+def _is_result(file: Path) -> bool:
     try:
-        return {"model", "rows"} <= json.loads(content).keys()
-    except (ValueError, AttributeError, RecursionError):
+        return file.is_file() and {"model", "rows"} <= json.loads(file.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsetrain.cli.arguments import check_replaced
+from sparsetrain.cli.arguments import check_place
 
 
 def report(
@@ -29,7 +29,7 @@ def report(
       sparsetrain report runs/quickstart --output quickstart.html
     """
     if output is not None:
-        _check_place(output)
+        check_place(output)
     from sparsetrain.evaluation.html.page import write_page
     from sparsetrain.training.output.run_folder import read_history
 
@@ -51,11 +51,7 @@ def compare(
       sparsetrain compare runs/quickstart runs/quickstart-sliding
       sparsetrain compare runs/power runs/sliding runs/full --output three.html
     """
-    _check_place(output)
+    check_place(output)
     from sparsetrain.evaluation.html.compare import write_comparison
 
     print(write_comparison(run_folders, output))
-
-
-def _check_place(output: Path) -> None:
-    check_replaced(output, "page", lambda content: content.lstrip()[:14].lower() == b"<!doctype html")

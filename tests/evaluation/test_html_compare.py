@@ -69,7 +69,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys, monkeypatch)
         ([runs[0], tmp_path], "is not a run folder"),
         ([*runs, "--output", tmp_path], "is a folder; name a file"),
         ([*runs, "--output", tmp_path / "no/c.html"], "there is no such folder to write to"),
-        ([*runs, "--output", runs[0] / "recipe.yaml"], "exists already, and is no page of this command"),
+        ([*runs, "--output", runs[0] / "recipe.yaml"], "exists already and is no page of sparsetrain"),
     ):
         assert main(["compare", *map(str, given)]) == 2
         assert said in capsys.readouterr().err
