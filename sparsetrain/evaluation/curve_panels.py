@@ -63,8 +63,8 @@ def draw_loss(axes: Axes, metrics: Metrics, marks: Sequence[LossMarks] = ()) -> 
         other.plot(*zip(*points, strict=True), color=FAINT, linestyle="--", linewidth=1.2, label="learning rate")
         other.set_ylabel("learning rate", color=FAINT)
         other.tick_params(colors=FAINT)
-        other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        other.yaxis.get_offset_text().set_color(FAINT)
+        # No power of ten above the axis: the mark of the last evaluation may be there.
+        other.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         other.set_ylim(bottom=0)
         other.spines[["top", "left"]].set_visible(False)
         other.spines["right"].set_color(FAINT)
