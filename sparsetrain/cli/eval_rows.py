@@ -25,6 +25,7 @@ from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.generation.settings import Decode, parse_decode
 from sparsetrain.inference.models import Source
 from sparsetrain.modeling import check_learned_positions, set_decode, sparsify
+from sparsetrain.modeling.layers import attention_density
 from sparsetrain.modeling.outline import outline
 from sparsetrain.modeling.positions import position_limit
 from sparsetrain.time_left import counting
@@ -71,7 +72,7 @@ class Evaluation:
         self._note_positions()
         rows: list[Row] = []
         for attention in attentions:
-            for decoding in decodings:
+            for index, decoding in enumerate(decodings):
                 tried: Any = outline(self.source.path, "MODEL")
                 with torch.device("meta"):
                     put(tried, attention, decoding)
@@ -81,6 +82,8 @@ class Evaluation:
                 if attention.config is None:
                     method = _record(tried)["attention"]["method"]
                     named = DENSE if method == "full" else f"{named} ({method})"
+                if index == 0:
+                    self._note_all_read(named, tried)
                 label = named if decoding.recorded else f"{named}, {decoding.label}"
                 if any(row.label == label for row in rows):
                     raise ModelError("--attention trained is dense: this model attends fully; drop one of the two")
@@ -163,11 +166,21 @@ class Evaluation:
         limit = position_limit(self.source.outline)
         for field, lengths in self._lengths.items():
             if limit is not None and max(lengths, default=0) > limit and os.environ.get("RANK", "0") == "0":
-                print(
-                    f"note: {field}: {max(lengths):,} tokens are more than the {limit:,} positions of the model "
-                    "(max_position_embeddings)",
-                    file=sys.stderr,
+                _note(
+                    f"{field}: {max(lengths):,} tokens are more than the {limit:,} positions of the model "
+                    "(max_position_embeddings)"
                 )
+
+    def _note_all_read(self, label: str, model: Any) -> None:
+        """Say that a method leaves no key out: usual settings are for long texts, and the row looks like dense."""
+        longest = max((length for lengths in self._lengths.values() for length in lengths), default=0)
+        method = _record(model)["attention"]["method"]
+        everything = longest and method != "full" and min(attention_density(model, longest)) == 1.0
+        if everything and os.environ.get("RANK", "0") == "0":
+            _note(
+                f"{label} leaves no key out of {longest:,} tokens, the most that are measured: the row says nothing "
+                "of sparse attention; give longer --lengths, or other fields of the method"
+            )
 
     def _write(self, results: dict[str, EvalResult], about: dict[str, Any]) -> None:
         rows = {label: {**about[label], **json.loads(result.model_dump_json())} for label, result in results.items()}

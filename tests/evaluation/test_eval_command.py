@@ -246,8 +246,8 @@ def test_ranks_share_the_samples_and_one_tells(run):
             "--output nowhere/result.json: there is no such folder to write",
         ),
         (["run", "--output", "run"], "--output run is a folder; name a file"),
-        (["run", "--output", "run/recipe.yaml"], "run/recipe.yaml exists already, and is no result of this command"),
-        (["run", "--output", "run/final/config.json"], "config.json exists already, and is no result of this command"),
+        (["run", "--output", "run/recipe.yaml"], "run/recipe.yaml exists already and is no result of eval"),
+        (["run", "--output", "run/final/config.json"], "config.json exists already and is no result of eval"),
         (["run", "--tasks", "ppl"], "--tasks ppl: there is no such task; run/recipe.yaml has passkey, far, ruler;"),
         ([".", "--tasks", "passkey"], "MODEL='.' is no run and no model; name a run: run"),
         (["./rnu", "--tasks", "passkey"], "MODEL='./rnu': there is no such folder"),
@@ -272,6 +272,15 @@ def test_a_model_that_attends_fully_is_dense(run, refused, tiny_model, byte_toke
     capsys.readouterr()
     said = refused("plain", "run/recipe.yaml", "--attention", "trained", "--attention", "dense")
     assert "--attention trained is dense: this model attends fully; drop one of the two" in said
+
+
+def test_a_method_that_leaves_no_key_out_is_named(run, capsys):
+    call("run", "--tasks", "far", "--attention", "trained", "--attention", "sliding", "--attention", "dense")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "leaves no key out" in line]
+    assert notes == [
+        "note: sliding leaves no key out of 600 tokens, the most that are measured: the row says nothing of sparse "
+        "attention; give longer --lengths, or other fields of the method"
+    ]
 
 
 def test_lengths_are_in_tokens_or_thousands_of_them():
