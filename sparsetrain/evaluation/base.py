@@ -8,6 +8,7 @@ here. Importing a task loads neither torch nor numpy: a recipe is read without t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,6 +88,10 @@ class TaskSection(Section, ABC):
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Values that contradict one another: the field to blame, and a sentence."""
+        for name, lengths in self.lengths_by_field().items():
+            for length, count in Counter(lengths).items() if name in type(self).model_fields else ():
+                if count > 1:
+                    yield name, f"has {length} {count} times; each length is measured once, so give it once"
         for name, source in self.sources().items():
             if source.weight != 1.0:
                 yield (

@@ -74,7 +74,10 @@ class Journal:
             say: is told of faults of the disk, on the rank that has them.
         """
         about = _gathered(json.loads(json.dumps(about)), world)[0]
-        name = re.sub(r"[^a-z0-9.-]+", "-", label.lower()).strip("-")[:100]
+        name = re.sub(r"[^a-z0-9.-]+", "-", label.lower()).strip("-")
+        if len(name) > 100 or re.search(r"[^\w.,:()= -]", label):
+            # Labels whose names begin or read alike have files of their own.
+            name = f"{name[:80]}-{digest(label)[:8]}"
         journal = cls(folder / f"{name}.rank{world.rank}.jsonl", about, say)
         journal._others = f"{name}.rank*.jsonl"
         notes, useless = set(), []

@@ -89,6 +89,13 @@ def test_a_torn_line_costs_its_batch_and_files_of_other_ranks_count(evaluation, 
     assert evaluation()[1] == [(18, 18)], "what followed the torn line is a line of its own"
 
 
+def test_labels_that_begin_or_read_alike_have_files_of_their_own(tmp_path):
+    labels = ["power", "power/", "x" * 120 + "1", "x" * 120 + "2", "{a: 1}", "[a: 1]"]
+    for label in labels:
+        Journal.open(tmp_path, label, ABOUT, ALONE).add(("task", "settings", "batch"), label)
+    assert len(list(tmp_path.iterdir())) == len(labels)
+
+
 def test_records_of_something_else_are_not_used_and_that_is_said(evaluation, tmp_path):
     evaluation()
     other = {**ABOUT, "attention": {"method": "power"}, "decode": None}

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsetrain.data import passkey_prompt
 from sparsetrain.errors import DataError, ModelError, RecipeError
+from sparsetrain.evaluation.journal import digest
 from sparsetrain.evaluation.report import print_results
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
@@ -162,6 +163,10 @@ def test_another_model_can_choose_them(tiny_model, byte_tokenizer, text, tmp_pat
     assert (result.chosen, result.chosen_by) == (expected.chosen, str(chooser))
     assert result.key[200].mean() != expected.key[200].mean()
     assert result.pairs_with(expected)
+    asked = {batch: digest(part) for batch, (part, *_) in KeyTokens(section, byte_tokenizer).batches().items()}
+    byte_tokenizer.save_pretrained(chooser)  # files of another time: what was finished is not of this model
+    changed = {batch: digest(part) for batch, (part, *_) in KeyTokens(section, byte_tokenizer).batches().items()}
+    assert [batch for batch in asked if asked[batch] != changed[batch]] == [batch for batch in asked if " by " in batch]
     again = measured(tiny_model, byte_tokenizer, section, first=EvalResult(tasks={"key_tokens": result}))
     assert (again.chosen_by, again.key) == ("the first row", result.key)
 
@@ -188,6 +193,7 @@ def test_a_text_without_key_tokens_has_no_perplexity_of_them(tiny_model, byte_to
             {"lengths": [64, 200]},
             "lengths: a window of 64 tokens is no longer than short \\+ stride = 48 \\+ 16, so no ",
         ),
+        ({"lengths": [200, 100, 200]}, r"lengths: has 200 2 times; each length is measured once"),
         ({"lengths": [600]}, r"tokens: 500 tokens hold no window of eval\.tasks\.key_tokens\.lengths=600"),
     ],
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,13 +52,6 @@ class GenerativeSection(TaskSection):
             prompts = self.make(tokenizer, seed)
             _MADE[self.label] = key, prompts
         return prompts
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        """Lengths that are there twice."""
-        yield from super().faults()
-        for length, count in Counter(self.lengths).items():
-            if count > 1:
-                yield "lengths", f"has {length} {count} times; each length is measured once, so give it once"
 
     def place(self, name: str) -> Path | None:
         """The file or folder that a field names."""

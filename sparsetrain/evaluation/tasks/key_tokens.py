@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -106,6 +107,8 @@ class Part:
     context: Literal["long", "short"]
     by: str | None
     """The model that is asked; None is the one that is evaluated."""
+    files: list[tuple[str, int, int]]
+    """Of that model: another in the same place gives other losses."""
     row: Scored
 
 
@@ -124,8 +127,7 @@ class KeyTokens(BatchedTask):
         for name, fault in section.faults():
             raise RecipeError(f"{section.path(name)}: {fault}")
         section.try_inputs(tokenizer)
-        if section.key_tokens_from is not None:
-            _check_same_tokens(section, tokenizer)
+        self.chooser_files = [] if section.key_tokens_from is None else _files_of_chooser(section, tokenizer)
         self.section = section
         text = held_out_tokens(section.source, tokenizer, section.tokens)
         lengths = sorted(set(section.lengths))
@@ -213,8 +215,9 @@ class KeyTokens(BatchedTask):
         )
 
     def _parts(self, context: Literal["long", "short"], by: str | None) -> dict[str, list[Part]]:
+        files = [] if by is None else self.chooser_files
         return {
-            _group(length, context, by): [Part(length, context, by, row) for row in windows.rows]
+            _group(length, context, by): [Part(length, context, by, files, row) for row in windows.rows]
             for length, windows in self.windows[context].items()
         }
 
@@ -235,18 +238,24 @@ def _group(length: int, context: str, by: str | None) -> str:
     return f"{length} {context}" if by is None else f"{length} {context} by {by}"
 
 
-def _check_same_tokens(section: KeyTokensSection, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model with other tokens: those that it chooses would not be there."""
+def _files_of_chooser(section: KeyTokensSection, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int, int]]:
+    """The files of the model that chooses, with their sizes and times; none where it is not a folder.
+
+    Raises:
+        DataError: it has other tokens, so that those that it chooses would not be there.
+    """
     from sparsetrain.inference.models import find_model
 
     assert section.key_tokens_from is not None
     with _named(section):
-        theirs = find_model(section.key_tokens_from).tokenizer
-    if theirs.get_vocab() != tokenizer.get_vocab():
+        source = find_model(section.key_tokens_from)
+    if source.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{section.path('key_tokens_from')}: {section.key_tokens_from} has other tokens than the model that is "
             "evaluated, so none that it chooses is one of these; name a model with the same tokenizer"
         )
+    files = [(file, file.stat()) for file in sorted(Path(source.path).glob("*")) if file.is_file()]
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files]
 
 
 @contextmanager
