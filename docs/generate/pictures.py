@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from crossover import crossover
-from svg import CHOICE, EMPTY, FAR, SINK, WINDOW, drawing, legend, line, rectangle, text
+from svg import CHOICE, EMPTY, FAR, SINK, WINDOW, cells, drawing, legend, line, rectangle, text
 
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.patterns import Pattern
@@ -41,10 +41,12 @@ def matrix(
     rows = rows or range(SIZE)
     parts = [text(LEFT, 14, f"keys, {unit} 0 to {SIZE - 1} →", size=12)]
     parts.append(text(14, TOP + len(rows) * CELL, f"← queries {rows[0]} to {rows[-1]}", size=12, turned=True))
-    for place, row in enumerate(rows):
-        for column in range(row + 1):
-            colour = colour_of(row, column) or EMPTY
-            parts.append(rectangle(LEFT + column * CELL, TOP + place * CELL, CELL - 1, CELL - 1, colour))
+    places = [
+        (LEFT + column * CELL, TOP + place * CELL, colour_of(row, column) or EMPTY)
+        for place, row in enumerate(rows)
+        for column in range(row + 1)
+    ]
+    parts += cells(places, CELL - 1, CELL - 1)
     return parts + legend(LEFT, TOP + len(rows) * CELL + 10, entries)
 
 
@@ -81,9 +83,12 @@ def with_reach(title: str, parts: list[str], pattern: Pattern, entries: dict[str
     parts.append(text(LEFT, top - 8, "what the last block depends on, by layer", size=12))
     for layer in range(layers):
         parts.append(text(LEFT - 6, top + layer * 13 + 10, str(layer + 1), "end", size=12))
-        for column in range(SIZE):
-            colour = FAR if reach[layer][column] else EMPTY
-            parts.append(rectangle(LEFT + column * CELL, top + layer * 13, CELL - 1, 11, colour))
+    places = [
+        (LEFT + column * CELL, top + layer * 13, FAR if reach[layer][column] else EMPTY)
+        for layer in range(layers)
+        for column in range(SIZE)
+    ]
+    parts += cells(places, CELL - 1, 11)
     return drawing(LEFT + SIZE * CELL + 8, top + layers * 13 + 4, title, parts)
 
 

@@ -24,6 +24,14 @@ def rectangle(x: float, y: float, width: float, height: float, colour: str) -> s
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{colour}"/>'
 
 
+def cells(places: Iterable[tuple[float, float, str]], width: float, height: float) -> list[str]:
+    """Rectangles of one size at ``(x, y, colour)``: a shape for each colour, so that a drawing of hundreds is short."""
+    shapes: dict[str, str] = {}
+    for x, y, colour in places:
+        shapes[colour] = shapes.get(colour, "") + f"M{x:g} {y:g}h{width:g}v{height:g}h-{width:g}z"
+    return [f'<path d="{shape}" fill="{colour}"/>' for colour, shape in shapes.items()]
+
+
 def text(x: float, y: float, words: str, anchor: str = "start", size: float = 13, turned: bool = False) -> str:
     turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
     words = words.replace("&", "&amp;").replace("<", "&lt;")
