@@ -68,7 +68,17 @@ class TextDefinition(BaseModel):
 
     def rows(self) -> Rows:
         """A row for each length of windows."""
-        header = ["window", "stride", "windows", "tokens scored", "mean context", "BOS", "documents", "tokenizer"]
+        header = [
+            "window",
+            "stride",
+            "windows",
+            "tokens scored",
+            "mean context",
+            "BOS",
+            "documents",
+            "tokenizer",
+            "text",
+        ]
         rows = [header]
         for length, count in self.windows.items():
             rows.append(
@@ -81,6 +91,7 @@ class TextDefinition(BaseModel):
                     "yes" if self.bos else "no",
                     self.documents,
                     self.tokenizer,
+                    self.source,
                 ]
             )
         return rows
