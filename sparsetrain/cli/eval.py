@@ -181,9 +181,12 @@ def evaluate_model(
 
 
 def _names(text: str) -> list[str]:
-    names = list(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+    names = [each.strip() for each in text.split(",") if each.strip()]
     if not names:
         raise RecipeError("--tasks is empty; give names such as perplexity,passkey")
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"--tasks has {name} {names.count(name)} times; each task is measured once")
     return names
 
 

@@ -97,13 +97,15 @@ def read_lengths(text: str) -> list[int]:
     Raises:
         RecipeError: one is no number of tokens.
     """
-    found = set()
+    found: list[int] = []
     for part in filter(None, (each.strip().lower() for each in text.split(","))):
         matched = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([km]?)", part)
         tokens = float(matched[1]) * {"": 1, "k": 1024, "m": 1024**2}[matched[2]] if matched else 0.0
         if not tokens.is_integer() or not 0 < tokens <= MOST_TOKENS:
             raise RecipeError(f"--lengths {text}: {part} is no number of tokens such as 4k, 512 or 1m")
-        found.add(int(tokens))
+        if tokens in found:
+            raise RecipeError(f"--lengths {text}: {part} is there twice; each length is measured once")
+        found.append(int(tokens))
     if not found:
         raise RecipeError("--lengths is empty; give tokens such as 4k,8k,16k")
     return sorted(found)

@@ -225,6 +225,8 @@ def test_ranks_share_the_samples_and_one_tells(run):
             "--tasks pasky: there is no such task; did you mean passkey? run/recipe.yaml has",
         ),
         (["run", "--tasks", ","], "--tasks is empty; give names such as perplexity,passkey"),
+        (["run", "--tasks", "far,far"], "--tasks has far 2 times; each task is measured once"),
+        (["run", "--lengths", "1k,1024"], "--lengths 1k,1024: 1024 is there twice; each length is measured once"),
         (["run", "--lengths", "4q"], "--lengths 4q: 4q is no number of tokens such as 4k, 512 or 1m"),
         (["run", "--tasks", "far", "eval.tasks.passkey.trials=2"], "--tasks leaves passkey of run/recipe.yaml out"),
         (["run", "eval.tasks.far.trails=2"], "eval.tasks.far.trails: unknown key; did you mean eval.tasks.far.trials?"),
@@ -250,6 +252,10 @@ def test_ranks_share_the_samples_and_one_tells(run):
         (["run", "--output", "run/final/config.json"], "config.json exists already and is no result of eval"),
         (["run", "--tasks", "ppl"], "--tasks ppl: there is no such task; run/recipe.yaml has passkey, far, ruler;"),
         ([".", "--tasks", "passkey"], "MODEL='.' is no run and no model; name a run: run"),
+        (
+            ["run/empty", "--tasks", "passkey"],
+            "MODEL='run/empty' holds no model (no config.json or adapter_config.json)",
+        ),
         (["./rnu", "--tasks", "passkey"], "MODEL='./rnu': there is no such folder"),
         (["run", "--tasks", "perplexity", "eval.tasks.perplexity.source={path: gone.txt}"], "gone.txt"),
         (["run/final", "gone.yaml"], "there is no recipe gone.yaml"),
@@ -263,6 +269,7 @@ def test_ranks_share_the_samples_and_one_tells(run):
 )
 def test_mistakes_are_told_before_weights_are_read(run, refused, monkeypatch, arguments, said):
     monkeypatch.setattr("sparsetrain.inference.models.Source.load", lambda *_: pytest.fail("the weights were read"))
+    Path("run/empty").mkdir(exist_ok=True)
     assert said in refused(*arguments)
 
 
@@ -284,7 +291,7 @@ def test_a_method_that_leaves_no_key_out_is_named(run, capsys):
 
 
 def test_lengths_are_in_tokens_or_thousands_of_them():
-    assert read_lengths("16K, 4k,512,1.5k,1m,4096") == [512, 1536, 4096, 16384, 1048576]
-    for text in ("", "k", "-4k", "1.0001k", "0", "999m"):
+    assert read_lengths("16K, 4k,512,1.5k,1m") == [512, 1536, 4096, 16384, 1048576]
+    for text in ("", "k", "-4k", "1.0001k", "0", "999m", "4k,4096"):
         with pytest.raises(RecipeError, match="--lengths"):
             read_lengths(text)

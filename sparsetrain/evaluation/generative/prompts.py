@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +30,6 @@ class PromptMaker(ABC):
         DataError: a file cannot be read, or the chat template not be used.
     """
 
-    chosen_by: ClassVar[str] = ""
-    """The field that leaves a kind out."""
-
     def __init__(self, section: GenerativeSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.section, self.tokenizer, self.seed = section, tokenizer, seed
         with section.blaming("prompt"):
@@ -41,6 +38,10 @@ class PromptMaker(ABC):
     @abstractmethod
     def kinds(self) -> Sequence[str]:
         """The kinds of prompts."""
+
+    def leaving_out(self, kind: str) -> str:
+        """What a recipe leaves out so that a kind is not asked, and of which field; empty if it cannot."""
+        return ""
 
     @abstractmethod
     def budget(self, kind: str) -> int:
@@ -115,7 +116,8 @@ class PromptMaker(ABC):
         try:
             return maker.fitted(index, units, room, seeding(index))
         except NoRoom as error:
-            without = f", or leave {kind} out of {self.section.path(self.chosen_by)}" if self.chosen_by else ""
+            without = self.leaving_out(kind)
+            without = f", or leave {without}" if without else ""
             raise DataError(
                 f"{self.section.path('lengths')}: a length of {length:,} has no room for {kind}, whose shortest "
                 f"prompt takes {error.tokens:,} tokens with its answer and this tokenizer; ask for longer prompts"
