@@ -133,6 +133,37 @@ def test_a_damaged_file_is_a_sentence_of_the_page(tmp_path, name):
     assert page.fetched == []
 
 
+def test_characters_that_no_page_can_have_are_replaced(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "a\\u0001/mass/layer_1": 1, "b\\ud800/mass/layer_1": 1}\n')
+    page = write_page(folder).read_text(encoding="utf-8")
+    assert "cannot be drawn" not in page
+    assert "a\ufffd" in page
+    assert "b\ufffd" in page
+    assert "\x01" not in page
+
+
+@pytest.mark.parametrize("given", [{"cache/bytes": 8}, {"cache/bytes": 8, "cache/bytes_full": 9, "cache/tokens": 0}])
+def test_a_cache_of_no_tokens_is_left_out(tmp_path, given):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **given}) + "\n")
+    assert "Cache" not in Words(write_page(tmp_path).read_text(encoding="utf-8")).text
+
+
+def test_a_run_that_has_recorded_nothing_yet_has_no_reach_to_draw(tmp_path):
+    folder = make_run(tmp_path / "run", "attention.dense_layers=[-1]", steps=2)
+    (folder / "metrics.jsonl").write_text("")
+    text = Words(write_page(folder).read_text(encoding="utf-8")).text
+    assert "No steps are recorded." in text
+    assert "cannot be drawn" not in text
+
+
+def test_what_is_wrong_with_a_recipe_is_said(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    (folder / "recipe.yaml").write_text("train: {steps: 5, wrong: 1}\n")
+    assert any("recipe.yaml:1: model: is required" in note for note in read_run(folder).notes)
+
+
 @pytest.mark.usefixtures("drafts")
 def test_results_that_make_no_sense_are_a_sentence(tmp_path):
     folder = make_run(tmp_path / "run", steps=2)

@@ -13,7 +13,7 @@ from typing import Any
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.base import Rows
-from sparsetrain.evaluation.html.svg import Picture
+from sparsetrain.evaluation.html.svg import Picture, printable
 from sparsetrain.version import __version__
 
 OURS = b'<meta name="generator" content="sparsetrain '
@@ -80,7 +80,7 @@ class Page:
             words = re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-")
             taken = {other.anchor for other in self.sections[:number]}
             section.anchor = words if words and words not in taken else f"section-{number}"
-        return str(_template().render(page=self, version=__version__, style=_file("style.css")))
+        return printable(_template().render(page=self, version=__version__, style=_file("style.css")))
 
     def write(self, file: Path) -> Path:
         """Write the page, over an earlier one but over nothing else.

@@ -103,9 +103,7 @@ MEASURED: tuple[tuple[str, str, Callable[[RunRecord], float | None]], ...] = (
 
 
 def _cache_per_token(run: RunRecord) -> float | None:
-    once = run.metrics.once
-    held, tokens = once.get("cache/bytes"), once.get("cache/tokens")
-    return held / tokens if held is not None and tokens else None
+    return run.cache.own / run.cache.tokens if run.cache is not None else None
 
 
 def _curves(runs: Runs) -> list[Section]:

@@ -77,8 +77,8 @@ def facts(record: RunRecord) -> list[tuple[str, str, str]]:
         found.append(("Throughput", f"{speed:,.0f} tokens/s", "median of the logged steps"))
     if (memory := metrics.largest("peak_memory_gb")) is not None:
         found.append(("Peak memory", size(memory * 1e9), "of rank 0"))
-    if (cache := metrics.once.get("cache/bytes")) is not None:
-        found.append(("Cache", size(cache), f"at {metrics.once['cache/tokens']:,.0f} tokens"))
+    if (cache := record.cache) is not None:
+        found.append(("Cache", size(cache.own), f"at {cache.tokens:,.0f} tokens"))
     return found
 
 
@@ -138,11 +138,10 @@ def _attention(record: RunRecord) -> Section:
         kind = attention.pattern_drawn(length, kv_heads or 1) or pattern
         title = f"Blocks that see each other: {kind.density(length):.1%} of full attention at {length:,} tokens"
         section.draw(lambda: picture(lambda axes: draw_mask(axes, attention, kind, length), title, height=5.0))
-        with section.saying("The reach of the pattern cannot be drawn"):
-            words, layers = "Blocks that reach the last one after each layer", len(densities)
-            dense = attention.resolve_dense_layers(layers)
-            reach = partial(draw_reach, pattern=kind, length=length, num_layers=layers, dense_layers=dense)
-            if layers:
+        if layers := len(densities):
+            with section.saying("The reach of the pattern cannot be drawn"):
+                words, dense = "Blocks that reach the last one after each layer", attention.resolve_dense_layers(layers)
+                reach = partial(draw_reach, pattern=kind, length=length, num_layers=layers, dense_layers=dense)
                 section.draw(lambda: picture(reach, words, height=5.0))
     if densities:
         title = "Density: share of the causal pairs attended"
@@ -191,10 +190,9 @@ def _by_layer(caption: str, values: dict[str, dict[int, float]], *, folded: bool
 
 
 def _cache(record: RunRecord) -> list[Section]:
-    once = record.metrics.once
-    if not {"cache/bytes", "cache/bytes_full", "cache/tokens"} <= once.keys():
+    if record.cache is None:
         return []
-    own, full, tokens = (once[f"cache/{name}"] for name in ("bytes", "bytes_full", "tokens"))
+    own, full, tokens = record.cache
     method = record.recipe.attention.method if record.recipe else "this method"
     about = (
         f"Keys and values of one text of {tokens:,.0f} tokens, behind a prompt as long as a training row, in a "

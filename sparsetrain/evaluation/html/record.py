@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sparsetrain.counted import counted
 from sparsetrain.durable import read_bytes
-from sparsetrain.errors import CheckpointError, SparsetrainError, first_line
+from sparsetrain.errors import CheckpointError, RecipeError, SparsetrainError, first_line
 from sparsetrain.evaluation.metrics import METRICS_FILE, Metrics, read_metrics
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.evaluation.result import EvalResult
@@ -22,6 +22,17 @@ RECIPE_FILE = "recipe.yaml"
 MOST_HEADS = 1024
 """KV heads of a layer; a config that names more is not believed."""
 T = TypeVar("T")
+
+
+class CacheBytes(NamedTuple):
+    """Keys and values of one text in generation."""
+
+    own: float
+    """Bytes."""
+    full: float
+    """Bytes with full attention."""
+    tokens: float
+    """Of the text."""
 
 
 @dataclass
@@ -44,6 +55,13 @@ class RunRecord:
     def layers(self) -> dict[int, float]:
         """The density of each layer; empty if the run did not record it."""
         return {layer: last for layer, (_, last) in sorted(self.metrics.layers.get("attention/density", {}).items())}
+
+    @property
+    def cache(self) -> CacheBytes | None:
+        """The cache in generation; None if the run did not record it."""
+        once = self.metrics.once
+        found = CacheBytes(*(once.get(f"cache/{name}", 0.0) for name in ("bytes", "bytes_full", "tokens")))
+        return found if min(found) > 0 else None
 
     @property
     def kv_heads(self) -> int | None:
@@ -73,7 +91,10 @@ def read_run(folder: Path) -> RunRecord:
         try:
             return read(folder / name) if (folder / name).exists() else instead
         except (SparsetrainError, OSError, ValueError, RecursionError) as error:
-            reason = first_line(error).replace(f"{folder}/", "").rstrip(":")
+            reason = first_line(error)
+            if isinstance(error, RecipeError) and len(lines := str(error).splitlines()) > 1:
+                reason += f" {lines[1].strip()}"
+            reason = reason.replace(f"{folder}/", "")
             notes.append(f"{name} cannot be read: {reason}.")
             return instead
 

@@ -50,6 +50,7 @@ _SETTINGS: Any = {
     "legend.fontsize": 9,
     "axes.titlesize": 11,
 }
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _numbers = itertools.count()
 
 
@@ -93,6 +94,11 @@ def picture(
         return Picture(Markup(_inline(render(figure), title)), title, width > WIDTH)
 
 
+def printable(text: str) -> str:
+    """A text with U+FFFD in the place of characters that neither HTML nor XML nor UTF-8 can have."""
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
 def render(figure: Figure) -> str:
     """A figure as a file of SVG."""
     drawn = io.StringIO()
@@ -101,9 +107,12 @@ def render(figure: Figure) -> str:
 
 
 def _wrap(figure: Figure, width: float) -> None:
-    """Break the lines of titles that are wider than their axes."""
+    """Break the lines of titles that are wider than their axes; replace what cannot be drawn."""
     from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        if (shown := printable(text.get_text())) != text.get_text():
+            text.set_text(shown)
     for axes in figure.axes:
         share = axes.get_subplotspec().get_position(figure).width if axes.get_subplotspec() else 1.0  # type: ignore[union-attr]
         titles = {axes.get_title(place) for place in ("left", "center", "right")} - {""}
@@ -123,7 +132,7 @@ def _break_lines(text: Any, width: float) -> None:
 
 def _inline(file: str, title: str) -> str:
     """The root element alone, with colours of the page, and with names that no other picture of the page has."""
-    root = ElementTree.fromstring(file)
+    root = ElementTree.fromstring(printable(file))
     prefix = f"p{next(_numbers)}-"
     referenced = set(_REFERENCE.findall(file)) | set(re.findall(r'href="#([^"]+)"', file))
     for parent in list(root.iter()):
