@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsetrain.cli import main
 from sparsetrain.errors import DataError
-from sparsetrain.evaluation.receptive_field.probe import WIDTH, accuracy, exact_field, last_states
+from sparsetrain.evaluation.receptive_field.probe import WIDTH, accuracy, exact_field, last_states, unpack_states
 from sparsetrain.evaluation.receptive_field.prompts import Prompts
 from sparsetrain.evaluation.receptive_field.result import ReceptiveFieldResult
 from sparsetrain.evaluation.runner import evaluate
@@ -128,6 +128,17 @@ def test_the_map_says_what_is_known_by_layer_and_block(section, byte_tokenizer):
     hatched = [patch for patch in figure.axes[0].patches if patch.get_hatch()]
     assert len(hatched) == sum(known < 0.5 for row in found.reached for known in row)
     assert ReceptiveFieldResult.model_validate_json(result.model_dump_json()) == result
+
+
+@torch.no_grad()
+def test_a_method_that_reads_prompts_fully_reads_these_as_text(section, byte_tokenizer):
+    task = section.build(byte_tokenizer, 0)
+    batch = next(iter(task.batches().values()))[0]
+    known = {}
+    for attention in ({"method": "full"}, {"method": "recycled", "every": 16, "keep": 4, "recent": 4}):
+        states = task.measure_batch(random_model(attention), batch, HERE)["states"]
+        known[attention["method"]] = unpack_states(states[0], 4)
+    assert not np.allclose(known["recycled"], known["full"], atol=0.05)
 
 
 def test_the_command_measures_it_and_goes_on_from_its_samples(tmp_path):

@@ -106,7 +106,9 @@ class ReceptiveField(BatchedTask):
         from sparsetrain.evaluation.scoring import logits_at
 
         tokens = [sample[0] for sample in batch]
-        rows = collate([Row(each, np.full_like(each, IGNORE), [len(each)], [""]) for each in tokens])
+        # Plain text, for methods that let a prompt attend fully.
+        labels = [np.where(np.arange(len(each)) > 0, each, IGNORE) for each in tokens]
+        rows = collate([Row(each, mine, [len(each)], [""]) for each, mine in zip(tokens, labels, strict=True)])
         ends = (rows.cu_seqlens[1:].long() - 1).to(world.device)
         with last_states(model, ends) as found:
             for _ in logits_at(model, rows, world.device, ends, num_chunks=1):
