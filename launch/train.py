@@ -11,34 +11,12 @@ too. Installed from a wheel, it is the module ``sparsetrain.launch.train`` (``to
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
-from sparsetrain.cli import main
-from sparsetrain.errors import SparsetrainError
-from sparsetrain.training.distributed.launcher import adopt_slurm, leave_group
+from sparsetrain.cli.rank import exit_rank, run_rank
 from sparsetrain.training.supervision.signals import ExitOnSignal
-
-EXIT_SECONDS = 60
-"""What a failed process may still take to exit: the destructor of a broken process group may wait for ever."""
-
-
-def launch(arguments: list[str]) -> int:
-    """Run ``sparsetrain run`` as one rank and return its exit code."""
-    try:
-        adopt_slurm(os.environ)
-    except SparsetrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return main(["run", *(argument for argument in arguments if not argument.startswith("--local_rank"))])
-
 
 if __name__ == "__main__":
     ends = ExitOnSignal()
-    code = ends.code = launch(sys.argv[1:])
-    if code:
-        signal.alarm(EXIT_SECONDS)
-    else:
-        leave_group()
-    sys.exit(code)
+    code = ends.code = run_rank("run", sys.argv[1:])
+    exit_rank(code)

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 MODEL = "MODEL"
 """What messages call the argument."""
 
-CONFIGS = ("config.json", "adapter_config.json")
-"""A folder of a model or of adapters has one of these."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -70,7 +67,7 @@ def find_model(name: str) -> Source:
         ModelError: it is not found, or its files are damaged.
     """
     from sparsetrain.modeling.outline import outline
-    from sparsetrain.modeling.places import resolve
+    from sparsetrain.modeling.places import MODEL_FILES, resolve
     from sparsetrain.modeling.tokenizers import load_tokenizer
 
     folder = Path(name) / "final"
@@ -80,9 +77,9 @@ def find_model(name: str) -> Source:
     except ModelError as error:
         if beside := _runs_beside(Path(name)):
             raise ModelError(f"{MODEL}={name!r} is no run and no model; name a run: {', '.join(beside)}") from error
-        if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in CONFIGS):
+        if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in MODEL_FILES):
             raise ModelError(
-                f"{MODEL}={name!r} holds no model (no {' or '.join(CONFIGS)}); give a run, its final/ or a model"
+                f"{MODEL}={name!r} holds no model (no {' or '.join(MODEL_FILES)}); give a run, its final/ or a model"
             ) from error
         raise
     return Source(path, outline(path, MODEL), tokenizer)
@@ -90,7 +87,9 @@ def find_model(name: str) -> Source:
 
 def _runs_beside(folder: Path) -> list[str]:
     """The runs in a folder, or those beside a folder that is not there; the nearest names first."""
-    if any((folder / file).is_file() for file in (*CONFIGS, "recipe.yaml")):
+    from sparsetrain.modeling.places import MODEL_FILES
+
+    if any((folder / file).is_file() for file in (*MODEL_FILES, "recipe.yaml")):
         return []
     place = folder if folder.is_dir() else folder.parent
     runs = [str(file.parent) for file in sorted(place.glob("*/recipe.yaml"))]

@@ -17,6 +17,9 @@ OWN_MODELS = "sparsetrain:"
 ADAPTER_FILE = "adapter_config.json"
 """The files that peft writes into a folder of adapters."""
 
+MODEL_FILES = ("config.json", ADAPTER_FILE)
+"""A folder of a model or of adapters has one of these."""
+
 HUB_ARGUMENTS = frozenset({"revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download"})
 """Arguments of ``from_pretrained`` that locate a checkpoint."""
 
