@@ -284,7 +284,7 @@ def test_eval_measures_a_saved_folder(call, recipe, test_data):
         file.unlink()
     code, _, err = call("eval", "final", recipe, measure)
     assert code == 2
-    assert "error: MODEL (its tokenizer)='final' cannot be loaded: " in err
+    assert "error: RUN_OR_MODEL (its tokenizer)='final' cannot be loaded: " in err
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,26 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sparsetrain.cli.entry.app", broken)
     with pytest.raises(OSError, match="bad file descriptor"):
         main(["recipe", "list"])
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_a_rank_that_is_no_number_is_refused_by_every_command(call, monkeypatch, name):
+    monkeypatch.setenv(name, "x")
+    code, _, err = call("generate", "sparsetrain:tiny", "--prompt", "x")
+    assert code == 3
+    assert f"{name}='x' in the environment is not a number; unset or correct it" in err
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "report", "export"])
+def test_a_recipe_named_instead_of_its_run_is_told_so(call, recipe, command):
+    rest = {"generate": ["--prompt", "x"], "export": ["out"]}.get(command, [])
+    for name in ("quickstart", "run.yaml"):
+        code, _, err = call(command, name, *rest)
+        assert code == 2
+        assert f"{name} is a recipe; run it first (sparsetrain run {name}), then name its run folder, runs/" in err
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/recipe.yaml").touch()
+    assert "quickstart is a recipe; name its run: runs/quickstart" in call(command, "quickstart", *rest)[2]
 
 
 def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them_again(monkeypatch):

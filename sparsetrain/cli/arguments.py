@@ -34,7 +34,7 @@ Overrides = Annotated[
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL",
+        metavar="RUN_OR_MODEL",
         help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
         show_default=False,
     ),

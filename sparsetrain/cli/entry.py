@@ -18,12 +18,12 @@ from sparsetrain.cli.eval import NamesTasks, evaluate_model
 from sparsetrain.cli.export import export
 from sparsetrain.cli.flow import flow
 from sparsetrain.cli.generate import generate
-from sparsetrain.cli.interrupt import leave_on_interrupt
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.report import compare, report
 from sparsetrain.cli.run import run
 from sparsetrain.container import prepare_environment
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
+from sparsetrain.rank_variables import check_numbers
 from sparsetrain.streams import forgiving
 from sparsetrain.version import __version__
 
@@ -69,6 +69,7 @@ def _answer(arguments: list[str]) -> int:
         for argument in arguments:
             if not argument.isprintable():
                 _refuse_unprintable(argument)
+        check_numbers(os.environ)
         app(args=arguments, prog_name="sparsetrain")
         return 0
     except SystemExit as stop:
@@ -77,7 +78,9 @@ def _answer(arguments: list[str]) -> int:
         expected = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
         if not expected or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
-        rank = f" (rank {os.environ.get('RANK', '?')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        rank = (
+            f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+        )
         remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
         print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)
@@ -111,14 +114,12 @@ def _refuse_unprintable(argument: str) -> None:
         raise RecipeError(f"the argument {argument!r:.200} {fault}")
 
 
-def script() -> NoReturn:
-    """Run the command as a process, with handlers for stop signals."""
+def run_as_process() -> NoReturn:
+    """Run the command of this process and end it; a run has handlers for stop signals from its start to its end."""
     from sparsetrain.training.supervision.signals import ExitOnSignal
 
     # Other commands need not be started again.
     ends = ExitOnSignal() if sys.argv[1:2] == ["run"] else None
-    if sys.argv[1:2] in (["generate"], ["eval"]):
-        leave_on_interrupt()
     code = main()
     if ends is not None:
         ends.code = code

@@ -23,7 +23,7 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.rows import DENSE, Attention, Decoding
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.generation.settings import Decode, parse_decode
-from sparsetrain.inference.models import Source
+from sparsetrain.inference.models import MODEL, Source
 from sparsetrain.modeling import check_learned_positions, set_decode, sparsify
 from sparsetrain.modeling.layers import attention_density
 from sparsetrain.modeling.outline import outline
@@ -73,7 +73,7 @@ class Evaluation:
         rows: list[Row] = []
         for attention in attentions:
             for index, decoding in enumerate(decodings):
-                tried: Any = outline(self.source.path, "MODEL")
+                tried: Any = outline(self.source.path, MODEL)
                 with torch.device("meta"):
                     put(tried, attention, decoding)
                 for task in self.section.tasks:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sparsetrain.cli.interrupt import interruptible
+
 
 def export(
     run_folder: Annotated[
@@ -31,5 +33,6 @@ def export(
     """
     from sparsetrain.training.output.publish import publish
 
-    card = publish(run_folder, out, merge=merge, base=base)
+    with interruptible():
+        card = publish(run_folder, out, merge=merge, base=base)
     print(f"{out}: read {card}, then load it with sparsetrain.load({str(out)!r})")

@@ -1,4 +1,4 @@
-"""Ctrl-C in a command that loads large libraries first."""
+"""Ctrl-C in commands, which load large libraries first."""
 
 from __future__ import annotations
 

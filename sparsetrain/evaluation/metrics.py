@@ -122,7 +122,8 @@ def thinned(points: Points, most: int) -> Points:
 def _lines(path: Path) -> Iterator[str]:
     if not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path} is not a file")
-    with path.open(encoding="utf-8", errors="replace") as file:
+    # An editor may have put a byte order mark before the first line.
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             if line.strip():
                 yield line

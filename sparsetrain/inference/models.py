@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL = "MODEL"
+MODEL = "RUN_OR_MODEL"
 """What messages call the argument."""
 
 
@@ -64,12 +64,15 @@ def find_model(name: str) -> Source:
             ``sparsetrain:tiny``. A model that records no method attends fully.
 
     Raises:
-        ModelError: it is not found, or its files are damaged.
+        ModelError: it is not found, is a recipe, or its files are damaged.
     """
     from sparsetrain.modeling.outline import outline
     from sparsetrain.modeling.places import MODEL_FILES, resolve
     from sparsetrain.modeling.tokenizers import load_tokenizer
+    from sparsetrain.recipe.mistaken import is_recipe_instead
 
+    if (advice := is_recipe_instead(name)) is not None:
+        raise ModelError(f"{MODEL}={name!r}: {advice}")
     folder = Path(name) / "final"
     path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, MODEL)
     try:

@@ -93,7 +93,13 @@ def test_runs_without_records_and_with_hostile_names(tmp_path):
 
 @pytest.mark.usefixtures("drafts")
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    runs = [make_run(tmp_path / place / "run", measured=results(), name="same") for place in ("x", "y")]
+    runs = [make_run(tmp_path / place, measured=results(), name="same") for place in ("x/run", "y/run", "y/seed2")]
     out = tmp_path / "compare.html"
     assert main(["compare", *map(str, runs), "--output", str(out)]) == 0
-    assert f"{tmp_path}/y/run" in Words(out.read_text(encoding="utf-8")).text
+    page = out.read_text(encoding="utf-8")
+    assert f"3 runs: {runs[0]}, {runs[1]}, seed2" in Words(page).text
+    assert "Recipe | same | same | same" in rows(page)
+    runs.append(make_run(tmp_path / "other", name="other"))
+    assert main(["compare", *map(str, runs), "--output", str(out)]) == 0
+    page = Words(out.read_text(encoding="utf-8")).text
+    assert f"4 runs: same ({runs[0]}), same ({runs[1]}), same (seed2), other" in page

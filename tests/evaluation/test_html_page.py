@@ -201,6 +201,14 @@ def test_steps_that_went_wrong_are_counted(tmp_path):
     assert "1 line of metrics.jsonl cannot be read." in text
 
 
+def test_a_byte_order_mark_before_the_metrics_costs_no_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    metrics = read_metrics(file)
+    assert metrics.curves["loss"] == [(1, 3.0), (2, 2.0)]
+    assert metrics.unreadable == 0
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "is not a run folder (it has no recipe.yaml, metrics.jsonl or evaluation.json)" in capsys.readouterr().err

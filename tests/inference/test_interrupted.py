@@ -63,6 +63,27 @@ def test_ctrl_c_while_libraries_are_imported_is_quiet():
     assert (process.returncode, out, err) == (130, "", "")
 
 
+INTERRUPTED_AT_TYPER = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+from sparsetrain.cli import script
+script()
+"""
+
+
+@pytest.mark.parametrize("command", [["recipe", "list"], ["run", "quickstart"]])
+def test_ctrl_c_while_the_command_line_is_imported_is_quiet(command):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_AT_TYPER, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_reader_that_has_read_enough_ends_it_quietly(prompts):
     with started("--file", prompts, "--max-new-tokens", "20") as process:
         assert process.stdout is not None

@@ -55,18 +55,30 @@ def comparison(runs: Runs) -> Page:
 
 
 def _named(records: Sequence[RunRecord]) -> Runs:
-    """Runs by the name of their recipe or folder, or else by their path: the first of these that tells them apart."""
-    for name in (lambda run: run.name, lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
-        names = [name(record) for record in records]
-        if len(set(names)) == len(names):
-            return dict(zip(names, records, strict=True))
-    return {str(record.folder.resolve()): record for record in records}
+    """Runs by the name of their recipe; where several have the same, with the folder or path that tells them apart,
+    and by that alone where all have it."""
+    named: Runs = {}
+    for record in records:
+        same = [other for other in records if other.name == record.name]
+        place = _place(record, same)
+        name = record.name if len(same) == 1 else place if len(same) == len(records) else f"{record.name} ({place})"
+        # A recipe may be called what another one with its folder is.
+        named[name if name not in named else f"{record.name} ({record.folder.resolve()})"] = record
+    return named
+
+
+def _place(record: RunRecord, same: Sequence[RunRecord]) -> str:
+    """The name of a run's folder, or else its path: the first that no other run has."""
+    for place in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
+        if [place(other) for other in same].count(place(record)) == 1:
+            return place(record)
+    return str(record.folder.resolve())
 
 
 def _numbers(runs: Runs) -> Section:
     """What each run is, and its loss and costs beside those of the first."""
     held = {name: {fact: (value, remark) for fact, value, remark in facts(run)} for name, run in runs.items()}
-    rows = [["", *runs]]
+    rows = [["", *runs], ["Recipe", *(run.name for run in runs.values())]]
     for fact in KINDS:
         cells = []
         for found in held.values():

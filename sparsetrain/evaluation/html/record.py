@@ -17,6 +17,7 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.survival import SURVIVAL_FILE, Survival
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.local_model import decoder_config
+from sparsetrain.recipe.mistaken import is_recipe_instead
 
 RECIPE_FILE = "recipe.yaml"
 MOST_HEADS = 1024
@@ -83,6 +84,8 @@ def read_run(folder: Path) -> RunRecord:
     """
     held = [name for name in (RECIPE_FILE, METRICS_FILE, RESULTS_FILE) if (folder / name).is_file()]
     if not held:
+        if (advice := is_recipe_instead(str(folder))) is not None:
+            raise CheckpointError(advice)
         problem = f"it has no {RECIPE_FILE}, {METRICS_FILE} or {RESULTS_FILE}" if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{folder} is not a run folder ({problem}); give the output folder of a run")
     notes: list[str] = []

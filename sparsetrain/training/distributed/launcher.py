@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sparsetrain.errors import TrainingError, first_line
+from sparsetrain.rank_variables import check_numbers
 from sparsetrain.world import World
 
 Environment = MutableMapping[str, str]
@@ -39,7 +40,7 @@ def adopt_slurm(environment: Environment) -> None:
     Raises:
         TrainingError: The address of rank 0 or the number of this task is unknown.
     """
-    _check_numbers(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
+    check_numbers(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"))
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return
     if lacking := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
@@ -73,7 +74,7 @@ def check_ranks(environment: Environment) -> None:
     Raises:
         TrainingError: A variable is missing or invalid.
     """
-    _check_numbers(environment, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    check_numbers(environment)
     rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
     if rank is None:
         if int(size or 1) > 1:
@@ -95,12 +96,6 @@ def check_ranks(environment: Environment) -> None:
     ):
         if not environment.get(name):
             raise TrainingError(f"WORLD_SIZE={size}, but {name} ({what}) is not set; start the run through a launcher")
-
-
-def _check_numbers(environment: Environment, names: Sequence[str]) -> None:
-    for name in names:
-        if not environment.get(name, "0").isdecimal():
-            raise TrainingError(f"{name}={environment[name]!r} in the environment is not a number; unset or correct it")
 
 
 def connect(device: torch.device | None = None, *, timeout: float) -> World:

@@ -18,6 +18,7 @@ from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe.mistaken import is_recipe_instead
 from sparsetrain.training.output.merge import write_merged
 from sparsetrain.training.output.model_card import model_card
 
@@ -50,6 +51,8 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
     """
     final = run / "final"
     if not (run / "recipe.yaml").is_file():
+        if (advice := is_recipe_instead(str(run))) is not None:
+            raise CheckpointError(advice)
         raise CheckpointError(f"{run} is not a run folder (it has no recipe.yaml); give the folder that holds final/")
     if not final.is_dir():
         raise CheckpointError(
