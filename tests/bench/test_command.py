@@ -29,7 +29,8 @@ def test_without_a_gpu_it_says_what_it_measures(capsys, tmp_path):
     assert main(["bench", "power", *SMALL, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "these are CPU timings" in shown.out
-    assert "Not measured here: ours-triton, flex, flex-flash, cudnn, fa2, fa4, varlen, GPU memory." in shown.out
+    flex = "flex, flex-tma, flex-flash"
+    assert f"Not measured here: ours-triton, {flex}, fa4-blocks, cudnn, fa2, fa4, varlen, GPU memory." in shown.out
     assert "SDPA of torch, dense" in shown.out
     assert "forward + backward" in shown.err
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["power.csv", "power.json", "power.png"]
@@ -73,10 +74,10 @@ def test_defaults_suit_the_machine():
     assert (cpu.lengths, case.heads, case.kv_heads, case.dtype) == ((1024, 4096), 4, 2, torch.float32)
     assert (gpu.lengths, gpu.options.heads, gpu.options.kv_heads) == ((8192, 32768, 131072), 32, 8)
     assert gpu.options.dtype == "bfloat16"
-    dense = ["cudnn", "fa2", "fa4"]
-    assert [each.name for each in gpu.contenders] == ["ours", "ours-triton", "flex", "flex-flash", *dense]
+    flex, dense = ["flex", "flex-tma", "flex-flash"], ["cudnn", "fa2", "fa4"]
+    assert [each.name for each in gpu.contenders] == ["ours", "ours-triton", *flex, "fa4-blocks", *dense]
     packed = resolve(device="cuda", packed=True)
-    assert [each.name for each in packed.contenders] == ["ours", "ours-triton", "flex", "flex-flash", "varlen"]
+    assert [each.name for each in packed.contenders] == ["ours", "ours-triton", *flex, "varlen"]
     with pytest.raises(BenchError, match="cudnn cannot be measured on cuda with --packed"):
         resolve(device="cuda", packed=True, opponents="ours,cudnn")
     assert resolve(device="cuda", heads=4, kv_heads=1, lengths="1048576").problem(1048576).flops(True) > 0

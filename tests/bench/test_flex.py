@@ -3,17 +3,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sparsetrain_kernels import block_pattern_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from sparsetrain.bench.contenders import flex
-from sparsetrain.bench.contenders.flex import FLEX, document_block_mask, document_mask, listed_block_mask, tile_lists
+from sparsetrain.bench.contenders.base import Prepared
+from sparsetrain.bench.contenders.flex import FLEX, document_block_mask, document_mask, listed_block_mask
 from sparsetrain.bench.measure import Unavailable
 from sparsetrain.bench.problem import PatternProblem
-from sparsetrain.patterns import PowerPattern, StridePattern
+from sparsetrain.patterns import PowerPattern
 
 CPU = torch.device("cpu")
 
@@ -21,29 +21,6 @@ CPU = torch.device("cpu")
 def problem(length: int, documents: tuple[int, ...] | None = None, block: int = 128) -> PatternProblem:
     pattern = PowerPattern(block, window=2, sinks=1)
     return PatternProblem(length, 4, 2, 16, torch.float32, CPU, documents=documents, pattern=pattern)
-
-
-@pytest.mark.parametrize("pattern", [PowerPattern(256), PowerPattern(128, 2, 0), StridePattern(384, 1, 1, 3)])
-@pytest.mark.parametrize("length", [1, 128, 1000, 4096])
-def test_tile_lists_are_the_mask_of_the_pattern(pattern, length):
-    lists = tile_lists(pattern, length)
-    tiles, ratio = -(-length // 128), pattern.block // 128
-    listed = np.zeros((tiles, tiles), dtype=bool)
-    for row in range(tiles):
-        full = lists.full[0, 0, row, : lists.full_counts[0, 0, row]].tolist()
-        assert full == sorted(set(full))
-        listed[row, full] = True
-        assert not listed[row, row]
-        assert lists.partial[0, 0, row, : lists.partial_counts[0, 0, row]].tolist() == [row]
-        listed[row, row] = True
-    blocks = pattern.mask(-(-tiles // ratio))
-    want = np.tril(blocks.repeat(ratio, 0).repeat(ratio, 1)[:tiles, :tiles])
-    assert (listed == want).all()
-
-
-def test_blocks_that_are_not_made_of_tiles_are_refused_with_the_reason():
-    with pytest.raises(Unavailable, match="128 tokens; a block of 192"):
-        tile_lists(PowerPattern(192), 1024)
 
 
 @pytest.mark.parametrize("length", [1280, 1400])
@@ -102,9 +79,16 @@ def test_flex_attention_with_these_masks_is_our_attention(documents, monkeypatch
     torch.testing.assert_close(got, want)
 
 
-def test_a_flash_attention_4_with_a_race_in_its_gradients_is_no_opponent(monkeypatch) -> None:
-    monkeypatch.setattr(flex, "flash_attn_cute", lambda: None)
-    monkeypatch.setattr(flex.importlib.metadata, "version", lambda name: "4.0.0b35")
-    opponent = next(each for each in FLEX if each.name == "flex-flash")
-    with pytest.raises(Unavailable, match=r"4\.0\.0b35 has a race .* install 4\.0\.0b36 or newer"):
+def test_a_torch_whose_kernels_do_not_load_by_tma_is_told_so(monkeypatch, tmp_path) -> None:
+    (tmp_path / "templates").mkdir()
+    for name in ("flex_attention.py.jinja", "flex_backwards.py.jinja"):
+        (tmp_path / "templates" / name).write_text("tl.load")
+    monkeypatch.setattr(flex, "files", lambda package: tmp_path)
+    opponent = next(each for each in FLEX if each.name == "flex-tma")
+    with pytest.raises(Unavailable, match="does not load by TMA"):
         opponent.prepare(None, None)
+    (tmp_path / "templates/flex_attention.py.jinja").write_text("{%- if USE_TMA %}")
+    asked = []
+    monkeypatch.setattr(flex, "_flex", lambda *_: asked.append(_[2]) or Prepared(torch.add, note="mask"))
+    assert opponent.prepare(None, None).note == "mask; TMA forward"
+    assert asked == [{"USE_TMA": True}]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsetrain.bench.contenders.flex import tile_lists
+from sparsetrain.bench.contenders.tiles import tile_lists
 from sparsetrain.bench.problem import PatternProblem, document_lengths, visible_pairs
 from sparsetrain.patterns import PowerPattern
 

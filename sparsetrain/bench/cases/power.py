@@ -31,8 +31,8 @@ class Options(PatternOptions):
     packed: bool = False
     """Documents of log-normal lengths of mean 4096, packed into one sequence."""
     opponents: str = "all"
-    """ours, ours-triton, flex, flex-flash, cudnn, fa2, fa4; packed: ours, ours-triton, flex, flex-flash, varlen;
-    without a GPU: ours, sdpa. Commas between, or all."""
+    """ours, ours-triton, flex, flex-tma, flex-flash, fa4-blocks, cudnn, fa2, fa4; packed: ours, ours-triton, flex,
+    flex-tma, flex-flash, varlen; without a GPU: ours, sdpa. Commas between, or all."""
 
 
 def case(options: Options) -> AttentionCase:
@@ -42,14 +42,14 @@ def case(options: Options) -> AttentionCase:
         BenchError: an option has a value that cannot be measured.
     """
     from sparsetrain.bench.attention import MAX_CHECKED, AttentionCase
-    from sparsetrain.bench.contenders import base, dense, flex, ours
+    from sparsetrain.bench.contenders import base, dense, fa4, flex, ours
     from sparsetrain.bench.problem import PatternProblem, document_lengths
     from sparsetrain.patterns import PowerPattern
 
     packed, pattern = options.packed, PowerPattern(options.block, options.window, options.sinks)
     if packed and options.batch != 1:
         raise BenchError(f"--batch {options.batch} does not go with --packed, which packs one sequence; use --batch 1")
-    known = (*ours.PATTERN, *flex.FLEX, *dense.CAUSAL)
+    known = (*ours.PATTERN, *flex.FLEX, fa4.BLOCKS, *dense.CAUSAL)
     fits = base.fitting(known, options.device, packed)
     here = f"on {options.device} {'with' if packed else 'without'} --packed"
 

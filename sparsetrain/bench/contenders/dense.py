@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from sparsetrain_kernels import causal_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsetrain.bench.contenders import fa4
 from sparsetrain.bench.contenders.base import PACKED, PACKED_STEP, TOKENS_FIRST, Attention, Contender, Prepared
 from sparsetrain.bench.measure import Unavailable
 
@@ -39,27 +39,6 @@ def _cudnn(problem: Any, tensors: Any) -> Prepared:
 
 def _fa2(problem: Any, tensors: Any) -> Prepared:
     return Prepared(_sdpa(SDPBackend.FLASH_ATTENTION, is_causal=True))
-
-
-def _fa4(problem: Any, tensors: Any) -> Prepared:
-    flash_attn_func = flash_attn_cute().flash_attn_func
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = flash_attn_func(query, key, value, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp along with it
-
-    return Prepared(attend, TOKENS_FIRST)
-
-
-def flash_attn_cute() -> Any:
-    """FlashAttention 4."""
-    try:
-        found = importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:
-        found = False
-    if not found:
-        raise Unavailable("flash_attn.cute is not installed: pip install --pre flash-attn-4")
-    return importlib.import_module("flash_attn.cute")
 
 
 def _chosen_by_torch(problem: Any, tensors: Any) -> Prepared:
@@ -135,7 +114,7 @@ def _step_chosen_by_torch(problem: Any, layer: Any) -> Prepared:
 CAUSAL = (
     Contender("cudnn", "cuDNN, dense", "all", _cudnn, packed=(False,)),
     Contender("fa2", "FA2 of torch, dense", "all", _fa2, packed=(False,)),
-    Contender("fa4", "FA4, dense", "all", _fa4, packed=(False,)),
+    fa4.DENSE,
     Contender("varlen", "FA2 varlen, dense", "all", _varlen, packed=(True,)),
     Contender("sdpa", "SDPA of torch, dense", "all", _chosen_by_torch, ("cpu",)),
 )

@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from sparsetrain.bench.contenders.base import Contender, Prepared
-from sparsetrain.bench.contenders.dense import flash_attn_cute
+from sparsetrain.bench.contenders.fa4 import block_sparse_flash_attn_cute
+from sparsetrain.bench.contenders.tiles import TILE, tile_lists
 from sparsetrain.bench.measure import MIB, Unavailable, once_ms, peak
 from sparsetrain.bench.problem import PatternProblem, Tensors
 from sparsetrain.patterns import Pattern, PowerPattern
 
-TILE = 128
-"""Tokens along a side of FlexAttention's blocks, for queries and keys alike."""
-SOUND_BLOCK_SPARSE = "4.0.0b36"
-"""The first FlashAttention 4 whose block-sparse backward pass has no race that makes some gradients wrong."""
-
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class TileLists(NamedTuple):
-    """int32; how many tiles each row of tiles reads, ``[1, 1, tiles]``, and which, ``[1, 1, tiles, tiles]``."""
-
-    partial_counts: Tensor
-    partial: Tensor
-    """The diagonal tiles, which need the causal mask."""
-    full_counts: Tensor
-    full: Tensor
-
-
-def tile_lists(pattern: Pattern, length: int) -> TileLists:
-    """The pattern's lists in tiles of 128 x 128 tokens. No mask is looked at.
-
-    Raises:
-        Unavailable: a block is not made of whole tiles.
-    """
-    if pattern.block % TILE:
-        raise Unavailable(f"FlexAttention's tiles are {TILE} tokens; a block of {pattern.block} is not made of them")
-    tiles, ratio = -(-length // TILE), pattern.block // TILE
-    counts = torch.zeros(tiles, dtype=torch.int32)
-    # As wide as there are tiles, for from_kv_blocks takes the number of key tiles from here.
-    full = torch.zeros(tiles, tiles, dtype=torch.int32)
-    for t in range(-(-tiles // ratio)):
-        earlier = torch.tensor(pattern.key_blocks(t)[:-1], dtype=torch.int32)
-        whole = (earlier[:, None] * ratio + torch.arange(ratio, dtype=torch.int32)).flatten()
-        for row in range(t * ratio, min((t + 1) * ratio, tiles)):
-            listed = torch.cat([whole, torch.arange(t * ratio, row, dtype=torch.int32)])
-            counts[row] = len(listed)
-            full[row, : len(listed)] = listed
-    partial = torch.zeros(tiles, tiles, dtype=torch.int32)
-    partial[:, 0] = torch.arange(tiles)
-    return TileLists(torch.ones_like(counts)[None, None], partial[None, None], counts[None, None], full[None, None])
 
 
 def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -66,11 +30,16 @@ def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 def listed_block_mask(pattern: Pattern, length: int, device: torch.device) -> BlockMask:
     """The pattern's block mask for one sequence, from its lists."""
     lists = tile_lists(pattern, length)
+
+    def square(tiles: Tensor) -> Tensor:
+        """As wide as there are tiles, which is where ``from_kv_blocks`` takes the number of key tiles from."""
+        return F.pad(tiles, (0, tiles.shape[2] - tiles.shape[3])).to(device)
+
     return BlockMask.from_kv_blocks(
         kv_num_blocks=lists.partial_counts.to(device),
-        kv_indices=lists.partial.to(device),
+        kv_indices=square(lists.partial),
         full_kv_num_blocks=lists.full_counts.to(device),
-        full_kv_indices=lists.full.to(device),
+        full_kv_indices=square(lists.full),
         BLOCK_SIZE=TILE,
         mask_mod=causal,
         seq_lengths=(length, length),
@@ -130,18 +99,25 @@ def _flex(problem: PatternProblem, tensors: Tensors, kernel_options: dict[str, A
 
 
 def _flex_flash(problem: PatternProblem, tensors: Tensors) -> Prepared:
-    from packaging.version import Version
-
-    flash_attn_cute()
-    installed = importlib.metadata.version("flash-attn-4")
-    if Version(installed) < Version(SOUND_BLOCK_SPARSE):
-        raise Unavailable(
-            f"flash-attn-4 {installed} has a race in its block-sparse gradients; install {SOUND_BLOCK_SPARSE} or newer"
-        )
+    block_sparse_flash_attn_cute()
     return _flex(problem, tensors, {"BACKEND": "FLASH"})
+
+
+def _flex_tma(problem: PatternProblem, tensors: Tensors) -> Prepared:
+    templates = files("torch._inductor.kernel.flex") / "templates"
+    having = [
+        name
+        for name, file in (("forward", "flex_attention.py.jinja"), ("backward", "flex_backwards.py.jinja"))
+        if "USE_TMA" in (templates / file).read_text()
+    ]
+    if not having:
+        raise Unavailable(f"FlexAttention of torch {torch.__version__} does not load by TMA; it does from 2.9 on")
+    prepared = _flex(problem, tensors, {"USE_TMA": True})
+    return replace(prepared, note=f"{prepared.note}; TMA {' and '.join(having)}")
 
 
 FLEX = (
     Contender("flex", "Flex, Triton", "blocks", _flex),
+    Contender("flex-tma", "Flex, Triton, TMA", "blocks", _flex_tma),
     Contender("flex-flash", "Flex, FLASH (FA4)", "blocks", _flex_flash),
 )
