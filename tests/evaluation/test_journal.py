@@ -160,6 +160,7 @@ def test_a_digest_of_weights_tells_models_apart(tiny_model):
     changed = []
     for change in (
         lambda model: model.lm_head.weight.data[3, 4].mul_(-1),
+        lambda model: model.lm_head.weight.data.copy_(model.lm_head.weight.data.flip(0)),
         lambda model: model.flags.fill_(True),
         lambda model: model.to(torch.bfloat16),
         lambda model: sparsify(model, {"method": "sparsek", "topk": 8, "window": 4}),
@@ -167,7 +168,7 @@ def test_a_digest_of_weights_tells_models_apart(tiny_model):
         other = copy.deepcopy(tiny_model)
         change(other)
         changed.append(weights_digest(other, ALONE))
-    assert len({first, *changed}) == 5
+    assert len({first, *changed}) == 6
 
 
 def test_a_record_is_what_json_gives_back(tmp_path):
