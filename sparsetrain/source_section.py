@@ -13,6 +13,10 @@ ROOM = 2**17
 
 _KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
 
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+TurnKey = Literal["role", "content", "tool_calls", "reasoning_content", "train"]
+Role = Literal["system", "user", "assistant", "tool"]
+
 # The columns of a source, and the form that reads each.
 _COLUMNS = {
     "text_field": "text",
@@ -21,6 +25,9 @@ _COLUMNS = {
     "separator": "prompt_completion",
     "messages_field": "chat",
 }
+
+_NAMES = ("columns", "turn_keys", "roles")
+_ROWS = ("max_rows", "validation")
 
 
 class DataSource(Section):
@@ -48,6 +55,12 @@ class DataSource(Section):
     """Text between a prompt and its completion, which belongs to the prompt (form ``prompt_completion``)."""
     messages_field: Text = "messages"
     """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
+    columns: Annotated[dict[Name, Name], Field(max_length=MOST_LISTED)] = {}
+    """The meaning of columns that have other names: ours first, such as ``{instruction: task, output: reply}``."""
+    turn_keys: Annotated[dict[TurnKey, Name], Field(max_length=MOST_LISTED)] = {}
+    """The same for the keys of turns: ``{role: speaker, content: utterance}``."""
+    roles: dict[Role, Name | Annotated[list[Name], Field(min_length=1, max_length=MOST_LISTED)]] = {}
+    """The same for roles, one or several: ``{assistant: [Sage, Expert], user: Seeker}``."""
     ignore: list[str] = []
     """Columns and keys of turns to ignore although they have a meaning, such as ``[rejected]``. Otherwise a row with
     an unsupported column is refused."""
@@ -56,7 +69,14 @@ class DataSource(Section):
     revision: Text | None = None
     """Branch, tag or commit of a Hub dataset."""
     split: Text = "train"
-    """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file)."""
+    """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file), local files have them where
+    ``validation`` is given."""
+    max_rows: Annotated[int, Field(gt=0), Bounds(2**40, "no data set has more")] | None = None
+    """Read only the first rows, at most so many."""
+    validation: Annotated[float, Field(gt=0), Bounds(2**40, "no data set has more rows")] | None = None
+    """Hold out rows of local files: a fraction of them if below 1, else a number. ``split: train`` reads the others,
+    ``split: validation`` (as the source of an evaluation, with the same ``path``, ``max_rows`` and ``validation``)
+    these. Which they are depends on the number of rows alone. A document is never in both."""
     weight: PositiveFloat = 1.0
     """Relative frequency with which this source is drawn. A draw is a document, or a part of ``sequence.length`` tokens
     of a longer one; for a streaming source, a whole document."""
@@ -88,7 +108,7 @@ class DataSource(Section):
         kinds = {
             "sources with a path": (
                 self.synthetic is None,
-                ("form", *_COLUMNS, "ignore", "subset", "revision", "split", "streaming", "shuffle"),
+                ("form", *_COLUMNS, *_NAMES, "ignore", *_ROWS, "subset", "revision", "split", "streaming", "shuffle"),
             ),
             "synthetic sources": (self.synthetic is not None, ("lengths",)),
             "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
@@ -102,6 +122,39 @@ class DataSource(Section):
                 if not holds and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name}={getattr(self, name)} has no effect here: it belongs to {kind}")
         return self
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> DataSource:
+        for setting in _NAMES:
+            values = getattr(self, setting).values()
+            names = [name for value in values for name in ([value] if isinstance(value, str) else value)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{setting} gives {twice[0]!r} two meanings")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_to_hold_out(self) -> DataSource:
+        if self.validation is None:
+            return self
+        if self.validation >= 1 and self.validation != int(self.validation):
+            raise ValueError(
+                f"validation={self.validation}: 1 or more is a number of rows and must be whole; below 1 is a fraction"
+            )
+        if self.streaming:
+            raise ValueError(
+                "validation needs the number of rows, which a streaming source does not know; set streaming: false, or "
+                "keep the rows for evaluation in a file of their own"
+            )
+        if self.split not in ("train", "validation"):
+            raise ValueError(
+                f"split={self.split}: validation={self.validation:g} makes the splits train and validation"
+            )
+        return self
+
+    def held_out_of(self, rows: int) -> int:
+        """The rows that ``validation`` holds out of so many."""
+        assert self.validation is not None
+        return round(self.validation * rows) if self.validation < 1 else int(self.validation)
 
     @property
     def label(self) -> str:

@@ -16,6 +16,7 @@ from sparsetrain.data.files import is_local
 from sparsetrain.data.forms import resolve_form, takes_template
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
+from sparsetrain.recipe.chat_templates import chat_template_text
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.source_section import ROOM
 
@@ -103,6 +104,11 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
         resolve_form(source, ["text"], seen)
         return False
     if not is_local(str(source.path)):
+        if source.validation is not None:
+            raise DataError(
+                f"data source {source.label!r}: validation holds rows out of local files, and there is no such file or "
+                "folder here; of a Hub dataset, name a split"
+            )
         check.unchecked.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
         return False
     kind, files = local_files(source)
@@ -144,7 +150,12 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
     """The recipe's tokenizer, if it is in a local folder and needed for a check.
 
     Its own faults are reported by the check of the model.
+
+    Raises:
+        RecipeError: There is no chat template of the name that the recipe gives.
     """
+    # Of a template that is neither shipped nor a file, whether or not it is needed.
+    template = None if recipe.model.chat_template is None else chat_template_text(recipe.model.chat_template)
     tasks = recipe.eval.tasks
     sources = [*recipe.data.sources, *(source for task in tasks for source in task.sources().values())]
     tried = any(source.path != STDLIB and (source.synthetic or is_local(str(source.path))) for source in sources)
@@ -162,7 +173,12 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
     said = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+        if not (folder / "tokenizer.json").is_file():
+            return None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        if template is not None:
+            tokenizer.chat_template = template
+        return tokenizer
     except BaseException as error:
         # Panics of a library written in Rust are not subclasses of Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):

@@ -38,12 +38,17 @@ def refuse_hub_settings(source: DataSource) -> None:
     Raises:
         DataError: There is such a setting; names it.
     """
-    settings = ["subset", "revision"] if source.path == STDLIB else ["subset", "revision", "split"]
+    if source.path == STDLIB and source.validation is not None:
+        raise DataError(
+            f"data source {source.label!r}: {STDLIB} has a split validation of its own; leave out validation"
+        )
+    own_splits = source.path == STDLIB or source.validation is not None
+    settings = ["subset", "revision"] if own_splits else ["subset", "revision", "split"]
     for name in settings:
         if getattr(source, name) != type(source).model_fields[name].default:
             raise DataError(
                 f"data source {source.label!r}: {name} belongs to Hub datasets; {source.path} is local, so let path "
-                "name the files wanted"
+                f"name the files wanted{', or hold rows out by validation' if name == 'split' else ''}"
             )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.data.calling import as_called
 from sparsetrain.data.chat_template import ChatText, apply_template
 from sparsetrain.data.loss_keys import Learned, learned_of
+from sparsetrain.data.naming import Naming
 from sparsetrain.data.tools import call_of, calls_of
 from sparsetrain.data.values import MalformedRow, described, plain, text_value
 
@@ -37,6 +38,9 @@ REFUSED = {
     "refusal": "write it as content, if it is to be learned",
 }
 """Keys of turns, and columns, with a meaning that is not supported, and the reason."""
+
+NO_NAMES = Naming()
+"""Rows under the usual names."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -86,12 +90,13 @@ class Conversation:
         return replace(self, messages=[{"role": "system", "content": system}, *self.messages], learned=learned)
 
 
-def conversation_of(turns: Any, name: str, ignore: Collection[str] = ()) -> Conversation:
+def conversation_of(turns: Any, name: str, ignore: Collection[str] = (), naming: Naming = NO_NAMES) -> Conversation:
     """Parse a list of turns.
 
     Args:
         name: The name of the list in error messages.
         ignore: Keys of turns to ignore.
+        naming: Other names of keys and roles.
 
     Raises:
         MalformedRow: It is not a list of turns, or a turn is unreadable or has an unsupported key.
@@ -100,20 +105,25 @@ def conversation_of(turns: Any, name: str, ignore: Collection[str] = ()) -> Conv
         raise MalformedRow(f"{name} is empty, not a list of turns")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise MalformedRow(f"{name} is {described(turns)}, not a list of turns")
-    read = [_turn(turn, f"turn {number}", ignore) for number, turn in enumerate(turns, start=1)]
+    read = [_turn(turn, f"turn {number}", ignore, naming) for number, turn in enumerate(turns, start=1)]
     return Conversation([message for message, _ in read], [learned for _, learned in read])
 
 
-def _turn(turn: Any, name: str, ignore: Collection[str]) -> tuple[dict[str, Any], Learned]:
+def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tuple[dict[str, Any], Learned]:
     """``{role, content, ...}``, from that or from ShareGPT's ``{from, value}``, and what is learned of it."""
     if not isinstance(turn, Mapping):
         raise MalformedRow(f"{name} is {described(turn)}, not a mapping with role and content")
+    turn = naming.turn(turn, name)
     keys = {key: value for key, value in turn.items() if value is not None and key not in ignore}
     named = _one_of(keys, ("role", "from"), name)
     if not isinstance(named, str):
         raise MalformedRow(f"{name} has no role")
+    named = naming.role(named)
     if named.lower() not in ROLES:
-        raise MalformedRow(f"{name} has the unknown role {named!r}")
+        raise MalformedRow(
+            f"{name} has the unknown role {named!r}; say which it is by roles of its source, such as "
+            f"roles: {{assistant: {named}}}"
+        )
     for key, reason in REFUSED.items():
         # Some writers use an empty list for none.
         if keys.get(key):

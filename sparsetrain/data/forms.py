@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparsetrain.data.conversation import REASONING, REFUSED
-from sparsetrain.data.known_columns import Kind, read_columns
+from sparsetrain.data.conversation import NO_NAMES, REASONING, REFUSED
+from sparsetrain.data.known_columns import INPUTS, MASKS, OF_CONVERSATIONS, Kind, read_columns
 from sparsetrain.data.loss_keys import DETAILS, SWITCHES, UNCLEAR
+from sparsetrain.data.naming import Naming
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
+from sparsetrain.recipe.chat_templates import shipped_templates
 
 if TYPE_CHECKING:
     from sparsetrain.source_section import DataSource
@@ -41,6 +43,11 @@ _OTHER_PAIRS = (
 )
 _OTHER_TURNS = ("dialogue", "dialog", "turns", "items", "chat")
 _OTHER_TEXTS = ("content", "document", "raw_content", "body")
+MEANINGS = (
+    *("messages", "prompt", "completion", *QUESTIONS, *ANSWERS, "text", "input_ids", "labels"),
+    *(*OF_CONVERSATIONS, *INPUTS, "history", *MASKS),
+)
+"""What ``columns`` of a source can say that a column is."""
 _KEYS_OF_TURNS = (*REASONING, *REFUSED, *SWITCHES, *DETAILS, UNCLEAR, "name", "id", "tool_call_id", "tool_calls")
 
 
@@ -63,12 +70,15 @@ class RowForm:
     """Columns and keys of turns that the recipe ignores."""
     separator: str = ""
     """The text between a prompt and its completion."""
+    naming: Naming = NO_NAMES
+    """The source's own names of columns, keys and roles."""
 
     def describe(self) -> str:
         """The form and its columns in a line."""
         parts = [f"{self.kind.replace('_', ' + ')} from {listed((*self.fields, *self.seen))}"]
         if self.separator:
             parts.append(f"joined with {self.separator!r}")
+        parts += [f"{theirs!r} as {ours!r}" for theirs, ours in self.naming.columns]
         if self.unread:
             parts.append(f"not read: {listed(self.unread)}")
         return ", ".join(parts)
@@ -93,7 +103,10 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
         DataError: a column is missing, no form fits, chat is asked of a tokenizer without a chat template, or a setting
             has no effect on this form.
     """
+    naming = Naming.of(source)
+    columns = _renamed(source, columns, naming)
     kind, fields = _kind_and_fields(source, columns)
+    _check_turn_names(source, kind)
     missing = [field for field in fields if field not in columns]
     if missing:
         near = get_close_matches(missing[0], columns, n=1)
@@ -106,14 +119,48 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
     if kind == "chat" and not tokenizer.chat_template:
         raise DataError(
             f"data source {source.label!r} holds chat messages, but the tokenizer has no chat template; set "
-            "model.tokenizer to an instruction-tuned model's, or train on form text or prompt_completion"
+            f"model.chat_template ({', '.join(shipped_templates())}, or a file), or train on form text or "
+            "prompt_completion"
         )
     optional = read_columns(kind, source.ignore)
     seen = tuple(column for column in optional if column in columns)
     read = {*fields, *seen}
     unread = tuple(column for column in columns if column not in read)
     contrary = tuple(column for column in _contrary(source, kind) if column not in (*columns, *source.ignore))
-    return RowForm(kind, fields, optional, seen, unread, contrary, tuple(source.ignore), source.separator)
+    return RowForm(kind, fields, optional, seen, unread, contrary, tuple(source.ignore), source.separator, naming)
+
+
+def _renamed(source: DataSource, columns: Sequence[str], naming: Naming) -> list[str]:
+    """The columns under our names."""
+    for theirs, ours in naming.columns:
+        if ours not in MEANINGS:
+            near = get_close_matches(ours, MEANINGS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise DataError(
+                f"data source {source.label!r}: columns names {ours!r}, which has no meaning here{hint}; on the left "
+                f"stands one of {', '.join(MEANINGS)}, on the right a column of the data"
+            )
+        if theirs not in columns:
+            near = get_close_matches(theirs, columns, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(
+                f"data source {source.label!r}: columns says that {ours} is in {theirs!r}{hint}; "
+                f"it has {listed(columns)}"
+            )
+    names = dict(naming.columns)
+    renamed = [names.get(column, column) for column in columns]
+    if twice := [name for name in names.values() if renamed.count(name) > 1]:
+        raise DataError(
+            f"data source {source.label!r}: columns gives the name {twice[0]!r} to {source.columns[twice[0]]!r}, and "
+            "another column has it; give that one another name too"
+        )
+    return renamed
+
+
+def _check_turn_names(source: DataSource, kind: Kind) -> None:
+    for setting in ("turn_keys", "roles"):
+        if getattr(source, setting) and kind not in ("chat", "prompt_completion"):
+            raise DataError(f"data source {source.label!r}: {setting} has no effect on form {kind}, which has no turns")
 
 
 def _check_ignored(source: DataSource, columns: Sequence[str], fields: Sequence[str]) -> None:
@@ -229,5 +276,5 @@ def _is_set(source: DataSource, name: str) -> bool:
 
 def takes_template(form: RowForm, row: Mapping[str, Any], tokenizer: HasChatTemplate) -> bool:
     """Whether rows such as this one go through the chat template."""
-    turns = form.kind == "prompt_completion" and not isinstance(row.get(form.fields[0]), str)
+    turns = form.kind == "prompt_completion" and not isinstance(form.naming.row(row).get(form.fields[0]), str)
     return form.kind == "chat" or (bool(tokenizer.chat_template) and (form.kind == "alpaca" or turns))

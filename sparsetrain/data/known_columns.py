@@ -22,12 +22,12 @@ MASKS = ("attention_mask", "completion_mask", "assistant_masks", "loss_mask")
 INPUTS = ("input", "context", "article", "passage")
 """Columns of what an instruction or question is about."""
 
-_OF_CONVERSATIONS = (*SYSTEM, *TOOLS, *SETTINGS)
+OF_CONVERSATIONS = (*SYSTEM, *TOOLS, *SETTINGS)
 _READ: dict[Kind, tuple[str, ...]] = {
     "text": (),
-    "prompt_completion": _OF_CONVERSATIONS,
-    "chat": _OF_CONVERSATIONS,
-    "alpaca": (*_OF_CONVERSATIONS, *INPUTS, "history"),
+    "prompt_completion": OF_CONVERSATIONS,
+    "chat": OF_CONVERSATIONS,
+    "alpaca": (*OF_CONVERSATIONS, *INPUTS, "history"),
     "tokens": ("labels", *MASKS),
 }
 
@@ -56,7 +56,7 @@ _REFUSALS: dict[str, str] = {
     **dict.fromkeys(("input_ids", "labels", "position_ids", *MASKS), _TOKENS),
     "mask": _MASK,
     "seq_lengths": "a row is one document; write the documents that were packed into it as rows of their own",
-    **dict.fromkeys((*_OF_CONVERSATIONS, "history"), _PLACES),
+    **dict.fromkeys((*OF_CONVERSATIONS, "history"), _PLACES),
     "chat_template": "all rows are written by the tokenizer's own",
     **REFUSED,
 }

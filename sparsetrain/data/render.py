@@ -41,6 +41,7 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
         MalformedRow: A column is missing, has the wrong type or an unsupported value; the completion is empty; there is
             no assistant turn; or the chat template refuses the conversation or omits a part of it.
     """
+    row = form.naming.row(row)
     check_columns(row, form.kind, form.fields, form.ignore)
     if found := [column for column in form.contrary if row.get(column)]:
         raise MalformedRow(
@@ -64,7 +65,7 @@ def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokeni
             turns = value_of(row, form.fields[0])
             if isinstance(turns, str) and turns.lstrip().startswith("["):
                 turns = parsed(turns, repr(form.fields[0]))
-            conversation = conversation_of(turns, repr(form.fields[0]), form.ignore)
+            conversation = conversation_of(turns, repr(form.fields[0]), form.ignore, form.naming)
             return render_chat(_with_columns(conversation, row, form), tokenizer)
         case "alpaca":
             return _alpaca(row, form, tokenizer)
@@ -99,7 +100,9 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
     if form.separator:
         raise MalformedRow("separator has no effect on prompts and completions that are lists of turns")
     _needs_template(tokenizer, "its prompt and completion are lists of turns")
-    asked, answered = (conversation_of(value_of(row, field), repr(field), form.ignore) for field in form.fields)
+    asked, answered = (
+        conversation_of(value_of(row, field), repr(field), form.ignore, form.naming) for field in form.fields
+    )
     if not any(message["role"] == "assistant" for message in answered.messages):
         raise MalformedRow("the completion has no assistant turn, so there is nothing to learn")
     learned = [False] * len(asked.messages) + answered.learned
@@ -133,7 +136,9 @@ def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenize
     if not tokenizer.chat_template:
         _no_conversation(row, form, "it needs a chat template, and the tokenizer has none", allowed=SYSTEM)
         if history:
-            raise MalformedRow("column 'history' cannot be honoured: the tokenizer has no chat template")
+            raise MalformedRow(
+                "column 'history' cannot be honoured: the tokenizer has no chat template; set model.chat_template"
+            )
         system = _system(row, form)
         prompt = ALPACA_PROMPT.format(instruction=instruction)
         return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, tokenizer)
@@ -193,4 +198,4 @@ def _no_conversation(row: Mapping[str, Any], form: RowForm, reason: str, allowed
 
 def _needs_template(tokenizer: PreTrainedTokenizerBase, reason: str) -> None:
     if not tokenizer.chat_template:
-        raise MalformedRow(f"{reason}, but the tokenizer has no chat template")
+        raise MalformedRow(f"{reason}, but the tokenizer has no chat template; set model.chat_template")

@@ -36,6 +36,7 @@ from sparsetrain.data.files import (
 from sparsetrain.data.forms import RowForm, resolve_form, takes_template
 from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
+from sparsetrain.data.row_choice import chosen_rows
 from sparsetrain.data.shards import intact
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
@@ -60,10 +61,12 @@ class Reader:
     form: RowForm
     chat: bool
     """Whether rows go through the tokenizer's chat template."""
+    split: str = ""
+    """The split that an index counts in, where it is not the whole source."""
 
     def place(self, raw: Mapping[str, Any], index: int) -> str:
         """The place of a row: its file and line, or its index."""
-        return f"row {index}" if self.layout == "table" else raw["place"]
+        return f"row {index}{self.split}" if self.layout == "table" else raw["place"]
 
     def tokens(self, raw: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
         """The tokens of a raw row.
@@ -97,10 +100,14 @@ def open_source(
         DataError: it is missing, unreadable, empty, or has no column that its form needs.
     """
     layout, opened = _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
-    rows = opened()
-    row = _first_row(source, rows, layout)
+
+    def opened_rows() -> Any:
+        return chosen_rows(source, opened())
+
+    row = _first_row(source, opened_rows(), layout)
     form = resolve_form(source, list(row), tokenizer)
-    return OpenSource(opened, Reader(layout, form, takes_template(form, row, tokenizer)))
+    split = "" if source.validation is None else f" of the split {source.split}"
+    return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
 
 
 def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
@@ -178,6 +185,11 @@ def _table(
 
 
 def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+    if source.validation is not None:
+        raise DataError(
+            f"data source {source.label!r}: validation holds rows out of local files, and {source.path!r} is none; "
+            "name a split of the Hub dataset, or part of one (split: train[:98%])"
+        )
     if source.path in packaged_modules._PACKAGED_DATASETS_MODULES:
         raise DataError(
             f"data source {source.label!r}: {source.path!r} is a loader of datasets and not a data set, and would read "

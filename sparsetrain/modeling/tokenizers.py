@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.places import remedy, resolve
+from sparsetrain.recipe.chat_templates import chat_template_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,18 +22,21 @@ SAMPLE = "A line of text, 12 + 34.\n"
 
 
 def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe: ``model.tokenizer``, or the one in the model's folder.
+    """The tokenizer of a recipe (``model.tokenizer``, or the one in the model's folder) with its chat template.
 
     Raises:
         ModelError: It cannot be loaded, or cannot encode.
+        RecipeError: There is no such chat template.
     """
+    code = {"trust_remote_code": section.trust_remote_code}
     if section.tokenizer is not None:
-        path = resolve(section.tokenizer, "model.tokenizer")
-        return load_tokenizer(path, "model.tokenizer", trust_remote_code=section.trust_remote_code)
-    path = resolve(str(section.path), "model.path")
-    return load_tokenizer(
-        path, "model.path (tokenizer)", revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+        tokenizer = load_tokenizer(resolve(section.tokenizer, "model.tokenizer"), "model.tokenizer", **code)
+    else:
+        path = resolve(str(section.path), "model.path")
+        tokenizer = load_tokenizer(path, "model.path (tokenizer)", revision=section.revision, **code)
+    if section.chat_template is not None:
+        tokenizer.chat_template = chat_template_text(section.chat_template)
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTokenizerBase:

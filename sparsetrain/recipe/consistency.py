@@ -12,6 +12,7 @@ from sparsetrain.recipe.local_model import decoder_config, num_layers
 from sparsetrain.recipe.schema import EvalSection, Recipe
 from sparsetrain.recipe.sizes import too_large
 from sparsetrain.recipe.yaml_source import KeyPath
+from sparsetrain.source_section import DataSource
 
 _USUAL_NAMES = tuple(
     f"model.layers.{layer}.{part}"
@@ -32,6 +33,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _layers(recipe)
     yield from _shared_sequence(recipe)
     yield from _trained(recipe)
+    yield from _held_out(recipe)
     if recipe.train.offload_activations and recipe.train.activation_checkpointing == "none":
         yield (
             ("train", "offload_activations"),
@@ -51,6 +53,13 @@ def without_effect(recipe: Recipe) -> list[str]:
     tokens = math.ceil(recipe.sequence.length * recipe.train.micro_batch / recipe.sequence.parallel)
     if recipe.train.mlp_chunk is not None and recipe.train.mlp_chunk >= tokens:
         notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass of a rank has {tokens} tokens")
+    evaluated = {source.path for task in recipe.eval.tasks for source in task.sources().values()}
+    for index, source in enumerate(recipe.data.sources):
+        if source.validation is not None and source.path not in evaluated:
+            notes.append(
+                f"data.sources.{index}.validation={source.validation:g} holds out rows that no task of eval.tasks "
+                "reads; give one a source with the same path and validation, and split: validation"
+            )
     evaluation = recipe.eval
     if not (evaluation.empty or evaluation.at_start or evaluation.at_end or evaluation.every):
         names = " and ".join(f"eval.tasks.{name}" for name in evaluation.by_name)
@@ -64,6 +73,28 @@ def without_effect(recipe: Recipe) -> list[str]:
                 "every row is trained densely"
             )
     return notes
+
+
+def _held_out(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Rows held out for an evaluation that are trained on."""
+    for index, task in enumerate(recipe.eval.tasks):
+        for field, source in task.sources().items():
+            if source.validation is None or source.split != "validation":
+                continue
+            for number, trained in enumerate(recipe.data.sources):
+                if trained.path != source.path or _splits_alike(trained, source):
+                    continue
+                yield (
+                    ("eval", "tasks", index, *field.split(".")),
+                    f"its rows are held out of {source.path} by validation={source.validation:g}, and "
+                    f"data.sources.{number} trains on some of them; give that source split: train and the same "
+                    "validation and max_rows",
+                )
+
+
+def _splits_alike(trained: DataSource, held_out: DataSource) -> bool:
+    names = ("validation", "max_rows")
+    return trained.split == "train" and all(getattr(trained, name) == getattr(held_out, name) for name in names)
 
 
 def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -51,6 +51,9 @@ class ModelSection(Section):
     """Branch, tag or commit of a Hub model."""
     tokenizer: Text | None = None
     """Hub id or folder of the tokenizer, if it is not in the model's folder."""
+    chat_template: Text | None = None
+    """Chat template in place of the tokenizer's: ``chatml``, ``gemma``, ``llama3``, ``mistral``, ``qwen3``, or a Jinja
+    file. It is saved with the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the weights in forward and backward; the optimizer always keeps fp32 master weights."""
     config_overrides: dict[str, Any] = {}

@@ -128,7 +128,7 @@ def test_a_template_that_refuses_a_conversation_makes_the_row_malformed(tokenize
 
 
 def test_chat_needs_a_chat_template(gpt2):
-    with pytest.raises(DataError, match=r"no chat template; set model\.tokenizer"):
+    with pytest.raises(DataError, match=r"no chat template; set model\.chat_template"):
         learned({"messages": CONVERSATION}, gpt2)
 
 
