@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sparsetrain.plan.measured import BYTES_4BIT, BYTES_8BIT
 from sparsetrain.plan.setting import Setting
-from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
+from sparsetrain.training.distributed.deepspeed_config import loads_into_shards, sums_in_float32
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class States:
     gathered_head: float
     """ZeRO-3: whole weights of the output projection and the last layer, while the loss is computed."""
     masters: float
-    """fp32 copies of the trained weights."""
+    """Copies of the trained weights that are updated, in fp32 unless ``train.optimizer.states`` says otherwise."""
     moments: float
-    """Adam's two moments, fp32."""
+    """The optimizer's other states, such as Adam's two moments."""
     gradients: float
     """Gradients at the end of backward."""
     bucket: float
@@ -55,10 +55,12 @@ def count_states(setting: Setting) -> States:
     whole = weight_bytes(setting)
     shards = ranks if stage >= 1 else 1
     offloaded = setting.recipe.deepspeed.offload_optimizer == "cpu"
+    of_master = 2 if setting.recipe.train.optimizer.states == "bfloat16" else 4
     # In fp32 without ZeRO, and at ZeRO-3, the weights are their own masters.
-    own_masters = element == 4 and stage in (0, 3)
-    masters = 0.0 if own_masters else 4.0 * trained / shards
-    moments = 8.0 * trained / shards
+    own_masters = element == of_master and stage in (0, 3)
+    masters = 0.0 if own_masters else float(of_master) * trained / shards
+    summed = 4 if sums_in_float32(setting.recipe, setting.batch.accumulation) else element
+    moments = _moments(setting, summed) / shards
 
     bucket_elements = float(zero["reduce_bucket_size"]) if stage >= 1 else 0.0
     buckets = 2 if stage in (1, 2) and zero.get("overlap_comm") else 1
@@ -68,9 +70,11 @@ def count_states(setting: Setting) -> States:
         bucket += element * largest
     in_flight = max(min(bucket_elements, trained), largest) if stage >= 1 else 0
     reducing = float(element * in_flight)
-    # ZeRO-2 sums the micro batches beside the gradients of the newest.
-    kept = 2 if stage == 2 and setting.batch.accumulation > 1 else 1
-    gradients = float(element * trained)
+    # ZeRO-2 sums the micro batches beside the gradients of the newest, in fp32 as they arrive; ZeRO-1 sums whole ones.
+    kept = 2 if stage == 2 and setting.batch.accumulation > 1 and summed == element else 1
+    gradients = float(summed * trained)
+    if stage == 1 and summed != element:
+        gradients += float(element * trained)
     if stage >= 2:
         gradients = 0.0 if offloaded else kept * gradients / ranks
     elif stage == 1 and not offloaded:
@@ -82,8 +86,8 @@ def count_states(setting: Setting) -> States:
         stepping = 4.0 * trained if element == 2 else 0.0
     else:
         group = min(group, float(zero["sub_group_size"])) if stage == 3 else group
-        cast = 4.0 if element == 2 else 0.0
-        stepping = max((element + cast) * group, 8.0 * min(largest, trained / shards))
+        cast = of_master if summed != of_master else 0
+        stepping = max(float(summed + cast) * group, 8.0 * min(largest, trained / shards))
 
     host = 0.0
     if offloaded:
@@ -116,6 +120,25 @@ def count_states(setting: Setting) -> States:
         stepping=stepping,
         host=host,
     )
+
+
+def _moments(setting: Setting, summed: int) -> float:
+    """Bytes of what the optimizer keeps of all trained parameters beside their masters.
+
+    Args:
+        summed: Bytes of an element of a summed gradient.
+    """
+    parameters, optimizer = setting.parameters, setting.recipe.train.optimizer
+    adam = 4.0 if optimizer.states == "bfloat16" else 8.0
+    if optimizer.name == "adamw_8bit":
+        return (2.0 + 8.0 / 256) * parameters.trained
+    if optimizer.name == "adafactor":
+        return 4.0 * (parameters.norms + parameters.biases)  # a matrix's row and column are less than a hundredth of it
+    if optimizer.name == "muon":
+        head = parameters.head if parameters.trains_head else 0
+        matrices = parameters.trained_decayed - head - parameters.new_modules
+        return summed * matrices + adam * (parameters.trained - matrices)
+    return adam * parameters.trained
 
 
 def weight_bytes(setting: Setting) -> float:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe.schema import MOST_SHARING, Recipe
+from sparsetrain.recipe.schema import MOST_SHARING, Recipe, TrainSection
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,20 @@ def plan_batch(recipe: Recipe, ranks: int, rows_per_epoch: int | None = None) ->
         steps = max(1, math.ceil(train.epochs * rows_per_epoch / shape.global_batch_sequences))
     else:
         raise RecipeError("train.epochs needs a source whose rows can be counted; give train.steps or train.tokens")
-    return shape.with_steps(steps, steps_of_warmup(train.warmup, steps))
+    warmup, cooldown = steps_of_warmup(train.warmup, steps), steps_of_cooldown(train, steps)
+    if warmup + cooldown > steps:
+        raise RecipeError(
+            f"train.warmup and train.cooldown take {warmup} and {cooldown} steps of a run that has {steps}; lower one "
+            "of them"
+        )
+    return shape.with_steps(steps, warmup)
+
+
+def steps_of_cooldown(train: TrainSection, steps: int) -> int:
+    """The number of steps at the end of a run of ``steps`` in which the rate of ``wsd`` falls; 0 of other schedules."""
+    if train.schedule != "wsd":
+        return 0
+    return int(train.cooldown) if train.cooldown >= 1 else max(1, round(train.cooldown * steps))
 
 
 def steps_of_warmup(warmup: float, steps: int) -> int:

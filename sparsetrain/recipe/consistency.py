@@ -34,6 +34,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _shared_sequence(recipe)
     yield from _trained(recipe)
     yield from _held_out(recipe)
+    yield from _optimizer(recipe)
     if recipe.train.offload_activations and recipe.train.activation_checkpointing == "none":
         yield (
             ("train", "offload_activations"),
@@ -118,6 +119,31 @@ def task_faults(evaluation: EvalSection) -> Iterator[tuple[KeyPath, str]]:
     for index, task in enumerate(evaluation.tasks):
         for field, fault in task.faults():
             yield ("eval", "tasks", index, *field.split(".")), fault
+
+
+def _optimizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Contradictions of the optimizer, the schedule and the dtype of gradients."""
+    train, section = recipe.train, recipe.deepspeed
+    for field, fault in train.optimizer.faults(recipe):
+        yield ("train", "optimizer", field), fault
+    for name in ("cooldown", "cooldown_shape"):
+        default = type(train).model_fields[name].default
+        if train.schedule != "wsd" and getattr(train, name) != default:
+            yield (
+                ("train", name),
+                f"{name}={getattr(train, name)} belongs to train.schedule: wsd, and that is {train.schedule}",
+            )
+    if section.gradient_dtype == "float32" and recipe.model.dtype == "float16":
+        yield (
+            ("deepspeed", "gradient_dtype"),
+            "float32 sums are for model.dtype=bfloat16, and it is float16; set this to auto",
+        )
+    if section.gradient_dtype == "float32" and train.optimizer.states == "bfloat16" and section.stage == 1:
+        yield (
+            ("deepspeed", "gradient_dtype"),
+            "with float32 sums ZeRO 1 always keeps float32 states, and train.optimizer.states=bfloat16; use "
+            "deepspeed.stage=2",
+        )
 
 
 def _lengths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

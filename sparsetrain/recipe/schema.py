@@ -18,15 +18,14 @@ from sparsetrain.evaluation.base import TaskName, TaskSection
 from sparsetrain.evaluation.registry import AnyTask
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Decay, Section, Steps, Text, Tokens
+from sparsetrain.recipe.optimizer_section import OptimizerSection, Rate
+from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Section, Steps, Text, Tokens
 from sparsetrain.source_section import DataSource
 
 SCHEMA_VERSION = 1
 """Increased whenever the meaning of existing recipes changes; recipes of a newer version are refused."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
-"""A learning rate."""
 Constant = Annotated[float, Field(gt=0), Bounds(1e30, "it is used in fp32", least=1e-30)]
 
 MOST_SHARING = 1024
@@ -129,19 +128,6 @@ class SequenceSection(Section):
     heads, these are replicated."""
 
 
-class OptimizerSection(Section):
-    """AdamW. Norms, biases and embeddings get no weight decay."""
-
-    name: Literal["adamw"] = "adamw"
-    """The optimizer. torch's own on CPU (nothing to compile), fused on CUDA, DeepSpeedCPUAdam when offloaded."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    eps: Annotated[float, Field(gt=0), Bounds(1.0, "above it, it outweighs every gradient", least=1e-30)] = 1e-8
-    """Term added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0), Bounds(1e3, "the weights are updated in fp32")] = 0.0
-    """Decoupled weight decay."""
-
-
 class TrainSection(Section):
     """Length of the run, batch, learning rate and memory. Give one of ``steps``, ``epochs`` and ``tokens``."""
 
@@ -167,10 +153,17 @@ class TrainSection(Section):
     parameters: Literal["all", "new_modules"] = "all"
     """The trained parameters: all (with ``lora``, its adapters), or only the modules that the attention method adds,
     with the rest frozen."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape of the learning rate after the warmup. ``wsd`` (warmup, stable, decay; 2404.06395) is constant until the
+    cooldown: a constant rate with a cooldown. Only there does the rate depend on the length of the run, so that a run
+    can be continued from a checkpoint before it."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate as a fraction of ``lr`` (linear and cosine)."""
+    """Final learning rate as a fraction of ``lr`` (all but constant)."""
+    cooldown: Annotated[float, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")] = 0.2
+    """Cooldown of ``wsd`` at the end of the run: a number of steps if 1 or more, a fraction of all steps if below 1."""
+    cooldown_shape: Literal["sqrt", "linear"] = "sqrt"
+    """Shape of the cooldown: ``sqrt`` falls by the square root of its progress, first fast and then slowly
+    (2405.18392), or ``linear``."""
     warmup: Annotated[float, Field(ge=0), Bounds(MOST_STEPS, "no run has more steps")] = 0.0
     """Warmup: a number of steps if 1 or more, a fraction of all steps if below 1."""
     max_grad_norm: Constant | None = 1.0
@@ -211,10 +204,12 @@ class TrainSection(Section):
             raise ValueError(
                 "train.global_batch_sequences and train.global_batch_tokens are given; keep one and set the other null"
             )
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(
-                f"train.warmup={self.warmup}: 1 or more is a number of steps and must be whole; below 1 is a fraction"
-            )
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(
+                    f"train.{name}={value}: 1 or more is a number of steps and must be whole; below 1 is a fraction"
+                )
         return self
 
 
@@ -227,6 +222,11 @@ class DeepSpeedSection(Section):
     """Keep the optimizer state in host memory (needs a C++ compiler and, here, CUDA)."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Keep parameters in host memory (stage 3 only)."""
+    gradient_dtype: Literal["auto", "float32", "model"] = "auto"
+    """Dtype in which the gradients of the micro batches of a step are summed: ``float32``, or that of the ``model``. A
+    sum in bfloat16 loses what is smaller than 1/256 of it. ``auto``: float32 for a bfloat16 model at stage 1, 2 or 3
+    where a step has more than one micro batch, which takes up to 4 bytes a trained parameter (at stage 1 on each
+    rank)."""
     timeout: Annotated[float, Field(gt=0), Bounds(100_000, "ranks answer one another within seconds", least=0.01)] = (
         30.0
     )
@@ -242,6 +242,8 @@ class DeepSpeedSection(Section):
             raise ValueError(f"deepspeed.offload_parameters needs deepspeed.stage: 3, not {self.stage}")
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError("deepspeed.offload_optimizer needs deepspeed.stage 1, 2 or 3, not 0")
+        if self.gradient_dtype == "float32" and self.stage == 0:
+            raise ValueError("deepspeed.gradient_dtype: float32 needs deepspeed.stage 1, 2 or 3, not 0")
         return self
 
 

@@ -39,6 +39,8 @@ FROM_HERE_ON = (
     MICRO_BATCH,
 )
 """Settings of future steps; changes are recorded."""
+CONSTANT_AT_FIRST = {"constant", "wsd"}
+"""Schedules with the same rate until a cooldown: one may follow the other."""
 SOURCE = re.compile(r"data\.sources\.(\d+)\.(\w+)")
 WHERE_ROWS_ARE = ("path", "subset", "revision", "split", "form")
 """Settings of a source that may change, besides its column names. The resulting tokens are compared."""
@@ -47,7 +49,7 @@ REASONS = (
     (("model.", "attention.", "lora", "train.parameters"), "the weights of the checkpoint belong to it"),
     (("data.", "sequence.", "train.seed"), "the saved position in the data would mean other rows"),
     (
-        ("train.schedule", "train.min_lr_ratio", "train.warmup"),
+        ("train.schedule", "train.min_lr_ratio", "train.warmup", "train.cooldown"),
         "it determined the learning rate of earlier steps; change train.lr instead",
     ),
     (("train.optimizer", "train.max_grad_norm"), "the optimizer's state depends on it"),
@@ -140,6 +142,9 @@ class Resumption:
 def _reason(key: str, before: Recipe, after: Recipe) -> str | None:
     """The reason why a setting must not change; None if it may."""
     if key in FROM_HERE_ON:
+        return None
+    schedules = {before.train.schedule, after.train.schedule}
+    if key.startswith(("train.schedule", "train.cooldown")) and schedules <= CONSTANT_AT_FIRST:
         return None
     match = SOURCE.fullmatch(key)
     if match is not None and len(before.data.sources) == len(after.data.sources):

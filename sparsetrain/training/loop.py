@@ -28,11 +28,11 @@ from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
-from sparsetrain.training.distributed.engine import FiniteAdamW
+from sparsetrain.training.distributed.optimizers import FiniteStep
 from sparsetrain.training.job import Job
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.output.attempt import attempt
-from sparsetrain.training.schedule import peak_lr, share_of_peak
+from sparsetrain.training.schedule import new_modules_peak, peak_lr, share_of_peak
 from sparsetrain.training.selfcheck.forward import GradientWatch
 from sparsetrain.training.supervision.signals import Outcome, Stopped
 
@@ -205,7 +205,7 @@ class Loop:
             if index + 1 == len(batch.micro_batches):
                 if watch is not None:
                     self.job.say(f"self-check: {watch.check()}")
-                if isinstance(self.engine.optimizer, FiniteAdamW):
+                if isinstance(self.engine.optimizer, FiniteStep):
                     self.engine.optimizer.measure()
             activity.at("optimizer step", self.state.step + 1)
             self.engine.step()
@@ -224,7 +224,7 @@ class Loop:
             loss=loss_value,
             balance_loss=balance_loss,
             lr=share * peak_lr(train)[1],
-            lr_new_modules=share * (train.new_modules_lr or train.lr),
+            lr_new_modules=share * new_modules_peak(train),
             grad_norm=0.0 if norm is None else float(norm),
             tokens=int(tokens),
             applied=bool(self.engine.was_step_applied()),

@@ -31,6 +31,7 @@ from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.recipe.schema import ModelSection, Recipe
 from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
 from sparsetrain.training.distributed.engine import check_config, check_offload
+from sparsetrain.training.distributed.optimizers import check_optimizer
 from sparsetrain.training.memory.activations import check_memory_options
 from sparsetrain.training.memory.quantize import check_quantization
 from sparsetrain.training.trainable import choose_trainable
@@ -48,6 +49,7 @@ def check_machine(recipe: Recipe, device: torch.device, ranks: int) -> None:
     check_quantization(recipe.base_bits, device)
     check_memory_options(recipe.train, device)
     check_offload(recipe, device)
+    check_optimizer(recipe)
 
 
 def check_model(recipe: Recipe) -> None:

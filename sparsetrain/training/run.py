@@ -22,10 +22,12 @@ from sparsetrain.recipe import Recipe, plan_batch
 from sparsetrain.training.callbacks import RunCallbacks
 from sparsetrain.training.chat_tokens import set_end_tokens
 from sparsetrain.training.checkpoints import Saver, TrainState
+from sparsetrain.training.checkpoints.engine_state import describe_optimizer
 from sparsetrain.training.distributed import sequence_parallel
 from sparsetrain.training.distributed.build import Engine, build_engine
 from sparsetrain.training.distributed.deepspeed_config import deepspeed_config, loads_into_shards
 from sparsetrain.training.distributed.engine import init_world, own_linear
+from sparsetrain.training.distributed.optimizers import eager_muon
 from sparsetrain.training.fitting import fit_to_first_rows
 from sparsetrain.training.job import Job, Loaded
 from sparsetrain.training.loop import Loop
@@ -65,6 +67,7 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
         signals = signals or cleanup.enter_context(StopSignals())
         try:
             world = init_world(recipe.deepspeed.timeout)
+            cleanup.enter_context(eager_muon(recipe, world.device))
             with Watch(world, 60 * recipe.deepspeed.timeout) as watch, explained(recipe, world, watch):
                 # A rank that ends with a stuck main thread tells the others; a stop of another rank stops this one.
                 signals.before_exit, watch.pass_on = watch.tell_stop, signals.pass_on
@@ -136,6 +139,7 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     if world.main:
         job.record("deepspeed.json", lambda: write_whole(job.output / "deepspeed.json", json.dumps(config, indent=1)))
     engine = build_engine(model, recipe, plan, config, world, job.say)
+    job.say(f"optimizer: {describe_optimizer(engine.deepspeed)}")
     saver = Saver(engine.deepspeed, job.checkpoints, recipe.checkpoint, world, job.say)
     if start is None:
         check_before_training(job, loaded, engine, saver)

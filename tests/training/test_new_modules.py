@@ -17,7 +17,7 @@ from sparsetrain.modeling import load, load_model
 from sparsetrain.modeling.adapters import load_adapters, read_adapters
 from sparsetrain.training.checkpoints import read_weights
 from sparsetrain.training.distributed import build
-from sparsetrain.training.distributed.engine import build_optimizer
+from sparsetrain.training.distributed.optimizers import build_optimizer
 
 SPARSEK = "attention={method: sparsek, topk: 8, window: 16, sinks: 2}"
 SCORERS = {f"model.layers.{layer}.self_attn.sparsek_scorer.{name}" for layer in (0, 1) for name in ("weight", "gain")}

@@ -9,11 +9,16 @@ from safetensors import SafetensorError
 from sparsetrain.durable import read_bytes
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import Recipe, load_recipe
-from sparsetrain.training.checkpoints.files import PieceReader
+from sparsetrain.training.checkpoints.files import ELEMENTWISE, FACTORS, PieceReader
 from sparsetrain.training.checkpoints.manifest import RECIPE, STATE, rank_file, read_manifest, tensor_files
 from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+OF_OPTIMIZERS = (
+    ({"exp_avg", "exp_avg_sq"}, {"momentum_buffer"}),  # AdamW, and Muon with AdamW beside it
+    ({"state1", "state2"},),
+    ({*FACTORS}, {"exp_avg_sq"}),
+)
+"""What each optimizer keeps of a parameter."""
 
 
 def content_fault(checkpoint: Path) -> str | None:
@@ -54,15 +59,22 @@ def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
     weights = {name: reader.numel("weight", name) for name in reader.names("weight")}
     if not weights:
         return "it holds no weights"
-    moments = {kind: {name: reader.numel(kind, name) for name in reader.names(kind)} for kind in MOMENTS}
+    moments = {kind: {name: reader.numel(kind, name) for name in reader.names(kind)} for kind in ELEMENTWISE}
     counts = {name: reader.numel("step", name) for name in reader.names("step")}
     if state.engine.global_steps == state.engine.skipped_steps and not any((*moments.values(), counts)):
         return None  # no step has been applied
-    for kind in MOMENTS:
-        if moments[kind] != weights:
-            name = next(iter(sorted({*moments[kind].items()} ^ {*weights.items()})))[0]
-            return f"its {kind} does not match its weights, at {name}"
-    if counts != dict.fromkeys(weights, 1):
+    known: dict[str, set[str]] = {name: set() for name in weights}
+    for kind in (*ELEMENTWISE, *FACTORS):
+        for name in reader.names(kind):
+            if name not in weights or (kind in ELEMENTWISE and moments[kind][name] != weights[name]):
+                return f"its {kind} does not match its weights, at {name}"
+            known[name].add(kind)
+    possible = next((each for each in OF_OPTIMIZERS if any(known[name] == each[0] for name in known)), OF_OPTIMIZERS[0])
+    for name in sorted(known):
+        if known[name] not in possible:
+            has = ", ".join(sorted(known[name])) or "no state"
+            return f"its optimizer's state does not match its weights, at {name}: {has}"
+    if counts != {name: 1 for name in weights if known[name] != {"momentum_buffer"}}:
         return "it does not count the steps of every weight"
     for name in counts:
         count = reader.whole("step", name).item()

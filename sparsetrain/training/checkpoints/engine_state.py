@@ -1,15 +1,15 @@
 """The training state of a DeepSpeed engine as flat slices of parameters, which do not depend on the ZeRO stage.
 
-Every ZeRO stage partitions fp32 master weights and moments differently: whole parameters (stage 0), this rank's part of
-a group's concatenated parameters (1, 2), or this rank's part of each parameter (3). This module maps them to elements
-of parameters, so that any stage on any number of ranks can load a checkpoint. The 16-bit weights are not saved: they
-are the rounded master weights.
+Every ZeRO stage partitions master weights and the optimizer's state differently: whole parameters (stage 0), this
+rank's part of a group's concatenated parameters (1, 2), or this rank's part of each parameter (3). This module maps
+them to elements of parameters, so that any stage on any number of ranks can load a checkpoint. The 16-bit weights are
+not saved: they are the rounded master weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,33 +18,16 @@ from torch import nn
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.files import DTYPES, Block, PieceReader, Slice
+from sparsetrain.training.checkpoints.optimizer_state import Flat, Piece, fill_state, state_blocks
 from sparsetrain.training.checkpoints.schema import EngineCounters, LossScale
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A contiguous slice of one parameter within a flat tensor."""
-
-    name: str
-    start: int
-    offset: int
-    numel: int
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """A flat tensor of fp32 master weights on this rank."""
-
-    master: torch.Tensor
-    """A parameter of any shape; the optimizer's state is keyed by it."""
-    pieces: tuple[_Piece, ...]
-
-
 def blocks(engine: Any) -> list[Block]:
-    """The blocks that this rank saves: its part of master weights, moments and step counts; on rank 0 also buffers.
+    """The blocks that this rank saves: its part of master weights, optimizer state and step counts; on rank 0 also
+    buffers.
 
     The tensors are views of the engine's tensors.
     """
@@ -52,17 +35,18 @@ def blocks(engine: Any) -> list[Block]:
     replicated = engine.zero_optimization_stage() == 0
     found: list[Block] = []
     for flat in _flats(engine):
-        state = engine.basic_optimizer.state.get(flat.master, {})
-        moments = {key: value for key, value in state.items() if torch.is_tensor(value) and value.ndim > 0}
-        for kind, tensor in {"weight": flat.master, **moments}.items():
-            elements = tensor.detach().view(-1)
-            slices = tuple(Slice(kind, piece.name, piece.start, piece.offset, piece.numel) for piece in flat.pieces)
-            # Without ZeRO every rank holds everything, and saves an equal part.
-            found.append(_share(elements, slices[0], rank, size) if replicated else Block(elements, slices))
-        if "step" in state:
-            firsts = tuple(Slice("step", piece.name, 0, 0, 1) for piece in flat.pieces if piece.start == 0)
-            if not replicated or rank == 0:
-                found.append(Block(torch.tensor([float(state["step"])]), firsts))
+        weights = Block(
+            flat.master.detach().view(-1),
+            tuple(Slice("weight", piece.name, piece.start, piece.offset, piece.numel) for piece in flat.pieces),
+        )
+        for kind, block in (("weight", weights), *state_blocks(engine.basic_optimizer, flat)):
+            if not replicated:
+                found.append(block)
+            elif kind != "step":
+                # Without ZeRO every rank holds everything, and saves an equal part.
+                found.append(_share(block.tensor, block.slices[0], rank, size))
+            elif rank == 0:
+                found.append(block)
     if rank == 0:
         for name, buffer in _buffers(engine.module):
             found.append(Block(buffer.detach().reshape(-1), (Slice("buffer", name, 0, 0, buffer.numel()),)))
@@ -70,7 +54,7 @@ def blocks(engine: Any) -> list[Block]:
 
 
 def fill(engine: Any, reader: PieceReader) -> None:
-    """Load the master weights, moments, step counts and buffers of a checkpoint into a new engine.
+    """Load the master weights, optimizer state, step counts and buffers of a checkpoint into a new engine.
 
     Raises:
         CheckpointError: The checkpoint has other parameters than the engine trains.
@@ -78,21 +62,11 @@ def fill(engine: Any, reader: PieceReader) -> None:
     """
     _check_same_parameters(engine, reader)
     _check_same_buffers(engine, reader)
-    optimizer = engine.basic_optimizer
-    moments = [kind for kind in ("exp_avg", "exp_avg_sq") if reader.names(kind)]
     for flat in _flats(engine):
         _read_flat(flat.master, "weight", flat, reader)
         if not bool(flat.master.detach().isfinite().all()):
             raise ValueError("weights are not finite")
-        if not moments or not flat.pieces:
-            continue  # no step had been applied
-        step = torch.zeros(1)
-        reader.read_into(step, "step", flat.pieces[0].name, 0)
-        state: dict[str, Any] = {"step": _step_as_kept_by(optimizer, step, flat.master)}
-        for kind in moments:
-            state[kind] = torch.zeros_like(flat.master, requires_grad=False)
-            _read_flat(state[kind], kind, flat, reader)
-        optimizer.state[flat.master] = state
+        fill_state(engine.basic_optimizer, flat, reader)
     _round_masters(engine)
     for name, buffer in _buffers(engine.module):
         reader.read_into(buffer.view(-1), "buffer", name, 0)
@@ -118,13 +92,21 @@ def set_counters(engine: Any, counts: EngineCounters, loss_scale: LossScale) -> 
             setattr(scaler, name, value)
 
 
+def describe_optimizer(engine: Any) -> str:
+    """``AdamW, states in float32, gradients summed in float32``, as the engine does it."""
+    masters = {str(flat.master.dtype).removeprefix("torch.") for flat in _flats(engine)}
+    summed = str(engine.get_data_types()[1]).removeprefix("torch.")
+    kind = type(engine.basic_optimizer).__name__
+    return f"{kind}, states in {' and '.join(sorted(masters))}, gradients summed in {summed}"
+
+
 def trained_elements(engine: Any) -> int:
     """The total number of elements of all trained parameters, on all ranks."""
     shapes = (getattr(p, "ds_shape", p.shape) for p in engine.module.parameters() if p.requires_grad)
     return sum(shape.numel() for shape in shapes)
 
 
-def _flats(engine: Any) -> Iterator[_Flat]:
+def _flats(engine: Any) -> Iterator[Flat]:
     optimizer, names = engine.optimizer, engine.param_names
     stage = engine.zero_optimization_stage()
     if stage == 3:
@@ -132,25 +114,37 @@ def _flats(engine: Any) -> Iterator[_Flat]:
     elif stage > 0:
         masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
         groups = optimizer.bit16_groups if masters is not None else optimizer.bf16_groups
-        for master, group in zip(masters or optimizer.fp32_groups_flat_partition, groups, strict=True):
+        for index, (master, group) in enumerate(
+            zip(masters or optimizer.fp32_groups_flat_partition, groups, strict=True)
+        ):
             # The overlap of a parameter with this rank's part; both addresses count elements.
             pieces = []
             for parameter in group:
                 if (met := parameter._hp_mapping) is not None:
                     there, here = met.lp_fragment_address, met.hp_fragment_address
-                    pieces.append(_Piece(names[parameter], there.start, here.start, there.numel))
-            yield _Flat(master, tuple(pieces))
+                    pieces.append(Piece(names[parameter], there.start, here.start, there.numel))
+            whole = None if masters is None else _in_a_row(optimizer.params_in_partition[index], names)
+            yield Flat(master, tuple(pieces), whole)
     elif hasattr(optimizer, "fp32_groups"):  # 16-bit weights with masters beside them
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):
-                yield _Flat(master, (_Piece(names[parameter], 0, 0, parameter.numel()),))
+                yield Flat(master, (Piece(names[parameter], 0, 0, parameter.numel()),))
     else:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield _Flat(parameter, (_Piece(names[parameter], 0, 0, parameter.numel()),))
+                yield Flat(parameter, (Piece(names[parameter], 0, 0, parameter.numel()),))
 
 
-def _partitioned(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[_Flat]:
+def _in_a_row(parameters: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> tuple[Piece, ...]:
+    """Whole parameters, one after the other."""
+    ends = list(accumulate(parameter.numel() for parameter in parameters))
+    return tuple(
+        Piece(names[parameter], 0, end - parameter.numel(), parameter.numel())
+        for parameter, end in zip(parameters, ends)
+    )
+
+
+def _partitioned(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Flat]:
     """ZeRO-3: equal parts of each parameter, the last ones padded or empty."""
     for index, (group, master) in enumerate(
         zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
@@ -163,8 +157,8 @@ def _partitioned(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[_Fl
             start = part * dist.get_rank(group=parameter.ds_process_group)
             numel = min(part, parameter.ds_numel - start)
             if numel > 0:
-                pieces.append(_Piece(names[parameter], start, offset, numel))
-        yield _Flat(master, tuple(pieces))
+                pieces.append(Piece(names[parameter], start, offset, numel))
+        yield Flat(master, tuple(pieces))
 
 
 def _share(elements: torch.Tensor, whole: Slice, rank: int, size: int) -> Block:
@@ -176,18 +170,10 @@ def _share(elements: torch.Tensor, whole: Slice, rank: int, size: int) -> Block:
     return Block(mine, (Slice(whole.kind, whole.name, start, 0, mine.numel()),))
 
 
-def _read_flat(out: torch.Tensor, kind: str, flat: _Flat, reader: PieceReader) -> None:
+def _read_flat(out: torch.Tensor, kind: str, flat: Flat, reader: PieceReader) -> None:
     elements = out.detach().view(-1)
     for piece in flat.pieces:
         reader.read_into(elements[piece.offset : piece.offset + piece.numel], kind, piece.name, piece.start)
-
-
-def _step_as_kept_by(optimizer: Any, step: torch.Tensor, master: torch.Tensor) -> torch.Tensor | int:
-    """The step count in the optimizer's own form: a tensor for torch (on the device if fused), an int for
-    DeepSpeedCPUAdam."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return int(step)
-    return step[0].to(master.device if optimizer.defaults["fused"] else "cpu")
 
 
 def _round_masters(engine: Any) -> None:

@@ -34,7 +34,16 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "step", "buffer")
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2")
+"""State of an optimizer with an element for each element of the parameter."""
+FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
+"""Adafactor's: an element for each row and each column."""
+BLOCKWISE = ("absmax1", "absmax2")
+"""Of 8-bit states: their division over ranks, and an element for each 256 elements of a rank."""
+KINDS = ("weight", *ELEMENTWISE, *FACTORS, *BLOCKWISE, "step", "buffer")
+STORED = {"weight": ("F32", "BF16"), **dict.fromkeys(ELEMENTWISE, ("F32", "BF16")), "state1": ("F32", "U8")}
+STORED["state2"] = STORED["state1"]
+"""The dtypes of a kind, other than F32 alone; buffers have any."""
 CHUNK = 1 << 26
 """Bytes that are written or checksummed at once."""
 
@@ -158,6 +167,8 @@ class PieceReader:
                 self._add(file, handle, key)
         for (kind, name), pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[:2])
+            if kind in BLOCKWISE:
+                continue
             position = 0
             for start, numel, _, _ in pieces:
                 if start != position:
@@ -172,8 +183,9 @@ class PieceReader:
         shape, dtype = piece.get_shape(), piece.get_dtype()
         if kind not in KINDS or not (start.isascii() and start.isdecimal()) or not name or len(shape) != 1:
             raise ValueError(f"{file.name} holds {key!r:.80} of shape {shape}, which is not a tensor of a checkpoint")
-        if dtype not in DTYPES.values() or (kind != "buffer" and dtype != "F32"):
-            raise ValueError(f"{file.name} holds {kind} of {name} in {dtype}; checkpoints keep it in F32")
+        expected = tuple(DTYPES.values()) if kind == "buffer" else STORED.get(kind, ("F32",))
+        if dtype not in expected:
+            raise ValueError(f"{file.name} holds {kind} of {name} in {dtype}; checkpoints keep it in {expected[0]}")
         if self._dtypes.setdefault((kind, name), dtype) != dtype:
             raise ValueError(f"{kind} of {name} is kept in {self._dtypes[kind, name]} and in {dtype}")
         self._pieces.setdefault((kind, name), []).append((int(start), shape[0], handle, key))
@@ -189,6 +201,15 @@ class PieceReader:
     def dtype(self, kind: str, name: str) -> str:
         """The dtype of a parameter, as safetensors names it."""
         return self._dtypes[kind, name]
+
+    def torch_dtype(self, kind: str, name: str) -> torch.dtype:
+        """The dtype of a parameter, as torch names it."""
+        return next(each for each, text in DTYPES.items() if text == self.dtype(kind, name))
+
+    def piece(self, kind: str, name: str, start: int) -> torch.Tensor | None:
+        """The slice ``[n]`` that was saved with this start; None if there is none."""
+        found = (each for each in self._pieces.get((kind, name), ()) if each[0] == start)
+        return next((handle.get_tensor(key) for _, _, handle, key in found), None)
 
     def read_into(self, out: torch.Tensor, kind: str, name: str, start: int) -> None:
         """Fill ``out`` ``[n]`` (any device) with the elements of a flattened parameter from ``start`` on.

@@ -104,4 +104,4 @@ def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     reader = PieceReader(tensor_files(Path(checkpoint)))
     names = sorted(reader.names("weight"))
     # In the engine the model is a submodule of the loss.
-    return {name.removeprefix("model."): reader.whole("weight", name) for name in names}
+    return {name.removeprefix("model."): reader.whole("weight", name).float() for name in names}

@@ -78,6 +78,8 @@ PASSED_THROUGH = {
 }
 
 
+ROUNDED_STATES = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""DeepSpeed's switches for optimizer states in bfloat16."""
 REDUCE_BUCKET = 500_000_000
 """Number of gradient elements that DeepSpeed reduces at once by default."""
 
@@ -98,6 +100,10 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
     _check_keys(given)
     config = _lay_under(given, generated, "")
     _check_fixed(config)
+    if recipe.train.optimizer.states != "bfloat16" and (
+        rounded := [k for k in ROUNDED_STATES if config["bf16"].get(k)]
+    ):
+        raise RecipeError(f"deepspeed.config has bf16.{rounded[0]}: use train.optimizer.states: bfloat16 instead")
     zero = config["zero_optimization"]
     # Kept until here, so that the user's JSON cannot offload against the recipe.
     for name in ("offload_optimizer", "offload_param"):
@@ -113,7 +119,23 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
         # checkpointed layer again, which a recompute would otherwise stop short of. What is recomputed at a time is one
         # layer, whose weights are gathered until its backward is done anyway.
         zero.setdefault("memory_efficient_linear", False)
+    if recipe.deepspeed.stage == 1 and sums_in_float32(recipe, plan.accumulation):
+        # Otherwise the sum would be rounded to 16 bits before it is added to those of other ranks.
+        config.setdefault("communication_data_type", "fp32")
+    if recipe.train.optimizer.name == "muon" and recipe.deepspeed.stage == 3:
+        # Muon needs whole gradients. DeepSpeed refuses it with scattered ones.
+        zero.setdefault("reduce_scatter", False)
     return config
+
+
+def sums_in_float32(recipe: Recipe, accumulation: int) -> bool:
+    """Whether DeepSpeed sums the gradients of micro batches in fp32 beside a 16-bit model."""
+    wish, stage = recipe.deepspeed.gradient_dtype, recipe.deepspeed.stage
+    if recipe.model.dtype != "bfloat16" or stage == 0 or wish == "model":
+        return False
+    # At stage 1 DeepSpeed takes another optimizer for it, whose states are always fp32, and which offloads nothing.
+    of_stage_one = recipe.train.optimizer.states == "float32" and recipe.deepspeed.offload_optimizer == "none"
+    return wish == "float32" or (accumulation > 1 and (stage > 1 or of_stage_one))
 
 
 def loads_into_shards(recipe: Recipe) -> bool:
@@ -133,19 +155,25 @@ def _generated(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         "offload_optimizer": {"device": section.offload_optimizer},
         "offload_param": {"device": section.offload_parameters},
     }
-    return {
+    bfloat16 = {"enabled": recipe.model.dtype == "bfloat16"}
+    if recipe.train.optimizer.states == "bfloat16":
+        bfloat16 |= dict.fromkeys(ROUNDED_STATES, True)
+    generated = {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         # DeepSpeed counts separate rows for every rank, also for ranks that share a row.
         "train_batch_size": plan.global_batch_sequences * plan.parallel,
         "gradient_clipping": recipe.train.max_grad_norm or 0.0,
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "bf16": bfloat16,
         "fp16": {"enabled": recipe.model.dtype == "float16"},
         "zero_optimization": zero,
         # The optimizer is ours: DeepSpeed would compile one of its own.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+    if sums_in_float32(recipe, plan.accumulation):
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return generated
 
 
 def _read(config: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
-from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
 from sparsetrain.training.distributed.launcher import adopt_slurm, check_ranks, join, meeting, share_cores
+from sparsetrain.training.distributed.optimizers import FiniteStep, build_optimizer
 from sparsetrain.world import World
 
 
@@ -112,6 +111,7 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
     if not trainable:
         raise RecipeError("the recipe trains no parameters")
     # Before weights are sharded, as it groups them by shape.
+    check_offload(recipe, world.device)
     optimizer = build_optimizer(module, recipe, world.device)
     if recipe.deepspeed.stage == 3:
         _announce_dora(deepspeed, module)
@@ -123,7 +123,7 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
         if recipe.deepspeed.config is None:
             raise
         raise RecipeError(f"deepspeed.config is refused by DeepSpeed: {first_line(error)}") from error
-    if isinstance(optimizer, FiniteAdamW):
+    if isinstance(optimizer, FiniteStep):
         optimizer.overflow = False
     return engine
 
@@ -180,55 +180,6 @@ def _shard(deepspeed: Any, module: nn.Module, config: dict[str, Any], device: to
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             part._buffers[name] = buffer.to(device)
-
-
-def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in up to four groups: with weight decay (matrices) and without (norms, biases, embeddings), each also for
-    the modules that the attention method adds, which have their own learning rate. Each group holds its ``peak_lr``.
-    """
-    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
-    added = {id(p) for new in new_modules(module, recipe.attention).values() for p in new.parameters()}
-    train = recipe.train
-    groups: dict[tuple[bool, bool], Any] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            decay = train.optimizer.weight_decay if matrix else 0.0
-            peak = (train.new_modules_lr or train.lr) if id(parameter) in added else train.lr
-            group = {"params": [], "weight_decay": decay, "lr": peak, "peak_lr": peak}
-            groups.setdefault((matrix, id(parameter) in added), group)["params"].append(parameter)
-    constants: dict[str, Any] = {"betas": train.optimizer.betas, "eps": train.optimizer.eps}
-    check_offload(recipe, device)
-    if recipe.deepspeed.offload_optimizer == "cpu":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(list(groups.values()), adamw_mode=True, **constants)
-    if recipe.deepspeed.stage == 0:
-        return FiniteAdamW(list(groups.values()), fused=device.type == "cuda", **constants)
-    return torch.optim.AdamW(list(groups.values()), fused=device.type == "cuda", **constants)
-
-
-class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that skips the step if the gradient is not finite.
-
-    ZeRO's optimizers do this themselves, and record the gradient norm. In fp32 without ZeRO, DeepSpeed does neither.
-    Without ZeRO every rank has the same reduced gradients, so all ranks take the same decision. DeepSpeed reads both
-    attributes.
-    """
-
-    # True until the engine is built: for 16-bit weights DeepSpeed steps once on zeros to allocate the state, which
-    # would decay the weights and count in Adam's bias correction.
-    overflow = True
-    _global_grad_norm: float | None = None
-
-    def measure(self) -> None:
-        """Record the norm of the whole gradient before DeepSpeed clips it."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._global_grad_norm = torch.nn.utils.get_total_norm(gradients).item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-
-    def step(self, closure: Any = None) -> Any:
-        return None if self.overflow else super().step(closure)
 
 
 def _import_deepspeed() -> Any:

@@ -30,7 +30,7 @@ def check_quantization(bits: Bits, device: torch.device) -> None:
         )
     if util.find_spec("bitsandbytes") is None:
         raise RecipeError(
-            f"lora.quantize_base={bits} needs bitsandbytes; `pip install bitsandbytes`, or set it to none"
+            f"lora.quantize_base={bits} needs bitsandbytes; `pip install sparsetrain[quantize]`, or set it to none"
         )
 
 
