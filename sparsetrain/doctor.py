@@ -315,17 +315,21 @@ def check_packages() -> list[Finding]:
     return found
 
 
+ENGINES = {"vLLM": ("vllm",), "SGLang": ("sglang",), "transformers serve": ("fastapi", "uvicorn")}
+"""Serving engines, and the packages without which there is none."""
+
+
 def check_serving() -> Finding:
     """Serving engines, none of which reads the record of a method: they run the dense model."""
-    engines = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name) is not None]
-    if not engines:
-        return Finding("ok", "serving", "no engine installed; vLLM and SGLang would run an exported folder densely")
-    return Finding(
-        "warn",
-        "serving",
-        f"{' and '.join(engines)} installed: it silently runs an exported folder as the dense model",
-        "generate with sparsetrain.load(folder).generate(...), which runs the attention method",
+    there = [name for name, needed in ENGINES.items() if all(importlib.util.find_spec(each) for each in needed)]
+    what = (
+        f"{', '.join(list(ENGINES)[:-1])} and `{list(ENGINES)[-1]}` load an exported folder, but attend to every key, "
+        f"without a word: they read no attention method. Installed: {', '.join(there) or 'none'}"
     )
+    if not there:
+        return Finding("ok", "serving", what)
+    fix = "generate with sparsetrain generate FOLDER, or sparsetrain.load(folder).generate(...), which run the method"
+    return Finding("warn", "serving", what, fix)
 
 
 def check_compiler(recipe: Recipe | None = None) -> Finding:

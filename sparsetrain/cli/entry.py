@@ -78,9 +78,8 @@ def _answer(arguments: list[str]) -> int:
         expected = isinstance(error, SparsetrainError) or error.errno in DISK_FAULTS
         if not expected or os.environ.get("SPARSETRAIN_TRACEBACK") == "1":
             raise
-        rank = (
-            f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
-        )
+        number = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+        rank = f" (rank {number})" if number else ""
         remedy = f"; {DISK_FAULTS[error.errno or 0]}, or work in another folder" if isinstance(error, OSError) else ""
         print(f"error{rank}: {error}{remedy}", file=sys.stderr)
         return getattr(error, "exit_code", SparsetrainError.exit_code)

@@ -239,7 +239,7 @@ def test_a_folder_of_the_run_itself_is_refused(finished, tmp_path, refused, monk
     assert not list(finished.rglob("out"))
 
 
-def test_a_base_that_has_moved_is_given_to_the_export(made_adapters, pretrained, tmp_path, refused):
+def test_a_base_that_has_moved_is_given_to_the_export(made_adapters, finished, pretrained, tmp_path, refused):
     run = shutil.copytree(made_adapters, tmp_path / "run")
     record = run / "final/sparsetrain.json"
     record.write_text(record.read_text().replace(str(pretrained / "untied"), str(tmp_path / "gone")))
@@ -249,7 +249,15 @@ def test_a_base_that_has_moved_is_given_to_the_export(made_adapters, pretrained,
     assert "--base" in error
     assert main([*merge, "--base", str(pretrained / "untied")]) == 0
     sparsetrain.load(tmp_path / "out")
-    assert "add --merge, or leave it out" in refused("export", str(run), str(tmp_path / "other"), "--base", "there")
+    other = ["export", str(run), str(tmp_path / "other")]
+    assert "a folder of this machine; give its Hub id with --base" in refused(*other, "--push", "me/x", "--dry-run")
+    assert "stay as they were trained: add --merge" in refused(*other, "--dtype", "bfloat16")
+    assert main([*other, "--base", str(pretrained / "untied")]) == 0
+    sparsetrain.load(tmp_path / "other")
+    assert main(["export", str(run), str(tmp_path / "hub"), "--push", "me/x", "--base", "org/base", "--dry-run"]) == 0
+    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "hub").glob("*.[jm][sd]*"))
+    full = shutil.copytree(finished, tmp_path / "full")
+    assert "needs no base; leave --base x out" in refused("export", str(full), str(tmp_path / "no"), "--base", "x")
 
 
 def test_all_files_have_the_mode_that_the_umask_gives(made_adapters, tiny, tmp_path):

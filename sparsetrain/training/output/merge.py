@@ -39,37 +39,50 @@ def write_merged(adapters: Path, target: Path, base: str | None, *, trust_remote
     """
     transformers.utils.logging.disable_progress_bar()
     model: Any = load_adapters(adapters, base=base, trust_remote_code=trust_remote_code)
-    tokens = _tokens(model.config.get_text_config().vocab_size)
-    dtype, beside = model.dtype, _logits(model, tokens)
+    dtype, beside = model.dtype, some_logits(model)
     model = merge_adapters(model)
-    merged = _logits(model, tokens)
-    _check("merged, the model's logits", merged, beside, dtype)
+    merged = some_logits(model)
+    instead = "load the adapters without merging (sparsetrain.load) instead"
+    check_logits("merged, the model's logits", merged, beside, dtype, instead)
     save(model, target)
     written = checksums(model)
     del model
     again: Any = load(target, dtype=dtype, trust_remote_code=trust_remote_code)
-    if faults := sorted(_differences(written, checksums(again))):
-        raise CheckpointError(f"the reloaded merged model differs from the saved one: {faults[0]}")
-    _check("loaded again, the merged model's logits", _logits(again, tokens), merged, dtype)
+    check_same(written, checksums(again), "merged model")
+    check_logits("loaded again, the merged model's logits", some_logits(again), merged, dtype, instead)
     copy_files(adapters, target, leave_out=OF_ADAPTERS)
 
 
-def _tokens(vocabulary: int) -> torch.Tensor:
-    """Tokens spread over the vocabulary, int64 ``[1, T]``."""
-    return torch.linspace(0, vocabulary - 1, TOKENS).long()[None]
-
-
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def some_logits(model: Any) -> torch.Tensor:
+    """The logits ``[1, T, vocabulary]`` of tokens spread over the vocabulary."""
+    tokens = torch.linspace(0, model.config.get_text_config().vocab_size - 1, TOKENS).long()[None]
     return logits(model, tokens, model.device)
 
 
-def _check(what: str, found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+def check_logits(what: str, found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, instead: str) -> None:
+    """Compare logits ``[1, T, vocabulary]`` with those of the model before it was changed.
+
+    Args:
+        instead: What the user may do.
+
+    Raises:
+        CheckpointError: They differ by more than rounding in ``dtype`` explains.
+    """
     error, limit = relative_error(found, right), rounding(dtype)
     if not error <= limit:
         raise CheckpointError(
-            f"{what} differ by {error:.3g} (relative RMS, limit {limit:g}) from those of the base with separate "
-            "adapters; load the adapters without merging (sparsetrain.load) instead"
+            f"{what} differ by {error:.3g} (relative RMS, limit {limit:g}) from those of the model before; {instead}"
         )
+
+
+def check_same(written: dict[str, str], found: dict[str, str], what: str) -> None:
+    """Compare the checksums of a model's tensors with those of the model loaded again.
+
+    Raises:
+        CheckpointError: They differ; names the first tensor.
+    """
+    if faults := sorted(_differences(written, found)):
+        raise CheckpointError(f"the reloaded {what} differs from the saved one: {faults[0]}")
 
 
 def _differences(written: dict[str, str], found: dict[str, str]) -> Iterator[str]:

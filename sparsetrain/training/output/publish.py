@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -17,10 +19,12 @@ from sparsetrain.modeling.adapters import WEIGHTS_FILE
 from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
-from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.mistaken import is_recipe_instead
+from sparsetrain.training.output.convert import convert
 from sparsetrain.training.output.merge import write_merged
 from sparsetrain.training.output.model_card import model_card
+from sparsetrain.training.output.public_recipe import lies_here, name_base
 
 CARD = "README.md"
 ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
@@ -31,7 +35,23 @@ MARK = ".sparsetrain-export"
 """The first file written there. It marks the remains of an interrupted export, which may be removed."""
 
 
-def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Export:
+    """What is exported, and how."""
+
+    merge: bool = False
+    """Merge LoRA adapters into the base, which gives an ordinary model."""
+    base: str | None = None
+    """A Hub id or folder of the adapters' base instead of the recorded one, to merge into or to record."""
+    dtype: str | None = None
+    """Of the weights: ``float32``, ``bfloat16`` or ``float16``; None leaves them as they were trained."""
+    license: str | None = None
+    """Its identifier on the Hub; None for that of the base, where it is known."""
+    repository: str | None = None
+    """``ORG/NAME`` of the Hub that the folder is for."""
+
+
+def publish(run: Path, out: Path, export: Export = Export()) -> Path:
     """Write the trained model of a run with a model card into ``out``, completely or not at all.
 
     A run that ended before its last evaluation may be published; the card then has a note.
@@ -39,17 +59,44 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
     Args:
         run: The run folder.
         out: A new or empty folder.
-        merge: Merge LoRA adapters into the base, which gives an ordinary model.
-        base: A Hub id or folder of the base for merging, if it is not at the recorded location.
 
     Returns:
         The path of the model card.
 
     Raises:
-        CheckpointError: The run has not finished, there is nothing to merge, or ``out`` cannot be written.
+        CheckpointError: The run has not finished, something asked for has no effect, or ``out`` cannot be written.
         ModelError: The base of the adapters cannot be loaded, or merging changes the model's logits.
     """
+    recipe = check_export(run, out, export)
+    final, adapters = run / "final", recipe.lora is not None and not export.merge
+    card = model_card(recipe, run, export.base, adapters=adapters, license=export.license, repository=export.repository)
+    code = {"trust_remote_code": recipe.model.trust_remote_code}
+    with _whole(out) as partial:
+        if export.merge:
+            write_merged(final, partial, export.base, **code)
+        else:
+            copy_files(final, partial)
+        if export.dtype is not None:
+            convert(partial, getattr(torch, export.dtype), **code)
+        name_base(partial, export.base)
+        if (run / "report.png").is_file():
+            shutil.copyfile(run / "report.png", partial / "report.png")
+        (partial / CARD).write_text(card, encoding="utf-8")
+    return out / CARD
+
+
+def check_export(run: Path, out: Path, export: Export) -> Recipe:
+    """Refuse an export that cannot be made, before anything is written; returns the recipe of the run.
+
+    Raises:
+        CheckpointError: Names what is wrong.
+    """
     final = run / "final"
+    if out.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{out}: there is no export to GGUF: llama.cpp, which reads it, attends to every key, so the model would "
+            "run without its attention method, and has no place for weights that a method adds; name a folder"
+        )
     if not (run / "recipe.yaml").is_file():
         if (advice := is_recipe_instead(str(run))) is not None:
             raise CheckpointError(advice)
@@ -59,26 +106,28 @@ def publish(run: Path, out: Path, *, merge: bool = False, base: str | None = Non
             f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
         )
     recipe = load_recipe(run / "recipe.yaml").recipe
-    adapters = recipe.lora is not None
+    adapters, kept = recipe.lora is not None, recipe.lora is not None and not export.merge
     if (fault := _fault(final, adapters)) is not None:
         raise CheckpointError(f"{final} is incomplete: {fault}; continue the run with --resume, which writes it again")
-    if merge and not adapters:
+    if export.merge and not adapters:
         raise CheckpointError(f"{final} holds a full model, so there is nothing to merge; leave --merge out")
-    if base == "":
+    if export.base == "":
         raise CheckpointError("--base is empty; give a Hub id or a folder, or leave it out")
-    if base is not None and not merge:
-        raise CheckpointError(f"--base {base} is the base for merging adapters; add --merge, or leave it out")
+    if export.base is not None and not adapters:
+        raise CheckpointError(f"{final} holds a full model, which needs no base; leave --base {export.base} out")
+    if export.dtype is not None and kept:
+        raise CheckpointError(
+            f"--dtype {export.dtype} is for the weights of a whole model; adapters stay as they were trained: add "
+            "--merge, or leave it out"
+        )
+    base = export.base or str(recipe.model.path)
+    if kept and export.repository is not None and lies_here(base):
+        raise CheckpointError(
+            f"--push {export.repository}: the adapters need their base {base}, a folder of this machine; give its Hub "
+            "id with --base, or add --merge"
+        )
     _check_place(run, out)
-    card = model_card(recipe, run, adapters=adapters and not merge)
-    with _whole(out) as partial:
-        if merge:
-            write_merged(final, partial, base, trust_remote_code=recipe.model.trust_remote_code)
-        else:
-            copy_files(final, partial)
-        if (run / "report.png").is_file():
-            shutil.copyfile(run / "report.png", partial / "report.png")
-        (partial / CARD).write_text(card, encoding="utf-8")
-    return out / CARD
+    return recipe
 
 
 def _fault(final: Path, adapters: bool) -> str | None:
