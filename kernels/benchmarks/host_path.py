@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from sparsetrain_kernels import block_pattern_attention, sparsek_attention
@@ -22,10 +21,19 @@ CALLS = 20
 ROUNDS = 8
 
 PATTERN = PowerPattern(256, window=5, sinks=1)
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "power": lambda query, key, value, scores: block_pattern_attention(query, key, value, PATTERN),
-    "sparsek": lambda *inputs: sparsek_attention(*inputs, BUDGET, BUDGET, SINKS, gate="value"),
-}
+
+
+def power(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+    """PowerAttention."""
+    return block_pattern_attention(query, key, value, PATTERN)
+
+
+def sparsek(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+    """SparseK, the selection included."""
+    return sparsek_attention(query, key, value, scores, BUDGET, BUDGET, SINKS)
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {"power": power, "sparsek": sparsek}
 
 
 def leaves(tokens: int) -> list[Tensor]:
