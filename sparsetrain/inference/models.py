@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL = "RUN_OR_MODEL"
-"""What messages call the argument."""
+"""What messages call the argument of commands."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Source:
     outline: PreTrainedModel
     """The model without weights, with its attention method, decode section and generation config."""
     tokenizer: PreTrainedTokenizerBase
+    field: str = MODEL
+    """The argument or field that names it, for messages."""
 
     @property
     def has_adapters(self) -> bool:
@@ -50,18 +52,20 @@ class Source:
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         if self.has_adapters:
             return load(self.path, **options)
-        source = saved_source(self.path, MODEL)
+        source = saved_source(self.path, self.field)
         if source.values.get("sparsetrain") is not None:
             return load(self.path, **options)
-        return sparsify(load_weights(self.path, MODEL, **{"config": source.config(), **options}), {"method": "full"})
+        weights = load_weights(self.path, self.field, **{"config": source.config(), **options})
+        return sparsify(weights, {"method": "full"})
 
 
-def find_model(name: str) -> Source:
-    """The model that a command was given; nothing of its weights is read.
+def find_model(name: str, field: str = MODEL) -> Source:
+    """The model that a command or a recipe was given; nothing of its weights is read.
 
     Args:
         name: the folder of a run (its ``final/`` is taken), of a model or of adapters, a Hub id, or
             ``sparsetrain:tiny``. A model that records no method attends fully.
+        field: the argument or field of a recipe that names it, for messages.
 
     Raises:
         ModelError: it is not found, is a recipe, or its files are damaged.
@@ -72,20 +76,20 @@ def find_model(name: str) -> Source:
     from sparsetrain.recipe.mistaken import is_recipe_instead
 
     if (advice := is_recipe_instead(name)) is not None:
-        raise ModelError(f"{MODEL}={name!r}: {advice}")
+        raise ModelError(f"{field}={name!r}: {advice}")
     folder = Path(name) / "final"
-    path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, MODEL)
+    path = resolve(str(folder) if (Path(name) / "recipe.yaml").is_file() and folder.is_dir() else name, field)
     try:
-        tokenizer = load_tokenizer(path, f"{MODEL} (its tokenizer)")
+        tokenizer = load_tokenizer(path, f"{field} (its tokenizer)")
     except ModelError as error:
         if beside := _runs_beside(Path(name)):
-            raise ModelError(f"{MODEL}={name!r} is no run and no model; name a run: {', '.join(beside)}") from error
+            raise ModelError(f"{field}={name!r} is no run and no model; name a run: {', '.join(beside)}") from error
         if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in MODEL_FILES):
             raise ModelError(
-                f"{MODEL}={name!r} holds no model (no {' or '.join(MODEL_FILES)}); give a run, its final/ or a model"
+                f"{field}={name!r} holds no model (no {' or '.join(MODEL_FILES)}); give a run, its final/ or a model"
             ) from error
         raise
-    return Source(path, outline(path, MODEL), tokenizer)
+    return Source(path, outline(path, field), tokenizer, field)
 
 
 def _runs_beside(folder: Path) -> list[str]:

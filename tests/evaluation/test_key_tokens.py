@@ -170,7 +170,7 @@ def test_another_model_can_choose_them(tiny_model, byte_tokenizer, text, tmp_pat
     again = measured(tiny_model, byte_tokenizer, section, first=EvalResult(tasks={"key_tokens": result}))
     assert (again.chosen_by, again.key) == ("the first row", result.key)
 
-    with pytest.raises(ModelError, match=r"eval\.tasks\.key_tokens\.key_tokens_from: MODEL='/nowhere'"):
+    with pytest.raises(ModelError, match=r"eval\.tasks\.key_tokens\.key_tokens_from='/nowhere'"):
         measured(tiny_model, byte_tokenizer, task(text, key_tokens_from="/nowhere"))
     with pytest.raises(DataError, match=r"key_tokens_from: sparsetrain:tiny has other tokens than the model"):
         measured(tiny_model, byte_tokenizer, task(text, key_tokens_from="sparsetrain:tiny"))

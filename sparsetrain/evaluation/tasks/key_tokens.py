@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparsetrain.errors import DataError, ModelError, RecipeError
-from sparsetrain.evaluation.base import TaskResult, TaskSection
+from sparsetrain.errors import DataError, RecipeError
+from sparsetrain.evaluation.base import TaskResult
 from sparsetrain.evaluation.batched import BatchedTask
-from sparsetrain.evaluation.text.definition import Documents, define
+from sparsetrain.evaluation.text.definition import define
 from sparsetrain.evaluation.text.key_tokens import FIRST, ITSELF, Choice, KeyTokensResult, pack, unpack
 from sparsetrain.evaluation.text.losses import Losses, joined_losses, row_losses
-from sparsetrain.section import MOST_LISTED, Bounds, Text, Tokens
-from sparsetrain.source_section import DataSource
+from sparsetrain.evaluation.text.section import TextSection
+from sparsetrain.section import Text, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,23 +26,16 @@ if TYPE_CHECKING:
     from sparsetrain.world import World
 
 
-class KeyTokensSection(TaskSection):
+class KeyTokensSection(TextSection):
     """Loss on the tokens that a long context makes likely (LongPPL): they show what a method makes of it, where
     the mean over all tokens is that of near ones."""
 
     result = KeyTokensResult
-    writes = False
 
     task: Literal["key_tokens"] = "key_tokens"
     """Loss on key tokens (LongPPL)."""
-    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
-    """Tokens of a window, which are a token's long context."""
-    source: DataSource
-    """Held-out documents, read in order: long ones, such as books."""
-    tokens: Annotated[int, Field(gt=0), Bounds(10**10, "they are scored one window after another")] = 65536
-    """Tokens to read. Those that ``short`` tokens of their window precede can be key tokens."""
     short: Tokens = 4096
-    """Tokens of the short context, at least."""
+    """Tokens of the short context, at least: those that so many tokens of their window precede can be key tokens."""
     stride: Tokens = 1024
     """Tokens that share a short window, so that up to so many less one are added to a short context. Fewer take longer:
     each reads ``short + stride`` tokens."""
@@ -55,10 +47,6 @@ class KeyTokensSection(TaskSection):
     """The model that chooses key tokens, with full attention: a folder or a Hub id, with the same tokens. Null: that of
     the first evaluation of the run, which is the original model with full attention, or the first row of ``sparsetrain
     eval``; the others are measured on the same tokens."""
-    documents: Documents = "joined"
-    """``joined``: windows run over all documents. ``separate``: they begin anew with each document."""
-    bos: bool = False
-    """Put BOS before every window, as its first token."""
 
     @classmethod
     def suggested(cls, lengths: list[int]) -> dict[str, Any]:
@@ -70,12 +58,8 @@ class KeyTokensSection(TaskSection):
         return {"lengths": lengths, "tokens": max(65536, *lengths), "source": source, **short}
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Windows that are no longer than the short context, or than the text."""
+        """Windows that are no longer than the short context too."""
         yield from super().faults()
-        if self.source.synthetic is not None:
-            yield "source.synthetic", "key tokens are found in text, not in a synthetic task; give path"
-        if max(self.lengths) > self.tokens:
-            yield "tokens", f"{self.tokens} tokens hold no window of {self.path('lengths')}={max(self.lengths)}"
         if min(self.lengths) <= self.short + self.stride:
             least = f"short + stride = {self.short} + {self.stride}"
             yield (
@@ -83,15 +67,6 @@ class KeyTokensSection(TaskSection):
                 f"a window of {min(self.lengths)} tokens is no longer than {least}, so no context is longer than "
                 f"the short one; give longer windows or a smaller {self.path('short')}",
             )
-
-    def lengths_by_field(self) -> dict[str, Sequence[int]]:
-        """The windows."""
-        return {"lengths": self.lengths}
-
-    def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Whether there is the BOS that is asked for."""
-        if self.bos and tokenizer.bos_token_id is None:
-            raise DataError(f"{self.path('bos')}: the tokenizer has no BOS token; leave it out")
 
     def build(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> KeyTokens:
         """The held-out tokens, read."""
@@ -227,8 +202,8 @@ class KeyTokens(BatchedTask):
             from sparsetrain.inference.models import find_model
             from sparsetrain.modeling import sparsify
 
-            with _named(self.section):
-                model: Any = sparsify(find_model(name).load(None), {"method": "full"})
+            source = find_model(name, self.section.path("key_tokens_from"))
+            model: Any = sparsify(source.load(None), {"method": "full"})
             self._chooser = model.to(world.device).eval()
         found: PreTrainedModel = self._chooser
         return found
@@ -247,8 +222,7 @@ def _files_of_chooser(section: KeyTokensSection, tokenizer: PreTrainedTokenizerB
     from sparsetrain.inference.models import find_model
 
     assert section.key_tokens_from is not None
-    with _named(section):
-        source = find_model(section.key_tokens_from)
+    source = find_model(section.key_tokens_from, section.path("key_tokens_from"))
     if source.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise DataError(
             f"{section.path('key_tokens_from')}: {section.key_tokens_from} has other tokens than the model that is "
@@ -256,11 +230,3 @@ def _files_of_chooser(section: KeyTokensSection, tokenizer: PreTrainedTokenizerB
         )
     files = [(file, file.stat()) for file in sorted(Path(source.path).glob("*")) if file.is_file()]
     return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files]
-
-
-@contextmanager
-def _named(section: KeyTokensSection) -> Iterator[None]:
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{section.path('key_tokens_from')}: {error}") from error

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from sparsetrain.errors import DataError, RecipeError
-from sparsetrain.evaluation.base import TaskSection
 from sparsetrain.evaluation.batched import BatchedTask
-from sparsetrain.evaluation.text.definition import Documents, define
+from sparsetrain.evaluation.text.definition import define
 from sparsetrain.evaluation.text.losses import Losses, joined_losses, row_losses
 from sparsetrain.evaluation.text.perplexity import PerplexityResult
 from sparsetrain.evaluation.text.positions import Spacing, buckets
-from sparsetrain.section import MOST_LISTED, Bounds, Tokens
-from sparsetrain.source_section import DataSource
+from sparsetrain.evaluation.text.section import TextSection
+from sparsetrain.section import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,28 +24,16 @@ if TYPE_CHECKING:
     from sparsetrain.world import World
 
 
-class PerplexitySection(TaskSection):
+class PerplexitySection(TextSection):
     """Token perplexity by context length: ``exp`` of the mean NLL over windows of each length."""
 
     result = PerplexityResult
-    writes = False
 
     task: Literal["perplexity"] = "perplexity"
     """Perplexity by context length."""
-    lengths: Annotated[list[Tokens], Field(min_length=1, max_length=MOST_LISTED)]
-    """Tokens of a window."""
-    source: DataSource
-    """Held-out documents, read in order. Where rows have labels (completions, turns of the assistant), only those
-    tokens are scored."""
-    tokens: Annotated[int, Field(gt=0), Bounds(10**10, "they are scored one window after another")] = 65536
-    """Tokens to read. All are scored at each length, unless rows have labels."""
     stride: Tokens | None = None
     """Tokens by which a window advances; only the new ones are scored, so that each has at least ``length - stride``
     before it (256 in many papers). Null: windows do not overlap; a token has half a window before it in the mean."""
-    documents: Documents = "joined"
-    """``joined``: windows run over all documents. ``separate``: they begin anew with each document."""
-    bos: bool = False
-    """Put BOS before every window, as its first token."""
     positions: Spacing = "log"
     """Buckets of the loss against position in the longest windows: ``log`` doubles their width, ``even`` makes 16
     equal ones."""
@@ -60,15 +47,8 @@ class PerplexitySection(TaskSection):
         return {"lengths": lengths, "tokens": max(65536, *lengths), "source": source}
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """Fewer tokens than a window has, or a stride that passes over some."""
+        """A stride that passes over tokens too."""
         yield from super().faults()
-        if self.source.synthetic is not None:
-            yield "source.synthetic", "perplexity is measured on text, not on a synthetic task; give path"
-        if max(self.lengths) > self.tokens:
-            yield (
-                "tokens",
-                f"{self.tokens} tokens hold no window of {self.path('lengths')}={max(self.lengths)}",
-            )
         most = min(self.lengths) - self.bos
         if self.stride is not None and self.stride > most:
             yield (
@@ -76,15 +56,6 @@ class PerplexitySection(TaskSection):
                 f"windows of {min(self.lengths)} tokens{' with BOS' if self.bos else ''} would pass over tokens; give "
                 f"at most {most}, or null for windows that do not overlap",
             )
-
-    def lengths_by_field(self) -> dict[str, Sequence[int]]:
-        """The windows."""
-        return {"lengths": self.lengths}
-
-    def try_inputs(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Whether there is the BOS that is asked for."""
-        if self.bos and tokenizer.bos_token_id is None:
-            raise DataError(f"{self.path('bos')}: the tokenizer has no BOS token; leave it out")
 
     def build(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> Perplexity:
         """The held-out tokens, read."""
