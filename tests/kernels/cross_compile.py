@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import triton
+from sparsetrain_kernels.block_decode.triton import configs as decode_configs
+from sparsetrain_kernels.block_decode.triton import kernels as decode_kernels
 from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
 from sparsetrain_kernels.block_pattern.hopper import fused_backward, grad_key_value, grad_query
 from sparsetrain_kernels.block_pattern.triton import backward, fixed_point, forward
@@ -441,8 +443,24 @@ def compile_listed(dtype: str) -> None:
                 )
 
 
+def compile_decode(dtype: str) -> None:
+    """Steps of generation over listed blocks, for the rows of the narrow and of the wide tile."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    known = dict.fromkeys(("lengths_ptr", "table_ptr"), "*i32") | dict.fromkeys(("lse_ptr", "out_ptr"), "*fp32")
+    for head_dim in (64, 128, 256):
+        for rows in (1, 8):
+            config = decode_configs.choose_config(torch_dtype, head_dim, 256, 4 * rows, paged=True)
+            own = {"KV_HEADS": 8, "GROUP": 4, "ROWS": rows, "D": head_dim, "D_PAD": head_dim, "BLOCK": 256, "PAGE": 256}
+            own |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "FAR": 16, "SOFTCAP": False}
+            own |= {"SINK_LOGITS": False, "TOKEN_WINDOW": False, "PRECISION": "ieee", "sink_logits_ptr": None}
+            options = {"num_warps": 4, "num_stages": config.num_stages}
+            code = source(ASTSource, decode_kernels.decode_kernel, dtype, own, known)
+            report(f"decode {dtype} {head_dim} {rows}", code, options)
+
+
 if __name__ == "__main__":
     families = {
+        "decode": compile_decode,
         "plain": compile_plain,
         "selected": compile_selected,
         "hopper": compile_hopper,

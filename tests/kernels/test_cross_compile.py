@@ -46,7 +46,28 @@ STACK = {
         "short_threshold_kernel pages": 48,
     },
     "listed bf16": {"listed_decode_kernel bf16 128 1": 8},
+    "segments": {
+        "rows 128 64 bf16": 40,
+        "keys 128 bf16": 264,
+        "rows 256 64 bf16": 272,
+        "dq 64 bf16": 40,
+        "dkv 128 bf16": 80,
+        "fwd bf16 128": 24,
+        "dq bf16 128": 64,
+        "dkv of selected keys bf16 128": 400,
+        "dkv of neighbours bf16 128": 104,
+    },
 }
+SERIALISED = {
+    "plain bf16": {
+        *("fwd bf16 64", "dq bf16 64", "fwd bf16 128", "dq bf16 128"),
+        *("fwd bf16 256", "dq bf16 256", "dkv bf16 256"),
+    }
+}
+"""Kernels in which this ptxas puts a wait behind every product (its message C7512)."""
+
+
+KNOWN_PTXAS = importlib.metadata.version("triton").startswith("3.9.")
 
 
 def compiled(*arguments: str, script: str = "cross_compile.py") -> list[dict]:
@@ -67,9 +88,10 @@ def test_half_precision_kernels_fit_and_use_the_tensor_cores(family: str) -> Non
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["wgmma"] > 0, kernel
-        assert family == "plain bf16" or not kernel["serialised"], kernel
-        if importlib.metadata.version("triton").startswith("3.9."):
+        if KNOWN_PTXAS:
             assert kernel["stack"] <= STACK[family].get(kernel["kernel"], 0), kernel
+        if KNOWN_PTXAS or family not in SERIALISED:
+            assert not kernel["serialised"] or kernel["kernel"] in SERIALISED.get(family, ()), kernel
 
 
 def test_single_precision_kernels_fit() -> None:
@@ -92,7 +114,8 @@ def test_estimates_keep_to_registers_and_load_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("sparsek fp32", 25), ("sum bf16", 3), ("lists fp16", 20), ("listed bf16", 12)]
+    ("family", "count"),
+    [("sparsek fp32", 25), ("sum bf16", 3), ("lists fp16", 20), ("listed bf16", 12), ("decode bf16", 6)],
 )
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int) -> None:
     kernels = compiled(*family.split())
@@ -110,6 +133,8 @@ def test_attention_of_segments_rows_and_selections_uses_the_tensor_cores(family:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["wgmma"] > 0 or kernel["kernel"].split()[0] in ("places", "order", "lists"), kernel
         assert not kernel["serialised"], kernel
+        if KNOWN_PTXAS:
+            assert kernel["stack"] <= STACK["segments"].get(kernel["kernel"], 0), kernel
 
 
 def test_what_comes_before_them_keeps_to_registers() -> None:
