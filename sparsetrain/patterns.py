@@ -62,6 +62,16 @@ class Pattern(ABC):
         return 0
 
     @property
+    def by_head(self) -> tuple[Pattern, ...]:
+        """Of each KV head a pattern of its own, where such patterns say the same; else empty."""
+        return ()
+
+    @property
+    def by_layer(self) -> tuple[Pattern, ...]:
+        """What the layers of a model take in turn: the pattern itself, where all take the same."""
+        return (self,)
+
+    @property
     def period(self) -> int:
         """But for the sinks, query blocks ``t`` and ``t + period`` read the same distances; 1 where all do."""
         return 1
@@ -118,6 +128,10 @@ class Pattern(ABC):
         pairs = self.block**2 * (before - whole) + whole * (self.block * (self.block + 1) // 2)
         pairs += rows * self.block * (last - 1) + rows * (rows + 1) // 2
         return pairs / (length * (length + 1) // 2)
+
+    def mean_density(self, length: int) -> float:
+        """:meth:`density`, averaged over the heads and the layers."""
+        return sum(self.density(length, head) for head in self.heads) / len(self.heads)
 
     def reach(self, num_blocks: int, num_layers: int, dense_layers: Collection[int] = ()) -> np.ndarray:
         """The blocks whose input the last block depends on after each layer, bool ``[num_layers, num_blocks]``.
@@ -253,10 +267,30 @@ class PowerPattern(SlidingPattern):
     block: int = 256
     window: int = 5
     sinks: int = 1
+    base: int = 2
+    """Distances are ``d * base**k`` with ``d`` from 1 to ``base - 1``; the paper's base is 2."""
+    farthest: int | None = None
+    """No distance is larger, in blocks; None means that there is no such limit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("base", self.base, 2)
+        if self.farthest is not None:
+            _check("farthest", self.farthest, self.window)
+
+    def far_distances(self, limit: int) -> tuple[int, ...]:
+        """The distances behind the window, below ``limit``, ascending."""
+        return tuple(chain.from_iterable(self._far(limit)))
+
+    def _farthest(self) -> int | None:
+        return None if self.farthest is None else max(self.window - 1, *self.far_distances(self.farthest + 1))
 
     def _far(self, limit: int) -> Iterable[range]:
-        first, end = (self.window - 1).bit_length(), max(limit - 1, 0).bit_length()
-        return (_one(1 << exponent) for exponent in range(first, end))
+        end = limit if self.farthest is None else min(limit, self.farthest + 1)
+        step = 1
+        while step < end:
+            yield range(-(-self.window // step) * step, min(step * self.base, end), step)
+            step *= self.base
 
 
 @dataclass(frozen=True)
@@ -310,6 +344,11 @@ class DistancePattern(_OffsetPattern):
         _check_distances(self.distances)
 
     @property
+    def window(self) -> int:
+        """Nearest blocks, the own one included."""
+        return next(near for near, distance in enumerate((*self.distances, -1)) if near != distance)
+
+    @property
     def num_sinks(self) -> int:
         return self.sinks
 
@@ -344,6 +383,15 @@ class HeadDistancePattern(_OffsetPattern):
     @property
     def heads(self) -> range:
         return range(len(self.distances))
+
+    @property
+    def window(self) -> int:
+        """Nearest blocks that every head reads, the own one included."""
+        return min(DistancePattern(self.block, distances, 0).window for distances in self.distances)
+
+    @property
+    def by_head(self) -> tuple[Pattern, ...]:
+        return tuple(DistancePattern(self.block, distances, self.sinks) for distances in self.distances)
 
     @property
     def num_sinks(self) -> int:

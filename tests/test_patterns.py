@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
@@ -33,6 +34,12 @@ PATTERNS = [
     LongNetPattern(4, ((4, 1), (8, 2), (32, 4)), head_shift=True, num_heads=5),
     DistancePattern(4, (0, 3, 7), 2),
     HeadDistancePattern(4, ((0, 1, 6), (0, 3, 7)), 2),
+    PowerPattern(4, 1, 0, base=4),
+    PowerPattern(4, 5, 1, base=3),
+    PowerPattern(4, 2, 1, farthest=12),
+    RulerPattern(4, 5, 1, keep=2, levels=9),
+    RulerPattern(4, 1, 0, keep=3, levels=2),
+    RulerPattern(4, 9, 3, keep=1, levels=0),
 ]
 CASES = pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 
@@ -43,8 +50,12 @@ def defined(pattern: Pattern, query: np.ndarray, key: np.ndarray, head: int) -> 
     match pattern:
         case FullPattern():
             reads = delta >= 0
-        case PowerPattern(window=window, sinks=sinks):
-            reads = (key < sinks) | (delta < window) | (delta & (delta - 1) == 0)
+        case PowerPattern(window=window, sinks=sinks, base=base, farthest=farthest):
+            far = [d * base**k for k in range(8) for d in range(1, base) if d * base**k <= (farthest or 2**20)]
+            reads = (key < sinks) | (delta < window) | np.isin(delta, far)
+        case RulerPattern(window=window, sinks=sinks, keep=keep, levels=levels):
+            kept = keep * np.max([2**m * ((key + 1) % 2**m == 0) for m in range(levels + 1)], axis=0)
+            reads = (key < sinks) | (delta < window) | (delta <= kept)
         case StridePattern(window=window, sinks=sinks, stride=stride):
             reads = (key < sinks) | (delta < window) | (delta % stride == 0)
         case SlidingPattern(window=window, sinks=sinks):
@@ -59,8 +70,6 @@ def defined(pattern: Pattern, query: np.ndarray, key: np.ndarray, head: int) -> 
                 reads |= same_segment & (query % rate == shift) & (key % rate == shift)
         case DistancePattern(distances=distances, sinks=sinks):
             reads = (key < sinks) | np.isin(delta, distances)
-        case HeadDistancePattern(distances=distances, sinks=sinks):
-            reads = (key < sinks) | np.isin(delta, distances[head])
         case HeadDistancePattern(distances=distances, sinks=sinks):
             reads = (key < sinks) | np.isin(delta, distances[head])
         case _:
@@ -221,6 +230,9 @@ def test_patterns_are_hashable_and_differ_by_kind() -> None:
         (lambda: HeadDistancePattern(4, ((0, 1), ()), 0), "distances="),
         (lambda: HeadDistancePattern(4, ((0, 1), (0, 3, 2)), 0), "distances="),
         (lambda: HeadDistancePattern(4, ((0,),), -1), "sinks=-1"),
+        (lambda: PowerPattern(base=1), "base=1"),
+        (lambda: PowerPattern(farthest=4), "farthest=4"),
+        (lambda: RulerPattern(4, 1, 0, keep=0, levels=3), "keep=0"),
         (lambda: LongNetPattern(4, ((8, 2),)), "segments="),
         (lambda: LongNetPattern(4, ((0, 1),)), "length=0"),
         (lambda: LongNetPattern(4, num_heads=0), "num_heads=0"),

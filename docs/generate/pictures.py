@@ -26,8 +26,12 @@ STATIC = {
     "stride": {"stride": 8},
     "dilated": {"window": 5, "dilation": 4},
     "longnet": {},
+    "ruler": {},
+    "power-base-4": {"method": "power", "base": 4},
+    "power-by-layer": {"method": "power", "window": 3, "split": "layers", "farthest": 16},
 }
-"""The patterns that are drawn; far strides are shortened so that 32 blocks show several."""
+"""The patterns that are drawn, by method where no other is named; far strides are shortened so that 32 blocks show
+several."""
 
 
 def matrix(
@@ -58,9 +62,10 @@ def static(name: str) -> str:
     """A block pattern, and below it what its last block has heard of after each layer."""
     pattern = parse_attention({"method": name, **STATIC[name]}).pattern()
     assert pattern is not None
-    mask = [set(pattern.key_blocks(block)) for block in range(SIZE)]
+    shown = pattern.by_layer[-1]
+    mask = [set(shown.key_blocks(block)) for block in range(SIZE)]
     windowed = name not in ("dilated", "longnet")
-    window = getattr(pattern, "window", 1)
+    window = getattr(shown, "window", 1)
 
     def colour_of(row: int, column: int) -> str | None:
         if column not in mask[row]:
@@ -70,7 +75,10 @@ def static(name: str) -> str:
         return WINDOW if windowed and row - column < window else FAR
 
     near = {"the window": WINDOW} if windowed else {}
-    far = {} if name == "sliding" else {"further blocks" if windowed else "the blocks that are read": FAR}
+    further = "further blocks" if windowed else "the blocks that are read"
+    if shown is not pattern:
+        further += f" of one of {len(pattern.by_layer)} layers in turn"
+    far = {} if name == "sliding" else {further: FAR}
     sinks = {"the sinks": SINK} if pattern.num_sinks else {}
     entries = near | far | sinks
     return with_reach(f"what a block reads with {name}", matrix(name, "blocks", colour_of, entries), pattern, entries)

@@ -41,14 +41,15 @@ def draw_mask(axes: Axes, attention: MethodConfig, pattern: Pattern, length: int
     from matplotlib.patches import Patch
 
     num_blocks = -(-length // pattern.block)
-    mask = pattern.mask(num_blocks)
+    shown = pattern.by_layer[0]
+    mask = shown.mask(num_blocks)
     query, key = np.arange(num_blocks)[:, None], np.arange(num_blocks)[None, :]
     # In ascending order of what pooling must not lose.
     kinds = np.where(mask, 2, np.where(key <= query, 1, 0))
     legend = {GREEN: "visible"}
-    if hasattr(pattern, "sinks") and hasattr(pattern, "window"):
-        kinds[mask & (query - key < pattern.window)] = 3
-        kinds[mask & (key < pattern.sinks)] = 4
+    if hasattr(shown, "sinks") and hasattr(shown, "window"):
+        kinds[mask & (query - key < shown.window)] = 3
+        kinds[mask & (key < shown.sinks)] = 4
         legend = {BLUE: "window", ORANGE: "sinks"}
         if (kinds == 2).any():
             legend = {BLUE: "window", GREEN: "far blocks", ORANGE: "sinks"}
@@ -62,8 +63,10 @@ def draw_mask(axes: Axes, attention: MethodConfig, pattern: Pattern, length: int
     )
     _token_ticks(axes.xaxis, num_blocks, pattern.block)
     _token_ticks(axes.yaxis, num_blocks, pattern.block)
-    axes.set(xlabel="key (first KV head; the others differ)" if pattern.per_head else "key", ylabel="query")
-    put_title(axes, f"{attention.method}: {pattern.density(length):.1%} of full attention at {short(length)} tokens")
+    first = "KV head" if pattern.per_head else "layer" if len(pattern.by_layer) > 1 else None
+    axes.set(xlabel="key" if first is None else f"key (first {first}; the others differ)", ylabel="query")
+    share = pattern.mean_density(length)
+    put_title(axes, f"{attention.method}: {share:.1%} of full attention at {short(length)} tokens")
     handles = [Patch(color=color, label=label) for color, label in legend.items()]
     if (kinds == 1).any():
         handles.append(Patch(facecolor="none", edgecolor=FAINT, label=f"skipped (blocks of {pattern.block})"))

@@ -159,7 +159,8 @@ class Expected(NamedTuple):
 
 
 class Method(ABC):
-    """The attention of one method. Built once per model from its config, and shared by all layers that use it."""
+    """The attention of one method. Built once per model from its config, and shared by all layers that use it, unless
+    :meth:`of_layer` gives them others."""
 
     dense: ClassVar[bool] = False
     """Whether :meth:`attend` is full attention, so that there is no sparse layer to check before step 1."""
@@ -182,6 +183,14 @@ class Method(ABC):
     observing: bool = False
     """While True, a method with telemetry keeps statistics of every call of :meth:`attend` for
     :meth:`observations`."""
+
+    def of_layer(self, position: int) -> Method:
+        """The method of one layer: itself, unless layers differ.
+
+        Args:
+            position: of the layer among those that take the method, from 0.
+        """
+        return self
 
     def attach(self, layer: nn.Module, layer_index: int) -> None:  # noqa: B027 (most methods need nothing)
         """Add what the method needs (submodules, forward pre-hooks) to one attention layer.

@@ -18,6 +18,7 @@ from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.longnet import LongNetConfig
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.recycled.method import RecycledConfig
+from sparsetrain.methods.ruler import RulerConfig
 from sparsetrain.methods.sliding import SlidingConfig
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.stride import StrideConfig
@@ -29,6 +30,7 @@ CONFIGS: tuple[type[MethodConfig], ...] = (
     StrideConfig,
     DilatedConfig,
     LongNetConfig,
+    RulerConfig,
     SparseKConfig,
     RecycledConfig,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
@@ -65,8 +66,17 @@ class StaticMethod(Method):
         self.pattern = pattern
 
     def density(self, length: int) -> float:
-        """The fraction of the causal pairs of ``length`` tokens that is attended, averaged over the heads."""
-        return sum(self.pattern.density(length, head) for head in self.pattern.heads) / len(self.pattern.heads)
+        """The fraction of the causal pairs of ``length`` tokens that is attended, averaged over heads and layers."""
+        return self.pattern.mean_density(length)
+
+    def of_layer(self, position: int) -> StaticMethod:
+        """See :meth:`Method.of_layer`."""
+        patterns = self.pattern.by_layer
+        if len(patterns) == 1:
+            return self
+        own = copy(self)
+        own.pattern = patterns[position % len(patterns)]
+        return own
 
     def keys_read(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any, TypeVar
 
 from torch import nn
@@ -211,10 +212,10 @@ def _plan_layers(decoder: nn.Module, modules: list[Any], text_config: Any, confi
             "windows, set attention.replace_sliding_layers: true"
         )
     num_kv_heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    method = config.build(num_kv_heads)
+    method, position = config.build(num_kv_heads), count()
     leaks = len(modules) < num_layers or any(isinstance(m, nn.Conv1d) for m in decoder.modules())
     return [
-        LayerPlan(module.layer_idx, method if take else None, window, leaks)
+        LayerPlan(module.layer_idx, method.of_layer(next(position)) if take else None, window, leaks)
         for module, window, take in zip(modules, windows, takes, strict=True)
     ]
 

@@ -68,7 +68,7 @@ def without_effect(recipe: Recipe) -> list[str]:
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block
-        if pattern.listed(last + 1) - pattern.listed(last) == last + 1:
+        if all(part.listed(last + 1) - part.listed(last) == last + 1 for part in pattern.by_layer):
             notes.append(
                 f"sequence.length={length} is {last + 1} blocks of {pattern.block}, which the pattern covers: "
                 "every row is trained densely"

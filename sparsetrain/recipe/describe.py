@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from sparsetrain.methods.base import DenseLayerRule
 from sparsetrain.recipe.batch import batch_shape, plan_batch
+from sparsetrain.recipe.heads import attention_heads
 from sparsetrain.recipe.local_model import num_layers
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.yaml_source import dump_yaml
@@ -32,9 +33,11 @@ def attention_facts(recipe: Recipe) -> str:
     """The method, the fraction of causal pairs it computes at the training length, and the dense layers."""
     attention, length = recipe.attention, recipe.sequence.length
     parts = [f"{attention.method} attention"]
-    pattern = attention.pattern()
-    if pattern is not None:
-        parts.append(f"{pattern.density(length):.1%} of causal pairs at {length:,} tokens in blocks of {pattern.block}")
+    heads = attention_heads(recipe.model)
+    pattern = attention.pattern(1 if heads is None else heads[1])
+    if pattern is not None and (heads is not None or not pattern.per_head):
+        share = pattern.mean_density(length)
+        parts.append(f"{share:.1%} of causal pairs at {length:,} tokens in blocks of {pattern.block}")
     dense, layers = attention.dense_layers, num_layers(recipe.model)
     if layers is not None and attention.method != "full":
         parts.append(f"{len(attention.resolve_dense_layers(layers))} of {layers} layers dense")

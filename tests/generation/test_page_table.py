@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sparsetrain.generation.page_table import NOT_KEPT, most_pages_read, page_table
+from sparsetrain.methods.registry import parse_attention
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
@@ -25,6 +27,7 @@ PATTERNS = {
     "longnet": LongNetPattern(256),
     "distances": DistancePattern(256, (0, 3, 7), 2),
     "heads": HeadDistancePattern(256, ((0, 3), (0, 1, 9)), 0),
+    "ruler": RulerPattern(256, 5, 1, 2, 9),
 }
 
 
@@ -50,6 +53,22 @@ def test_pages_of_two_neighbouring_blocks() -> None:
     assert found["dilated"] == [24, 24, 24]
     assert found["longnet"] == [19, 19, 19]
     assert found["full"] == [128, 512, 4096]
+
+
+@pytest.mark.parametrize(
+    ("section", "endless", "behind_a_prompt"),
+    [
+        ({"method": "power", "base": 4}, [2000], [45]),
+        ({"method": "power", "split": "layers", "farthest": 256}, [10, 18, 34, 66, 130, 258], [10] * 6),
+        ({"method": "power", "split": "heads", "farthest": 256}, [10, 10, 18, 34, 66, 66, 130, 258], [10] * 8),
+        ({"method": "ruler"}, [12], [12]),
+    ],
+)
+def test_the_variants_of_power_keep_what_the_documentation_says(section, endless, behind_a_prompt) -> None:
+    pattern = parse_attention(section).pattern(8)
+    kept = [part for layer in pattern.by_layer for part in (layer.by_head or (layer,))]
+    assert [page_table(part, 2000).needed for part in kept] == endless
+    assert [page_table(part, 516, prompt=512, horizon=516).needed for part in kept] == behind_a_prompt
 
 
 @pytest.mark.parametrize("slack", [0, 1, 3])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsetrain_kernels.block_decode import block_pattern_decode
 
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import LongNetPattern, PowerPattern
 
 pytestmark = [
@@ -45,10 +46,10 @@ def test_equals_the_reference(rows: int, head_dim: int, dtype) -> None:
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (28, 4), (64, 1)])
-@pytest.mark.parametrize("kind", ["power", "by head"])
+@pytest.mark.parametrize("kind", ["power", "by head", "ruler"])
 def test_equals_the_reference_for_every_group(heads, kind: str) -> None:
     by_head = LongNetPattern(64, head_shift=True, num_heads=heads[1])
-    pattern = by_head if kind == "by head" else PowerPattern(48, 3, 1)
+    pattern = {"power": PowerPattern(48, 3, 1), "by head": by_head, "ruler": RulerPattern(32, 2, 1, 2, 5)}[kind]
     tensors = make_cache(5, 4000, heads=heads)
     options = {"softcap": 20.0, "sink_logits": torch.randn(heads[0], device="cuda")}
     assert_equals_the_reference(tensors, pattern, to_lengths(3842, 4000, 50, 3), **options)

@@ -9,10 +9,12 @@ import torch
 from attention_oracle import assert_matches_oracle, make_inputs, outputs_and_gradients, worst_error
 from sparsetrain_kernels import block_pattern_attention, block_pattern_attention_dense, causal_attention_dense
 
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
     FullPattern,
+    HeadDistancePattern,
     LongNetPattern,
     PowerPattern,
     SlidingPattern,
@@ -38,6 +40,9 @@ PATTERNS = [
     DilatedPattern(128, 3, 2),
     LongNetPattern(128, ((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=2),
     DistancePattern(128, (0, 3), 2),
+    HeadDistancePattern(128, ((0, 1, 8), (0, 1, 2, 4)), 1),
+    PowerPattern(128, 1, 0, base=4),
+    RulerPattern(128, 1, 1, keep=2, levels=3),
 ]
 inputs = partial(make_inputs, device="cuda", dtype=torch.bfloat16)
 

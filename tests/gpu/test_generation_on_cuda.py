@@ -24,6 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "stride": {"method": "stride", "block": 128, "window": 2, "sinks": 1, "stride": 16},
     "dilated": {"method": "dilated", "block": 128, "window": 8, "dilation": 4},
     "longnet": {"method": "longnet", "block": 128},
+    "base 4": {"method": "power", "block": 128, "window": 3, "sinks": 1, "base": 4},
+    "by layer": {"method": "power", "block": 128, "window": 3, "sinks": 1, "split": "layers", "farthest": 512},
+    "by head": {"method": "power", "block": 128, "window": 3, "sinks": 1, "split": "heads", "farthest": 512},
+    "ruler": {"method": "ruler", "block": 128, "window": 3},
     "sparsek": SPARSEK,
     "sparsek, not normalised": {**SPARSEK, "normalize": False},
     "sparsek, scores of a layer": {**SPARSEK, "scores": "layer"},
@@ -83,7 +87,7 @@ def prompts(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return (ids * mask).cuda(), mask.long().cuda()
 
 
-PATTERNS = ("power", "stride", "dilated", "longnet")
+PATTERNS = ("power", "stride", "dilated", "longnet", "by head", "ruler")
 """Methods whose keys may lie in host memory."""
 
 

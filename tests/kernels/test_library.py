@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     FullPattern,
@@ -206,6 +207,8 @@ def test_one_input_may_need_a_gradient_alone(sparse) -> None:
         DilatedPattern(4, 3, 2),
         LongNetPattern(4, ((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=3),
         HeadDistancePattern(4, ((0, 1, 4), (0, 3), (0,)), 1),
+        PowerPattern(4, 2, 1, base=4, farthest=12),
+        RulerPattern(4, 2, 1, keep=2, levels=3),
     ],
     ids=repr,
 )

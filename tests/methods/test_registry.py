@@ -35,6 +35,7 @@ def test_the_registry_and_the_recipe_know_the_same_methods():
         ("stride", 40, (0, 8, 35, 36, 37, 38, 39, 40)),
         ("dilated", 40, (22, 24, 26, 28, 30, 32, 34, 36, 38, 40)),
         ("longnet", 40, (0, 8, 16, 24, 32, 34, 36, 38, 40)),
+        ("ruler", 40, (0, 15, 31, 35, 36, 37, 38, 39, 40)),
     ],
 )
 def test_the_defaults_are_the_papers(method, query_block, key_blocks):
@@ -51,6 +52,9 @@ def test_the_defaults_are_the_papers(method, query_block, key_blocks):
         ({"method": "stride", "window": 1, "sinks": 0, "stride": 4}, 9, (1, 5, 9)),
         ({"method": "dilated", "window": 3, "dilation": 3}, 9, (3, 6, 9)),
         ({"method": "longnet", "segments": [[2, 1], [8, 4]]}, 12, (8, 12)),
+        ({"method": "power", "window": 1, "sinks": 0, "base": 4}, 20, (4, 8, 12, 16, 17, 18, 19, 20)),
+        ({"method": "power", "window": 2, "sinks": 0, "farthest": 5}, 20, (16, 18, 19, 20)),
+        ({"method": "ruler", "window": 1, "sinks": 0, "keep": 1, "levels": 2}, 18, (15, 17, 18)),
     ],
 )
 def test_the_parameters_reach_the_pattern(section, query_block, key_blocks):
@@ -81,6 +85,10 @@ def test_full_attention_has_no_pattern():
         ({"method": "power", "blok": 4}, r"method power.*'blok', did you mean block\? .*window"),
         ({"method": "power", "block": 0}, "block=0: .*greater than 0"),
         ({"method": "power", "window": 2.5}, "window=2.5"),
+        ({"method": "power", "base": 1}, "base=1"),
+        ({"method": "power", "split": "layers"}, "split=layers needs farthest.*farthest: 64 for 32,768 tokens"),
+        ({"method": "power", "window": 5, "farthest": 7}, "farthest=7 leaves no block to read behind a window of 5"),
+        ({"method": "ruler", "levels": 11}, "levels=11"),
         ({"method": "sliding", "sinks": -1}, "sinks=-1: .*greater than or equal to 0"),
         ({"method": "sliding", "stride": 4}, "'stride'"),
         ({"method": "full", "block": 256}, "'block'"),

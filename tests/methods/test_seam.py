@@ -21,6 +21,7 @@ SMALL = {
     "stride": {"block": 8, "window": 2, "stride": 3},
     "dilated": {"block": 8, "window": 2},
     "longnet": {"block": 8, "segments": [[2, 1], [8, 4]], "head_shift": True},
+    "ruler": {"block": 8, "window": 2},
     "recycled": {"every": 8, "keep": 6, "sinks": 1, "recent": 2},
     "sparsek": {"topk": 6, "window": 8, "sinks": 1, "scorer": "random"},
 }
@@ -43,6 +44,7 @@ def test_the_oracle_is_what_a_layer_answers(method):
 
 
 VARIANTS = [(method, {}) for method in METHODS]
+VARIANTS += [("power", {"base": 4}), ("power", {"split": "heads", "farthest": 8})]
 VARIANTS += [("recycled", {"p": 0.6, "similarity": 0.9}), ("sparsek", {"topk": 90})]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ BASELINES = [
     {"method": "stride", "block": 4, "window": 2, "sinks": 1, "stride": 5},
     {"method": "dilated", "block": 4, "window": 4, "dilation": 2},
     {"method": "longnet", "block": 4, "segments": [[4, 1], [8, 2]]},
+    {"method": "ruler", "block": 4, "window": 1, "sinks": 1},
 ]
 SETTINGS = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -74,6 +76,38 @@ def test_longnet_head_shift_gives_each_kv_head_its_own_mask(tiny, eager, tokens)
     mask = additive(by_kv_head.repeat_interleave(2, dim=0))[0]
     expected = eager(model)(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(sparsify(model, attention)(ids).logits, expected, **SETTINGS)
+
+
+def test_power_by_head_gives_each_kv_head_its_own_mask(tiny, eager, tokens):
+    attention = {"method": "power", "block": 4, "window": 1, "sinks": 0, "split": "heads", "farthest": 8}
+    model, ids, length = tiny("llama"), tokens(45), 45
+    distance = torch.arange(length)[:, None] // 4 - torch.arange(length) // 4
+    causal = torch.ones(length, length).tril() > 0
+    by_kv_head = [causal & torch.isin(distance, torch.tensor(read)) for read in ([0, 1, 4], [0, 2, 8])]
+    mask = additive(torch.stack(by_kv_head).repeat_interleave(2, dim=0))[0]
+    expected = eager(model)(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(sparsify(model, attention)(ids).logits, expected, **SETTINGS)
+
+
+def test_power_by_layer_gives_each_layer_that_takes_it_its_own_mask(tiny, eager, tokens):
+    attention = {"method": "power", "block": 4, "window": 1, "sinks": 0, "split": "layers", "farthest": 4}
+    model, ids, length = tiny("llama", num_hidden_layers=5), tokens(45), 45
+    dense = eager(model)
+    distance = torch.arange(length)[:, None] // 4 - torch.arange(length) // 4
+    causal = torch.ones(length, length).tril() > 0
+    # The second layer stays dense; the others take distances 1, 2, 4 and 1 again.
+    masks = [causal & ((distance == 0) | (distance == read)) for read in (1, 2, 4, 1)]
+    masks.insert(1, causal)
+    for layer, mask in zip(dense.model.layers, masks, strict=True):
+        hand_over = partial(_with_mask, additive(mask))
+        layer.self_attn.register_forward_pre_hook(hand_over, with_kwargs=True)
+    expected = dense(ids, use_cache=False).logits
+    sparsify(model, {**attention, "dense_layers": [1]})
+    torch.testing.assert_close(model(ids).logits, expected, **SETTINGS)
+
+
+def _with_mask(mask, layer, args, kwargs):
+    return args, {**kwargs, "attention_mask": mask}
 
 
 def test_dense_layers_keep_full_attention(tiny, eager, tokens):

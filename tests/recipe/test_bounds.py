@@ -8,6 +8,7 @@ import time
 import pytest
 
 from sparsetrain.cli import main
+from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     FullPattern,
@@ -107,6 +108,9 @@ def test_long_runs_are_legitimate_and_answered_at_once(minimal, tmp_path, capsys
         DilatedPattern(block=3, window=4, dilation=3),
         LongNetPattern(block=3, segments=((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=3),
         LongNetPattern(block=3, segments=((3, 1), (5, 2))),
+        PowerPattern(block=3, window=3, sinks=1, base=4, farthest=48),
+        RulerPattern(block=3, window=2, sinks=1, keep=2, levels=3),
+        RulerPattern(block=3, window=9, sinks=20, keep=1, levels=5),
     ],
     ids=repr,
 )

@@ -62,9 +62,10 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     would be all of it."""
     recipe = recipe.model_copy(update={"attention": recipe.attention.settled()})
     pattern = recipe.attention.pattern()
-    if stand_in == "flex" and pattern is None:
+    if stand_in == "flex" and (pattern is None or pattern.per_head or len(pattern.by_layer) > 1):
         raise Unavailable(
-            f"attention.method={recipe.attention.method} has no block pattern that FlexAttention could take"
+            f"attention.method={recipe.attention.method} has no block pattern, the same in all heads and layers, that "
+            "FlexAttention could take"
         )
     if stand_in is not None:
         train = recipe.train.model_copy(update={"new_modules_lr": None, "parameters": "all"})

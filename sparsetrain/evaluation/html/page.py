@@ -136,7 +136,7 @@ def _attention(record: RunRecord) -> Section:
         )
     else:
         kind = attention.pattern_drawn(length, kv_heads or 1) or pattern
-        title = f"Blocks that see each other: {kind.density(length):.1%} of full attention at {length:,} tokens"
+        title = f"Blocks that see each other: {kind.mean_density(length):.1%} of full attention at {length:,} tokens"
         section.draw(lambda: picture(lambda axes: draw_mask(axes, attention, kind, length), title, height=5.0))
         if layers := len(densities):
             with section.saying("The reach of the pattern cannot be drawn"):
