@@ -15,6 +15,7 @@ from sparsetrain.generation.listed import ListedMemory
 from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.generation.page_table import page_table
 from sparsetrain.generation.pages import ROLLBACK, Attend, PagedMemory
+from sparsetrain.generation.pages_by_head import PagesByHead
 from sparsetrain.generation.settings import Decode
 from sparsetrain.generation.slots import SlotPruning
 from sparsetrain.methods.base import Method
@@ -89,6 +90,8 @@ def make_memory(
             )
         if allowed.offload and max_length is not None:
             return OffloadedMemory(method.pattern, method.attend, max_length=max_length, budget=allowed.budget)
+        if method.pattern.by_head:
+            return PagesByHead(method.pattern.by_head, **room)
         return PagedMemory(method.pattern, method.attend, **room)
     decodes = method.dense and not method.extra_inputs
     if decodes and decode is not None:
@@ -97,7 +100,8 @@ def make_memory(
 
 
 def kept_tokens(memory: Memory, prompt: int, max_length: int) -> int | None:
-    """Tokens whose keys and values an empty memory will have room for behind a prompt; None where it does not say.
+    """Tokens whose keys and values an empty memory will have room for behind a prompt, the mean where heads differ;
+    None where it does not say.
 
     Args:
         prompt: tokens of the prompt.
@@ -105,6 +109,9 @@ def kept_tokens(memory: Memory, prompt: int, max_length: int) -> int | None:
     """
     if memory.most is not None:
         return memory.most
+    if isinstance(memory, PagesByHead):
+        each = [kept_tokens(part, prompt, max_length) or 0 for part in memory.parts]
+        return sum(heads * tokens for heads, tokens in zip(memory.heads, each, strict=True)) // sum(memory.heads)
     if not isinstance(memory, PagedMemory):
         return None
     block = memory.pattern.block

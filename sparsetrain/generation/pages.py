@@ -78,6 +78,8 @@ class PagedMemory(Memory):
         self._highest: list[int] = []  # to where each row had been written when tokens were taken back
         self.reset()
 
+    paged = True
+
     @property
     def rows(self) -> int:
         """See :attr:`Memory.rows`."""
@@ -158,6 +160,16 @@ class PagedMemory(Memory):
         """
         if tokens == 0 or self.lengths is None:
             return
+        self._highest, after = self.check_rollback(tokens)
+        self.lengths.sub_(tokens).clamp_min_(0)
+        self.longest, self._started = max(after), min(after) > 0
+
+    def check_rollback(self, tokens: int) -> tuple[list[int], list[int]]:
+        """Whether tokens can be taken back: to where each row has been written by then, and the tokens it will have.
+
+        Raises:
+            ModelError: a page that is needed again has been written over.
+        """
         lengths = self._lengths()
         after = [max(length - tokens, 0) for length in lengths]
         highest = [max(pair) for pair in zip(self._highest, lengths, strict=True)]
@@ -170,9 +182,7 @@ class PagedMemory(Memory):
                         f"back at most {self._slack * self.pattern.block} (draft fewer tokens at a time)"
                         + (", or make the SparseCache with a larger rollback" if self.max_length else "")
                     )
-        self._highest = highest
-        self.lengths.sub_(tokens).clamp_min_(0)
-        self.longest, self._started = max(after), min(after) > 0
+        return highest, after
 
     def begin_round(self) -> None:
         """Nothing: the last tokens can always be taken back."""

@@ -33,6 +33,9 @@ class Memory(ABC):
     chooses: bool = False
     """Steps read a choice of what it holds, which :meth:`observations` describes."""
 
+    paged: bool = False
+    """It holds keys and values of positions, and nothing that depends on more than these."""
+
     @property
     @abstractmethod
     def rows(self) -> int:

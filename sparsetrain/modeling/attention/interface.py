@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.pages import PagedMemory
 from sparsetrain.methods.memory import Memory
 from sparsetrain.modeling.attention.call import AttentionCall, parse_call
 from sparsetrain.modeling.attention.mask import mask_of_requests
@@ -108,7 +107,7 @@ def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, 
     step = call.padding is not None and (call.padding.is_cuda or call.padding.shape[1] == 1)
     if call.padding is not None and not (call.tokens == 1 and memory.started and step):
         ends_early = ~call.padding[:, -1] & call.padding.any(dim=1)
-        if isinstance(memory, PagedMemory) and memory.rows == 0 and bool(ends_early.any()):
+        if memory.paged and memory.rows == 0 and bool(ends_early.any()):
             memory.fault = (
                 "the batch was padded on the right, and what follows would see the padding; pad on the left to generate"
             )
@@ -118,7 +117,7 @@ def _attend_with_memory(module: nn.Module, attend: Attend, call: AttentionCall, 
         documents = call.documents()
         if documents is not None and any(cu_seqlens.numel() > 2 for cu_seqlens in documents):
             fault = "packed documents cannot share a key/value cache; pass use_cache=False"
-            if call.caches or memory.rows or not isinstance(memory, PagedMemory):
+            if call.caches or memory.rows or not memory.paged:
                 raise ModelError(fault)
             memory.fault = fault
             return _attend_packed(attend, call)
