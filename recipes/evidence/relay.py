@@ -24,6 +24,7 @@ from sparsetrain.recipes.evidence.run import FOLDER, train
 
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.methods.power import PowerConfig
+from sparsetrain.methods.registry import parse_attention
 from sparsetrain.patterns import FullPattern, LongNetPattern, Pattern
 from sparsetrain.recipe import Recipe, load_recipe
 
@@ -98,9 +99,28 @@ def patterns(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "longnet": {"method": "longnet", "segments": segments},
         "longnet, shifted": {"method": "longnet", "segments": segments, "head_shift": True},
     }
+    # Variants of power. What a head or a layer no longer reads of the far blocks, it reads of the near ones.
+    parts = {**sparse["power"], "farthest": blocks - 1}
+    sparse |= {
+        "power, by layer": widest({**parts, "split": "layers", "farthest": blocks // 2}, blocks, budget),
+        "power, by head": widest({**parts, "split": "heads"}, blocks, budget),
+        "power, base 4, by head": widest({**parts, "split": "heads", "base": 4}, blocks, budget),
+        "power, base 4": {**sparse["power"], "base": 4},  # which is more than the budget
+        "ruler": {"method": "ruler", "window": power.window, "levels": blocks.bit_length() - 1, **near},
+    }
     sparse = {name: {**section, "block": power.block} for name, section in sparse.items()}
     hybrids = {f"{name}, 2 dense": {**section, "dense_layers": DENSE} for name, section in sparse.items()}
     return {"full": {"method": "full"}, **sparse, **hybrids}
+
+
+def widest(section: dict[str, Any], blocks: int, budget: int) -> dict[str, Any]:
+    """A section with the widest window with which no block reads more than the budget."""
+    for window in range(budget, 1, -1):
+        wider = {**section, "window": window}
+        pattern = parse_attention(wider).pattern(KV_HEADS)
+        if pattern is not None and pattern.max_key_blocks(blocks) <= budget:
+            return wider
+    return section
 
 
 def longest_segments(power: Pattern, blocks: int) -> list[list[int]]:
@@ -162,7 +182,6 @@ def measure(model: str, attention: dict[str, Any], recipe: Recipe, name: str, se
     from sparsetrain.data import collate
     from sparsetrain.evaluation.scoring import predictions
     from sparsetrain.inference.models import find_model
-    from sparsetrain.methods.registry import parse_attention
     from sparsetrain.modeling import sparse_layers, sparsify
 
     section, blocks = the_task(recipe), num_blocks(recipe)
@@ -180,17 +199,17 @@ def measure(model: str, attention: dict[str, Any], recipe: Recipe, name: str, se
         np.add.at(asked, places, 1)
         np.add.at(found, places, (logits.argmax(-1) == labels).cpu().numpy())
     pattern = config.pattern(KV_HEADS) or FullPattern(block)
-    heads = pattern.heads
+    lists = [part.listed(blocks, head) for part in pattern.by_layer for head in part.heads]
     dense = config.resolve_dense_layers(loaded.config.num_hidden_layers)
     layers = [index for index, _, method in sparse_layers(loaded) if method is not None and index not in dense]
     return Outcome(
         name,
         seed,
-        sum(pattern.listed(blocks, head) for head in heads) / len(heads) / blocks,
+        sum(lists) / len(lists) / blocks,
         pattern.max_key_blocks(blocks),
         len(layers),
         len(dense),
-        hops(pattern, blocks),
+        hops(pattern, blocks, len(layers)),
         asked.tolist(),
         found.tolist(),
     )
@@ -203,10 +222,19 @@ def facts(row: Row) -> np.ndarray:
     return np.array([np.flatnonzero(row.input_ids == key)[0] + 1 for key in keys])
 
 
-def hops(pattern: Pattern, blocks: int) -> list[int]:
-    """The hops from the last of ``blocks`` blocks to each of them; :data:`NEVER` where there is no way."""
-    reach = pattern.reach(blocks, blocks)
-    return np.where(reach[-1], reach.argmax(0) + 1, NEVER).tolist()
+def hops(pattern: Pattern, blocks: int, layers: int) -> list[int]:
+    """The hops from the last of ``blocks`` blocks to each of them; :data:`NEVER` where there is no way, which where
+    layers differ depends on their number."""
+    if len(pattern.by_layer) == 1:
+        reach = pattern.reach(blocks, blocks)
+        return np.where(reach[-1], reach.argmax(0) + 1, NEVER).tolist()
+    fewest = {blocks - 1: 0}
+    for layer in reversed(range(layers)):
+        turn = pattern.by_layer[layer % len(pattern.by_layer)]
+        for block, count in list(fewest.items()):
+            for key in {key for head in turn.heads for key in turn.key_blocks(block, head)}:
+                fewest[key] = min(fewest.get(key, blocks), count + 1)
+    return [fewest.get(block, NEVER) or NEVER for block in range(blocks - 1)] + [1]
 
 
 def table(outcomes: list[Outcome]) -> str:

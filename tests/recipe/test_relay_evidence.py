@@ -21,10 +21,11 @@ from sparsetrain.recipes.evidence.relay import (
     the_task,
 )
 
+from sparsetrain.layered_pattern import LayeredPattern
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
-from sparsetrain.patterns import DilatedPattern, PowerPattern, SlidingPattern
+from sparsetrain.patterns import DilatedPattern, DistancePattern, PowerPattern, SlidingPattern
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.shipped import recipes_folder
 
@@ -47,6 +48,10 @@ def test_no_pattern_reads_more_than_power(settings):
     for name, pattern in known.items():
         if name.startswith("longnet"):
             assert pattern.listed(blocks) <= power.listed(blocks)
+        elif name.startswith("power, base 4") and "head" not in name:
+            assert pattern.max_key_blocks(blocks) == power.max_key_blocks(blocks) + 2, (
+                "more than the others, as it says"
+            )
         elif name != "full":
             assert pattern.max_key_blocks(blocks) == power.max_key_blocks(blocks), name
 
@@ -59,10 +64,21 @@ def test_the_patterns_at_128_blocks_are_those_of_the_paper():
 
 
 def test_hops_are_those_of_the_distance():
-    power = hops(PowerPattern(16, 1, 0), 16)
+    power = hops(PowerPattern(16, 1, 0), 16, 4)
     assert power == [distance.bit_count() or 1 for distance in range(15, -1, -1)]
-    assert hops(SlidingPattern(16, 5, 0), 16) == [-(-distance // 4) or 1 for distance in range(15, -1, -1)]
-    assert hops(DilatedPattern(16, 2, 2), 6) == [NEVER, 2, NEVER, 1, NEVER, 1]
+    assert hops(SlidingPattern(16, 5, 0), 16, 4) == [-(-distance // 4) or 1 for distance in range(15, -1, -1)]
+    assert hops(DilatedPattern(16, 2, 2), 6, 3) == [NEVER, 2, NEVER, 1, NEVER, 1]
+
+
+def test_hops_over_layers_that_differ_need_the_layers_that_take_them():
+    near, far = DistancePattern(16, (0, 1), 0), DistancePattern(16, (0, 4), 0)
+    cycle = LayeredPattern(16, (near, far))
+    # After two layers a block has one step of each kind, after four two.
+    assert hops(cycle, 7, 2) == [NEVER, 2, 1, NEVER, NEVER, 1, 1]
+    assert hops(cycle, 7, 4) == [3, 2, 1, NEVER, 2, 1, 1]
+    for layers in (1, 2, 3, 4):
+        reached = [count != NEVER for count in hops(cycle, 7, layers)]
+        assert reached == cycle.reach(7, layers)[-1].tolist()
 
 
 def test_facts_are_where_the_answers_stand():
