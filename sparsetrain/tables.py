@@ -1,6 +1,8 @@
-"""Print tables on standard output without truncating cells on narrow terminals or rows in files."""
+"""Print tables and texts on standard output without truncating cells on narrow terminals or rows in files."""
 
 from __future__ import annotations
+
+from textwrap import TextWrapper
 
 from rich.columns import Columns
 from rich.console import Console
@@ -20,6 +22,17 @@ def print_tables(console: Console, *tables: Table) -> None:
         console.print(tables[0] if len(tables) == 1 else Columns(tables, padding=(0, 3)))
     finally:
         console.width = width
+
+
+def print_text(console: Console, text: str, *, indent: int = 0) -> None:
+    """Print a line of words. On a terminal it is broken between words, further lines behind ``indent`` columns; in a
+    pipe or a file it is one line, however long."""
+    if not console.is_terminal:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+        return
+    words = TextWrapper(console.width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
+    for line in words.wrap(text):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _least_width(console: Console, table: Table) -> int:

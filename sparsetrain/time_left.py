@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -17,17 +18,20 @@ Count = Callable[[int, int], None]
 
 
 @contextmanager
-def counting(label: str, console: Console, *, pause: float = PAUSE) -> Iterator[Count]:
+def counting(
+    label: str, console: Console, *, pause: float = PAUSE, say: Callable[[str], None] | None = None
+) -> Iterator[Count]:
     """Show counted work: ``evaluating: 12 of 40, 1:05 left``.
 
     Yields a function to call with what is done and all there is. What its first call says is done took no time here.
 
     Args:
         pause: seconds between lines, where the console is no terminal. Shorter work has no line.
+        say: prints such a line; by default the console does, behind the time of day.
     """
     clock = Clock()
     if not console.is_terminal:
-        yield _lines(label, console, clock, pause)
+        yield _lines(label, say or partial(_say, console), clock, pause)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -67,7 +71,13 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _lines(label: str, console: Console, clock: Clock, pause: float) -> Count:
+def _say(console: Console, line: str) -> None:
+    # A failure to print must not stop the work, and cannot be reported either.
+    with suppress(Exception):
+        console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(label: str, say: Callable[[str], None], clock: Clock, pause: float) -> Count:
     last = time.monotonic()
 
     def update(done: int, total: int) -> None:
@@ -75,8 +85,6 @@ def _lines(label: str, console: Console, clock: Clock, pause: float) -> Count:
         left, now = clock.said(done, total), time.monotonic()
         if now - last >= pause:
             last = now
-            # A failure to print must not stop the work, and cannot be reported either.
-            with suppress(Exception):
-                console.print(f"{label}: {done} of {total}{left}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{label}: {done} of {total}{left}")
 
     return update

@@ -15,7 +15,7 @@ from sparsetrain.evaluation.report import print_results
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.tasks.passkey import PasskeyResult
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
-from sparsetrain.tables import print_tables
+from sparsetrain.tables import print_tables, print_text
 
 LENGTHS = [1024 << index for index in range(8)]
 
@@ -67,3 +67,15 @@ def test_a_narrow_terminal_breaks_rows_and_cuts_nothing():
     print_tables(Console(file=stream, width=20, force_terminal=True, color_system=None), table)
     assert "…" not in stream.getvalue()
     assert stream.getvalue().count("0.00234") == 6
+
+
+def test_texts_are_broken_between_words_on_a_terminal_alone():
+    text = "- " + "words of a note " * 10 + "deepspeed.offload_optimizer=cpu,train.global_batch_sequences=8"
+    shown = [io.StringIO(), io.StringIO()]
+    for file, terminal in zip(shown, (True, False), strict=True):
+        print_text(Console(file=file, width=40, force_terminal=terminal), text, indent=2)
+    lines = shown[0].getvalue().splitlines()
+    assert " ".join(line.strip() for line in lines) == text
+    assert all(len(line) <= 40 for line in lines[:-1])
+    assert all(line.startswith("  ") for line in lines[1:])
+    assert shown[1].getvalue() == text + "\n"

@@ -26,7 +26,7 @@ def test_off_a_terminal_there_is_a_line_every_few_seconds(clock):
         for step in range(20):
             clock[0] = 3.0 * step
             count(100 + step, 120)
-    assert file.getvalue().splitlines() == [
+    assert [line[9:] for line in file.getvalue().splitlines()] == [
         "dense: 104 of 120, 0:48 left",
         "dense: 108 of 120, 0:36 left",
         "dense: 112 of 120, 0:24 left",

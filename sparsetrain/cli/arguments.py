@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsetrain.cli.completion import complete_recipe, complete_run, complete_setting
 from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -23,12 +24,21 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Of ``--dtype``."""
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a shipped recipe.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings that override the recipe, such as train.lr=2e-5.", show_default=False
+        metavar="[KEY=VALUE]...",
+        help="Settings that override the recipe, such as train.lr=2e-5.",
+        show_default=False,
+        autocompletion=complete_setting,
     ),
 ]
 ModelArgument = Annotated[
@@ -37,6 +47,7 @@ ModelArgument = Annotated[
         metavar="RUN_OR_MODEL",
         help="A run, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
         show_default=False,
+        autocompletion=complete_run,
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]

@@ -7,13 +7,17 @@ from typing import Annotated
 import typer
 
 from sparsetrain.cli.arguments import Overrides
+from sparsetrain.cli.completion import complete_recipe
 
 
 def doctor(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]", help="Also check this machine for the needs of a recipe.", show_default=False
+            metavar="[RECIPE]",
+            help="Also check this machine for the needs of a recipe.",
+            show_default=False,
+            autocompletion=complete_recipe,
         ),
     ] = None,
     overrides: Overrides = None,

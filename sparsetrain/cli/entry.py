@@ -21,6 +21,7 @@ from sparsetrain.cli.generate import generate
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.report import compare, report
 from sparsetrain.cli.run import run
+from sparsetrain.cli.runs import logs, runs
 from sparsetrain.container import prepare_environment
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.rank_variables import check_numbers
@@ -148,7 +149,6 @@ app = typer.Typer(
     epilog="Start with: sparsetrain run quickstart",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
 )
 app.callback()(_root)
@@ -157,6 +157,8 @@ app.command(name="eval", cls=NamesTasks)(evaluate_model)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(compare_decode)
+app.command()(runs)
+app.command()(logs)
 app.command()(report)
 app.command()(compare)
 app.command()(export)

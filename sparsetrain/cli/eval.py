@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_place, choose_device, choose_dtype
+from sparsetrain.cli.completion import complete_run
 from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
@@ -42,6 +43,7 @@ def evaluate_model(
             metavar="RUN_OR_MODEL",
             help="A run, its final/, a folder of a model or of adapters, a Hub id, or sparsetrain:tiny.",
             show_default=False,
+            autocompletion=complete_run,
         ),
     ],
     settings: Annotated[

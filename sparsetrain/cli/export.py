@@ -10,13 +10,17 @@ from typing import Annotated
 import typer
 
 from sparsetrain.cli.arguments import DTYPES
+from sparsetrain.cli.completion import complete_run
 from sparsetrain.cli.interrupt import interruptible
 from sparsetrain.errors import CheckpointError
 
 
 def export(
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="The folder of a finished run.", show_default=False, autocompletion=complete_run
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.", show_default=False)],
     merge: Annotated[

@@ -8,12 +8,18 @@ from typing import Annotated
 import typer
 
 from sparsetrain.cli.arguments import MOST_GPUS, Overrides
+from sparsetrain.cli.completion import complete_recipe
 
 
 def plan(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe file, or the name of a shipped recipe.", show_default=False),
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe file, or the name of a shipped recipe.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     overrides: Overrides = None,
     gpus: Annotated[

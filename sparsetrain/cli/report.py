@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from sparsetrain.cli.arguments import check_place
+from sparsetrain.cli.completion import complete_run
 
 
 def report(
     run_folder: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="The folder of a run, finished or not.", show_default=False, autocompletion=complete_run
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="The file; by default report.html in the run folder.", show_default=False)
@@ -38,7 +42,10 @@ def report(
 
 def compare(
     run_folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs, 2 to 12.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN...", help="Folders of runs, 2 to 12.", show_default=False, autocompletion=complete_run
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The file.")] = Path("compare.html"),
 ) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from sparsetrain.plan.estimate import Plan
 from sparsetrain.plan.memory import COMPONENTS
 from sparsetrain.plan.speed import StepTime
-from sparsetrain.tables import print_tables
+from sparsetrain.tables import print_tables, print_text
 
 GIB = 2**30
 ERROR = 0.15
@@ -106,7 +106,7 @@ def general_notes(plan: Plan) -> list[str]:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """A plan on the terminal."""
-    console.print(headline(plan), soft_wrap=True)
+    print_text(console, headline(plan))
     table = Table(title="GiB on each GPU, by phase; * the peak", box=None, title_justify="left")
     for column in ("", *(phase.name for phase in plan.memory.phases)):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -120,9 +120,12 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(*row)
     print_tables(console, table)
     for line in [*notes(plan), *general_notes(plan)]:
-        console.print(f"- {line}", soft_wrap=True)
+        print_text(console, f"- {line}", indent=2)
     for line in advice(plan):
-        console.print(line, soft_wrap=True)
+        if plan.suggestion and line.split() == list(plan.suggestion.combination):
+            console.print(line, soft_wrap=True)  # to be copied
+        else:
+            print_text(console, line, indent=4)
 
 
 def advice(plan: Plan) -> list[str]:

@@ -40,6 +40,7 @@ from sparsetrain.training.output.export import export
 from sparsetrain.training.output.folder_contents import output_folder
 from sparsetrain.training.output.pictures import draw_run
 from sparsetrain.training.output.progress import Progress
+from sparsetrain.training.output.run_list import LOG_FILE
 from sparsetrain.training.output.tracking import Tracker
 from sparsetrain.training.preflight import check_loaded, check_machine
 from sparsetrain.training.resuming import find_checkpoint, restore
@@ -104,6 +105,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     transformers.utils.logging.disable_progress_bar()
     recipe, world = job.recipe, job.world
     world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.cleanup))
+    job.progress.keep(job.output / LOG_FILE, job.cleanup)
     check_machine(recipe, world.device, world.size)
     world.on_main(lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import re
+from contextlib import ExitStack
 
 import pytest
 
@@ -18,17 +19,47 @@ def test_plain_lines_where_there_is_no_terminal():
         progress.update(13, loss=3.1, lr=2e-4)
     lines = out.getvalue().splitlines()
     assert re.fullmatch(
-        r"step 12/100  loss 3\.214  lr 2\.0e-04  grad 0\.71  [\d,]+ tok/s  left \d+:\d\d(:\d\d)?", lines[0]
+        r"\d\d:\d\d:\d\d step 12/100  loss 3\.214  lr 2\.0e-04  grad 0\.71  [\d,]+ tok/s  left \d+:\d\d(:\d\d)?",
+        lines[0],
     )
-    assert lines[1] == "evaluating [at step 12]"
-    assert re.fullmatch(r"step 13/100  loss 3\.100  lr 2\.0e-04  [\d,]+ tok/s  left .*", lines[2])
+    assert lines[1][8:] == " evaluating [at step 12]"
+    assert re.fullmatch(r"\S+ step 13/100  loss 3\.100  lr 2\.0e-04  [\d,]+ tok/s  left .*", lines[2])
+
+
+def test_every_line_is_kept_in_a_file_with_its_date_and_the_error_at_the_end(tmp_path):
+    file = tmp_path / "run.log"
+
+    def run() -> None:
+        with ExitStack() as cleanup:
+            progress = Progress(10, 0, 1, file=io.StringIO())
+            progress.keep(file, cleanup)
+            progress.log("batch: 1")
+            progress.update(1, loss=2.0, lr=1e-3)
+            raise ValueError("rank 1 is lost")
+
+    with pytest.raises(ValueError, match="lost"):
+        run()
+    said = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line)[1] for line in file.read_text().splitlines()]
+    assert said[0] == "batch: 1"
+    assert said[1].startswith("step 1/10  loss 2.000")
+    assert said[2:] == ["error: rank 1 is lost"]
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_left_out(tmp_path):
+    out = io.StringIO()
+    with ExitStack() as cleanup:
+        progress = Progress(10, 0, 1, file=out)
+        progress.keep(tmp_path, cleanup)
+        progress.log("on")
+    assert f"warning: {tmp_path} cannot be written (Is a directory)" in out.getvalue()
+    assert out.getvalue().endswith(" on\n")
 
 
 def test_long_lines_are_not_broken():
     out = io.StringIO()
     with Progress(10, 0, 1, file=out) as progress:
         progress.log("x" * 500)
-    assert out.getvalue() == "x" * 500 + "\n"
+    assert out.getvalue()[9:] == "x" * 500 + "\n"
 
 
 def read_all(descriptor: int) -> str:
@@ -105,7 +136,7 @@ def test_counted_work_is_a_bar_of_its_own_on_a_terminal_and_a_line_elsewhere(mon
     out = io.StringIO()
     with Progress(10, 0, 1, file=out).counting("evaluating: power") as on_progress:
         on_progress(1, 4)
-    assert out.getvalue() == "evaluating: power\n"
+    assert out.getvalue()[8:] == " evaluating: power\n"
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

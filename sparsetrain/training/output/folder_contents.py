@@ -46,7 +46,7 @@ def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
     """
     with contextlib.suppress(OSError):
         refuse_inside(folder)
-        if not resumed and not _is_locked(folder):
+        if not resumed and not is_locked(folder):
             refuse_over(folder, recipe)
 
 
@@ -119,7 +119,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _is_locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether another process uses a folder. Not to be called by the process that holds the lock: it would lose it."""
     try:
         number = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

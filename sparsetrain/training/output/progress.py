@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -24,7 +26,8 @@ class Progress:
     """Shows step, loss, learning rate, gradient norm, tokens per second and the time left.
 
     Use as a context manager. On a terminal this is one bar that stays below whatever :meth:`log` prints; otherwise a
-    plain line per :meth:`update`: ``step 12/100  loss 3.214  lr 2.0e-04  grad 0.71  12,345 tok/s  left 0:42``.
+    plain line per :meth:`update`, behind the time of day:
+    ``14:03:22 step 12/100  loss 3.214  lr 2.0e-04  grad 0.71  12,345 tok/s  left 0:42``.
 
     Args:
         total_steps: Optimizer steps of the whole run; set later by :meth:`begin` if not known yet.
@@ -47,6 +50,7 @@ class Progress:
         self._intervals: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
         self._console = None if rank else Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
+        self._kept: TextIO | None = None
         if self._console is not None and self._console.is_terminal:
             columns = (
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -95,22 +99,59 @@ class Progress:
         parts.append(f"{self.tokens_per_second:,.0f} tok/s")
         parts.append(f"left {clock_time(self.seconds_left)}")
         status = "  ".join(parts)
+        line = f"step {step}/{self.total_steps}  {status}"
         if self._bar is not None:
             with suppress(Exception):
                 self._bar.update(self._task, completed=step, status=status)
+            self._keep_line(line)
         else:
-            self.log(f"step {step}/{self.total_steps}  {status}")
+            self.log(line)
 
     def restart_clock(self) -> None:
         """Ignore the time since the last update; call after an evaluation or a checkpoint."""
         self._clock = time.monotonic()
 
     def log(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one, and keep it."""
         if self._console is not None:
+            shown = text if self._console.is_terminal else f"{time.strftime('%H:%M:%S')} {text}"
             # A failure to print must not stop the run, and cannot be reported either.
             with suppress(Exception):
-                self._console.print(text, markup=False)
+                self._console.print(shown, markup=False)
+            self._keep_line(text)
+
+    def keep(self, file: Path, cleanup: ExitStack) -> None:
+        """From now on append every line to a file too, with its date and time.
+
+        Args:
+            cleanup: Closing it closes the file, behind a line about the error that ends the run.
+        """
+        if self._console is None:
+            return
+        try:
+            # Non-blocking: a pipe without a reader raises instead of blocking.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            self._kept = os.fdopen(os.open(file, flags, 0o666), "a", encoding="utf-8", errors="replace")
+        except OSError as error:
+            self.log(f"warning: {file} cannot be written ({error.strerror}); the run continues without it")
+            return
+        cleanup.push(self._keep_end)
+
+    def _keep_line(self, text: str) -> None:
+        if self._kept is not None:
+            with suppress(OSError, ValueError):
+                self._kept.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                self._kept.flush()
+
+    def _keep_end(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self._keep_line(f"error: {error}" if str(error) else f"error: {type(error).__name__}")
+        if self._kept is not None:
+            with suppress(OSError):
+                self._kept.close()
+            self._kept = None
 
     @contextmanager
     def counting(self, label: str) -> Iterator[Callable[[int, int], None]]:
@@ -125,7 +166,7 @@ class Progress:
             return
         if not self._console.is_terminal:
             self.log(label)
-        with counting(label, self._console) as count:
+        with counting(label, self._console, say=self.log) as count:
             yield count
         if self._console.is_terminal:
             self.log(label)

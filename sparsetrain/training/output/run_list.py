@@ -1,0 +1,113 @@
+"""The runs in a folder at a glance, and the log of one. It does not import torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparsetrain.errors import CheckpointError, RecipeError
+from sparsetrain.evaluation.metrics import METRICS_FILE, read_metrics
+from sparsetrain.recipe import load_recipe
+from sparsetrain.training.output.folder_contents import is_locked
+
+LOG_FILE = "run.log"
+"""The lines that a run prints, with date and time."""
+PAUSE = 0.5
+"""Seconds between two looks at a log."""
+
+State = Literal["running", "finished", "stopped", "damaged"]
+"""``stopped`` is a run that ``--resume`` continues; of a ``damaged`` one the recipe cannot be read."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at a glance."""
+
+    folder: Path
+    name: str
+    """Of its recipe; empty where that cannot be read."""
+    state: State
+    step: int
+    steps: int | None
+    """All that it is to do; None where this follows from the data."""
+    loss: float | None
+    """Of the last logged step, in nats per target token."""
+    size: int
+    """Bytes of all files."""
+    changed: float
+    """Seconds since the epoch at which something was written last."""
+
+
+def list_runs(folder: Path) -> list[RunState]:
+    """The runs in a folder, or below one folder in it; the last that wrote something comes first.
+
+    Raises:
+        CheckpointError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; runs write to runs/NAME below where they are started")
+    found = {
+        file.parent for pattern in ("recipe.yaml", "*/recipe.yaml", "*/*/recipe.yaml") for file in folder.glob(pattern)
+    }
+    return sorted(map(state_of, found), key=lambda run: run.changed, reverse=True)
+
+
+def state_of(folder: Path) -> RunState:
+    """One run, by its folder."""
+    size, changed = _size(folder)
+    try:
+        points = read_metrics(folder / METRICS_FILE).curves["loss"]
+    except (OSError, ValueError):
+        points = []
+    step, loss = points[-1] if points else (0, None)
+    state: State
+    try:
+        recipe = load_recipe(folder / "recipe.yaml").recipe
+    except RecipeError:
+        return RunState(folder, "", "damaged", step, None, loss, size, changed)
+    finished = (folder / "final").is_dir() if recipe.checkpoint.export else step == recipe.train.steps
+    state = "running" if is_locked(folder) else "finished" if finished else "stopped"
+    return RunState(folder, recipe.name or "", state, step, recipe.train.steps, loss, size, changed)
+
+
+def log_lines(folder: Path, *, last: int | None = None, follow: bool = False) -> Iterator[str]:
+    """The lines of a run's log.
+
+    Args:
+        last: how many, from the end; None for all.
+        follow: go on with those that are written, until the run ends.
+
+    Raises:
+        CheckpointError: the folder has no log.
+    """
+    place = folder / LOG_FILE
+    if not place.is_file():
+        reason = "it has no run.log yet" if (folder / "recipe.yaml").is_file() else "it is not a run folder"
+        raise CheckpointError(f"{folder}: {reason}; give the folder of a run, as `sparsetrain runs` lists them")
+    with place.open(encoding="utf-8", errors="replace") as file:
+        lines = file.readlines()
+        yield from lines if last is None else lines[max(0, len(lines) - last) :]
+        while follow:
+            # Asked first: what a run writes before it ends is read once more.
+            goes_on = is_locked(folder)
+            yield from file
+            if not goes_on:
+                return
+            time.sleep(PAUSE)
+
+
+def _size(folder: Path) -> tuple[int, float]:
+    """Bytes of all files below a folder, and when the last of them was written."""
+    size, changed = 0, 0.0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(place, name))
+            except OSError:
+                continue
+            size, changed = size + found.st_size, max(changed, found.st_mtime)
+    return size, changed
