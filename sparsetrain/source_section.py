@@ -84,7 +84,7 @@ class DataSource(Section):
     """Read rows as they are needed instead of tokenising the whole source first (and caching it)."""
     shuffle: bool = True
     """Draw documents in a seeded random order, a new one each epoch. A streaming source is read in order, and only
-    the rows packed together (about 32) are shuffled."""
+    the rows packed together are shuffled: 32 to 256 of them, the fewer the longer."""
     lengths: Annotated[list[Tokens], Field(max_length=MOST_LISTED)] = []
     """Synthetic tasks: document lengths in tokens, drawn uniformly; by default ``sequence.length``."""
     keys: Annotated[int, Field(gt=0), _KEYS] = 4

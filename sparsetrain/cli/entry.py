@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sparsetrain.cli import bench, recipe
+from sparsetrain.cli import bench, data, recipe
 from sparsetrain.cli.calibrate import calibrate
 from sparsetrain.cli.compare_decode import compare_decode
 from sparsetrain.cli.doctor import doctor
@@ -164,7 +164,8 @@ app.command()(compare)
 app.command()(export)
 app.command()(plan)
 app.command()(doctor)
-for each in (app, recipe.app):
+for each in (app, recipe.app, data.app):
     flow(each)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -72,6 +72,11 @@ class Piece:
         return f"{self.document.origin}@{self.start}" if self.start else self.document.origin
 
     @property
+    def source(self) -> str:
+        """Label of the document's source."""
+        return self.document.origin.rpartition(":")[0]
+
+    @property
     def whole(self) -> bool:
         """Whether this is all of the document."""
         return self.length == self.document.length

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from math import frexp, ldexp
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from sparsetrain.counted import counted
 from sparsetrain.data.batch import Row
-from sparsetrain.data.document import MIN_TOKENS, LongDocuments, Piece, Tokens
+from sparsetrain.data.document import LongDocuments, Piece, Tokens
 from sparsetrain.data.memory import memory_explained
+from sparsetrain.data.packing import best_fit
 from sparsetrain.data.position import Position, read_position
-from sparsetrain.data.preview import preview
+from sparsetrain.data.preview import describe_row, marked, preview, row_tokens
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
 from sparsetrain.randomness import generator, uniform
@@ -23,8 +25,9 @@ from sparsetrain.randomness import generator, uniform
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WINDOW_ROWS = 32
-"""Rows' worth of documents packed together. More fill rows better; fewer are quicker to draw again on resume."""
+WINDOW_ROWS, MOST_ROWS, WINDOW_TOKENS = 32, 256, 2**19
+"""Rows' worth of documents packed together: as many as hold so many tokens, from 32 to 256; 32 if no source is
+shuffled, so that their order is kept. More fill rows better; fewer are quicker to draw again on resume."""
 BARREN_DRAWS = 10_000
 """Draws in a row that may give no row before the stream gives up."""
 
@@ -67,14 +70,24 @@ class DocumentSource(Protocol):
         """Return to a position."""
 
 
+class RowCount(NamedTuple):
+    """What some rows hold."""
+
+    rows: int
+    tokens: int
+    by_source: Counter[str]
+    """Tokens by the label of their source."""
+
+
 class RowStream:
     """An endless iterator over training rows, the same for every rank.
 
     The source of draw ``i`` is a function of ``seed`` and ``i``. Pieces are drawn and packed a window at a time: a
-    window ends when its pieces make ``WINDOW_ROWS`` full rows, and at the end of an epoch (when the mapped sources
-    together have given as many pieces as they hold), so that an epoch is a whole number of rows. Within a window each
-    piece goes into the row it fits best, and the rows are shuffled if any source is. Pieces without a target, such as a
-    part of a long prompt, are left out: they would cost compute and change no weight.
+    window ends when its pieces make as many full rows as :data:`WINDOW_TOKENS` allows, and at the end of an epoch (when
+    the mapped sources together have given as many pieces as they hold), so that an epoch is a whole number of rows.
+    Within a window each piece, longest first, goes into the row that it fills best. The rows are shuffled if any source
+    is, and otherwise in the order of their first pieces. Pieces without a target, such as a part of a long prompt, are
+    left out: they would cost compute and change no weight.
 
     A state is the position at the start of a window and the row within it; resuming packs that window again.
 
@@ -107,6 +120,8 @@ class RowStream:
         self._packing = packing
         self._long_documents = long_documents
         self._shuffle = shuffle
+        most = WINDOW_TOKENS // row_length if shuffle else 0
+        self._window_rows = min(MOST_ROWS, max(WINDOW_ROWS, most))
         self._seed = seed
         self._epoch = sum(source.size or 0 for source in sources)
         self._draws = 0
@@ -127,22 +142,39 @@ class RowStream:
         Raises:
             DataError: a row of a streaming source cannot be read, or no document gives a row any more.
         """
-        pieces = self._advance()
-        with memory_explained(pieces[0].origin):
-            return Row(
-                input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
-                labels=np.concatenate([piece.labels() for piece in pieces]),
-                lengths=[piece.length for piece in pieces],
-                origin=[piece.origin for piece in pieces],
-            )
+        return _row_of(self._advance())
 
     def skip(self) -> None:
         """Pass over the next row; mapped sources do not even read it."""
         self._advance()
 
     def preview(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Log lines that describe how each source is read, with its first document."""
-        return [line for each in self._sources for line in preview(each.label, each.form, each.first(), tokenizer)]
+        """Log lines that describe how each source is read, with its first document, and the first rows."""
+        lines = [line for each in self._sources for line in preview(each.label, each.form, each.first(), tokenizer)]
+        window, row = self._ahead(), self.first()
+        share = sum(piece.length for pieces in window for piece in pieces) / (len(window) * self._row_length)
+        packed = counted(len(window), "row")
+        how = "" if self._packing else ", as each holds one document (sequence.packing: false)"
+        return [
+            *lines,
+            f"data: first row: {describe_row(row)}: {marked(row_tokens(row), tokenizer)}",
+            f"data: {packed} of {self._row_length:,} tokens packed together: {share:.1%} full{how}",
+        ]
+
+    def first(self) -> Row:
+        """The next row, which is given all the same."""
+        return _row_of(self._ahead()[0])
+
+    def first_text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The whole text of the next row, with learned spans between « and »."""
+        return marked(row_tokens(self.first()), tokenizer, whole=True)
+
+    def _ahead(self) -> list[list[Piece]]:
+        """The rows of this window that were not given yet; those of the next one if all were."""
+        if self._row == len(self._window):
+            self._window_start = self._position()
+            self._window, self._row = self._pack(), 0
+        return self._window[self._row :]
 
     @property
     def chat(self) -> bool:
@@ -205,27 +237,36 @@ class RowStream:
                 "epochs can only be counted over mapped sources; with a streaming source, or synthetic ones alone, "
                 "set train.steps or train.tokens instead of train.epochs"
             )
+        return self.count().rows
+
+    def count(self, most: int | None = None) -> RowCount:
+        """What the first rows hold: those of the first epoch, or the windows that have ``most`` rows, if that is less.
+
+        ``most`` is needed where :meth:`rows_per_epoch` cannot count.
+        """
         here = self.state_dict()
         self.load_state_dict(self._beginning)
-        rows = len(self._pack())
-        while self._mapped_draws < self._epoch:
-            rows += len(self._pack())
+        count = RowCount(0, 0, Counter())
+        while not (self._epoch and self._mapped_draws >= self._epoch) and (most is None or count.rows < most):
+            for row in self._pack():
+                for piece in row:
+                    count.by_source[piece.source] += piece.length
+                count = count._replace(rows=count.rows + 1, tokens=count.tokens + sum(piece.length for piece in row))
         self.load_state_dict(here)
-        return rows
+        return count
 
     def _advance(self) -> list[Piece]:
-        if self._row == len(self._window):
-            self._window_start = self._position()
-            self._window, self._row = self._pack(), 0
+        self._ahead()
         self._row += 1
         self.given += 1
-        return self._window[self._row - 1]
+        # Not kept: tokens of a piece are read once and stay with it.
+        row, self._window[self._row - 1] = self._window[self._row - 1], []
+        return row
 
     def _pack(self) -> list[list[Piece]]:
         """Draw the documents of the next window and lay their pieces into rows."""
         start = self._draws
-        rows: list[list[Piece]] = []
-        rooms: list[tuple[int, int]] = []  # (free tokens, row), ascending
+        drawn_pieces: list[Piece] = []
         tokens = barren = 0
         while True:
             drawn, epoch_ends = self._draw()
@@ -238,26 +279,16 @@ class RowStream:
                     f"{self._long_documents}, none has anything to learn within "
                     f"sequence.length={self._row_length} tokens"
                 )
-            for piece in pieces:
-                self._place(piece, rows, rooms)
-                tokens += piece.length
-            if rows and (epoch_ends or tokens >= WINDOW_ROWS * self._row_length):
+            drawn_pieces += pieces
+            tokens += sum(piece.length for piece in pieces)
+            if drawn_pieces and (epoch_ends or tokens >= self._window_rows * self._row_length):
                 break
+        lengths = [piece.length for piece in drawn_pieces]
+        laid = best_fit(lengths, self._row_length) if self._packing else [[place] for place in range(len(lengths))]
+        rows = [[drawn_pieces[place] for place in row] for row in laid]
         if self._shuffle:
             rows = [rows[i] for i in generator(self._seed, "rows", start).permutation(len(rows))]
         return rows
-
-    def _place(self, piece: Piece, rows: list[list[Piece]], rooms: list[tuple[int, int]]) -> None:
-        """Put a piece into the row with the best fit, or into a new row."""
-        best = bisect_left(rooms, (piece.length, -1))
-        if best < len(rooms):
-            room, row = rooms.pop(best)
-            rows[row].append(piece)
-        else:
-            room, row = self._row_length, len(rows)
-            rows.append([piece])
-        if self._packing and room - piece.length >= MIN_TOKENS:
-            insort(rooms, (room - piece.length, row))
 
     def _draw(self) -> tuple[list[Piece], bool]:
         """The next draw from the mixture, and whether an epoch ends with it."""
@@ -291,8 +322,19 @@ class RowStream:
             "train.seed": self._seed,
             "sequence.length": self._row_length,
             "sequence.packing": self._packing,
+            "rows packed together": self._window_rows,
             "data.long_documents": self._long_documents,
             _BY_SOURCE[0]: [source.size for source in self._sources],
             _BY_SOURCE[1]: [source.content for source in self._sources],
             "cumulative weights": self._shares,
         }
+
+
+def _row_of(pieces: list[Piece]) -> Row:
+    with memory_explained(pieces[0].origin):
+        return Row(
+            input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
+            labels=np.concatenate([piece.labels() for piece in pieces]),
+            lengths=[piece.length for piece in pieces],
+            origin=[piece.origin for piece in pieces],
+        )

@@ -178,7 +178,7 @@ def load_adapters(
     section, attention, trained_on = adapters_record(path)
     changed: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if (path / "tokenizer_config.json").is_file():
-        changed["tokenizer"] = str(path)
+        changed |= {"tokenizer": str(path), "chat_template": None}  # it was saved with its template
     if base is not None:
         changed |= {"path": str(base), "revision": None}
     if dtype not in (None, "auto"):

@@ -47,6 +47,7 @@ class RunCallbacks(Callbacks):
             "grad_norm": result.grad_norm,
             "tokens": self.state.tokens,
             "tokens_per_second": speed,
+            "row_fill": result.tokens / self.plan.tokens_per_step,
             "step_seconds": result.seconds,
             "peak_memory_gb": _peak_memory(self.job.world.device) / 1e9,
             "skipped": float(not result.applied),

@@ -151,6 +151,8 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     if resume:
         world.on_main(lambda: run_folder.describe(job.output, recipe, state.history))
     tracker = _track(job, state, resumed=start is not None)
+    if start is None:
+        tracker.text("data/first_row", loaded.rows.first_text(loaded.tokenizer), 0)
     evaluations = Evaluations(job, model, loaded.tokenizer, results, state.history)
     callbacks = RunCallbacks(job, plan, state, costs, saver, tracker, evaluations)
     saver.on_failure = callbacks.save_failed

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+from typer.testing import CliRunner
+
+from sparsetrain.cli import app
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
 def test_the_form_the_columns_and_the_first_document_are_shown(streaming, write_jsonl, stream, tokenizer):
     rows = [{"id": i, "prompt": "6 x 7?", "completion": f"4{i}\x1b", "topic": "sums"} for i in range(3)]
     source = {"path": write_jsonl(rows), "streaming": streaming, "separator": "\n", "name": "mine", "shuffle": False}
-    rows = stream(source)
+    rows = stream(source, length=33)
     state = rows.state_dict()
+    documents = [rf"6 x 7?\n«4{i}\x1b<eos>»" for i in range(3)]
     assert rows.preview(tokenizer) == [
         "data: mine: prompt + completion from 'prompt', 'completion', joined with '\\n', not read: 'id', 'topic'",
-        r"data: mine: first document, learned in «»: 6 x 7?\n«40\x1b<eos>»",
+        rf"data: mine: first document, learned in «»: {documents[0]}",
+        f"data: first row: 33 tokens, 3 documents, 12 learned: {''.join(documents)}",
+        f"data: {'32 rows' if streaming else '1 row'} of 33 tokens packed together: 100.0% full",
     ]
+    assert "\n" in rows.first_text(tokenizer)
     assert rows.state_dict() == state
+    assert next(rows).origin == [f"mine:{i}" for i in range(3)]
 
 
 def test_long_stretches_are_shortened_and_synthetic_tasks_named(write_jsonl, stream, tokenizer):
@@ -24,3 +36,63 @@ def test_long_stretches_are_shortened_and_synthetic_tasks_named(write_jsonl, str
     assert lines[1].endswith(f"{'q' * 30} ... {'q' * 30}«{'a' * 30} ... {'a' * 29}<eos>»")
     assert lines[2] == "data: passkey: the synthetic task passkey"
     assert "«" in lines[3]
+
+
+CHATS = [
+    {"messages": [{"role": r, "content": c * n} for r, c in (("user", "q"), ("assistant", "a"))]} for n in (5, 9, 70)
+]
+SAID = "<|im_start|>user\nqqqqq<|im_end|>\n<|im_start|>assistant\n«aaaaa<|im_end|>\n»"
+
+
+@pytest.fixture
+def previewed(tmp_path, monkeypatch, byte_tokenizer):
+    """What `data preview` says of rows, as its exit code and its text."""
+    monkeypatch.chdir(tmp_path)
+    byte_tokenizer(extra_special_tokens=["<|im_start|>", "<|im_end|>"]).save_pretrained("tokenizer")
+
+    def said(rows, *overrides):
+        Path("rows.jsonl").write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        Path("mine.yaml").write_text(
+            "base: quickstart\nmodel: {tokenizer: tokenizer, chat_template: chatml}\nsequence: {length: 128}\n"
+            "eval: {tasks: []}\ndata: {sources: [{path: rows.jsonl}]}\n"
+        )
+        result = CliRunner().invoke(app, ["data", "preview", "mine.yaml", *overrides])
+        return result.exit_code, result.output + str(result.exception or "")
+
+    return said
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+def test_the_command_shows_forms_lengths_rows_and_what_is_learned(streaming, previewed):
+    code, said = previewed(CHATS, f"data.sources.0.streaming={str(streaming).lower()}", "--rows", "9")
+    assert code == 0, said
+    assert "rows.jsonl: chat from 'messages'" in said
+    assert "rows, 3 documents, 231 tokens, 90 learned (39.0%)" in said
+    assert "up to  64 tokens 1 ####" in said
+    assert "longer than sequence.length=128: 1 document, split over several rows" in said
+    assert ("an epoch is 2 rows of 128 tokens: 231 tokens, 90.2% full" in said) != streaming
+    assert ("has no end, the first 1,0" in said) == streaming
+    assert SAID in said
+    assert "-- document 1: rows.jsonl:" in said
+
+
+def test_the_command_says_which_rows_are_left_out_and_why(previewed):
+    bad = [{"messages": [{"role": "sage", "content": "a"}]}, {"messages": []}, "no json\n"]
+    silent = {"messages": [{**turn, "train": False} for turn in CHATS[0]["messages"]]}
+    code, said = previewed([*CHATS, *bad, *bad[:1], silent])
+    assert code != 0
+    assert re.search("cannot be read: 2 rows, such as .*rows.jsonl:4: turn 1 has the unknown role 'sage'", said)
+    assert "rows.jsonl:5: 'messages' is empty" in said
+    assert "left out: 1 row, empty or with nothing selected to learn" in said
+    assert "a run stops at rows that cannot be read: 4 of rows.jsonl" in said
+    code, said = previewed([*CHATS, *bad], "data.on_malformed=skip")
+    assert code == 0, said
+
+
+def test_the_command_cuts_long_rows_and_names_the_shares_of_a_mixture(previewed):
+    sources = "data.sources=[{path: rows.jsonl, weight: 3}, {path: rows.jsonl, name: again}]"
+    code, said = previewed(CHATS, sources, "--rows", "1", "--tokens", "20", "data.long_documents=drop")
+    assert code == 0, said
+    assert "longer than sequence.length=128: 1 document, dropped" in said
+    assert "75.0% of the draws" in said
+    assert "tokens in the middle are not shown; --tokens 0 shows all" in said

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsetrain.data import collate
+from sparsetrain.data.packing import best_fit
 from sparsetrain.errors import DataError
 
 LENGTH = 64
@@ -113,12 +114,24 @@ def test_split_leaves_out_pieces_without_a_target(write_jsonl, stream):
     assert (row.labels != -100).sum() == len("answer") + 1
 
 
-def test_packed_rows_are_nearly_full(corpus, stream):
-    path, _ = corpus
-    rows = stream({"path": path}, length=LENGTH)
-    count = rows.rows_per_epoch()
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+def test_packed_rows_are_as_full_as_by_best_fit_over_all_data(streaming, write_jsonl, stream):
+    """The lengths of GSM8K at 512 tokens, a fifth of it, in rows of as many: 98.3 % by best fit over all of it."""
+    lengths = np.random.default_rng(0).gamma(5.0, 4.0, size=3000).astype(int) + 5
+    path = write_jsonl([{"text": "x" * (length - 1)} for length in lengths])
+    rows = stream({"path": path, "streaming": streaming}, length=LENGTH)
+    # Of a stream, whole windows: it has no end at which the last rows are left less full.
+    count = 2 * 256 if streaming else rows.rows_per_epoch()
     filled = sum(len(next(rows).input_ids) for _ in range(count)) / (count * LENGTH)
-    assert filled > 0.95
+    best = sum(lengths) / (len(best_fit(lengths.tolist(), LENGTH)) * LENGTH)
+    assert best > 0.97
+    assert filled > best - 0.005
+
+
+def test_best_fit_puts_the_longest_first_and_each_where_least_is_left():
+    assert best_fit([3, 6, 4, 7, 10], 10) == [[0, 3], [1, 2], [4]]
+    assert best_fit([5, 5, 5], 10) == [[0, 1], [2]]
+    assert best_fit([], 10) == []
 
 
 def test_without_packing_a_row_is_one_document(corpus, stream):

@@ -9,6 +9,7 @@ import netrc
 import os
 import sys
 from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
@@ -112,6 +113,16 @@ class Tracker:
             self._wandb.log({"step": step, name: wandb.Image(str(path))})
 
         self._try("show an image", send)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text in W&B, as it stands."""
+
+        def send() -> None:
+            import wandb
+
+            self._wandb.log({"step": step, name: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False)})
+
+        self._try("show a text", send)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values of the run in W&B (they head its table)."""

@@ -1,0 +1,206 @@
+"""``sparsetrain data preview``: what a run reads, learns and leaves out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsetrain.cli.arguments import Overrides, RecipeArgument, print_notes
+from sparsetrain.counted import counted
+from sparsetrain.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsetrain.data import RowStream
+    from sparsetrain.data.batch import Row
+    from sparsetrain.data.survey import Survey
+    from sparsetrain.recipe import Recipe
+
+app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode="rich")
+
+BARS = 30
+"""Characters of the longest bar of a histogram."""
+REASONS = 5
+"""Reasons named for rows that cannot be read."""
+STREAMED_ROWS = 1000
+"""Rows packed to count what is drawn of each source, where there is no epoch."""
+
+
+@app.callback()
+def _data() -> None:
+    pass
+
+
+@app.command()
+def preview(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, max=1000, help="Training rows shown with what is learned of them.")] = 3,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens shown of each row, half from its beginning; 0: all.")
+    ] = 1000,
+) -> None:
+    """Show what a run would read, learn and leave out, without loading the model.
+
+    Learned text is green on a terminal and stands between « and » elsewhere; control tokens are reversed.
+
+    \b
+    Examples:
+      sparsetrain data preview my.yaml
+      sparsetrain data preview my.yaml --rows 1 data.sources.0.path=chats.jsonl
+    """
+    from rich.console import Console
+
+    from sparsetrain.data import build_rows
+    from sparsetrain.data.ending import remarks, turn_ending
+    from sparsetrain.data.survey import survey
+    from sparsetrain.modeling.tokenizers import recipe_tokenizer
+    from sparsetrain.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    print_notes(loaded)
+    with loaded.naming_places():
+        settings, console = loaded.recipe, Console(highlight=False, soft_wrap=True)
+        tokenizer = recipe_tokenizer(settings.model)
+        read = [survey(each, settings.data, tokenizer) for each in settings.data.sources if each.path is not None]
+        for each in read:
+            _print_source(console, each, settings)
+        data = settings.data.model_copy(update={"on_malformed": "skip"})
+        # What it warns of was said above.
+        logging.getLogger("sparsetrain.data").setLevel(logging.ERROR)
+        stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed)
+        _print_mixture(console, stream, settings, {each.source.label: each for each in read})
+        for number in range(1, rows + 1):
+            _print_row(console, number, next(stream), tokenizer, tokens)
+        if stream.chat:
+            for remark in remarks(turn_ending(tokenizer), tokenizer):
+                print(f"note: {remark}", file=sys.stderr)
+    unread = {each.source.label: sum(each.faults.values()) for each in read if each.faults}
+    if unread and settings.data.on_malformed == "stop":
+        counts = ", ".join(f"{count:,} of {label}" for label, count in unread.items())
+        raise DataError(
+            f"a run stops at rows that cannot be read: {counts}. Fix them, or set data.on_malformed=skip to train on "
+            "the others"
+        )
+
+
+def _print_source(console: Console, found: Survey, recipe: Recipe) -> None:
+    length, source = recipe.sequence.length, found.source
+    _say(console, f"{source.label}: {found.form}", "bold")
+    total, learned = int(found.lengths.sum()), found.learned
+    rows = f"first {found.rows:,} rows" if found.cut_off else counted(found.rows, "row")
+    documents = counted(len(found.lengths), "document")
+    _say(console, f"  {rows}, {documents}, {total:,} tokens, {learned:,} learned ({learned / max(1, total):.1%})")
+    for reason, count in found.faults.most_common(REASONS):
+        _say(console, f"  cannot be read: {counted(count, 'row')}, such as {found.examples[reason]}", "yellow")
+    if len(found.faults) > REASONS:
+        _say(console, f"  cannot be read for other reasons: {len(found.faults) - REASONS} kinds of rows", "yellow")
+    if found.empty:
+        _say(console, f"  left out: {counted(found.empty, 'row')}, empty or with nothing selected to learn", "yellow")
+    if found.without_target:
+        _say(console, f"  nothing to learn: {counted(found.without_target, 'document')}", "yellow")
+    if longer := found.longer_than(length):
+        done = {"split": "split over several rows", "truncate": "truncated to one row", "drop": "dropped"}
+        how = f"{done[recipe.data.long_documents]} (data.long_documents={recipe.data.long_documents})"
+        _say(console, f"  longer than sequence.length={length:,}: {counted(longer, 'document')}, {how}", "yellow")
+    for line in _histogram(found.lengths):
+        _say(console, f"  {line}")
+
+
+def _histogram(lengths: Any) -> list[str]:
+    """Documents by length, in lines; each bucket ends at a power of two."""
+    if not len(lengths):
+        return []
+    import numpy as np
+
+    exponents = np.ceil(np.log2(lengths)).astype(int)
+    buckets = range(int(exponents.min()), int(exponents.max()) + 1)
+    counts = [int((exponents == each).sum()) for each in buckets]
+    width, digits = len(f"{2 ** buckets[-1]:,}"), len(f"{max(counts):,}")
+    middle = ", ".join(f"{share} % {int(np.percentile(lengths, share)):,}" for share in (50, 90, 99))
+    lines = [
+        f"up to {2**each:>{width},} tokens {count:>{digits},} {'#' * -(-BARS * count // max(counts))}".rstrip()
+        for each, count in zip(buckets, counts)
+    ]
+    return [f"lengths: {middle}, longest {int(lengths.max()):,}", *lines]
+
+
+def _print_mixture(console: Console, stream: RowStream, recipe: Recipe, read: dict[str, Survey]) -> None:
+    """An epoch, or the first rows where there is none, and what of it comes from each source."""
+    sources = recipe.data.sources
+    mapped = all(not source.streaming for source in sources) and any(source.path for source in sources)
+    count = stream.count(None if mapped else STREAMED_ROWS)
+    length = recipe.sequence.length
+    what = "an epoch is" if mapped else "of the data, which has no end, the first"
+    fill = count.tokens / (count.rows * length)
+    _say(
+        console,
+        f"{what} {counted(count.rows, 'row')} of {length:,} tokens: {count.tokens:,} tokens, {fill:.1%} full",
+        "bold",
+    )
+    shares = recipe.data.shares()
+    for source, share in zip(sources, shares) if len(sources) > 1 else ():
+        tokens = count.by_source[source.label]
+        _say(console, f"  {source.label}: {tokens / count.tokens:.1%} of the tokens, {share:.1%} of the draws")
+
+
+def _print_row(console: Console, number: int, row: Row, tokenizer: PreTrainedTokenizerBase, shown: int) -> None:
+    from sparsetrain.data.ending import control_tokens
+    from sparsetrain.data.preview import describe_row, stretches
+
+    _say(console, f"row {number}: {describe_row(row)}", "bold")
+    control, place, left_out = control_tokens(tokenizer), 0, 0
+    half, total = shown // 2, len(row.input_ids)
+    for document, (name, size) in enumerate(zip(row.origin, row.lengths), 1):
+        parts = [(place, place + size)]
+        if shown and total > shown:
+            ends = ((0, half), (total - half, total))
+            parts = [(max(place, a), min(place + size, b)) for a, b in ends if max(place, a) < min(place + size, b)]
+        kept = sum(stop - start for start, stop in parts)
+        left_out += size - kept
+        if parts:
+            _say(console, f"-- document {document}: {name}, {size:,} tokens", "cyan")
+        for start, stop in parts:
+            if start > place:
+                _say(console, "...", "cyan")
+            text = _styled(
+                stretches(row.input_ids[start:stop], row.labels[start:stop], tokenizer, control), console.is_terminal
+            )
+            console.print(text)
+            if stop < place + size and parts[-1][1] == stop:
+                _say(console, "...", "cyan")
+        place += size
+    if left_out:
+        _say(console, f"-- {left_out:,} tokens in the middle are not shown; --tokens 0 shows all", "cyan")
+
+
+def _styled(parts: Any, colour: bool) -> Text:
+    from rich.text import Text
+
+    text, learned = Text(), False
+    for part in parts:
+        if not colour and part.learned != learned:
+            text.append("«" if part.learned else "»")
+        learned = part.learned
+        style = ("green" if part.learned else "") + (" reverse" if part.control else "")
+        text.append(_visible(part.text), style=style.strip() if colour else "")
+    if learned and not colour:
+        text.append("»")
+    return text
+
+
+def _visible(text: str) -> str:
+    """The text with what would move a terminal's cursor written out, except line ends."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    from rich.text import Text
+
+    console.print(Text(_visible(line), style=style))
