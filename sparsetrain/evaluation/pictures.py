@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
     from sparsetrain.methods.base import MethodConfig
 
+ROW = 4.6
+"""Inches of a row of ``report.png``."""
+HIGHEST = 14.0
+"""Inches of the selection there, however many layers and heads there are; ``selection.png`` has all their lines."""
+
 
 def loss_curve(metrics: Path, out: Path, results: Mapping[str, EvalResult] | None = None) -> Path:
     """Draw training loss, learning rate and evaluation results over steps, from ``metrics.jsonl``."""
@@ -80,13 +85,15 @@ def report_picture(
     length: int,
     num_layers: int,
     num_kv_heads: int = 1,
+    survival: Survival | None = None,
 ) -> Path:
-    """Loss, what the tasks draw, and attention on one page."""
+    """Loss, what the tasks draw, attention, and what a learned selection keeps, on one page."""
     panels, wide = (list(drawings(results, length, wide=kind).values()) for kind in (False, True))
     # One panel stands beside the loss, the others two by two below it.
     pairs = [panels[start : start + 2] for start in range(1, len(panels), 2)]
-    heights = [1.0, *(0.85 for _ in pairs + wide), 1.15]
-    figure = _figure(14, 4.6 * sum(heights))
+    selected = [] if survival is None else [min(survival.height, HIGHEST) / ROW]
+    heights = [1.0, *(0.85 for _ in pairs + wide), 1.15, *selected]
+    figure = _figure(14, ROW * sum(heights))
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.03)
     if panels:
@@ -101,7 +108,9 @@ def report_picture(
             drawing.draw(axes)
     for part, drawing in zip(parts[1 + len(pairs) :], wide):
         drawing.draw(part)
-    draw_attention(parts[-1], attention, length, num_layers, num_kv_heads)
+    draw_attention(parts[1 + len(pairs) + len(wide)], attention, length, num_layers, num_kv_heads)
+    if survival is not None:
+        draw_survival(parts[-1], survival)
     return _save(figure, out)
 
 

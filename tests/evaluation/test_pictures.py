@@ -146,7 +146,8 @@ def test_kinds_of_blocks_have_their_colours(tmp_path, attention, drawn):
 def test_the_report_holds_every_panel(metrics, tmp_path):
     power = parse_attention({"method": "power", "block": 32, "dense_layers": [0]})
     sizes = []
-    for results in (RESULTS, {"after": EvalResult()}):
+    selected = Survival.of({0: torch.full((2, 2048), 100, dtype=torch.int32)})
+    for results, survival in ((RESULTS, None), ({"after": EvalResult()}, None), ({"after": EvalResult()}, selected)):
         path = report_picture(
             tmp_path / "report.png",
             title="quickstart",
@@ -155,10 +156,12 @@ def test_the_report_holds_every_panel(metrics, tmp_path):
             attention=power,
             length=2048,
             num_layers=4,
+            survival=survival,
         )
         sizes.append(imread(path).shape)
         assert {BLUE, ORANGE, GREEN, RED} <= colours(path)
     assert sizes[0][0] > sizes[1][0], "without passkey results there is one panel less"
+    assert sizes[2][0] > sizes[1][0], "what a learned selection keeps is a panel, too"
 
 
 def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):

@@ -41,6 +41,9 @@ def draw_run(
         The PNG files, each as soon as it is drawn.
     """
     metrics, attention = folder / METRICS_FILE, recipe.attention
+    methods = [method for _, _, method in sparse_layers(model) if method is not None]
+    lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
+    survival = Survival.of(lifetimes) if lifetimes else None
     text_config = model.config.get_text_config()
     shape = {
         "length": recipe.sequence.length,
@@ -51,15 +54,12 @@ def draw_run(
         "loss": lambda out: loss_curve(metrics, out, results),
         "attention": lambda out: attention_picture(attention, out, **shape),
         "report": lambda out: report_picture(
-            out, title=title, metrics=metrics, results=results, attention=attention, **shape
+            out, title=title, metrics=metrics, results=results, attention=attention, survival=survival, **shape
         ),
     }
     for name, drawing in drawings(results, recipe.sequence.length, wide=True).items():
         pictures[name] = partial(task_picture, drawing, wide=True)
-    methods = [method for _, _, method in sparse_layers(model) if method is not None]
-    lifetimes = {layer: rows for method in methods for layer, rows in method.lifetimes().items()}
-    if lifetimes:
-        survival = Survival.of(lifetimes)
+    if survival is not None:
         attempt(SURVIVAL_FILE, lambda: survival.save(folder / SURVIVAL_FILE))
         pictures["selection"] = lambda out: selection_picture(survival, out)
     for name, draw in pictures.items():
