@@ -29,6 +29,7 @@ from sparsetrain_kernels.causal_selection.triton import (
     selection_kernels,
     statistics_kernels,
 )
+from sparsetrain_kernels.causal_selection.triton.crossing import CHUNK, STEP, WARPS
 from sparsetrain_kernels.dense.hopper import grad_key_value as rows_grad_key_value
 from sparsetrain_kernels.key_estimate.triton import bounds as page_bounds
 from sparsetrain_kernels.key_estimate.triton import scores as key_scores
@@ -162,10 +163,12 @@ def compile_selected(dtype: str) -> None:
 
 WIDE = {
     *("position_ptr", "first_ptr", "largest_ptr", "step_ptr", "running_ptr", "axis_ptr", "order_ptr", "gap_ptr"),
-    *("arrival_ptr", "sums_ptr", "rank_arrival_ptr", "rank_ptr", "point_ptr", "counts_ptr", "mass_ptr", "key_ptr"),
+    *("arrival_ptr", "sums_ptr", "point_ptr", "counts_ptr", "mass_ptr", "key_ptr"),
     *("value_ptr", "slope_ptr", "ties_ptr", "fine_value_ptr"),
 }
 """Of SparseK's kernels, int64."""
+SOFT_ONLY = ("point_ptr", "slope_ptr", "ties_ptr", "fine_slope_ptr", "fine_ties_ptr")
+"""What the search for crossings has of gates only."""
 DOUBLES = {"total_ptr", "squares_ptr", "after_ptr", "squares_after_ptr", "threshold_sums_ptr", "means_ptr"}
 FLOATS = {
     *("linear_ptr", "gain_ptr", "scores_ptr", "scores_or_inf_ptr", "grad_ptr", "grad_linear_ptr", "grad_gain_ptr"),
@@ -212,12 +215,17 @@ def compile_sparsek(dtype: str) -> None:
         (lists.select_keys_kernel, long_list, {}, 4),
         (lists.select_keys_kernel, tile_list, {}, 4),
     ]
-    for step in (32, 64):
-        grid = {"CHUNK": step * step, "STEP": step}
-        kernels.append((crossing_kernels.crossing_corners_kernel, grid, {}, 8))
-        for soft in (True, False):
-            kernels.append((crossing_kernels.crossing_cells_kernel, {**grid, "SOFT": soft, "ROW_CHUNKS": 32}, {}, 8))
-            kernels.append((crossing_kernels.crossing_rows_kernel, {**grid, "SOFT": soft}, {}, 8))
+    for soft in (True, False):
+        own = {"CHUNK": CHUNK, "STEP": STEP, "SOFT": soft} | ({} if soft else dict.fromkeys(SOFT_ONLY))
+        types = {} if soft else dict.fromkeys(("arrival_ptr", "value_ptr", "fine_value_ptr"), "*i32")
+        crossing: tuple[tuple[Any, dict[str, Any]], ...] = (
+            (crossing_kernels.crossing_corners_kernel, {}),
+            (crossing_kernels.crossing_cells_kernel, {"ROW_CHUNKS": 128}),
+            (crossing_kernels.crossing_rows_kernel, {}),
+        )
+        for kernel, more in crossing:
+            constants = {name: each for name, each in (own | more).items() if name in kernel.arg_names}
+            kernels.append((kernel, constants, types, WARPS))
     known = dict.fromkeys(WIDE, "*i64") | dict.fromkeys(DOUBLES, "*fp64") | dict.fromkeys(FLOATS, f"*{dtype}")
     known |= {"unit": "i64", "limit": "i64", "to_unit": "fp32"}
     for kernel, constants, types, warps in kernels:

@@ -58,11 +58,12 @@ def _producer(
 
 
 @gluon.jit
-def not_later(where, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Which of the 64 keys each query of a step sees, keys by queries: on the diagonal, those that are not later."""
+def not_later(where, p, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """The weights of those of the 64 keys that each query of a step sees, keys by queries: on the diagonal, of those
+    that are not later."""
     key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
     query = (step % (TILE // BLOCK_M)) * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT))
-    return gl.expand_dims(query, 0) >= gl.expand_dims(key, 1)
+    return gl.where(gl.expand_dims(query, 0) >= gl.expand_dims(key, 1), p, 0.0)
 
 
 @gluon.jit
@@ -101,8 +102,9 @@ def key_value_step(
 ):
     """``BLOCK_M`` queries against the 64 keys of this warpgroup. Arrives with S of this step done and dP in flight and
     leaves so for the next one (past the last, both are of whatever lies in the slot, and unused). ``operands`` are the
-    keys, the values, the rings, and their barriers; ``visible`` tells what a masked step sees, from ``where``.
-    ``weigh`` and ``gradient`` are for weights that have gates, by a ``RULE``; ``sums`` is what the latter adds up.
+    keys, the values, the rings, and their barriers; ``visible`` leaves the weights of what a masked step sees, from
+    ``where``. ``weigh`` and ``gradient`` are for weights that have gates, by a ``RULE``; ``sums`` is what the latter
+    adds up.
 
     Products complete in the order of issue, dV dK S' dP' in each step; a wait names how many of the later ones may
     still run. The exponentials hide behind dP, and dS behind dV. ptxas serialises every product of the kernel if one
@@ -124,7 +126,7 @@ def key_value_step(
     lse = lse_ring.index(slot).load(QUERIES)
     p = exp2(s * to_log2 - gl.expand_dims(lse, 0))
     if MASKED:
-        p = gl.where(visible(where, step, W, BLOCK_M, S_LAYOUT), p, 0.0)
+        p = visible(where, p, step, W, BLOCK_M, S_LAYOUT)
     left = gl.convert_layout(weigh(where, p, slot, RULE).to(dtype), LEFT)
     mbarrier.wait(full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     dp = warpgroup_mma_wait(0, deps=(dp,))

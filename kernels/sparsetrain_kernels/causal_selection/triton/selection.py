@@ -30,22 +30,22 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
         programs = triton.cdiv(total, BLOCK)
         axis = torch.empty(total, dtype=torch.int64, device=device)
-        arrivals = torch.empty((2, heads, tokens), dtype=torch.int64, device=device)
+        arrival = torch.empty((heads, tokens), dtype=torch.int64, device=device)
+        rank_arrival, rank_entry, better_row = torch.empty(
+            (3, heads, tokens), dtype=torch.int32, device=device
+        ).unbind()
         sums = torch.empty((2, total + 1), dtype=torch.int64, device=device)
         launch(
             kernels.selection_gaps_kernel,
             triton.cdiv(total + 1, BLOCK),
-            (ordered, doc_start, axis, arrivals, sums),
+            (ordered, doc_start, axis, arrival, rank_arrival, sums),
             (total, tokens),
             **packed,
         )
         axis = axis.cumsum(0)
 
-        arrival, rank_arrival = arrivals.unbind()
-        rank = torch.empty((heads, tokens), dtype=torch.int64, device=device)
         point = torch.empty((heads, 2 * tokens), dtype=torch.int64, device=device)
         point_entry, point_key = torch.empty((2, heads, 2 * tokens), dtype=torch.int32, device=device).unbind()
-        rank_entry, better_row = torch.empty((2, heads, tokens), dtype=torch.int32, device=device).unbind()
         place_of_points = torch.empty((2, total), dtype=torch.int32, device=device)
         first_row = torch.empty((heads, 2 * tokens), dtype=torch.int32, device=device)
         launch(
@@ -58,7 +58,6 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
                 doc_end,
                 arrival,
                 rank_arrival,
-                rank,
                 rank_entry,
                 point,
                 point_entry,
@@ -70,8 +69,8 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
             (total, tokens, window, sinks, tokens.bit_length()),
             **packed,
         )
-        find_first_rows(arrival, point, point_entry, first_row, 2 * ONE, topk * 2 * ONE, soft=True)
-        find_first_rows(rank_arrival, rank, rank_entry, better_row, 1, topk - 1, soft=False)
+        find_first_rows(arrival, point, point_entry, first_row, 2 * ONE, topk * 2 * ONE)
+        find_first_rows(rank_arrival, None, rank_entry, better_row, 1, topk - 1)
 
         exit, interior_start, interior_end, interior_size, saturated_size = torch.empty(
             (5, *scores.shape), dtype=torch.int32, device=device

@@ -36,6 +36,7 @@ def selection_gaps_kernel(
     doc_start_ptr,
     gap_ptr,
     arrival_ptr,
+    rank_arrival_ptr,
     sums_ptr,
     line,
     tokens,
@@ -44,14 +45,14 @@ def selection_gaps_kernel(
 ):
     """int64 ``[L]``: how far a sorted score lies above the one before it, two at most; two at a document's start.
 
-    Also fills what the next kernels only write to in places: ``arrival [2, L]`` with ``NEVER``, ``sums [2, L + 1]``
-    with zeros. The grid reaches the last of them.
+    Also fills what the next kernels only write to in places: ``arrival [L]`` with ``NEVER``, ``rank_arrival [L]`` with
+    -1, ``sums [2, L + 1]`` with zeros. The grid reaches the last of them.
     """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < line
     never = tl.full([BLOCK], NEVER, tl.int64)
     tl.store(arrival_ptr + place, never, mask=inside)
-    tl.store(arrival_ptr + line + place, never, mask=inside)
+    tl.store(rank_arrival_ptr + place, tl.full([BLOCK], -1, tl.int32), mask=inside)
     tl.store(sums_ptr + place, never * 0, mask=place <= line)
     tl.store(sums_ptr + line + 1 + place, never * 0, mask=place <= line)
     rank = place % tokens
@@ -79,7 +80,6 @@ def selection_points_kernel(
     doc_end_ptr,
     arrival_ptr,
     rank_arrival_ptr,
-    rank_ptr,
     rank_entry_ptr,
     point_ptr,
     point_entry_ptr,
@@ -126,7 +126,6 @@ def selection_points_kernel(
     tl.store(point_key_ptr + points + lower, tokens + rank, mask=inside)
     tl.store(place_of_points_ptr + place, upper, mask=inside)
     tl.store(place_of_points_ptr + line + place, lower, mask=inside)
-    tl.store(rank_ptr + place, rank.to(tl.int64), mask=inside)
     tl.store(rank_entry_ptr + place, entry, mask=inside)
     never = tl.zeros([BLOCK], tl.int32) + tokens
     tl.store(first_row_ptr + points + upper, never, mask=inside)
@@ -134,7 +133,7 @@ def selection_points_kernel(
     tl.store(better_row_ptr + place, never, mask=inside)
     row = head.to(tl.int64) * tokens + entry
     tl.store(arrival_ptr + row, at * 2, mask=inside & competes)
-    tl.store(rank_arrival_ptr + row, rank.to(tl.int64), mask=inside & competes)
+    tl.store(rank_arrival_ptr + row, rank, mask=inside & competes)
 
 
 @triton.jit

@@ -55,14 +55,14 @@ def _producer(descriptors, lines, buffers, barriers, start, where):
 
 
 @gluon.jit
-def _by_position(where, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Which of the 64 keys each row of a masked step sees."""
+def _by_position(where, p, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """The weights of those of the 64 keys that each row of a masked step sees."""
     positions_ptr, start, masked, n_masked = where
     row, end = _masked_rows(masked, step % n_masked, BLOCK_M)
     key = start + W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
     row += gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT))
     position = gl.load(positions_ptr + row, mask=row < end, other=-1)
-    return gl.expand_dims(position, 0) >= gl.expand_dims(key, 1)
+    return gl.where(gl.expand_dims(position, 0) >= gl.expand_dims(key, 1), p, 0.0)
 
 
 @gluon.jit

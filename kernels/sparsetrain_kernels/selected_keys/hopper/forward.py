@@ -35,8 +35,8 @@ from sparsetrain_kernels.selected_keys.hopper.tiles import (
     init_barriers,
     listed_at,
     neighbours,
+    seen_or,
     tile_of_program,
-    visible,
     wait_empty,
     wait_full,
 )
@@ -155,7 +155,7 @@ def _advance(
     next_o = _values(left, o, v_ring, v_full, step - 1, n_near, LISTED, D)
     s = warpgroup_mma_wait(1, deps=[next_s])
     if MASKED:
-        s = gl.where(visible(seen_ring.index(slot), line, S_LAYOUT), s, -float("inf"))
+        s = seen_or(seen_ring.index(slot), s, line, True)
     peak, factor, weights = softmax_step(s, peak, to_log2)
     gated = weights
     if GATE != "straight":
@@ -205,7 +205,7 @@ def _consumer(
     q = q_bufs.index(W).reshape([HALF, D])
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma_wait(0, deps=[product(q, k_ring, 0, TILE, D, KEY_STAGES)])
-    s = gl.where(visible(seen_ring.index(0), line, S_LAYOUT), s, -float("inf"))
+    s = seen_or(seen_ring.index(0), s, line, True)
     mbarrier.arrive(k_empty.index(0), count=1)
     peak = gl.full([HALF], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     peak, _, weights = softmax_step(s, peak, to_log2)

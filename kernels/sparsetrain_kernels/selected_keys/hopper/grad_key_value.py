@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsetrain_kernels.backend import TRITON_VERSION
 from sparsetrain_kernels.block_pattern.hopper.geometry import HALF, TILE, acquire, product, store_rows, tma_load
 from sparsetrain_kernels.block_pattern.hopper.grad_key_value import LN2, key_value_step
-from sparsetrain_kernels.selected_keys.hopper.tiles import all_threads, copy_rows, gate
+from sparsetrain_kernels.selected_keys.hopper.tiles import all_threads, copy_rows, gate, where_among, where_inside
 
 NEWER_PTXAS = gl.constexpr(TRITON_VERSION > (3, 6))
 """Waits for what has long come, which ends a basic block: else this ptxas serialises all products."""
@@ -79,13 +79,13 @@ def _producer(
 
 
 @gluon.jit
-def _seen(where, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Which of the 64 keys each row of a masked step sees."""
-    enter, exit, _, _, _, rows = where
+def _seen(where, p, step, W: gl.constexpr, BLOCK_M: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """The weights of those of the 64 keys that each row of a masked step sees."""
+    enter, count, _, _, _, rows = where
     _, row = _rows_of_step(rows, step, BLOCK_M)
     row = gl.expand_dims(row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT)), 0)
     enter = gl.expand_dims(enter.load(gl.SliceLayout(1, S_LAYOUT)), 1)
-    return (row >= enter) & (row < gl.expand_dims(exit.load(gl.SliceLayout(1, S_LAYOUT)), 1))
+    return where_among(p, row, enter, gl.expand_dims(count.load(gl.SliceLayout(1, S_LAYOUT)), 1), False)
 
 
 @gluon.jit
@@ -108,7 +108,7 @@ def _weigh(where, p, slot, GATE: gl.constexpr):
 def _through_gates(where, p, grad, slot, grad_score):
     """Gradients times gates, and the gradient of the scores, to which gates strictly between 0 and 1 pass theirs."""
     gates = _gates(where, p, slot)
-    inside = gl.where((gates > 0.0) & (gates < 1.0), p, 0.0)
+    inside = where_inside(p, gates)
     grad_score += gl.convert_layout(gl.sum(inside * grad, 1), grad_score.type.layout)
     if NEWER_PTXAS:
         mbarrier.wait(where[4], 0)
@@ -178,9 +178,9 @@ def _consumer(
     STAGES: gl.constexpr = q_ring.shape[0]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    enter, exit, score = keys
-    enter, exit, score = enter.slice(W * HALF, HALF), exit.slice(W * HALF, HALF), score.slice(W * HALF, HALF)
-    where = (enter, exit, score, threshold_ring, kv_full, rows)
+    enter, count, score = keys
+    enter, count, score = enter.slice(W * HALF, HALF), count.slice(W * HALF, HALF), score.slice(W * HALF, HALF)
+    where = (enter, count, score, threshold_ring, kv_full, rows)
     k = k_buf.index(W).reshape([HALF, D])
     v = v_buf.index(W).reshape([HALF, D])
     operands = (k, v, (q_ring, do_ring), (lse_ring, delta_ring), full, empty)
@@ -354,6 +354,8 @@ def selected_bwd_dkv_hopper_kernel(
     if LISTED:
         entry = wide_selection * stretches + stretch
         listed = gl.load(counts_ptr + entry)
+        if key_tile * TILE >= listed:
+            return  # Most lists are much shorter than they may be, and a start of all partitions is not free.
         keys_ptr += entry * capacity
         scores_ptr += wide_selection * tokens
     exit_ptr += wide_selection * tokens
@@ -397,7 +399,7 @@ def selected_bwd_dkv_hopper_kernel(
     # Consumers have no registers to keep these in.
     keys = (
         gl.allocate_shared_memory(gl.int32, [TILE], FLAT, enter),
-        gl.allocate_shared_memory(gl.int32, [TILE], FLAT, exit),
+        gl.allocate_shared_memory(gl.int32, [TILE], FLAT, gl.maximum(exit - enter, 0)),
         gl.allocate_shared_memory(gl.float32, [TILE], FLAT, score),
     )
     if LISTED:

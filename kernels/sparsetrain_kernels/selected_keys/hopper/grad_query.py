@@ -25,10 +25,11 @@ from sparsetrain_kernels.selected_keys.hopper.tiles import (
     init_barriers,
     listed_at,
     neighbours,
+    seen_or,
     tile_of_program,
-    visible,
     wait_empty,
     wait_full,
+    where_inside,
 )
 
 KEYS = gl.constexpr(64)
@@ -110,7 +111,7 @@ def _step(
     k = k_ring.index(slot).reshape([KEYS, D])
     p = exp2(s * to_log2 - gl.expand_dims(lse, 1))
     if MASKED:
-        p = gl.where(visible(seen_ring.index(slot), line, S_LAYOUT), p, 0.0)
+        p = seen_or(seen_ring.index(slot), p, line, False)
     wait_full(full, step + 1, n_near, step < last, STAGES)
     if LISTED:
         fence_async_shared()
@@ -121,7 +122,7 @@ def _step(
     else:
         score = score_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
         gates = gate(gl.expand_dims(score, 0), gl.expand_dims(threshold, 1))
-        inside = gl.where((gates > 0.0) & (gates < 1.0), p, 0.0)
+        inside = where_inside(p, gates)
         if GATE == "value":
             ds = p * (gates * dp - gl.expand_dims(delta, 1))
             grad_threshold -= gl.sum(inside * dp, 1)

@@ -17,6 +17,7 @@ from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 from sparsetrain_kernels.selected_keys.triton.launch import (
     Bounds,
     document_rows,
+    find_places,
     most_places,
     part_heads_of,
     row_stats,
@@ -71,7 +72,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         bounds = document_rows(inputs)
         stretches = stretch_lists(inputs, bounds.start)
         lists, scores = tile_lists(inputs, stretches, bounds.start, seen=True)
-        padded, parts = row_stats(inputs, grad_out, out, lse)
+        padded = row_stats(inputs, grad_out, out, lse)
         rows = (tiles(query, HALF), tiles(key, HALF), tiles(value, HALF), tiles(grad_out, HALF))
         launch(
             selected_bwd_dq_hopper_kernel,
@@ -89,7 +90,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
             **_constants(inputs),
             STAGES=STAGES,
         )
-        places_until = parts.cumsum(2, dtype=torch.int32)
+        places_until = find_places(inputs)
         places = most_places(inputs, stretches)
         together = part_heads_of(batch, kv_heads, places, head_dim)
         for first_head in range(0, kv_heads, together):

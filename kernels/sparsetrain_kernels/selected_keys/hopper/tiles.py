@@ -21,7 +21,7 @@ THREADS = gl.constexpr(128)
 CHUNK = gl.constexpr(32)
 """Rows whose addresses the producer holds at once: it has few registers."""
 SEEN_BITS = gl.constexpr(16)
-"""Rows of a tile that see a key, as one integer: the first in the low bits, the one past the last above them."""
+"""Rows of a tile that see a key, as one integer: the first in the low bits, their number above them."""
 
 
 @gluon.jit
@@ -72,12 +72,36 @@ def init_barriers(full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def visible(seen, line, LAYOUT: gl.constexpr):
-    """Which lines of a tile see which keys, ``[lines, keys]``, from the integers of the keys in shared memory."""
-    bounds = seen.load(gl.SliceLayout(0, LAYOUT))
+def seen_or(seen, x, line, INFINITE: gl.constexpr):
+    """``x [lines, keys]`` where a line of the tile sees the key, else 0 or, ``INFINITE``, minus infinity; from the
+    integers of the keys in shared memory."""
+    bounds = seen.load(gl.SliceLayout(0, x.type.layout))
     enter = bounds & ((1 << SEEN_BITS) - 1)
-    leave = bounds >> SEEN_BITS
-    return (line[:, None] >= enter[None, :]) & (line[:, None] < leave[None, :])
+    return where_among(x, line[:, None], enter[None, :], (bounds >> SEEN_BITS)[None, :], INFINITE)
+
+
+@gluon.jit
+def where_among(x, row, enter, count, INFINITE: gl.constexpr):
+    """``x`` where ``row`` is one of ``count`` rows from ``enter`` on, else 0 or minus infinity. By one comparison,
+    without signs; next to the choice that it makes, since the compiler keeps many at once in a roundabout way."""
+    if INFINITE:
+        return gl.inline_asm_elementwise(
+            "{.reg .pred q; .reg .b32 t; sub.s32 t,$2,$3; setp.lt.u32 q,t,$4; selp.f32 $0,$1,0fFF800000,q;}",
+            "=r,r,r,r,r",
+            [x, row, enter, count],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "{.reg .pred q; .reg .b32 t; sub.s32 t,$2,$3; setp.lt.u32 q,t,$4; selp.f32 $0,$1,0f00000000,q;}",
+            "=r,r,r,r,r",
+            [x, row, enter, count],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @gluon.jit
@@ -85,6 +109,19 @@ def gate(score, threshold):
     """``clip(score - threshold, 0, 1)`` in one instruction."""
     return gl.inline_asm_elementwise(
         "sub.sat.f32 $0, $1, $2;", "=r,r,r", [score, threshold], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def where_inside(x, gates):
+    """``x`` where gates are strictly between 0 and 1, else 0. The bits of gates are integers in the same order."""
+    return gl.inline_asm_elementwise(
+        "{.reg .pred q; .reg .b32 t; add.s32 t,$2,-1; setp.lt.u32 q,t,0x3F7FFFFF; selp.f32 $0,$1,0f00000000,q;}",
+        "=r,r,r",
+        [x, gates],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -112,7 +149,7 @@ def describe_neighbours(seen, scores, start, first, tokens, window, doc_end_ptr,
         leave = gl.minimum(leave, gl.load(doc_end_ptr + key, mask=key < tokens, other=0))
     enter = gl.minimum(gl.maximum(key - first, 0), TILE)
     leave = gl.minimum(gl.maximum(leave - first, 0), TILE)
-    seen.store(enter | (leave << SEEN_BITS))
+    seen.store(enter | (gl.maximum(leave - enter, 0) << SEEN_BITS))
     scores.store(gl.full([KEYS], float("inf"), gl.float32, LAYOUT))
 
 

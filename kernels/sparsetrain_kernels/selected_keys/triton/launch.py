@@ -27,12 +27,14 @@ from sparsetrain_kernels.selected_keys.triton.grad_key_value import (
     selected_bwd_sum_kernel,
 )
 from sparsetrain_kernels.selected_keys.triton.lists import STRETCH, TILE, stretch_lists, tile_lists
-from sparsetrain_kernels.selected_keys.triton.row_stats import selected_bwd_stats_kernel
+from sparsetrain_kernels.selected_keys.triton.row_stats import selected_bwd_places_kernel, selected_bwd_stats_kernel
 
 PARTIAL_BYTES = 2**29
 """Memory for the partial sums of the selected keys: as many KV heads go together as fit, at least one."""
 SUM_KEYS, SUM_PARTS = 16, 8
 """Keys of a program that adds up partial sums, and how many of a key it reads at once."""
+PLACES_KEYS = 8192
+"""Keys that are counted at once to find the places of partial sums."""
 
 
 class Bounds(NamedTuple):
@@ -69,7 +71,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         bounds = document_rows(inputs)
         stretches = stretch_lists(inputs, bounds.start)
         call, selection = _setup(inputs, stretches, bounds.start)
-        padded, parts = row_stats(inputs, grad_out, out, lse)
+        padded = row_stats(inputs, grad_out, out, lse)
         padded_tokens = padded[0].shape[2]
         launch_backward_rows(
             call,
@@ -83,7 +85,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
         )
         config, scores = configs.dkv, selection.scores
         key_tiles = triton.cdiv(tokens, config.block_n)
-        places_until = parts.cumsum(2, dtype=torch.int32)
+        places_until = find_places(inputs)
         places = most_places(inputs, stretches)
         together = part_heads_of(batch, kv_heads, places, pad_head_dim(query.shape[3]))
         for first_head in range(0, kv_heads, together):
@@ -249,11 +251,8 @@ def document_rows(inputs: SelectedInputs) -> Bounds:
     return Bounds(*known_bounds(query.shape[2], cu_seqlens, query.device))
 
 
-def row_stats(
-    inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles; and of each key, the stretches
-    that read it, which is the number of its partial sums: int32 ``[B, Hs, N]``."""
+def row_stats(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles."""
     batch, heads, tokens, head_dim = out.shape
     selections = inputs.threshold.shape[1]
     tiles = triton.cdiv(tokens, TILE)
@@ -261,28 +260,41 @@ def row_stats(
         (2, batch, heads, tiles * TILE), dtype=torch.float32, device=out.device
     ).unbind()
     padded_threshold = torch.empty((batch, selections, tiles * TILE), dtype=torch.float32, device=out.device)
-    parts = torch.empty_like(inputs.exit)
     launch(
         selected_bwd_stats_kernel,
         tiles * heads * batch,
-        (out, grad_out, lse, inputs.threshold, inputs.exit, padded_lse, padded_delta, padded_threshold, parts),
+        (out, grad_out, lse, inputs.threshold, padded_lse, padded_delta, padded_threshold),
         (
             *out.stride()[:3],
             *grad_out.stride()[:3],
             tokens,
             tiles * TILE,
             tiles,
-            inputs.window,
         ),
         HEADS=heads,
         SELECTIONS=selections,
         D=head_dim,
         D_PAD=pad_head_dim(head_dim),
         BLOCK_M=TILE,
-        STRETCH=STRETCH,
         num_warps=8,
     )
-    return (padded_lse, padded_delta, padded_threshold), parts
+    return padded_lse, padded_delta, padded_threshold
+
+
+def find_places(inputs: SelectedInputs) -> Tensor:
+    """Of each key, how many partial sums there are up to its last, int32 ``[B, Hs, N]``."""
+    batch, selections, tokens = inputs.exit.shape
+    places_until = torch.empty_like(inputs.exit)
+    launch(
+        selected_bwd_places_kernel,
+        batch * selections,
+        (inputs.exit, places_until),
+        (tokens, inputs.window),
+        STRETCH=STRETCH,
+        BLOCK=min(PLACES_KEYS, triton.next_power_of_2(tokens)),
+        num_warps=8,
+    )
+    return places_until
 
 
 def most_places(inputs: SelectedInputs, stretches: KeyLists) -> int:

@@ -121,7 +121,7 @@ def select_keys_kernel(
 ):
     """One list; of a list from a longer stretch's, also how many keys all rows see, which come first; with ``SINKS``,
     also the scores of its rows, infinite for the first tokens of documents; with ``SEEN``, which of the rows see each
-    key: the first in the low 16 bits, the one past the last above them, counted from the list's first row. The last
+    key: the first, counted from the list's first row, in the low 16 bits, their number above them. The last
     ``FILL`` places of a list are filled up with its first row, which none of them sees there. Grid: stretches fastest,
     then heads and the batch."""
     stretch = tl.program_id(0) % stretches
@@ -196,5 +196,6 @@ def _look_up(exit_ptr, parent_keys_ptr, index, end, window, first, last, FROM_PA
     exit = tl.load(exit_ptr + key, mask=inside, other=0)
     enter = key + window
     is_listed = inside & (exit > enter) & (exit > first) & (enter < last)
-    rows = tl.maximum(enter - first, 0) | (tl.minimum(exit, last) - first) << 16
+    begin = tl.maximum(enter, first)
+    rows = (begin - first) | (tl.minimum(exit, last) - begin) << 16
     return key, is_listed, is_listed & (enter <= first) & (exit >= last), rows

@@ -1,4 +1,4 @@
-"""What the backward kernels read of each row and key: statistics padded to whole tiles, and counts of partial sums.
+"""What the backward kernels read of each row and key: statistics padded to whole tiles, and places of partial sums.
 
 Rows that do not exist have an infinite log-sum-exp, which makes their weights zero.
 """
@@ -15,11 +15,9 @@ def selected_bwd_stats_kernel(
     grad_out_ptr,
     lse_ptr,
     threshold_ptr,
-    exit_ptr,
     padded_lse_ptr,
     padded_delta_ptr,
     padded_threshold_ptr,
-    parts_ptr,
     out_stride_b,
     out_stride_h,
     out_stride_n,
@@ -29,16 +27,13 @@ def selected_bwd_stats_kernel(
     tokens,
     padded_tokens,
     tiles,
-    window,
     HEADS: tl.constexpr,
     SELECTIONS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    STRETCH: tl.constexpr,
 ):
-    """The log-sum-exp in units of log2, ``delta``, and the threshold, fp32 ``[B, heads, padded_tokens]``; and in how
-    many stretches of rows each key is selected, int32 ``[B, SELECTIONS, tokens]``."""
+    """The log-sum-exp in units of log2, ``delta``, and the threshold, fp32 ``[B, heads, padded_tokens]``."""
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS % tiles
     batch = (tl.program_id(0) // HEADS // tiles).to(tl.int64)
@@ -59,9 +54,22 @@ def selected_bwd_stats_kernel(
         selection = batch * SELECTIONS + head
         threshold = tl.load(threshold_ptr + selection * tokens + row, mask=is_row, other=0.0)
         tl.store(padded_threshold_ptr + selection * padded_tokens + row, threshold)
-        exit = tl.load(exit_ptr + selection * tokens + row, mask=is_row, other=0)
-        parts = stretches_of(row + window, exit, STRETCH)
-        tl.store(parts_ptr + selection * tokens + row, parts, mask=is_row)
+
+
+@triton.jit
+def selected_bwd_places_kernel(exit_ptr, places_until_ptr, tokens, window, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each key, how many partial sums there are up to its last: as many for a key as stretches of rows that read it.
+    int32 ``[B, SELECTIONS, tokens]``. Grid: the selections, each by itself, since sums of few long rows are slow in
+    PyTorch."""
+    exit_ptr += tl.program_id(0).to(tl.int64) * tokens
+    places_until_ptr += tl.program_id(0).to(tl.int64) * tokens
+    until = 0
+    for start in range(0, tokens, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        exit = tl.load(exit_ptr + key, mask=key < tokens, other=0)
+        parts = stretches_of(key + window, exit, STRETCH)
+        tl.store(places_until_ptr + key, until + tl.cumsum(parts, 0), mask=key < tokens)
+        until += tl.sum(parts)
 
 
 @triton.jit
