@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sparsetrain.methods.costs import NewParameters
 from sparsetrain.plan.shape import ModelShape
+from sparsetrain.recipe.freezing import frozen
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.lora_targets import layers_named, tied_head
 from sparsetrain.recipe.schema import Recipe
 
-HEAD = "lm_head"
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,16 @@ def count_parameters(shape: ModelShape, recipe: Recipe, added: NewParameters) ->
     decayed = (matrices + head if full else adapters) + new_matrices
     undecayed = (embedding if trains_embedding else 0) + (norms if trains_norms else 0) + (biases if full else 0)
     undecayed += new_vectors
+    trains_matrices = full
+    if recipe.train.freeze:
+        stays = _frozen(shape, recipe.train.freeze, sizes)
+        trains_embedding, trains_head = EMBEDDING not in stays, trains_head and HEAD not in stays
+        trains_matrices = matrices > stays["matrices"]
+        decayed -= stays["matrices"] + (head if HEAD in stays else 0)
+        undecayed -= stays["vectors"] + (embedding if EMBEDDING in stays else 0)
     largest = max(
         embedding if trains_embedding or trains_head else 0,
-        max(rows * columns for rows, columns in sizes.values()) if full else 0,
+        max(rows * columns for rows, columns in sizes.values()) if trains_matrices else 0,
         lora.rank * max(max(sides[name]) for name in adapted) if lora is not None else 0,
         added.largest if sparse_layers else 0,
     )
@@ -108,12 +116,35 @@ def count_parameters(shape: ModelShape, recipe: Recipe, added: NewParameters) ->
         trained_decayed=decayed,
         trained_undecayed=undecayed,
         largest_trained=largest,
-        trains_matrices=full,
+        trains_matrices=trains_matrices,
         trains_head=trains_head,
         trains_embedding=trains_embedding,
         trains_norms=trains_norms,
         targets=frozenset(adapted),
     )
+
+
+def _frozen(shape: ModelShape, names: Sequence[str], sizes: dict[str, tuple[int, int]]) -> Counter[str]:
+    """Elements of the ``matrices`` and ``vectors`` of the layers that are frozen, and entries for the embedding and the
+    head if these are."""
+    paths = {f"{HEAD}.weight": (HEAD, 1), f"{shape.decoder}.{EMBEDDING}.weight": (EMBEDDING, 1)}
+    paths[f"{shape.decoder}.norm.weight"] = ("vectors", shape.hidden)
+    biased = {"q_proj": shape.q_width, "k_proj": shape.kv_width, "v_proj": shape.kv_width} if shape.qkv_bias else {}
+    norms = {"input_layernorm": shape.hidden, "post_attention_layernorm": shape.hidden}
+    norms |= {"self_attn.q_norm": shape.head_dim, "self_attn.k_norm": shape.head_dim} if shape.qk_norm else {}
+    inside = _mlp(shape)
+    for index in range(shape.layers):
+        layer = f"{shape.decoder}.layers.{index}"
+        for name, (rows, columns) in sizes.items():
+            paths[f"{layer}.{'mlp' if name in inside else 'self_attn'}.{name}.weight"] = ("matrices", rows * columns)
+        paths |= {f"{layer}.self_attn.{name}.bias": ("vectors", size) for name, size in biased.items()}
+        paths |= {f"{layer}.{name}.weight": ("vectors", size) for name, size in norms.items()}
+    found: Counter[str] = Counter()
+    for path in frozen(paths, names, "the model"):
+        found[paths[path][0]] += paths[path][1]
+    if shape.tied and (HEAD in found or EMBEDDING in found):
+        found[HEAD] = found[EMBEDDING] = 1
+    return found
 
 
 def _attention(shape: ModelShape) -> dict[str, tuple[int, int]]:

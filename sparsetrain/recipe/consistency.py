@@ -111,6 +111,12 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             ("checkpoint", "keep_best"),
             f"nothing measures {best}, and {named}; give eval.tasks one of that name, or set it to null",
         )
+    stopping = evaluation.early_stopping
+    if stopping is not None and evaluation.every is None:
+        yield ("eval", "early_stopping"), f"{stopping.task} is not measured during training: give eval.every"
+    if stopping is not None and stopping.task not in evaluation.by_name:
+        named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
+        yield ("eval", "early_stopping", "task"), f"nothing measures {stopping.task}, and {named}"
     yield from task_faults(evaluation)
 
 
@@ -242,6 +248,14 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                     f"{name}={getattr(train, name)} is about modules that the attention method adds, and "
                     f"attention.method={method} adds none; set it to {'null' if default is None else default}",
                 )
+    if train.freeze and (lora is not None or train.parameters == "new_modules"):
+        other = "lora" if lora is not None else "train.parameters: new_modules"
+        yield ("train", "freeze"), f"{other} freezes all of the model already; leave freeze out"
+    if train.neftune is not None and recipe.sequence.parallel > 1:
+        yield (
+            ("train", "neftune"),
+            "the noise is scaled by whole rows, and sequence.parallel splits them; set it to null",
+        )
     fault = recipe.attention.training_fault()
     if train.parameters == "new_modules" and fault is not None:
         yield ("train", "parameters"), fault

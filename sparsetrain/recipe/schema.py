@@ -153,6 +153,10 @@ class TrainSection(Section):
     parameters: Literal["all", "new_modules"] = "all"
     """The trained parameters: all (with ``lora``, its adapters), or only the modules that the attention method adds,
     with the rest frozen."""
+    freeze: Annotated[list[Text], Field(max_length=MOST_LISTED)] = []
+    """Parameters that stay as they are, by whole components of their names: ``[embed_tokens]``, ``[layers.0, mlp]``,
+    ``[vision_tower]``. For training all parameters; a vision or audio tower is frozen in any case, as texts do not use
+    it."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """Shape of the learning rate after the warmup. ``wsd`` (warmup, stable, decay; 2404.06395) is constant until the
     cooldown: a constant rate with a cooldown. Only there does the rate depend on the length of the run, so that a run
@@ -170,6 +174,9 @@ class TrainSection(Section):
     """Clip the global gradient norm; null switches clipping off."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
+    neftune: Annotated[float, Field(gt=0), Bounds(1e4, "the noise would outweigh the embeddings")] | None = None
+    """Noise on the embeddings of tokens in training (NEFTune, 2310.05914): uniform, of at most this over the square
+    root of the elements of a row (``sequence.length`` times the hidden size). 5 to 15 in the paper; null: none."""
     activation_checkpointing: Literal["none", "layer", "selective"] = "none"
     """Activations saved for backward: all (``none``); only the input of each decoder layer (``layer``), which is then
     recomputed, in about a third more time; or also the outputs of attention (``selective``), which takes one more
@@ -277,11 +284,23 @@ def _named_apart(tasks: list[TaskSection]) -> list[TaskSection]:
     return tasks
 
 
+class EarlyStopping(Section):
+    """End the training when an evaluation no longer improves; the run is then finished as if it had no more steps."""
+
+    task: TaskName
+    """The task of ``eval.tasks`` that decides, by the score that ``checkpoint.keep_best`` goes by."""
+    patience: Annotated[int, Field(gt=0), Bounds(10**6, "no run is evaluated so often")] = 3
+    """Evaluations without a new best after which training ends."""
+
+
 class EvalSection(Section):
     """Evaluations before, during and after training."""
 
     every: Steps | None = None
     """Steps between evaluations during training; null = none."""
+    early_stopping: EarlyStopping | None = None
+    """End the training early; null: take all steps. With ``checkpoint.keep_best`` of the same task the best
+    checkpoint is kept; the export has the last weights."""
     at_start: bool = True
     """Evaluate before the first step: the original dense model, and the model with the method."""
     at_end: bool = True

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from sparsetrain.activity import activity
+from sparsetrain.counted import counted
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.recipe import BatchPlan, dump_recipe
+from sparsetrain.recipe.schema import EarlyStopping
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.job import Job
 from sparsetrain.training.loop import Callbacks, StepResult, is_logged
@@ -67,6 +69,27 @@ class RunCallbacks(Callbacks):
             self.tracker.log(result.metrics(), self.state.step)
         self.job.progress.restart_clock()
         return result is not None and self._is_best(result)
+
+    def stops_early(self) -> bool:
+        """See :meth:`Callbacks.stops_early`. It follows from the results so far, so a resumed run goes on counting."""
+        rule = self.job.recipe.eval.early_stopping
+        if rule is None:
+            return False
+        # Rank 0 reads the results of a resumed run, and other ranks may have none.
+        return self.job.world.on_main(lambda: self._has_stopped_improving(rule))
+
+    def _has_stopped_improving(self, rule: EarlyStopping) -> bool:
+        best, best_step, since = -math.inf, 0, 0
+        for step in range(1, self.state.step + 1):
+            result = self.evaluations.results.get(self._label(step))
+            if result is None:
+                continue
+            score = result.score(rule.task)
+            best, best_step, since = (score, step, 0) if score > best else (best, best_step, since + 1)
+        if since >= rule.patience:
+            waited = counted(since, "evaluation")
+            self.job.say(f"stopping early: {rule.task} has not improved in {waited}, since step {best_step}")
+        return since >= rule.patience
 
     def is_evaluated(self, step: int) -> bool:
         """See :meth:`Callbacks.is_evaluated`."""

@@ -46,7 +46,10 @@ WHERE_ROWS_ARE = ("path", "subset", "revision", "split", "form")
 """Settings of a source that may change, besides its column names. The resulting tokens are compared."""
 
 REASONS = (
-    (("model.", "attention.", "lora", "train.parameters"), "the weights of the checkpoint belong to it"),
+    (
+        ("model.", "attention.", "lora", "train.parameters", "train.freeze"),
+        "the weights of the checkpoint belong to it",
+    ),
     (("data.", "sequence.", "train.seed"), "the saved position in the data would mean other rows"),
     (
         ("train.schedule", "train.min_lr_ratio", "train.warmup", "train.cooldown"),

@@ -82,6 +82,11 @@ class Callbacks:
         """
         return False
 
+    def stops_early(self) -> bool:
+        """Whether the evaluations so far end the training; asked on every rank, before the first step and after each
+        evaluation."""
+        return False
+
     def is_evaluated(self, step: int) -> bool:
         """Whether a step has been evaluated, in this process or before it was resumed."""
         return True
@@ -128,6 +133,8 @@ class Loop:
         activity.timed = True
         if (stop := self._evaluate_belatedly()) is not None:
             return stop
+        if self.state.step > 0 and self.callbacks.stops_early():
+            return Outcome.FINISHED
         while self.state.step < self.plan.steps:
             activity.at("waiting for data", self.state.step + 1)
             batch = next(self.loader)
@@ -145,6 +152,7 @@ class Loop:
             if not finished and stop is None and _due(self.job.recipe.eval.every, self.state.step):
                 try:
                     best = self.callbacks.evaluate()
+                    finished = self.callbacks.stops_early()
                 except Stopped as stopped:
                     stop = stopped.outcome
             ends = finished or stop is not None
@@ -152,6 +160,8 @@ class Loop:
                 self.callbacks.save(ends)
             if stop is not None and not finished:
                 return stop
+            if finished:
+                break
         return Outcome.FINISHED
 
     def _evaluate_belatedly(self) -> Outcome | None:

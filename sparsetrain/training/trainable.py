@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.modeling.decoder import decoder_modules, freeze_towers
 from sparsetrain.modeling.layers import new_modules
+from sparsetrain.recipe.freezing import frozen
 from sparsetrain.recipe.schema import Recipe
 
 
@@ -16,7 +19,7 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
     """Freeze the parameters that the recipe does not train, and add its adapters; returns a description.
 
     Raises:
-        RecipeError: ``lora.targets`` matches nothing.
+        RecipeError: ``lora.targets`` or a name in ``train.freeze`` matches nothing.
     """
     lora = recipe.lora
     if lora is not None:
@@ -32,8 +35,22 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
     else:
         towers = freeze_towers(model)
         what = f"the language model without {', '.join(towers)}, which text does not use" if towers else "everything"
+        if recipe.train.freeze:
+            freeze(model, recipe.train.freeze)
+            what += f" but {', '.join(recipe.train.freeze)}"
     trained, all_of_them = trainable_size(model), total_size(model)
     return f"trained: {what}, {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})"
+
+
+def freeze(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Freeze the parameters that ``train.freeze`` names; one that has two names (a tied head) by either.
+
+    Raises:
+        RecipeError: A name matches no parameter.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for path in frozen(named, names, type(model).__name__):
+        named[path].requires_grad_(False)
 
 
 def adapted_share(model: PreTrainedModel) -> float:

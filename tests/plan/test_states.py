@@ -200,3 +200,29 @@ class _Sum(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return torch.stack([parameter.float().sum() for parameter in self.model.parameters()]).sum()
+
+
+def test_frozen_parameters_are_not_counted_as_trained(setting):
+    def trained(*names):
+        return setting(train={"freeze": list(names)}).parameters.trained
+
+    assert trained("embed_tokens") == TOTAL - EMBEDDING
+    assert trained("lm_head", "embed_tokens", "layers") == 64
+    assert trained("layers.0") == TOTAL - (MATRICES + NORMS - 64) // 4
+    with pytest.raises(RecipeError, match="train.freeze: layer names no parameter of the model; did you mean layers"):
+        trained("layer")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "moments"),
+    [
+        ({"name": "adamw_8bit"}, 2, 2.03125 * TOTAL),
+        ({"states": "bfloat16"}, 2, 4 * TOTAL),
+        ({"name": "adafactor"}, 0, 4 * NORMS),
+        ({"name": "muon"}, 2, 2 * MATRICES + 8 * (TOTAL - MATRICES)),
+    ],
+)
+def test_each_optimizer_has_states_of_its_own(setting, optimizer, stage, moments):
+    states = count_states(setting(train={"optimizer": optimizer}, deepspeed={"stage": stage}))
+    assert states.moments == moments
+    assert states.masters == (2 if "states" in optimizer else 4) * TOTAL

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sparsetrain.activity import activity
 from sparsetrain.modeling.ulysses import Ulysses
@@ -48,6 +49,11 @@ def build_engine(
         RecipeError: No parameter is trained.
     """
     say(f"memory: {save_activation_memory(model, recipe.train, plan, world.device)}")
+    if recipe.train.neftune is not None:
+        embedding = model.get_input_embeddings()
+        embedding.neftune_noise_alpha = recipe.train.neftune  # type: ignore[assignment]
+        embedding.register_forward_hook(neftune_post_forward_hook)
+        say(f"noise: NEFTune of {recipe.train.neftune:g} on the embeddings, in training alone")
     model.train()
     activity.at("building the engine")
     ulysses = join_sequence_group(recipe)

@@ -1,0 +1,63 @@
+"""Early stopping, frozen parameters and noise on embeddings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsetrain.cli import main
+
+MEASURED = [
+    "eval={every: 1, at_start: false, at_end: false, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}",
+    "eval.early_stopping={task: passkey, patience: 2}",
+]
+
+
+def test_training_ends_after_evaluations_without_a_new_best(tmp_path, tiny, run_folder, capfd):
+    """No passkey is found after any step, so the first evaluation stays the best; another patience goes on."""
+    run = run_folder(tmp_path / "run")
+    assert main(["run", str(tiny), *MEASURED, "--output", str(run.path)]) == 0
+    assert run.values("step") == [1, 2, 3]
+    assert run.checkpoints == ["step-000003"]
+    assert (run.path / "final/model.safetensors").is_file()
+    assert "stopping early: passkey has not improved in 2 evaluations, since step 1" in capfd.readouterr().err
+    assert main(["run", str(tiny), *MEASURED, "--resume", "--output", str(run.path)]) == 0
+    assert run.values("step") == [1, 2, 3]
+    changed = [*MEASURED, "eval.early_stopping.patience=9", "--resume"]
+    assert main(["run", str(tiny), *changed, "--output", str(run.path)]) == 0
+    assert run.values("step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_frozen_parameters_stay_as_they_are(tmp_path, tiny, pretrained, capfd):
+    command = ["run", str(tiny), f"model={{path: {pretrained / 'untied'}, dtype: float32}}", "train.steps=2"]
+    assert main([*command, "train.freeze=[embed_tokens, layers.1, mlp]", "--output", str(tmp_path / "run")]) == 0
+    assert "trained: everything but embed_tokens, layers.1, mlp" in capfd.readouterr().err
+    before, after = (load_file(f / "model.safetensors") for f in (pretrained / "untied", tmp_path / "run/final"))
+    same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
+    assert same == {name for name in before if "embed_tokens" in name or "layers.1." in name or ".mlp." in name}
+
+
+def test_noise_is_added_in_training_alone(tmp_path, tiny, run_folder):
+    plain, noisy = run_folder(tmp_path / "plain"), run_folder(tmp_path / "noisy")
+    short = ["train.steps=2", "checkpoint.export=false"]
+    assert main(["run", str(tiny), *short, "--output", str(plain.path)]) == 0
+    assert main(["run", str(tiny), *short, "train.neftune=50", "--output", str(noisy.path)]) == 0
+    assert noisy.values("loss") != plain.values("loss")
+    assert noisy.values("loss") == pytest.approx(plain.values("loss"), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["train.freeze=[embed_token]"],
+            "train.freeze: embed_token names no parameter of LlamaForCausalLM; did you mean",
+        ),
+        (["train.freeze=[model, lm_head]"], "trains no parameters"),
+        (["eval.early_stopping={task: passkey}"], "passkey is not measured during training: give eval.every"),
+        (["train.neftune=5", "sequence.parallel=2"], "the noise is scaled by whole rows"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(tiny, refused, tmp_path, overrides, said):
+    assert said in refused("run", str(tiny), *overrides, "--output", str(tmp_path / "run"))
