@@ -244,14 +244,25 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
         ModelError: The folder's tensors are not exactly those that the model expects. (peft would silently drop the
             others.)
     """
+    path = Path(path)
+    config = read_config(path)
+    bound_expressions(config, [name for name, _ in model.named_modules()], path)
+    with explained(f"the adapters in {path} do not fit {type(model).__name__}"):
+        _inject(model, config)
+    fill_adapters(model, path)
+
+
+def read_config(path: Path) -> LoraConfig:
+    """The config of a folder's adapters.
+
+    Raises:
+        ModelError: It cannot be read, or needs more than the tensors of LoRA.
+    """
     from peft import LoraConfig
 
-    path = Path(path)
     check_adapter_values(path / ADAPTER_FILE)
     try:
         config = LoraConfig.from_pretrained(str(path))
-        check_adapter_files(path)
-        tensors = load_file(path / WEIGHTS_FILE)
     except BaseException as error:
         if not is_fault(error):
             raise
@@ -259,9 +270,22 @@ def read_adapters(model: PreTrainedModel, path: str | Path) -> None:
     if type(config) is not LoraConfig:
         raise ModelError(f"{path}/{ADAPTER_FILE} is a {type(config).__name__} of peft; sparsetrain loads only LoRA")
     check_adapter_config(config, path)
-    bound_expressions(config, [name for name, _ in model.named_modules()], path)
-    with explained(f"the adapters in {path} do not fit {type(model).__name__}"):
-        _inject(model, config)
+    return config
+
+
+def fill_adapters(model: PreTrainedModel, path: Path) -> None:
+    """Load a folder's tensors into the adapters of a model.
+
+    Raises:
+        ModelError: The folder's tensors are not exactly those that the model expects.
+    """
+    try:
+        check_adapter_files(path)
+        tensors = load_file(path / WEIGHTS_FILE)
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise ModelError(f"cannot read the adapters in {path}: {words(error)}") from error
     places = {key: model.get_parameter_or_buffer(name) for name, key in adapter_tensors(model).items()}
     shapes = ({key: tuple(tensor.shape) for key, tensor in each.items()} for each in (tensors, places))
     given, wanted = shapes

@@ -130,7 +130,8 @@ def task_faults(evaluation: EvalSection) -> Iterator[tuple[KeyPath, str]]:
 def _optimizer(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Contradictions of the optimizer, the schedule and the dtype of gradients."""
     train, section = recipe.train, recipe.deepspeed
-    for field, fault in train.optimizer.faults(recipe):
+    offloaded = section.offload_optimizer != "none"
+    for field, fault in train.optimizer.faults(stage=section.stage, offloaded=offloaded, dtype=recipe.model.dtype):
         yield ("train", "optimizer", field), fault
     for name in ("cooldown", "cooldown_shape"):
         default = type(train).model_fields[name].default
@@ -248,6 +249,11 @@ def _trained(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
                     f"{name}={getattr(train, name)} is about modules that the attention method adds, and "
                     f"attention.method={method} adds none; set it to {'null' if default is None else default}",
                 )
+    if train.start is not None and recipe.model.architecture is not None:
+        yield (
+            ("train", "start"),
+            "adapters belong to a pretrained model, and model.architecture is random; give model.path",
+        )
     if train.freeze and (lora is not None or train.parameters == "new_modules"):
         other = "lora" if lora is not None else "train.parameters: new_modules"
         yield ("train", "freeze"), f"{other} freezes all of the model already; leave freeze out"

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError, SparsetrainError
 from sparsetrain.recipe import problems, task_list
+from sparsetrain.recipe.adapters_start import begin_with_adapters
 from sparsetrain.recipe.consistency import contradictions, without_effect
 from sparsetrain.recipe.layers import Layer, drop_conflicts
 from sparsetrain.recipe.overrides import apply_overrides
@@ -83,6 +84,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | N
     notes: list[str] = []
     source = _read_with_bases(file, notes, ())
     notes += apply_overrides(source, overrides, output)
+    notes += begin_with_adapters(source)
     _refuse_newer(source)
     fault = text_fault(file.stem) or ("holds ${" if "${" in file.stem else None)
     if fault is not None and not source.data.get("name"):

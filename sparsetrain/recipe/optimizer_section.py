@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sparsetrain.section import Bounds, Decay, Section
-
-if TYPE_CHECKING:
-    from sparsetrain.recipe.schema import Recipe
 
 Rate = Annotated[float, Field(gt=0), Bounds(1e3, "the weights are updated in fp32", least=1e-20)]
 """A learning rate."""
@@ -42,9 +39,15 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0), Bounds(1e3, "the weights are updated in fp32")] = 0.0
     """Decoupled weight decay."""
 
-    def faults(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        """Settings that contradict one another or the recipe: the field of this section, and a sentence."""
-        stage, name = recipe.deepspeed.stage, self.name
+    def faults(self, *, stage: int, offloaded: bool, dtype: str) -> Iterator[tuple[str, str]]:
+        """Settings that contradict one another or the recipe: the field of this section, and a sentence.
+
+        Args:
+            stage: The ZeRO stage.
+            offloaded: Whether the optimizer's state is in host memory.
+            dtype: That of the model.
+        """
+        name = self.name
         if name in ("adamw_8bit", "muon") and stage == 0:
             yield (
                 "name",
@@ -57,16 +60,16 @@ class OptimizerSection(Section):
                 f"adafactor keeps a row and a column of each matrix, and deepspeed.stage={stage} gives an optimizer "
                 "flat parts of matrices; set deepspeed.stage: 0",
             )
-        if name != "adamw" and recipe.deepspeed.offload_optimizer != "none":
+        if name != "adamw" and offloaded:
             yield (
                 "name",
                 f"{name} has no version for a CPU, which deepspeed.offload_optimizer=cpu needs; use adamw, or set that "
                 "to none",
             )
-        if name == "muon" and recipe.model.dtype == "float16":
+        if name == "muon" and dtype == "float16":
             yield "name", "muon is not tried under model.dtype=float16 and its loss scale; set that to bfloat16"
         if self.states == "bfloat16":
-            yield from self._states_faults(recipe)
+            yield from self._states_faults(stage, offloaded, dtype)
         of_adam = ("adamw", "adamw_8bit", "muon")
         users = {"betas": of_adam, "eps": of_adam, "momentum": ("muon",), "adam_lr": ("muon",)}
         for field, names in users.items():
@@ -75,14 +78,14 @@ class OptimizerSection(Section):
                 if getattr(self, field) != default:
                     yield field, f"{field} is a setting of {', '.join(names)}, and train.optimizer.name={name}"
 
-    def _states_faults(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    def _states_faults(self, stage: int, offloaded: bool, dtype: str) -> Iterator[tuple[str, str]]:
         if self.name != "adamw":
             yield "states", f"bfloat16 states are those of adamw, and train.optimizer.name={self.name}; set float32"
-        if recipe.model.dtype != "bfloat16":
-            yield "states", f"bfloat16 states belong to bfloat16 weights, and model.dtype={recipe.model.dtype}"
-        if recipe.deepspeed.stage == 0:
+        if dtype != "bfloat16":
+            yield "states", f"bfloat16 states belong to bfloat16 weights, and model.dtype={dtype}"
+        if stage == 0:
             yield "states", "bfloat16 states are ZeRO's, and deepspeed.stage=0; set that to 1, 2 or 3"
-        if recipe.deepspeed.offload_optimizer != "none":
+        if offloaded:
             yield (
                 "states",
                 "DeepSpeedCPUAdam keeps fp32 states here; set deepspeed.offload_optimizer: none, or states: float32",

@@ -153,6 +153,10 @@ class TrainSection(Section):
     parameters: Literal["all", "new_modules"] = "all"
     """The trained parameters: all (with ``lora``, its adapters), or only the modules that the attention method adds,
     with the rest frozen."""
+    start: Text | None = None
+    """A folder of adapters to begin with, the ``final/`` of a run with ``lora`` beside this ``model.path``: with
+    ``lora`` they are trained further, without it they are merged into the weights first. A ``model.path`` that is such
+    a folder means its base with this setting."""
     freeze: Annotated[list[Text], Field(max_length=MOST_LISTED)] = []
     """Parameters that stay as they are, by whole components of their names: ``[embed_tokens]``, ``[layers.0, mlp]``,
     ``[vision_tower]``. For training all parameters; a vision or audio tower is frozen in any case, as texts do not use

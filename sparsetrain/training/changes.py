@@ -47,7 +47,7 @@ WHERE_ROWS_ARE = ("path", "subset", "revision", "split", "form")
 
 REASONS = (
     (
-        ("model.", "attention.", "lora", "train.parameters", "train.freeze"),
+        ("model.", "attention.", "lora", "train.parameters", "train.freeze", "train.start"),
         "the weights of the checkpoint belong to it",
     ),
     (("data.", "sequence.", "train.seed"), "the saved position in the data would mean other rows"),

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import balance_factor, check_dropout, check_learned_positions, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
+from sparsetrain.modeling.continued import merge_start
 from sparsetrain.modeling.head import BALANCE_FACTORS
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.side_files import check_side_files
@@ -91,6 +92,8 @@ def check_model(recipe: Recipe) -> None:
         check_loaded(model, recipe)
         with torch.random.fork_rng(devices=[]):
             choose_trainable(model, recipe)
+            if recipe.train.start is not None and recipe.lora is None:
+                merge_start(model, recipe.train.start)
 
 
 def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:

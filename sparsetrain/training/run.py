@@ -18,6 +18,7 @@ from sparsetrain.data.check import check_data
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation.report import print_results
 from sparsetrain.modeling import load_config, load_model
+from sparsetrain.modeling.continued import merge_start
 from sparsetrain.recipe import Recipe, plan_batch
 from sparsetrain.training.callbacks import RunCallbacks
 from sparsetrain.training.chat_tokens import set_end_tokens
@@ -114,6 +115,9 @@ def prepare(job: Job, resume: bool) -> Loaded:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel, recipe.attention)
     model, tokenizer = load_model(recipe.model, recipe.attention, seed=recipe.train.seed)
     check_loaded(model, recipe)
+    if recipe.train.start is not None and recipe.lora is None:
+        merge_start(model, recipe.train.start)
+        job.say(f"merged the adapters in {recipe.train.start} into the weights")
     # It is saved with the model, and other programs truncate texts to it.
     tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.sequence.length)
     quantize_base(model, recipe.base_bits)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsetrain.modeling.adapters import add_adapters
+from sparsetrain.modeling.continued import continue_start
 from sparsetrain.modeling.decoder import decoder_modules, freeze_towers
 from sparsetrain.modeling.layers import new_modules
 from sparsetrain.recipe.freezing import frozen
@@ -26,7 +27,10 @@ def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> str:
         # Seed here, so that adapters are equal on every rank.
         torch.manual_seed(recipe.train.seed)
         add_adapters(model, lora)
+        if recipe.train.start is not None:
+            continue_start(model, recipe.train.start, lora)
         what = f"LoRA of rank {lora.rank} beside {adapted_share(model):.0%} of the decoder's weights"
+        what += "" if recipe.train.start is None else f", begun with the adapters in {recipe.train.start}"
     elif recipe.train.parameters == "new_modules":
         added = {id(p) for new in new_modules(model).values() for p in new.parameters()}
         for parameter in model.parameters():

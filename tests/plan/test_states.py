@@ -209,7 +209,7 @@ def test_frozen_parameters_are_not_counted_as_trained(setting):
     assert trained("embed_tokens") == TOTAL - EMBEDDING
     assert trained("lm_head", "embed_tokens", "layers") == 64
     assert trained("layers.0") == TOTAL - (MATRICES + NORMS - 64) // 4
-    with pytest.raises(RecipeError, match="train.freeze: layer names no parameter of the model; did you mean layers"):
+    with pytest.raises(RecipeError, match=r"train.freeze: layer names no parameter of the model; did you mean layers"):
         trained("layer")
 
 

@@ -75,7 +75,7 @@ def test_unknown_key_of_a_method_is_answered_by_that_method(refuse, minimal):
         (
             "lr: 2e-5",
             "lr: 1\n  schedule: cosin",
-            "train.schedule: expected 'constant', 'linear' or 'cosine', got 'cosin'",
+            "train.schedule: expected 'constant', 'linear', 'cosine' or 'wsd', got 'cosin'",
         ),
         ("lr: 2e-5", "lr: 1\n  optimizer: adamw", "train.optimizer: expected a mapping of settings, got 'adamw'"),
         (
