@@ -134,6 +134,7 @@ def test_cells_are_coloured_by_accuracy(tmp_path):
         ({"method": "sliding", "block": 32, "window": 4, "sinks": 1}, {BLUE, ORANGE}),
         ({"method": "full"}, {BLUE, GREEN}),
         ({"method": "longnet", "block": 32, "head_shift": True}, {BLUE, GREEN}),
+        ({"method": "power", "block": 32, "split": "layers", "farthest": 16}, {BLUE, ORANGE, GREEN}),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

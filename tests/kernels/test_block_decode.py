@@ -18,7 +18,6 @@ from sparsetrain_kernels.block_decode.reference import decode_by_gathering
 from sparsetrain_kernels.block_pattern.pattern import block_lists
 from sparsetrain_kernels.dense import causal_attention
 
-from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
@@ -39,7 +38,6 @@ PATTERNS = [
     LongNetPattern(16, ((2, 1), (4, 2), (8, 4))),
     LongNetPattern(16, ((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=2),
     DistancePattern(16, (0, 3), 2),
-    RulerPattern(16, 1, 1, keep=2, levels=2),
 ]
 LENGTHS = [177, 1, 130, 64]
 """Of 5 rows those of the first two straddle a block boundary at 176 and at 0; the last ends with its block."""

@@ -19,7 +19,6 @@ from sparsetrain_kernels import (
 )
 from sparsetrain_kernels.block_pattern.triton import work
 
-from sparsetrain.methods.ruler import RulerPattern
 from sparsetrain.patterns import (
     DilatedPattern,
     DistancePattern,
@@ -43,7 +42,6 @@ PATTERNS = [
     LongNetPattern(16, ((2, 1), (4, 2), (8, 4)), head_shift=True, num_heads=2),
     DistancePattern(16, (0, 3), 2),
     HeadDistancePattern(16, ((0, 1, 4), (0, 3)), 1),
-    RulerPattern(16, 1, 1, keep=2, levels=2),
 ]
 PACKED = torch.tensor([0, 1, 12, 28, 28, 100, 177], dtype=torch.int32)
 

@@ -19,7 +19,7 @@ from .test_sparse_cache import compiled, graphs, pages_alive
 
 NEW = GREEDY["max_new_tokens"]
 MODELS = [
-    *(("llama", name) for name in ("power", "stride", "dilated", "longnet", "by head", "ruler")),
+    *(("llama", name) for name in ("power", "stride", "dilated", "longnet")),
     ("mistral", "replaced"),
     ("gemma3_text", "power"),
 ]

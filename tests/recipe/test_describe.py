@@ -77,6 +77,19 @@ def test_the_listing_explains_every_field(load, minimal):
             ],
             "2 of 6 layers dense",
         ),
+        # Blocks 0 to 7 read at most themselves and one of 1, 2 and 4 a layer: 8 blocks whole at the diagonal, and 7, 6
+        # and 4 beside it.
+        (
+            ["attention={method: power, block: 16, window: 1, sinks: 0, split: layers, farthest: 4}"],
+            f"power attention, {(8 * 136 + 256 * 17 / 3) / (128 * 129 / 2):.1%} of causal pairs at 128 tokens",
+        ),
+        (
+            [
+                "attention={method: power, block: 16, window: 1, sinks: 0, split: heads, farthest: 4}",
+                "model={architecture: {model_type: llama, num_attention_heads: 3}, tokenizer: t}",
+            ],
+            f"power attention, {(8 * 136 + 256 * 17 / 3) / (128 * 129 / 2):.1%} of causal pairs at 128 tokens",
+        ),
     ],
 )
 def test_attention_facts(load, minimal, overrides, expected):
