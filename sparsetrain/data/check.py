@@ -16,6 +16,7 @@ from sparsetrain.data.files import is_local
 from sparsetrain.data.forms import resolve_form, takes_template
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
+from sparsetrain.recipe.added_tokens import add_control_tokens
 from sparsetrain.recipe.chat_templates import chat_template_text
 from sparsetrain.recipe.local_model import model_folder
 from sparsetrain.source_section import ROOM
@@ -178,6 +179,7 @@ def _tokenizer(recipe: Recipe, check: DataCheck) -> PreTrainedTokenizerBase | No
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         if template is not None:
             tokenizer.chat_template = template
+        add_control_tokens(tokenizer, recipe.model.add_tokens)
         return tokenizer
     except BaseException as error:
         # Panics of a library written in Rust are not subclasses of Exception.

@@ -123,7 +123,8 @@ def remarks(ending: Ending, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     name = None if ending.token is None else repr(tokenizer.convert_ids_to_tokens(ending.token))
     lines = [
         f"the chat template writes {text!r}, which is not a token of this tokenizer: it is split into {count}. If it "
-        "is meant to be one, use the tokenizer that the template belongs to (model.tokenizer)"
+        f"is meant to be one, add it (model.add_tokens: [{text!r}]), or use the tokenizer that the template belongs to "
+        "(model.tokenizer)"
         for text, count in ending.in_pieces
     ]
     match ending.kind:

@@ -35,6 +35,16 @@ from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import adapters_record, check_same_base, identity
 from sparsetrain.modeling.side_files import check_adapter_values, check_side_files
 from sparsetrain.modeling.storage import load_model, write_record
+from sparsetrain.modeling.token_rows import (
+    ON_DISK,
+    ROWS,
+    add_token_rows,
+    merge_token_rows,
+    own_rows,
+    row_layers,
+    share_token_rows,
+)
+from sparsetrain.modeling.vocabulary import added_token_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -73,6 +83,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
     if lora.train_embeddings:
         name, embedding = next((n, m) for n, m in model.named_modules() if m is model.get_input_embeddings())
         whole[name] = list(embedding.parameters())
+    rows = added_token_ids(model)
+    layers = row_layers(model, embedding=not lora.train_embeddings) if rows else {}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scale_numerator,
@@ -84,6 +96,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSection) -> None:
         use_rslora=lora.rslora,
         modules_to_save=sorted(whole) or None,
         ensure_weight_tying=lora.train_embeddings and has_tied_head(model),
+        trainable_token_indices=dict.fromkeys(layers, rows) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config._name_or_path,
     )
@@ -101,7 +114,7 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, str]:
         # peft expects a trained embedding under both of its names.
         whole += tuple(f"{name}." for name, layer in model.named_modules() if layer is model.get_output_embeddings())
     names = [name for name in model.state_dict() if ".lora_" in name or name.startswith(whole)]
-    return {name: PREFIX + _without_adapter_name(name) for name in names}
+    return {name: PREFIX + _without_adapter_name(name) for name in [*names, *own_rows(model)]}
 
 
 def save_adapters(
@@ -146,7 +159,9 @@ def save_adapters(
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     section = base.model_dump(mode="json")
     section["path"] = _from_anywhere(section["path"])
-    known = {"base": section["path"], "base_config": identity(model.config), "model": section, "versions": versions}
+    # The base has as many rows as it had before tokens were added.
+    base_config = {**identity(model.config), **({"vocab_size": None} if base.add_tokens else {})}
+    known = {"base": section["path"], "base_config": base_config, "model": section, "versions": versions}
     write_record(path, {**model.config.sparsetrain, **known})
 
 
@@ -306,6 +321,7 @@ def fill_adapters(model: PreTrainedModel, path: Path) -> None:
     # By load_state_dict, not by copying: modules have hooks that run when their weights are loaded.
     found = {name: tensors[key] for name, key in adapter_tensors(model).items()}
     model.load_state_dict(found, strict=False, assign=model.device.type == "meta")
+    share_token_rows(model)
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
@@ -327,6 +343,7 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
         # Adapters of several parameters of one module are nested.
         if parent not in layers:
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    merge_token_rows(model)
     del model.peft_config
     return model
 
@@ -342,15 +359,21 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
 
     # Without these, peft leaves fully trained modules in place instead of wrapping a copy of each.
     whole, tying = config.modules_to_save, config.ensure_weight_tying
+    rows: Any = config.trainable_token_indices
     config.modules_to_save, config.ensure_weight_tying, config.inference_mode = None, False, False
+    config.trainable_token_indices = None
     try:
         inject_adapter_in_model(config, model)
     finally:
-        config.modules_to_save, config.ensure_weight_tying = whole, tying
+        config.modules_to_save, config.ensure_weight_tying, config.trainable_token_indices = whole, tying, rows
+    if rows:
+        add_token_rows(model, rows)
     model.train(model.training)
 
 
 def _without_adapter_name(name: str) -> str:
     """``q_proj.lora_A.default.weight`` is ``q_proj.lora_A.weight`` on disk, and DoRA's magnitude has no ``.weight``."""
     name = re.sub(r"\.(lora_\w+)\.default\b", r".\1", name)
+    if name.endswith(f".{ROWS}"):
+        return f"{name.removesuffix(ROWS)}{ON_DISK}"
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name

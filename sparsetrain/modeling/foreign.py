@@ -54,6 +54,7 @@ APPLIED = frozenset(
         "inference_mode",
         "revision",
         "auto_mapping",
+        "trainable_token_indices",
     }
 )
 """Fields of an adapter's config that are safe: they only describe tensors, or are not read here."""

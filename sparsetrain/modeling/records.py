@@ -168,7 +168,9 @@ def adapters_record(path: Path) -> tuple[ModelSection, MethodConfig, dict[str, A
     if not isinstance(known, dict):
         raise ModelError(f"{file}: base_config={known!r:.100} is not a mapping")
     if record.get("format") == RECORD_FORMAT:
-        check_fields(record["model"], ModelSection.model_fields, f"{file} is damaged: model")
+        # Folders of before lack the last two.
+        model = {"chat_template": None, "add_tokens": [], **record["model"]}
+        check_fields(model, ModelSection.model_fields, f"{file} is damaged: model")
         check_fields(known, IDENTITY, f"{file} is damaged: base_config")
     return section, attention, known
 

@@ -24,7 +24,8 @@ from sparsetrain.modeling.layers import new_modules, sparsify
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.side_files import check_side_files
-from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.modeling.tokenizers import check_vocabulary, tokenizer_and_new_tokens
+from sparsetrain.modeling.vocabulary import fit_vocabulary
 from sparsetrain.modeling.weight_files import WEIGHTS_FIELD
 from sparsetrain.modeling.weights import load_weights, read_tensors
 
@@ -102,8 +103,8 @@ def load_model(
         check_side_files(path)
     source = config_source(section)
     config = source.config()
-    tokenizer = recipe_tokenizer(section)
-    check_vocabulary(tokenizer, config)
+    tokenizer, new = tokenizer_and_new_tokens(section)
+    check_vocabulary(tokenizer, config, section.add_tokens)
     dtype, code = getattr(torch, section.dtype), {"trust_remote_code": section.trust_remote_code}
     if not path:
         take_special_tokens(config, tokenizer, section.architecture or {})
@@ -117,6 +118,7 @@ def load_model(
         with torch.random.fork_rng(devices=[]), explained("model.architecture"):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    fit_vocabulary(model, tokenizer, section, new)
     attention, recorded = parse_attention(attention), getattr(config, "sparsetrain", None)
     sparsify(model, attention)
     if path and _names(recorded, attention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.places import remedy, resolve
+from sparsetrain.recipe.added_tokens import add_control_tokens
 from sparsetrain.recipe.chat_templates import chat_template_text
 
 if TYPE_CHECKING:
@@ -22,11 +24,20 @@ SAMPLE = "A line of text, 12 + 34.\n"
 
 
 def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe (``model.tokenizer``, or the one in the model's folder) with its chat template.
+    """The tokenizer of a recipe (``model.tokenizer``, or the model's own) with its chat template and added tokens.
 
     Raises:
         ModelError: It cannot be loaded, or cannot encode.
         RecipeError: There is no such chat template.
+    """
+    return tokenizer_and_new_tokens(section)[0]
+
+
+def tokenizer_and_new_tokens(section: ModelSection) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer of a recipe, and those of ``model.add_tokens`` that it did not have.
+
+    Raises:
+        ModelError, RecipeError: As in :func:`recipe_tokenizer`.
     """
     code = {"trust_remote_code": section.trust_remote_code}
     if section.tokenizer is not None:
@@ -36,7 +47,7 @@ def recipe_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(path, "model.path (tokenizer)", revision=section.revision, **code)
     if section.chat_template is not None:
         tokenizer.chat_template = chat_template_text(section.chat_template)
-    return tokenizer
+    return tokenizer, add_control_tokens(tokenizer, section.add_tokens)
 
 
 def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -66,13 +77,17 @@ def load_tokenizer(path: str | Path, field: str, **options: Any) -> PreTrainedTo
     return loaded
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, added: Collection[str] = ()) -> None:
     """Refuse a tokenizer with more tokens than the model's embedding has rows.
+
+    Args:
+        added: Tokens that were added to it, for which the model gets rows.
 
     Raises:
         ModelError: It has more; names both numbers.
     """
-    needed, rows = max(tokenizer.get_vocab().values()) + 1, config.get_text_config(decoder=True).vocab_size
+    needed = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=-1) + 1
+    rows = config.get_text_config(decoder=True).vocab_size
     if needed > rows:
         raise ModelError(
             f"the tokenizer has {needed} token ids but the model's embedding only {rows} rows; use the model's own "

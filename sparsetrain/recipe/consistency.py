@@ -34,6 +34,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     yield from _shared_sequence(recipe)
     yield from _trained(recipe)
     yield from _held_out(recipe)
+    if recipe.model.add_tokens and recipe.train.parameters == "new_modules" and recipe.lora is None:
+        yield (
+            ("model", "add_tokens"),
+            "with train.parameters: new_modules the rows of added tokens would never be trained; train all parameters, "
+            "or use lora",
+        )
     yield from _optimizer(recipe)
     if recipe.train.offload_activations and recipe.train.activation_checkpointing == "none":
         yield (

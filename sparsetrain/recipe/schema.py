@@ -53,12 +53,26 @@ class ModelSection(Section):
     chat_template: Text | None = None
     """Chat template in place of the tokenizer's: ``chatml``, ``gemma``, ``llama3``, ``mistral``, ``qwen3``, or a Jinja
     file. It is saved with the model."""
+    add_tokens: Annotated[list[Text], Field(max_length=MOST_LISTED)] = []
+    """Control tokens that are added to the tokenizer: each is one token, and never merged with text. The embedding and
+    the head get rows for them, spare ones or new ones up to a multiple of 64. With ``lora``, the rows of all tokens
+    named here are trained, also of those that the tokenizer has already."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the weights in forward and backward; the optimizer always keeps fp32 master weights."""
     config_overrides: dict[str, Any] = {}
     """Fields of the transformers config to change at load, such as ``{max_position_embeddings: 131072}``."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code on this machine."""
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _are_tokens(cls, tokens: list[str]) -> list[str]:
+        for token in tokens:
+            if token != token.strip() or not token.isprintable():
+                raise ValueError(f"{token!r} has white space at its ends or characters that cannot be printed")
+            if tokens.count(token) > 1:
+                raise ValueError(f"{token!r} is named twice")
+        return tokens
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.data.ending import Ending, remarks, turn_ending
+from sparsetrain.modeling.vocabulary import added_token_ids
 from sparsetrain.recipe.lora_section import LoraSection
 
 UNTRAINED = 0.05
@@ -55,21 +56,24 @@ def _frozen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: Lo
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
-    unread = _untrained(embedding.weight, ending.control) if not lora.train_embeddings else []
+    trained = set(added_token_ids(model))
+    control = [token for token in ending.control if token not in trained]
+    unread = _untrained(embedding.weight, control) if not lora.train_embeddings else []
     if unread:
         lines.append(
             f"warning: the base never trained the embedding of {_names(unread, tokenizer)}, which the chat template "
-            "writes, and lora keeps it frozen: the model cannot learn its meaning. Set lora.train_embeddings: true, "
-            "or start from an instruction-tuned model"
+            "writes, and lora keeps it frozen: the model cannot learn its meaning. Name it in model.add_tokens, which "
+            "trains its row, set lora.train_embeddings: true, or start from an instruction-tuned model"
         )
-    learned = [] if ending.token is None else [ending.token, *ending.others]
+    ends = [] if ending.token is None else [ending.token, *ending.others]
+    learned = [token for token in ends if token not in trained]
     adapted = isinstance(lora.targets, list) and any(target.endswith("lm_head") for target in lora.targets)
     unwritten = [] if tied or adapted else _untrained(head.weight, learned)
     if unwritten:
         lines.append(
             f"warning: the base never trained the output row of {_names(unwritten, tokenizer)}, which ends turns, and "
-            "lora keeps it frozen: the model will not learn to stop. Start from an instruction-tuned model, train "
-            "without lora, or name lm_head in lora.targets"
+            "lora keeps it frozen: the model will not learn to stop. Name it in model.add_tokens, start from an "
+            "instruction-tuned model, train without lora, or name lm_head in lora.targets"
         )
     return lines
 

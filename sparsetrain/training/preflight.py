@@ -25,7 +25,8 @@ from sparsetrain.modeling.continued import merge_start
 from sparsetrain.modeling.head import BALANCE_FACTORS
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.side_files import check_side_files
-from sparsetrain.modeling.tokenizers import check_vocabulary, recipe_tokenizer
+from sparsetrain.modeling.tokenizers import check_vocabulary, tokenizer_and_new_tokens
+from sparsetrain.modeling.vocabulary import fit_vocabulary
 from sparsetrain.modeling.weights import check_headers
 from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.local_model import model_folder
@@ -73,9 +74,11 @@ def check_model(recipe: Recipe) -> None:
         check_side_files(str(folder))
     source = config_source(section)
     config = source.config()
+    tokenizer = None
+    new: list[str] = []
     if section.tokenizer is None or model_folder(section.model_copy(update={"path": section.tokenizer})) is not None:
-        tokenizer = recipe_tokenizer(section)
-        check_vocabulary(tokenizer, config)
+        tokenizer, new = tokenizer_and_new_tokens(section)
+        check_vocabulary(tokenizer, config, section.add_tokens)
         if folder is None:
             take_special_tokens(config, tokenizer, section.architecture or {})
     if recipe.sequence.parallel > 1:
@@ -88,6 +91,8 @@ def check_model(recipe: Recipe) -> None:
             str(folder), "model.path", type(model), config, cut="num_hidden_layers" in section.config_overrides
         )
     with torch.device("meta"):
+        if tokenizer is not None:
+            fit_vocabulary(model, tokenizer, section, new)
         sparsify(model, recipe.attention)
         check_loaded(model, recipe)
         with torch.random.fork_rng(devices=[]):

@@ -69,7 +69,9 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
 
 def _groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     train = recipe.train
-    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
+    tables = (layer for layer in module.modules() if isinstance(layer, nn.Embedding))
+    # With the rows of added tokens.
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters(recurse=False)}
     added = {id(p) for new in new_modules(module, recipe.attention).values() for p in new.parameters()}
     muon = _muons_matrices(module) - embeddings - added if train.optimizer.name == "muon" else set()
     groups: dict[tuple[bool, bool, bool], Any] = {}

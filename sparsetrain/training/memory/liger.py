@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.modeling import fused_layers, has_plain_head
+from sparsetrain.modeling.token_rows import layers_with_rows
 
 Choice = Literal["auto", "on", "off"]
 
@@ -63,6 +64,8 @@ def can_fuse_loss(model: PreTrainedModel) -> bool:
     In fp16 the kernel would form the logits' gradient before DeepSpeed scales the loss, where small ones are lost.
     """
     head = model.get_output_embeddings()
+    if any(layer is head for _, layer in layers_with_rows(model)):
+        return False  # the kernel would not see rows that are trained beside the weight
     return has_plain_head(model) and type(head) is nn.Linear and head.weight.dtype != torch.float16
 
 
