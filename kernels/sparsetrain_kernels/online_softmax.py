@@ -1,4 +1,4 @@
-"""What Triton kernels that walk keys tile by tile have in common: powers of two, and a step of the online softmax."""
+"""What Triton kernels that walk keys tile by tile have in common: powers of two, and steps of the online softmax."""
 
 import triton
 import triton.language as tl
@@ -10,6 +10,17 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def tanh(x):
     """By ``exp2``, which is everywhere, unlike libdevice's. Saturates through inf and 0."""
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def accumulate(logits, value, peak, total, acc, to_log2, PRECISION: tl.constexpr):
+    """As :func:`accumulate_gated`, without gates, for rows of which each has seen a key by the end of this tile."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    weights = tl.exp2(logits * to_log2 - (new_peak * to_log2)[:, None])
+    rescale = tl.exp2((peak - new_peak) * to_log2)
+    total = total * rescale + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+    return new_peak, total, acc
 
 
 @triton.jit

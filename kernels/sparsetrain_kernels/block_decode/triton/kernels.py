@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list
-from sparsetrain_kernels.online_softmax import LOG2E, tanh
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate_gated, tanh
 
 
 @triton.jit
@@ -158,13 +158,7 @@ def decode_kernel(
         if ROWS > 1:
             visible = visible & (position // BLOCK == query_block)[:, None]
         logits = tl.where(visible, logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(logits - base[:, None])
-        rescale = tl.exp2(peak - base)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-        peak = new_peak
+        peak, total, acc = accumulate_gated(logits, 1.0, value, peak, total, acc, 1.0, "straight", PRECISION)
 
     wrong = tl.where(too_long, float("nan"), 0.0)
     place = ((batch.to(tl.int64) * KV_HEADS * GROUP + head) * ROWS + row) * splits + split

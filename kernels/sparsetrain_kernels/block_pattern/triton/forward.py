@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list, read_item
-from sparsetrain_kernels.online_softmax import LOG2E, tanh
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate, tanh
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def block_pattern_fwd_kernel(
         logits = _logits(query, key, scale, softcap, SOFTCAP, PRECISION)
         if BLOCK % BLOCK_N != 0:
             logits = tl.where((in_key_block + column < BLOCK)[None, :], logits, float("-inf"))
-        peak, total, acc = _accumulate(logits, value, peak, total, acc, to_log2, PRECISION)
+        peak, total, acc = accumulate(logits, value, peak, total, acc, to_log2, PRECISION)
     # The tiles of the diagonal: keys up to each row's own, in the own block.
     for i in tl.range(0, BLOCK_M // BLOCK_N):
         in_key_block = offset + i * BLOCK_N + column
@@ -128,7 +128,7 @@ def block_pattern_fwd_kernel(
         logits = _logits(query, key, scale, softcap, SOFTCAP, PRECISION)
         visible = (in_key_block[None, :] <= in_block[:, None]) & is_key[None, :]
         logits = tl.where(visible, logits, float("-inf"))
-        peak, total, acc = _accumulate(logits, value, peak, total, acc, to_log2, PRECISION)
+        peak, total, acc = accumulate(logits, value, peak, total, acc, to_log2, PRECISION)
 
     out_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -144,14 +144,3 @@ def _logits(query, key, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.con
     if SOFTCAP:
         logits = softcap * tanh(logits * (scale / softcap))
     return logits
-
-
-@triton.jit
-def _accumulate(logits, value, peak, total, acc, to_log2, PRECISION: tl.constexpr):
-    """One step of the online softmax."""
-    new_peak = tl.maximum(peak, tl.max(logits, 1))
-    weights = tl.exp2(logits * to_log2 - (new_peak * to_log2)[:, None])
-    rescale = tl.exp2((peak - new_peak) * to_log2)
-    total = total * rescale + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-    return new_peak, total, acc

@@ -7,7 +7,7 @@ out``.
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.online_softmax import LOG2E, accumulate_gated
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate, accumulate_gated
 
 
 @triton.jit
@@ -80,13 +80,8 @@ def causal_rows_fwd_kernel(
             key = tl.load(key_ptr + wide * key_stride_n + key_cells, mask=(dim < D)[:, None], other=0.0)
             value = tl.load(value_ptr + wide * value_stride_n + value_cells, mask=(dim < D)[None, :], other=0.0)
         logits = tl.dot(query, key, input_precision=PRECISION)
-        # The first key is seen by all, so the maximum is finite.
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits * to_log2 - (new_peak * to_log2)[:, None])
-        rescale = tl.exp2((peak - new_peak) * to_log2)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-        peak = new_peak
+        # The first key is seen by all.
+        peak, total, acc = accumulate(logits, value, peak, total, acc, to_log2, PRECISION)
     for i in tl.range(whole, tl.cdiv(last + 1 - start, BLOCK_N)):
         wide = (start + i * BLOCK_N).to(tl.int64)
         index = start + i * BLOCK_N + column

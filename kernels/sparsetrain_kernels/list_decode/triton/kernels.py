@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.online_softmax import LOG2E, tanh
+from sparsetrain_kernels.online_softmax import LOG2E, accumulate_gated, tanh
 
 
 @triton.jit
@@ -177,13 +177,7 @@ def listed_decode_kernel(
             logits = softcap * LOG2E * tanh(logits * (scale / softcap)) if SOFTCAP else logits * (scale * LOG2E)
             visible = (key_position[None, :] <= position[:, None]) & is_key[None, :]
             logits = tl.where(visible, logits, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = tl.exp2(logits - base[:, None])
-            rescale = tl.exp2(peak - base)
-            total = total * rescale + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-            peak = new_peak
+            peak, total, acc = accumulate_gated(logits, 1.0, value, peak, total, acc, 1.0, "straight", PRECISION)
 
         part = (program + item).to(tl.int64) * (GROUP * ROWS) + in_group
         total = tl.where(total == 0, 1.0, total)
