@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from gather_memory import PowerBlocks
 from sparsetrain_kernels import block_pattern_attention, sparsek_attention
 from torch import Tensor
-
-from sparsetrain.patterns import PowerPattern
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BUDGET, SINKS = 1024, 4
@@ -20,7 +19,7 @@ CALLS = 20
 """In a row: few enough for the queue of launches, which the host would wait for once it is full."""
 ROUNDS = 8
 
-PATTERN = PowerPattern(256, window=5, sinks=1)
+PATTERN = PowerBlocks(256, window=5, num_sinks=1)
 
 
 def power(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
