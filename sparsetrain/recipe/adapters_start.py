@@ -25,6 +25,8 @@ def begin_with_adapters(source: Source) -> list[str]:
         return []
     model |= {"path": base["path"], "revision": base.get("revision")}
     model["config_overrides"] = {**(base.get("config_overrides") or {}), **(model.get("config_overrides") or {})}
+    if base.get("add_tokens") and not model.get("add_tokens"):
+        model["add_tokens"] = base["add_tokens"]
     if model.get("tokenizer") is None:
         model["tokenizer"] = str(folder) if (folder / "tokenizer_config.json").is_file() else base.get("tokenizer")
     train["start"] = str(folder)

@@ -18,11 +18,13 @@ SHORT = ["train.steps=2", "train.lr=0.02", "train.global_batch_sequences=2"]
 
 @pytest.fixture(scope="module")
 def first(tiny, pretrained, shared):
-    """The run folder of adapters trained beside a pretrained model."""
+    """The run folder of adapters trained beside a pretrained model with a token more."""
 
     def make(folder):
-        model = json.dumps({"path": str(pretrained / "untied"), "dtype": "float32"})
-        assert main(["run", str(tiny), f"model={model}", LORA, *SHORT, "--output", str(folder / "run")]) == 0
+        model = {"path": str(pretrained / "untied"), "dtype": "float32", "add_tokens": ["<|turn|>"]}
+        assert (
+            main(["run", str(tiny), f"model={json.dumps(model)}", LORA, *SHORT, "--output", str(folder / "run")]) == 0
+        )
 
     return shared("going-on", make) / "run"
 
@@ -53,6 +55,8 @@ def test_adapters_are_trained_further(tmp_path, command, first, pretrained, run_
     assert all(torch.allclose(after[name], tensor, atol=1e-7) for name, tensor in before.items())
     record = json.loads((run.path / "final/sparsetrain.json").read_text())
     assert record["model"]["path"] == str((pretrained / "untied").resolve())
+    assert record["model"]["add_tokens"] == ["<|turn|>"]
+    assert sum(name.endswith("trainable_tokens_delta") for name in after) == 2
     sparsetrain.load(run.path / "final")
     assert main(command(run.path, LORA, "train.lr=1e-12", "train.steps=3", "--resume")) == 0
     assert run.values("step") == [1, 2, 3]
