@@ -24,6 +24,9 @@ _USUAL_NAMES = tuple(
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Yield the contradictions of a recipe: the field to change, and a sentence that names both settings."""
+    profile, steps = recipe.train.profile, recipe.train.steps
+    if profile is not None and steps is not None and profile.steps[1] > steps:
+        yield ("train", "profile", "steps"), f"step {profile.steps[1]} is not in a run of train.steps={steps}"
     oversized = list(too_large(recipe))
     if oversized:  # the other rules would take too long with these sizes
         yield from oversized

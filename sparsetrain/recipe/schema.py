@@ -39,6 +39,10 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+MOST_PROFILED = 20
+"""Maximum number of steps in a trace."""
+
+
 class ModelSection(Section):
     """The model to train. Give ``path`` (pretrained) or ``architecture`` (random weights), not both."""
 
@@ -142,6 +146,21 @@ class SequenceSection(Section):
     heads, these are replicated."""
 
 
+class ProfileSection(Section):
+    """A trace of some steps by torch's profiler, on rank 0: ``profile-000010-000012.json.gz`` in the run folder."""
+
+    steps: tuple[Steps, Steps]
+    """The first and the last step. The first steps of a run compile and fill caches: begin at 5 or later."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ProfileSection:
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps={list(self.steps)}: the first step comes after the last")
+        if self.steps[1] - self.steps[0] >= MOST_PROFILED:
+            raise ValueError(f"steps={list(self.steps)}: a trace of more than {MOST_PROFILED} steps cannot be opened")
+        return self
+
+
 class TrainSection(Section):
     """Length of the run, batch, learning rate and memory. Give one of ``steps``, ``epochs`` and ``tokens``."""
 
@@ -217,6 +236,8 @@ class TrainSection(Section):
     ``nonfinite.jsonl``."""
     log_every: Steps = 1
     """Steps between log lines."""
+    profile: ProfileSection | None = None
+    """Trace some steps; null: none."""
 
     @model_validator(mode="after")
     def _one_of(self) -> TrainSection:
@@ -355,6 +376,9 @@ class WandbSection(Section):
     """Display name; by default the recipe's name."""
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     """Tags of the run."""
+    artifacts: bool = False
+    """Upload each checkpoint as an artifact, ``checkpoint-RUN`` with the alias ``step-000120``. W&B copies the files
+    first; the run's end waits up to an hour for the uploads."""
 
 
 class Recipe(Section):
@@ -384,6 +408,9 @@ class Recipe(Section):
     """Checkpoints and the export."""
     eval: EvalSection = EvalSection()
     """Evaluations."""
+    tracking: list[Literal["wandb", "tensorboard"]] = ["wandb"]
+    """Where metrics go besides ``metrics.jsonl``. ``tensorboard``: event files in ``tensorboard/`` of the run folder
+    (needs ``pip install sparsetrain[tensorboard]``)."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""
 

@@ -20,6 +20,7 @@ from sparsetrain.training.loop import Callbacks, StepResult, is_logged
 from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.evaluations import Evaluations
+from sparsetrain.training.output.profile import StepProfiler
 from sparsetrain.training.output.tracking import Tracker
 
 
@@ -35,9 +36,21 @@ class RunCallbacks(Callbacks):
     tracker: Tracker
     evaluations: Evaluations
 
+    def __post_init__(self) -> None:
+        section = self.job.recipe.train.profile
+        profiled = section is not None and self.job.world.main
+        self.profiler = StepProfiler(section, self.job.output, self.job.say) if section and profiled else None
+
+    def before_step(self, step: int) -> None:
+        """See :meth:`Callbacks.before_step`."""
+        if self.profiler is not None:
+            self.profiler.begin(step)
+
     def on_step(self, step: int, result: StepResult) -> None:
         """Show a step and record its metrics if it is logged."""
         recipe = self.job.recipe
+        if self.profiler is not None:
+            self.profiler.end(step)
         if not is_logged(recipe, self.plan, step):
             return
         self.job.progress.update(step, result.loss, result.lr, result.grad_norm)
@@ -57,9 +70,7 @@ class RunCallbacks(Callbacks):
         }
         if recipe.attention.new_modules:
             metrics["lr_new_modules"] = result.lr_new_modules
-        utilisation = self.costs.utilisation(speed)
-        if utilisation is not None:
-            metrics["mfu"] = utilisation
+        metrics |= self.costs.utilisation(speed)
         self.tracker.log(metrics, step)
 
     def evaluate(self) -> bool:

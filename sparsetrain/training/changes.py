@@ -12,7 +12,17 @@ from sparsetrain.recipe.batch import steps_of_warmup
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 
-FREE = ("name", "output", "eval", "checkpoint", "wandb", "train.log_every", "data.num_workers")
+FREE = (
+    "name",
+    "output",
+    "eval",
+    "checkpoint",
+    "wandb",
+    "tracking",
+    "train.log_every",
+    "train.profile",
+    "data.num_workers",
+)
 """Settings without influence on the weights."""
 MICRO_BATCH = "train.micro_batch"
 """Settings that also matter if routers add a balance loss, which is not a mean over tokens of a micro batch."""

@@ -71,6 +71,9 @@ class Callbacks:
     Every rank calls them in the same order.
     """
 
+    def before_step(self, step: int) -> None:
+        """Called before ``step`` (1 is the first)."""
+
     def on_step(self, step: int, result: StepResult) -> None:
         """Called after ``step`` (1 is the first)."""
 
@@ -136,6 +139,7 @@ class Loop:
         if self.state.step > 0 and self.callbacks.stops_early():
             return Outcome.FINISHED
         while self.state.step < self.plan.steps:
+            self.callbacks.before_step(self.state.step + 1)
             activity.at("waiting for data", self.state.step + 1)
             batch = next(self.loader)
             result, stop = self._step(batch, watch)

@@ -36,6 +36,7 @@ from sparsetrain.training.distributed.engine import check_config, check_offload
 from sparsetrain.training.distributed.optimizers import check_optimizer
 from sparsetrain.training.memory.activations import check_memory_options
 from sparsetrain.training.memory.quantize import check_quantization
+from sparsetrain.training.output.board import check_board
 from sparsetrain.training.trainable import choose_trainable
 
 
@@ -52,6 +53,7 @@ def check_machine(recipe: Recipe, device: torch.device, ranks: int) -> None:
     check_memory_options(recipe.train, device)
     check_offload(recipe, device)
     check_optimizer(recipe)
+    check_board(recipe)
 
 
 def check_model(recipe: Recipe) -> None:

@@ -160,6 +160,8 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
     evaluations = Evaluations(job, model, loaded.tokenizer, results, state.history)
     callbacks = RunCallbacks(job, plan, state, costs, saver, tracker, evaluations)
     saver.on_failure = callbacks.save_failed
+    if recipe.wandb.artifacts:
+        saver.on_complete = tracker.artifact
     return Built(engine, callbacks)
 
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from sparsetrain.modeling import load_model
+from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.flops import model_flops_per_token, peak_flops
 
 
@@ -65,3 +69,19 @@ def test_known_peaks(name, dtype, tflops):
 )
 def test_unknown_peaks_are_not_guessed(name, dtype):
     assert peak_flops(name, dtype) is None
+
+
+def test_utilisation_has_two_conventions(tiny_recipe, world):
+    """Half of the keys read is half of attention; matrices cost the same in both."""
+    recipe = tiny_recipe()
+    model, _ = load_model(recipe.model, recipe.attention, seed=0)
+    costs = replace(Costs.of(model, recipe, world), peak_flops=1e12)
+    found = costs.utilisation(1e5)
+    dense = attended(recipe, 256)
+    assert found["mfu_dense_equivalent"] - found["mfu"] == pytest.approx(dense * (1 - sum(costs.densities) / 2) / 1e7)
+
+
+def attended(recipe, length):
+    """FLOPs of full attention for one token of the tiny model, forward and backward."""
+    shape = recipe.model.architecture
+    return 3 * 4 * shape["num_hidden_layers"] * shape["hidden_size"] * (length + 1) / 2

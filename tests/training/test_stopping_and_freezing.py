@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sparsetrain.cli import main
+from sparsetrain.training.output import board
 
 MEASURED = [
     "eval={every: 1, at_start: false, at_end: false, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}",
@@ -38,13 +42,17 @@ def test_frozen_parameters_stay_as_they_are(tmp_path, tiny, pretrained, capfd):
     assert same == {name for name in before if "embed_tokens" in name or "layers.1." in name or ".mlp." in name}
 
 
-def test_noise_is_added_in_training_alone(tmp_path, tiny, run_folder):
+def test_noise_is_added_and_a_step_is_traced(tmp_path, tiny, run_folder):
     plain, noisy = run_folder(tmp_path / "plain"), run_folder(tmp_path / "noisy")
-    short = ["train.steps=2", "checkpoint.export=false"]
+    short = ["train.steps=2", "checkpoint.export=false", "train.profile={steps: [2, 2]}"]
     assert main(["run", str(tiny), *short, "--output", str(plain.path)]) == 0
     assert main(["run", str(tiny), *short, "train.neftune=50", "--output", str(noisy.path)]) == 0
     assert noisy.values("loss") != plain.values("loss")
     assert noisy.values("loss") == pytest.approx(plain.values("loss"), rel=0.2)
+    # Both also traced their second step.
+    trace = gzip.decompress((plain.path / "profile-000002-000002.json.gz").read_bytes())
+    events = json.loads(trace)["traceEvents"]
+    assert any("aten::" in event.get("name", "") for event in events)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +64,11 @@ def test_noise_is_added_in_training_alone(tmp_path, tiny, run_folder):
         ),
         (["train.freeze=[model, lm_head]"], "trains no parameters"),
         (["eval.early_stopping={task: passkey}"], "passkey is not measured during training: give eval.every"),
+        (["train.profile={steps: [5, 7]}"], "step 7 is not in a run of train.steps=6"),
+        (["tracking=[tensorboard]"], "tracking: tensorboard is not installed; `pip install sparsetrain[tensorboard]`"),
         (["train.neftune=5", "sequence.parallel=2"], "the noise is scaled by whole rows"),
     ],
 )
-def test_what_would_do_nothing_is_refused(tiny, refused, tmp_path, overrides, said):
+def test_what_would_do_nothing_is_refused(tiny, refused, tmp_path, monkeypatch, overrides, said):
+    monkeypatch.setattr(board.util, "find_spec", lambda name: None)
     assert said in refused("run", str(tiny), *overrides, "--output", str(tmp_path / "run"))

@@ -291,3 +291,41 @@ def test_logins_are_found_where_wandb_looks(tmp_path, monkeypatch):
     assert find_wandb_login() == "~/.netrc"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert find_wandb_login() == "WANDB_API_KEY"
+
+
+def test_tensorboard_gets_the_same_and_a_resumed_run_replaces_later_steps(tmp_path, said):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boarded = recipe("disabled").model_copy(update={"tracking": ["tensorboard"]})
+    for steps, resumed_at in ((range(1, 5), -1), (range(3, 5), 2)):
+        tracker = Tracker(boarded, tmp_path / "run", rank=0, say=said.append)
+        tracker.rewind(resumed_at)
+        for step in steps:
+            tracker.log({"loss": 10.0 * len(steps) + step}, step)
+        tracker.finish()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 41), (2, 42), (3, 23), (4, 24)]
+    assert said == []
+
+
+def test_a_checkpoint_becomes_an_artifact(tmp_path, said):
+    uploading = recipe("offline")
+    uploading = uploading.model_copy(update={"wandb": uploading.wandb.model_copy(update={"artifacts": True})})
+    tracker = Tracker(uploading, tmp_path / "run", rank=0, say=said.append)
+    (tmp_path / "step-000002").mkdir()
+    (tmp_path / "step-000002/state.json").write_text("{}")
+    logged = []
+    log = tracker._wandb.log_artifact
+
+    def note(artifact, aliases):
+        logged.append((artifact, aliases))
+        return log(artifact, aliases=aliases)
+
+    tracker._wandb.log_artifact = note
+    tracker.artifact(tmp_path / "step-000002")
+    tracker.finish()
+    ((artifact, aliases),) = logged
+    assert (artifact.type, aliases) == ("checkpoint", ["latest", "step-000002"])
+    assert list(artifact.manifest.entries) == ["state.json"]
+    assert not [line for line in said if "warning" in line]

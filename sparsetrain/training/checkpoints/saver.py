@@ -91,6 +91,7 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:
         self.on_failure: Callable[[int], None] = lambda step: None
+        self.on_complete: Callable[[Path], None] = lambda checkpoint: None
         """Called with the step whose checkpoint could not be written, if the recipe lets the run continue."""
         self._engine = engine
         self._folder = folder
@@ -239,6 +240,7 @@ class Saver:
             return
         self._best = write.best or self._best
         self._say(f"checkpoint: {store.target_of(self._folder, write.step)}")
+        self.on_complete(store.target_of(self._folder, write.step))
 
     def _commit(self, write: _Write) -> None:
         partial, target = store.partial_of(self._folder, write.step), store.target_of(self._folder, write.step)

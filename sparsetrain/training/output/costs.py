@@ -27,6 +27,9 @@ class Costs:
     parameters: int
     densities: list[float]
     flops_per_token: float
+    """With the keys that the method's layers read."""
+    dense_flops_per_token: float
+    """Had every layer full attention."""
     peak_flops: float | None
     cache: dict[str, float]
     """Bytes of keys and values that generation keeps of a text behind a prompt as long as a row, with the method
@@ -41,19 +44,22 @@ class Costs:
         lookup = 0 if text_config.tie_word_embeddings else text_config.vocab_size * text_config.hidden_size
         densities = attention_density(model, length)
         heads = text_config.num_attention_heads
-        flops = model_flops_per_token(
-            parameters - lookup,
-            len(densities),
-            heads,
-            getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
-            sum(densities) / len(densities) * (length + 1) / 2,
-            frozen_params=parameters - trainable_size(model),
+        sparse, dense = (
+            model_flops_per_token(
+                parameters - lookup,
+                len(densities),
+                heads,
+                getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+                density * (length + 1) / 2,
+                frozen_params=parameters - trainable_size(model),
+            )
+            for density in (sum(densities) / len(densities), 1.0)
         )
         peak = None
         if world.device.type == "cuda":
             per_device = peak_flops(torch.cuda.get_device_name(world.device), recipe.model.dtype)
             peak = per_device * world.size if per_device else None
-        return cls(parameters, densities, flops, peak, cache_costs(model, recipe))
+        return cls(parameters, densities, sparse, dense, peak, cache_costs(model, recipe))
 
     def describe(self) -> str:
         mean = sum(self.densities) / len(self.densities)
@@ -70,9 +76,16 @@ class Costs:
     def density_by_layer(self) -> dict[str, float]:
         return {f"attention/density/layer_{index:02d}": density for index, density in enumerate(self.densities)}
 
-    def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation; None if the peak of the device is not known."""
-        return tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOP utilisation by two conventions; empty if the peak of the device is not known.
+
+        ``mfu`` counts the attention that the method computes. ``mfu_dense_equivalent`` counts full attention, whatever
+        was computed: it compares speeds of methods at one length, and may exceed 1.
+        """
+        if not self.peak_flops:
+            return {}
+        each = {"mfu": self.flops_per_token, "mfu_dense_equivalent": self.dense_flops_per_token}
+        return {name: tokens_per_second * flops / self.peak_flops for name, flops in each.items()}
 
 
 def cache_costs(model: PreTrainedModel, recipe: Recipe) -> dict[str, float]:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation.metrics import METRICS_FILE
 from sparsetrain.training.output.attempt import attempt, brief
+from sparsetrain.training.output.board import BOARD_FOLDER, Board
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe
@@ -25,6 +26,9 @@ INIT_TIMEOUT = 30.0
 """Seconds to wait for the W&B server before recording offline."""
 FINISH_TIMEOUT = 60.0
 """Seconds to wait for the last upload when a run ends."""
+
+UPLOAD_TIMEOUT = 3600.0
+"""The same for a run that uploads its checkpoints."""
 
 
 class Tracker:
@@ -59,12 +63,14 @@ class Tracker:
         self._remake = remake
         self._file: TextIO | None = None
         self._wandb: Any = None
+        self._board: Board | None = None
         self._rank = rank
         if rank != 0:
             return
         self._path = Path(run_dir) / METRICS_FILE
         self._open()
-        if recipe.wandb.mode != "disabled":
+        self._board = Board(Path(run_dir) / BOARD_FOLDER) if "tensorboard" in recipe.tracking else None
+        if "wandb" in recipe.tracking and recipe.wandb.mode != "disabled":
             self._start_wandb(recipe, Path(run_dir))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -82,6 +88,7 @@ class Tracker:
         except (OSError, ValueError) as error:
             self._warn(error)
         self._try("log", lambda: self._wandb.log({"step": step, **values}))
+        self._draw("log", lambda board: board.log(values, step))
 
     def _open(self) -> None:
         """Open the metrics file; without it on failure."""
@@ -113,6 +120,7 @@ class Tracker:
             self._wandb.log({"step": step, name: wandb.Image(str(path))})
 
         self._try("show an image", send)
+        self._draw("show an image", lambda board: board.image(name, path, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Show a text in W&B, as it stands."""
@@ -128,6 +136,18 @@ class Tracker:
         """Set final values of the run in W&B (they head its table)."""
         self._try("set the summary", lambda: self._wandb.summary.update(dict(values)))
 
+    def artifact(self, checkpoint: Path) -> None:
+        """Upload a checkpoint to W&B in the background; its files are copied first, as old checkpoints are deleted."""
+
+        def send() -> None:
+            import wandb
+
+            upload = wandb.Artifact(f"checkpoint-{self.run_id}", type="checkpoint", metadata={"step": checkpoint.name})
+            upload.add_dir(str(checkpoint))
+            self._wandb.log_artifact(upload, aliases=["latest", checkpoint.name])
+
+        self._try("upload a checkpoint", send)
+
     def alert(self, title: str, text: str) -> None:
         """Send a W&B alert (by mail or Slack, as configured there)."""
         self._try("send an alert", lambda: self._wandb.alert(title=title, text=text))
@@ -137,6 +157,7 @@ class Tracker:
 
         W&B keeps the points it has received; its charts are drawn over ``step``, which may repeat.
         """
+        self._draw("drop later steps", lambda board: board.begin_at(step + 1))
         if self._file is None or not self._path.is_file():
             return
         with contextlib.suppress(OSError):
@@ -150,9 +171,11 @@ class Tracker:
         self._open()
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting at most a minute for the last upload. Safe to call twice."""
+        """Close the run, waiting at most a minute for the last upload, an hour for checkpoints. Safe to call twice."""
         self._try("finish", lambda: self._wandb.finish(exit_code=exit_code))
         self._wandb = None
+        self._draw("finish", lambda board: board.close())
+        self._board = None
         if self._file is not None:
             with contextlib.suppress(OSError):  # write errors were reported when they occurred
                 self._file.close()
@@ -189,7 +212,7 @@ class Tracker:
         wandb = _wandb()
         settings = {
             "init_timeout": INIT_TIMEOUT,
-            "finish_timeout": FINISH_TIMEOUT,
+            "finish_timeout": UPLOAD_TIMEOUT if recipe.wandb.artifacts else FINISH_TIMEOUT,
             "console": "off",
             "silent": True,
             "disable_code": True,
@@ -211,6 +234,13 @@ class Tracker:
         run.define_metric("*", step_metric="step")
         self._wandb = run
         self.run_id = run.id
+
+    def _draw(self, what: str, act: Callable[[Board], Any]) -> None:
+        board = self._board
+        if board is None:
+            return
+        if not attempt(f"TensorBoard could not {what}", lambda: act(board), self._say, "from here on it is left out"):
+            self._board = None
 
     def _try(self, what: str, act: Callable[[], Any]) -> None:
         if self._wandb is None:
