@@ -73,6 +73,16 @@ def test_longnet_shifts_by_key_value_head_only_when_asked():
     assert shifted.key_blocks(13, head=1) == (9, 12, 13)
 
 
+def test_ranks_do_not_share_heads_that_read_by_their_number():
+    power = {"method": "power", "farthest": 64}
+    by_head, by_layer = (parse_attention({**power, "split": split}) for split in ("heads", "layers"))
+    assert by_head.heads_fault(8, 2) == (
+        "attention.method=power gives each head its own pattern by its number in the model; set it to 1, or "
+        "attention.split: layers"
+    )
+    assert by_layer.heads_fault(8, 2) is None
+
+
 def test_full_attention_has_no_pattern():
     assert parse_attention({"method": "full"}).pattern() is None
 
