@@ -17,6 +17,10 @@ METHODS = [
     {"method": "stride", "block": 4, "window": 2, "sinks": 0, "stride": 3},
     {"method": "dilated", "block": 4, "window": 3, "dilation": 2},
     {"method": "longnet", "block": 4, "segments": [[2, 1], [8, 2]], "head_shift": True},
+    {"method": "power", "block": 4, "window": 1, "sinks": 1, "base": 4},
+    {"method": "power", "block": 4, "window": 1, "sinks": 1, "split": "layers", "farthest": 4},
+    {"method": "power", "block": 4, "window": 1, "sinks": 1, "split": "heads", "farthest": 8},
+    {"method": "ruler", "block": 4, "window": 1, "sinks": 0, "keep": 1, "levels": 3},
 ]
 POWER = METHODS[1]
 SETTINGS = {"rtol": 1e-4, "atol": 1e-4}
@@ -26,7 +30,7 @@ GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_t
 @pytest.mark.parametrize("attention", METHODS, ids=lambda attention: attention["method"])
 def test_greedy_generation_equals_repeated_forward_passes(attention, tiny, tokens):
     model = sparsify(tiny("llama"), attention)
-    ids = tokens(21)
+    ids = tokens(41)
     generated = model.generate(ids, **GREEDY)
     for _ in range(GREEDY["max_new_tokens"]):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)

@@ -19,9 +19,7 @@ METHODS = {
     "stride": {"method": "stride", "block": 4, "window": 2, "sinks": 0, "stride": 3},
     "dilated": {"method": "dilated", "block": 4, "window": 3, "dilation": 2},
     "longnet": {"method": "longnet", "block": 4, "segments": [[2, 1], [8, 2]], "head_shift": True},
-    "by layer": {"method": "power", "block": 4, "window": 1, "sinks": 1, "split": "layers", "farthest": 4},
     "by head": {"method": "power", "block": 4, "window": 2, "sinks": 1, "split": "heads", "farthest": 5, "base": 3},
-    "ruler": {"method": "ruler", "block": 4, "window": 1, "sinks": 0, "keep": 1, "levels": 3},
     "dense layer": {"method": "sliding", "block": 4, "window": 2, "sinks": 1, "dense_layers": [1]},
     "replaced": {"method": "power", "block": 4, "window": 2, "sinks": 1, "replace_sliding_layers": True},
 }

@@ -15,7 +15,7 @@ from .test_generation_modes import GREEDY, METHODS, greedy_without_cache, left_p
 
 SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "score_buffer": 4096}
 MODELS = [
-    *(("llama", name) for name in ("full", "power", "sliding", "stride", "longnet", "by head", "ruler", "dense layer")),
+    *(("llama", name) for name in ("full", "power", "sliding", "stride", "longnet", "by head", "dense layer")),
     ("qwen3", "dilated"),
     ("mistral", "replaced"),
     ("gemma3_text", "power"),
