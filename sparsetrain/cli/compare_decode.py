@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparsetrain.evaluation.base import Task
+    from sparsetrain.evaluation.decode_answers import Answerer
     from sparsetrain.evaluation.decode_comparison import DecodeRow
 
 BUDGETS = [0.0625, 0.125, 0.25, 0.5]
@@ -51,7 +54,18 @@ def compare_decode(
         list[str] | None,
         typer.Option(
             help="Only this setting: window, twilight, twilight-full, quest, double-sparsity, refreshkv, recycled, "
-            "oracle-top-k or oracle-top-p; may be given again. By default all.",
+            "oracle-top-k or oracle-top-p; may be given again. By default all. With fields behind it, as in "
+            "twilight,prune.p=0.7 or refreshkv,refresh.every=20, it is measured as it is and not at budgets.",
+            metavar="NAME[,FIELD=VALUE]",
+            show_default=False,
+        ),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model as a row, such as the same one trained with power or SparseK: it reads what its "
+            "attention reads. May be given again.",
+            metavar="RUN_OR_MODEL",
             show_default=False,
         ),
     ] = None,
@@ -88,8 +102,10 @@ def compare_decode(
       sparsetrain compare-decode runs/evidence/needles-base recipes/evidence/needles-base.yaml --output needles
       sparsetrain compare-decode my-model my-recipe.yaml eval.tasks.recall.documents=50 --budget 0.1 --budget 0.2
       sparsetrain compare-decode my-model my-recipe.yaml --setting twilight --setting oracle-top-p --dense-layer 0
+      sparsetrain compare-decode my-model my-recipe.yaml --setting twilight,prune.p=0.7 --beside my-power-run
     """
-    from sparsetrain.evaluation.decode_settings import check_names
+    from sparsetrain.cli.decode_rows import answer_with, label_beside, read_setting
+    from sparsetrain.evaluation.decode_settings import CONTEXT, WIDTH, chosen_settings, settings
     from sparsetrain.recipe import load_recipe
 
     for override in overrides or []:
@@ -101,7 +117,12 @@ def compare_decode(
             raise ModelError(
                 f"--budget {share:g} is no share of the bytes of full attention; give one above 0 and below 1"
             )
-    check_names(setting or [])
+    asked = [read_setting(each) for each in setting or []]
+    tried = chosen_settings(asked, settings(CONTEXT, [], WIDTH))
+    if budget and not any(each.fitted for each in tried):
+        raise ModelError(
+            f"--budget {budget[0]:g} has no effect: settings with fields are measured as they are; name one without"
+        )
     if output is not None:
         check_new("output", output, "folder")
     loaded_recipe = load_recipe(recipe, overrides or [])
@@ -130,6 +151,13 @@ def compare_decode(
             f"the documents of {name} and --extra {extra} are {tokens} tokens, more than the {limit} positions of the "
             "model (max_position_embeddings); lower --extra, or give the task shorter lengths"
         )
+    others: dict[str, Callable[[], Answerer]] = {}
+    for each in beside or []:
+        found = find_model(each)
+        label = label_beside(each, found, source, tokens)
+        if label in others:
+            raise ModelError(f"--beside {each}: there is a row {label} already; give it once")
+        others[label] = partial(answer_with, found, kind, place, (questions, extra, batch))
     loaded = source.load(kind).eval().to(place)
     answerer = Answerer(loaded, source.tokenizer, questions, extra=extra, batch=batch)
     title = f"{model}, {name}: {len(questions)} documents of up to {tokens} tokens"
@@ -157,7 +185,8 @@ def compare_decode(
             answerer,
             budgets=budgets,
             dense_layers=dense_layers or [],
-            only=setting,
+            asked=asked,
+            beside=others,
             on_batch=lambda documents: bar.advance(running, documents),
             on_row=keep,
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from pydantic.fields import FieldInfo
 
-from sparsetrain.errors import ModelError
+from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.section import Section
 
 NONE = "none"
@@ -78,10 +80,42 @@ def _option(name: str, flag: str, text: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def decode_section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
-    """The fields that were given, laid over a file or published settings; empty for no section, None for no option."""
+def split_setting(flag: str, text: str) -> tuple[str | None, dict[str, str]]:
+    """A setting with fields behind it, as in ``twilight,prune.p=0.9``: its name or file, and the fields.
+
+    Raises:
+        RecipeError: a part is no field, or a field is there twice.
+    """
+    # Commas inside of brackets belong to a list.
+    first, *rest = re.split(r",(?![^\[]*\])", text)
+    name, parts = (None, [first, *rest]) if "=" in first and not Path(first).is_file() else (first, rest)
+    fields: dict[str, str] = {}
+    for part in parts:
+        field, equals, value = part.strip().partition("=")
+        if not equals:
+            raise RecipeError(f"{flag} {text}: {part} is no field; write a setting, then fields such as prune.p=0.9")
+        if field in fields:
+            raise RecipeError(f"{flag} {text}: {field} is there twice; give it once")
+        fields[field] = value
+    return name, fields
+
+
+def read_value(field: str, text: str) -> Any:
+    """The value of a field, which messages call so: ``--decode.prune.p``.
+
+    Raises:
+        ModelError: it is none.
+    """
     import yaml
 
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ModelError(f"{field} {text} is no value such as 0.9, 8, quest or [0, 1]") from error
+
+
+def decode_section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
+    """The fields that were given, laid over a file or published settings; empty for no section, None for no option."""
     section: dict[str, Any] = {}
     if published == NONE:
         if given:
@@ -93,10 +127,7 @@ def decode_section(published: str | None, given: dict[str, str]) -> dict[str, An
 
         section = read_decode(published).model_dump(mode="json")
     for name, text in given.items():
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ModelError(f"--decode.{name} {text} is no value such as 0.9, 8, quest or [0, 1]") from error
+        value = read_value(f"--decode.{name}", text)
         part, _, inner = name.rpartition(".")
         place = section if not part else section.get(part) or {}
         if part:

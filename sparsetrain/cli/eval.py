@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -198,21 +197,13 @@ def _read_decoding(text: str) -> Decoding:
     Raises:
         ModelError: the name is not known, or a field is wrong.
     """
-    from sparsetrain.cli.decode_options import decode_section
+    from sparsetrain.cli.decode_options import decode_section, split_setting
     from sparsetrain.evaluation.rows import NONE, RECORDED, Decoding
     from sparsetrain.generation.settings import parse_decode
 
     if text == RECORDED:
         return Decoding(text, recorded=True)
-    # Commas inside of brackets belong to a list.
-    first, *rest = re.split(r",(?![^\[]*\])", text)
-    name, parts = (None, [first, *rest]) if "=" in first and not Path(first).is_file() else (first, rest)
-    fields = {}
-    for part in parts:
-        field, equals, value = part.strip().partition("=")
-        if not equals:
-            raise RecipeError(f"--decode {text}: {part} is no field; write a setting, then fields such as prune.p=0.9")
-        fields[field] = value
+    name, fields = split_setting("--decode", text)
     section = decode_section(name, fields)
     return Decoding(NONE if name == NONE else text, parse_decode(section) if section else None)
 

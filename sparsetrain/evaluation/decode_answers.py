@@ -20,7 +20,7 @@ from transformers import (
 
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.measured import MeasuredMemory, Step
+from sparsetrain.generation.measured import ELEMENT, MeasuredMemory, Step
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.settings import Decode
@@ -28,7 +28,7 @@ from sparsetrain.generation.texts import left_padded, line_breaks, without_own_s
 from sparsetrain.modeling import set_decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.cache import MemoryLayer
-from sparsetrain.modeling.layers import sparse_layers
+from sparsetrain.modeling.layers import attention_density, sparse_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -165,8 +165,8 @@ class Answerer:
     @torch.no_grad()
     def answer(
         self,
-        decode: Decode,
-        memory: type[MeasuredMemory],
+        decode: Decode | None,
+        memory: type[MeasuredMemory] | None,
         *,
         first: int | None = None,
         on_batch: Callable[[int], None] = lambda documents: None,
@@ -174,7 +174,8 @@ class Answerer:
         """Answer the questions under a decode setting.
 
         Args:
-            memory: of the layers that take it.
+            memory: of the layers that take it. None, with no decode setting, reads what the model's attention reads;
+                then only keys and bytes are measured, of layers that leave some out.
             first: so many questions; None means all.
             on_batch: called with the documents of each batch.
 
@@ -198,7 +199,7 @@ class Answerer:
             set_decode(self.model, None)
         return measured
 
-    def _answer(self, questions: Sequence[Question], memory: type[MeasuredMemory], measured: Measured) -> None:
+    def _answer(self, questions: Sequence[Question], memory: type[MeasuredMemory] | None, measured: Measured) -> None:
         ids, mask = left_padded([question.prompt for question in questions])
         width = ids.shape[1]
         count = max(len(question.steps) for question in questions) + self._extra
@@ -206,7 +207,7 @@ class Answerer:
         for row, question in enumerate(questions):
             dictated[row, : len(question.steps)] = torch.tensor(question.steps)
         device = self.model.device
-        cache, memories = self._cache(memory)
+        cache, memories = (DynamicCache(config=self.model.config), {}) if memory is None else self._cache(memory)
         stops = StoppingCriteriaList()
         if self._single:
             starts = torch.tensor([width + min(question.answers) for question in questions], device=device)
@@ -229,12 +230,41 @@ class Answerer:
                 measured.lengths.append(len(text) - min(question.answers))
         # A text's last token is read for the others of the batch alone.
         read = torch.tensor([len(text) - 1 for text in written])
+        if memory is None:
+            prompts = torch.tensor([len(question.prompt) for question in questions])
+            for index, sums in self._read_by_itself(prompts, read).items():
+                measured.layers[index] = measured.layers.get(index, 0) + sums
         for index, steps in ((index, each.steps) for index, each in memories.items()):
             live = torch.arange(len(steps))[:, None] < read
             fields = [torch.stack(values).double() for values in zip(*steps, strict=True)]
             means = [values.mean(-1) if values.dim() == 3 else values for values in fields]
             sums = torch.stack([(values * live).sum() for values in means] + [live.sum().double()])
             measured.layers[index] = measured.layers.get(index, 0) + sums
+
+    def _read_by_itself(self, prompts: Tensor, steps: Tensor) -> dict[int, Tensor]:
+        """What steps read with the model's own attention, by layer, as in :attr:`Measured.layers`.
+
+        Args:
+            prompts: tokens before the first step, ``[B]``.
+            steps: of each, ``[B]``.
+        """
+        config: Any = self.model.config.get_text_config()
+        pair = 2 * self.width * ELEMENT * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        ends = (prompts + steps).tolist()
+        seen = sum(end * (end + 1) - start * (start + 1) for start, end in zip(prompts.tolist(), ends, strict=True)) / 2
+
+        def pairs(length: int) -> list[float]:
+            return [share * length * (length + 1) / 2 for share in attention_density(self.model, length)]
+
+        before, behind = ([pairs(length) for length in lengths] for lengths in (prompts.tolist(), ends))
+        found = {}
+        for place, share in enumerate(attention_density(self.model, self.longest)):
+            if share < 1:
+                keys = sum(end[place] - start[place] for start, end in zip(before, behind, strict=True))
+                sums = {"keys": keys, "bytes": keys * pair, "length": seen, "dense_bytes": seen * pair}
+                values = [sums.get(name, float("nan")) for name in Step._fields]
+                found[place] = torch.tensor([*values, float(steps.sum())], dtype=torch.float64)
+        return found
 
     def _until_end(self, text: list[int], question: Question) -> list[int]:
         """What was written, without what is behind the end, or was written for longer documents of the batch."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from sparsetrain.evaluation.decode_answers import Answerer, Measured
-from sparsetrain.evaluation.decode_settings import Setting, settings
+from sparsetrain.evaluation.decode_settings import Asked, Setting, chosen_settings, settings
 from sparsetrain.generation.measured import MeasuredMemory, WindowMemory
 from sparsetrain.generation.settings import Decode
 
@@ -29,7 +29,7 @@ class DecodeRow(BaseModel):
     budget: float | None = None
     """Share of the bytes of full attention that the setting may read; None as published."""
     section: dict[str, Any]
-    """The decode section."""
+    """The decode section; empty where another model reads what its attention reads."""
     fits: bool = True
     """Whether the setting can read so little. Otherwise nothing but its least share was measured."""
     bytes_share: float
@@ -43,7 +43,8 @@ class DecodeRow(BaseModel):
     """Of the accuracy, over documents."""
     documents: int = 0
     error: float | None = None
-    """Norm of the output's error of a layer over the norm of its output, in the mean over steps, heads and layers."""
+    """Norm of the output's error of a layer over the norm of its output, in the mean over steps, heads and layers; None
+    of another model, whose layers have nothing to be compared with."""
     error_by_layer: dict[int, float] = {}
     mass: float | None = None
     """True softmax weight of the keys that are read, in the mean."""
@@ -56,7 +57,8 @@ def compare(
     *,
     budgets: Sequence[float],
     dense_layers: list[int],
-    only: Sequence[str] | None = None,
+    asked: Sequence[Asked] = (),
+    beside: Mapping[str, Callable[[], Answerer]] | None = None,
     on_row: Callable[[DecodeRow], None] = lambda row: None,
     on_batch: Callable[[int], None] = lambda documents: None,
 ) -> list[DecodeRow]:
@@ -68,7 +70,8 @@ def compare(
     Args:
         budgets: shares of the bytes that full attention reads, each in (0, 1).
         dense_layers: layers that read everything, and are not measured.
-        only: names of settings; None means all.
+        asked: the settings; none means all. One with fields of its own is measured as it is, at no budget.
+        beside: other models by the name of their row, made one after the other. They read what their attention reads.
         on_row: called with each row.
         on_batch: called with the documents of each batch that is answered.
 
@@ -78,7 +81,7 @@ def compare(
     tokens = answerer.longest
     known = settings(tokens, dense_layers, answerer.width)
     window = next(each for each in known if each.memory is WindowMemory)
-    known = [each for each in known if not only or each.name in only]
+    known = chosen_settings(asked, known)
     rows: list[DecodeRow] = []
 
     def add(row: DecodeRow) -> None:
@@ -92,9 +95,11 @@ def compare(
     for setting in known:
         if setting.published:
             measure(setting.name, setting.decode(), setting.memory)
+    for name, make in (beside or {}).items():
+        add(_row(name, None, None, make().answer(None, None, on_batch=on_batch)))
     fitter = _Fitter(answerer)
     for budget in sorted(budgets):
-        for setting in known:
+        for setting in (each for each in known if each.fitted):
             least = setting.values(tokens)[0]
             if fitter.share(setting, least) <= budget:
                 value = fitter.fit(setting, setting.values(tokens), budget)
@@ -136,20 +141,21 @@ class _Fitter:
         return values[within]
 
 
-def _row(name: str, budget: float | None, decode: Decode, measured: Measured) -> DecodeRow:
+def _row(name: str, budget: float | None, decode: Decode | None, measured: Measured) -> DecodeRow:
     documents = len(measured.found)
+    compared = decode is not None
     return DecodeRow(
         name=name,
         budget=budget,
-        section=decode.model_dump(mode="json", exclude_none=True),
+        section=decode.model_dump(mode="json", exclude_none=True) if compared else {},
         bytes_share=measured.mean("bytes") / measured.mean("dense_bytes"),
         bytes=measured.mean("bytes"),
         keys_share=measured.mean("keys") / measured.mean("length"),
         accuracy=statistics.fmean(measured.found),
         standard_error=statistics.stdev(measured.found) / documents**0.5 if documents > 1 else None,
         documents=documents,
-        error=measured.mean("error"),
-        error_by_layer={layer: measured.mean("error", layer) for layer in measured.layers},
-        mass=measured.mean("mass"),
+        error=measured.mean("error") if compared else None,
+        error_by_layer={layer: measured.mean("error", layer) for layer in measured.layers} if compared else {},
+        mass=measured.mean("mass") if compared else None,
         output_length=statistics.fmean(measured.lengths) if measured.lengths else None,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -35,6 +35,7 @@ class Setting:
         section: what it reads in a text of so many tokens.
         knob: the field by which it reads more or less: ``prune.p``, ``refresh.keep``, ``candidates`` or ``recent``.
         published: whether ``section`` is a published one.
+        fitted: whether it is measured at budgets too; otherwise only as it is.
     """
 
     name: str
@@ -42,6 +43,37 @@ class Setting:
     section: dict[str, Any]
     knob: str
     published: bool
+    fitted: bool = True
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is a decode section, and no window or oracle."""
+        return self.memory is MeasuredMemory
+
+    def with_fields(self, label: str, fields: Mapping[str, Any]) -> Setting:
+        """The same with other fields, measured as it is.
+
+        Args:
+            label: its name then.
+            fields: by their dotted names, such as ``prune.p``. Numbers of keys are of these texts.
+
+        Raises:
+            ModelError: there is no such field, or its value is wrong.
+        """
+        section = deepcopy(self.section)
+        for name, value in fields.items():
+            if not self.chooses and name not in (self.knob, "sinks", "recent"):
+                raise ModelError(f"--setting {label}: {self.name} has {self.knob}, sinks and recent, but no {name}")
+            part, _, field = name.rpartition(".")
+            inner = section.setdefault(part, {}) if part else section
+            if not isinstance(inner, dict):
+                raise ModelError(f"--setting {label}: there is no field {name}")
+            inner[field] = value
+        try:
+            parse_decode(section)
+        except ModelError as error:
+            raise ModelError(f"--setting {label}: {error}") from error
+        return replace(self, name=label, section=section, published=True, fitted=False)
 
     def values(self, tokens: int) -> list[Any]:
         """The numbers that are tried, ascending: of keys those in steps of a 128th of the text."""
@@ -93,18 +125,36 @@ def settings(tokens: int, dense_layers: list[int], width: int) -> list[Setting]:
     ]
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names of settings that there are not.
+@dataclass(frozen=True)
+class Asked:
+    """A setting that is asked for: its name, and fields of its own."""
+
+    label: str
+    name: str
+    fields: Mapping[str, Any]
+
+
+def chosen_settings(asked: Sequence[Asked], known: Sequence[Setting]) -> list[Setting]:
+    """The settings that are asked for; of none, all.
 
     Raises:
-        ModelError: says which there are; of a method of kvpress, why it has no row.
+        ModelError: there is no such setting, and says which there are; of a method of kvpress, why it has no row; or it
+            is asked for twice.
     """
-    known = [setting.name for setting in settings(CONTEXT, [], WIDTH)]
-    for name in names:
-        if name in OF_KVPRESS:
-            raise ModelError(f"--setting {name} {_why_no_press()}; compare window, which is StreamingLLM's pattern")
-        if name not in known:
-            raise ModelError(f"--setting {name} is not known; choose from {', '.join(known)}")
+    by_name = {setting.name: setting for setting in known}
+    found: dict[str, Setting] = {}
+    for each in asked:
+        if each.name in OF_KVPRESS:
+            raise ModelError(
+                f"--setting {each.name} {_why_no_press()}; compare window, which is StreamingLLM's pattern"
+            )
+        if each.name not in by_name:
+            raise ModelError(f"--setting {each.name} is not known; choose from {', '.join(by_name)}")
+        if each.label in found:
+            raise ModelError(f"--setting {each.label} is there twice; give it once")
+        setting = by_name[each.name]
+        found[each.label] = setting.with_fields(each.label, each.fields) if each.fields else setting
+    return [*found.values()] or [*known]
 
 
 def _why_no_press() -> str:

@@ -35,7 +35,7 @@ def blocks(rows: Sequence[DecodeRow]) -> dict[str, list[list[str]]]:
     """Cells of the rows by title: those as published, and those of each budget."""
     found: dict[str, list[list[str]]] = {}
     for row in rows:
-        title = "As published" if row.budget is None else f"At most {100 * row.budget:g}% of the bytes"
+        title = "As published or given" if row.budget is None else f"At most {100 * row.budget:g}% of the bytes"
         found.setdefault(title, []).append(_cells(row))
     return found
 
@@ -74,7 +74,8 @@ def _cells(row: DecodeRow) -> list[str]:
     if row.standard_error is not None:
         accuracy += f" ± {row.standard_error:.1%}"
     length = "" if row.output_length is None else f"{row.output_length:.1f}"
-    return [row.name, *read, accuracy, f"{row.error:.3f}", f"{row.mass:.1%}", length]
+    lost = ["" if row.error is None else f"{row.error:.3f}", "" if row.mass is None else f"{row.mass:.1%}"]
+    return [row.name, *read, accuracy, *lost, length]
 
 
 def _csv(values: list[dict[str, Any]]) -> str:
@@ -90,7 +91,8 @@ def _csv(values: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[DecodeRow], title: str, out: Path) -> None:
-    """Draw accuracy and error against the bytes read: a line for each setting, hollow marks as published."""
+    """Draw accuracy and error against the bytes read: a line for each setting, over its budgets or the fields that were
+    given, and hollow marks as published."""
     from matplotlib.figure import Figure
 
     figure: Figure = Figure(figsize=(13, 5), layout="constrained")
@@ -116,17 +118,23 @@ def draw(rows: Sequence[DecodeRow], title: str, out: Path) -> None:
 
 
 def _draw_lines(axes: Axes, rows: Sequence[DecodeRow], field: str) -> None:
-    measured = [row for row in rows if row.accuracy is not None]
+    measured = [row for row in rows if row.accuracy is not None and getattr(row, field) is not None]
     dense = next(row for row in measured if row.name == DENSE)
     axes.axhline(getattr(dense, field), color=FAINT, linestyle=":", label=DENSE)
-    names = list(dict.fromkeys(row.name for row in measured if row.name != DENSE))
+    names = list(dict.fromkeys(_family(row) for row in measured if row.name != DENSE))
     plain = [name for name in names if not name.startswith(ORACLE)]
     for name in names:
         color = INK if name not in plain else COLORS[plain.index(name) % len(COLORS)]
         marker = "o" if name in plain else "x" if name.endswith("k") else "+"
-        fitted = sorted((row.bytes_share, getattr(row, field)) for row in measured if row.name == name and row.budget)
+        own = [row for row in measured if _family(row) == name]
+        fitted = sorted((row.bytes_share, getattr(row, field)) for row in own if row.budget or row.name != name)
         shares, values = zip(*fitted, strict=True) if fitted else ((), ())
         axes.plot(shares, values, color=color, marker=marker, label=name)
-        for row in measured:
+        for row in own:
             if row.name == name and row.budget is None:
                 axes.plot(row.bytes_share, getattr(row, field), color=color, marker="o", markerfacecolor="white")
+
+
+def _family(row: DecodeRow) -> str:
+    """The name of a setting without the fields that were given."""
+    return row.name.partition(",")[0]

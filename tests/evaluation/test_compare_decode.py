@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from copy import deepcopy
 from importlib.metadata import version
 
 import pytest
@@ -18,7 +19,7 @@ from sparsetrain.data import collate
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
 from sparsetrain.evaluation.decode_answers import FREE, Answerer, Question
-from sparsetrain.evaluation.decode_settings import check_names, settings
+from sparsetrain.evaluation.decode_settings import Asked, chosen_settings, settings
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.generation.measured import MeasuredMemory, WindowMemory
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
@@ -213,6 +214,41 @@ def test_from_a_model_to_files(folder, capsys):
     assert (folder / "found/decode.png").stat().st_size > 1000
 
 
+def test_settings_with_fields_and_another_model_are_rows(model, tokenizer, folder, capsys):
+    attention = {"method": "sliding", "block": 16, "window": 2, "sinks": 0}
+    sparsetrain.save(sparsetrain.sparsify(deepcopy(model), attention), folder / "narrow/final", tokenizer)
+    chosen = ("oracle-top-k,refresh.keep=4", "oracle-top-k,refresh.keep=16", "twilight-full,prune.p=0.5")
+    options = [part for name in chosen for part in ("--setting", name)]
+    given = (folder / "model", folder / "recipe.yaml", "--question", "2", *options, "--beside", folder / "narrow/final")
+    code, out, err = call(capsys, *given, "--output", folder / "found")
+    assert code == 0, err
+    assert "At most" not in out
+    rows = {row["name"]: row for row in json.loads((folder / "found/decode.json").read_text())["rows"]}
+    assert [*rows] == ["dense", *chosen, "narrow (sliding)"]
+    few, many = (rows[name] for name in chosen[:2])
+    assert few["section"]["refresh"]["keep"] == 4
+    assert few["bytes_share"] < many["bytes_share"] < 1
+    assert few["error"] > many["error"]
+    narrow = rows["narrow (sliding)"]
+    assert (narrow["error"], narrow["mass"]) == (None, None)
+    assert 0 <= narrow["accuracy"] <= 1
+    assert narrow["bytes_share"] == narrow["keys_share"]
+    assert (folder / "found/decode.png").stat().st_size > 1000
+
+
+def test_bytes_of_another_model_are_those_of_the_keys_that_its_steps_read(model, tokenizer, recall):
+    """Three documents of 48 tokens and three of 64; of each, eight tokens before the first of three answers, which are
+    six tokens, are read step by step, and the last token is not read."""
+    sliding = sparsetrain.sparsify(deepcopy(model), {"method": "sliding", "block": 16, "window": 2, "sinks": 0})
+    questions = [Question.of(row, 8) for row in recall.answered()]
+    found = Answerer(sliding, tokenizer, questions, extra=0, batch=6).answer(None, None)
+    places = [place for size in (48, 64) for place in range(size - 6 - 8 + 1, size - 1)]
+    read = [place - max(0, place // 16 - 1) * 16 + 1 for place in places]
+    assert found.mean("keys") == pytest.approx(sum(read) / len(read))
+    assert found.mean("length") == pytest.approx(sum(place + 1 for place in places) / len(places))
+    assert found.mean("bytes") == pytest.approx(found.mean("keys") * 2 * 2 * 2 * 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -222,6 +258,15 @@ def test_from_a_model_to_files(folder, capsys):
             ["--task", "passkey"],
             "--task passkey: recipe.yaml has no task of that name with answers",
         ),
+        (["--setting", "prune.p=0.5"], "--setting prune.p=0.5 has no name; write one before its fields"),
+        (["--setting", "twilight,0.5"], "--setting twilight,0.5: 0.5 is no field"),
+        (["--setting", "twilight,prune.p=2"], "--setting twilight,prune.p=2: decode.prune.p"),
+        (["--setting", "twilight,prune.p=[1"], "--setting twilight,prune.p [1 is no value"),
+        (["--setting", "twilight,select.p=2"], "--setting twilight,select.p=2: there is no field select.p"),
+        (["--setting", "oracle-top-k,prune.p=0.5"], "oracle-top-k has refresh.keep, sinks and recent, but no prune.p"),
+        (["--setting", "quest", "--setting", "quest"], "--setting quest is there twice"),
+        (["--setting", "quest,candidates=16", "--budget", "0.5"], "--budget 0.5 has no effect"),
+        (["--beside", "model"], "--beside model reads all of 64 tokens"),
         (["--question", "60"], "--question 60: the first answer"),
         (["--extra", "9999", "eval.tasks.recall.source={synthetic: passkey, lengths: [128]}"], "lower --extra"),
         (["--dense-layer", "0", "--dense-layer", "1"], "leaves no layer to read fewer keys in"),
@@ -248,4 +293,4 @@ def test_methods_of_kvpress_are_refused_with_the_versions(name):
     here = re.escape(version("transformers"))
     message = rf"is a method of kvpress.* 0\.5\.5 work with transformers below 5\.3.*beside transformers {here}"
     with pytest.raises(ModelError, match=f"--setting {name} {message}"):
-        check_names([name])
+        chosen_settings([Asked(name, name, {})], settings(512, [], 32))
