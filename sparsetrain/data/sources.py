@@ -110,6 +110,25 @@ def open_source(
     return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
 
 
+def columns_of(source: DataSource) -> Iterator[Mapping[str, Any]]:
+    """The columns of every row, as they are.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty, or a row is no JSON object.
+    """
+    layout, opened = _local(source, True, False) if _is_on_disk(source) else _hub(source, False)
+    empty = True
+    for index, raw in enumerate(rows_of(source, opened())):
+        empty = False
+        try:
+            yield fields_of(raw, layout)
+        except MalformedRow as malformed:
+            place = raw.get("place", f"row {index}")
+            raise DataError(f"data source {source.label!r}: {place}: {malformed}") from malformed
+    if empty:
+        raise _empty(source)
+
+
 def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[dict[str, Any]]:
     """The raw rows; errors of the library become :class:`DataError`."""
     try:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from copy import deepcopy
 from itertools import pairwise
 from typing import get_args
 
+import datasets
 import pytest
-from evaluation.ruler_material import write_material
+from evaluation.ruler_material import HOTPOT, SQUAD, write_material
 from transformers import AutoTokenizer
 
 from sparsetrain.errors import DataError
 from sparsetrain.evaluation.generative.draws import Draws
 from sparsetrain.evaluation.generative.essay import generated_essay
 from sparsetrain.evaluation.generative.words import Pairs, Words
+from sparsetrain.evaluation.ruler.documents import hotpot, squad
 from sparsetrain.evaluation.ruler.niah import NeedleMaker
 from sparsetrain.evaluation.ruler.prompts import Prompts
-from sparsetrain.evaluation.ruler.settings import USERS
+from sparsetrain.evaluation.ruler.question_rows import hotpot_rows, squad_rows
+from sparsetrain.evaluation.ruler.settings import USERS, QuestionSource
 from sparsetrain.evaluation.ruler.specs import ANSWERS, BUDGETS, Needles, RulerTask
 from sparsetrain.evaluation.tasks.ruler import RulerSection
 from sparsetrain.modeling.places import resolve
@@ -381,6 +385,46 @@ def test_files_that_do_not_serve_are_refused_by_their_field(
         Prompts(section(task, 2000, **{field: str(file)}), byte_tokenizer, seed=0).all()
     with pytest.raises(DataError, match=rf"eval\.tasks\.ruler\.{field}: .*cannot be read: No such file"):
         section(task, 2000, **{field: str(tmp_path / "none")}).try_inputs(byte_tokenizer)
+
+
+def test_rows_of_a_data_set_are_the_questions_of_a_file(tmp_path):
+    content = deepcopy(SQUAD)
+    content["data"][0]["paragraphs"].pop()  # a text without questions has no row
+    rows = [
+        {"title": str(number), "context": part["context"], "question": asked["question"]}
+        | {"answers": {"text": [answer["text"] for answer in asked["answers"]], "answer_start": []}}
+        for number, article in enumerate(content["data"])
+        for part in article["paragraphs"]
+        for asked in part["qas"]
+    ]
+    (tmp_path / "squad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert squad_rows(QuestionSource(path=str(tmp_path / "squad.jsonl")), "squad") == squad(content)
+    rows = [
+        {**row, "context": dict(zip(("title", "sentences"), map(list, zip(*row["context"], strict=True)), strict=True))}
+        for row in HOTPOT
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hotpot.parquet")
+    assert hotpot_rows(QuestionSource(path=str(tmp_path / "hotpot.parquet")), "hotpot") == hotpot(HOTPOT)
+
+
+def test_a_data_set_asks_as_a_file_does_and_what_does_not_serve_is_refused(byte_tokenizer, section, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = {"question": "Who has a cat?", "context": "Ann has a cat.", "answers": {"text": ["Ann"]}}
+    file.write_text(json.dumps(row) + "\n")
+    asked = section("qa_1", 800, samples=1, squad={"path": str(file)})
+    asked.try_inputs(byte_tokenizer)
+    assert "Who has a cat?" in texts(asked, byte_tokenizer)[0]
+    for given, said in (
+        ({"path": str(file), "split": "validation"}, "squad: data source .*: split belongs to Hub datasets"),
+        ({"path": "none/such"}, r"squad: data source 'none/such': .*cannot be opened.*without a network, download it"),
+    ):
+        with pytest.raises(DataError, match=said):
+            section("qa_1", 800, squad=given).try_inputs(byte_tokenizer)
+    with pytest.raises(DataError, match=r"hotpot: .*rows.jsonl is not in the format of HotpotQA: question, answer, c"):
+        section("qa_2", 800, hotpot={"path": str(file)}).try_inputs(byte_tokenizer)
+    file.write_text("[1]\n")
+    with pytest.raises(DataError, match=r"squad: data source .*rows\.jsonl"):
+        section("qa_1", 800, squad={"path": str(file)}).try_inputs(byte_tokenizer)
 
 
 def test_too_few_questions_and_too_few_words_are_refused(byte_tokenizer, section, tmp_path):

@@ -192,7 +192,7 @@ def read_squad(path: Path, called: str) -> Questions:
     Raises:
         DataError: it cannot be read, has another format, or no questions.
     """
-    return _read(path, called, "SQuAD: {data: [{paragraphs: [{context, qas: [{question, answers}]}]}]}", _squad)
+    return _read(path, called, "SQuAD: {data: [{paragraphs: [{context, qas: [{question, answers}]}]}]}", squad)
 
 
 def read_hotpot(path: Path, called: str) -> Questions:
@@ -201,14 +201,23 @@ def read_hotpot(path: Path, called: str) -> Questions:
     Raises:
         DataError: it cannot be read, has another format, or no questions.
     """
-    return _read(path, called, "HotpotQA: [{question, answer, context: [[title, [sentences]]]}]", _hotpot)
+    return _read(path, called, "HotpotQA: [{question, answer, context: [[title, [sentences]]]}]", hotpot)
 
 
 def _read(path: Path, called: str, form: str, parse: Callable[[Any], Questions]) -> Questions:
     place = f"{called}: {path}"
     text = "".join(text_lines(path, place, DataError))
+    return parsed(lambda: parse(json.loads(text)), place, form)
+
+
+def parsed(parse: Callable[[], Questions], place: str, form: str) -> Questions:
+    """What a parser finds.
+
+    Raises:
+        DataError: the content has another form, or no questions.
+    """
     try:
-        questions = parse(json.loads(text))
+        questions = parse()
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{place} is not in the format of {form} ({type(error).__name__}: {error})") from error
     if not questions.questions:
@@ -216,7 +225,8 @@ def _read(path: Path, called: str, form: str, parse: Callable[[Any], Questions])
     return questions
 
 
-def _squad(content: Any) -> Questions:
+def squad(content: Any) -> Questions:
+    """The questions of a file in SQuAD's format, read."""
     articles = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in content["data"]]
     documents = sorted({text for article in articles for text in article})
     numbers = {text: number for number, text in enumerate(documents)}
@@ -233,7 +243,8 @@ def _squad(content: Any) -> Questions:
     return Questions(questions, [*map(_text, documents)])
 
 
-def _hotpot(content: Any) -> Questions:
+def hotpot(content: Any) -> Questions:
+    """The questions of a file in HotpotQA's format, read."""
     contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in content]
     if not all(contexts):
         raise ValueError("a question without documents")

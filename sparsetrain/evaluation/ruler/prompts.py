@@ -14,7 +14,8 @@ from sparsetrain.evaluation.generative.words import Words
 from sparsetrain.evaluation.ruler.documents import QuestionMaker, Questions, read_hotpot, read_squad
 from sparsetrain.evaluation.ruler.frequency import CommonWordsMaker, FrequentWordsMaker
 from sparsetrain.evaluation.ruler.niah import NeedleMaker
-from sparsetrain.evaluation.ruler.settings import RulerSettings
+from sparsetrain.evaluation.ruler.question_rows import hotpot_rows, squad_rows
+from sparsetrain.evaluation.ruler.settings import QuestionSource, RulerSettings
 from sparsetrain.evaluation.ruler.specs import BUDGETS, NEEDLES
 from sparsetrain.evaluation.ruler.tracking import TrackingMaker
 
@@ -62,19 +63,28 @@ class Prompts(PromptMaker):
 
     @cached_property
     def _squad(self) -> Questions:
-        return self._questions("squad", read_squad)
+        return self._questions("squad", read_squad, squad_rows)
 
     @cached_property
     def _hotpot(self) -> Questions:
-        return self._questions("hotpot", read_hotpot)
+        return self._questions("hotpot", read_hotpot, hotpot_rows)
 
-    def _questions(self, name: str, read: Callable[[Path, str], Questions]) -> Questions:
-        file = self.section.place(name)
-        assert file is not None, f"a task is measured only where {name} is given"
-        found = read(file, self.section.path(name))
+    def _questions(
+        self,
+        name: str,
+        read: Callable[[Path, str], Questions],
+        read_rows: Callable[[QuestionSource, str], Questions],
+    ) -> Questions:
+        given, called = getattr(self.section, name), self.section.path(name)
+        if isinstance(given, QuestionSource):
+            found = read_rows(given, called)
+        else:
+            file = self.section.place(name)
+            assert file is not None, f"a task is measured only where {name} is given"
+            found = read(file, called)
         if len(found.questions) < self.section.samples:
             raise DataError(
                 f"{self.section.path('samples')}: {self.section.samples:,} are more than the "
-                f"{len(found.questions):,} questions of {self.section.path(name)}; ask for fewer"
+                f"{len(found.questions):,} questions of {called}; ask for fewer"
             )
         return found

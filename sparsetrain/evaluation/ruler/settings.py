@@ -10,10 +10,10 @@ from pydantic import Field
 
 from sparsetrain.evaluation.generative.settings import GenerativeSection
 from sparsetrain.evaluation.ruler.specs import NEEDLES, RulerTask
-from sparsetrain.section import Bounds, Text
+from sparsetrain.section import Bounds, Section, Text
 
 FILES = {"qa_1": "squad", "qa_2": "hotpot"}
-"""Tasks that need a file, and the field that names it."""
+"""Tasks that need questions, and the field that names them."""
 USERS = {
     "haystack": [task for task, needles in NEEDLES.items() if needles.haystack == "essay"],
     "words": [task for task, needles in NEEDLES.items() if needles.key == "word"] + ["cwe"],
@@ -23,6 +23,19 @@ USERS = {
 
 SEVERAL = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "qa_1", "qa_2")
 """Tasks whose texts answer several questions."""
+
+
+class QuestionSource(Section):
+    """Questions from a data set that ``datasets`` reads, in the columns that it has on the Hub."""
+
+    path: Text
+    """A Hub id, such as ``rajpurkar/squad``, or local files of rows (jsonl, parquet, arrow)."""
+    subset: Text | None = None
+    """Configuration name of a Hub dataset, such as ``distractor``."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hub dataset."""
+    split: Text | None = None
+    """Split of a Hub dataset; null is ``validation``."""
 
 
 class RulerSettings(GenerativeSection):
@@ -45,10 +58,11 @@ class RulerSettings(GenerativeSection):
     words: Text | None = None
     """A folder with ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, a word a line, for keys and lists;
     null makes words up."""
-    squad: Text | None = None
-    """A JSON file in SQuAD's format, for ``qa_1``."""
-    hotpot: Text | None = None
-    """A JSON file in HotpotQA's format, for ``qa_2``."""
+    squad: Text | QuestionSource | None = None
+    """For ``qa_1``: a JSON file in SQuAD's format, or a data set with its columns: ``{path: rajpurkar/squad}``."""
+    hotpot: Text | QuestionSource | None = None
+    """For ``qa_2``: a JSON file in HotpotQA's format, or a data set with its columns: ``{path: hotpotqa/hotpot_qa,
+    subset: distractor}``."""
 
     @property
     def measured(self) -> list[str]:
@@ -67,7 +81,8 @@ class RulerSettings(GenerativeSection):
         yield from super().faults()
         for task, name in FILES.items():
             if getattr(self, name) is None and task in (self.tasks or ()):
-                yield "tasks", f"{task} needs {self.path(name)}, a JSON file; give it, or leave {task} out"
+                needed = "a JSON file or a data set"
+                yield "tasks", f"{task} needs {self.path(name)}, {needed}; give it, or leave {task} out"
         if self.questions > 1 and self.mirror:
             yield "questions", "NVIDIA's scripts ask one question of a text; leave it out, or set mirror: false"
         if self.questions > 1 and not {*SEVERAL} & {*self.measured}:
@@ -79,5 +94,5 @@ class RulerSettings(GenerativeSection):
     def files(self) -> list[Path]:
         """The user's files."""
         words = self.place("words")
-        named = [self.place(name) for name in USERS if name != "words"]
+        named = [self.place(name) for name in USERS if isinstance(getattr(self, name), str) and name != "words"]
         return [path for path in named if path is not None] + ([] if words is None else sorted(words.glob("*.txt")))
