@@ -91,7 +91,10 @@ class DataSource(Section):
     """Synthetic ``multikey`` and ``recall``: number of keys in a document that may be asked for."""
     distractors: Annotated[int, Field(ge=0), _KEYS] = 0
     """Synthetic ``multikey`` and ``recall``: number of additional keys that are never asked for. If there are any, the
-    keys that may be asked for are marked."""
+    keys that may be asked for are marked (``hint``)."""
+    hint: Literal["mark", "question", "none"] = "mark"
+    """Synthetic ``recall`` with ``distractors``: how a document says early which keys will be asked for: a ``mark`` in
+    front of each, the ``question`` at the beginning, or not at all (``none``): then it is known only at the end."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
     """Synthetic ``passkey`` and ``multikey``: number of digits of a key."""
 
@@ -113,6 +116,7 @@ class DataSource(Section):
             "synthetic sources": (self.synthetic is not None, ("lengths",)),
             "synthetic: passkey and multikey": (self.synthetic in ("passkey", "multikey"), ("digits",)),
             "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
+            "synthetic: recall with distractors": (self.synthetic == "recall" and self.distractors > 0, ("hint",)),
         } | {
             f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
             for form in ("text", "prompt_completion", "chat", "tokens")

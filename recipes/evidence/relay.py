@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from sparsetrain.recipes.evidence.run import FOLDER, train
+from sparsetrain.recipes.evidence.run import FOLDER, choose, train
 
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.methods.power import PowerConfig
@@ -86,6 +86,13 @@ def patterns(recipe: Recipe) -> dict[str, dict[str, Any]]:
         typer.BadParameter: the recipe's attention is not power.
     """
     power, blocks = the_power(recipe), num_blocks(recipe)
+    sparse = {**at_one_budget(power, blocks), **variants(power, blocks)}
+    hybrids = {f"{name}, 2 dense": {**section, "dense_layers": DENSE} for name, section in sparse.items()}
+    return {"full": {"method": "full"}, **sparse, **hybrids}
+
+
+def at_one_budget(power: PowerConfig, blocks: int) -> dict[str, dict[str, Any]]:
+    """The attention section of each static pattern, with as many blocks at most as power has among so many."""
     budget, near = power.pattern().max_key_blocks(blocks), {"sinks": power.sinks}
     # As the paper's 6 + 1 + 3 of 128 blocks (2503.03588, section 4.1): the far ones at even distances.
     window = power.window + 1
@@ -99,18 +106,22 @@ def patterns(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "longnet": {"method": "longnet", "segments": segments},
         "longnet, shifted": {"method": "longnet", "segments": segments, "head_shift": True},
     }
-    # Variants of power. What a head or a layer no longer reads of the far blocks, it reads of the near ones.
-    parts = {**sparse["power"], "farthest": blocks - 1}
-    sparse |= {
+    return {name: {**section, "block": power.block} for name, section in sparse.items()}
+
+
+def variants(power: PowerConfig, blocks: int) -> dict[str, dict[str, Any]]:
+    """Variants of power. What a head or a layer no longer reads of the far blocks, it reads of the near ones."""
+    budget, near = power.pattern().max_key_blocks(blocks), {"sinks": power.sinks}
+    whole: dict[str, Any] = {"method": "power", "window": power.window, **near}
+    parts = {**whole, "farthest": blocks - 1}
+    sparse: dict[str, dict[str, Any]] = {
         "power, by layer": widest({**parts, "split": "layers", "farthest": blocks // 2}, blocks, budget),
         "power, by head": widest({**parts, "split": "heads"}, blocks, budget),
         "power, base 4, by head": widest({**parts, "split": "heads", "base": 4}, blocks, budget),
-        "power, base 4": {**sparse["power"], "base": 4},  # which is more than the budget
+        "power, base 4": {**whole, "base": 4},  # which is more than the budget
         "ruler": {"method": "ruler", "window": power.window, "levels": blocks.bit_length() - 1, **near},
     }
-    sparse = {name: {**section, "block": power.block} for name, section in sparse.items()}
-    hybrids = {f"{name}, 2 dense": {**section, "dense_layers": DENSE} for name, section in sparse.items()}
-    return {"full": {"method": "full"}, **sparse, **hybrids}
+    return {name: {**section, "block": power.block} for name, section in sparse.items()}
 
 
 def widest(section: dict[str, Any], blocks: int, budget: int) -> dict[str, Any]:
@@ -274,10 +285,7 @@ def main(
     """Compare static patterns with one budget of keys on facts that have to be relayed."""
     file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
     loaded = load_recipe(file, settings or []).recipe
-    known = patterns(loaded)
-    chosen = {name: section for name, section in known.items() if not only or name in only}
-    if not chosen:
-        raise typer.BadParameter(f"--only {only}: choose from {list(known)}")
+    chosen = choose(patterns(loaded), only)
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -32,6 +32,8 @@ from sparsetrain.recipe import Recipe, load_recipe
 FOLDER = Path(__file__).parent
 SLIDING_BLOCK = 16
 ANSWERS = "answers found"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,18 @@ def methods(recipe: Recipe, gates: list[str]) -> dict[str, list[str]]:
     for scorer, settings in scorers.items():
         found |= {f"{scorer}, gate {gate}": [f"attention.gate={gate}", *settings] for gate in gates}
     return found
+
+
+def choose(known: dict[str, T], only: list[str] | None) -> dict[str, T]:
+    """Those that ``--only`` names, or all.
+
+    Raises:
+        typer.BadParameter: there is none of a name.
+    """
+    for name in only or ():
+        if name not in known:
+            raise typer.BadParameter(f"--only {name!r}: choose from {', '.join(map(repr, known))}")
+    return {name: what for name, what in known.items() if not only or name in only}
 
 
 def train(
@@ -156,10 +170,7 @@ def main(
     if not isinstance(loaded.attention, SparseKConfig):
         method = loaded.attention.method
         raise typer.BadParameter(f"{file} has attention.method={method}; the comparison starts from sparsek")
-    known = methods(loaded, gate or [loaded.attention.gate])
-    chosen = {name: what for name, what in known.items() if not only or name in only}
-    if not chosen:
-        raise typer.BadParameter(f"--only {only}: choose from {list(known)}")
+    chosen = choose(methods(loaded, gate or [loaded.attention.gate]), only)
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
 

@@ -268,7 +268,7 @@ def synthetic_task(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Re
     """
     assert source.synthetic is not None
     if source.synthetic == "recall":
-        return Recall(tokenizer, source.keys, source.distractors)
+        return Recall(tokenizer, source.keys, source.distractors, source.hint)
     keys = source.keys if source.synthetic == "multikey" else 1
     return retrieval(tokenizer, source.synthetic, source.digits, keys, source.distractors)
 

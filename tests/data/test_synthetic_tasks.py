@@ -16,6 +16,7 @@ from sparsetrain.data import multikey_prompt, passkey_prompt
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.data.recall import Recall
 from sparsetrain.errors import DataError
+from sparsetrain.source_section import DataSource
 
 TINY = Path(sparsetrain.__file__).parent / "assets/tiny"
 TOKENIZERS = ["gpt2", "mistral", "stories"]
@@ -150,6 +151,26 @@ def test_marked_pairs_of_recall_are_asked_for_and_no_others(tokenizer):
         marks |= {ids[pairs[key] - 1] for key in asked}
         (mark,) = marks
         assert sum(token == mark for token in ids) == 4
+
+
+@pytest.mark.parametrize("hint", ["question", "none"])
+def test_recall_says_first_what_is_asked_for_or_not_before_the_end(tokenizer, hint):
+    task, mark = Recall(tokenizer, keys=4, distractors=9, hint=hint), Recall(tokenizer, 1, 1)._mark
+    for seed in range(40):
+        ids = task.document(128, np.random.default_rng(seed)).input_ids.tolist()
+        asked = dict(zip(ids[-8::2], ids[-7::2]))
+        first = ids[1:8:2] if hint == "question" else []
+        assert ids[0:8:2].count(mark) == ids.count(mark) == len(first)
+        assert set(first) <= asked.keys()
+        assert len(set(first)) == len(first)
+        behind = 2 * len(first)
+        assert all(ids[ids.index(key, behind) + 1] == value for key, value in asked.items())
+        assert max(ids.index(key, behind) for key in asked) < 63
+
+
+def test_a_hint_without_distractors_is_refused():
+    with pytest.raises(ValueError, match="hint=none has no effect here: it belongs to synthetic: recall with"):
+        DataSource(synthetic="recall", hint="none")
 
 
 def test_recall_answers_without_the_pairs_are_guesses(tokenizer):
