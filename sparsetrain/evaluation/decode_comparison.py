@@ -142,12 +142,11 @@ class _Fitter:
 
 
 def _row(name: str, budget: float | None, decode: Decode | None, measured: Measured) -> DecodeRow:
-    documents = len(measured.found)
-    compared = decode is not None
+    documents, compared = len(measured.found), decode is not None
     return DecodeRow(
         name=name,
         budget=budget,
-        section=decode.model_dump(mode="json", exclude_none=True) if compared else {},
+        section={} if decode is None else decode.model_dump(mode="json", exclude_none=True),
         bytes_share=measured.mean("bytes") / measured.mean("dense_bytes"),
         bytes=measured.mean("bytes"),
         keys_share=measured.mean("keys") / measured.mean("length"),

@@ -63,9 +63,9 @@ def _read(
     from sparsetrain.data.sources import columns_of
     from sparsetrain.source_section import DataSource
 
-    split = {} if is_local(source.path) and source.split is None else {"split": source.split or SPLIT}
+    split = source.split or ("train" if is_local(source.path) else SPLIT)
     place = f"{called}: {source.path}"
-    rows = DataSource(path=source.path, subset=source.subset, revision=source.revision, **split)
+    rows = DataSource(path=source.path, subset=source.subset, revision=source.revision, split=split)
     try:
         read = list(columns_of(rows))
     except DataError as error:
