@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from pydantic.fields import FieldInfo
 
-from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.generation.setting_text import NONE, decode_section
 from sparsetrain.section import Section
-
-NONE = "none"
-"""Of ``--decode``: no section."""
 
 
 def with_decode_options(
@@ -41,11 +36,15 @@ def with_decode_options(
     )
 
     def call(**arguments: Any) -> None:
+        from sparsetrain.modeling.decode_section import read_decode
+
         chosen = arguments.pop("decode")
         values = {name: arguments.pop(parameter) for name, parameter in names.items()}
         function(
             **arguments,
-            decode=decode_section(chosen, {name: text for name, text in values.items() if text is not None}),
+            decode=decode_section(
+                chosen, {name: text for name, text in values.items() if text is not None}, read_decode
+            ),
         )
 
     parameters = [*own, published, *extra]
@@ -78,59 +77,3 @@ def _option(name: str, flag: str, text: str) -> inspect.Parameter:
     option = typer.Option(flag, help=f"{text}.", show_default=False, metavar="VALUE", rich_help_panel="Fewer keys")
     annotation = Annotated[Optional[str], option]  # noqa: UP045 (typer reads it)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def split_setting(flag: str, text: str) -> tuple[str | None, dict[str, str]]:
-    """A setting with fields behind it, as in ``twilight,prune.p=0.9``: its name or file, and the fields.
-
-    Raises:
-        RecipeError: a part is no field, or a field is there twice.
-    """
-    # Commas inside of brackets belong to a list.
-    first, *rest = re.split(r",(?![^\[]*\])", text)
-    name, parts = (None, [first, *rest]) if "=" in first and not Path(first).is_file() else (first, rest)
-    fields: dict[str, str] = {}
-    for part in parts:
-        field, equals, value = part.strip().partition("=")
-        if not equals:
-            raise RecipeError(f"{flag} {text}: {part} is no field; write a setting, then fields such as prune.p=0.9")
-        if field in fields:
-            raise RecipeError(f"{flag} {text}: {field} is there twice; give it once")
-        fields[field] = value
-    return name, fields
-
-
-def read_value(field: str, text: str) -> Any:
-    """The value of a field, which messages call so: ``--decode.prune.p``.
-
-    Raises:
-        ModelError: it is none.
-    """
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ModelError(f"{field} {text} is no value such as 0.9, 8, quest or [0, 1]") from error
-
-
-def decode_section(published: str | None, given: dict[str, str]) -> dict[str, Any] | None:
-    """The fields that were given, laid over a file or published settings; empty for no section, None for no option."""
-    section: dict[str, Any] = {}
-    if published == NONE:
-        if given:
-            flag = f"--decode.{next(iter(given))}"
-            raise ModelError(f"--decode {NONE} reads all keys, so {flag} would have no effect; drop one")
-        return section
-    if published is not None:
-        from sparsetrain.modeling.decode_section import read_decode
-
-        section = read_decode(published).model_dump(mode="json")
-    for name, text in given.items():
-        value = read_value(f"--decode.{name}", text)
-        part, _, inner = name.rpartition(".")
-        place = section if not part else section.get(part) or {}
-        if part:
-            section[part] = place
-        place[inner] = value
-    return section or None

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sparsetrain.cli.decode_options import read_value, split_setting
 from sparsetrain.errors import ModelError
 from sparsetrain.evaluation.decode_answers import Answerer, Question
 from sparsetrain.evaluation.decode_settings import Asked
+from sparsetrain.generation.setting_text import read_value, split_setting
 from sparsetrain.inference.models import Source
 from sparsetrain.modeling.layers import attention_density
 from sparsetrain.modeling.positions import position_limit

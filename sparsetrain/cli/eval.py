@@ -16,7 +16,8 @@ from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
 if TYPE_CHECKING:
-    from sparsetrain.evaluation.rows import Decoding
+    from sparsetrain.recipe.rows import Row
+    from sparsetrain.recipe.schema import EvalSection
 
 RANK_MINUTES = 10.0
 """Minutes in which all ranks must have started."""
@@ -128,11 +129,13 @@ def evaluate_model(
     read, and measures what their attention loses.
     """
     from sparsetrain.cli.eval_tasks import choose_tasks, read_lengths
-    from sparsetrain.evaluation.rows import TRAINED, apart, read_attention
+    from sparsetrain.cli.row_words import apart, read_attention, read_decoding
+    from sparsetrain.recipe.rows import RECORDED, TRAINED, Row
 
     names = None if tasks is None else _names(tasks)
     asked = None if lengths is None else read_lengths(lengths)
     attentions = apart("--attention", [read_attention(each) for each in attention or [TRAINED]])
+    decodings = apart("--decode", [read_decoding(each) for each in decode or [RECORDED]])
     _check_output(output, resume)
     kind = choose_dtype(dtype)
     place = None if device is None else choose_device(device)
@@ -150,7 +153,9 @@ def evaluate_model(
         return position_limit(source().outline)
 
     measured = choose_tasks(model, settings or [], names, asked, positions)
-    decodings = apart("--decode", [_read_decoding(each) for each in decode or ["recorded"]])
+    asked_rows = [Row(each, decoding) for each in attentions for decoding in decodings]
+    if attention is None and decode is None:
+        asked_rows += _rows_of_recipe(measured.section)
     for task in measured.section.tasks:
         task.try_inputs(source().tokenizer)
 
@@ -166,7 +171,7 @@ def evaluate_model(
     transformers.utils.logging.disable_progress_bar()
     check_inputs(measured.section, source().tokenizer, measured.seed)
     evaluation = Evaluation(source(), measured.section, measured.seed, kind, output, resume is False)
-    rows = evaluation.rows(attentions, decodings)
+    rows = evaluation.labelled(asked_rows)
     world = connect(place, timeout=RANK_MINUTES)
     try:
         with interruptible():
@@ -191,21 +196,20 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _read_decoding(text: str) -> Decoding:
-    """What ``--decode`` was given: a name or a file, and fields behind it.
+def _rows_of_recipe(section: EvalSection) -> list[Row]:
+    """The rows of a recipe, those of the model as it is first; a note names those that would measure the same again."""
+    from sparsetrain.recipe.rows import TRAINED
 
-    Raises:
-        ModelError: the name is not known, or a field is wrong.
-    """
-    from sparsetrain.cli.decode_options import decode_section, split_setting
-    from sparsetrain.evaluation.rows import NONE, RECORDED, Decoding
-    from sparsetrain.generation.settings import parse_decode
-
-    if text == RECORDED:
-        return Decoding(text, recorded=True)
-    name, fields = split_setting("--decode", text)
-    section = decode_section(name, fields)
-    return Decoding(NONE if name == NONE else text, parse_decode(section) if section else None)
+    writes = any(task.writes for task in section.tasks)
+    rows = []
+    for asked in section.rows:
+        row = asked.read()
+        if row.decoding.recorded or writes:
+            rows.append(row)
+        else:
+            names = ", ".join(section.by_name)
+            print(f"note: the recipe's row {row.label} is left out: {names} write no texts", file=sys.stderr)
+    return sorted(rows, key=lambda row: row.attention.label != TRAINED)
 
 
 def _check_output(output: Path | None, resume: bool | None) -> None:

@@ -20,14 +20,14 @@ from sparsetrain.evaluation.base import TaskResult
 from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
-from sparsetrain.evaluation.rows import DENSE, Attention, Decoding
+from sparsetrain.evaluation.row_model import put, recorded, recorded_section
 from sparsetrain.evaluation.runner import evaluate
-from sparsetrain.generation.settings import Decode, parse_decode
 from sparsetrain.inference.models import MODEL, Source
-from sparsetrain.modeling import check_learned_positions, set_decode, sparsify
+from sparsetrain.modeling import check_learned_positions, set_decode
 from sparsetrain.modeling.layers import attention_density
 from sparsetrain.modeling.outline import outline
 from sparsetrain.modeling.positions import position_limit
+from sparsetrain.recipe.rows import DENSE, Attention, Decoding, Row
 from sparsetrain.time_left import counting
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model as it is measured."""
+class Labelled:
+    """A row, by the name that it has beside the others of this model."""
 
     label: str
     attention: Attention
@@ -60,37 +60,36 @@ class Evaluation:
     output: Path | None
     fresh: bool
 
-    def rows(self, attentions: Sequence[Attention], decodings: Sequence[Decoding]) -> list[Row]:
-        """Each attention method with each decode setting, tried on the model without its weights.
+    def labelled(self, asked: Sequence[Row]) -> list[Labelled]:
+        """The rows, tried on the model without its weights.
 
         Raises:
-            ModelError: the model cannot take one of them, or no task would be different.
+            ModelError: the model cannot take one of them, no task would be different, or two are one.
         """
-        if not all(each.recorded for each in decodings) and not any(task.writes for task in self.section.tasks):
+        if not all(row.decoding.recorded for row in asked) and not any(task.writes for task in self.section.tasks):
             names = ", ".join(self.section.by_name)
             raise ModelError(f"--decode has no effect on {names}, which write no texts; add a task that does: ruler")
         self._note_positions()
-        rows: list[Row] = []
-        for attention in attentions:
-            for index, decoding in enumerate(decodings):
-                tried: Any = outline(self.source.path, MODEL)
-                with torch.device("meta"):
-                    put(tried, attention, decoding)
-                for task in self.section.tasks:
-                    task.check_model(tried)
-                named = attention.label
-                if attention.config is None:
-                    method = _record(tried)["attention"]["method"]
-                    named = DENSE if method == "full" else f"{named} ({method})"
-                if index == 0:
-                    self._note_all_read(named, tried)
-                label = named if decoding.recorded else f"{named}, {decoding.label}"
-                if any(row.label == label for row in rows):
-                    raise ModelError("--attention trained is dense: this model attends fully; drop one of the two")
-                rows.append(Row(label, attention, decoding))
+        rows: list[Labelled] = []
+        for row in asked:
+            tried: Any = outline(self.source.path, MODEL)
+            with torch.device("meta"):
+                put(tried, row.attention, row.decoding)
+            for task in self.section.tasks:
+                task.check_model(tried)
+            named = row.attention.label
+            if row.attention.config is None:
+                method = recorded(tried)["attention"]["method"]
+                named = DENSE if method == "full" else f"{named} ({method})"
+            if not any(each.attention == row.attention for each in rows):
+                self._note_all_read(named, tried)
+            label = named if row.decoding.recorded else f"{named}, {row.decoding.label}"
+            if any(each.label == label for each in rows):
+                raise ModelError("--attention trained is dense: this model attends fully; drop one of the two")
+            rows.append(Labelled(label, row.attention, row.decoding))
         return rows
 
-    def measure(self, rows: Sequence[Row], world: World) -> dict[str, EvalResult]:
+    def measure(self, rows: Sequence[Labelled], world: World) -> dict[str, EvalResult]:
         """The results by label; the file has those that are done."""
         results: dict[str, EvalResult] = {}
         about: dict[str, Any] = {}
@@ -174,7 +173,7 @@ class Evaluation:
     def _note_all_read(self, label: str, model: Any) -> None:
         """Say that a method leaves no key out: usual settings are for long texts, and the row looks like dense."""
         longest = max((length for lengths in self._lengths.values() for length in lengths), default=0)
-        method = _record(model)["attention"]["method"]
+        method = recorded(model)["attention"]["method"]
         everything = longest and method != "full" and min(attention_density(model, longest)) == 1.0
         if everything and os.environ.get("RANK", "0") == "0":
             _note(
@@ -192,29 +191,6 @@ class Evaluation:
 def samples_folder(output: Path) -> Path:
     """Where finished samples are kept: ``result.samples`` beside ``result.json``."""
     return output.with_name(f"{output.stem}.samples")
-
-
-def put(model: Any, attention: Attention, decoding: Decoding | None) -> None:
-    """Give a model the attention and the decode section of a row.
-
-    Raises:
-        ModelError: it cannot take one of them.
-    """
-    if attention.config is not None:
-        sparsify(model, attention.config)
-    if decoding is not None and not decoding.recorded:
-        set_decode(model, decoding.section)
-
-
-def recorded_section(model: Any) -> Decode | None:
-    """The decode section that a model records."""
-    section = _record(model).get("decode")
-    return None if section is None else parse_decode(section)
-
-
-def _record(model: Any) -> dict[str, Any]:
-    record: dict[str, Any] = model.config.sparsetrain
-    return record
 
 
 def _note(text: str) -> None:

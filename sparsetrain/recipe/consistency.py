@@ -74,6 +74,11 @@ def without_effect(recipe: Recipe) -> list[str]:
     if not (evaluation.empty or evaluation.at_start or evaluation.at_end or evaluation.every):
         names = " and ".join(f"eval.tasks.{name}" for name in evaluation.by_name)
         notes.append(f"{names}: never measured, as eval.at_start, at_end and every are off")
+    if not any(task.writes for task in evaluation.tasks):
+        for index, row in enumerate(evaluation.rows):
+            if not row.read().decoding.recorded:
+                names = ", ".join(evaluation.by_name)
+                notes.append(f"eval.rows.{index}.decode={row.decode} has no effect on {names}, which write no texts")
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block
@@ -112,6 +117,7 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     evaluation, best = recipe.eval, recipe.checkpoint.keep_best
     if evaluation.every is not None and evaluation.empty:
         yield ("eval", "every"), f"every {evaluation.every} steps nothing would be measured: give eval.tasks"
+    yield from _rows(recipe)
     if best is not None and evaluation.every is None:
         yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
     if best is not None and best not in evaluation.by_name:
@@ -127,6 +133,35 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
         yield ("eval", "early_stopping", "task"), f"nothing measures {stopping.task}, and {named}"
     yield from task_faults(evaluation)
+
+
+def _rows(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Rows of the trained model that would not be measured, or cannot be in a run."""
+    evaluation = recipe.eval
+    if evaluation.rows and (evaluation.empty or not evaluation.at_end):
+        lacks = "eval.tasks is empty" if evaluation.empty else "eval.at_end is false"
+        yield (
+            ("eval", "rows"),
+            f"rows are measured at the end of a run, and {lacks}; give tasks with at_end, or no rows",
+        )
+        return
+    for index, asked in enumerate(evaluation.rows):
+        config = asked.read().attention.config
+        if config is None:
+            continue
+        if config == recipe.attention:
+            yield ("eval", "rows", index, "attention"), "is what the model is trained with; leave it out"
+        elif config.new_modules:
+            yield (
+                ("eval", "rows", index, "attention"),
+                f"{config.method} adds modules, which were not trained here; measure it with sparsetrain eval",
+            )
+        elif recipe.sequence.parallel > 1 and config.method != "full":
+            yield (
+                ("eval", "rows", index, "attention"),
+                f"{config.method} cannot be put on a model whose rows are shared by sequence.parallel="
+                f"{recipe.sequence.parallel} ranks; measure it with sparsetrain eval",
+            )
 
 
 def task_faults(evaluation: EvalSection) -> Iterator[tuple[KeyPath, str]]:

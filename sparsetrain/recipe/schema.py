@@ -14,11 +14,13 @@ from pydantic import (
     model_validator,
 )
 
+from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.evaluation.base import TaskName, TaskSection
 from sparsetrain.evaluation.registry import AnyTask
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.optimizer_section import OptimizerSection, Rate
+from sparsetrain.recipe.rows import RECORDED, TRAINED, Row, read_attention, read_decoding
 from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Section, Steps, Text, Tokens
 from sparsetrain.source_section import DataSource
 
@@ -332,6 +334,40 @@ class EarlyStopping(Section):
     """Evaluations without a new best after which training ends."""
 
 
+def _rows_apart(rows: list[EvalRow]) -> list[EvalRow]:
+    labels = [row.read().label for row in rows]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{label} is there {labels.count(label)} times; give it once")
+    return rows
+
+
+class EvalRow(Section):
+    """The trained model in another way: with another attention method, a decode setting, or both, as a row of
+    ``sparsetrain eval``."""
+
+    attention: Text | dict[str, Any] = TRAINED
+    """``trained``, as it was trained; ``dense``, with full attention; a method with its usual settings (``power``); or
+    with others (``{method: power, block: 64}``)."""
+    decode: Text = RECORDED
+    """What a step of generation reads: ``none`` (all keys), ``recorded``, or a setting of ``sparsetrain generate
+    --decode`` with fields behind it (``twilight,prune.p=0.9``, ``select=quest,candidates=512``)."""
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> EvalRow:
+        try:
+            self.read()
+        except (ModelError, RecipeError) as error:
+            raise ValueError(str(error)) from error
+        if self.attention == TRAINED and self.decode == RECORDED:
+            raise ValueError("trained and recorded is the model itself, which is measured anyway; give one of the two")
+        return self
+
+    def read(self) -> Row:
+        """The row."""
+        return Row(read_attention(self.attention, "attention"), read_decoding(self.decode, "decode"))
+
+
 class EvalSection(Section):
     """Evaluations before, during and after training."""
 
@@ -344,6 +380,9 @@ class EvalSection(Section):
     """Evaluate before the first step: the original dense model, and the model with the method."""
     at_end: bool = True
     """Evaluate after the last step."""
+    rows: Annotated[list[EvalRow], Field(max_length=MOST_LISTED), AfterValidator(_rows_apart)] = []
+    """The trained model in other ways, measured at the end of a run beside the model as it is, and by ``sparsetrain
+    eval``: ``[{attention: dense}, {decode: twilight}]``."""
     tasks: Annotated[list[AnyTask], Field(max_length=MOST_LISTED), AfterValidator(_named_apart)] = []
     """The evaluation tasks. Each entry is a ``task`` with its settings, and a ``name`` if two are of one kind."""
 

@@ -115,6 +115,7 @@ class RunCallbacks(Callbacks):
         self.tracker.summary(result.metrics())
         if self._is_best(result):
             self.saver.keep_as_best()
+        self.evaluations.measure_rows(run_folder.label_at_end(self.job.recipe))
 
     def save(self, wait: bool) -> None:
         """See :meth:`Callbacks.save`."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sparsetrain.errors import ModelError
+from sparsetrain.evaluation.row_model import as_row
 from sparsetrain.modeling import balance_factor, check_dropout, check_learned_positions, check_positions, sparsify
 from sparsetrain.modeling.configs import config_source, take_special_tokens
 from sparsetrain.modeling.continued import merge_start
@@ -107,13 +108,21 @@ def check_loaded(model: PreTrainedModel, recipe: Recipe) -> None:
     """Refuse a sparsified model that does not support the recipe's training rows or evaluations.
 
     Raises:
-        ModelError: Its positions are too few, it has attention dropout or a factor of a loss that it does not add, or
-            it mixes tokens in a way that sequence parallelism does not support.
+        ModelError: Its positions are too few, it cannot be measured in a way of ``eval.rows``, it has attention dropout
+            or a factor of a loss that it does not add, or it mixes tokens in a way that sequence parallelism does not
+            support.
     """
     check_positions(model, recipe.sequence.length)
     for task in recipe.eval.tasks:
         check_learned_positions(model, {task.path(name): lengths for name, lengths in task.lengths_by_field().items()})
         task.check_model(model)
+    for index, asked in enumerate(recipe.eval.rows):
+        try:
+            with as_row(model, asked.read()):
+                for task in recipe.eval.tasks:
+                    task.check_model(model)
+        except ModelError as error:
+            raise ModelError(f"eval.rows.{index}: {error}") from error
     check_dropout(model)
     check_balance(model, recipe.model)
     if recipe.sequence.parallel > 1:

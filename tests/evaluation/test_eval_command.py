@@ -19,10 +19,13 @@ from sparsetrain.cli.eval_tasks import read_lengths
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.row_model import as_row
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe.rows import Row, read_attention, read_decoding
 from sparsetrain.world import World
 
+SPARSEK = {"method": "sparsek", "topk": 16, "window": 16, "sinks": 0, "dense_layers": [0]}
 POWER = {"method": "power", "block": 16, "window": 2, "sinks": 1}
 TASKS = """
 base: quickstart
@@ -142,6 +145,34 @@ def test_decode_settings_are_rows_and_tasks_that_do_not_write_are_measured_once(
     assert (none["decode"], twilight["decode"]["prune"]["p"], quest["decode"]["candidates"]) == (None, 0.5, 16)
     assert [task for task, *_ in counted] == ["passkey"] * 4 + ["far"] * 2 + ["ruler"] * 3
     assert none["tasks"]["passkey"] == twilight["tasks"]["passkey"] == quest["tasks"]["passkey"]
+
+
+def test_rows_of_a_recipe_follow_the_model_as_it_is(run, capsys):
+    rows = "rows: [{attention: dense}, {decode: none}, {attention: dense, decode: 'twilight,dense_layers=[]'}]"
+    Path("run/recipe.yaml").write_text(TASKS.replace("eval:", f"eval:\n  {rows}"))
+    short = ("run", "--tasks", "far")
+    assert list(call(*short)) == ["trained (power)", "dense"]
+    notes = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert notes == [
+        f"note: the recipe's row {row} is left out: far write no texts"
+        for row in ("trained, none", "dense, twilight,dense_layers=[]")
+    ]
+    assert list(call(*short, "--attention", "trained")) == ["trained (power)"]
+    every = ["trained (power)", "trained (power), none", "dense", "dense, twilight,dense_layers=[]"]
+    assert list(call("run", "--tasks", "far,ruler")) == every
+
+
+def test_a_model_is_what_it_was_behind_a_row(tiny_model):
+    model = sparsetrain.set_decode(sparsetrain.sparsify(tiny_model, SPARSEK), {"prune": {"p": 0.5}, "dense_layers": []})
+    ids = torch.arange(64)[None] % 50
+    before, names = model(ids).logits, [name for name, _ in model.named_parameters()]
+    record = dict(model.config.sparsetrain)
+    for attention, decode in (("dense", "recorded"), ("dense", "twilight,dense_layers=[]"), ("trained", "none")):
+        with as_row(model, Row(read_attention(attention), read_decoding(decode))):
+            assert (model.config.sparsetrain["attention"]["method"] == "full") == (attention == "dense")
+    assert torch.equal(model(ids).logits, before)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.config.sparsetrain == record
 
 
 def counting_add(counted: list, stop_after: int | None = None):

@@ -18,6 +18,7 @@ from sparsetrain.evaluation.survival import SURVIVAL_FILE, Survival
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.recipe.local_model import decoder_config
 from sparsetrain.recipe.mistaken import is_recipe_instead
+from sparsetrain.recipe.rows import OTHERWISE
 
 RECIPE_FILE = "recipe.yaml"
 MOST_HEADS = 1024
@@ -72,8 +73,9 @@ class RunRecord:
         return found if isinstance(found, int) and 0 < found <= MOST_HEADS else None
 
     def last_result(self) -> tuple[str, EvalResult] | None:
-        """The last evaluation and its label."""
-        return list(self.results.items())[-1] if self.results else None
+        """The last evaluation of the model as it is, and its label."""
+        found = [(label, result) for label, result in self.results.items() if OTHERWISE not in label]
+        return found[-1] if found else None
 
 
 def read_run(folder: Path) -> RunRecord:

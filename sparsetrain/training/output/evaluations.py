@@ -16,9 +16,11 @@ from sparsetrain.evaluation.html.page import PAGE_FILE, write_page
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.row_model import as_row
 from sparsetrain.evaluation.runner import check_inputs, evaluate
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
+from sparsetrain.recipe.rows import OTHERWISE
 from sparsetrain.training.changes import describe_change
 from sparsetrain.training.job import Job, Loaded
 
@@ -77,6 +79,20 @@ class Evaluations:
             self.write_report(f"Evaluation of {job.recipe.name}")
         journal.remove(job.world)
         return result
+
+    def measure_rows(self, label: str) -> None:
+        """Evaluate the model in the other ways of ``eval.rows``.
+
+        Args:
+            label: of the model as it is.
+
+        Raises:
+            Stopped: The run was asked to stop.
+        """
+        for asked in self.job.recipe.eval.rows:
+            row = asked.read()
+            with as_row(self.model, row):
+                self.measure(f"{label}{OTHERWISE}{row.label}")
 
     def write_report(self, title: str, pictures: Sequence[Path] = ()) -> None:
         """Write ``evaluation.json`` and ``report.md`` with the results so far."""
