@@ -238,6 +238,10 @@ class TrainSection(Section):
     ``nonfinite.jsonl``."""
     log_every: Steps = 1
     """Steps between log lines."""
+    gradient_norms: bool = False
+    """Also log the norm of the gradient by part of the model (``grad_norm/self_attn``, ``grad_norm/mlp``, ...), all
+    layers together. In a logged step each gradient is gathered, which takes the time of another reduction. With Muon at
+    ZeRO 1 and 2 it is the norm of Muon's update."""
     profile: ProfileSection | None = None
     """Trace some steps; null: none."""
 

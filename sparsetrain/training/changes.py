@@ -21,6 +21,7 @@ FREE = (
     "tracking",
     "train.log_every",
     "train.profile",
+    "train.gradient_norms",
     "data.num_workers",
 )
 """Settings without influence on the weights."""

@@ -29,6 +29,7 @@ from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.distributed.optimizers import FiniteStep
+from sparsetrain.training.gradient_norms import gradient_norms
 from sparsetrain.training.job import Job
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.output.attempt import attempt
@@ -57,7 +58,8 @@ class StepResult:
     """False if a gradient was not finite and the step was skipped."""
     seconds: float
     observations: dict[str, float]
-    """Statistics of the attention methods in a logged step, averaged over the ranks; empty in other steps."""
+    """Statistics of the attention methods in a logged step, averaged over the ranks, and norms of the gradient's parts;
+    empty in other steps."""
 
 
 def is_logged(recipe: Recipe, plan: BatchPlan, step: int) -> bool:
@@ -205,6 +207,7 @@ class Loop:
 
         nll = torch.zeros((), dtype=torch.float64, device=self.job.world.device)
         balance = torch.zeros_like(nll)
+        norms: dict[str, float] = {}
         for index, micro in enumerate(batch.micro_batches):
             activity.at("forward", self.state.step + 1)
             # Each token has equal weight in the balance loss, in any micro batch and on any rank.
@@ -221,6 +224,8 @@ class Loop:
                     self.job.say(f"self-check: {watch.check()}")
                 if isinstance(self.engine.optimizer, FiniteStep):
                     self.engine.optimizer.measure()
+                if train.gradient_norms and is_logged(self.job.recipe, self.plan, self.state.step + 1):
+                    norms = gradient_norms(self.engine)
             activity.at("optimizer step", self.state.step + 1)
             self.engine.step()
 
@@ -243,7 +248,9 @@ class Loop:
             tokens=int(tokens),
             applied=bool(self.engine.was_step_applied()),
             seconds=time.perf_counter() - began,
-            observations=self._observations() | ({"balance_loss": balance_loss} if self.engine.module.balance else {}),
+            observations=self._observations()
+            | norms
+            | ({"balance_loss": balance_loss} if self.engine.module.balance else {}),
         )
         # DeepSpeed's launcher adds a SIGTERM to a Ctrl-C.
         stop = Outcome.INTERRUPTED if interrupted else Outcome.PREEMPTED if preempted else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from sparsetrain.cli import main
 
 
@@ -42,3 +44,21 @@ def test_every_evaluation_of_a_run_measures_the_tokens_that_full_attention_chose
     assert main([*command, "--output", str(tmp_path / "result.json")]) == 0
     rows = json.loads((tmp_path / "result.json").read_text())["rows"].values()
     assert [row["tasks"]["key_tokens"]["chosen_by"] for row in rows] == [str(run.path / "final"), "the first row"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_norms_of_parts_add_up_to_that_of_the_gradient(tmp_path, tiny, run_folder, stage):
+    run = run_folder(tmp_path / "run")
+    overrides = ["train.gradient_norms=true", "train.steps=2", f"deepspeed.stage={stage}", "checkpoint.export=false"]
+    overrides += ["model.dtype=bfloat16"] if stage == 1 else []
+    assert main(["run", str(tiny), *overrides, "--output", str(run.path)]) == 0
+    for step in run.steps:
+        parts = {name: value for name, value in step.items() if name.startswith("grad_norm/")}
+        assert parts.keys() == {
+            f"grad_norm/{part}"
+            for part in (
+                *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
+                *("embed_tokens", "norm", "lm_head"),
+            )
+        }
+        assert sum(value**2 for value in parts.values()) ** 0.5 == pytest.approx(step["grad_norm"], rel=1e-5)

@@ -32,9 +32,12 @@ IDLE = {
     "autotuning": "it starts other jobs and ends this one after a few steps",
     "checkpoint": _NOT_ITS,
     "use_node_local_storage": _NOT_ITS,
+    "tensor_parallel": "AutoTP leaves each rank a part of every projection, but checkpoints and exports here hold "
+    "whole ones; share rows with sequence.parallel and weights with deepspeed.stage=3",
+    "managed_gradient_accumulation": "the loop tells DeepSpeed the micro batches of each step, and both count them",
     "compile": "it waits for a call of engine.compile(), which runs do not make",
 }
-"""Sections of the DeepSpeed JSON that would have no effect, or would not train."""
+"""Sections of the DeepSpeed JSON that would have no effect, would not train, or do not go with a run."""
 _LOST = "checkpoints do not find the optimizer's state"
 _UNSEEN = "train.on_nonfinite would miss gradients that are not finite"
 # Settings that would break guarantees of a run: the only accepted value, and the reason.
