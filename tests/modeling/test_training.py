@@ -119,13 +119,35 @@ def test_a_peft_model_can_be_sparsified_after_wrapping(tiny, tokens):
     torch.testing.assert_close(sparsify(wrapped.eval(), POWER)(tokens(45)).logits, expected, **SETTINGS)
 
 
-def test_padding_is_refused_in_training(tiny, tokens):
-    model = sparsify(tiny("llama"), POWER).train()
-    mask = torch.ones(1, 20, dtype=torch.long)
-    model(tokens(20), attention_mask=mask)
-    mask[0, -3:] = 0
-    with pytest.raises(ModelError, match=r"padded; pack documents"):
-        model(tokens(20), attention_mask=mask)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        POWER,
+        {"method": "full"},
+        {"method": "sparsek", "topk": 8, "window": 4, "sinks": 1},
+        {"method": "recycled", "every": 4, "keep": 6, "sinks": 1, "recent": 2},
+    ],
+    ids=lambda attention: attention["method"],
+)
+def test_a_padded_batch_trains_as_its_rows_alone(attention, side, tiny, tokens):
+    model = sparsify(tiny("llama"), attention).train()
+    separate = copy.deepcopy(model)
+    documents = [tokens(length, seed=length) for length in (17, 30, 6)]
+    ids, mask, labels = *torch.zeros(2, 3, 30, dtype=torch.long), torch.full((3, 30), -100)
+    for row, document in enumerate(documents):
+        place = slice(0, document.shape[1]) if side == "right" else slice(30 - document.shape[1], 30)
+        ids[row, place] = labels[row, place] = document[0]
+        mask[row, place] = 1
+        labels[row, place.start] = -100  # padding does not predict it
+    model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+    for document in documents:
+        share = (document.shape[1] - 1) / sum(document.shape[1] - 1 for document in documents)
+        (share * separate(document, labels=document, use_cache=False).loss).backward()
+    for (name, parameter), other in zip(model.named_parameters(), separate.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_padded_row_may_not_hold_several_documents(tiny, tokens):

@@ -85,11 +85,8 @@ def _real_tokens(call: AttentionCall, padding: Tensor, num_keys: int) -> tuple[l
         raise ModelError(
             f"the attention mask has zeros between real tokens (row {row}, at token {hole}), and no key is left out in "
             "the middle of a row; leave such tokens out of the row, keep documents apart by position_ids that restart "
-            f"or cu_seqlens, and pad on the left or on the right only. {MADE_BY_GENERATE}"
-        )
-    if call.training:
-        raise ModelError(
-            "the batch is padded; pack documents into one row (position_ids that restart, or cu_seqlens) instead"
+            "or cu_seqlens (transformers' DataCollatorWithFlattening makes such rows), and pad on the left or on the "
+            f"right only. {MADE_BY_GENERATE}"
         )
     if call.position_ids is not None:
         both_real = mask[:, 1:].logical_and(mask[:, :-1])[:, 1 - call.tokens :]
