@@ -17,13 +17,15 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 TurnKey = Literal["role", "content", "tool_calls", "reasoning_content", "train"]
 Role = Literal["system", "user", "assistant", "tool"]
 
-# The columns of a source, and the form that reads each.
+# The columns of a source, and the forms that read each.
 _COLUMNS = {
-    "text_field": "text",
-    "prompt_field": "prompt_completion",
-    "completion_field": "prompt_completion",
-    "separator": "prompt_completion",
-    "messages_field": "chat",
+    "text_field": ("text",),
+    "prompt_field": ("prompt_completion", "preference"),
+    "completion_field": ("prompt_completion",),
+    "separator": ("prompt_completion", "preference"),
+    "messages_field": ("chat",),
+    "chosen_field": ("preference",),
+    "rejected_field": ("preference",),
 }
 
 _NAMES = ("columns", "turn_keys", "roles")
@@ -41,20 +43,26 @@ class DataSource(Section):
     synthetic: Literal["passkey", "multikey", "recall"] | None = None
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
-    form: Literal["auto", "text", "prompt_completion", "chat", "tokens"] = "auto"
+    form: Literal["auto", "text", "prompt_completion", "chat", "tokens", "preference"] = "auto"
     """The form of rows: plain text, prompt + completion (loss on the completion), chat messages (loss on the
-    assistant's turns, with the tokenizer's chat template), or pretokenised ``input_ids`` and ``labels``. ``auto``
-    decides by the columns of the first row."""
+    assistant's turns, with the tokenizer's chat template), pretokenised ``input_ids`` and ``labels``, or pairs of a
+    preferred and a rejected answer (with the ``preference`` section). ``auto`` decides by the columns of the first
+    row."""
     text_field: Text = "text"
     """Column that holds the text (form ``text``)."""
     prompt_field: Text = "prompt"
-    """Column that holds the prompt (form ``prompt_completion``)."""
+    """Column that holds the prompt (forms ``prompt_completion`` and ``preference``)."""
     completion_field: Text = "completion"
     """Column that holds the completion (form ``prompt_completion``)."""
     separator: Annotated[str, Field(max_length=4096)] = ""
-    """Text between a prompt and its completion, which belongs to the prompt (form ``prompt_completion``)."""
+    """Text between a prompt and its completion, which belongs to the prompt (forms ``prompt_completion`` and
+    ``preference``)."""
     messages_field: Text = "messages"
     """Column that holds the list of ``{role, content}`` turns (form ``chat``)."""
+    chosen_field: Text = "chosen"
+    """Column that holds the preferred answer, or the conversation that ends with it (form ``preference``)."""
+    rejected_field: Text = "rejected"
+    """Column that holds the rejected answer, or the conversation that ends with it (form ``preference``)."""
     columns: Annotated[dict[Name, Name], Field(max_length=MOST_LISTED)] = {}
     """The meaning of columns that have other names: ours first, such as ``{instruction: task, output: reply}``."""
     turn_keys: Annotated[dict[TurnKey, Name], Field(max_length=MOST_LISTED)] = {}
@@ -118,8 +126,11 @@ class DataSource(Section):
             "synthetic: multikey and recall": (self.synthetic in ("multikey", "recall"), ("keys", "distractors")),
             "synthetic: recall with distractors": (self.synthetic == "recall" and self.distractors > 0, ("hint",)),
         } | {
-            f"form: {form}": (self.form in ("auto", form), tuple(name for name in _COLUMNS if _COLUMNS[name] == form))
-            for form in ("text", "prompt_completion", "chat", "tokens")
+            " and ".join(f"form: {form}" for form in forms): (
+                self.form in ("auto", *forms),
+                tuple(name for name in _COLUMNS if _COLUMNS[name] == forms),
+            )
+            for forms in set(_COLUMNS.values())
         }
         for kind, (holds, names) in kinds.items():
             for name in names:

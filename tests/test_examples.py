@@ -40,7 +40,10 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("script", "run"), [("books.py", "runs/books"), ("chat_with_tools.py", "runs/chat")])
+@pytest.mark.parametrize(
+    ("script", "run"),
+    [("books.py", "runs/books"), ("chat_with_tools.py", "runs/chat"), ("dpo.py", "runs/tiny-dpo")],
+)
 def test_a_script_trains_a_model(call, script, run):
     call(script, *SHORT)
     assert Path(run, "final/model.safetensors").is_file()

@@ -68,13 +68,15 @@ def preview(
     with loaded.naming_places():
         settings, console = loaded.recipe, Console(highlight=False, soft_wrap=True)
         tokenizer = recipe_tokenizer(settings.model)
-        read = [survey(each, settings.data, tokenizer) for each in settings.data.sources if each.path is not None]
+        pairs = settings.preference is not None
+        sources = [each for each in settings.data.sources if each.path is not None]
+        read = [survey(each, settings.data, tokenizer, pairs=pairs) for each in sources]
         for each in read:
             _print_source(console, each, settings)
         data = settings.data.model_copy(update={"on_malformed": "skip"})
         # What it warns of was said above.
         logging.getLogger("sparsetrain.data").setLevel(logging.ERROR)
-        stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed)
+        stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed, pairs=pairs)
         _print_mixture(console, stream, settings, {each.source.label: each for each in read})
         for number in range(1, rows + 1):
             _print_row(console, number, next(stream), tokenizer, tokens)

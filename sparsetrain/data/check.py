@@ -64,9 +64,9 @@ def check_data(recipe: Recipe) -> DataCheck:
     faults: list[str] = []
     tokenizer = _tokenizer(recipe, check)
     chat = False
-    for name, source, skip in _sources(recipe):
+    for name, source, skip, pairs in _sources(recipe):
         with _collected(faults, name):
-            chat |= _check_source(source, tokenizer, check, skip)
+            chat |= _check_source(source, tokenizer, check, skip, pairs)
     if tokenizer is not None:
         _check_room(recipe, tokenizer, faults)
         if chat and tokenizer.chat_template:
@@ -80,18 +80,21 @@ def check_data(recipe: Recipe) -> DataCheck:
     return check
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool]]:
-    """Yield every source with rows, with its field, and whether its malformed rows are skipped."""
+def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool, bool]]:
+    """Yield every source with rows, with its field, whether its malformed rows are skipped, and whether its rows are
+    pairs of answers."""
     for index, source in enumerate(recipe.data.sources):
         if source.path is not None:
-            yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip"
+            yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip", recipe.preference is not None
     for task in recipe.eval.tasks:
         for name, source in task.sources().items():
             if source.path is not None:
-                yield task.path(name), source, False
+                yield task.path(name), source, False, name in task.pair_fields
 
 
-def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool) -> bool:
+def _check_source(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool, pairs: bool
+) -> bool:
     """Check a source; returns whether its rows go through the chat template (False if it cannot be read).
 
     Raises:
@@ -102,7 +105,7 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
         refuse_hub_settings(source)
         if source.split not in ("train", "validation"):
             raise DataError(f"data source {source.label!r}: {STDLIB} has the splits train and validation")
-        resolve_form(source, ["text"], seen)
+        resolve_form(source, ["text"], seen, pairs=pairs)
         return False
     if not is_local(str(source.path)):
         if source.validation is not None:
@@ -117,7 +120,7 @@ def _check_source(source: DataSource, tokenizer: PreTrainedTokenizerBase | None,
         check.unchecked.append(f"{files[0]} (an array of JSON is read whole)")
         return False
     place, row = first_row(source, kind, files, skip=skip)
-    form = resolve_form(source, list(row), seen)
+    form = resolve_form(source, list(row), seen, pairs=pairs)
     if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:
         from sparsetrain.data.preview import preview
         from sparsetrain.data.render import render

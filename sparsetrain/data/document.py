@@ -28,6 +28,21 @@ class Tokens(NamedTuple):
     """Half-open spans of tokens with loss, in ascending order."""
 
 
+class PairTokens(Tokens):
+    """The tokens of a preferred answer behind its prompt, and behind them those of the rejected one behind the same.
+
+    Args:
+        rejected_from: Where the second document begins.
+    """
+
+    rejected_from: int
+
+    def __new__(cls, input_ids: np.ndarray, targets: list[tuple[int, int]], rejected_from: int) -> PairTokens:
+        made = super().__new__(cls, input_ids, targets)
+        made.rejected_from = rejected_from
+        return made
+
+
 class Document:
     """A document with known length, whose tokens are read when first needed.
 
@@ -65,6 +80,14 @@ class Piece:
     def length(self) -> int:
         """Number of tokens."""
         return self.stop - self.start
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document in it: two of a pair, which is never cut."""
+        tokens = self.document.tokens
+        if isinstance(tokens, PairTokens):
+            return [tokens.rejected_from, self.length - tokens.rejected_from]
+        return [self.length]
 
     @property
     def origin(self) -> str:

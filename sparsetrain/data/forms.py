@@ -24,6 +24,7 @@ _FIELD_SETTINGS: dict[Kind, str] = {
     "chat": "messages_field",
     "alpaca": "form",
     "tokens": "form",
+    "preference": "chosen_field and rejected_field",
 }
 _FORM_OF_FIELD: dict[str, Kind] = {
     "text_field": "text",
@@ -44,7 +45,7 @@ _OTHER_PAIRS = (
 _OTHER_TURNS = ("dialogue", "dialog", "turns", "items", "chat")
 _OTHER_TEXTS = ("content", "document", "raw_content", "body")
 MEANINGS = (
-    *("messages", "prompt", "completion", *QUESTIONS, *ANSWERS, "text", "input_ids", "labels"),
+    *("messages", "prompt", "completion", "chosen", "rejected", *QUESTIONS, *ANSWERS, "text", "input_ids", "labels"),
     *(*OF_CONVERSATIONS, *INPUTS, "history", *MASKS),
 )
 """What ``columns`` of a source can say that a column is."""
@@ -92,12 +93,17 @@ class HasChatTemplate(Protocol):
         """The template, or several by name; None without one."""
 
 
-def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatTemplate) -> RowForm:
+def resolve_form(
+    source: DataSource, columns: Sequence[str], tokenizer: HasChatTemplate, *, pairs: bool = False
+) -> RowForm:
     """The form of a source with these columns.
 
     ``auto`` takes the form whose column the recipe names, else the first that fits of chat messages (also ShareGPT's
     ``conversations``), prompt + completion, Alpaca's ``instruction`` + ``output`` (or another question and its answer),
     text, and tokens.
+
+    Args:
+        pairs: rows are pairs of a preferred and a rejected answer; without it such rows are refused.
 
     Raises:
         DataError: a column is missing, no form fits, chat is asked of a tokenizer without a chat template, or a setting
@@ -105,7 +111,7 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
     """
     naming = Naming.of(source)
     columns = _renamed(source, columns, naming)
-    kind, fields = _kind_and_fields(source, columns)
+    kind, fields = _pair_and_fields(source, columns) if pairs else _kind_and_fields(source, columns)
     _check_turn_names(source, kind)
     missing = [field for field in fields if field not in columns]
     if missing:
@@ -126,7 +132,7 @@ def resolve_form(source: DataSource, columns: Sequence[str], tokenizer: HasChatT
     seen = tuple(column for column in optional if column in columns)
     read = {*fields, *seen}
     unread = tuple(column for column in columns if column not in read)
-    contrary = tuple(column for column in _contrary(source, kind) if column not in (*columns, *source.ignore))
+    contrary = tuple(column for column in _contrary(source, kind) if column not in (*columns, *fields, *source.ignore))
     return RowForm(kind, fields, optional, seen, unread, contrary, tuple(source.ignore), source.separator, naming)
 
 
@@ -159,7 +165,7 @@ def _renamed(source: DataSource, columns: Sequence[str], naming: Naming) -> list
 
 def _check_turn_names(source: DataSource, kind: Kind) -> None:
     for setting in ("turn_keys", "roles"):
-        if getattr(source, setting) and kind not in ("chat", "prompt_completion"):
+        if getattr(source, setting) and kind not in ("chat", "prompt_completion", "preference"):
             raise DataError(f"data source {source.label!r}: {setting} has no effect on form {kind}, which has no turns")
 
 
@@ -174,6 +180,18 @@ def _check_ignored(source: DataSource, columns: Sequence[str], fields: Sequence[
             )
 
 
+def _pair_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
+    """The columns of both answers, and of the prompt where there is one."""
+    if source.form not in ("auto", "preference"):
+        raise DataError(
+            f"data source {source.label!r}: form: {source.form} gives one document a row, and preference learns from "
+            "pairs of answers; set form: preference, or leave the preference section out"
+        )
+    prompt = _is_set(source, "prompt_field") or source.prompt_field in columns
+    asked = (source.prompt_field,) if prompt and source.prompt_field not in source.ignore else ()
+    return "preference", (source.chosen_field, source.rejected_field, *asked)
+
+
 def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
     pair = (source.prompt_field, source.completion_field)
     fields: dict[Kind, tuple[str, ...]] = {
@@ -182,6 +200,8 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
         "chat": (source.messages_field,),
         "tokens": ("input_ids",),
     }
+    if source.form == "preference":
+        raise DataError(f"data source {source.label!r}: form: preference needs the recipe's preference section")
     if source.form != "auto":
         return source.form, fields[source.form]
     named = {name: kind for name, kind in _FORM_OF_FIELD.items() if _is_set(source, name)}
@@ -210,8 +230,8 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
             else "form: chat and messages_field: chosen (or form: text and text_field: chosen, where it is text)"
         )
         raise DataError(
-            f"data source {source.label!r} holds preference data (chosen, rejected); to train on the better answers, "
-            f"set {better}, and ignore: [rejected]"
+            f"data source {source.label!r} holds preference data (chosen, rejected); to learn from both answers, give "
+            f"the recipe a preference section; to train on the better answers, set {better}, and ignore: [rejected]"
         )
     hint = _hint(source, columns)
     raise DataError(
@@ -259,6 +279,8 @@ def _contrary(source: DataSource, kind: Kind) -> list[str]:
     """The columns that ``auto`` prefers to those of a form; empty if the recipe names the form or columns."""
     if source.form != "auto" or any(_is_set(source, name) for name in _FORM_OF_FIELD):
         return []
+    if kind == "preference":
+        return [source.prompt_field]
     decisive: dict[Kind, tuple[str, ...]] = {
         "chat": (source.messages_field, *CONVERSATIONS),
         "prompt_completion": (source.completion_field,),
@@ -276,5 +298,7 @@ def _is_set(source: DataSource, name: str) -> bool:
 
 def takes_template(form: RowForm, row: Mapping[str, Any], tokenizer: HasChatTemplate) -> bool:
     """Whether rows such as this one go through the chat template."""
-    turns = form.kind == "prompt_completion" and not isinstance(form.naming.row(row).get(form.fields[0]), str)
+    turns = form.kind in ("prompt_completion", "preference") and not isinstance(
+        form.naming.row(row).get(form.fields[0]), str
+    )
     return form.kind == "chat" or (bool(tokenizer.chat_template) and (form.kind == "alpaca" or turns))

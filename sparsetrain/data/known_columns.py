@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sparsetrain.data.conversation import REFUSED, ROLES
 from sparsetrain.data.values import MalformedRow, listed
 
-Kind = Literal["text", "prompt_completion", "chat", "alpaca", "tokens"]
+Kind = Literal["text", "prompt_completion", "chat", "alpaca", "tokens", "preference"]
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns of a system prompt."""
@@ -29,11 +29,12 @@ _READ: dict[Kind, tuple[str, ...]] = {
     "chat": OF_CONVERSATIONS,
     "alpaca": (*OF_CONVERSATIONS, *INPUTS, "history"),
     "tokens": ("labels", *MASKS),
+    "preference": OF_CONVERSATIONS,
 }
 
 _PREFERENCE = (
-    "it belongs to preference data; train on the better answers with form: prompt_completion, completion_field: chosen "
-    "(or form: chat, messages_field: chosen)"
+    "it belongs to preference data, which a recipe with a preference section reads; to train on the better answers "
+    "alone, set form: prompt_completion, completion_field: chosen (or form: chat, messages_field: chosen)"
 )
 _WEIGHT = "every row weighs the same; give sources a weight instead"
 _LABEL = "it says that this answer is a bad one, which would be learned; data.on_malformed: skip leaves such rows out"
@@ -69,6 +70,7 @@ _REFUSALS_OF_FORM: dict[Kind, dict[str, str]] = {
         **dict.fromkeys(("reflection", "corrected"), _CORRECTED),
     },
     "tokens": {},
+    "preference": {},
 }
 """Columns with a meaning in rows of one form alone."""
 _HARMLESS: dict[str, Callable[[Any], bool]] = {

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from sparsetrain.cache_folder import cache_fault
 from sparsetrain.data.content import content_of
-from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, count_pieces, cut
+from sparsetrain.data.document import MIN_TOKENS, Document, PairTokens, Piece, Tokens, count_pieces, cut
 from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.position import Drawn, read_position
 from sparsetrain.data.render import RENDER_VERSION
@@ -42,6 +42,7 @@ FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
         "targets": datasets.List(datasets.Value("int32")),
+        "rejected_from": datasets.Value("int64"),
         "length": datasets.Value("int64"),
         "error": datasets.Value("string"),
     }
@@ -56,15 +57,16 @@ def tokenize_rows(
     for position, index in enumerate(indices):
         raw = {name: values[position] for name, values in batch.items()}
         try:
-            input_ids, targets = reader.tokens(raw, tokenizer)
-            length, error = len(input_ids), None
+            tokens = reader.tokens(raw, tokenizer)
+            length, error = len(tokens.input_ids), None
         except MalformedRow as problem:
-            input_ids, targets = np.empty(0, np.int32), []
+            tokens = Tokens(np.empty(0, np.int32), [])
             length, error = MALFORMED, f"{reader.place(raw, index)}: {problem}"
         except MemoryError as problem:
             raise MemoryError(f"{reader.place(raw, index)}: {first_line(problem)}") from problem
-        columns["input_ids"].append(input_ids)
-        columns["targets"].append([edge for span in targets for edge in span])
+        columns["input_ids"].append(tokens.input_ids)
+        columns["targets"].append([edge for span in tokens.targets for edge in span])
+        columns["rejected_from"].append(tokens.rejected_from if isinstance(tokens, PairTokens) else None)
         columns["length"].append(length)
         columns["error"].append(error)
     return columns
@@ -80,6 +82,7 @@ class MappedSource:
         source, data: The source and the ``data`` section.
         row_length: tokens in a full row.
         seed, index: what the order depends on, ``index`` being the source's place in the mixture.
+        pairs: its rows are pairs of a preferred and a rejected answer.
 
     Raises:
         DataError: the source is missing or empty, or has malformed rows where the recipe says stop.
@@ -93,10 +96,12 @@ class MappedSource:
         row_length: int,
         seed: int,
         index: int,
+        *,
+        pairs: bool = False,
     ) -> None:
         self.label = source.label
         stop = data.on_malformed == "stop"
-        opened = open_source(source, tokenizer, streaming=False, skip_damaged=not stop)
+        opened = open_source(source, tokenizer, streaming=False, skip_damaged=not stop, pairs=pairs)
         self.chat = opened.reader.chat
         self.form = opened.reader.form.describe()
         self._rows = tokenized(source, opened, tokenizer, data.num_workers).with_format("numpy")
@@ -179,7 +184,9 @@ class MappedSource:
         """The tokens of a row as a view of the cache, so that the pieces of a long document do not copy it."""
         table = self._tables[row]
         input_ids, targets = (np.asarray(table[name].chunk(0).flatten()) for name in ("input_ids", "targets"))
-        return Tokens(input_ids, [(int(start), int(stop)) for start, stop in targets.reshape(-1, 2)])
+        spans = [(int(start), int(stop)) for start, stop in targets.reshape(-1, 2)]
+        middle = table["rejected_from"][0].as_py()
+        return Tokens(input_ids, spans) if middle is None else PairTokens(input_ids, spans, middle)
 
     def _report(self, malformed: np.ndarray, rows: int, *, stop: bool) -> None:
         named = "; ".join(str(self._rows[int(row)]["error"]) for row in malformed[:NAMED_ROWS])

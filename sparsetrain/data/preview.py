@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sparsetrain.counted import counted
-from sparsetrain.data.document import IGNORE, Tokens
+from sparsetrain.data.document import IGNORE, PairTokens, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,8 @@ def preview(label: str, form: str, tokens: Tokens | None, tokenizer: PreTrainedT
     """
     lines = [f"data: {label}: {form}"]
     if tokens is not None and len(tokens.input_ids):
-        lines.append(f"data: {label}: first document, learned in «»: {marked(tokens, tokenizer)}")
+        what = "pair" if isinstance(tokens, PairTokens) else "document"
+        lines.append(f"data: {label}: first {what}, learned in «»: {marked(tokens, tokenizer)}")
     return lines
 
 

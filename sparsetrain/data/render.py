@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsetrain.data.answers import answers
 from sparsetrain.data.chat import render_chat
 from sparsetrain.data.conversation import Conversation, conversation_of
-from sparsetrain.data.document import Tokens
+from sparsetrain.data.document import PairTokens, Tokens
 from sparsetrain.data.encoding import Rendered, Stripped, encode, end_of_text, opening, shared_prefix, strip_ends
 from sparsetrain.data.forms import RowForm
 from sparsetrain.data.known_columns import INPUTS, SETTINGS, SYSTEM, TOOLS, check_columns
@@ -21,7 +22,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 8
+RENDER_VERSION = 9
 """Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -35,7 +36,8 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
     """Render the tokens of one row; empty for an empty text, or if the row selects nothing to learn.
 
     Text and prompt + completion begin with BOS (if the tokenizer uses one) and end with EOS, each exactly once, even if
-    the text contains them already. A chat begins and ends as its template says. Pretokenised rows are not changed.
+    the text contains them already. A chat begins and ends as its template says. Pretokenised rows are not changed. Of a
+    pair, both documents are rendered, one behind the other.
 
     Raises:
         MalformedRow: A column is missing, has the wrong type or an unsupported value; the completion is empty; there is
@@ -49,10 +51,37 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
             f"what they are, or leave the column out by ignore: [{found[0]}]"
         )
     try:
+        if form.kind == "preference":
+            return _pair(row, form, tokenizer)
         input_ids, targets = _rendered(row, form, tokenizer)
     except RecursionError as problem:
         raise MalformedRow("it is nested too deeply") from problem
     return Tokens(np.array(input_ids, dtype=np.int32), targets)
+
+
+def _pair(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Both answers, each behind the prompt; empty if they are equal."""
+    rows = answers(row, form)
+    if rows is None:
+        return Tokens(np.empty(0, np.int32), [])
+    if rows[0].form.kind == "text":
+        _no_conversation(row, form, "its answers are plain text")
+    chosen, rejected = (_rendered(each.row, each.form, tokenizer) for each in rows)
+    if rows[0].form.kind == "text":
+        # What both begin with is the prompt: its tokens are as likely in either.
+        shared = shared_prefix(chosen[0], rejected[0])
+        if shared <= len(opening(tokenizer)):
+            raise MalformedRow(
+                f"{form.fields[0]!r} and {form.fields[1]!r} do not begin with a prompt; name its column with "
+                "prompt_field"
+            )
+        chosen, rejected = ((ids, [(shared, len(ids))] if shared < len(ids) else []) for ids, _ in (chosen, rejected))
+    for name, (_, targets) in zip(form.fields, (chosen, rejected)):
+        if not targets:
+            raise MalformedRow(f"{name!r} has nothing to learn behind the prompt")
+    start = len(chosen[0])
+    targets = chosen[1] + [(start + max(1, first), start + last) for first, last in rejected[1]]
+    return PairTokens(np.array(chosen[0] + rejected[0], dtype=np.int32), targets, start)
 
 
 def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -71,6 +100,8 @@ def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokeni
             return _alpaca(row, form, tokenizer)
         case "tokens":
             return read_tokens(row, form.fields[0], form.optional, len(tokenizer))
+        case "preference":
+            raise AssertionError("a pair is two documents")
 
 
 def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:

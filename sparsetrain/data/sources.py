@@ -87,7 +87,12 @@ class OpenSource:
 
 
 def open_source(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, *, streaming: bool, skip_damaged: bool = False
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    streaming: bool,
+    skip_damaged: bool = False,
+    pairs: bool = False,
 ) -> OpenSource:
     """Open a source of rows: local files, the standard library, or a Hub dataset.
 
@@ -95,6 +100,7 @@ def open_source(
         streaming: give a ``datasets.IterableDataset`` that reads rows as they are asked for; else a ``Dataset``.
         skip_damaged: leave out local parquet and arrow files that are damaged; else refuse them. Of a streaming
             source, only files that were cut are found before they are read.
+        pairs: its rows are pairs of a preferred and a rejected answer.
 
     Raises:
         DataError: it is missing, unreadable, empty, or has no column that its form needs.
@@ -105,7 +111,7 @@ def open_source(
         return chosen_rows(source, opened())
 
     row = _first_row(source, opened_rows(), layout)
-    form = resolve_form(source, list(row), tokenizer)
+    form = resolve_form(source, list(row), tokenizer, pairs=pairs)
     split = "" if source.validation is None else f" of the split {source.split}"
     return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
 

@@ -335,6 +335,6 @@ def _row_of(pieces: list[Piece]) -> Row:
         return Row(
             input_ids=np.concatenate([piece.input_ids() for piece in pieces]),
             labels=np.concatenate([piece.labels() for piece in pieces]),
-            lengths=[piece.length for piece in pieces],
-            origin=[piece.origin for piece in pieces],
+            lengths=[length for piece in pieces for length in piece.lengths],
+            origin=[piece.origin for piece in pieces for _ in piece.lengths],
         )

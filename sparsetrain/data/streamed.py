@@ -46,7 +46,13 @@ class StreamedSource:
     size = None
 
     def __init__(
-        self, source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, row_length: int
+        self,
+        source: DataSource,
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        row_length: int,
+        *,
+        pairs: bool = False,
     ) -> None:
         self.label = source.label
         self.malformed = 0
@@ -55,7 +61,7 @@ class StreamedSource:
         self._stop = data.on_malformed == "stop"
         self._tokenizer = tokenizer
         self._cut = (row_length, data.long_documents)
-        self._opened = open_source(source, tokenizer, streaming=True, skip_damaged=not self._stop)
+        self._opened = open_source(source, tokenizer, streaming=True, skip_damaged=not self._stop, pairs=pairs)
         self.chat = self._opened.reader.chat
         self._dataset: Any = None
         self._used_up = True

@@ -59,15 +59,18 @@ class Survey:
         return int((self.lengths > row_length).sum())
 
 
-def survey(source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Survey:
+def survey(source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False) -> Survey:
     """Read all rows of a source with a path as a run does; of a stream, the first :data:`STREAMED_ROWS`.
+
+    Args:
+        pairs: its rows are pairs of a preferred and a rejected answer, each counted as one document.
 
     Raises:
         DataError: It is missing, unreadable, or has no column that its form needs.
     """
     skip = data.on_malformed == "skip"
     with memory_explained(source.label):
-        opened = open_source(source, tokenizer, streaming=source.streaming, skip_damaged=skip)
+        opened = open_source(source, tokenizer, streaming=source.streaming, skip_damaged=skip, pairs=pairs)
         found = Survey(source, opened.reader.form.describe(), np.empty(0, np.int64), cut_off=source.streaming)
         lengths: list[int] = []
         if source.streaming:

@@ -50,6 +50,9 @@ class TaskSection(Section, ABC):
     result: ClassVar[type[TaskResult]]
     """The kind of task."""
 
+    pair_fields: ClassVar[tuple[str, ...]] = ()
+    """The fields with a source whose rows are pairs of a preferred and a rejected answer."""
+
     writes: ClassVar[bool] = True
     """Whether the model may write texts, in steps that follow its decode section. Otherwise the task measures the same
     under every decode setting."""

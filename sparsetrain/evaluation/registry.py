@@ -24,6 +24,7 @@ PLACES = {
     "perplexity": "sparsetrain.evaluation.tasks.perplexity:PerplexitySection",
     "passkey": "sparsetrain.evaluation.tasks.passkey:PasskeySection",
     "recall": "sparsetrain.evaluation.tasks.recall:RecallSection",
+    "preference": "sparsetrain.evaluation.tasks.preference:PreferenceSection",
     "reasoning": "sparsetrain.evaluation.tasks.reasoning:ReasoningSection",
     "ruler": "sparsetrain.evaluation.tasks.ruler:RulerSection",
     "key_tokens": "sparsetrain.evaluation.tasks.key_tokens:KeyTokensSection",

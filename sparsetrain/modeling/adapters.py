@@ -348,6 +348,23 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its adapters. Not by peft's ``disable_adapters``, which also freezes them and makes them
+    trainable again: an engine that has hooks on their gradients is not asked whether it takes that."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    was = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, off in zip(layers, was, strict=True):
+            layer._disable_adapters = off
+
+
 def _config(model: PreTrainedModel) -> LoraConfig:
     configs: Any = model.peft_config
     return configs["default"]

@@ -112,7 +112,7 @@ def loss_bytes(setting: Setting) -> LossBytes:
     shape, parameters, tokens, e = setting.shape, setting.parameters, setting.tokens, setting.element
     hidden, vocab, chunk = shape.hidden, shape.vocab, setting.loss_chunk
     head = float(vocab * hidden) if parameters.trains_head else 0.0
-    if setting.liger and shape.plain_head and setting.recipe.train.loss_chunk is not None:
+    if setting.fused_loss and shape.plain_head and setting.recipe.train.loss_chunk is not None:
         rows = min(tokens, _LIGER_LOSS_ROUNDING * -(-tokens * hidden // vocab))
         # Hidden states before and after the norm, and their gradient; logits become their own gradient.
         return LossBytes(kept=3.0 * e * hidden * tokens, chunk=float(e * vocab * rows), weight_gradient=(4 + e) * head)

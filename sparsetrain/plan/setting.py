@@ -83,6 +83,16 @@ class Setting:
         return self.recipe.train.activation_checkpointing
 
     @property
+    def reference_passes(self) -> int:
+        """Forward passes without gradients of each micro batch, for the reference of ``preference``."""
+        return int(self.recipe.reference == "adapters_off")
+
+    @property
+    def fused_loss(self) -> bool:
+        """Whether Liger computes the loss: of tokens, not of pairs of answers."""
+        return self.liger and self.recipe.preference is None
+
+    @property
     def loss_chunk(self) -> int:
         """Positions whose logits exist at a time."""
         wanted = self.recipe.train.loss_chunk

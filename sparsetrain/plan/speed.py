@@ -77,8 +77,9 @@ def _matrix_flops(setting: Setting) -> float:
     parameters, tokens = setting.parameters, setting.tokens
     head = setting.shape.vocab * setting.shape.hidden
     # Forward, what checkpointing computes again, the gradient of the input, and of the weight where it is trained.
-    passes = 1 + (setting.checkpointing != "none") + 1 + parameters.trains_matrices
-    head_passes = 1 + (setting.loss_chunk < tokens and not setting.liger) + 1 + parameters.trains_head
+    passes = 1 + (setting.checkpointing != "none") + 1 + parameters.trains_matrices + setting.reference_passes
+    recomputed = setting.loss_chunk < tokens and not setting.fused_loss
+    head_passes = 1 + recomputed + 1 + parameters.trains_head + setting.reference_passes
     tiled = 0.0
     if setting.mlp_tokens < tokens:
         shape = setting.shape
@@ -99,7 +100,7 @@ def _attention_seconds(setting: Setting, dense: bool) -> float:
         which = 0 if shape.head_dim > 64 else 1
         scale = setting.device.flops(setting.recipe.model.dtype) / MEASURED_PEAK
         forward, backward = rate.forward[which] * scale, rate.backward[which] * scale
-        return flops * density * ((1 + recomputed) / forward + 2.5 / backward)
+        return flops * density * ((1 + recomputed + setting.reference_passes) / forward + 2.5 / backward)
 
     dense_layers = shape.layers if dense else setting.dense_layers
     sparse_layers = shape.layers - dense_layers
@@ -116,7 +117,7 @@ def _elementwise_bytes(setting: Setting) -> float:
     """
     shape, tokens = setting.shape, setting.tokens
     scale = setting.element / 2
-    forwards = 1 + (setting.checkpointing != "none")
+    forwards = 1 + (setting.checkpointing != "none") + setting.reference_passes
     # RMSNorm reads and writes 36 bytes an element forward and about 60 backward, residuals 6 and 8; Liger's 4 and 8.
     norm_forward, norm_backward = (4, 8) if setting.liger else (36, 60)
     hidden = shape.hidden * 2 * (forwards * (norm_forward + 6) + norm_backward + 8)
@@ -127,7 +128,7 @@ def _elementwise_bytes(setting: Setting) -> float:
     turned = (shape.q_width + shape.kv_width) * (forwards * rotary[0] + rotary[1])
     if shape.qk_norm:
         turned += (shape.q_width + shape.kv_width) * (forwards * norm_forward + norm_backward)
-    logits = shape.vocab * (6 if setting.liger else 50)
+    logits = shape.vocab * (6 if setting.fused_loss else 50)
     return tokens * scale * (shape.layers * (hidden + wide + turned) + logits)
 
 
@@ -145,7 +146,7 @@ def _communication(setting: Setting, computing: float) -> float:
             # DeepSpeed all-reduces a bucket that several ranks own parts of, and does not overlap it below ZeRO-3.
             seconds += (batch.accumulation * 2 * trained + trained) / link
         else:
-            gathers = 2 + (setting.checkpointing != "none")
+            gathers = 2 + (setting.checkpointing != "none") + setting.reference_passes
             gathered = gathers * setting.element * parameters.total * share
             moving = batch.accumulation * (gathered + trained) / link
             waits = GATHER_WAIT * batch.accumulation * gathers * MATRICES_A_LAYER * setting.shape.layers
@@ -163,7 +164,7 @@ def _communication(setting: Setting, computing: float) -> float:
         seconds += max(0.0, moved - computing)
     if setting.stage == 3 and setting.recipe.deepspeed.offload_parameters == "cpu":
         shard = setting.element * parameters.total / ranks
-        gathers = 2 + (setting.checkpointing != "none")
+        gathers = 2 + (setting.checkpointing != "none") + setting.reference_passes
         seconds += max(0.0, gathers * batch.accumulation * shard / HOST_LINK - computing)
     return seconds
 

@@ -50,6 +50,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
             "offloads the inputs of checkpointed layers, and train.activation_checkpointing is none; set that to layer "
             "or selective",
         )
+    yield from _preference(recipe)
     yield from _evaluation(recipe)
 
 
@@ -110,6 +111,45 @@ def _held_out(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 def _splits_alike(trained: DataSource, held_out: DataSource) -> bool:
     names = ("validation", "max_rows")
     return trained.split == "train" and all(getattr(trained, name) == getattr(held_out, name) for name in names)
+
+
+def _preference(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """Contradictions of ``preference``."""
+    section = recipe.preference
+    for index, source in enumerate(recipe.data.sources):
+        place = ("data", "sources", index)
+        if section is None and source.form == "preference":
+            yield (*place, "form"), "preference needs the section preference, such as preference: {loss: dpo}"
+        if section is not None and source.synthetic is not None:
+            yield (*place, "synthetic"), f"{source.synthetic} makes no pairs of answers, which preference learns from"
+    if section is None:
+        return
+    if recipe.data.long_documents != "drop":
+        yield (
+            ("data", "long_documents"),
+            f"{recipe.data.long_documents} would cut the answers that preference compares; set it to drop, and "
+            "sequence.length so that a pair fits, both answers with their prompts",
+        )
+    if recipe.sequence.parallel > 1:
+        yield (
+            ("sequence", "parallel"),
+            f"{recipe.sequence.parallel} ranks that share a row are not supported with preference; set it to 1",
+        )
+    if section.has_reference and section.reference == "adapters_off":
+        if recipe.lora is None:
+            yield ("preference", "reference"), "adapters_off needs lora; set it to precomputed"
+        elif recipe.beside_adapters is not None:
+            yield (
+                ("preference", "reference"),
+                f"adapters_off is not the model that the run starts from with {recipe.beside_adapters}; set it to "
+                "precomputed",
+            )
+    if recipe.reference == "adapters_off" and recipe.train.neftune is not None:
+        yield (
+            ("train", "neftune"),
+            f"{recipe.train.neftune:g} would add noise to the reference as well, which is the same model without its "
+            "adapters; set it to null, or preference.reference: precomputed",
+        )
 
 
 def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -20,6 +20,7 @@ from sparsetrain.evaluation.registry import AnyTask
 from sparsetrain.methods.registry import AttentionConfig
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.optimizer_section import OptimizerSection, Rate
+from sparsetrain.recipe.preference_section import PreferenceSection
 from sparsetrain.recipe.rows import RECORDED, TRAINED, Row, read_attention, read_decoding
 from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Section, Steps, Text, Tokens
 from sparsetrain.source_section import DataSource
@@ -445,6 +446,8 @@ class Recipe(Section):
     """The optimization."""
     lora: LoraSection | None = None
     """Low-rank adapters; null: train the weights themselves."""
+    preference: PreferenceSection | None = None
+    """Learning from pairs of answers; null: learn every document."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     """The DeepSpeed engine."""
     checkpoint: CheckpointSection = CheckpointSection()
@@ -456,6 +459,28 @@ class Recipe(Section):
     (needs ``pip install sparsetrain[tensorboard]``)."""
     wandb: WandbSection = WandbSection()
     """Weights & Biases."""
+
+    @property
+    def reference(self) -> Literal["none", "adapters_off", "precomputed"]:
+        """``preference.reference`` with ``auto`` decided; ``none`` where nothing is compared with a reference."""
+        if self.preference is None or not self.preference.has_reference:
+            return "none"
+        if self.preference.reference != "auto":
+            return self.preference.reference
+        alone = self.lora is not None and self.beside_adapters is None
+        return "adapters_off" if alone else "precomputed"
+
+    @property
+    def beside_adapters(self) -> str | None:
+        """The setting by which the model without LoRA's adapters is not the one that the run starts from; None if it
+        is."""
+        if self.lora is not None and self.lora.train_embeddings:
+            return "lora.train_embeddings=true"
+        if self.lora is not None and self.lora.train_norms:
+            return "lora.train_norms=true"
+        if self.train.start is not None:
+            return f"train.start={self.train.start}"
+        return f"attention.method={self.attention.method}" if self.attention.new_modules else None
 
     @property
     def base_bits(self) -> Literal["none", "4bit", "8bit"]:

@@ -57,7 +57,8 @@ class RunCallbacks(Callbacks):
         speed = result.tokens / result.seconds
         metrics = {
             "loss": result.loss,
-            "perplexity": math.exp(min(result.loss - result.balance_loss, 100.0)),
+            # The loss of a pair of answers is none of tokens.
+            **({} if recipe.preference else {"perplexity": math.exp(min(result.loss - result.balance_loss, 100.0))}),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": self.state.tokens,

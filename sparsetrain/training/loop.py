@@ -1,7 +1,8 @@
 """The training loop on a DeepSpeed engine; start reading at :meth:`Loop.run`.
 
 The loss is the mean over all target tokens of the global batch: each micro batch contributes its summed NLL, divided by
-the number of targets over all ranks and accumulation steps. Dividing the batch differently into micro batches and ranks
+the number of targets over all ranks and accumulation steps. With ``preference`` it is the mean over its pairs, in the
+same way. Dividing the batch differently into micro batches and ranks
 therefore only changes rounding. The exception is the routers' balance loss, a product of two means over the tokens of a
 micro batch; it is averaged over all tokens.
 """
@@ -31,6 +32,7 @@ from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.distributed.optimizers import FiniteStep
 from sparsetrain.training.gradient_norms import gradient_norms
 from sparsetrain.training.job import Job
+from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.output.attempt import attempt
 from sparsetrain.training.schedule import new_modules_peak, peak_lr, share_of_peak
@@ -43,7 +45,8 @@ class StepResult:
     """The metrics of one optimizer step."""
 
     loss: float
-    """Mean NLL per target token of the global batch, in nats, plus the routers' balance loss if there is one."""
+    """Mean NLL per target token of the global batch, in nats, or with ``preference`` the mean loss of a pair; plus the
+    routers' balance loss if there is one."""
     balance_loss: float
     """The balance loss alone, averaged over the tokens of the global batch; 0 if the model adds none."""
     lr: float
@@ -197,28 +200,31 @@ class Loop:
             method.begin_step(self.state.step, self.plan.steps)
             method.observing = is_logged(self.job.recipe, self.plan, self.state.step + 1)
 
-        # The numbers of targets and tokens, summed over ranks; they stay on the device until the end of the step.
-        counts = self._on_device(
-            sum(micro.num_target_tokens for micro in batch.micro_batches),
-            sum(micro.num_tokens for micro in batch.micro_batches),
-        )
+        # The numbers of targets (or pairs) and tokens, summed over ranks; they stay on the device until the end of the
+        # step.
+        module: CausalLMLoss = self.engine.module
+        of_batches = [(*module.counts(micro), micro.num_tokens) for micro in batch.micro_batches]
+        counts = self._on_device(*map(sum, zip(*of_batches)))
         dist.all_reduce(counts)
-        scale = 1.0 / counts[0].clamp(min=1.0)
+        scale, tokens_in_step = 1.0 / counts[0].clamp(min=1.0), counts[-1]
+        shares = module.shares(counts)
 
-        nll = torch.zeros((), dtype=torch.float64, device=self.job.world.device)
-        balance = torch.zeros_like(nll)
+        total = torch.zeros((), dtype=torch.float64, device=self.job.world.device)
+        balance = torch.zeros_like(total)
+        measured: dict[str, torch.Tensor] = {}
         norms: dict[str, float] = {}
         for index, micro in enumerate(batch.micro_batches):
             activity.at("forward", self.state.step + 1)
             # Each token has equal weight in the balance loss, in any micro batch and on any rank.
-            weight = micro.num_tokens * counts[0].clamp(min=1.0) / counts[1]
-            loss = self.engine(**self._inputs(micro), balance_weight=weight.float())
+            weight = micro.num_tokens * counts[0].clamp(min=1.0) / tokens_in_step
+            loss = self.engine(**self._inputs(micro), **shares, balance_weight=weight.float())
             activity.at("backward", self.state.step + 1)
             # ZeRO averages gradients over ranks; the factor turns this into the sum that the global mean needs.
             self.engine.backward(loss * (scale * self.job.world.size).float(), scale_wrt_gas=False)
-            nll += loss.detach()
-            if (found := self.engine.module.balance_loss) is not None:
+            total += loss.detach()
+            if (found := module.balance_loss) is not None:
                 balance += found * weight
+            measured = {name: measured.get(name, 0.0) + value for name, value in module.sums.items()}
             if index + 1 == len(batch.micro_batches):
                 if watch is not None:
                     self.job.say(f"self-check: {watch.check()}")
@@ -231,13 +237,15 @@ class Loop:
 
         # A signal is honoured on any rank and until the end of the step.
         sums = torch.cat(
-            [nll[None], balance[None], self._on_device(self.job.signals.preempted, self.job.signals.interrupted)]
+            [
+                torch.stack([total, balance, *measured.values()]),
+                self._on_device(self.job.signals.preempted, self.job.signals.interrupted),
+            ]
         )
         dist.all_reduce(sums)
-        in_nats = (sums[0] * scale, sums[1] * scale)
-        loss_value, balance_loss, tokens, preempted, interrupted = torch.stack(
-            [*in_nats, counts[1], *sums[2:]]
-        ).tolist()
+        means, asked = sums[:-2] * scale, sums[-2:]
+        values: list[float] = torch.cat([means, tokens_in_step[None], asked]).tolist()
+        loss_value, balance_loss, *of_pairs, tokens, preempted, interrupted = values
         norm = self.engine.get_global_grad_norm()
         result = StepResult(
             loss=loss_value,
@@ -250,7 +258,8 @@ class Loop:
             seconds=time.perf_counter() - began,
             observations=self._observations()
             | norms
-            | ({"balance_loss": balance_loss} if self.engine.module.balance else {}),
+            | ({"balance_loss": balance_loss} if module.balance else {})
+            | dict(zip(measured, of_pairs, strict=True)),
         )
         # DeepSpeed's launcher adds a SIGTERM to a Ctrl-C.
         stop = Outcome.INTERRUPTED if interrupted else Outcome.PREEMPTED if preempted else None
@@ -286,6 +295,7 @@ class Loop:
             "cu_seqlens": micro.cu_seqlens,
             "positions": positions,
             "targets": micro.labels[0, positions + 1],
+            **self.engine.module.arguments(micro),
         }
         inputs: dict[str, Any] = {name: t.to(self.job.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: the number of chunks must be equal on all ranks.

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sparsetrain.data.batch import IGNORE
+from sparsetrain.data.batch import IGNORE, Batch
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import balance_factor, has_plain_head
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses
@@ -56,6 +56,8 @@ class CausalLMLoss(nn.Module):
             )
         self.balance_loss: torch.Tensor | None = None
         """The balance loss of the last call, fp32 scalar, including its factor; None if the model adds none."""
+        self.sums: dict[str, torch.Tensor] = {}
+        """Metrics of the last call as fp64 scalars, summed over what :meth:`counts` counts first."""
         self.shared = {} if ulysses is None else {ULYSSES_ARGUMENT: ulysses}
         self.fused = fused and self.chunk is not None and can_fuse_loss(model)
         if self.fused:
@@ -97,7 +99,36 @@ class CausalLMLoss(nn.Module):
         Returns:
             fp32 scalar.
         """
-        inputs = {
+        inputs = self._inputs(input_ids, position_ids, cu_seqlens, planned)
+        if self.chunk is None:
+            output = self.model(**inputs)
+            loss = F.cross_entropy(output.logits[0][positions].float(), targets, reduction="sum")
+        else:
+            hidden, output = self._decode(inputs)
+            loss = self._sum_over_chunks(*rows_of_targets(hidden, positions, targets), num_chunks)
+        return self._with_balance(loss, output, len(positions) if balance_weight is None else balance_weight)
+
+    def counts(self, batch: Batch) -> list[float]:
+        """What the loss of a step is divided by, first, and other counts of a micro batch that are summed over it."""
+        return [batch.num_target_tokens]
+
+    def arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """More arguments of :meth:`forward` for a micro batch."""
+        return {}
+
+    def shares(self, counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """More arguments of :meth:`forward`, made of the :meth:`counts` of the whole step, fp64."""
+        return {}
+
+    def _inputs(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        planned: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The arguments of the model's forward."""
+        return {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "cu_seqlens": cu_seqlens,
@@ -105,23 +136,20 @@ class CausalLMLoss(nn.Module):
             **self.shared,
             **(planned or {}),
         }
-        if self.chunk is None:
-            output = self.model(**inputs)
-            loss = F.cross_entropy(output.logits[0][positions].float(), targets, reduction="sum")
-        else:
-            hidden, output = self._decode(inputs)
-            loss = self._sum_over_chunks(*_rows(hidden, positions, targets), num_chunks)
-        if self.balance:
-            if not isinstance(output.aux_loss, torch.Tensor):
-                raise ModelError(
-                    f"{type(self.model).__name__} of transformers {transformers.__version__} computes no balance loss, "
-                    "though its config asks for it (output_router_logits); upgrade transformers, or set "
-                    "model.config_overrides.output_router_logits=false"
-                )
-            found = self.balance * output.aux_loss.float().to(loss.device)
-            self.balance_loss = found.detach()
-            loss = loss + found * (len(positions) if balance_weight is None else balance_weight)
-        return loss
+
+    def _with_balance(self, loss: torch.Tensor, output: Any, weight: torch.Tensor | float) -> torch.Tensor:
+        """Add the routers' balance loss of the model's output, if there is one."""
+        if not self.balance:
+            return loss
+        if not isinstance(output.aux_loss, torch.Tensor):
+            raise ModelError(
+                f"{type(self.model).__name__} of transformers {transformers.__version__} computes no balance loss, "
+                "though its config asks for it (output_router_logits); upgrade transformers, or set "
+                "model.config_overrides.output_router_logits=false"
+            )
+        found = self.balance * output.aux_loss.float().to(loss.device)
+        self.balance_loss = found.detach()
+        return loss + found * weight
 
     def _decode(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """The decoder's hidden states ``[T, hidden]``, and the model's own output if it adds a loss."""
@@ -151,7 +179,9 @@ class CausalLMLoss(nn.Module):
         return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction="sum")
 
 
-def _rows(hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of_targets(
+    hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states at the chosen positions with their targets, or all of them with ignored targets elsewhere.
 
     Selecting rows copies them and their gradient: 2 GiB for 128K tokens of hidden size 4,096. If most rows are

@@ -43,6 +43,7 @@ from sparsetrain.training.output.pictures import draw_run
 from sparsetrain.training.output.progress import Progress
 from sparsetrain.training.output.run_list import LOG_FILE
 from sparsetrain.training.output.tracking import Tracker
+from sparsetrain.training.preference.measure import measure_reference
 from sparsetrain.training.preflight import check_loaded, check_machine
 from sparsetrain.training.resuming import find_checkpoint, restore
 from sparsetrain.training.selfcheck.first_batch import check_before_training
@@ -124,7 +125,8 @@ def prepare(job: Job, resume: bool) -> Loaded:
     if not loads_into_shards(recipe):
         model.to(world.device)  # type: ignore[arg-type]
     activity.at("reading the data")
-    rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed)
+    pairs = recipe.preference is not None
+    rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed, pairs=pairs)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
     return Loaded(model, tokenizer, rows, plan)
 
@@ -146,6 +148,8 @@ def build(job: Job, loaded: Loaded, resume: bool) -> Built:
         job.record("deepspeed.json", lambda: write_whole(job.output / "deepspeed.json", json.dumps(config, indent=1)))
     engine = build_engine(model, recipe, plan, config, world, job.say)
     job.say(f"optimizer: {describe_optimizer(engine.deepspeed)}")
+    if recipe.reference == "precomputed":
+        engine.deepspeed.module.reference = measure_reference(job, loaded, engine.deepspeed.module)
     saver = Saver(engine.deepspeed, job.checkpoints, recipe.checkpoint, world, job.say)
     if start is None:
         check_before_training(job, loaded, engine, saver)

@@ -64,6 +64,8 @@ def case(options: Options) -> StepCase:
         raise BenchError(
             f"lora.quantize_base={bits}: steps are measured on random weights in the model's dtype; set it to none"
         )
+    if recipes[0].preference is not None:
+        raise BenchError("preference: steps are measured on random rows without pairs of answers; set it to null")
     return StepCase(
         name="step",
         options=options,

@@ -17,6 +17,7 @@ from sparsetrain.training.distributed.sequence_parallel import join_sequence_gro
 from sparsetrain.training.loss import CausalLMLoss
 from sparsetrain.training.memory.activations import save_activation_memory
 from sparsetrain.training.memory.liger import wants_liger
+from sparsetrain.training.preference.model import PreferenceLoss
 from sparsetrain.world import World
 
 
@@ -57,7 +58,11 @@ def build_engine(
     model.train()
     activity.at("building the engine")
     ulysses = join_sequence_group(recipe)
-    fused = wants_liger(recipe.train.liger, world.device)
-    loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
+    loss: CausalLMLoss
+    if recipe.preference is not None:
+        loss = PreferenceLoss(model, recipe)
+    else:
+        fused = wants_liger(recipe.train.liger, world.device)
+        loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
     say(f"loss: {loss.describe()}")
     return Engine(initialize(loss, recipe, config, world), ulysses)

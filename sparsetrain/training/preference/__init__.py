@@ -1,0 +1,1 @@
+"""Learning from pairs of a preferred and a rejected answer."""
