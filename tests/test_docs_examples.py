@@ -174,8 +174,9 @@ def test_the_commands_of_getting_started_run_in_their_order(tmp_path, monkeypatc
             words += ["--max-new-tokens", "4"]
         assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
         done.append(words[0])
-    assert done == ["run", "generate", "recipe", "recipe", "recipe", "plan", "export"]
+    assert done == ["run", "generate", "recipe", "recipe", "recipe", "plan", "export", "export"]
     assert Path("my-export/config.json").is_file()
+    assert "my-org/my-model" in Path("for-the-hub/README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_examples():

@@ -70,8 +70,8 @@ def name_base(folder: Path, base: str | None) -> None:
             base = str(Path(base).resolve()) if os.path.isdir(base) else base
             record["base"] = record["model"]["path"] = config["base_model_name_or_path"] = base
             record["model"]["revision"] = None
-        # The tokenizer lies beside the adapters.
-        record["model"]["tokenizer"] = None
+        # The tokenizer lies beside the adapters, with its chat template.
+        record["model"] |= {"tokenizer": None, "chat_template": None}
         adapter_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     elif lies_here(str(record["base"])):
         record["base"] = PurePath(record["base"]).name
