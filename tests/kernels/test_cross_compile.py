@@ -53,8 +53,8 @@ STACK = {
         "dq 64 bf16": 40,
         "dkv 128 bf16": 80,
         "fwd bf16 128": 24,
-        "dq bf16 128": 48,
-        "dkv of selected keys bf16 128": 328,
+        "dq bf16 128": 80,
+        "dkv of selected keys bf16 128": 320,
         "dkv of neighbours bf16 128": 104,
     },
 }

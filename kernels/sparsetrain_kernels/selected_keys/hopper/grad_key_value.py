@@ -17,7 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparsetrain_kernels.backend import TRITON_VERSION
 from sparsetrain_kernels.block_pattern.hopper.geometry import HALF, TILE, acquire, product, store_rows, tma_load
 from sparsetrain_kernels.block_pattern.hopper.grad_key_value import LN2, key_value_step
-from sparsetrain_kernels.selected_keys.hopper.tiles import all_threads, copy_rows, gate, where_among, where_inside
+from sparsetrain_kernels.selected_keys.hopper.tiles import (
+    all_threads,
+    copy_rows,
+    gate,
+    sums_of_threads,
+    where_among,
+    where_inside,
+)
 
 NEWER_PTXAS = gl.constexpr(TRITON_VERSION > (3, 6))
 """Waits for what has long come, which ends a basic block: else this ptxas serialises all products."""
@@ -109,7 +116,7 @@ def _through_gates(where, p, grad, slot, grad_score):
     """Gradients times gates, and the gradient of the scores, to which gates strictly between 0 and 1 pass theirs."""
     gates = _gates(where, p, slot)
     inside = where_inside(p, gates)
-    grad_score += gl.convert_layout(gl.sum(inside * grad, 1), grad_score.type.layout)
+    grad_score += sums_of_threads(inside * grad)
     if NEWER_PTXAS:
         mbarrier.wait(where[4], 0)
     return gates * grad, grad_score
@@ -139,7 +146,7 @@ def _keys(
     if LISTED:
         is_key = index < listed
         # Slots past the end repeat the last key, without rows.
-        index = gl.load(keys_ptr + gl.minimum(index, gl.maximum(listed - 1, 0)), mask=is_key | (listed > 0), other=0)
+        index = gl.load(keys_ptr + gl.minimum(index, listed - 1))
         enter = index + window
         exit = gl.where(is_key, gl.load(exit_ptr + index), -1)
         score = gl.load(scores_ptr + index)
@@ -186,7 +193,7 @@ def _consumer(
     operands = (k, v, (q_ring, do_ring), (lse_ring, delta_ring), full, empty)
     dk = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
     dv = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
-    grad_score = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    grad_score = sums_of_threads(gl.zeros([HALF, BLOCK_M], gl.float32, S_LAYOUT))
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(full.index(0), 0, pred=n_steps > 0)
     s = product(k, q_ring, 0, BLOCK_M, D, STAGES)
@@ -247,7 +254,7 @@ def _consumer(
         cells = gl.expand_dims((base + place) * (2 * D), 1) + gl.expand_dims(dim, 0)
         gl.store(partial_ptr + cells, dk, mask=gl.expand_dims(is_key, 1))
         gl.store(partial_ptr + D + cells, dv, mask=gl.expand_dims(is_key, 1))
-        grad_score = gl.convert_layout(grad_score, LINES)
+        grad_score = gl.convert_layout(gl.sum(grad_score, 1), LINES)
         gl.store(partial_scores_ptr + base + place, grad_score, mask=is_key)
     else:
         dk_ptr, dv_ptr, grad_scores_ptr, dk_stride, dv_stride, tokens = out
@@ -371,7 +378,6 @@ def selected_bwd_dkv_hopper_kernel(
     exit = gl.where(is_key, exit, -1)
     tile = (gl.maximum(gl.min(enter, 0), base) - base) // BLOCK_M
     tile_end = (gl.minimum(gl.max(exit, 0), end) - base + BLOCK_M - 1) // BLOCK_M
-    tile_end = gl.where(key_tile * TILE < listed, tile_end, tile)
     whole = (gl.maximum(gl.max(enter, 0), base) - base + BLOCK_M - 1) // BLOCK_M
     # What does not exist may see anything: it is not stored.
     whole_end = gl.maximum(gl.minimum(gl.min(gl.where(is_key, exit, end), 0), end) - base, 0) // BLOCK_M
@@ -408,12 +414,11 @@ def selected_bwd_dkv_hopper_kernel(
         value_ptr += wide_batch * value_stride_b + wide_head * value_stride_h
         mbarrier.arrive(kv_full, count=1)
         numbers = gl.allocate_shared_memory(gl.int32, [TILE], FLAT)
-        if key_tile * TILE < listed:
-            numbers.store(index)
-            all_threads()
-            for w in gl.static_range(2):
-                copy_rows(key_ptr, key_stride_n, numbers.slice(w * HALF, HALF), k_buf.index(w).reshape([HALF, D]))
-                copy_rows(value_ptr, value_stride_n, numbers.slice(w * HALF, HALF), v_buf.index(w).reshape([HALF, D]))
+        numbers.store(index)
+        all_threads()
+        for w in gl.static_range(2):
+            copy_rows(key_ptr, key_stride_n, numbers.slice(w * HALF, HALF), k_buf.index(w).reshape([HALF, D]))
+            copy_rows(value_ptr, value_stride_n, numbers.slice(w * HALF, HALF), v_buf.index(w).reshape([HALF, D]))
         async_copy.commit_group()
         async_copy.wait_group(0)
     fence_async_shared()

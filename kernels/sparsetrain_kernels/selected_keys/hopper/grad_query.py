@@ -26,6 +26,7 @@ from sparsetrain_kernels.selected_keys.hopper.tiles import (
     listed_at,
     neighbours,
     seen_or,
+    sums_of_threads,
     tile_of_program,
     wait_empty,
     wait_full,
@@ -125,10 +126,10 @@ def _step(
         inside = where_inside(p, gates)
         if GATE == "value":
             ds = p * (gates * dp - gl.expand_dims(delta, 1))
-            grad_threshold -= gl.sum(inside * dp, 1)
+            grad_threshold -= sums_of_threads(inside * dp)
         else:
             change = dp - gl.expand_dims(delta, 1)
-            grad_threshold -= gl.sum(inside * change, 1)
+            grad_threshold -= sums_of_threads(inside * change)
             ds = p * change
             if GATE == "log":
                 ds = ds * gates
@@ -166,7 +167,7 @@ def _consumer(
     rings = (k_ring, v_ring, seen_ring, score_ring)
     operands = (q, do, rows, rings, full, empty, n_near, last, to_log2)
     dq = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
-    grad_threshold = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    grad_threshold = sums_of_threads(gl.zeros([HALF, KEYS], gl.float32, S_LAYOUT))
     mbarrier.wait(full.index(0), 0)
     s = product(q, k_ring, 0, KEYS, D, STAGES)
     dp = product(do, v_ring, 0, KEYS, D, STAGES)
@@ -180,6 +181,7 @@ def _consumer(
     warpgroup_mma_wait(0, deps=(dp,))
     store_rows(dq_ptr, dq * scale, first + W * HALF, dq_stride_n, tokens, D_LAYOUT)
     row = first + line
+    grad_threshold = gl.convert_layout(gl.sum(grad_threshold, 1), line.type.layout)
     gl.store(grad_threshold_ptr + row, grad_threshold, mask=row < tokens)
 
 

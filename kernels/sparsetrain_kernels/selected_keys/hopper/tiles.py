@@ -126,6 +126,14 @@ def where_inside(x, gates):
 
 
 @gluon.jit
+def sums_of_threads(x):
+    """Sums over the columns that one thread holds, ``[64, 64]`` to ``[64, 4]``: no shuffle (8 columns a core matrix of
+    the MMA, two neighbours a thread), and one multiply-add an element where ``x`` is a product."""
+    x = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(x, axis=1), axis=2)
+
+
+@gluon.jit
 def copy_rows(ptr, stride, index, buffer):
     """Rows of a matrix, whose numbers lie in shared memory, into a tile. Returns while they are on their way."""
     ROWS: gl.constexpr = buffer.shape[0]
