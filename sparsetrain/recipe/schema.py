@@ -478,6 +478,8 @@ class Recipe(Section):
             return "lora.train_embeddings=true"
         if self.lora is not None and self.lora.train_norms:
             return "lora.train_norms=true"
+        if self.lora is not None and self.model.add_tokens:
+            return f"model.add_tokens={self.model.add_tokens}"
         if self.train.start is not None:
             return f"train.start={self.train.start}"
         return f"attention.method={self.attention.method}" if self.attention.new_modules else None
