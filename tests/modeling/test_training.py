@@ -35,6 +35,25 @@ def test_packed_documents_equal_separate_ones(given, family, tiny, tokens):
     torch.testing.assert_close(logits, expected, **SETTINGS)
 
 
+def test_a_packed_row_is_not_cut_out_and_joined_again(tiny, tokens):
+    copies = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name, ndim = func._schema.name, out.ndim if isinstance(out, torch.Tensor) else 0
+            dim = {"aten::cat": args[1:2], "aten::slice_backward": args[2:3]}.get(name)
+            if ndim == 4 and dim is not None and (dim or (0,))[0] == 0:
+                copies.append(name)
+            return out
+
+    model = sparsify(tiny("llama"), POWER).train()
+    _, row, cu_seqlens = packed(tokens)
+    with Rows():
+        model(**row, cu_seqlens=cu_seqlens, use_cache=False).logits.sum().backward()
+    assert copies == []
+
+
 def test_packed_rows_of_a_batch_are_told_apart_by_their_positions(tiny, tokens):
     model = sparsify(tiny("llama"), POWER)
     _, row, _ = packed(tokens)

@@ -174,6 +174,9 @@ def _attend_packed(attend: Attend, call: AttentionCall) -> Tensor:
     several = any(cu_seqlens.numel() > 2 for cu_seqlens in documents)
     if call.keys > call.tokens or (several and call.caches):
         raise ModelError("packed documents cannot share a key/value cache; pass use_cache=False")
+    if len(documents) == 1:
+        # Cut out and joined again, it would be copied nine times, forward, recomputed and backward.
+        return attend(call.query, call.key, call.value, cu_seqlens=documents[0], q_start=None, **call.extra)
     rows = []
     for i, cu_seqlens in enumerate(documents):
         q, k, v = (tensor[i : i + 1] for tensor in (call.query, call.key, call.value))
