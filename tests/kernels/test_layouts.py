@@ -140,7 +140,8 @@ def test_kernels_do_not_see_the_layout(operation: str, monkeypatch: pytest.Monke
     from sparsetrain_kernels.causal_selection.triton import crossing
 
     # The interpreter takes milliseconds for each program of a search.
-    monkeypatch.setattr(crossing, "STEPS", (8, 8))
+    monkeypatch.setattr(crossing, "CHUNK", 64)
+    monkeypatch.setattr(crossing, "STEP", 8)
     # A batch of one: views of larger ones are copies already.
     check(operation, 1, "triton", ["second dimension last", "gaps between numbers"])
 

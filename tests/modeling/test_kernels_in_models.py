@@ -43,7 +43,8 @@ def _small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search over a few tokens; the interpreter takes milliseconds for each program of it."""
     from sparsetrain_kernels.causal_selection.triton import crossing
 
-    monkeypatch.setattr(crossing, "STEPS", (8, 8))
+    monkeypatch.setattr(crossing, "CHUNK", 64)
+    monkeypatch.setattr(crossing, "STEP", 8)
 
 
 def both(act: Callable[[], list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
