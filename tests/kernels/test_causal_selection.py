@@ -15,6 +15,7 @@ from sparsetrain_kernels.causal_selection import crossing, topk_statistics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+BOTH = ("reference", "triton")
 SCORES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, n: rng.normal(size=n),
     "narrow": lambda rng, n: 0.2 * rng.normal(size=n),
@@ -423,9 +424,7 @@ def test_statistics_without_a_full_row_are_nan_not_zero() -> None:
 @pytest.mark.parametrize("kind", ["normal", "beyond 64 bits", "quarters"])
 def test_kernels_give_what_plain_pytorch_gives_bit_for_bit(kind: str) -> None:
     scores, cu_seqlens = draw(kind, np.random.default_rng(11), 1, 1, 300), bounds([50, 0, 1, 149, 100])
-    expected, actual = (
-        causal_sparsek(scores, 7, 5, sinks=2, cu_seqlens=cu_seqlens, backend=name) for name in ("reference", "triton")
-    )
+    expected, actual = (causal_sparsek(scores, 7, 5, sinks=2, cu_seqlens=cu_seqlens, backend=name) for name in BOTH)
     for name, ours, plain in zip(CausalSelection._fields, actual, expected, strict=True):
         assert torch.equal(ours, plain), name
 
@@ -434,7 +433,7 @@ def test_kernels_give_what_plain_pytorch_gives_bit_for_bit(kind: str) -> None:
 def test_kernels_agree_across_the_cells_of_the_coarse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsetrain_kernels.causal_selection.triton.crossing.CHUNK", 128)
     scores = torch.cat([draw(kind, np.random.default_rng(12), 1, 1, 700) for kind in ("narrow", "quarters")], 1)
-    expected, actual = (causal_sparsek(scores, 60, 40, sinks=3, backend=name) for name in ("reference", "triton"))
+    expected, actual = (causal_sparsek(scores, 60, 40, sinks=3, backend=name) for name in BOTH)
     assert all(torch.equal(ours, plain) for ours, plain in zip(actual, expected, strict=True))
 
 
@@ -444,9 +443,7 @@ def test_kernels_sort_packed_documents_as_plain_pytorch_does(wrong: float) -> No
     scores, cu_seqlens = draw("quarters", np.random.default_rng(13), 1, 2, 120), bounds([50, 0, 1, 69])
     scores[..., ::7] = wrong
     scores[..., 1::7] = -wrong
-    expected, actual = (
-        causal_sparsek(scores, 7, 5, sinks=2, cu_seqlens=cu_seqlens, backend=name) for name in ("reference", "triton")
-    )
+    expected, actual = (causal_sparsek(scores, 7, 5, sinks=2, cu_seqlens=cu_seqlens, backend=name) for name in BOTH)
     for name, ours, plain in zip(CausalSelection._fields, actual, expected, strict=True):
         assert torch.equal(ours.nan_to_num(nan=7e7), plain.nan_to_num(nan=7e7)), name
 
