@@ -96,7 +96,7 @@ class OffloadedMemory(PagedMemory):
 
     # --- which pages are on the device -----------------------------------------------------------------------------
 
-    @torch.compiler.disable(reason="pages of an offloaded cache move between steps")
+    @torch.compiler.disable  # pages of an offloaded cache move between steps
     def _turn(self, tokens: int) -> None:
         """Have on the device what the next ``tokens`` tokens of each row read, and bring what the next block does."""
         blocks = [(self._block(row, end), self._block(row, end + tokens - 1)) for row, end in enumerate(self._ends)]
@@ -181,7 +181,7 @@ class OffloadedMemory(PagedMemory):
         self._append_tokens(key, value, table)
         self._advance(tokens)
 
-    @torch.compiler.disable(reason="a prompt reads its past from the host")
+    @torch.compiler.disable  # a prompt reads its past from the host
     def _gather(self, rows: list[int] | slice, length: int) -> tuple[Tensor, Tensor]:
         """See :meth:`PagedMemory._gather`: whole pages from the host, and the one that is being filled."""
         self._turn(1)
@@ -199,7 +199,7 @@ class OffloadedMemory(PagedMemory):
         key, value = (torch.cat(pair, dim=2) for pair in zip((keys, values), last, strict=True))
         return key, value
 
-    @torch.compiler.disable(reason="a prompt goes to the host")
+    @torch.compiler.disable  # a prompt goes to the host
     @torch.no_grad()
     def _store(
         self, key: Tensor, value: Tensor, starts: Sequence[int], before: Sequence[int], after: Sequence[int]
