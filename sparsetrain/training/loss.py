@@ -113,11 +113,11 @@ class CausalLMLoss(nn.Module):
         return [batch.num_target_tokens]
 
     def arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """More arguments of :meth:`forward` for a micro batch."""
+        """More arguments of :meth:`forward` for a micro batch, by name, such as a tensor ``[documents]``."""
         return {}
 
     def shares(self, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """More arguments of :meth:`forward`, made of the :meth:`counts` of the whole step, fp64."""
+        """More arguments of :meth:`forward`, ``[]``, made of the :meth:`counts` of the whole step, fp64 ``[counts]``."""
         return {}
 
     def _inputs(
@@ -183,6 +183,14 @@ def rows_of_targets(
     hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden states at the chosen positions with their targets, or all of them with ignored targets elsewhere.
+
+    Args:
+        hidden: ``[tokens, hidden]``.
+        positions: ``[targets]``, int64.
+        targets: ``[targets]``, int64.
+
+    Returns:
+        Rows ``[rows, hidden]`` and their targets ``[rows]``.
 
     Selecting rows copies them and their gradient: 2 GiB for 128K tokens of hidden size 4,096. If most rows are
     selected, projecting the few others is cheaper. If there are no targets, all rows are ignored, because not every

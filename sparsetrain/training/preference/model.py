@@ -58,7 +58,7 @@ class PreferenceLoss(CausalLMLoss):
         return [len(tokens) // 2, int(tokens[::2].sum())]
 
     def arguments(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The tokens of each answer, and their log-likelihoods under the reference if they were measured."""
+        """The tokens of each answer, and its log-likelihood under the reference if it was measured: ``[answers]``."""
         found = self.answer_tokens(batch)
         if self.reference is not None:
             found["measured"] = self.reference.of(batch)
@@ -66,11 +66,11 @@ class PreferenceLoss(CausalLMLoss):
 
     @staticmethod
     def answer_tokens(batch: Batch) -> dict[str, torch.Tensor]:
-        """The argument ``answer_tokens`` of :meth:`forward`."""
+        """The argument ``answer_tokens`` of :meth:`forward`: ``[answers]``, int64."""
         return {"answer_tokens": torch.from_numpy(_target_counts(batch))}
 
     def shares(self, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The weight of the likelihood of each preferred token, which is a mean over all of them in the step."""
+        """The weight of the likelihood of each preferred token, ``[]``, as the mean is over all of them in the step."""
         weight = self.section.likelihood_weight
         return {"nll_share": weight * counts[0] / counts[1].clamp(min=1.0)} if weight else {}
 
