@@ -117,7 +117,7 @@ class CausalLMLoss(nn.Module):
         return {}
 
     def shares(self, counts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """More arguments of :meth:`forward`, ``[]``, made of the :meth:`counts` of the whole step, fp64 ``[counts]``."""
+        """More arguments of :meth:`forward`, ``[]``, made of the whole step's :meth:`counts`, fp64 ``[counts]``."""
         return {}
 
     def _inputs(

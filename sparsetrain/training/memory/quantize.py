@@ -60,6 +60,7 @@ def _quantized(layer: nn.Linear, bits: Bits) -> nn.Module:
         "output_features": layer.out_features,
         "bias": layer.bias is not None,
     }
+    new: Any
     if bits == "4bit":
         new = bnb.nn.Linear4bit(**shape, compute_dtype=weight.dtype, quant_type="nf4")
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
