@@ -79,7 +79,7 @@ def preview(
         stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed, pairs=pairs)
         _print_mixture(console, stream, settings, {each.source.label: each for each in read})
         for number in range(1, rows + 1):
-            _print_row(console, number, next(stream), tokenizer, tokens)
+            _print_row(console, number, next(stream), tokenizer, tokens, pairs=pairs)
         if stream.chat:
             for remark in remarks(turn_ending(tokenizer), tokenizer):
                 print(f"note: {remark}", file=sys.stderr)
@@ -97,7 +97,8 @@ def _print_source(console: Console, found: Survey, recipe: Recipe) -> None:
     _say(console, f"{source.label}: {found.form}", "bold")
     total, learned = int(found.lengths.sum()), found.learned
     rows = f"first {found.rows:,} rows" if found.cut_off else counted(found.rows, "row")
-    documents = counted(len(found.lengths), "document")
+    what = "document" if recipe.preference is None else "pair"
+    documents = counted(len(found.lengths), what)
     _say(console, f"  {rows}, {documents}, {total:,} tokens, {learned:,} learned ({learned / max(1, total):.1%})")
     for reason, count in found.faults.most_common(REASONS):
         _say(console, f"  cannot be read: {counted(count, 'row')}, such as {found.examples[reason]}", "yellow")
@@ -106,11 +107,11 @@ def _print_source(console: Console, found: Survey, recipe: Recipe) -> None:
     if found.empty:
         _say(console, f"  left out: {counted(found.empty, 'row')}, empty or with nothing selected to learn", "yellow")
     if found.without_target:
-        _say(console, f"  nothing to learn: {counted(found.without_target, 'document')}", "yellow")
+        _say(console, f"  nothing to learn: {counted(found.without_target, what)}", "yellow")
     if longer := found.longer_than(length):
         done = {"split": "split over several rows", "truncate": "truncated to one row", "drop": "dropped"}
         how = f"{done[recipe.data.long_documents]} (data.long_documents={recipe.data.long_documents})"
-        _say(console, f"  longer than sequence.length={length:,}: {counted(longer, 'document')}, {how}", "yellow")
+        _say(console, f"  longer than sequence.length={length:,}: {counted(longer, what)}, {how}", "yellow")
     for line in _histogram(found.lengths):
         _say(console, f"  {line}")
 
@@ -152,7 +153,9 @@ def _print_mixture(console: Console, stream: RowStream, recipe: Recipe, read: di
         _say(console, f"  {source.label}: {tokens / count.tokens:.1%} of the tokens, {share:.1%} of the draws")
 
 
-def _print_row(console: Console, number: int, row: Row, tokenizer: PreTrainedTokenizerBase, shown: int) -> None:
+def _print_row(
+    console: Console, number: int, row: Row, tokenizer: PreTrainedTokenizerBase, shown: int, *, pairs: bool
+) -> None:
     from sparsetrain.data.ending import control_tokens
     from sparsetrain.data.preview import describe_row, stretches
 
@@ -167,7 +170,9 @@ def _print_row(console: Console, number: int, row: Row, tokenizer: PreTrainedTok
         kept = sum(stop - start for start, stop in parts)
         left_out += size - kept
         if parts:
-            _say(console, f"-- document {document}: {name}, {size:,} tokens", "cyan")
+            # The answers of a pair are neighbours.
+            answer = ("rejected", "chosen")[document % 2] + " of " if pairs else ""
+            _say(console, f"-- document {document}: {answer}{name}, {size:,} tokens", "cyan")
         for start, stop in parts:
             if start > place:
                 _say(console, "...", "cyan")

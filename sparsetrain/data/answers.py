@@ -42,7 +42,7 @@ def answers(row: Mapping[str, Any], form: RowForm) -> tuple[Answer, Answer] | No
         raise MalformedRow(f"one of {names[0]!r} and {names[1]!r} is text, and the other a list of turns")
     if chosen == rejected:
         return None
-    if isinstance(chosen, str) and prompt is None:
+    if isinstance(chosen, str) and _is_empty(prompt):
         return _pair(row, names, (chosen, rejected), replace(form, kind="text", fields=()))
     if isinstance(chosen, str) and isinstance(prompt, list):
         chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
@@ -80,7 +80,7 @@ def _conversation(
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    if prompt is None or prompt in ("", []):
+    if _is_empty(prompt):
         if not shared:
             raise MalformedRow(
                 f"{names[0]!r} and {names[1]!r} have no first turn in common, which would be the prompt; name the "
@@ -96,6 +96,10 @@ def _conversation(
             f"prompt cannot be told; ignore: [{prompt_name}] takes those turns"
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_empty(prompt: Any) -> bool:
+    return prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip())
 
 
 def _content(turn: Any, form: RowForm) -> str:

@@ -101,7 +101,10 @@ def apply_template(
     return ChatText(answer["text"], [(start, stop) for start, stop in answer["spans"] if start < stop])
 
 
-_ELSEWHERE = "The template is chat_template.jinja in the tokenizer's folder, or chat_template in tokenizer_config.json"
+_ELSEWHERE = (
+    "The template is what model.chat_template names; where it names none, chat_template.jinja in the tokenizer's "
+    "folder, or chat_template in tokenizer_config.json"
+)
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]] | None) -> str:

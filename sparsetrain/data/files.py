@@ -170,9 +170,9 @@ def read_lines(files: list[Stamped]) -> Iterator[dict[str, str]]:
     for file, *_ in files:
         number = 0
         try:
-            # A byte that is not UTF-8 becomes \xNN, which JSON refuses: its line is malformed, the others are read.
+            # A byte that is not UTF-8 becomes half of a pair: its line is malformed, the others are read.
             with fsspec.open(
-                file, "rt", encoding="utf-8-sig", errors="backslashreplace", compression="infer", newline="\n"
+                file, "rt", encoding="utf-8-sig", errors="surrogateescape", compression="infer", newline="\n"
             ) as stream:
                 first = stream.readline()
                 if _suffix(file) == ".json" and first.lstrip().startswith("["):
@@ -180,7 +180,7 @@ def read_lines(files: list[Stamped]) -> Iterator[dict[str, str]]:
                     continue
                 for number, line in enumerate(_chain(first, stream), start=1):
                     if line.strip():
-                        yield {"place": f"{file}:{number}", "text": line.rstrip("\r\n")}
+                        yield {"place": f"{file}:{number}", "text": _checked(line.rstrip("\r\n"))}
         except Exception as problem:
             yield {"place": f"{file}:{number + 1}", "text": _damage(problem)}
 
@@ -206,7 +206,24 @@ def parse_line(line: str) -> dict[str, Any]:
     return row
 
 
+def _checked(line: str) -> str:
+    """The line, or the text of the row that marks it where it has bytes that are not UTF-8."""
+    fault = _not_utf8(line)
+    return f"{DAMAGED}{fault}" if fault else line
+
+
+def _not_utf8(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        byte = ord(text[problem.start]) & 0xFF
+        return f"not UTF-8 text (byte 0x{byte:02x} at character {problem.start}); save the file as UTF-8"
+    return None
+
+
 def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
+    if fault := _not_utf8(content):
+        raise DataError(f"{file} is {fault}")
     try:
         items = json.loads(content, object_pairs_hook=keyed_once)
     except json.JSONDecodeError as problem:

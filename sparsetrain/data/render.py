@@ -22,7 +22,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 9
+RENDER_VERSION = 10
 """Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -71,10 +71,8 @@ def _pair(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizerB
         # What both begin with is the prompt: its tokens are as likely in either.
         shared = shared_prefix(chosen[0], rejected[0])
         if shared <= len(opening(tokenizer)):
-            raise MalformedRow(
-                f"{form.fields[0]!r} and {form.fields[1]!r} do not begin with a prompt; name its column with "
-                "prompt_field"
-            )
+            remedy = f", and {form.fields[2]!r} is empty" if form.fields[2:] else "; name its column with prompt_field"
+            raise MalformedRow(f"{form.fields[0]!r} and {form.fields[1]!r} do not begin with a prompt{remedy}")
         chosen, rejected = ((ids, [(shared, len(ids))] if shared < len(ids) else []) for ids, _ in (chosen, rejected))
     for name, (_, targets) in zip(form.fields, (chosen, rejected)):
         if not targets:
@@ -124,7 +122,7 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
         _no_conversation(row, form, "its prompt and completion are plain text")
         names = (repr(field) for field in form.fields)
         prompt, completion = (text_value(value, name) for value, name in zip((prompt, completion), names))
-        return _completion(prompt + form.separator, completion, tokenizer)
+        return _completion(prompt + form.separator, completion, form.fields[-1], tokenizer)
     if not isinstance(prompt, list) or not isinstance(completion, list):
         wrong = next(field for field in form.fields if not isinstance(row[field], str))
         raise MalformedRow(f"{wrong!r} is {described(row[wrong])}, not a string, and not both are lists of turns")
@@ -141,11 +139,11 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
     return render_chat(_with_columns(conversation, row, form), tokenizer)
 
 
-def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def _completion(prompt: str, completion: str, name: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Loss on the completion and EOS. A token that reaches over the boundary counts to the completion."""
     answer = strip_ends(completion, tokenizer)
     if answer.empty(tokenizer):
-        raise MalformedRow("the completion is empty")
+        raise MalformedRow(f"the completion is empty (column {name!r})")
     own = strip_ends(prompt, tokenizer, end=False)
     text = answer.text
     if answer.opened and own.text:
@@ -172,7 +170,7 @@ def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenize
             )
         system = _system(row, form)
         prompt = ALPACA_PROMPT.format(instruction=instruction)
-        return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, tokenizer)
+        return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, form.fields[-1], tokenizer)
     pairs = [*history, (instruction, answer)]
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
     conversation = Conversation([{"role": role, "content": content} for role, content in turns])

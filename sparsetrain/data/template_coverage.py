@@ -50,9 +50,8 @@ def check_coverage(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
         if _is_followed(conversation, field) or _has_effect(_content(conversation), field, tokenizer, text):
             continue
         raise MalformedRow(
-            f"the chat template does not write {field.name}; set model.tokenizer to one whose template does "
-            "(also a copy of this tokenizer's folder with another chat_template.jinja)"
-            + (f", or train without it by ignore: [{field.key}]" if field.key else "")
+            f"the chat template does not write {field.name}; set model.chat_template to one that does "
+            "(a name or a Jinja file)" + (f", or train without it by ignore: [{field.key}]" if field.key else "")
         )
     _check_reasoning(conversation, text)
 

@@ -30,7 +30,7 @@ REASONS = [
     "'text' is null, not a string",
     "'text' is of type int, not a string",
     "'text' is not valid Unicode: surrogates not allowed at character 16",
-    "not valid JSON",
+    "not UTF-8 text (byte 0xe9 at character 13); save the file as UTF-8",
 ]
 
 

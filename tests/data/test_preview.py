@@ -96,3 +96,24 @@ def test_the_command_cuts_long_rows_and_names_the_shares_of_a_mixture(previewed)
     assert "longer than sequence.length=128: 1 document, dropped" in said
     assert "75.0% of the draws" in said
     assert "tokens in the middle are not shown; --tokens 0 shows all" in said
+
+
+def test_the_command_says_which_answer_of_a_pair_a_document_is_and_refuses_pairs_without_a_prompt(previewed):
+    pairs = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in ("q?", "", " ")]
+    pairs.append({"prompt": "q?", "chosen": "yes", "rejected": ""})
+    code, said = previewed(pairs, "preference.loss=dpo", "data.long_documents=drop", "data.on_malformed=skip")
+    assert code == 0, said
+    assert "4 rows, 1 pair, 11 tokens" in said
+    assert "-- document 1: chosen of rows.jsonl:0, 6 tokens\nq?«yes" in said
+    assert "-- document 2: rejected of rows.jsonl:0, 5 tokens\nq?«no" in said
+    assert "2 rows, such as" in said
+    assert "rows.jsonl:2: 'chosen' and 'rejected' do not begin with a prompt, and 'prompt' is empty" in said
+    assert "rows.jsonl:4: the completion is empty (column 'rejected')" in said
+
+
+def test_a_template_that_the_recipe_names_is_told_as_the_recipe_s(previewed):
+    Path("mine.jinja").write_text("{% for m in messages %}")
+    code, said = previewed(CHATS, "model.chat_template=mine.jinja")
+    assert code != 0
+    assert "cannot be compiled: line 1" in said
+    assert "The template is what model.chat_template names" in said
