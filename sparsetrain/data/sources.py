@@ -38,6 +38,7 @@ from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows
 from sparsetrain.data.shards import intact
+from sparsetrain.data.turn_keys import check_turn_keys
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 from sparsetrain.hub import read_cache_if_unreachable
@@ -112,6 +113,9 @@ def open_source(
 
     row = _first_row(source, opened_rows(), layout)
     form = resolve_form(source, list(row), tokenizer, pairs=pairs)
+    if not streaming:
+        # All rows: a part that is held out may lack what is rare.
+        check_turn_keys(source, form, layout, rows_of(source, opened()))
     split = "" if source.validation is None else f" of the split {source.split}"
     return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
 

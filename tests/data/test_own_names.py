@@ -114,6 +114,18 @@ def test_rows_are_held_out_whatever_the_seed_and_none_is_in_both(validation, hel
     assert trained(0) | measured == {f"{number:02d}<eos>" for number in range(20)}
 
 
+def test_a_key_that_no_turn_has_is_refused(stream, write_jsonl, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_jsonl([{"messages": turns}, {"messages": [*turns, {**turns[1], "learn": 0}]}])
+    with pytest.raises(
+        DataError, match=r"turn_keys says that train is in 'lern' \(did you mean 'learn'\?\), and no turn"
+    ):
+        stream({"path": path, "turn_keys": {"train": "lern"}})
+    rows = stream({"path": path, "turn_keys": {"train": "learn"}, "shuffle": False})
+    assert (next(rows).labels != -100).any()
+
+
 def test_rows_that_cannot_be_held_out_are_refused(stream, write_jsonl):
     path = write_jsonl([{"text": "a"}, {"text": "b"}])
     with pytest.raises(DataError, match=r"holds out 0 of 2 rows.*none for validation"):
