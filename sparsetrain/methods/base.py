@@ -56,6 +56,9 @@ class MethodConfig(Section, ABC):
     new_modules: ClassVar[tuple[str, ...]] = ()
     """Attribute names of the submodules that :meth:`Method.attach` adds to an attention layer. A run can train only
     these, or use a separate learning rate for them, and adapter folders include them."""
+    added_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that were added after models with this method had been saved. Their records lack them, and mean the
+    default, which must be what the method did before."""
 
     method: str
     dense_layers: list[int] | DenseLayerRule = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,8 @@ class PowerConfig(StaticConfig):
     Each doubling of the length adds one block to read. After ``log2(blocks)`` layers, information from every token has
     reached the last block.
     """
+
+    added_fields: ClassVar[frozenset[str]] = frozenset({"base", "farthest", "split"})
 
     method: Literal["power"] = "power"
     """PowerAttention."""

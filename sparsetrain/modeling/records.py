@@ -83,7 +83,8 @@ def recorded_attention(record: Any, path: str | Path, fields: Collection[str] = 
         check_fields(record, fields, f"the record of the attention method in {path} is damaged")
     # The fields of another package's method change with that package.
     if written == RECORD_FORMAT and not installed:
-        check_fields(record["attention"], type(config).model_fields, f"{path} is damaged: attention")
+        section = {**dict.fromkeys(config.added_fields), **record["attention"]}
+        check_fields(section, type(config).model_fields, f"{path} is damaged: attention")
     return config
 
 

@@ -16,6 +16,8 @@ from sparsetrain.modeling import load_model
 from sparsetrain.recipe.schema import ModelSection
 
 POWER = {"method": "power", "block": 4, "window": 2, "sinks": 1, "dense_layers": [0]}
+BEFORE = {"method", "dense_layers", "replace_sliding_layers", "block", "window", "sinks"}
+"""The fields of power in folders that were saved before it had variants."""
 ARCHITECTURE = {
     "model_type": "llama",
     "vocab_size": 50,
@@ -133,6 +135,17 @@ def test_the_two_records_of_a_folder_agree(saved):
     edit_record(folder, attention={"method": "power", "block": 4, "window": 2})
     with pytest.raises(ModelError, match=r"is damaged: attention: the field dense_layers is missing"):
         sparsetrain.load(folder)
+
+
+def test_load_reads_a_folder_of_before_its_method_had_more_fields(saved):
+    folder, model = saved
+    attention = {name: value for name, value in model.config.sparsetrain["attention"].items() if name in BEFORE}
+    edit_record(folder, attention=attention)
+    file = folder / "sparsetrain.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention": attention}))
+    found = sparsetrain.load(folder).config.sparsetrain["attention"]
+    assert found == model.config.sparsetrain["attention"]
+    assert {name: found[name] for name in found.keys() - BEFORE} == {"base": 2, "farthest": None, "split": "none"}
 
 
 def test_load_refuses_an_attention_implementation(saved):
