@@ -130,7 +130,8 @@ class MappedSource:
                 "row; raise sequence.length, shorten the prompts, or set data.long_documents=split"
             )
         if empty := len(lengths) - self.malformed - len(self._usable):
-            logger.info("data source %r: %d empty rows are left out", self.label, empty)
+            what = "pairs with equal answers" if pairs else "rows that are empty or have nothing selected to learn"
+            logger.info("data source %r: %s left out: %d", self.label, what, empty)
         self._shuffle = source.shuffle
         self._seed = (seed, "order", index)
         self._order = (-1, self._usable)

@@ -6,6 +6,7 @@ Each stage is a function that takes the results of the previous ones.
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     recipe, world = job.recipe, job.world
     world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.cleanup))
     job.progress.keep(job.output / LOG_FILE, job.cleanup)
+    job.progress.relay(logging.getLogger("sparsetrain.data"), job.cleanup)
     check_machine(recipe, world.device, world.size)
     world.on_main(lambda: check_data(recipe))
     transformers.set_seed(recipe.train.seed)

@@ -25,6 +25,9 @@ def settings(tmp_path_factory):
             parts = (" ".join(rng.choices(words, k=k)) for words, k in zip((WORDS, WORDS[:5], WORDS[5:]), sizes))
             prompt, chosen, rejected = parts
             file.write(json.dumps({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}) + "\n")
+        # Left out: a pair that does not fit a row, and one whose answers are equal.
+        for answer in (" again" * 2000, " no"):
+            file.write(json.dumps({"prompt": prompt, "chosen": answer, "rejected": " no"}) + "\n")
     return [f"data={{sources: [{{path: '{path}'}}], long_documents: drop}}", "preference.loss=dpo", "train.steps=4"]
 
 
@@ -53,6 +56,12 @@ def test_a_run_learns_which_answers_are_preferred(trained):
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
     assert "perplexity" not in last
     assert len(json.loads((trained.path / "reference.json").read_text())["pairs"]) == 40
+
+
+def test_the_log_of_a_run_says_which_pairs_are_left_out(trained):
+    log = (trained.path / "run.log").read_text()
+    assert "1 of 41 pairs are longer than sequence.length=" in log
+    assert "pairs with equal answers left out: 1" in log
 
 
 def test_held_out_pairs_are_ranked_before_and_after(trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -136,6 +137,21 @@ class Progress:
             self.log(f"warning: {file} cannot be written ({error.strerror}); the run continues without it")
             return
         cleanup.push(self._keep_end)
+
+    def relay(self, logger: logging.Logger, cleanup: ExitStack) -> None:
+        """From now on log what a logger says too, from INFO on, such as which rows are left out.
+
+        Args:
+            cleanup: Closing it ends this.
+        """
+        if self._console is None:
+            return
+        handler = logging.Handler()
+        handler.emit = lambda record: self.log(record.getMessage())  # type: ignore[method-assign]
+        cleanup.callback(logger.setLevel, logger.level)
+        cleanup.callback(logger.removeHandler, handler)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
 
     def _keep_line(self, text: str) -> None:
         if self._kept is not None:
