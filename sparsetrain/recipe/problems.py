@@ -153,6 +153,8 @@ def _guess(error: Any, value: Any) -> str:
 def _instead(path: KeyPath, error: Any, value: Any) -> str:
     if len(path) == 1 and path[0] in _SWITCHED_OFF and _is_type([error]) and value in _OFF:
         return f"; {_SWITCHED_OFF[str(path[0])]}"
+    if path == ("train", "optimizer") and isinstance(value, str):
+        return f"; train.optimizer.name={value:.{_LONGEST_KEY}} chooses one"
     return ""
 
 

@@ -77,7 +77,11 @@ def test_unknown_key_of_a_method_is_answered_by_that_method(refuse, minimal):
             "lr: 1\n  schedule: cosin",
             "train.schedule: expected 'constant', 'linear', 'cosine' or 'wsd', got 'cosin'",
         ),
-        ("lr: 2e-5", "lr: 1\n  optimizer: adamw", "train.optimizer: expected a mapping of settings, got 'adamw'"),
+        (
+            "lr: 2e-5",
+            "lr: 1\n  optimizer: muon",
+            "train.optimizer: expected a mapping of settings, got 'muon'; train.optimizer.name=muon chooses one",
+        ),
         (
             "lr: 2e-5",
             "lr: 1\neval: off",
@@ -144,7 +148,7 @@ def test_endless_nesting_is_refused(refuse):
     ("method", "key", "owners"),
     [
         ("power", "stride", "stride has"),
-        ("full", "window", "power, sliding, stride, dilated and sparsek have"),
+        ("full", "window", "power, sliding, stride, dilated, ruler and sparsek have"),
     ],
 )
 def test_a_setting_of_another_method_is_told_from_a_misspelt_one(refuse, minimal, method, key, owners):
