@@ -75,11 +75,16 @@ def preview(
             _print_source(console, each, settings)
         data = settings.data.model_copy(update={"on_malformed": "skip"})
         # What it warns of was said above.
-        logging.getLogger("sparsetrain.data").setLevel(logging.ERROR)
-        stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed, pairs=pairs)
-        _print_mixture(console, stream, settings, {each.source.label: each for each in read})
-        for number in range(1, rows + 1):
-            _print_row(console, number, next(stream), tokenizer, tokens, pairs=pairs)
+        logger = logging.getLogger("sparsetrain.data")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed, pairs=pairs)
+            _print_mixture(console, stream, settings, {each.source.label: each for each in read})
+            for number in range(1, rows + 1):
+                _print_row(console, number, next(stream), tokenizer, tokens, pairs=pairs)
+        finally:
+            logger.setLevel(level)
         if stream.chat:
             for remark in remarks(turn_ending(tokenizer), tokenizer):
                 print(f"note: {remark}", file=sys.stderr)
