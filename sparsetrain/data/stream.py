@@ -204,6 +204,11 @@ class RowStream:
         mine, theirs = self._mixture(), saved.mixture
         changed = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if changed:
+            if mine.keys() != theirs.keys():
+                raise DataError(
+                    "the data position to resume from is of another version of sparsetrain, whose rows were packed "
+                    "otherwise; resume with that version, or start a new run from this one: model.path=RUN/final"
+                )
             if changed[0] in _BY_SOURCE and (other := self._other_sources(mine[changed[0]], theirs.get(changed[0]))):
                 raise DataError(
                     f"the rows of data source {listed(other)} differ from those that this run was trained on "

@@ -137,6 +137,14 @@ def test_a_state_of_another_recipe_is_refused(change, message, mixtures, stream)
         stream(*sources, **{"length": length, **change}).load_state_dict(state)
 
 
+def test_a_state_of_a_version_that_packed_otherwise_says_how_to_go_on(mixtures, stream):
+    sources, length = mixtures["mapped"]
+    state = stream(*sources, length=length).state_dict()
+    del state["mixture"]["rows packed together"]
+    with pytest.raises(DataError, match=r"of another version of sparsetrain.*model\.path=RUN/final"):
+        stream(*sources, length=length).load_state_dict(state)
+
+
 def _same_from_outside(path, kind, words):
     """Write a file whose size and time of modification do not show what is in it."""
     if kind == "parquet":

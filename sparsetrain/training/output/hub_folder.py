@@ -23,7 +23,7 @@ def check_name(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise CheckpointError(f"--push {repository}: {first_line(error)}; give ORG/NAME") from error
+        raise CheckpointError(f"--push {repository}: {first_line(error).rstrip('.')}; give ORG/NAME") from error
     if "/" not in repository:
         raise CheckpointError(f"--push {repository} does not say whose it is; give ORG/NAME")
 
