@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WINDOW_ROWS, MOST_ROWS, WINDOW_TOKENS = 32, 256, 2**19
 """Rows' worth of documents packed together: as many as hold so many tokens, from 32 to 256; 32 if no source is
 shuffled, so that their order is kept. More fill rows better; fewer are quicker to draw again on resume."""
+MOST_PIECES = 4096
+"""Documents packed together at most, where they are so short that more would come before the first row."""
 BARREN_DRAWS = 10_000
 """Draws in a row that may give no row before the stream gives up."""
 
@@ -286,7 +288,8 @@ class RowStream:
                 )
             drawn_pieces += pieces
             tokens += sum(piece.length for piece in pieces)
-            if drawn_pieces and (epoch_ends or tokens >= self._window_rows * self._row_length):
+            full = tokens >= self._window_rows * self._row_length or len(drawn_pieces) >= MOST_PIECES
+            if drawn_pieces and (epoch_ends or full):
                 break
         lengths = [piece.length for piece in drawn_pieces]
         laid = best_fit(lengths, self._row_length) if self._packing else [[place] for place in range(len(lengths))]

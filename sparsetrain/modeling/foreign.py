@@ -54,7 +54,6 @@ APPLIED = frozenset(
         "inference_mode",
         "revision",
         "auto_mapping",
-        "trainable_token_indices",
     }
 )
 """Fields of an adapter's config that are safe: they only describe tensors, or are not read here."""
@@ -125,6 +124,9 @@ def check_adapter_config(config: LoraConfig, path: Path) -> None:
         if name == "init_lora_weights":
             # Other initialisations change the base weights, and the adapter tensors do not undo that.
             strange = not isinstance(value, bool)
+        elif name == "trainable_token_indices":
+            # Rows by the name of their layer; a bare list leaves that to peft.
+            strange = value is not None and not isinstance(value, dict)
         else:
             strange = name not in APPLIED and value != usual.get(name)
         if strange:
