@@ -18,6 +18,7 @@ from sparsetrain.recipe.schema import ModelSection
 POWER = {"method": "power", "block": 4, "window": 2, "sinks": 1, "dense_layers": [0]}
 BEFORE = {"method", "dense_layers", "replace_sliding_layers", "block", "window", "sinks"}
 """The fields of power in folders that were saved before it had variants."""
+AS_PUBLISHED = {"base": 2, "farthest": None, "split": "none"}
 ARCHITECTURE = {
     "model_type": "llama",
     "vocab_size": 50,
@@ -82,7 +83,7 @@ def test_plain_transformers_loads_the_dense_model(family, tiny, eager, tokens, t
 def test_save_writes_what_the_folder_is(saved):
     folder, _ = saved
     about = json.loads((folder / "sparsetrain.json").read_text())
-    assert about["attention"] == {**POWER, "replace_sliding_layers": False}
+    assert about["attention"] == {**POWER, **AS_PUBLISHED, "replace_sliding_layers": False}
     assert about["version"] == sparsetrain.__version__
     assert about["versions"]["torch"] == torch.__version__
     assert AutoTokenizer.from_pretrained(folder).eos_token == "w7"
@@ -145,7 +146,7 @@ def test_load_reads_a_folder_of_before_its_method_had_more_fields(saved):
     file.write_text(json.dumps({**json.loads(file.read_text()), "attention": attention}))
     found = sparsetrain.load(folder).config.sparsetrain["attention"]
     assert found == model.config.sparsetrain["attention"]
-    assert {name: found[name] for name in found.keys() - BEFORE} == {"base": 2, "farthest": None, "split": "none"}
+    assert {name: found[name] for name in found.keys() - BEFORE} == AS_PUBLISHED
 
 
 def test_load_refuses_an_attention_implementation(saved):
