@@ -36,8 +36,8 @@ def resolve(name: str, field: str) -> str:
     """
     if name.startswith(OWN_MODELS):
         folder = Path(str(resources.files("sparsetrain"))) / "assets" / name.removeprefix(OWN_MODELS)
-        if not folder.is_dir():
-            shipped = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        if not (folder / "config.json").is_file():
+            shipped = sorted(file.parent.name for file in folder.parent.glob("*/config.json"))
             raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
         return str(folder)
     # os.path, because pathlib raises for unknown users (~name) and for invalid file names.

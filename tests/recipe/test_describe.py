@@ -60,7 +60,7 @@ def test_the_listing_explains_every_field(load, minimal):
     assert "# Peak learning rate.\n  lr: 2.0e-05\n" in text
     assert "    # Column that holds the text (form ``text``).\n      text_field: text\n" in text
     for path in field_paths(Recipe):
-        assert f"{path[-1]}:" in text or path[0] in ("eval", "attention", "lora"), path
+        assert f"{path[-1]}:" in text or path[0] in ("eval", "attention", "lora", "preference"), path
 
 
 @pytest.mark.parametrize(
