@@ -11,6 +11,7 @@ from sparsetrain.evaluation.base import Task
 from sparsetrain.evaluation.batched import BatchedTask, Dealt
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.modeling.modes import in_evaluation_mode
 from sparsetrain.world import World
 
 if TYPE_CHECKING:
@@ -87,12 +88,6 @@ def evaluate(
         if on_progress is not None:
             on_progress(done, total)
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        # no_grad and not inference_mode: ZeRO-3 swaps parameter data in forward, which inference tensors forbid.
-        with torch.no_grad():
-            return EvalResult(tasks={name: task.measure(model, world, on_forward) for name, task in tasks.items()})
-    finally:
-        for module, training in modes:
-            module.training = training
+    # no_grad and not inference_mode: ZeRO-3 swaps parameter data in forward, which inference tensors forbid.
+    with in_evaluation_mode(model), torch.no_grad():
+        return EvalResult(tasks={name: task.measure(model, world, on_forward) for name, task in tasks.items()})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sparsetrain.data.batch import IGNORE, Row, collate
 from sparsetrain.durable import write_whole
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.passes import planned_arguments
+from sparsetrain.modeling.modes import in_evaluation_mode
 from sparsetrain.training.job import Job, Loaded
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.preference.model import PreferenceLoss
@@ -43,7 +43,7 @@ def measure_reference(job: Job, loaded: Loaded, loss: PreferenceLoss) -> Referen
     mine: dict[str, list[float]] = {}
     before = len(known)
     activity.at("measuring the reference")
-    with job.progress.counting("measuring the reference") as on_progress, _as_in_evaluation(loss):
+    with job.progress.counting("measuring the reference") as on_progress, in_evaluation_mode(loss):
         for rows, done, total in _unknown(job, loaded, known):
             # All ranks make equally many passes, as ZeRO-3 needs.
             mine |= _log_likelihoods(job, loaded, loss, rows[world.rank % len(rows)])
@@ -100,17 +100,6 @@ def _log_likelihoods(job: Job, loaded: Loaded, loss: PreferenceLoss, row: Row) -
     with torch.no_grad():
         found = loss.log_likelihoods(**inputs, planned=planned_arguments(methods.values(), batch))
     return dict(zip(_keys(row), found.reshape(-1, 2).tolist(), strict=True))
-
-
-@contextmanager
-def _as_in_evaluation(loss: PreferenceLoss) -> Iterator[None]:
-    modes = [(module, module.training) for module in loss.modules()]
-    loss.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _origin(job: Job) -> dict[str, Any]:
