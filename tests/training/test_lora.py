@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -450,8 +451,9 @@ def test_a_published_run_says_what_it_is(trained, tmp_path, refused):
     torch.testing.assert_close(logits(load_adapters(tmp_path / "out")), logits(load_adapters(run / "final")))
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\n")
-    assert 'library_name: "peft"' in card
-    assert '"lora"' in card
+    about = yaml.safe_load(card.split("---\n")[1])
+    assert about["library_name"] == "peft"
+    assert "lora" in about["tags"]
     assert "256 tokens: power attention" in card
     assert "train_embeddings: true" in card
     assert "exists already" in refused("export", str(run), str(tmp_path / "out"))

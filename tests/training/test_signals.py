@@ -84,10 +84,10 @@ def test_before_training_it_ends_where_it_is(arguments, ask, capfd, where, numbe
 def test_a_request_that_a_library_swallows_is_heeded_all_the_same(arguments, monkeypatch, tmp_path):
     original = training.build_rows
 
-    def swallowing(*given):
+    def swallowing(*given, **options):
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
-        return original(*given)
+        return original(*given, **options)
 
     monkeypatch.setattr(training, "build_rows", swallowing)
     monkeypatch.setattr(signals, "PATIENCE", 300.0)
