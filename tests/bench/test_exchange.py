@@ -1,11 +1,18 @@
-"""The paper model of what ranks that share a sequence send one another."""
+"""What ranks that share a sequence send one another: the paper model, and what is timed."""
 
 from __future__ import annotations
 
-import pytest
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import torch
+
+from sparsetrain.bench import exchanging
 from sparsetrain.bench.exchange import Shape, table
+from sparsetrain.cli import main
 from sparsetrain.patterns import PowerPattern
+from sparsetrain.world import World
 
 SHAPE = Shape(heads=32, kv_heads=8, head_dim=128)
 PATTERN = PowerPattern(block=256, window=5, sinks=1)
@@ -34,3 +41,77 @@ def test_the_table_has_a_row_for_each_length_and_number_of_ranks():
     assert lines[2] == "| 32,768 | 2 | 160 | 64 | 64 | 2.50 |"
     assert len(lines) == 6
     assert lines[3].split(" | ")[2] == "-"
+
+
+@pytest.fixture
+def over_ranks(monkeypatch):
+    """Runs a function of a rank on each of several threads, which exchange as ranks do."""
+
+    def start(size, act):
+        board, meet, local = {}, threading.Barrier(size), threading.local()
+
+        def all_to_all(received, sent):
+            board[local.rank] = sent.clone()
+            meet.wait(10)
+            received.copy_(torch.stack([board[other][local.rank] for other in range(size)]))
+            meet.wait(10)
+
+        def send(part, outgoing, incoming):
+            board[local.rank] = outgoing
+            meet.wait(10)
+            for other, tensor in incoming.items():
+                tensor.copy_(board[other][local.rank])
+            meet.wait(10)
+
+        def of_rank(rank):
+            local.rank = rank
+            return act(rank)
+
+        monkeypatch.setattr(exchanging.dist, "all_to_all_single", all_to_all)
+        monkeypatch.setattr(exchanging, "_send", send)
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(of_rank, range(size)))
+
+    return start
+
+
+def part_of(rank, size, tokens, query, key_value, pattern):
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+    return exchanging.Part(query[:, mine], key_value[:, :, mine], World(rank, size, torch.device("cpu")), pattern)
+
+
+def test_what_is_timed_brings_every_rank_its_heads_and_the_chunks_of_its_pattern(over_ranks):
+    size, tokens, pattern = 4, 8, PowerPattern(block=2, window=1, sinks=1)
+    query, key_value = torch.randn(8, size * tokens, 3), torch.randn(2, 4, size * tokens, 3)
+    parts = [part_of(rank, size, tokens, query, key_value, pattern) for rank in range(size)]
+
+    def act(rank):
+        row = exchanging._to_heads(parts[rank], parts[rank].query, *parts[rank].key_value)
+        return row, exchanging._to_tokens(parts[rank], row[:, :2]), exchanging._neighbours(parts[rank])
+
+    for rank, (row, back, chunks) in enumerate(over_ranks(size, act)):
+        keys, values = key_value
+        wanted = torch.cat([query[2 * rank : 2 * rank + 2], keys[rank : rank + 1], values[rank : rank + 1]])
+        assert torch.equal(row, wanted.transpose(0, 1)), "all tokens of its heads"
+        assert torch.equal(back, parts[rank].query), "and the output back at its tokens"
+        # Rank 3 reads of rank 0 no more than the sink, the others whole neighbours.
+        needed = {1: {0: 8}, 2: {0: 8, 1: 8}, 3: {0: 2, 1: 8, 2: 8}}.get(rank, {})
+        assert parts[rank].chunks[rank] == needed
+        for other, found in chunks.items():
+            assert torch.equal(found, parts[other].key_value[:, :, : needed[other]])
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_what_is_timed_moves_the_bytes_of_the_model(ranks):
+    length = 8192 * ranks
+    query, key_value = torch.empty(32, 8192, 128, device="meta"), torch.empty(2, 8, 8192, 128, device="meta")
+    query, key_value = query.bfloat16(), key_value.bfloat16()
+    parts = [exchanging.Part(query, key_value, World(rank, ranks, None), PATTERN) for rank in range(ranks)]
+    assert exchanging.ALL_TO_ALL.received(parts[0]) == SHAPE.all_to_all(length, ranks, 8)[0]
+    received = max(exchanging.NEIGHBOURS.received(part) for part in parts)
+    assert received == SHAPE.neighbours(length, ranks, 8, PATTERN)[0]
+
+
+def test_one_rank_has_nothing_to_exchange(capsys):
+    assert main(["bench", "exchange"]) == 2
+    assert "one rank sends nothing" in capsys.readouterr().err
