@@ -17,6 +17,7 @@ from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.recycled.method import RecycledConfig
 from sparsetrain.modeling.attention.call import AttentionCall
 from sparsetrain.modeling.attention.interface import attend_call
+from sparsetrain.modeling.head_exchange import deal_heads
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.heads import heads_fault, shares_heads
 from sparsetrain.training.distributed.sequence_parallel import check_config, check_shareable, join_sequence_group
@@ -47,11 +48,11 @@ EVALUATION = ["eval.at_end=true", "eval.tasks.passkey={lengths: [160], depths: 2
 PROGRAM = """
 import json, sys
 from sparsetrain.cli import main
-from sparsetrain.modeling.ulysses import Ulysses
+from sparsetrain.modeling import ulysses
 runs, broken = json.loads(sys.argv[1])
 codes = [main(arguments) for arguments in runs]
-deal = Ulysses._deal_heads
-Ulysses._deal_heads = lambda self, values: 1.5 * deal(self, values)
+deal = ulysses.deal_heads
+ulysses.deal_heads = lambda tensors, group: deal([*tensors[:3], *(1.5 * scores for scores in tensors[3:])], group)
 sys.exit(max(codes) or main(broken))
 """
 
@@ -159,18 +160,43 @@ def test_without_sequence_parallelism_there_is_no_group(world, tiny_recipe):
 
 def test_every_process_exchanges_in_the_same_order(ulysses, monkeypatch):
     """A set of names has another order in every process."""
-    names, order = frozenset(f"input_{index}" for index in range(20)), []
-    monkeypatch.setattr(Ulysses, "_deal_heads", lambda self, values: order.append(values) or values)
+    names, sent = frozenset(f"input_{index}" for index in range(20)), []
+    monkeypatch.setattr("sparsetrain.modeling.ulysses.deal_heads", lambda given, group: sent.extend(given) or given)
     query = torch.ones(1, 2, 4, 8)
     given = {name: name for name in names}
 
     def attend(module, call):
+        assert call.extra == given
         return call.query.transpose(1, 2)
 
     call = AttentionCall(query, query, query, scale=1.0, cu_seqlens=1, extra=given)
     out = ulysses(attend, torch.nn.Identity(), call)
-    assert order == sorted(names)
+    assert sent[3:] == sorted(names)
     assert torch.equal(out, query.transpose(1, 2))
+
+
+def test_kernels_read_rows_where_the_exchange_leaves_them(ulysses):
+    """The Hopper kernels copy what TMA cannot read, or what cannot be gathered 16 bytes at a time."""
+    tokens, heads = 6, {"query": 4, "key": 2, "value": 2}
+    given = [torch.randn(1, tokens, count, 64).bfloat16().transpose(1, 2) for count in heads.values()]
+    scores = torch.randn(1, 3, tokens)
+    query, key, value, dealt = deal_heads([*given, scores], ulysses.group)
+    assert torch.equal(dealt, scores)
+    assert len({each.untyped_storage().data_ptr() for each in (query, key, value, dealt)}) == 1
+    for found, wanted in zip((query, key, value), given):
+        assert torch.equal(found, wanted)
+        assert found.stride(-1) == 1
+        assert found.data_ptr() % 16 == 0
+        assert all(stride % 16 == 0 for stride in found.stride()[:3])
+
+
+def test_a_tensor_without_a_gradient_gets_none(ulysses):
+    query, key = (torch.randn(1, 2, 4, 8).requires_grad_(needed) for needed in (True, False))
+    dealt = deal_heads([query, key, query], ulysses.group)
+    assert [each.requires_grad for each in dealt] == [True, False, True]
+    (dealt[0] * 2 + dealt[1]).sum().backward()
+    assert torch.equal(query.grad, torch.full_like(query, 2))
+    assert key.grad is None
 
 
 @pytest.mark.parametrize("missing", ["documents", "padding"])
