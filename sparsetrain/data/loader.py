@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from sparsetrain.data.batch import Batch, Row, Step, collate
-from sparsetrain.data.sequence_part import sequence_part
+from sparsetrain.data.sequence_part import collate_part
 from sparsetrain.data.stream import RowStream
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class StepLoader:
     ranks``. Every rank walks the same stream and reads its own rows: in accumulation step ``a``, rank ``r`` takes the
     ``micro_batch`` rows from ``(a * ranks + r) * micro_batch`` on. The global batch therefore depends on ``G`` alone.
     Where each sequence is shared by ``parallel`` ranks, such a group takes the place of one rank, and each of its
-    members gets its part of the rows (:func:`~sparsetrain.data.sequence_part.sequence_part`).
+    members gets its part of the rows (:func:`~sparsetrain.data.sequence_part.collate_part`).
 
     A thread prepares the next step while the current one trains. ``rows`` belongs to that thread from here on: the
     state to save is ``Step.state``, and the state to resume from is loaded into ``rows`` before.
@@ -94,6 +94,6 @@ class StepLoader:
                         mine.append(next(self._rows))
                     else:
                         self._rows.skip()
-            batch = collate(mine)
-            micro_batches.append(sequence_part(batch, self._part, plan.parallel) if plan.parallel > 1 else batch)
+            whole = plan.parallel == 1
+            micro_batches.append(collate(mine) if whole else collate_part(mine, self._part, plan.parallel))
         return Step(micro_batches, self._rows.state_dict())

@@ -176,9 +176,9 @@ def check_against_oracle(model: PreTrainedModel, batch: Batch, world: World, uly
     if method is None:
         names = {type(method).__name__.removesuffix("Method").lower() for _, method in layers}
         return f"sparse layer against its oracle: nothing to compare, layers attend in {' and '.join(sorted(names))}"
-    with _recorded(method) as calls:
+    with _first_call(method) as recorded:
         _hidden(model, batch, world, ulysses)
-    layer, query, key, value, output, call = calls[0]
+    layer, query, key, value, output, call = recorded
     longest = int(batch.cu_seqlens.diff().argmax())
     document = slice(*batch.cu_seqlens[longest : longest + 2].tolist())
     with torch.no_grad():
@@ -246,21 +246,23 @@ def _hidden(model: PreTrainedModel, batch: Batch, world: World, ulysses: Ulysses
 
 
 @contextmanager
-def _recorded(method: Any) -> Iterator[list[Any]]:
-    """Record the calls of ``method.attend``: layer, query, key, value, output and the keyword arguments."""
-    calls: list[Any] = []
+def _first_call(method: Any) -> Iterator[list[Any]]:
+    """Record the first call of ``method.attend``: layer, query, key, value, output and the keyword arguments. The
+    tensors of all layers of a long row would not fit."""
+    call: list[Any] = []
     original = method.attend
 
-    def attend(layer: nn.Module, query: Any, key: Any, value: Any, **call: Any) -> Any:
-        output = original(layer, query, key, value, **call)
-        # A learned sink is a parameter; under ZeRO-3 it is empty again after the layer.
-        learned = {name: v.detach().clone() for name, v in call.items() if isinstance(v, nn.Parameter)}
-        calls.append((layer, query, key, value, output, call | learned))
+    def attend(layer: nn.Module, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        output = original(layer, query, key, value, **options)
+        if not call:
+            # A learned sink is a parameter; under ZeRO-3 it is empty again after the layer.
+            learned = {name: v.detach().clone() for name, v in options.items() if isinstance(v, nn.Parameter)}
+            call.extend((layer, query, key, value, output, options | learned))
         return output
 
     method.attend = attend
     try:
-        yield calls
+        yield call
     finally:
         del method.attend
 
