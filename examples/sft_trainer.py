@@ -9,8 +9,8 @@ Loss is on the completions.
 
 from __future__ import annotations
 
-import sys
 import sysconfig
+from argparse import ArgumentParser
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,7 +20,9 @@ from trl import SFTConfig, SFTTrainer
 import sparsetrain
 
 MODEL = Path(sparsetrain.__file__).parent / "assets/tiny"  # or any folder or Hub id
-STEPS = int(sys.argv[1]) if sys.argv[1:] else 20
+given = ArgumentParser(description="TRL's SFTTrainer around a model with sparse attention")
+given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
+STEPS = given.parse_args().steps
 
 library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 texts = [text for file in library if len(text := file.read_text("utf-8", "ignore")) > 1000]

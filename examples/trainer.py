@@ -9,8 +9,8 @@ how the model knows that they are several. A collator that pads works as well, o
 
 from __future__ import annotations
 
-import sys
 import sysconfig
+from argparse import ArgumentParser
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,7 +25,9 @@ from transformers import (
 import sparsetrain
 
 MODEL = Path(sparsetrain.__file__).parent / "assets/tiny"  # or any folder or Hub id
-STEPS = int(sys.argv[1]) if sys.argv[1:] else 20
+given = ArgumentParser(description="transformers' own Trainer around a model with sparse attention")
+given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
+STEPS = given.parse_args().steps
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))

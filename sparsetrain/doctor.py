@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsetrain.counted import counted
 from sparsetrain.data.check import check_data
 from sparsetrain.errors import ModelError, SparsetrainError, first_line
 from sparsetrain.plan.public import check_public
@@ -395,9 +396,8 @@ def check_disk(recipe: Recipe) -> Finding:
     # A new checkpoint is complete before the oldest is removed; final/ holds the weights alone.
     copies = recipe.checkpoint.keep_last + (recipe.checkpoint.keep_best is not None) + 1
     needed = parameters * (12 * copies + weight * recipe.checkpoint.export)
-    found = (
-        f"{_gib(needed)} for {copies} checkpoints of {parameters / 1e9:.3g}B parameters ({source}); {_gib(free)} free"
-    )
+    held = f"{parameters / 1e9:.3g}B parameters ({source})"
+    found = f"{_gib(needed)} for {counted(copies, 'checkpoint')} of {held}; {_gib(free)} free"
     if needed > free:
         fix = f"free {_gib(needed - free)} on {folder}, set output= to a larger disk, or lower checkpoint.keep_last"
         return Finding("fail", "disk", found, fix)

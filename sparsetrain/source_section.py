@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from sparsetrain.counted import counted
 from sparsetrain.section import MOST_BLOCKS, MOST_LISTED, Bounds, Section, Text, Tokens
 
 ROOM = 2**17
@@ -81,10 +82,10 @@ class DataSource(Section):
     ``validation`` is given."""
     max_rows: Annotated[int, Field(gt=0), Bounds(2**40, "no data set has more")] | None = None
     """Read only the first rows, at most so many."""
-    validation: Annotated[float, Field(gt=0), Bounds(2**40, "no data set has more rows")] | None = None
-    """Hold out rows of local files: a fraction of them if below 1, else a number. ``split: train`` reads the others,
-    ``split: validation`` (as the source of an evaluation, with the same ``path``, ``max_rows`` and ``validation``)
-    these. Which they are depends on the number of rows alone. A document is never in both."""
+    validation: Annotated[int | float, Field(gt=0), Bounds(2**40, "no data set has more rows")] | None = None
+    """Hold out rows of local files: a fraction of them below 1 (``0.02``), or a number (``200``). ``split: train``
+    reads the others, ``split: validation`` (as the source of an evaluation, with the same ``path``, ``max_rows`` and
+    ``validation``) these. Which they are depends on the number of rows alone. A document is never in both."""
     weight: PositiveFloat = 1.0
     """Relative frequency with which this source is drawn. A draw is a document, or a part of ``sequence.length`` tokens
     of a longer one; for a streaming source, a whole document."""
@@ -147,14 +148,22 @@ class DataSource(Section):
                 raise ValueError(f"{setting} gives {twice[0]!r} two meanings")
         return self
 
+    @field_validator("validation")
+    @classmethod
+    def _fraction_or_number(cls, value: float | None) -> float | None:
+        if not isinstance(value, float) or value < 1:
+            return value
+        if value == 1 or value != int(value):
+            raise ValueError(
+                f"{value} is neither a fraction of the rows, which is below 1, nor a whole number of them; write "
+                f"{int(value)} for {counted(int(value), 'row')}, or a fraction such as 0.02"
+            )
+        return int(value)
+
     @model_validator(mode="after")
     def _rows_to_hold_out(self) -> DataSource:
         if self.validation is None:
             return self
-        if self.validation >= 1 and self.validation != int(self.validation):
-            raise ValueError(
-                f"validation={self.validation}: 1 or more is a number of rows and must be whole; below 1 is a fraction"
-            )
         if self.streaming:
             raise ValueError(
                 "validation needs the number of rows, which a streaming source does not know; set streaming: false, or "

@@ -79,3 +79,11 @@ def test_every_script_is_described_and_names_a_recipe_that_ships():
     for file in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")):
         assert f"`{file.name}`" in page
     assert {"quickstart", "tiny-sparsek"} <= shipped_recipes().keys()
+
+
+@pytest.mark.parametrize("script", ["trainer.py", "sft_trainer.py"])
+def test_a_number_of_steps_that_is_none_is_refused_in_words(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "abc"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / script))
+    assert "argument steps: invalid int value: 'abc'" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from sparsetrain.cli.arguments import (
     choose_dtype,
 )
 from sparsetrain.cli.decode_options import with_decode_options
+from sparsetrain.counted import counted
 from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _told(layers: list[Layer], found: Decode, texts: int) -> Iterator[str]:
     """What the table is of, and what it does not show."""
     record = found.calibrated
     assert record is not None
-    yield f"{record.rows} rows of {texts} texts of {record.tokens:,} tokens"
+    yield f"{counted(record.rows, 'row')} of {counted(texts, 'text')} of {record.tokens:,} tokens"
     yield "error: |o - o_kept| / |o| of the output of a layer's attention, its mean and its worst row and head"
     dense = [str(layer.index) for layer in layers if layer.p is None]
     if dense:

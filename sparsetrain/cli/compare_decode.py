@@ -20,6 +20,7 @@ from sparsetrain.cli.arguments import (
     choose_device,
     choose_dtype,
 )
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def compare_decode(
         others[label] = partial(answer_with, found, kind, place, (questions, extra, batch))
     loaded = source.load(kind).eval().to(place)
     answerer = Answerer(loaded, source.tokenizer, questions, extra=extra, batch=batch)
-    title = f"{model}, {name}: {len(questions)} documents of up to {tokens} tokens"
+    title = f"{model}, {name}: {counted(len(questions), 'document')} of up to {tokens} tokens"
     facts = {
         "title": title,
         "model": model,

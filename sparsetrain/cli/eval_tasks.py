@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pydantic import Field
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.base import TaskSection
 from sparsetrain.evaluation.registry import TASKS
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.consistency import task_faults
 from sparsetrain.recipe.loading import validated
@@ -173,8 +173,7 @@ def _with_lengths(measured: Measured, lengths: Sequence[int], overrides: Sequenc
 
 def _no_task(name: str, known: dict[str, TaskSection], recipe: str | None) -> str:
     everything = list(dict.fromkeys((*known, *TASKS)))
-    nearest = difflib.get_close_matches(name, everything, n=1)
-    guess = f"; did you mean {nearest[0]}?" if nearest else ";"
+    guess = did_you_mean(name, everything, otherwise=";")
     has = f"{recipe} has {', '.join(known)}; " if known else ""
     return f"--tasks {name}: there is no such task{guess} {has}tasks are {', '.join(TASKS)}"
 

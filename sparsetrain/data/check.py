@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.data.columns import STDLIB, first_row, local_files, refuse_hub_settings
+from sparsetrain.data.columns import STDLIB, first_row, local_files, readable_rows, refuse_hub_settings
 from sparsetrain.data.files import is_local
 from sparsetrain.data.forms import resolve_form, takes_template
+from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError, first_line
 from sparsetrain.recipe.added_tokens import add_control_tokens
@@ -24,6 +25,7 @@ from sparsetrain.source_section import ROOM
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sparsetrain.data.document import Tokens
     from sparsetrain.recipe.schema import Recipe
     from sparsetrain.source_section import DataSource
 
@@ -66,7 +68,10 @@ def check_data(recipe: Recipe) -> DataCheck:
     chat = False
     for name, source, skip, pairs in _sources(recipe):
         with _collected(faults, name):
-            chat |= _check_source(source, tokenizer, check, skip, pairs)
+            in_chat, tokens = _check_source(source, tokenizer, check, skip, pairs)
+            chat |= in_chat
+            if tokens is not None and name.startswith("data."):
+                check.remarks += _too_long(source, len(tokens.input_ids), recipe, pairs)
     if tokenizer is not None:
         _check_room(recipe, tokenizer, faults)
         if chat and tokenizer.chat_template:
@@ -94,8 +99,9 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool, bool]]:
 
 def _check_source(
     source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool, pairs: bool
-) -> bool:
-    """Check a source; returns whether its rows go through the chat template (False if it cannot be read).
+) -> tuple[bool, Tokens | None]:
+    """Check a source; returns whether its rows go through the chat template (False if it cannot be read), and its first
+    document, if it could be tokenised.
 
     Raises:
         DataError: The source has no readable rows.
@@ -106,7 +112,7 @@ def _check_source(
         if source.split not in ("train", "validation"):
             raise DataError(f"data source {source.label!r}: {STDLIB} has the splits train and validation")
         resolve_form(source, ["text"], seen, pairs=pairs)
-        return False
+        return False, None
     if not is_local(str(source.path)):
         if source.validation is not None:
             raise DataError(
@@ -114,13 +120,16 @@ def _check_source(
                 "folder here; of a Hub dataset, name a split"
             )
         check.unchecked.append(f"the Hub dataset {source.path} (there is no such file or folder here)")
-        return False
+        return False, None
     kind, files = local_files(source)
     if files[0].endswith(".json") and Path(files[0]).stat().st_size > LARGEST_ARRAY:
         check.unchecked.append(f"{files[0]} (an array of JSON is read whole)")
-        return False
+        return False, None
     place, row = first_row(source, kind, files, skip=skip)
     form = resolve_form(source, list(row), seen, pairs=pairs)
+    if warning := check_turn_names(source, form, readable_rows(source, kind, files, skip=skip), most=FIRST_ROWS):
+        check.remarks.append(warning)
+    tokens = None
     if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:
         from sparsetrain.data.preview import preview
         from sparsetrain.data.render import render
@@ -130,7 +139,19 @@ def _check_source(
         except MalformedRow as problem:
             raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
         check.shown += preview(source.label, form.describe(), tokens, tokenizer)
-    return takes_template(form, row, seen)
+    return takes_template(form, row, seen), tokens
+
+
+def _too_long(source: DataSource, length: int, recipe: Recipe, pairs: bool) -> Iterator[str]:
+    """A note if the first document does not fit a row and is not split."""
+    room, long_documents = recipe.sequence.length, recipe.data.long_documents
+    if length > room and long_documents != "split":
+        done = "left out" if long_documents == "drop" else "cut to one row"
+        yield (
+            f"data source {source.label!r}: its first {'pair' if pairs else 'document'} has {length:,} tokens, more "
+            f"than sequence.length={room}, and is {done} (data.long_documents={long_documents}); `sparsetrain data "
+            "preview` counts all of them"
+        )
 
 
 def _check_room(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, faults: list[str]) -> None:

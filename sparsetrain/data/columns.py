@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +76,21 @@ def fields_of(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
         raise MalformedRow(str(problem)) from problem
 
 
+def readable_rows(source: DataSource, kind: Kind, files: list[str], *, skip: bool) -> Iterator[Mapping[str, Any]]:
+    """The columns of the rows that can be read, in order.
+
+    Args:
+        skip: Skip unreadable files of a table; else refuse them.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    layout = layout_of(kind)
+    for raw in _table(source, kind, files, skip) if layout == "table" else _lines(kind, files):
+        with suppress(MalformedRow):
+            yield fields_of(raw["row"] if layout == "table" else raw, layout)
+
+
 def first_row(source: DataSource, kind: Kind, files: list[str], *, skip: bool) -> tuple[str, Mapping[str, Any]]:
     """The place of the first readable row, and its columns.
 
@@ -104,11 +120,9 @@ def _lines(kind: Kind, files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _table(source: DataSource, kind: Kind, files: list[str], skip: bool) -> Iterator[dict[str, Any]]:
-    from sparsetrain.data.shards import first_batch, intact
+    from sparsetrain.data.shards import intact, table_rows
 
     assert kind in ("parquet", "arrow")
     for file in intact(source.label, kind, files, skip=skip, whole=False):
-        batch = first_batch(kind, file)
-        if batch is not None and batch.num_rows:
-            yield {"place": f"{file}, row 0", "row": batch.slice(0, 1).to_pylist()[0]}
-            return
+        for number, row in enumerate(table_rows(kind, file)):
+            yield {"place": f"{file}, row {number}", "row": row}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsetrain.data.conversation import NO_NAMES, REASONING, REFUSED
@@ -13,6 +12,7 @@ from sparsetrain.data.loss_keys import DETAILS, SWITCHES, UNCLEAR
 from sparsetrain.data.naming import Naming
 from sparsetrain.data.values import listed
 from sparsetrain.errors import DataError
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.recipe.chat_templates import shipped_templates
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def resolve_form(
     _check_turn_names(source, kind)
     missing = [field for field in fields if field not in columns]
     if missing:
-        near = get_close_matches(missing[0], columns, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(missing[0], columns, " ({})", write=repr)
         raise DataError(
             f"data source {source.label!r}: form {kind} needs a column {missing[0]!r}{hint}; "
             f"it has {listed(columns)}. Name the column with {_FIELD_SETTINGS[kind]}"
@@ -140,15 +139,13 @@ def _renamed(source: DataSource, columns: Sequence[str], naming: Naming) -> list
     """The columns under our names."""
     for theirs, ours in naming.columns:
         if ours not in MEANINGS:
-            near = get_close_matches(ours, MEANINGS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(ours, MEANINGS, " ({})")
             raise DataError(
                 f"data source {source.label!r}: columns names {ours!r}, which has no meaning here{hint}; on the left "
                 f"stands one of {', '.join(MEANINGS)}, on the right a column of the data"
             )
         if theirs not in columns:
-            near = get_close_matches(theirs, columns, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(theirs, columns, " ({})", write=repr)
             raise DataError(
                 f"data source {source.label!r}: columns says that {ours} is in {theirs!r}{hint}; "
                 f"it has {listed(columns)}"
@@ -271,8 +268,7 @@ def _hint(source: DataSource, columns: Sequence[str]) -> str:
     for field, names in (("messages_field", _OTHER_TURNS), ("text_field", _OTHER_TEXTS)):
         if named := [column for column in columns if column in names]:
             return f" (did you mean {field}: {named[0]}?)"
-    near = get_close_matches(source.text_field, columns, n=1, cutoff=0.75)
-    return f" (did you mean text_field: {near[0]}?)" if near else ""
+    return did_you_mean(source.text_field, columns, " ({})", write=lambda near: f"text_field: {near}", cutoff=0.75)
 
 
 def _contrary(source: DataSource, kind: Kind) -> list[str]:

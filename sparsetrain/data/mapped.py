@@ -115,7 +115,7 @@ class MappedSource:
         self.lengths: np.ndarray = lengths[self._usable]
         """Tokens of each document."""
         if not len(self._usable):
-            raise DataError(f"data source {self.label!r} is empty: none of its {len(lengths)} rows gives a document")
+            raise DataError(f"data source {self.label!r} is empty: none of its rows ({len(lengths)}) gives a document")
         self._cut = (row_length, data.long_documents)
         self._pieces_up_to = np.cumsum(count_pieces(self.lengths, *self._cut))
         if not self.size:

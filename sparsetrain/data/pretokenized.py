@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrain.counted import counted
 from sparsetrain.data.document import IGNORE
 from sparsetrain.data.known_columns import MASKS
 from sparsetrain.data.values import MalformedRow, described, value_of
@@ -33,7 +34,9 @@ def read_tokens(
     columns = {name: _integers(row[name], repr(name)) for name in optional if row.get(name) is not None}
     for name, values in columns.items():
         if len(values) != len(input_ids):
-            raise MalformedRow(f"{name!r} has {len(values)} values beside {len(input_ids)} tokens")
+            raise MalformedRow(
+                f"{name!r} has {counted(len(values), 'value')} beside {counted(len(input_ids), 'token')}"
+            )
         if name in MASKS and not np.isin(values, (0, 1)).all():
             raise MalformedRow(f"{name!r} holds other values than 0 and 1")
     real = columns.pop("attention_mask", np.ones_like(input_ids)) == 1

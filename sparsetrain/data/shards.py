@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,15 +76,16 @@ def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Dama
     return None
 
 
-def first_batch(kind: Literal["parquet", "arrow"], file: str) -> pa.RecordBatch | None:
-    """The first rows of a file, None where it has none.
+def table_rows(kind: Literal["parquet", "arrow"], file: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file, read as they are asked for.
 
     Raises:
         DataError: they cannot be read.
     """
-    batches = _parquet_batches(file, True, rows=1) if kind == "parquet" else _arrow_batches(file)
     try:
-        return next((batch for batch in batches if batch.num_rows), None)
+        for batch in _parquet_batches(file, True, rows=1) if kind == "parquet" else _arrow_batches(file):
+            for number in range(batch.num_rows):
+                yield batch.slice(number, 1).to_pylist()[0]
     except (pa.ArrowException, EOFError) as problem:
         raise DataError(f"{file} is damaged: {' '.join(str(problem).split())}") from problem
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +40,7 @@ from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows
 from sparsetrain.data.shards import intact
-from sparsetrain.data.turn_keys import check_turn_keys
+from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
 from sparsetrain.hub import read_cache_if_unreachable
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
     from sparsetrain.data.document import Tokens
     from sparsetrain.source_section import DataSource
+
+logger = logging.getLogger(__name__)
 
 datasets.utils.logging.set_verbosity_error()
 if not sys.stderr.isatty():
@@ -113,9 +117,10 @@ def open_source(
 
     row = _first_row(source, opened_rows(), layout)
     form = resolve_form(source, list(row), tokenizer, pairs=pairs)
-    if not streaming:
-        # All rows: a part that is held out may lack what is rare.
-        check_turn_keys(source, form, layout, rows_of(source, opened()))
+    # Not only the chosen rows: a part that is held out may lack what is rare.
+    rows = _readable(rows_of(source, opened()), layout)
+    if warning := check_turn_names(source, form, rows, most=FIRST_ROWS if streaming else None):
+        logger.warning("%s", warning)
     split = "" if source.validation is None else f" of the split {source.split}"
     return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
 
@@ -146,6 +151,13 @@ def rows_of(source: DataSource, rows: datasets.Dataset | datasets.IterableDatase
     except Exception as problem:
         _name_damage(source)
         raise _unreadable(source, problem) from problem
+
+
+def _readable(rows: Iterable[Mapping[str, Any]], layout: Layout) -> Iterator[Mapping[str, Any]]:
+    """The columns of the raw rows that can be read."""
+    for raw in rows:
+        with suppress(MalformedRow):
+            yield fields_of(raw, layout)
 
 
 def _is_on_disk(source: DataSource) -> bool:

@@ -112,7 +112,7 @@ class StreamedSource:
             if raw is None:
                 if not self._documents:
                     raise DataError(
-                        f"data source {self.label!r} is empty: none of its {self._row} rows gives a document"
+                        f"data source {self.label!r} is empty: none of its rows ({self._row}) gives a document"
                     )
                 self._passes += 1
                 self._rewind()

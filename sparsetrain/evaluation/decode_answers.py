@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sparsetrain.counted import counted
 from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.measured import ELEMENT, MeasuredMemory, Step
@@ -193,7 +194,7 @@ class Answerer:
                     on_batch(len(part))
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{self.model.device} has too little memory for {self._batch} documents; lower --batch"
+                f"{self.model.device} has too little memory for {counted(self._batch, 'document')}; lower --batch"
             ) from error
         finally:
             set_decode(self.model, None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.candidates import GRANULE
 from sparsetrain.generation.listed import ListedMemory
@@ -76,8 +77,8 @@ def places(texts: int, tokens: int, rows: int | None, seed: int) -> list[Tensor]
         rows = min(USUAL_ROWS, texts * len(ends))
     if rows > texts * len(ends):
         raise ModelError(
-            f"--rows {rows}: {texts} texts of {tokens:,} tokens have {texts * len(ends)} rows to measure, one for "
-            f"every {GRANULE} tokens of their second halves; lower it, or give more text"
+            f"--rows {rows}: {counted(texts, 'text')} of {tokens:,} tokens have {texts * len(ends)} rows to measure, "
+            f"one for every {GRANULE} tokens of their second halves; lower it, or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     counts = [rows // texts + (text < rows % texts) for text in range(texts)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.observed import observing
 from sparsetrain.generation.texts import end_tokens, left_padded
@@ -133,8 +134,8 @@ class Writer:
                 )
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{device} has too little memory for {len(prompts)} prompts of up to {ids.shape[1]} tokens; lower "
-                "--batch, or shorten them"
+                f"{device} has too little memory for {counted(len(prompts), 'prompt')} of up to {ids.shape[1]} tokens; "
+                "lower --batch, or shorten them"
             ) from error
         end = now(device)
         completions = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from sparsetrain.methods.ruler import RulerConfig
 from sparsetrain.methods.sliding import SlidingConfig
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.methods.stride import StrideConfig
+from sparsetrain.nearest import did_you_mean
 
 CONFIGS: tuple[type[MethodConfig], ...] = (
     FullConfig,
@@ -172,6 +172,5 @@ def _explain(problem: Any, config: type[MethodConfig], given: Any) -> str:
 
 
 def _unknown(name: object, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    guess = f", did you mean {nearest[0]}?" if nearest else "."
+    guess = did_you_mean(name, known, ", {}", otherwise=".")
     return f"there is no {name!r}{guess} Choose from {', '.join(known)}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,9 +81,3 @@ def faulty_value(values: Mapping[str, Any], build: Callable[[dict[str, Any]], ob
         else:
             return name
     return None
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` if a known name is similar to ``name``, else an empty string."""
-    found = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sparsetrain.modeling.boundary import nearest
 from sparsetrain.modeling.unread_fields import unread_fields
+from sparsetrain.nearest import did_you_mean
 
 SHAPE = (
     "vocab_size",
@@ -93,7 +93,7 @@ def _wrong_activation(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         value = fields.get(name)
         if isinstance(value, str) and value not in ACT2FN:
-            yield name, f"{name}={value!r} is not an activation that transformers knows{nearest(value, ACT2FN)}"
+            yield name, f"{name}={value!r} is not an activation that transformers knows{did_you_mean(value, ACT2FN)}"
 
 
 def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
@@ -112,7 +112,7 @@ def _wrong_rope(config: Any) -> Iterator[tuple[str, str]]:
             names = ["default", *ROPE_INIT_FUNCTIONS]
             yield (
                 "rope_parameters",
-                f"{where}rope_type={rope_type!r} is not one of {', '.join(names)}{nearest(rope_type, names)}",
+                f"{where}rope_type={rope_type!r} is not one of {', '.join(names)}{did_you_mean(rope_type, names)}",
             )
         for name, least, most in (
             ("rope_theta", 0, math.inf),

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling.boundary import nearest
+from sparsetrain.nearest import did_you_mean
 
 OVERRIDES = "model.config_overrides"
 
@@ -48,7 +48,7 @@ def check_name(name: str, value: Any, config: Any, section: str) -> None:
     if name in ELSEWHERE:
         raise ModelError(f"{section}.{name} cannot be set here: {ELSEWHERE[name]}")
     if name not in (known := known_fields(config)):
-        raise ModelError(f"{section}.{name}: {type(config).__name__} has no such field{nearest(name, known)}")
+        raise ModelError(f"{section}.{name}: {type(config).__name__} has no such field{did_you_mean(name, known)}")
     inner = getattr(config, name, None)
     if not isinstance(value, dict):
         return
@@ -63,7 +63,8 @@ def check_name(name: str, value: Any, config: Any, section: str) -> None:
         for each, of_it in value.items():
             for strange in {each, *(of_it if isinstance(of_it, dict) else ())} - known:
                 raise ModelError(
-                    f"{section}.{name}: {strange!r} is not a parameter of rotary positions{nearest(strange, known)}"
+                    f"{section}.{name}: {strange!r} is not a parameter of rotary positions"
+                    f"{did_you_mean(strange, known)}"
                 )
 
 

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling.boundary import explained, faulty_value, is_fault, nearest
+from sparsetrain.modeling.boundary import explained, faulty_value, is_fault
 from sparsetrain.modeling.config_faults import SHAPE, config_faults
 from sparsetrain.modeling.config_overrides import check_name, overridden
 from sparsetrain.modeling.foreign import disarmed
 from sparsetrain.modeling.places import resolve, unloadable
 from sparsetrain.modeling.side_files import read_object
+from sparsetrain.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +167,7 @@ def saved_source(path: str, field: str, **options: Any) -> ConfigSource:
     values = disarmed(values, trust_remote_code=trusted)
     if not remote and "model_type" in values and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise ModelError(
-            f"{origin}: model_type={kind!r} is not a family that transformers knows{nearest(kind, CONFIG_MAPPING)}"
+            f"{origin}: model_type={kind!r} is not a family that transformers knows{did_you_mean(kind, CONFIG_MAPPING)}"
             f"{'; it needs custom code, which runs only with trust_remote_code' if brings_code else ''}"
         )
 
@@ -191,7 +192,9 @@ def _new_source(architecture: Mapping[str, Any], overrides: Mapping[str, Any]) -
     fields = dict(architecture)
     model_type = fields.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ModelError(f"{ARCHITECTURE}.model_type={model_type!r} is unknown{nearest(model_type, CONFIG_MAPPING)}")
+        raise ModelError(
+            f"{ARCHITECTURE}.model_type={model_type!r} is unknown{did_you_mean(model_type, CONFIG_MAPPING)}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     for name, value in fields.items():

@@ -17,9 +17,9 @@ from sparsetrain.generation.settings import Decode, parse_decode
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.installed import INSTALLED
 from sparsetrain.methods.registry import parse_attention
-from sparsetrain.modeling.boundary import nearest
 from sparsetrain.modeling.config_faults import SHAPE
 from sparsetrain.modeling.side_files import read_object
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.version import __version__
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def check_fields(values: Mapping[str, Any], fields: Collection[str], what: str) 
     if lost := sorted(set(fields) - values.keys()):
         raise ModelError(f"{what}: the field {lost[0]} is missing; copy the file from the run that wrote the folder")
     if strange := sorted(values.keys() - set(fields)):
-        raise ModelError(f"{what}: unknown field {strange[0]!r:.60}{nearest(strange[0], fields)}")
+        raise ModelError(f"{what}: unknown field {strange[0]!r:.60}{did_you_mean(strange[0], fields)}")
 
 
 def check_same_method(path: str, attention: MethodConfig, decode: Decode | None) -> None:

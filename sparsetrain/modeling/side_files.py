@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from sparsetrain.errors import ModelError, first_line
-from sparsetrain.modeling.boundary import nearest
+from sparsetrain.nearest import did_you_mean
 
 OLD_ADAPTER_FIELDS = frozenset({"merge_weights"})
 """A field of old peft versions: whether adapters are merged during evaluation, which changes no result."""
@@ -92,7 +92,7 @@ def check_adapter_values(file: Path) -> None:
     if strange:
         raise ModelError(
             f"{file}: {strange[0]}={values[strange[0]]!r:.100} is unknown to peft {peft_version}"
-            f"{nearest(strange[0], hints)}; the adapters were written by peft {values.get('peft_version')!s:.40}: "
+            f"{did_you_mean(strange[0], hints)}; the adapters were written by peft {values.get('peft_version')!s:.40}: "
             "upgrade peft, or remove the field if it is not one of its settings"
         )
     # An alpha need not be an integer: it is the recipe's scale times the rank.

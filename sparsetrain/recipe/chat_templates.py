@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.textfile import read_text
 
 FOLDER = Path(__file__).parents[1] / "assets" / "chat_templates"
@@ -30,8 +30,7 @@ def chat_template_text(name: str) -> str:
     shipped = shipped_templates()
     file = FOLDER / f"{name}.jinja" if name in shipped else Path(os.path.expanduser(name))
     if not os.path.isfile(file):
-        near = get_close_matches(name, shipped, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, shipped, " ({})")
         raise RecipeError(
             f"model.chat_template={name!r} is neither a file nor a template that ships with sparsetrain{hint}; those "
             f"are {', '.join(shipped)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
 from sparsetrain.recipe.expressions import matching
 from sparsetrain.recipe.heads import attention_heads, heads_fault, positions_fault
@@ -60,10 +61,12 @@ def without_effect(recipe: Recipe) -> list[str]:
     if steps is not None:
         for name, every in (("checkpoint.every", recipe.checkpoint.every), ("eval.every", recipe.eval.every)):
             if every is not None and every > steps:
-                notes.append(f"{name}={every} has no effect in a run of {steps} steps")
+                notes.append(f"{name}={every} has no effect in a run of {counted(steps, 'step')}")
     tokens = math.ceil(recipe.sequence.length * recipe.train.micro_batch / recipe.sequence.parallel)
     if recipe.train.mlp_chunk is not None and recipe.train.mlp_chunk >= tokens:
-        notes.append(f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass of a rank has {tokens} tokens")
+        notes.append(
+            f"train.mlp_chunk={recipe.train.mlp_chunk} has no effect: a pass of a rank has {counted(tokens, 'token')}"
+        )
     evaluated = {source.path for task in recipe.eval.tasks for source in task.sources().values()}
     for index, source in enumerate(recipe.data.sources):
         if source.validation is not None and source.path not in evaluated:
@@ -156,7 +159,7 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Contradictions of evaluations and ``checkpoint.keep_best``."""
     evaluation, best = recipe.eval, recipe.checkpoint.keep_best
     if evaluation.every is not None and evaluation.empty:
-        yield ("eval", "every"), f"every {evaluation.every} steps nothing would be measured: give eval.tasks"
+        yield ("eval", "every"), f"every {counted(evaluation.every, 'step')} nothing would be measured: give eval.tasks"
     yield from _rows(recipe)
     if best is not None and evaluation.every is None:
         yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"

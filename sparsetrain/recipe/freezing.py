@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.nearest import did_you_mean
 
 
 def is_named(path: str, name: str) -> bool:
@@ -29,7 +29,6 @@ def frozen(paths: Iterable[str], names: Sequence[str], model: str) -> set[str]:
     for name in names:
         if not any(is_named(path, name) for path in every):
             components = sorted({part for path in every for part in path.split(".") if not part.isdecimal()})
-            nearest = difflib.get_close_matches(name, components, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"its parameters have {', '.join(components[:12])}"
-            raise RecipeError(f"train.freeze: {name} names no parameter of {model}; {hint}")
+            hint = did_you_mean(name, components, otherwise=f"; its parameters have {', '.join(components[:12])}")
+            raise RecipeError(f"train.freeze: {name} names no parameter of {model}{hint}")
     return {path for path in every if any(is_named(path, name) for name in names)}

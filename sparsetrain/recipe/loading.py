@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError, SparsetrainError
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.recipe import problems, task_list
 from sparsetrain.recipe.adapters_start import begin_with_adapters
 from sparsetrain.recipe.consistency import contradictions, without_effect
@@ -159,8 +159,7 @@ def _find_base(base: str, file: Path, place: str) -> Path:
                 return folder / name
     if os.path.exists(file.parent / base):
         raise RecipeError(f"{place}: base: {base} is not a file; a recipe is a YAML file")
-    nearest = difflib.get_close_matches(Path(base).stem[:LONGEST_NAME], shipped_recipes(), n=1)
-    guess = f"; did you mean {nearest[0]}?" if nearest else ""
+    guess = did_you_mean(Path(base).stem, shipped_recipes())
     raise RecipeError(
         f"{place}: base: there is no recipe {base[:LONGEST_NAME]} beside this file or among the shipped ones{guess}"
     )

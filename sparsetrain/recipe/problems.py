@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
@@ -14,6 +13,7 @@ from sparsetrain.evaluation.base import TaskSection
 from sparsetrain.evaluation.registry import TASKS
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import METHODS, config_or_none
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.task_list import former_section, named
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
@@ -145,8 +145,7 @@ def _guess(error: Any, value: Any) -> str:
         return "; without quotes, if it has them" if value.strip()[:1].isdigit() or value in ("true", "false") else ""
     if error["type"] == "literal_error" and isinstance(value, str):
         choices = [choice for choice in error["ctx"]["expected"].split("'") if choice.isidentifier()]
-        nearest = difflib.get_close_matches(value[:_LONGEST_KEY], choices, n=1)
-        return f"; did you mean {nearest[0]}?" if nearest else ""
+        return did_you_mean(value, choices)
     return ""
 
 
@@ -186,10 +185,10 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     others = [other for other in _short_paths() if other[-1] == key]
     if others:
         return f"unknown key here; did you mean {' or '.join(dotted(other) for other in others)}?"
-    nearest = difflib.get_close_matches(key[:_LONGEST_KEY], known, n=1)
-    if nearest:
-        return f"unknown key; did you mean {dotted(named((*path[:-1], nearest[0]), data))}?"
-    return f"unknown key; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
+    having = f"; {dotted(path[:-1]) or 'a recipe'} has {', '.join(known)}"
+    return "unknown key" + did_you_mean(
+        key, known, otherwise=having, write=lambda near: dotted(named((*path[:-1], near), data))
+    )
 
 
 @cache
@@ -198,8 +197,7 @@ def _short_paths() -> tuple[tuple[str, ...], ...]:
 
 
 def _choose(given: str, choices: list[str]) -> str:
-    nearest = difflib.get_close_matches(given[:_LONGEST_KEY], choices, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else f"; choose from {', '.join(choices)}"
+    return did_you_mean(given, choices, otherwise=f"; choose from {', '.join(choices)}")
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

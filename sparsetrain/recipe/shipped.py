@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from importlib import resources, util
 from pathlib import Path
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.nearest import did_you_mean
 
 LONGEST_NAME = 255
 """Maximum number of characters of a name that errors repeat and compare with shipped recipes."""
@@ -40,8 +40,9 @@ def find_recipe(path: str | Path) -> Path:
     if os.path.exists(file):
         kind = "a folder" if os.path.isdir(file) else "a pipe or a device"
         raise RecipeError(f"{path} is {kind}; a recipe is a YAML file")
-    nearest = difflib.get_close_matches(file.name.removesuffix(".yaml")[:LONGEST_NAME], shipped, n=1)
-    guess = f", did you mean the shipped recipe {nearest[0]}?" if nearest else ";"
+    guess = did_you_mean(
+        file.name.removesuffix(".yaml"), shipped, ", {}", otherwise=";", write=lambda near: f"the shipped recipe {near}"
+    )
     raise RecipeError(
         f"there is no recipe {str(path)[:LONGEST_NAME]}{guess} `sparsetrain recipe list` shows what is shipped"
     )

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedModel
 
+from sparsetrain.counted import counted
 from sparsetrain.data import RowStream, collate
 from sparsetrain.modeling import fit_method, sparse_layers
 from sparsetrain.modeling.fit import needs_fit
@@ -50,4 +51,4 @@ def fit_to_first_rows(
             for batch in batches
         ),
     )
-    say(f"the method's new modules: fitted to the model's attention in {len(batches)} rows")
+    say(f"the method's new modules: fitted to the model's attention in {counted(len(batches), 'row')}")

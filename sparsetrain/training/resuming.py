@@ -45,7 +45,10 @@ def find_checkpoint(job: Job, loaded: Loaded) -> Start | None:
 def restore(job: Job, loaded: Loaded, engine: Engine, start: Start) -> TrainState:
     """Restore the engine, the position in the data and the random states from the checkpoint."""
     rows, plan, seed = loaded.rows, loaded.plan, job.recipe.train.seed
-    state = checkpoints.load(engine.deepspeed, start.checkpoint, job.world, plan, rows, seed=seed, say=job.say)
+    stage = start.resumption.before.deepspeed.stage
+    state = checkpoints.load(
+        engine.deepspeed, start.checkpoint, job.world, plan, rows, stage=stage, seed=seed, say=job.say
+    )
     job.say(f"resumed {start.checkpoint} at step {state.step}")
     for line in start.resumption.record(state, plan, job.recipe):
         job.say(line)

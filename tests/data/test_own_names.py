@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from sparsetrain.cli import app
+from sparsetrain.data import sources
 from sparsetrain.data.forms import resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.tokens import held_out_tokens
@@ -72,7 +73,8 @@ def test_a_name_that_cannot_be_honoured_is_refused(row, source, told, read):
     ("source", "told"),
     [
         ({"roles": {"user": "a", "assistant": ["b", "a"]}}, "roles gives 'a' two meanings"),
-        ({"validation": 1.5}, "must be whole"),
+        ({"validation": 1.5}, "neither a fraction of the rows.*write 1 for 1 row, or a fraction such as 0.02"),
+        ({"validation": 1.0}, "1.0 is neither a fraction of the rows, which is below 1"),
         ({"validation": 0.1, "streaming": True}, "needs the number of rows"),
         ({"validation": 0.1, "split": "test"}, "makes the splits train and validation"),
     ],
@@ -114,16 +116,46 @@ def test_rows_are_held_out_whatever_the_seed_and_none_is_in_both(validation, hel
     assert trained(0) | measured == {f"{number:02d}<eos>" for number in range(20)}
 
 
-def test_a_key_that_no_turn_has_is_refused(stream, write_jsonl, tokenizer, monkeypatch):
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ROWS = [{"messages": TURNS}, {"messages": [*TURNS, {**TURNS[1], "role": "Sage", "learn": 0}]}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            {"turn_keys": {"train": "lern"}},
+            r"says that train is 'lern' \(did you mean 'learn'\?\), and no turn has",
+        ),
+        (
+            {"roles": {"assistant": "Sgae"}},
+            r"says that assistant is 'sgae' \(did you mean 'sage'\?\), and",
+        ),
+        (
+            {"roles": {"tool": ["a", "b"]}},
+            r"tool is 'a' or 'b', and no turn has such a role; they have 'assistant'",
+        ),
+    ],
+)
+def test_names_that_no_turn_has_are_refused(source, told, streaming, stream, write_jsonl, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path = write_jsonl([{"messages": turns}, {"messages": [*turns, {**turns[1], "learn": 0}]}])
-    with pytest.raises(
-        DataError, match=r"turn_keys says that train is in 'lern' \(did you mean 'learn'\?\), and no turn"
-    ):
-        stream({"path": path, "turn_keys": {"train": "lern"}})
-    rows = stream({"path": path, "turn_keys": {"train": "learn"}, "shuffle": False})
+    with pytest.raises(DataError, match=told):
+        stream({"path": write_jsonl(ROWS), "streaming": streaming, **source})
+
+
+def test_names_that_some_turn_has_are_honoured(stream, write_jsonl, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    names = {"turn_keys": {"train": "learn"}, "roles": {"assistant": ["Sage", "Expert"]}}
+    rows = stream({"path": write_jsonl(ROWS), "shuffle": False, **names})
     assert (next(rows).labels != -100).any()
+
+
+def test_a_name_that_the_first_rows_of_a_stream_lack_is_a_warning(stream, write_jsonl, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setattr(sources, "FIRST_ROWS", 1)
+    stream({"path": write_jsonl(ROWS), "streaming": True, "turn_keys": {"train": "learn"}})
+    assert "no turn has such a key; they have 'content', 'role' (in the first 1 row" in caplog.text
 
 
 def test_rows_that_cannot_be_held_out_are_refused(stream, write_jsonl):
@@ -144,10 +176,10 @@ def test_validate_knows_the_template_and_refuses_held_out_rows_that_are_trained_
     data.write_text((json.dumps({"messages": turns}) + "\n") * 4)
     held_out = f"{{path: {data}, split: validation, validation: 1}}"
 
-    def said(validation, template="chatml"):
+    def said(validation, template="chatml", more=""):
         recipe.write_text(
             f"base: quickstart\nmodel: {{chat_template: {template}}}\n"
-            f"data: {{sources: [{{path: {data}, validation: {validation}}}]}}\n"
+            f"data: {{sources: [{{path: {data}, validation: {validation}{more}}}]}}\n"
             f"eval: {{tasks: [{{task: perplexity, lengths: [8], tokens: 16, source: {held_out}}}]}}\n"
         )
         result = CliRunner().invoke(app, ["recipe", "validate", str(recipe)])
@@ -162,3 +194,10 @@ def test_validate_knows_the_template_and_refuses_held_out_rows_that_are_trained_
     code, output = said(1, "chatm")
     assert code == 2
     assert "did you mean chatml?" in output
+    code, output = said(1, more=", roles: {assistant: [asistant]}")
+    assert code == 2
+    assert "roles says that assistant is 'asistant' (did you mean 'assistant'?), and no turn has such a role" in output
+    code, output = said("1.0")
+    assert code == 2
+    assert "write 1 for 1 row" in output
+    assert "mine.yaml:3" in output

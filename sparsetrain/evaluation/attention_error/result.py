@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from sparsetrain.counted import counted
 from sparsetrain.evaluation.base import Drawing, Rows, TaskReport, TaskResult
 
 if TYPE_CHECKING:
@@ -99,8 +100,9 @@ class AttentionErrorResult(TaskResult):
         """A row for each result and length, and a table of its layers at the greatest length."""
         one = next(iter(results.values()))
         about = (
-            f"{one.rows} rows in the second half of each of {one.windows} windows of {one.source}, compared with full "
-            "attention on the same queries, keys and values. Mass: softmax weight of the keys that a row reads. "
+            f"{counted(one.rows, 'row')} in the second half of each of {counted(one.windows, 'window')} of "
+            f"{one.source}, compared with full attention on the same queries, keys and values. Mass: softmax weight of "
+            "the keys that a row reads. "
             "Error: norm of the output's error over that of full attention's output. Beside it, as many keys: the "
             "largest of each query head (top-k), and the nearest (window). Top-p: the fewest keys of each query head "
             "that hold the same mass. Means over layers that have a method."

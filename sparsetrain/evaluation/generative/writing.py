@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.texts import end_tokens, left_padded, without_own_settings
 from sparsetrain.inference.cached import AUTO, CachedGeneration, free, make_cache
@@ -120,7 +121,7 @@ class TextWriter:
             )
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{self.model.device} has too little memory for the keys of {len(ids):,} prompts of up to "
+                f"{self.model.device} has too little memory for the keys of {counted(len(ids), 'prompt')} of up to "
                 f"{ids.shape[1]:,} tokens; ask for shorter lengths"
             ) from error
         rows: list[list[int]] = written[:, ids.shape[1] :].tolist()

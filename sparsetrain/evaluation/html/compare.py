@@ -50,7 +50,7 @@ def comparison(runs: Runs) -> Page:
     sections += _tasks(runs, lengths.pop() if len(lengths) == 1 else None, changed.keys())
     sections += [*_densities(runs), _recipes(runs, recipes, changed)]
     notes = [f"{name}: {note}" for name, run in runs.items() for note in run.notes]
-    title = f"{len(runs)} runs: {', '.join(runs)}"
+    title = f"{counted(len(runs), 'run')}: {', '.join(runs)}"
     return Page(title, f"Differences are to the first run, {next(iter(runs))}.", [], sections, notes)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import DataError
 from sparsetrain.evaluation.base import Share, TaskReport, TaskResult, TaskSection
 from sparsetrain.evaluation.batched import BatchedTask
@@ -203,7 +204,9 @@ def _read(section: PreferenceSection, tokenizer: PreTrainedTokenizerBase) -> lis
         room, found = room - size, found + 1
         if found == section.pairs:
             return [_row(pieces) for pieces in packed]
-    raise DataError(f"data source {label!r} has only {found:,} pairs of answers; lower {section.path('pairs')}")
+    raise DataError(
+        f"data source {label!r} has only {counted(found, 'pair')} of answers; lower {section.path('pairs')}"
+    )
 
 
 def _row(pieces: Sequence[Any]) -> Row:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparsetrain.counted import counted
 from sparsetrain.durable import read_bytes
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import Recipe, load_recipe
@@ -30,7 +31,7 @@ def content_fault(checkpoint: Path) -> str | None:
         if state.step > state.steps:
             return f"it is at step {state.step} of a run of {state.steps}"
         if state.engine.global_steps != state.step:
-            return f"its engine counts {state.engine.global_steps} steps, and its run {state.step}"
+            return f"its engine counts {counted(state.engine.global_steps, 'step')}, and its run {state.step}"
         written = read_manifest(checkpoint)
         for rank in range(state.ranks):
             record, tensors = (rank_file(checkpoint, rank, suffix) for suffix in ("json", "safetensors"))
@@ -79,5 +80,5 @@ def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
     for name in counts:
         count = reader.whole("step", name).item()
         if not (0 <= count <= state.step and count == int(count)):
-            return f"it counts {count:g} steps of {name}, and its run {state.step}"
+            return f"it counts {counted(int(count), 'step')} of {name}, and its run {state.step}"
     return None

@@ -17,6 +17,7 @@ from sparsetrain.recipe import BatchPlan
 from sparsetrain.training.checkpoints import engine_state
 from sparsetrain.training.checkpoints.files import PieceReader
 from sparsetrain.training.checkpoints.manifest import STATE, rank_file, tensor_files
+from sparsetrain.training.checkpoints.optimizer_state import OtherDivision
 from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read
 from sparsetrain.training.checkpoints.state import TrainState, draw_random_state, set_random_state
 from sparsetrain.world import World
@@ -29,6 +30,7 @@ def load(
     plan: BatchPlan,
     rows: RowStream,
     *,
+    stage: int,
     seed: int,
     say: Callable[[str], None],
 ) -> TrainState:
@@ -42,18 +44,26 @@ def load(
     Args:
         plan: The batch and the steps of this run.
         rows: The training rows of this run.
+        stage: The ZeRO stage of the run that wrote the checkpoint.
         seed: Seed of new random numbers.
         say: Prints a line for the user.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another model or batch, is beyond the steps of this run, or cannot
-            be read.
+        CheckpointError: The checkpoint belongs to another model or batch, is beyond the steps of this run, has 8-bit
+            states that other ranks or another stage divide otherwise, or cannot be read.
         DataError: The data has changed.
     """
     try:
         saved = read(checkpoint / STATE, StateFile)
         _check_plan(checkpoint, saved, world, plan)
-        engine_state.fill(engine, PieceReader(tensor_files(checkpoint)))
+        try:
+            engine_state.fill(engine, PieceReader(tensor_files(checkpoint)))
+        except OtherDivision as error:
+            raise CheckpointError(
+                f"{checkpoint} has 8-bit optimizer states, scaled by blocks of 256 weights of a rank, and this run "
+                f"divides the weights otherwise; resume on {counted(saved.ranks, 'rank')} with deepspeed.stage={stage} "
+                "and the same deepspeed.config"
+            ) from error
         engine_state.set_counters(engine, saved.engine, saved.loss_scale)
         rows.load_state_dict(saved.data)
         if rows.given != saved.step * saved.rows_per_step:
@@ -80,16 +90,16 @@ def _check_plan(checkpoint: Path, saved: StateFile, world: World, plan: BatchPla
     rows = plan.global_batch_sequences
     if saved.rows_per_step != rows:
         raise CheckpointError(
-            f"{checkpoint} was written by {counted(saved.ranks, 'rank')} with {saved.rows_per_step} rows per step, but "
-            f"this run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
+            f"{checkpoint} was written by {counted(saved.ranks, 'rank')} with {counted(saved.rows_per_step, 'row')} "
+            f"per step, but this run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
         )
     if saved.step > plan.steps:
         raise CheckpointError(
-            f"{checkpoint} is at step {saved.step}, but this run has only {plan.steps} steps; raise "
+            f"{checkpoint} is at step {saved.step}, but this run has only {counted(plan.steps, 'step')}; raise "
             f"train.steps (or epochs, or tokens) to at least that, or delete the checkpoint"
         )
     if saved.tokens > saved.step * plan.tokens_per_step:
-        raise ValueError(f"it counts {saved.tokens:,} tokens, more than {saved.step} steps contain")
+        raise ValueError(f"it counts {saved.tokens:,} tokens, more than {counted(saved.step, 'step')} can have")
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:

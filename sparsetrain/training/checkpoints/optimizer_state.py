@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 
-from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.files import BLOCKWISE, ELEMENTWISE, FACTORS, Block, PieceReader, Slice
+
+
+class OtherDivision(Exception):
+    """8-bit states belong to another division of the weights over ranks."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def fill_state(optimizer: Any, flat: Flat, reader: PieceReader) -> None:
     """Load the state of a flat tensor, in the form that the optimizer keeps it in.
 
     Raises:
-        CheckpointError: The checkpoint lacks a part of it, or it holds 8-bit states of another division over ranks.
+        OtherDivision: It holds 8-bit states of another division over ranks.
     """
     if not flat.pieces:
         return
@@ -117,10 +120,7 @@ def _scales(optimizer: Any, flat: Flat, reader: PieceReader) -> dict[str, Any]:
         optimizer.name2qmap[table] = found[f"qmap{number}"] = optimizer.name2qmap[table].to(device)
         marked = reader.piece(f"absmax{number}", first.name, first.start)
         if marked is None or marked[0] != _fingerprint(flat)[0]:
-            raise CheckpointError(
-                "its 8-bit optimizer states are scaled by blocks of 256 weights of a rank, and this run divides the "
-                "weights differently; resume on as many ranks with the same deepspeed.stage"
-            )
+            raise OtherDivision
         found[f"absmax{number}"] = marked[1:].to(device)
     return found
 

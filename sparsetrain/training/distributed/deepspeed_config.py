@@ -6,13 +6,13 @@ are refused here, before anything is loaded.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
 from typing import Any
 
 from sparsetrain.errors import RecipeError
+from sparsetrain.nearest import did_you_mean
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.textfile import read_text
@@ -218,8 +218,7 @@ def _check_keys(given: dict[str, Any]) -> None:
         if key in IDLE:
             raise RecipeError(f"deepspeed.config has {key}, which has no use in a run: {IDLE[key]}; leave it out")
         if key not in PASSED_THROUGH:
-            nearest = difflib.get_close_matches(key[:64], PASSED_THROUGH, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint = did_you_mean(key, PASSED_THROUGH)
             raise RecipeError(f"deepspeed.config has {key:.100}, which is not supported here{hint}")
     steps = given.get("steps_per_print", 1)  # infinite for never
     if isinstance(steps, bool) or not isinstance(steps, int | float) or not steps >= 1:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import TrainingError, first_line
 from sparsetrain.rank_variables import check_numbers
 from sparsetrain.world import World
@@ -115,7 +116,8 @@ def connect(device: torch.device | None = None, *, timeout: float) -> World:
     local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and (device is None or device.type == "cuda")
     if cuda and local >= torch.cuda.device_count():
         raise TrainingError(
-            f"LOCAL_RANK={local}, but this host has {torch.cuda.device_count()} GPUs; start one process for each"
+            f"LOCAL_RANK={local}, but this host has {counted(torch.cuda.device_count(), 'GPU')}; start one process for "
+            "each"
         )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsetrain.counted import counted
 from sparsetrain.durable import flush, flush_all, remove_path
 from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
@@ -58,7 +59,7 @@ def full_weights(model: PreTrainedModel, world: World, names: Collection[str] | 
     weights = {name: tensor.cpu() for name, tensor in each_tensor(model, world, names)}
     empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
     if empty:
-        raise TrainingError(f"{len(empty)} tensors would be saved empty, among them {empty[0]}")
+        raise TrainingError(f"{counted(len(empty), 'tensor')} would be saved empty, among them {empty[0]}")
     return weights
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import CheckpointError, first_line
 
 OF_THE_HUB = frozenset({".gitattributes", "README.md"})
@@ -80,7 +81,7 @@ def listing(folder: Path) -> Iterator[str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         yield f"  {path.stat().st_size:>15,}  {path.relative_to(folder)}"
-    yield f"  {sum(path.stat().st_size for path in files):>15,}  bytes in {len(files)} files"
+    yield f"  {sum(path.stat().st_size for path in files):>15,}  bytes in {counted(len(files), 'file')}"
 
 
 @contextmanager

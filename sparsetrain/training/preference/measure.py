@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sparsetrain.activity import activity
+from sparsetrain.counted import counted
 from sparsetrain.data.batch import IGNORE, Row, collate
 from sparsetrain.durable import write_whole
 from sparsetrain.modeling import sparse_layers
@@ -56,7 +57,7 @@ def measure_reference(job: Job, loaded: Loaded, loss: PreferenceLoss) -> Referen
         for part in parts:
             known |= part
         world.on_main(lambda: write_whole(path, json.dumps({"of": origin, "pairs": known})))
-    job.say(f"reference: {len(known) - before:,} pairs measured, {before:,} known from before; {path}")
+    job.say(f"reference: {counted(len(known) - before, 'pair')} measured, {before:,} known from before; {path}")
     return Reference(known)
 
 
