@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from rich.text import Text
 from sparsetrain.bench.case import Case, Log, Pair
 from sparsetrain.bench.contenders.steps import Way
 from sparsetrain.bench.measure import Unavailable, explain
+from sparsetrain.bench.recorded import Busy, Recorder
 from sparsetrain.bench.table import Report, Row, column, formatted
 from sparsetrain.errors import BenchError, SparsetrainError
 from sparsetrain.recipe import Recipe, batch_shape
@@ -37,11 +38,28 @@ class StepRow(Row):
     """Over all ranks."""
     peak_gib: float | None = column("peak GiB", form=formatted("{:,.1f}"))
     """All memory that torch had allocated at the peak of the timed steps, on the rank where it was highest."""
+    host_gib: float | None = column("host GiB", optional=True, form=formatted("{:,.1f}"))
+    """Pinned host memory at the peak, on the rank where it was highest."""
+    waiting: float | None = column("waiting", optional=True, form=formatted("{:.1%}"))
+    """Share of a timed step in which collectives run and nothing is computed, on the rank where it was highest."""
+    exchange_seconds: float | None = column("exchange s", optional=True)
+    """Seconds of it in which kernels of all-to-all run, on the rank where it was highest: one that is ahead waits."""
+    copy_seconds: float | None = column("host copies s", optional=True)
+    """Seconds of it in which tensors are copied from or to the host, beneath computation or not."""
+    idle: float | None = column("idle", optional=True, form=formatted("{:.1%}"))
+    """Share of it in which neither computation nor a collective runs."""
+    loss: float | None = None
+    """Loss of the first step, before any update: in nats a token."""
+    grad_norm: float | None = None
+    """Norm of its gradient."""
 
     @property
     def summary(self) -> str:
         """The attention and the time."""
-        return f"{self.attention:8}  {self.reason or f'{self.seconds:.4g} s'}"
+        if self.reason:
+            return f"{self.attention:8}  {self.reason}"
+        first = "" if self.loss is None else f"; first step: loss {self.loss:.6f}, gradient norm {self.grad_norm:.6g}"
+        return f"{self.attention:8}  {self.seconds:.4g} s{first}"
 
     @property
     def remark(self) -> str:
@@ -66,22 +84,52 @@ class Enough(Exception):
 
 class StepTimes:
     """Times of the steps behind the first ones, which settle and never count, however long they take: kernels are
-    compiled, memory is allocated. Every rank calls it, and all of them stop at the same step."""
+    compiled, memory is allocated. Every rank calls it, and all of them stop at the same step.
+
+    The first of the timed steps is recorded as well: what the device computed, and what it waited for.
+    """
 
     def __init__(self, world: World, settling: int) -> None:
         self.world, self.settling = world, settling
         self.seconds: list[float] = []
+        self.first: tuple[float, float] | None = None
+        """Loss and norm of the gradient in the first step of all."""
+        self.busy: Busy | None = None
+        self._recorder = Recorder(world.device)
 
-    def __call__(self, seconds: float) -> None:
+    def __call__(self, seconds: float, loss: float | None = None, grad_norm: float | None = None) -> None:
         seconds = self.world.largest(seconds)
+        if self.first is None and loss is not None and grad_norm is not None:
+            self.first = loss, grad_norm
         if self.settling:
             self.settling -= 1
             if self.world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.world.device)
+            if not self.settling:
+                self._recorder.start()
             return
+        self.busy = self._recorder.stop() or self.busy
         self.seconds.append(seconds)
         if seconds > LONG_SECONDS:
             raise Enough
+
+    def close(self) -> None:
+        """Stop recording, also behind a failure."""
+        self._recorder.stop()
+
+    def fill(self, row: StepRow) -> None:
+        """What is known besides the times; every rank calls it."""
+        if self.first is not None:
+            row.loss, row.grad_norm = self.first
+        if self.world.device.type != "cuda":
+            return
+        row.peak_gib = self.world.largest(torch.cuda.max_memory_allocated(self.world.device) / GIB)
+        row.host_gib = self.world.largest(torch.cuda.host_memory_stats().get("active_bytes.peak", 0) / GIB)
+        if self.busy is not None:
+            row.waiting = self.world.largest(self.busy.waiting / self.busy.total)
+            row.exchange_seconds = self.world.largest(self.busy.exchange)
+            row.copy_seconds = self.world.largest(self.busy.copying)
+            row.idle = self.world.largest(self.busy.idle / self.busy.total)
 
 
 @dataclass(frozen=True)
@@ -126,16 +174,20 @@ class StepCase(Case):
 
     def measure(self, way: Way, recipe: Recipe, row: Any, report: Report) -> None:
         """Take the steps that settle and those that are timed."""
+        longest = self.options.full_up_to
+        if longest is not None and way.attention == "full" and row.length > longest:
+            raise Unavailable(f"rows of more than --full-up-to {longest} tokens are left out")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_host_memory_stats()
         settling = settling_steps(recipe)
         plan = batch_shape(recipe, self.world.size).with_steps(settling + self.options.repeats)
         times = StepTimes(self.world, settling)
-        with own_linear(), suppress(Enough):
+        with own_linear(), suppress(Enough), closing(times):
             way.run(recipe, plan, self.world, times)
         if times.seconds:
             row.seconds = median(times.seconds)
             row.tokens_per_second = plan.tokens_per_step / row.seconds
-            if self.device.type == "cuda":
-                row.peak_gib = self.world.largest(torch.cuda.max_memory_allocated(self.world.device) / GIB)
+            times.fill(row)
 
     def failed(self, way: Way, row: Row, error: Exception) -> None:
         """A fault of one rank among several ends the benchmark: the others may be waiting in a collective, and the

@@ -24,7 +24,7 @@ REAL_MODELS = {
     "qwen3-32b-power-32k": 32768,
     "qwen3-32b-power-lora-64k": 65536,
 }
-LONGEST = ("llama-3.2-1b-power-1m", "llama-3.1-8b-power-lora-1m")
+LONGEST = ("llama-3.2-1b-power-1m", "llama-3.1-8b-power-lora-1m", "qwen3-8b-power-lora-1m")
 SPARSEK = {
     "llama-3.2-1b-sparsek-full-32k": 32768,
     "llama-3.2-1b-sparsek-lora-32k": 32768,

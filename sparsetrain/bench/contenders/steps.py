@@ -42,8 +42,8 @@ from sparsetrain.world import World
 PLAIN_CHUNK = 4096
 """Number of positions whose logits are computed at once in the plain loop."""
 
-AfterStep = Callable[[float], None]
-"""Called with the seconds of each step."""
+AfterStep = Callable[..., None]
+"""Called with the seconds of each step; by a way that knows them, with its loss and the norm of its gradient too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
 
     class Timing(Callbacks):
         def on_step(self, step: int, result: StepResult) -> None:
-            after_step(result.seconds)
+            after_step(result.seconds, result.loss, result.grad_norm)
 
     with TemporaryDirectory() as folder:
         # The folder holds what is said of a loss that is not finite; a rank other than 0 shows nothing.
@@ -175,7 +175,7 @@ def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: Wo
 
 
 def random_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
-    """A model of the recipe's shape and dtype.
+    """A model of the recipe's shape and dtype, with the same weights on every rank and in every call.
 
     Raises:
         ModelError: the shape is not known on this machine.
@@ -183,6 +183,7 @@ def random_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     fields = recipe.model.architecture
     fields = find_shape(recipe.model).as_config() if fields is None else {**fields, **recipe.model.config_overrides}
     config = AutoConfig.for_model(**{**fields, "max_position_embeddings": recipe.sequence.length})
+    torch.manual_seed(recipe.train.seed)
     with device:
         return AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, recipe.model.dtype), attn_implementation="sdpa"
