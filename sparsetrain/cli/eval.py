@@ -164,13 +164,13 @@ def evaluate_model(
 
     from sparsetrain.cli.eval_rows import Evaluation
     from sparsetrain.evaluation.report import print_differences, print_results
-    from sparsetrain.evaluation.runner import check_inputs
+    from sparsetrain.evaluation.runner import make_inputs
     from sparsetrain.training.distributed.launcher import connect
 
     # The bar of an evaluation is the only one.
     transformers.utils.logging.disable_progress_bar()
-    check_inputs(measured.section, source().tokenizer, measured.seed)
-    evaluation = Evaluation(source(), measured.section, measured.seed, kind, output, resume is False)
+    inputs = make_inputs(measured.section, source().tokenizer, measured.seed)
+    evaluation = Evaluation(source(), measured.section, measured.seed, inputs, kind, output, resume is False)
     rows = evaluation.labelled(asked_rows)
     world = connect(place, timeout=RANK_MINUTES)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import ModelError
-from sparsetrain.evaluation.base import TaskResult
+from sparsetrain.evaluation.base import Task, TaskResult
 from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
@@ -49,6 +49,7 @@ class Evaluation:
     """The rows of a model, and what is measured of each.
 
     Args:
+        inputs: of the section's tasks, made with its seed; the same for all rows.
         output: the file that has the rows which are done; None keeps nothing.
         fresh: do not use finished samples of an earlier call.
     """
@@ -56,6 +57,7 @@ class Evaluation:
     source: Source
     section: EvalSection
     seed: int
+    inputs: Mapping[str, Task]
     dtype: torch.dtype | None
     output: Path | None
     fresh: bool
@@ -150,6 +152,7 @@ class Evaluation:
                 self.section.model_copy(update={"tasks": tasks}),
                 world,
                 seed=self.seed,
+                inputs=self.inputs,
                 on_progress=count,
                 journal=journal,
                 first=first,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
     from sparsetrain.recipe.schema import EvalSection
 
 
-def check_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
-    """Build the inputs of :func:`evaluate` as a test, so that a mistake stops a run before training, not after it.
+def make_inputs(section: EvalSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> dict[str, Task]:
+    """The tasks of :func:`evaluate` by label, with all inputs. A mistake stops a run before training, not after it.
 
     Raises:
         RecipeError, DataError: as :func:`evaluate` would.
     """
-    for task in section.tasks:
-        task.build(tokenizer, seed)
+    return {task.label: task.build(tokenizer, seed) for task in section.tasks}
 
 
 def evaluate(
@@ -37,6 +37,7 @@ def evaluate(
     world: World,
     *,
     seed: int = 0,
+    inputs: Mapping[str, Task] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     journal: Journal | None = None,
     first: EvalResult | None = None,
@@ -50,6 +51,8 @@ def evaluate(
         model: gone through :func:`sparsetrain.sparsify` (method ``full`` for dense attention). It is put into
             evaluation mode, and afterwards back into the mode it was in.
         seed: of generated inputs; held-out text is read in order.
+        inputs: of :func:`make_inputs` with the same section, tokenizer and seed, for several evaluations; by default
+            they are made here.
         on_progress: called with the forward passes done and to do, on this rank; those that are not needed, because the
             journal has their records, count as done from the beginning.
         journal: keeps finished batches. A task whose measuring is its own (no ``BatchedTask``) is measured whole.
@@ -69,7 +72,8 @@ def evaluate(
     total = left = 0
     for each in section.tasks:
         each.check_model(model)
-        task = each.build(tokenizer, seed)
+        # What a task keeps while it measures is of one evaluation.
+        task = each.build(tokenizer, seed) if inputs is None else copy(inputs[each.label])
         if each.label in followed:
             task.follow(followed[each.label])
         forwards = task.num_forwards(world.size)

@@ -16,6 +16,7 @@ from training.preloaded import ensure_running
 import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.cli.eval_tasks import read_lengths
+from sparsetrain.data.tokens import open_source
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
@@ -109,13 +110,18 @@ def test_numbers_of_a_model_that_overflows_are_plain_json(run):
     assert math.isnan(result.tasks["perplexity"].perplexity[64])
 
 
-def test_attention_of_training_and_others_are_rows_with_their_differences(run, capsys):
+def test_attention_of_training_and_others_are_rows_with_their_differences(run, capsys, monkeypatch):
     Path("sliding.yaml").write_text("base: quickstart\nattention: {method: sliding, block: 32, window: 1}\n")
     given = ["trained", "dense", "{method: sliding, block: 16, window: 1}", "sliding.yaml"]
     Path("text.txt").write_text(" ".join(f"It was {number} years ago." for number in range(40)))
     measure = ["--tasks", "perplexity", "--lengths", "256", "eval.tasks.perplexity.tokens=600"]
     measure.append("eval.tasks.perplexity.source={path: text.txt}")
+    read = []
+    monkeypatch.setattr(
+        "sparsetrain.data.tokens.open_source", lambda *args, **kw: read.append(1) or open_source(*args, **kw)
+    )
     rows = call("run", *measure, *flags(given))
+    assert len(read) == 1, "the text is read once for all rows"
     assert list(rows) == ["trained (power)", "dense", "sliding block=16 window=1", "sliding of sliding"]
     found = [row["tasks"]["perplexity"]["perplexity"]["256"] for row in rows.values()]
     assert len({round(each, 6) for each in found}) == 4

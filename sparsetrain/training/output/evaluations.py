@@ -17,7 +17,7 @@ from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.row_model import as_row
-from sparsetrain.evaluation.runner import check_inputs, evaluate
+from sparsetrain.evaluation.runner import evaluate, make_inputs
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.recipe.rows import OTHERWISE
@@ -118,7 +118,7 @@ def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[
     if not resumed and section.at_start:
         return evaluate_untrained(job, loaded)
     if section.at_end or section.every is not None:
-        check_inputs(section, loaded.tokenizer, job.recipe.train.seed)
+        make_inputs(section, loaded.tokenizer, job.recipe.train.seed)
     return recorded_results(job) if resumed else {}
 
 
