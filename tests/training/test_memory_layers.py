@@ -18,6 +18,7 @@ from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.memory.activation_offload import ActivationOffload
 from sparsetrain.training.memory.chunks import chunks_of, split_evenly
+from sparsetrain.training.memory.host_buffers import HostBuffers
 from sparsetrain.training.memory.tiled_mlp import tile_mlps
 
 POWER = {"method": "power", "block": 16, "window": 1, "sinks": 1}
@@ -194,6 +195,38 @@ def test_offloaded_inputs_give_the_same_gradients(mode, inputs):
         found = backward(model, inputs)
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["layer", "selective"])
+def test_offloaded_inputs_share_as_many_buffers_as_there_are_layers(mode, inputs):
+    model, offload = offloaded(inputs, mode)
+    seen = []
+    offload.buffers.reserve(LAYERS, TOKENS * 32 * 4, seen.append)
+    reserved = offload.buffers.nbytes
+    assert seen == [reserved // LAYERS * made for made in range(1, LAYERS + 1)]
+    for _ in range(3):
+        backward(model, inputs)
+        # A pass without a backward pass gives its buffers back too.
+        model.get_decoder()(**inputs)
+        assert len(offload.buffers._free) == LAYERS
+    assert offload.buffers.nbytes == reserved
+
+
+def test_a_buffer_is_used_by_whatever_fits_and_by_one_tensor_at_a_time():
+    buffers = HostBuffers(CPU)
+    buffers.reserve(2, 4096, lambda nbytes: None)
+    transposed = torch.arange(12.0).view(3, 4).t()
+    (first, held), (second, _) = (buffers.take(transposed) for _ in range(2))
+    assert (first.stride(), first.dtype) == (transposed.stride(), transposed.dtype)
+    first.copy_(transposed)
+    second.fill_(-1)
+    assert torch.equal(first, transposed)
+    assert buffers.nbytes == 8192
+    third, _ = buffers.take(torch.ones(2000))
+    assert third.shape == (2000,)
+    assert buffers.nbytes == 16384
+    buffers.give_back(held)
+    assert buffers.take(transposed)[0].data_ptr() == first.data_ptr()
 
 
 def test_an_offloaded_input_leaves_the_device_in_the_forward_pass(inputs):

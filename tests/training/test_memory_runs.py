@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsetrain.cli import main
+from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.consistency import without_effect
+from sparsetrain.training.memory import activations
+from sparsetrain.training.memory.activation_offload import ActivationOffload
 
 SAVING = ["train.activation_checkpointing=selective", "train.mlp_chunk=60"]
 UNPACKED = ["deepspeed.stage=3", "sequence.packing=false", "train.steps=3"]
@@ -51,6 +56,43 @@ def test_a_run_says_what_it_did_about_memory(runs):
         "every activation is kept",
     ]
     assert runs["log"].count("loss: logits of 100 tokens at a time") == len(RUNS)
+
+
+@pytest.fixture
+def reserve(world, monkeypatch):
+    """``reserve(room)``: make host memory for rows of 4,096 tokens over two ranks; the buffers, and what was said."""
+
+    def make(room):
+        monkeypatch.setattr(activations, "contained_host_memory", lambda: room)
+        config = AutoConfig.for_model("llama", hidden_size=128, num_hidden_layers=3, vocab_size=32)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        offload, said = ActivationOffload(world.device), []
+        plan = BatchPlan(1, 1, 1, 8192, parallel=2, steps=1, warmup_steps=0)
+        activations.reserve_host_memory(offload, model, plan, world, 2, said.append)
+        return offload.buffers, said
+
+    return make
+
+
+@pytest.mark.parametrize("room", [None, 12 << 20])
+def test_host_memory_is_there_before_the_first_step(reserve, room, monkeypatch):
+    monkeypatch.setattr(activations, "SHOWN_EVERY", 0.0)
+    buffers, said = reserve(room)
+    assert buffers.nbytes == 3 * 4096 * 128 * 4
+    assert said[0] == "memory: pinning 0.0 GiB of host memory for the inputs of 3 layers, before the first step"
+    assert said[1:4] == ["memory: 0.0 GiB of 0.0 GiB are pinned"] * 3
+    assert said[4].startswith("memory: 0.0 GiB pinned in ")
+
+
+def test_too_little_host_memory_is_refused_with_figures(reserve, monkeypatch):
+    monkeypatch.setattr(activations, "_gib", lambda nbytes: f"{nbytes >> 20} MiB")
+    with pytest.raises(RecipeError) as error:
+        reserve((12 << 20) - 1)
+    assert str(error.value).startswith(
+        "train.offload_activations: the inputs of 3 layers with 4,096 tokens take 6 MiB of host memory, 12 MiB for "
+        "2 ranks on this host, and its container has 11 MiB left; set it to false"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from sparsetrain.activity import activity
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.distributed.engine import initialize
+from sparsetrain.training.distributed.launcher import ranks_of_this_host
 from sparsetrain.training.distributed.sequence_parallel import join_sequence_group
 from sparsetrain.training.loss import CausalLMLoss
-from sparsetrain.training.memory.activations import save_activation_memory
+from sparsetrain.training.memory.activation_offload import ActivationOffload
+from sparsetrain.training.memory.activations import reserve_host_memory, save_activation_memory
 from sparsetrain.training.memory.liger import wants_liger
 from sparsetrain.training.preference.model import PreferenceLoss
 from sparsetrain.world import World
@@ -47,9 +49,10 @@ def build_engine(
 
     Raises:
         ModelError: The model does not support the recipe's settings that save activation memory.
-        RecipeError: No parameter is trained.
+        RecipeError: No parameter is trained, or the host has no memory for offloaded activations.
     """
-    say(f"memory: {save_activation_memory(model, recipe.train, plan, world.device)}")
+    offload = ActivationOffload(world.device) if recipe.train.offload_activations else None
+    say(f"memory: {save_activation_memory(model, recipe.train, plan, offload)}")
     if recipe.train.neftune is not None:
         embedding = model.get_input_embeddings()
         embedding.neftune_noise_alpha = recipe.train.neftune  # type: ignore[assignment]
@@ -65,4 +68,8 @@ def build_engine(
         fused = wants_liger(recipe.train.liger, world.device)
         loss = CausalLMLoss(model, recipe.train.loss_chunk, fused=fused, ulysses=ulysses)
     say(f"loss: {loss.describe()}")
-    return Engine(initialize(loss, recipe, config, world), ulysses)
+    engine = initialize(loss, recipe, config, world)
+    if offload is not None:
+        # After the engine, whose states may be in host memory too.
+        reserve_host_memory(offload, model, plan, world, ranks_of_this_host(world.size), say)
+    return Engine(engine, ulysses)

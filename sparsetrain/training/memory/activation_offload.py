@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.training.memory.host_buffers import HostBuffers
+
 SMALLEST = 1 << 20
 """Bytes below which a tensor stays on the device: masks and counters are not worth a copy."""
 
@@ -36,6 +38,8 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, device: torch.device, smallest: int = SMALLEST) -> None:
         super().__init__(self._save, self._fetch)
         self.device, self.smallest = device, smallest
+        self.buffers = HostBuffers(device)
+        """Where tensors wait. All copies are on one stream, so that a buffer is read before it is used again."""
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.last: weakref.ref[_Saved] | None = None
@@ -44,12 +48,14 @@ class ActivationOffload(torch.autograd.graph.saved_tensors_hooks):
         if tensor.device != self.device or tensor.nbytes < self.smallest or isinstance(tensor, torch.nn.Parameter):
             return tensor
         self._let_go()
+        host, buffer = self.buffers.take(tensor)
         with self._beside():
-            host = torch.empty_like(tensor, device="cpu", pin_memory=self.stream is not None)
             host.copy_(tensor, non_blocking=True)
-        # Kept until the next one is saved: the copy then had the time of one layer.
-        self.in_flight.append((tensor, self._mark()))
+        # Kept until the next one is saved: the copy then had the time of one layer. Without its graph, which would keep
+        # the buffers of a pass that has no backward pass.
+        self.in_flight.append((tensor.detach(), self._mark()))
         saved = _Saved(host, self.last)
+        weakref.finalize(saved, self.buffers.give_back, buffer).atexit = False
         self.last = weakref.ref(saved)
         return saved
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sparsetrain.activity import activity
+from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.schema import TrainSection
 from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.memory.activation_offload import ActivationOffload
 from sparsetrain.training.memory.chunks import chunks_of
+from sparsetrain.training.memory.host import contained_host_memory
 from sparsetrain.training.memory.liger import wants_liger
 from sparsetrain.training.memory.tiled_mlp import tile_mlps
+from sparsetrain.world import World
+
+SHOWN_EVERY = 5.0
+"""Seconds between lines that show how much host memory is pinned."""
 
 
 def check_memory_options(train: TrainSection, device: torch.device) -> None:
@@ -28,8 +39,13 @@ def check_memory_options(train: TrainSection, device: torch.device) -> None:
         )
 
 
-def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: BatchPlan, device: torch.device) -> str:
+def save_activation_memory(
+    model: PreTrainedModel, train: TrainSection, plan: BatchPlan, offload: ActivationOffload | None = None
+) -> str:
     """Apply checkpointing, offloading and tiling to a sparsified model; returns a description.
+
+    Args:
+        offload: Moves the inputs of layers to host memory, with ``train.offload_activations``.
 
     Raises:
         ModelError: The model does not support a setting.
@@ -40,8 +56,58 @@ def save_activation_memory(model: PreTrainedModel, train: TrainSection, plan: Ba
         if num_chunks > 1:
             done.append(f"{tile_mlps(model, num_chunks)} MLPs in {num_chunks} tiles each")
     if train.activation_checkpointing != "none":
-        offload = ActivationOffload(device) if train.offload_activations else None
         enable_activation_checkpointing(model, train.activation_checkpointing, offload)
         kept = "attention outputs kept" if train.activation_checkpointing == "selective" else "fully recomputed"
         done.append(f"every layer checkpointed, {kept}{', its input in host memory' if offload else ''}")
     return "; ".join(done) or "every activation is kept"
+
+
+def reserve_host_memory(
+    offload: ActivationOffload,
+    model: PreTrainedModel,
+    plan: BatchPlan,
+    world: World,
+    ranks_here: int,
+    say: Callable[[str], None],
+) -> None:
+    """Make the host memory for the inputs of all layers, and show how it goes; a collective operation.
+
+    Args:
+        ranks_here: Ranks that share the memory of this host.
+        say: Prints a line for the user.
+
+    Raises:
+        RecipeError: The limit of this container does not allow it.
+        TrainingError: The memory cannot be pinned.
+    """
+    width, dtype = model.config.get_text_config().hidden_size, model.get_input_embeddings().weight.dtype
+    size = plan.tokens_per_pass * width * dtype.itemsize
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    if size < offload.smallest:
+        return
+    whole, room = layers * size, contained_host_memory()
+    if world.largest(float(room is not None and ranks_here * whole > room)):
+        left = "less" if room is None else _gib(room)
+        raise RecipeError(
+            f"train.offload_activations: the inputs of {layers} layers with {plan.tokens_per_pass:,} tokens take "
+            f"{_gib(whole)} of host memory, {_gib(ranks_here * whole)} for {counted(ranks_here, 'rank')} "
+            f"on this host, and its container has {left} left; set it to false, lower sequence.length, or give the "
+            "container more memory"
+        )
+    activity.at("pinning host memory")
+    say(f"memory: pinning {_gib(whole)} of host memory for the inputs of {layers} layers, before the first step")
+    began = shown = time.monotonic()
+
+    def made(nbytes: int) -> None:
+        nonlocal shown
+        activity.moved()
+        if time.monotonic() - shown >= SHOWN_EVERY:
+            shown = time.monotonic()
+            say(f"memory: {_gib(nbytes)} of {_gib(whole)} are pinned")
+
+    offload.buffers.reserve(layers, size, made)
+    say(f"memory: {_gib(offload.buffers.nbytes)} pinned in {time.monotonic() - began:,.1f} seconds")
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.1f} GiB"

@@ -58,10 +58,16 @@ CONTROL_GROUPS = (
 )
 
 
+def contained_host_memory() -> int | None:
+    """Bytes that can be allocated within the limit of this container; None without one."""
+    limits = (group.available() for group in CONTROL_GROUPS)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def available_host_memory() -> int:
     """Bytes that can be allocated without swapping and within the limit of this container."""
-    limits = [psutil.virtual_memory().available, *(group.available() for group in CONTROL_GROUPS)]
-    return min(limit for limit in limits if limit is not None)
+    contained, available = contained_host_memory(), psutil.virtual_memory().available
+    return available if contained is None else min(contained, available)
 
 
 def allowed_host_memory() -> int:

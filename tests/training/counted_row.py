@@ -1,0 +1,95 @@
+"""What a training pass over a long row makes, counted in each of the ranks that share the row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsetrain import sparsify
+from sparsetrain.data import collate
+from sparsetrain.data.batch import IGNORE, Row
+from sparsetrain.data.sequence_part import collate_part
+from sparsetrain.modeling import sparse_layers
+from sparsetrain.modeling.attention.passes import planned_arguments
+from sparsetrain.modeling.ulysses import Ulysses
+from sparsetrain.training.distributed.engine import init_world
+from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
+
+TOKENS, WIDTH = 1024, 64
+METHODS = {
+    "power": {"method": "power", "block": 16, "window": 2, "sinks": 1, "dense_layers": [0]},
+    "sparsek": {"method": "sparsek", "topk": 16, "window": 16, "sinks": 2},
+    "recycled": {"method": "recycled", "every": [64], "keep": 16, "sinks": 1, "recent": 4, "text_prefix": "none"},
+}
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a storage that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        made = [each.untyped_storage().nbytes() for each in tree_leaves(output) if isinstance(each, torch.Tensor)]
+        self.nbytes = max(self.nbytes, *made, 0)
+        return output
+
+
+def count(file: Path) -> None:
+    """Write the counts of each method, of two ranks that share a row and of one with half of it."""
+    ulysses = Ulysses(dist.group.WORLD) if init_world().size == 2 else None
+    found = {}
+    for name, method in METHODS.items():
+        found[name] = {"shared": _counts(method, 2 * TOKENS, ulysses), "alone": _counts(method, TOKENS, None)}
+    file.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def _counts(method: dict[str, Any], tokens: int, ulysses: Ulysses | None) -> dict[str, int]:
+    torch.manual_seed(0)
+    size = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 3}
+    config = AutoConfig.for_model("llama", **size, num_attention_heads=8, num_key_value_heads=2)
+    config.max_position_embeddings = 2 * TOKENS
+    model = sparsify(AutoModelForCausalLM.from_config(config, dtype=torch.float32), method).train()
+    # Gradients of weights would be the largest tensors of so short a row.
+    for parameter in model.get_input_embeddings().parameters():
+        parameter.requires_grad_(True)
+    enable_activation_checkpointing(model, "selective")
+    loss = CausalLMLoss(model, 128, ulysses=ulysses)
+    ids = torch.randint(32, (tokens,)).numpy()
+    labels = ids.copy()
+    cut = 3 * tokens // 5
+    labels[[0, cut]] = IGNORE
+    rows = [Row(ids, labels, [cut, tokens - cut], ["a", "b"])]
+    batch = collate(rows) if ulysses is None else collate_part(rows, ulysses.rank, ulysses.size)
+    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    arguments = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "positions": positions,
+        "targets": batch.labels[0, positions + 1],
+        "num_chunks": 8,
+        "planned": planned_arguments({id(m): m for _, _, m in sparse_layers(model) if m}.values(), batch, seed=0),
+    }
+    loss(**arguments).backward()
+    with Largest() as largest:
+        loss(**arguments).backward()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss(**arguments).backward()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    data = max(each.untyped_storage().nbytes() for each in vars(batch).values() if isinstance(each, torch.Tensor))
+    return {"largest": largest.nbytes, "peak": peak, "data": data}
