@@ -3,8 +3,8 @@
 A rank begins with ``n`` tokens of a row, ``[heads, n, head_dim]``, as a layer's projections leave them. Timed is what
 one layer of attention takes to have all it reads, and its result back in place, copies into one buffer included:
 
-- **all-to-all**: queries, keys and values in one buffer to the rank of their heads, the output back; backward the
-  gradient of the output there, those of queries, keys and values back.
+- **all-to-all**: what training does (:mod:`sparsetrain.modeling.head_exchange`): queries, keys and values in one buffer
+  to the rank of their heads, the output back; backward the gradient of the output there, the others back.
 - **neighbours**: keys and values of the ranks that the pattern's blocks are on; backward their gradients back, and the
   sum with the rank's own. Queries and outputs stay.
 """
@@ -27,6 +27,7 @@ from sparsetrain.bench.case import Case, Log, Pair
 from sparsetrain.bench.measure import MIB, explain, peak
 from sparsetrain.bench.table import Report, Row, column
 from sparsetrain.errors import BenchError
+from sparsetrain.modeling.head_exchange import collect_heads, deal_heads
 from sparsetrain.patterns import PowerPattern
 from sparsetrain.world import World
 
@@ -44,6 +45,7 @@ class Part:
     """``[2, kv_heads, n, head_dim]``."""
     world: World
     pattern: PowerPattern
+    group: Any = None
 
     @cached_property
     def chunks(self) -> list[dict[int, int]]:
@@ -80,33 +82,18 @@ class Exchange:
     devices: tuple[str, ...] = ("cuda", "cpu")
 
 
-def _to_heads(part: Part, *tensors: Tensor) -> Tensor:
-    """From ``[heads, n, head_dim]`` each to all tokens of a share of the heads, ``[N, h, head_dim]`` with ``h`` of all
-    heads together over the ranks."""
-    ranks = part.world.size
-    sent = torch.cat([each.unflatten(0, (ranks, -1)).transpose(1, 2) for each in tensors], dim=2)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    return received.flatten(0, 1)
+def _all_to_all(part: Part) -> tuple[list[Tensor], list[Tensor]]:
+    """As in training; returns what was exchanged and what it became."""
+    query, *key_value = (each[None].detach().requires_grad_() for each in (part.query, *part.key_value))
+    dealt = deal_heads((query, *key_value), part.group)
+    attended = torch.empty_like(dealt[0].transpose(1, 2)).requires_grad_()  # what attention returns
+    return [query, *key_value, attended], [*dealt, collect_heads(attended, part.group)]
 
 
-def _to_tokens(part: Part, row: Tensor) -> Tensor:
-    """From ``[N, h, head_dim]`` of this rank's heads to this rank's tokens, ``[ranks * h, n, head_dim]``."""
-    sent = row.unflatten(0, (part.world.size, -1))
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    return received.transpose(1, 2).flatten(0, 1)
-
-
-def _all_to_all(part: Part) -> tuple[Tensor, Tensor]:
-    row = _to_heads(part, part.query, *part.key_value)
-    attended = row.new_empty(row.shape[0], part.query.shape[0] // part.world.size, row.shape[2])
-    return row, _to_tokens(part, attended)
-
-
-def _all_to_all_back(part: Part, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    row, output = found
-    return _to_heads(part, output), _to_tokens(part, row)
+def _all_to_all_back(part: Part, found: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, ...]:
+    inputs, outputs = found
+    gradients = [torch.empty_like(each) for each in outputs]
+    return torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
 
 def _all_to_all_bytes(part: Part) -> int:
@@ -216,7 +203,7 @@ class ExchangeCase(Case):
         query = torch.ones(options.heads, tokens, options.head_dim, dtype=dtype, device=device)
         key_value = torch.ones(2, options.kv_heads, tokens, options.head_dim, dtype=dtype, device=device)
         pattern = PowerPattern(block=options.block, window=options.window, sinks=options.sinks)
-        return Part(query, key_value, self.world, pattern)
+        return Part(query, key_value, self.world, pattern, dist.group.WORLD)
 
     def measure(self, exchange: Exchange, part: Part, row: Any, report: Report) -> None:
         """Forward, then backward of what that gave."""

@@ -144,10 +144,6 @@ def release() -> None:
         # After a fault has ended this process's CUDA context, every later cell says so by itself.
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
-            # Pinned buffers of one length are of no use to the next, and host memory is not endless. The name changed.
-            names = ("_accelerator_emptyHostCache", "_host_emptyCache")
-            for empty in (getattr(torch._C, name) for name in names if hasattr(torch._C, name)):
-                empty()
 
 
 def _elapsed_ms(call: Callable[[], Any], device: torch.device, gradients: Sequence[Tensor]) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from rich.text import Text
 
@@ -39,7 +40,7 @@ class StepRow(Row):
     peak_gib: float | None = column("peak GiB", form=formatted("{:,.1f}"))
     """All memory that torch had allocated at the peak of the timed steps, on the rank where it was highest."""
     host_gib: float | None = column("host GiB", optional=True, form=formatted("{:,.1f}"))
-    """Pinned host memory at the peak, on the rank where it was highest."""
+    """Memory of a rank's process on the host, libraries included, on the rank where it was highest."""
     waiting: float | None = column("waiting", optional=True, form=formatted("{:.1%}"))
     """Share of a timed step in which collectives run and nothing is computed, on the rank where it was highest."""
     exchange_seconds: float | None = column("exchange s", optional=True)
@@ -95,6 +96,8 @@ class StepTimes:
         self.first: tuple[float, float] | None = None
         """Loss and norm of the gradient in the first step of all."""
         self.busy: Busy | None = None
+        self.host = 0
+        """Bytes of host memory that this process holds between timed steps."""
         self._recorder = Recorder(world.device)
 
     def __call__(self, seconds: float, loss: float | None = None, grad_norm: float | None = None) -> None:
@@ -109,6 +112,7 @@ class StepTimes:
                 self._recorder.start()
             return
         self.busy = self._recorder.stop() or self.busy
+        self.host = psutil.Process().memory_info().rss
         self.seconds.append(seconds)
         if seconds > LONG_SECONDS:
             raise Enough
@@ -124,7 +128,7 @@ class StepTimes:
         if self.world.device.type != "cuda":
             return
         row.peak_gib = self.world.largest(torch.cuda.max_memory_allocated(self.world.device) / GIB)
-        row.host_gib = self.world.largest(torch.cuda.host_memory_stats().get("active_bytes.peak", 0) / GIB)
+        row.host_gib = self.world.largest(self.host / GIB)
         if self.busy is not None:
             row.waiting = self.world.largest(self.busy.waiting / self.busy.total)
             row.exchange_seconds = self.world.largest(self.busy.exchange)
@@ -177,8 +181,6 @@ class StepCase(Case):
         longest = self.options.full_up_to
         if longest is not None and way.attention == "full" and row.length > longest:
             raise Unavailable(f"rows of more than --full-up-to {longest} tokens are left out")
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_host_memory_stats()
         settling = settling_steps(recipe)
         plan = batch_shape(recipe, self.world.size).with_steps(settling + self.options.repeats)
         times = StepTimes(self.world, settling)
