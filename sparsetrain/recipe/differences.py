@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import RecipeError
@@ -56,14 +58,22 @@ def shipped_origin(recipe: Recipe) -> tuple[str, Recipe] | None:
     names = [recipe.name] if recipe.name in shipped else list(shipped)
     best: tuple[int, str, Recipe] | None = None
     for name in names:
-        try:
-            found = load_recipe(shipped[name]).recipe
-        except RecipeError:  # it needs a variable of the environment
+        found = _loaded(shipped[name])
+        if found is None:
             continue
         count = len(differences([recipe, found]))
         if best is None or count < best[0]:
             best = count, name, found
     return None if best is None else (best[1], best[2])
+
+
+@cache  # All shipped recipes are read for the page of a run that stems from none of them by name.
+def _loaded(file: Path) -> Recipe | None:
+    """A shipped recipe; None if it needs a variable of the environment that is not set."""
+    try:
+        return load_recipe(file).recipe
+    except RecipeError:
+        return None
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

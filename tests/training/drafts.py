@@ -1,4 +1,6 @@
-"""Pictures of runs in tests: figures are made in full, but not laid out and rendered, which takes longer than steps.
+"""Pictures of runs in tests: each panel is drawn once, but not laid out and rendered, which takes longer than steps.
+
+``report.png`` and the page show the same panels again; drafts leave theirs out.
 
 Forked ranks draw so always, and runs in the process of the tests unless the test asks for ``rendered``.
 """
@@ -9,13 +11,16 @@ import io
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation import pictures
 from sparsetrain.evaluation.html import svg
 
-render, render_svg = pictures._save, svg.render
+from sparsetrain.training.output import pictures as of_run
+
+render, report, drawn, render_svg = pictures._save, of_run.report_picture, svg.drawn, svg.render
 
 
 def draft(figure: Any, out: Path) -> Path:
@@ -26,14 +31,23 @@ def draft(figure: Any, out: Path) -> Path:
     return out
 
 
+def draft_report(out: Path, **shown: Any) -> Path:
+    return draft(None, out)
+
+
+def draft_drawn(draw: Any, width: float, height: float, whole: bool) -> Any:
+    """A figure without axes."""
+    return Figure(figsize=(width, height))
+
+
 def draft_svg(figure: Any) -> str:
     """An empty picture in the place of a figure of a page."""
     return '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
 
 
 def draw_drafts() -> None:
-    pictures._save, svg.render = draft, draft_svg
+    pictures._save, of_run.report_picture, svg.drawn, svg.render = draft, draft_report, draft_drawn, draft_svg
 
 
 def draw_in_full() -> None:
-    pictures._save, svg.render = render, render_svg
+    pictures._save, of_run.report_picture, svg.drawn, svg.render = render, report, drawn, render_svg

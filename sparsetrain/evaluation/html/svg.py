@@ -82,16 +82,23 @@ def picture(
         titled: put the title that ``draw`` gives the axes before it.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that matplotlib's font lacks is the browser's to find
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure if whole else figure.subplots())
+        figure = drawn(draw, width, height, whole)
         own = figure.axes[0].get_title("left") if titled and figure.axes else ""
         title = f"{own}. {title}" if own else title
         _wrap(figure, width)
         return Picture(Markup(_inline(render(figure), title)), title, width > WIDTH)
+
+
+def drawn(draw: Callable[[Any], None], width: float, height: float, whole: bool) -> Figure:
+    """A figure of so many inches, with what ``draw`` draws into its axes, or into itself if ``whole``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    draw(figure if whole else figure.subplots())
+    return figure
 
 
 def printable(text: str) -> str:
