@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pytest
 import torch
 
+from sparsetrain.bench import cases
 from sparsetrain.bench.attention import AttentionCase
 from sparsetrain.bench.cases import power
 from sparsetrain.cli import main
@@ -22,6 +25,14 @@ def on_cpu(monkeypatch):
 def test_help_shows_examples(capsys):
     assert main(["bench", "power", "--help"]) == 0
     assert "sparsetrain bench power --output bench" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", sorted(file.stem for file in Path(cases.__file__).parent.glob("[a-z]*.py")))
+def test_options_have_types_that_every_typer_knows(case):
+    """``Annotated[int, ...] | None`` is refused by versions of typer; ``Annotated[int | None, ...]`` is not."""
+    options = importlib.import_module(f"sparsetrain.bench.cases.{case}").Options
+    inner = [(name, part) for name, field in options.model_fields.items() for part in get_args(field.annotation)]
+    assert [(name, part) for name, part in inner if get_origin(part) is Annotated] == []
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -17,7 +17,6 @@ from PIL import Image
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation import pictures
 from sparsetrain.evaluation.html import svg
-
 from sparsetrain.training.output import pictures as of_run
 
 render, report, drawn, render_svg = pictures._save, of_run.report_picture, svg.drawn, svg.render

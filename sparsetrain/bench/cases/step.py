@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from sparsetrain.bench.options import Count, CountOrNone, Folder, Positional, parse_lengths
+from pydantic import Field
+
+from sparsetrain.bench.options import Count, Folder, Positional, parse_lengths
 from sparsetrain.bench.options import Options as AnyOptions
 from sparsetrain.errors import BenchError
 
@@ -36,7 +38,7 @@ class Options(AnyOptions):
     the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed)."""
     lengths: str | None = None
     """Tokens in a row, commas between; by default the recipe's."""
-    full_up_to: CountOrNone | None = None
+    full_up_to: Annotated[int | None, Field(ge=0)] = None
     """Ways with full attention are measured in rows of at most so many tokens; by default in all."""
     repeats: Count = 3
     """Timed steps; one of more than 20 s is timed once."""
