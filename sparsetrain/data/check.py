@@ -130,14 +130,15 @@ def _check_source(
     if warning := check_turn_names(source, form, readable_rows(source, kind, files, skip=skip), most=FIRST_ROWS):
         check.remarks.append(warning)
     tokens = None
-    if tokenizer is not None and not skip and len(str(row)) <= LARGEST_ROW:
+    if tokenizer is not None and len(str(row)) <= LARGEST_ROW:
         from sparsetrain.data.preview import preview
         from sparsetrain.data.render import render
 
         try:
             tokens = render(row, form, tokenizer)
         except MalformedRow as problem:
-            raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
+            if not skip:
+                raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
         check.shown += preview(source.label, form.describe(), tokens, tokenizer)
     return takes_template(form, row, seen), tokens
 

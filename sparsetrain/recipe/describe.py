@@ -25,7 +25,8 @@ def batch_facts(recipe: Recipe, ranks: int) -> str:
         RecipeError: The global batch is not possible on this number of ranks.
     """
     if recipe.train.epochs is not None:
-        return f"{batch_shape(recipe, ranks).describe()}; {recipe.train.epochs:g} epochs"
+        epochs = "1 epoch" if recipe.train.epochs == 1 else f"{recipe.train.epochs:g} epochs"
+        return f"{batch_shape(recipe, ranks).describe()}; {epochs}"
     return plan_batch(recipe, ranks).describe()
 
 

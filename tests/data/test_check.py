@@ -148,6 +148,17 @@ def test_what_lies_on_the_hub_is_named_and_passes(folder, capsys):
     assert unseen == "the tokenizer of org/model, the Hub dataset org/set (there is no such file or folder here)"
 
 
+@pytest.mark.parametrize("on_malformed", ["stop", "skip"])
+def test_a_first_pair_that_does_not_fit_a_row_is_noted(folder, capsys, on_malformed):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "a" * 200, "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = ["preference.loss=dpo", "data={sources: [{path: pairs.jsonl}], long_documents: drop}"]
+    assert main(["recipe", "validate", "run.yaml", *pairs, f"data.on_malformed={on_malformed}"]) == 0
+    told = "its first pair has 404 tokens, more than sequence.length=128, and is left out (data.long_documents=drop)"
+    assert told in capsys.readouterr().err
+    assert main(["recipe", "validate", "run.yaml", *pairs, "sequence.length=512"]) == 0
+    assert "its first pair" not in capsys.readouterr().err
+
+
 def test_malformed_rows_that_the_recipe_skips_pass(folder):
     for path in ("broken.jsonl", "number.jsonl", "null.parquet"):
         assert main(["recipe", "validate", "run.yaml", f"data.sources.0.path={path}", "data.on_malformed=skip"]) == 0

@@ -118,6 +118,13 @@ def test_recycled_recipes_draw_segments_and_generate_with_one_of_them(name):
     assert plan_batch(recipe, 8).tokens_per_step == 2**20
 
 
+def test_the_recipe_for_pairs_holds_no_second_model_and_cuts_no_answer():
+    recipe = load_recipe("qwen3-8b-power-dpo-32k").recipe
+    assert (recipe.reference, recipe.data.long_documents) == ("adapters_off", "drop")
+    assert recipe.eval.by_name["preference"].source.split != recipe.data.sources[0].split
+    assert plan_batch(recipe, 8, rows_per_epoch=800).steps == 100
+
+
 @pytest.mark.parametrize("name", LONGEST)
 def test_the_longest_recipes_share_each_row_among_eight_ranks(name):
     recipe = load_recipe(name).recipe
