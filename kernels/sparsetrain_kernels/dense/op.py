@@ -109,7 +109,7 @@ def causal_attention(
     choose_backend(backend, inputs.query, {"gluon": none, "triton": none})
     documents = inputs.documents()
     if not return_lse and reference.fused_applies(inputs, documents, window):
-        return reference.fused_attention(inputs, documents)
+        return reference.fused_attention(inputs, documents, window)
     out, lse = reference.attention(inputs, window)
     return (out, lse) if return_lse else out
 

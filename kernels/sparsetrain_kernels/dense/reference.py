@@ -37,15 +37,23 @@ def attention(inputs: AttentionInputs, window: int | None) -> tuple[Tensor, Tens
 
 
 def fused_applies(inputs: AttentionInputs, documents: tuple[Document, ...], window: int | None) -> bool:
-    """Whether torch's fused attention computes exactly this: no extras, and each document square or a single row."""
-    plain = window is None and inputs.softcap is None and inputs.sink_logits is None
-    return plain and all(document.position == 0 or document.rows == 1 for document in documents)
+    """Whether torch's fused attention computes exactly this: no extras, and each document square or a single row.
+
+    Only its operation for packed documents knows windows, and takes one sequence.
+    """
+    if inputs.softcap is not None or inputs.sink_logits is not None:
+        return False
+    if window is not None:
+        batch, _, rows, _ = inputs.query.shape
+        square = rows == inputs.key.shape[2] and all(document.position == 0 for document in documents)
+        return batch == 1 and square and _varlen_applies(inputs.query)
+    return all(document.position == 0 or document.rows == 1 for document in documents)
 
 
-def fused_attention(inputs: AttentionInputs, documents: tuple[Document, ...]) -> Tensor:
+def fused_attention(inputs: AttentionInputs, documents: tuple[Document, ...], window: int | None) -> Tensor:
     """One call a document, or one for all of them where torch has it."""
-    if len(documents) > 1 and _varlen_applies(inputs.query):
-        return _varlen_attention(inputs, documents)
+    if window is not None or (len(documents) > 1 and _varlen_applies(inputs.query)):
+        return _varlen_attention(inputs, documents, window)
     outs = []
     for row, rows, position, key in documents:
         keys = slice(key, key + position + rows)
@@ -78,7 +86,7 @@ def _varlen_parameters() -> set[str]:
     return set(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen_attention(inputs: AttentionInputs, documents: tuple[Document, ...]) -> Tensor:
+def _varlen_attention(inputs: AttentionInputs, documents: tuple[Document, ...], window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (inputs.query, inputs.key, inputs.value))
@@ -86,7 +94,8 @@ def _varlen_attention(inputs: AttentionInputs, documents: tuple[Document, ...]) 
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
     longest = max(lengths)
     # The kernel always shared KV heads within a group; since 2.12 it wants to be asked for it.
-    options: dict[str, Any] = {"scale": inputs.scale, "window_size": (-1, 0)}
+    # It counts the keys on the left, the query's own not included.
+    options: dict[str, Any] = {"scale": inputs.scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in _varlen_parameters():
         options["enable_gqa"] = True
     out = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
