@@ -98,6 +98,7 @@ class _Deal(torch.autograd.Function):
             else:
                 _copy(rows, grad[0].transpose(0, 1))
         received = _exchange(records, ctx.group)
+        del records  # before as much is made again
         found: list[Tensor | None] = [None] * len(grads)
         for field, index in zip(fields, needed, strict=True):
             rows = field.of_heads(received)
