@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -110,6 +111,16 @@ def test_the_chart_crosses_where_the_tables_say(generator):
 def test_the_table_of_the_ladder_is_what_plans_say(generator):
     ladder = generator("ladder")
     assert ladder.PAGE.read_text(encoding="utf-8") == ladder.page(), "run: python docs/generate/ladder.py"
+
+
+def test_the_evidence_as_json_is_what_the_pages_say(generator):
+    evidence = generator("evidence")
+    written = evidence.FILE.read_text(encoding="utf-8")
+    assert written == evidence.content(), "run: python docs/generate/evidence.py"
+    for table in json.loads(written):
+        assert table["rows"], table["section"]
+        assert table["commands"], table["section"]
+        assert evidence.DATE.search(table["measured"]), table["section"]
 
 
 @pytest.mark.parametrize("page", ["ladder.md", "power.md", "sparsek.md", "full.md", "decode-policies.md"])
