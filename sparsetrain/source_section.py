@@ -14,6 +14,8 @@ ROOM = 2**17
 
 _KEYS = Bounds(MOST_BLOCKS, "a document holds all of them")
 
+_ROWS_OF_A_SET = Bounds(2**40, "no data set has more rows")
+
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TurnKey = Literal["role", "content", "tool_calls", "reasoning_content", "train"]
 Role = Literal["system", "user", "assistant", "tool"]
@@ -80,9 +82,9 @@ class DataSource(Section):
     split: Text = "train"
     """Split to read. ``python-stdlib`` has ``train`` and ``validation`` (every 20th file), local files have them where
     ``validation`` is given."""
-    max_rows: Annotated[int, Field(gt=0), Bounds(2**40, "no data set has more")] | None = None
+    max_rows: Annotated[int, Field(gt=0), _ROWS_OF_A_SET] | None = None
     """Read only the first rows, at most so many."""
-    validation: Annotated[int | float, Field(gt=0), Bounds(2**40, "no data set has more rows")] | None = None
+    validation: Annotated[Annotated[int, _ROWS_OF_A_SET] | float, Field(gt=0), _ROWS_OF_A_SET] | None = None
     """Hold out rows of local files: a fraction of them below 1 (``0.02``), or a number (``200``). ``split: train``
     reads the others, ``split: validation`` (as the source of an evaluation, with the same ``path``, ``max_rows`` and
     ``validation``) these. Which they are depends on the number of rows alone. A document is never in both."""
