@@ -289,6 +289,7 @@ class TaskResult(BaseModel, ABC):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls.__abstractmethods__:
+        of_one_task = get_origin(cls.model_fields["task"].annotation) is Literal
+        if of_one_task and cls.__abstractmethods__:
             lacking = ", ".join(sorted(cls.__abstractmethods__))
             raise TypeError(f"{cls.__name__} is the result of a task but lacks {lacking}")

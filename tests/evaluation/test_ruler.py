@@ -64,7 +64,7 @@ def result(found, **given):
 
 def test_scores_means_and_the_worst():
     measured = result({"niah_single_1": [20, 19], "vt": [100, 30], "qa_1": [17, 13]}, left_out={"qa_2": "no file"})
-    assert measured.scores("vt") == [100, 30]
+    assert measured.shares()["vt"] == [100, 30]
     assert measured.means() == pytest.approx([95, (95 + 30 + 65) / 3])
     assert measured.mean() == pytest.approx((95 + 190 / 3) / 2)
     assert measured.effective_length() == 4096
