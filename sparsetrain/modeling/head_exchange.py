@@ -6,8 +6,9 @@ all. Ranks hold consecutive tokens, so what a rank receives is a table of record
 and value are strided views of it, whose rows kernels read where they are. Records and the fields in them are aligned as
 TMA and 16-byte copies want them. On the way out, what attention returns is sent as it is.
 
-So each element is copied once before an exchange of queries, keys and values, and once after one of outputs; in
-backward once more on the other side of each, because gradients come from kernels in tensors of their own.
+Forward, each element is copied once: before the exchange on the way in, and behind the one on the way out. In backward
+gradients of outputs are copied once, and those of queries, keys and values twice, because kernels give them in tensors
+of their own.
 """
 
 from __future__ import annotations
