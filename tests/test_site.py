@@ -108,9 +108,10 @@ def test_the_chart_crosses_where_the_tables_say(generator):
     assert all(speeds[131072] > speeds[32768] for speeds in drawn.values())
 
 
-def test_the_table_of_the_ladder_is_what_plans_say(generator):
-    ladder = generator("ladder")
-    assert ladder.PAGE.read_text(encoding="utf-8") == ladder.page(), "run: python docs/generate/ladder.py"
+@pytest.mark.parametrize("name", ["ladder", "million"])
+def test_the_table_of_planned_rows_is_what_plans_say(generator, name):
+    found = generator(name)
+    assert found.PAGE.read_text(encoding="utf-8") == found.page(), f"run: python docs/generate/{name}.py"
 
 
 def test_the_evidence_as_json_is_what_the_pages_say(generator):

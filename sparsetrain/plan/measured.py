@@ -19,17 +19,26 @@ CONTEXT = 1.0 * 2**30
 MEASURED_PEAK, MEASURED_BANDWIDTH = 989.4e12, 4.8e12
 """Data-sheet peak in bf16 and bandwidth of the H200 that everything below was measured on."""
 
-MATRIX_SHARE = 0.62
-"""Fraction of peak FLOP/s that matrix products reach in training steps; an isolated product reached 0.80. This and the
-next one are fitted to `sparsetrain bench step` (Llama-3.2-1B's shape): 874 and 3,599 ms with PowerAttention at 32,768
-and 131,072 tokens, 1,494 and 14,699 with SDPA. A plan says 867, 3,568, 1,481 and 14,541. A loop of transformers and
-peft on Qwen3-8B's shape with adapters took 6.54 and 57.5 s, of which a plan says 5.98 and 54.1."""
+MATRIX_SHARE = 0.66
+"""Fraction of peak FLOP/s that matrix products reach in training steps; an isolated product reached 0.80. Set between
+what fits `sparsetrain bench step` with Llama-3.2-1B's shape (0.62: 874 and 3,599 ms with PowerAttention at 32,768 and
+131,072 tokens, 1,494 and 14,699 with SDPA, of which a plan says 835, 3,440, 1,449 and 14,413) and with Qwen3-8B's,
+whose products are larger (0.70: 13.4 s at 131,072 tokens with adapters and tiled MLPs, 2026-12-01, of which a plan
+says 14.1)."""
 
 BANDWIDTH_SHARE = 0.70
 """Fraction of bandwidth that elementwise operations reach in training steps. An isolated copy reached 0.88."""
 
 LINK_SHARE = 0.67
 """Fraction of link bandwidth that collectives reach: 300 of 450 GB/s on NVLink. An estimate, not measured."""
+
+EXCHANGE_SHARE = 0.75
+"""Fraction of link bandwidth that the all-to-all of ranks that share a row reaches: 340 of 450 GB/s for 5,120 MiB
+between two H200s, 335 for 2,560 and 313 for 640 (`sparsetrain bench exchange`, 2026-12-01, less the copies, timed on
+one card)."""
+
+EXCHANGE_WAIT = 0.1e-3
+"""Seconds of each all-to-all whatever it moves; the same run had 0.08e-3."""
 
 GATHER_WAIT = 0.25e-3
 """Seconds that computation waits for each matrix that ZeRO-3 gathers, however well it is hidden. This and the next one

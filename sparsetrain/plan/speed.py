@@ -9,6 +9,8 @@ from sparsetrain.plan.activations import layer_bytes
 from sparsetrain.plan.measured import (
     BANDWIDTH_SHARE,
     BESIDE_GATHERS,
+    EXCHANGE_SHARE,
+    EXCHANGE_WAIT,
     GATHER_WAIT,
     HOST_LINK,
     HOST_OPTIMIZER,
@@ -152,13 +154,7 @@ def _communication(setting: Setting, computing: float) -> float:
             waits = GATHER_WAIT * batch.accumulation * gathers * MATRICES_A_LAYER * setting.shape.layers
             seconds += max(waits + BESIDE_GATHERS * computing, moving - computing)
     if setting.parallel > 1:
-        # Queries, keys, values and outputs change places, in each forward pass (selective checkpointing keeps what
-        # attention returned, not what was exchanged) and once in backward.
-        shape = setting.shape
-        elements = setting.tokens * (2 * shape.q_width + 2 * setting.kv_width)
-        passes = 2 + (setting.checkpointing != "none")
-        exchanged = setting.element * elements * shape.layers * passes * batch.accumulation
-        seconds += exchanged * (setting.parallel - 1) / setting.parallel / link
+        seconds += _exchange(setting) * batch.accumulation
     if setting.recipe.train.offload_activations:
         moved = 2 * layer_bytes(setting).input * setting.shape.layers * batch.accumulation / HOST_LINK
         seconds += max(0.0, moved - computing)
@@ -167,6 +163,25 @@ def _communication(setting: Setting, computing: float) -> float:
         gathers = 2 + (setting.checkpointing != "none") + setting.reference_passes
         seconds += max(0.0, gathers * batch.accumulation * shard / HOST_LINK - computing)
     return seconds
+
+
+def _exchange(setting: Setting) -> float:
+    """Seconds in which the ranks that share a row exchange it, in all layers of one micro batch.
+
+    Queries, keys and values go to the ranks of their heads and the output comes back: in each forward pass (selective
+    checkpointing keeps what attention returned, not what was exchanged) and once in backward. Nothing else runs
+    meanwhile. Before or after each, elements are copied into the order of the exchange.
+    """
+    shape, parallel = setting.shape, setting.parallel
+    dealt, returned = shape.q_width + 2 * setting.kv_width, shape.q_width
+    forwards = 1 + (setting.checkpointing != "none")
+    sent = (forwards + 1) * (dealt + returned) * (parallel - 1) / parallel
+    # In backward what was dealt is copied on both sides, as its gradients come from kernels in tensors of their own.
+    copied = forwards * (dealt + returned) + 2 * dealt + returned
+    each = setting.element * setting.tokens * shape.layers
+    moving = sent * each / (setting.device.link * EXCHANGE_SHARE)
+    waits = EXCHANGE_WAIT * 2 * (forwards + 1) * shape.layers
+    return moving + 2 * copied * each / (setting.device.bandwidth * BANDWIDTH_SHARE) + waits
 
 
 def _optimizer(setting: Setting) -> float:

@@ -155,6 +155,29 @@ def test_measured_peaks_and_times_are_met():
         assert 1e3 * (plan.time.seconds - plan.time.optimizer) == pytest.approx(ms, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("settings", "seconds", "gib"),
+    [
+        (["train.mlp_chunk=16384"], 13.40, 70.1),
+        ([], 11.39, 76.3),
+        (["train.mlp_chunk=16384", "train.offload_activations=true"], 13.48, 36.1),
+        (["train.mlp_chunk=16384", "train.offload_activations=true", "sequence.length=262144"], 27.37, 46.5),
+        # Two GPUs of ZeRO-2 with adapters on the attention alone.
+        (["sequence.parallel=2", "lora.train_embeddings=false", "lora.train_norms=false"], 6.53, 42.8),
+    ],
+)
+def test_measured_steps_of_long_rows_are_met(settings, seconds, gib):
+    """`sparsetrain bench step` on H200s with Liger: Qwen3-8B's shape, one row (docs/million-tokens.md)."""
+    given = ["train.global_batch_tokens=null", "train.global_batch_sequences=1", "deepspeed.stage=2"]
+    given += ["sequence.length=131072", "sequence.parallel=1", *settings]
+    ranks = 2 if "sequence.parallel=2" in settings else 1
+    plan = make_plan("qwen3-8b-power-lora-1m", given, gpus=ranks, device="h200", liger=True)
+    assert plan.time.seconds == pytest.approx(seconds, rel=0.1)
+    assert plan.memory.peak.total / GIB == pytest.approx(gib, rel=0.1)
+    offloaded = plan.setting.recipe.train.offload_activations
+    assert plan.memory.host == (36 * 4096 * 2 * plan.setting.tokens if offloaded else 0)
+
+
 def test_the_command_needs_neither_torch_nor_a_second():
     code = "import sys; from sparsetrain.cli import main; main(['plan', 'qwen3-8b-power-128k', '--gpus', '8']); "
     code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
