@@ -37,7 +37,7 @@ NEVER = 0
 DENSE = {"count": 2, "every": 7, "first": 2}
 """The dense layers of hybrids: two in seven, as in the paper's retrieval models."""
 KV_HEADS = 2
-"""Of the recipes' models; LongNet's shifts differ between them."""
+"""Of relay.yaml's and relay-long.yaml's models, among which variants split distances."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def measure(model: str, attention: dict[str, Any], recipe: Recipe, name: str, se
         places = np.concatenate([facts(row) for row in questions.rows]) // block
         np.add.at(asked, places, 1)
         np.add.at(found, places, (logits.argmax(-1) == labels).cpu().numpy())
-    pattern = config.pattern(KV_HEADS) or FullPattern(block)
+    # LongNet's shifts differ between KV heads.
+    pattern = config.pattern(loaded.config.num_key_value_heads) or FullPattern(block)
     lists = [part.listed(blocks, head) for part in pattern.by_layer for head in part.heads]
     dense = config.resolve_dense_layers(loaded.config.num_hidden_layers)
     layers = [index for index, _, method in sparse_layers(loaded) if method is not None and index not in dense]

@@ -70,6 +70,15 @@ def test_hops_are_those_of_the_distance():
     assert hops(DilatedPattern(16, 2, 2), 6, 3) == [NEVER, 2, NEVER, 1, NEVER, 1]
 
 
+@pytest.mark.parametrize("name", ["relay-long", "relay-text"])
+def test_the_long_recipes_need_the_hops_that_their_page_tells(name):
+    recipe = load_recipe(RECIPE.with_name(f"{name}.yaml")).recipe
+    sections, blocks = patterns(recipe), num_blocks(recipe)
+    known = {each: parse_attention(sections[each]).pattern(2) for each in ("power", "sliding")}
+    assert (blocks, {pattern.max_key_blocks(blocks) for pattern in known.values()}) == (32, {6})
+    assert {each: max(hops(pattern, blocks, 7)) for each, pattern in known.items()} == {"power": 5, "sliding": 7}
+
+
 def test_hops_over_layers_that_differ_need_the_layers_that_take_them():
     near, far = DistancePattern(16, (0, 1), 0), DistancePattern(16, (0, 4), 0)
     cycle = LayeredPattern(16, (near, far))
