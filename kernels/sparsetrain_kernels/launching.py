@@ -11,10 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsetrain_kernels.backend import TESTED_GLUON, TRITON_VERSION
+
 _HERE = nullcontext()
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""By what Triton looks at: the compiled kernel, and the constants that end its arguments."""
-MOST_COMPILED = 4096
+_DIRECT = TESTED_GLUON[0] <= TRITON_VERSION <= TESTED_GLUON[1]
+"""Whether this Triton's compiled kernels are known to be launched by ``run``, which saves what is done for hooks."""
+_PREPARED: dict[tuple[Any, ...], Launch] = {}
+"""By what Triton looks at."""
+MOST_PREPARED = 4096
 """Entries at which they are all dropped."""
 
 
@@ -29,9 +33,19 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up. Triton's own function of this name, and of the next, takes as long as an allocation."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def pad_head_dim(head_dim: int) -> int:
     """The head dim the tiles have: a power of two of at least 64 (smaller ones are miscompiled on Hopper)."""
-    return max(64, triton.next_power_of_2(head_dim))
+    return max(64, next_power_of_2(head_dim))
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -43,45 +57,81 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 def launch(kernel: Any, programs: int, tensors: Sequence[Any], numbers: tuple[float, ...], **constants: Any) -> None:
     """``kernel[(programs,)](*tensors, *numbers, **constants)``, for kernels whose arguments come in this order.
 
-    Triton looks at every argument of every launch to find the kernel that was compiled for arguments like these, which
-    takes longer than the launch. Where nothing that it looks at has changed, this hands the arguments to the compiled
-    kernel at once: the same types, constants and kinds of numbers, and all addresses multiples of 16 bytes.
-
     Args:
-        tensors: of one device; None, or a tensor descriptor of ``hopper/descriptors.py``, in place of some.
+        tensors: of one device, the current one; None, or a tensor descriptor of ``hopper/descriptors.py``, in place of
+            some.
         constants: what the kernel takes as ``constexpr``, and options of the compiler.
     """
-    pointers: list[Any] = []
+    prepare(kernel, tensors, numbers, **constants)(programs, tensors, numbers)
+
+
+def prepare(kernel: Any, tensors: Sequence[Any], numbers: tuple[float, ...], **constants: Any) -> Launch:
+    """What launches the kernel with arguments like these; they are those of :func:`launch`."""
     kinds: list[Any] = []
-    addresses, device = 0, None
+    device: Any = None
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            address = tensor.data_ptr()
-            addresses |= address
-            pointers.append(address)
             kinds.append(tensor.dtype)
             device = device or tensor.device
         else:
-            pointers.append(tensor)
             kinds.append(tensor and tensor.kind)
-    aligned = addresses % 16 == 0
     alike = _kinds(numbers, tuple(map(type, numbers)))
     key = (id(kernel), device, *kinds, alike, *constants, *constants.values())
-    found = _COMPILED.get(key) if aligned else None
-    if found is not None:
-        compiled, values = found
-        compiled[(programs, 1, 1)](*pointers, *numbers, *values)
-        return
-    compiled = kernel[(programs,)](*tensors, *numbers, **constants)
-    # The interpreter returns nothing.
-    if compiled is not None and aligned:
-        if len(_COMPILED) >= MOST_COMPILED:
-            _COMPILED.clear()
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        _COMPILED[key] = compiled, tuple(constants[name] for name in names)
+    if (found := _PREPARED.get(key)) is None:
+        if len(_PREPARED) >= MOST_PREPARED:
+            _PREPARED.clear()
+        found = _PREPARED[key] = Launch(kernel, device, constants)
+    return found
 
 
-@lru_cache(maxsize=MOST_COMPILED)
+class Launch:
+    """A kernel's launch with arguments of some kinds: types, constants, numbers that are 1 or multiples of 16, or not.
+
+    Triton looks at every argument of every launch to find the kernel that was compiled for arguments like these, which
+    takes longer than the launch. This hands them to the compiled kernel at once, where all addresses are multiples of
+    16 bytes.
+    """
+
+    def __init__(self, kernel: Any, device: torch.device, constants: dict[str, Any]) -> None:
+        self._kernel, self._device, self._constants = kernel, device, constants
+        self._compiled: Any = None
+        self._values: tuple[Any, ...] = ()
+
+    def __call__(self, programs: int, tensors: Sequence[Any], numbers: tuple[float, ...]) -> None:
+        """Launch it; the arguments are those of :func:`launch`."""
+        pointers: list[Any] = []
+        addresses = 0
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                tensor = tensor.data_ptr()
+                addresses |= tensor
+            pointers.append(tensor)
+        compiled = self._compiled
+        if compiled is None or addresses % 16:
+            compiled = self._kernel[(programs,)](*tensors, *numbers, **self._constants)
+            # The interpreter returns nothing.
+            if compiled is not None and not addresses % 16:
+                names = self._kernel.arg_names[len(tensors) + len(numbers) :]
+                self._compiled, self._values = compiled, tuple(self._constants[name] for name in names)
+        elif _DIRECT and not _hooks_wait():
+            own = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(programs, 1, 1, stream_of(self._device), *own, *pointers, *numbers, *self._values)
+        else:
+            compiled[(programs, 1, 1)](*pointers, *numbers, *self._values)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current one. Cached tensors are read on the stream that wrote them, which orders the two."""
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+
+
+def _hooks_wait() -> bool:
+    """Whether a profiler, say, wants to be told of launches: by a chain that is not empty, or by itself."""
+    runtime = triton.knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+@lru_cache(maxsize=MOST_PREPARED)
 def _kinds(numbers: tuple[float, ...], types: tuple[type, ...]) -> tuple[object, ...]:
     """What a kernel is compiled for of its numbers: types (1 and 1.0 are equal), and whether one is 1 or a multiple of
     16."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsetrain_kernels.launching import launch, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, pad_head_dim
 from sparsetrain_kernels.online_softmax import LOG2E
 
 ROWS = 64
@@ -23,7 +23,7 @@ def row_statistics(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor 
     batch, heads, rows, head_dim = out.shape
     # Two tensors, not halves of one, which TMA could not read at an address of any multiple of 4.
     in_log2, delta = (torch.empty((batch, heads, rows), dtype=torch.float32, device=out.device) for _ in range(2))
-    tiles = triton.cdiv(rows, ROWS)
+    tiles = cdiv(rows, ROWS)
     launch(
         row_statistics_kernel,
         tiles * heads * batch,

@@ -9,7 +9,7 @@ import torch
 from sparsetrain_kernels.backend import TRITON_INSTALLED
 
 if TRITON_INSTALLED:
-    from sparsetrain_kernels.launching import launch
+    from sparsetrain_kernels.launching import _DIRECT, launch
 
 pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="needs triton")
 STORAGE = torch.zeros(64, dtype=torch.bfloat16)
@@ -30,8 +30,16 @@ class Kernel:
             return Compiled()
 
         class Compiled:
+            function, packed_metadata = 11, (4, 1, 0)
+
+            def run(_, *args: Any) -> None:
+                grid, stream, function, metadata, hooks, rest = args[:3], args[3], args[4], args[5], args[6:9], args[9:]
+                assert (stream, function, metadata, hooks) == (0, 11, (4, 1, 0), (None, None, None))
+                self.launches.append(("compiled", grid, rest))
+
             def __getitem__(_, grid: tuple[int, ...]) -> Any:
-                return lambda *args: self.launches.append(("compiled", grid, args))
+                way = "with hooks" if _DIRECT else "compiled"
+                return lambda *args: self.launches.append((way, grid, args))
 
         return ordinary
 
@@ -51,6 +59,18 @@ def test_a_repeated_launch_hands_addresses_numbers_and_constants_to_the_compiled
     first, second = kernel.launches
     assert first == ("ordinary", (7,), (X, None, 7), {"EVEN": True, "SIZE": 16, "num_warps": 4})
     assert second == ("compiled", (9, 1, 1), (Y.data_ptr(), None, 9, 16, True))
+
+
+def test_hooks_are_told_of_launches() -> None:
+    if not _DIRECT:
+        pytest.skip("every launch goes the way that tells hooks")
+    import triton
+
+    kernel = Kernel()
+    for hooks in ([], [print], []):
+        triton.knobs.runtime.launch_enter_hook.calls[:] = hooks
+        launch(kernel, 7, (X, Y), (3,), SIZE=16, EVEN=True)
+    assert [way for way, *_ in kernel.launches] == ["ordinary", "with hooks", "compiled"]
 
 
 @pytest.mark.parametrize(

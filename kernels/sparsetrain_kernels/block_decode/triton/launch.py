@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_decode.inputs import DecodeInputs
@@ -19,7 +18,7 @@ from sparsetrain_kernels.block_decode.triton.configs import (
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
 from sparsetrain_kernels.block_pattern.triton.work import far_table, head_stride
 from sparsetrain_kernels.inputs import consecutive_rows, row_major
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 
 NUM_WARPS = 4
 MERGE_STEP = 16
@@ -33,11 +32,11 @@ def decode(call: DecodeInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:
     kv_heads = call.key_cache.shape[1]
     d_pad = pad_head_dim(head_dim)
     config = choose_config(query.dtype, d_pad, lists.block, heads // kv_heads * rows, call.block_table is not None)
-    row_tiles = triton.cdiv(heads // kv_heads * rows, config.block_m)
-    longest = longest_list(lists, triton.cdiv(call.max_length, lists.block))
+    row_tiles = cdiv(heads // kv_heads * rows, config.block_m)
+    longest = longest_list(lists, cdiv(call.max_length, lists.block))
     splits = choose_splits(
         batch * kv_heads * row_tiles,
-        longest * triton.cdiv(lists.block, config.block_n),
+        longest * cdiv(lists.block, config.block_n),
         multiprocessors(query.device),
     )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -64,7 +63,7 @@ def merge(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Non
         (splits,),
         D=head_dim,
         D_PAD=pad_head_dim(head_dim),
-        SPLITS_PAD=triton.next_power_of_2(splits),
+        SPLITS_PAD=next_power_of_2(splits),
         STEP=MERGE_STEP,
         num_warps=NUM_WARPS,
     )

@@ -17,9 +17,10 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: g
 def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """Of ``[B, H, N, D]``, for boxes of ``rows`` rows of one head, or of ``columns`` of their columns. Where TMA cannot
     read the tensor, of a copy."""
-    if not _readable(tensor.shape, tensor.stride()) or tensor.data_ptr() % 16:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return _descriptor(tensor, _tiles(tensor.shape, tensor.stride(), tensor.dtype, rows, columns or tensor.shape[3]))
+    fields = _tiles(tensor.shape, tensor.stride(), tensor.dtype, rows, columns)
+    if fields is None or tensor.data_ptr() % 16:
+        return tiles(tensor.clone(memory_format=torch.contiguous_format), rows, columns)
+    return _descriptor(tensor, fields)
 
 
 def line(tensor: Tensor, rows: int) -> TensorDescriptor:
@@ -28,14 +29,13 @@ def line(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 @lru_cache(maxsize=1024)
-def _readable(shape: torch.Size, strides: tuple[int, ...]) -> bool:
-    """TMA wants 16-byte addresses and strides, and rows of consecutive elements."""
-    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for n, s in zip(shape[:3], strides) if n > 1)
-
-
-@lru_cache(maxsize=1024)
-def _tiles(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int) -> dict[str, Any]:
-    block = [1, 1, rows, columns]
+def _tiles(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None
+) -> dict[str, Any] | None:
+    """None where TMA cannot read the tensor: it wants 16-byte strides, and rows of consecutive elements."""
+    if strides[3] != 1 or any(s <= 0 or s % 8 for n, s in zip(shape[:3], strides) if n > 1):
+        return None
+    block = [1, 1, rows, columns or shape[3]]
     # The stride of a dimension of one element is never used, but it has to be a legal one.
     legal = [s if n > 1 else 8 for n, s in zip(shape[:3], strides)]
     return _fields(dtype, list(shape), [*legal, 1], block, gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype]))

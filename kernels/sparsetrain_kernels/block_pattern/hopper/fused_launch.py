@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern.hopper.descriptors import line, tiles
@@ -15,7 +14,7 @@ from sparsetrain_kernels.block_pattern.pattern import BlockLists
 from sparsetrain_kernels.block_pattern.triton.query_sum import QuerySum
 from sparsetrain_kernels.block_pattern.triton.work import chunk_blocks, far_table, head_stride, work_items
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, on_device
 
 TILE = 128
 ROWS = 64
@@ -71,7 +70,7 @@ def _parts(call: AttentionInputs, workspace: int) -> Iterator[tuple[slice, slice
     kv_heads = call.key.shape[1]
     group = heads // kv_heads
     fitting = workspace // (4 * group * rows * head_dim)
-    here = triton.cdiv(kv_heads, triton.cdiv(kv_heads, fitting))
+    here = cdiv(kv_heads, cdiv(kv_heads, fitting))
     for row in range(batch):
         for first in range(0, kv_heads, here):
             last = min(first + here, kv_heads)

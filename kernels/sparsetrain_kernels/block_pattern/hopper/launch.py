@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from sparsetrain_kernels.block_pattern.triton.work import (
     work_items,
 )
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import MOST_PREPARED, Launch, launch, on_device, prepare
 
 TILE, HALF = 128, 64
 FWD_STAGES = 2
@@ -30,42 +32,63 @@ BWD_ROWS = 64
 """Queries a slot in the kernel of keys and values, and keys a slot in that of queries."""
 BWD_STAGES = 4
 LOG2E = 1.4426950408889634
+_FORWARD: dict[tuple[Any, ...], tuple[Launch, int, tuple[float, ...]]] = {}
+"""By what decides them: a launch of the forward kernel, its programs and its numbers."""
 
 
 def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:
     """``out`` like ``query``, and the log-sum-exp, fp32 ``[B, Hq, N]``."""
     query, key, value = call[:3]
-    batch, heads, rows, _ = query.shape
-    kv_heads = key.shape[1]
+    rows = query.shape[2]
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     with on_device(query):
         items, _ = work_items(call, lists, rows, rows, 0, TILE, 0)
         far = far_table(lists.far, query.device)
-        launch(
-            block_pattern_fwd_kernel,
-            items.shape[0] * heads * batch,
-            (tiles(query, HALF), tiles(key, TILE), tiles(value, TILE), out, lse, far, items),
-            (
-                *out.stride()[:3],
-                items.shape[0],
-                kv_heads,
-                rows,
-                lists.window,
-                lists.num_sinks,
-                lists.period,
-                head_stride(lists, far),
-                call.scale * LOG2E,
-            ),
-            GROUP=heads // kv_heads,
-            TPB=lists.block // TILE,
-            FAR=lists.width,
-            STAGES=FWD_STAGES,
-            num_warps=4,
-            maxnreg=168,
-            enable_fp_fusion=True,
-        )
+        tensors = (tiles(query, HALF), tiles(key, TILE), tiles(value, TILE), out, lse, far, items)
+        # Short calls wait for the host: what layers and steps have in common is worked out once.
+        layout = (query.dtype, query.device, query.shape, out.stride(), key.shape[1])
+        alike = (id(block_pattern_fwd_kernel), *layout, items.shape[0], lists, call.scale)
+        if (known := _FORWARD.get(alike)) is None:
+            if len(_FORWARD) >= MOST_PREPARED:
+                _FORWARD.clear()
+            known = _FORWARD[alike] = _prepare_forward(call, lists, tensors)
+        launch_forward, programs, numbers = known
+        launch_forward(programs, tensors, numbers)
     return out, lse
+
+
+def _prepare_forward(
+    call: AttentionInputs, lists: BlockLists, tensors: tuple[Any, ...]
+) -> tuple[Launch, int, tuple[float, ...]]:
+    out, _, far, items = tensors[3:]
+    batch, heads, rows, _ = out.shape
+    kv_heads = call.key.shape[1]
+    programs = items.shape[0] * heads * batch
+    numbers = (
+        *out.stride()[:3],
+        items.shape[0],
+        kv_heads,
+        rows,
+        lists.window,
+        lists.num_sinks,
+        lists.period,
+        head_stride(lists, far),
+        call.scale * LOG2E,
+    )
+    prepared = prepare(
+        block_pattern_fwd_kernel,
+        tensors,
+        numbers,
+        GROUP=heads // kv_heads,
+        TPB=lists.block // TILE,
+        FAR=lists.width,
+        STAGES=FWD_STAGES,
+        num_warps=4,
+        maxnreg=168,
+        enable_fp_fusion=True,
+    )
+    return prepared, programs, numbers
 
 
 def attention_backward(

@@ -45,8 +45,10 @@ class QuerySum:
         self.integers = torch.empty(out.shape, dtype=torch.int32, device=device)
         self.padded_lse, self.padded_delta, self.scale = torch.empty(
             (3, batch, heads, padded_rows), dtype=torch.float32, device=device
-        )
-        key_max, value_max = torch.empty((2, batch, kv_heads, padded_rows // tile), dtype=torch.int32, device=device)
+        ).unbind()
+        key_max, value_max = torch.empty(
+            (2, batch, kv_heads, padded_rows // tile), dtype=torch.int32, device=device
+        ).unbind()
         far = far_table(lists.far, device)
         shape = {"D": head_dim, "TPB": lists.block // tile, "TILE": tile}
         launch(

@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_pattern.pattern import BlockLists
@@ -20,7 +19,7 @@ from sparsetrain_kernels.block_pattern.triton.before_after import (
 from sparsetrain_kernels.block_pattern.triton.geometry import ITEM, SCAN, work_items_kernel
 from sparsetrain_kernels.documents import from_documents
 from sparsetrain_kernels.inputs import AttentionInputs
-from sparsetrain_kernels.launching import launch, pad_head_dim
+from sparsetrain_kernels.launching import launch, pad_head_dim, stream_of
 
 CHUNK_TOKENS = 4096
 """Query tokens that one program of a split sink column takes, as many as an ordinary column has to do."""
@@ -75,10 +74,10 @@ def work_items(
         return _write_items(call.cu_seqlens, device, sizes, block, tile)
 
     if call.cu_seqlens is not None:
-        return from_documents(call.cu_seqlens, ("items", device, _stream(device), sizes, block, tile), write), split
+        return from_documents(call.cu_seqlens, ("items", device, stream_of(device), sizes, block, tile), write), split
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return write(), split
-    return _items_of_one_document(device, _stream(device), sizes, block, tile), split
+    return _items_of_one_document(device, stream_of(device), sizes, block, tile), split
 
 
 @lru_cache(maxsize=256)
@@ -105,11 +104,6 @@ def _write_items(
         num_warps=4,
     )
     return items
-
-
-def _stream(device: torch.device) -> int:
-    """Cached tensors are read on the stream that wrote them, which orders the two."""
-    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
 def padded_blocks(call: AttentionInputs, block: int) -> int:

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.triton import crossing_kernels as kernels
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 
 CHUNK, STEP = 1024, 32
 """Rows and points of a coarse cell, up to 2^18 rows, and of a fine one. In smaller cells fewer pairs are compared, but
@@ -37,8 +36,8 @@ def find_first_rows(
     heads, rows = arrival.shape
     points = entry.shape[1]
     # The corners of longer ones stay fewer than the rows.
-    chunk = max(CHUNK, 2 * triton.next_power_of_2(math.isqrt(rows)))
-    row_chunks, point_chunks = triton.cdiv(rows, chunk), triton.cdiv(points, chunk)
+    chunk = max(CHUNK, 2 * next_power_of_2(math.isqrt(rows)))
+    row_chunks, point_chunks = cdiv(rows, chunk), cdiv(points, chunk)
     diagonals = row_chunks + point_chunks
     kind: dict[str, Any] = {"dtype": arrival.dtype, "device": arrival.device}
     # Of f, and unless it is a count, of its slope and its ties.
@@ -53,7 +52,7 @@ def find_first_rows(
     with on_device(arrival):
         launch(
             kernels.crossing_corners_kernel,
-            triton.cdiv(point_chunks, STEP) * row_chunks * heads,
+            cdiv(point_chunks, STEP) * row_chunks * heads,
             (arrival, point, *_three(corners)),
             sizes,
             **constants,
@@ -63,7 +62,7 @@ def find_first_rows(
             diagonals * heads,
             (arrival, point, entry, *_three(corners.cumsum(2, dtype=corners.dtype)), cell, *fine),
             (*sizes, limit),
-            ROW_CHUNKS=triton.next_power_of_2(row_chunks),
+            ROW_CHUNKS=next_power_of_2(row_chunks),
             **constants,
         )
         launch(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.triton import gradient_kernels as kernels
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 
 BLOCK = 1024
 """Rows or keys that a program takes at a time."""
@@ -26,9 +25,9 @@ def threshold_gradient(
         grad_threshold, interior_start, interior_end, interior_size
     )
     total, tokens = grad_threshold.numel(), grad_threshold.shape[2]
-    blocks = triton.cdiv(total, BLOCK)
+    blocks = cdiv(total, BLOCK)
     sizes: dict[str, Any] = {
-        "PARTS": min(PARTS, triton.next_power_of_2(blocks)),
+        "PARTS": min(PARTS, next_power_of_2(blocks)),
         "BLOCK": BLOCK,
         "enable_fp_fusion": False,
     }

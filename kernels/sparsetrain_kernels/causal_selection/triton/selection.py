@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.axis import ONE, with_one_nan
@@ -13,7 +12,7 @@ from sparsetrain_kernels.causal_selection.triton import selection_kernels as ker
 from sparsetrain_kernels.causal_selection.triton.crossing import find_first_rows
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, on_device
 
 BLOCK = 256
 """Tokens of a program that goes over all tokens once."""
@@ -28,7 +27,7 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
     with on_device(scores):
         ordered, order, doc_start, doc_end = _sort(scores.view(heads, tokens), cu_seqlens)
         packed: dict[str, Any] = {"PACKED": cu_seqlens is not None, "BLOCK": BLOCK}
-        programs = triton.cdiv(total, BLOCK)
+        programs = cdiv(total, BLOCK)
         axis = torch.empty(total, dtype=torch.int64, device=device)
         arrival = torch.empty((heads, tokens), dtype=torch.int64, device=device)
         rank_arrival, rank_entry, better_row = torch.empty(
@@ -37,7 +36,7 @@ def select(scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tenso
         sums = torch.empty((2, total + 1), dtype=torch.int64, device=device)
         launch(
             kernels.selection_gaps_kernel,
-            triton.cdiv(total + 1, BLOCK),
+            cdiv(total + 1, BLOCK),
             (ordered, doc_start, axis, arrival, rank_arrival, sums),
             (total, tokens),
             **packed,
@@ -124,7 +123,7 @@ def _sort(scores: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Te
     if scores.dtype == torch.float32:
         total = scores.numel()
         key = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
-        programs = triton.cdiv(total, BLOCK)
+        programs = cdiv(total, BLOCK)
         launch(
             kernels.selection_keys_kernel,
             programs,

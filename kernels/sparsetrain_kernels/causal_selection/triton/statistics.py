@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.causal_selection.selection import CausalSelection
 from sparsetrain_kernels.causal_selection.triton import statistics_kernels as kernels
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.inputs import row_major
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 
 BLOCK = 1024
 """Rows or keys that a program takes at a time."""
@@ -30,7 +29,7 @@ def launch_statistics(
     """The numbers of :func:`~sparsetrain_kernels.causal_selection.topk_statistics` in their order."""
     scores, threshold, *integers = row_major(scores, *selection)
     total, tokens, device = scores.numel(), scores.shape[2], scores.device
-    parts = min(PARTS, triton.next_power_of_2(triton.cdiv(total, BLOCK)))
+    parts = min(PARTS, next_power_of_2(cdiv(total, BLOCK)))
     sums = torch.empty((7, parts), dtype=torch.float64, device=device)
     means = torch.empty(6, dtype=torch.float64, device=device)
     start, end = (None, None) if cu_seqlens is None else known_bounds(tokens, cu_seqlens, device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.dense.row_inputs import RowInputs
@@ -13,7 +12,7 @@ from sparsetrain_kernels.dense.triton.configs import choose_configs
 from sparsetrain_kernels.dense.triton.keys import causal_rows_bwd_dkv_kernel
 from sparsetrain_kernels.dense.triton.rows import causal_rows_bwd_dq_kernel, causal_rows_fwd_kernel
 from sparsetrain_kernels.documents import document_tiles, known_bounds
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, on_device, pad_head_dim
 from sparsetrain_kernels.row_statistics import row_statistics
 
 
@@ -133,7 +132,7 @@ def row_tiles(inputs: RowInputs, size: int) -> tuple[int, Tensor | None, Tensor 
     within a document, and of each key the first of its document, int32 ``[M]``."""
     rows, cu_seqlens = inputs.query.shape[2], inputs.cu_seqlens
     if cu_seqlens is None:
-        return triton.cdiv(rows, size), None, None
+        return cdiv(rows, size), None, None
     most = rows // size + cu_seqlens.shape[0] - 1
     bounds = torch.searchsorted(inputs.query_positions, cu_seqlens, out_int32=True)
     starts, _ = known_bounds(inputs.key.shape[2], cu_seqlens, inputs.query.device)

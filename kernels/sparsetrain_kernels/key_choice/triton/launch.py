@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import document_tiles, known_bounds
@@ -17,7 +16,7 @@ from sparsetrain_kernels.key_choice.inputs import ChoiceInputs, whole_lists
 from sparsetrain_kernels.key_choice.triton import lists
 from sparsetrain_kernels.key_choice.triton.lists import top_keys_kernel
 from sparsetrain_kernels.key_choice.triton.weights import log_weights_kernel
-from sparsetrain_kernels.launching import Config, launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import Config, cdiv, launch, on_device, pad_head_dim
 
 PART_ELEMENTS = 2**27
 """Weights at a time, about 8 bytes each while lists are made of them."""
@@ -51,7 +50,7 @@ def choose(inputs: ChoiceInputs) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparsetrain_kernels.key_choice.reference.choose`."""
     batch, kv_heads, keys = inputs.key.shape[:3]
     found = whole_lists(inputs)
-    columns = triton.cdiv(keys, ALIGNED) * ALIGNED
+    columns = cdiv(keys, ALIGNED) * ALIGNED
     of_head = row_heads(inputs) // kv_heads * columns
     together = max(1, min(kv_heads, PART_ELEMENTS // (of_head * FULL_ROWS)))
     most = min(inputs.query.shape[2], max(1, PART_ELEMENTS // (of_head * together)))
@@ -125,7 +124,7 @@ def _weigh(inputs: ChoiceInputs, part: Part, starts: Tensor | None) -> None:
     is_held = is_best and group <= HELD_HEADS and query.dtype != torch.float32
     config = choose_config(query.dtype, pad_head_dim(head_dim), is_held, _shared_memory(query.device))
     tiles, table = _tiles(inputs, part.first, part.rows, config.block_m)
-    shares = _shares(kv_heads * tiles, triton.cdiv(keys, config.block_n), query.device)
+    shares = _shares(kv_heads * tiles, cdiv(keys, config.block_n), query.device)
     numbers = (rows, part.columns, part.columns // SPAN, part.first, part.rows, tiles, shares, inputs.scale)
     launch(
         log_weights_kernel,
@@ -174,7 +173,7 @@ def _shares(row_tiles: int, key_tiles: int, device: torch.device) -> int:
 def _tiles(inputs: ChoiceInputs, first: int, rows: int, size: int) -> tuple[int, Tensor | None]:
     """How many tiles of ``size`` rows the rows from ``first`` on have; with packed documents also their bounds."""
     if inputs.cu_seqlens is None:
-        return triton.cdiv(rows, size), None
+        return cdiv(rows, size), None
     bounds = torch.searchsorted(inputs.query_positions, inputs.cu_seqlens, out_int32=True)
     most = rows // size + inputs.cu_seqlens.shape[0] - 1
     bounds = bounds.clamp(first, first + rows)

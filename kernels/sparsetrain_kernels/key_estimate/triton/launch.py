@@ -4,7 +4,6 @@ host."""
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.backend import INTERPRETING
@@ -23,7 +22,7 @@ from sparsetrain_kernels.key_estimate.triton.configs import (
 from sparsetrain_kernels.key_estimate.triton.scores import add_splits_kernel, estimate_kernel
 from sparsetrain_kernels.key_estimate.triton.weights import key_weights_kernel
 from sparsetrain_kernels.key_mirror.layout import BYTES, GRANULE, PageBounds
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 
 
 def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor, Tensor]:
@@ -36,9 +35,9 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
     group = heads // kv_heads
     tile_heads = choose_heads(group)
     config = config or choose_config(half_pad, tile_heads, page, listed)
-    programs = batch * kv_heads * triton.cdiv(group, tile_heads)
+    programs = batch * kv_heads * cdiv(group, tile_heads)
     splits = choose_splits(
-        programs, triton.cdiv(call.columns, config.block_n), config.programs * multiprocessors(query.device)
+        programs, cdiv(call.columns, config.block_n), config.programs * multiprocessors(query.device)
     )
     scores = torch.empty((batch, heads, call.columns), dtype=torch.float16, device=query.device)
     lse = torch.empty((batch, heads), dtype=torch.float32, device=query.device)
@@ -93,7 +92,7 @@ def estimate(call: EstimateInputs, config: Config | None = None) -> tuple[Tensor
                 (partial, due, lse),
                 (heads, splits),
                 DUE=due is not None,
-                SPLITS_PAD=triton.next_power_of_2(splits),
+                SPLITS_PAD=next_power_of_2(splits),
                 num_warps=1,
             )
     return scores, lse
@@ -117,7 +116,7 @@ def upper_bounds(
     in_bytes = bounds.values.dtype == BYTES
     values = bounds.values.view(torch.uint8) if in_bytes else bounds.values
     block_g = granules_of_a_tile(values.element_size(), d_pad)
-    tiles = triton.cdiv(granules, block_g)
+    tiles = cdiv(granules, block_g)
     scores = torch.empty((batch, kv_heads, granules), dtype=dtype, device=query.device)
     (lengths,) = row_major(lengths)
     table = consecutive_rows(block_table)
@@ -159,7 +158,7 @@ def key_weights(
     _, kv_heads, page, head_dim = key_cache.shape
     d_pad = pad_head_dim(head_dim)
     block_n = keys_of_a_tile(key_cache.element_size(), d_pad)
-    tiles = triton.cdiv(max_length, block_n)
+    tiles = cdiv(max_length, block_n)
     weights = torch.empty((batch, heads, max_length), dtype=torch.float16, device=query.device)
     lengths, lse = row_major(lengths, lse)
     table = consecutive_rows(block_table)

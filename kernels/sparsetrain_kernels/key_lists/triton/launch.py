@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.key_lists.triton.forward import key_lists_fwd_kernel
 from sparsetrain_kernels.key_lists.triton.grad_rows import key_lists_bwd_rows_kernel
 from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
-from sparsetrain_kernels.launching import Config, launch, pad_head_dim
+from sparsetrain_kernels.launching import Config, cdiv, launch, pad_head_dim
 
 
 class Call(NamedTuple):
@@ -117,7 +116,7 @@ def launch_backward_rows(
 
 def count_tiles(lists: KeyLists, query: Tensor, config: Config) -> int:
     """Tiles of a call, of which each head, or each group of heads, has as many."""
-    return triton.cdiv(query.shape[2], config.block_m) if lists.tiles is None else lists.tiles.shape[0]
+    return cdiv(query.shape[2], config.block_m) if lists.tiles is None else lists.tiles.shape[0]
 
 
 def _shares(call: Call, selection: Selection | None) -> int:

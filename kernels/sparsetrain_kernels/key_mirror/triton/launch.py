@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.inputs import consecutive_rows, row_major
 from sparsetrain_kernels.key_mirror.layout import BYTES, GRANULE, KeyMirror, PageBounds
 from sparsetrain_kernels.key_mirror.triton.kernels import append_kernel
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 
 LEAST = 32
 """Channels of half a head, at least, as tiles have them."""
@@ -30,7 +29,7 @@ def append(
     batch, kv_heads, new, head_dim = key.shape
     tile = 1 if new == 1 else GRANULE
     # The first token may be the last of its 16.
-    tiles = 1 if new == 1 else triton.cdiv(new + GRANULE - 1, GRANULE)
+    tiles = 1 if new == 1 else cdiv(new + GRANULE - 1, GRANULE)
     (lengths,) = row_major(lengths)
     table = consecutive_rows(block_table)
     values = None if bounds is None else bounds.values
@@ -56,7 +55,7 @@ def append(
             ),
             KV_HEADS=kv_heads,
             HALF=head_dim // 2,
-            HALF_PAD=max(LEAST, triton.next_power_of_2(head_dim // 2)),
+            HALF_PAD=max(LEAST, next_power_of_2(head_dim // 2)),
             PAGE=page,
             TILE=tile,
             CACHE=key_cache is not None,

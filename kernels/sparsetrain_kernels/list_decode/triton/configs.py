@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from sparsetrain_kernels.block_decode.triton.configs import WAVES, Config
+from sparsetrain_kernels.launching import cdiv, next_power_of_2
 
 # Keys of a tile, by head dim and by rows of a tile. A list, the page of each of its keys, and the key are loaded one
 # for the other: large tiles hide that better than many on the way, and the other program of a multiprocessor does the
@@ -29,10 +29,10 @@ def choose_tiles(dtype: torch.dtype, d_pad: int, rows: int) -> Config:
 
 def choose_programs(items: int, most_keys: int, block_n: int, row_tiles: int, processors: int) -> int:
     """As many as run at a time, but no more than there can be tiles: ``items`` lists of up to ``most_keys`` keys."""
-    return max(1, min(WAVES * processors // row_tiles, items * triton.cdiv(most_keys, block_n)))
+    return max(1, min(WAVES * processors // row_tiles, items * cdiv(most_keys, block_n)))
 
 
 def choose_step(programs: int, items: int) -> int:
     """Parts that a row of one of ``items`` lists is merged from at a time: those of lists of equal lengths."""
     least, most = MERGE_STEPS
-    return min(max(triton.next_power_of_2(triton.cdiv(programs, items) + 1), least), most)
+    return min(max(next_power_of_2(cdiv(programs, items) + 1), least), most)

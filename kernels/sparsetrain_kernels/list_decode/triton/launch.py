@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_decode.triton.configs import multiprocessors
 from sparsetrain_kernels.inputs import consecutive_rows, row_major
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 from sparsetrain_kernels.list_decode.inputs import ListedInputs
 from sparsetrain_kernels.list_decode.triton import kernels
 from sparsetrain_kernels.list_decode.triton.configs import choose_programs, choose_step, choose_tiles
@@ -28,7 +27,7 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
     table = consecutive_rows(call.block_table)
     items, capacity, group = batch * kv_heads, lists.shape[2], heads // kv_heads
     config = choose_tiles(query.dtype, pad_head_dim(head_dim), group * rows)
-    row_tiles = triton.cdiv(group * rows, config.block_m)
+    row_tiles = cdiv(group * rows, config.block_m)
     programs = choose_programs(
         items, table.shape[1] * page_size, config.block_n, row_tiles, multiprocessors(query.device)
     )
@@ -39,7 +38,7 @@ def decode(call: ListedInputs) -> tuple[Tensor, Tensor]:
         "D": head_dim,
         "D_PAD": pad_head_dim(head_dim),
         "BLOCK_N": config.block_n,
-        "ITEMS_PAD": max(16, triton.next_power_of_2(items)),
+        "ITEMS_PAD": max(16, next_power_of_2(items)),
         "RECENTS": recents is not None,
         "SINCE": since is not None,
         "num_warps": NUM_WARPS,

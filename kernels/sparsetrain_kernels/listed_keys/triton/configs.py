@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
-from sparsetrain_kernels.launching import Config
+from sparsetrain_kernels.launching import Config, next_power_of_2
 
 
 class Configs(NamedTuple):
@@ -25,7 +24,7 @@ def tile_lines(dtype: torch.dtype, d_pad: int, segment_rows: int, group: int) ->
     """Lines of a tile, of which each row of a segment takes one for each head of its group: enough for a segment of the
     usual number of rows, within what has a configuration."""
     most = 64 if d_pad > 128 or dtype == torch.float32 else 128
-    return max(16, min(most, triton.next_power_of_2(segment_rows * group)), triton.next_power_of_2(group))
+    return max(16, min(most, next_power_of_2(segment_rows * group)), next_power_of_2(group))
 
 
 def choose_configs(dtype: torch.dtype, d_pad: int, lines: int) -> Configs:

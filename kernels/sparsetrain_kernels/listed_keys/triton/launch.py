@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import document_tiles, from_documents
 from sparsetrain_kernels.key_lists.triton.launch import Call, Part, launch_backward_rows, launch_forward
 from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 from sparsetrain_kernels.listed_keys.triton.configs import Configs, choose_configs, tile_lines
 from sparsetrain_kernels.listed_keys.triton.grad_keys import (
@@ -92,7 +91,7 @@ def _launch_sums(
     places = torch.empty((batch * part.heads, key_tiles + 1, part.tiles), dtype=torch.int32, device=partial.device)
     launch(
         listed_bwd_places_kernel,
-        triton.cdiv(part.tiles, PLACES[0]) * triton.cdiv(key_tiles + 1, PLACES[1]) * part.heads * batch,
+        cdiv(part.tiles, PLACES[0]) * cdiv(key_tiles + 1, PLACES[1]) * part.heads * batch,
         (places, work.keys, work.counts, work.tiles, table),
         (tokens, segments, *part, capacity, key_tiles, capacity.bit_length()),
         TILES=PLACES[0],
@@ -107,7 +106,7 @@ def _launch_sums(
         part.tiles * part.heads * batch,
         (order, until, places, work.keys, work.counts, work.tiles, key_tile_of, table),
         (tokens, segments, *part, capacity, key_tiles),
-        SCAN=min(1024, max(64, triton.next_power_of_2(capacity))),
+        SCAN=min(1024, max(64, next_power_of_2(capacity))),
         **alike,
     )
     launch(
@@ -189,7 +188,7 @@ def _setup(inputs: ListedInputs) -> tuple[Configs, dict[str, Any]]:
     query = inputs.query
     head_dim, kv_heads = query.shape[3], inputs.key.shape[1]
     group, d_pad = query.shape[1] // kv_heads, pad_head_dim(head_dim)
-    usual = triton.cdiv(query.shape[2], inputs.lists.shape[2])
+    usual = cdiv(query.shape[2], inputs.lists.shape[2])
     lines = tile_lines(query.dtype, d_pad, usual, group)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "D": head_dim, "D_PAD": d_pad, "ROWS": lines // group}
     return choose_configs(query.dtype, d_pad, lines), {**shape, "PRECISION": "ieee"}
@@ -203,7 +202,7 @@ def _key_tiles(inputs: ListedInputs, keys: int) -> tuple[int, Tensor | None]:
     """How many tiles of ``keys`` keys there are, and their bounds, int32 ``[tiles, 2]``, if they are no plain cut."""
     tokens, cu_seqlens = inputs.key.shape[2], inputs.cu_seqlens
     if cu_seqlens is None:
-        return triton.cdiv(tokens, keys), None
+        return cdiv(tokens, keys), None
     most = tokens // keys + cu_seqlens.shape[0] - 1
     return most, from_documents(cu_seqlens, ("tiles", most, keys), lambda: document_tiles(cu_seqlens, keys, most))
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsetrain_kernels.launching import launch, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, pad_head_dim
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 
 ROWS = 64
@@ -19,7 +19,7 @@ def clear_skipped_rows(inputs: ListedInputs, rows: Tensor, lse: Tensor | None = 
     segments = inputs.cu_segments.shape[0] - 1
     launch(
         clear_skipped_rows_kernel,
-        triton.cdiv(tokens, ROWS) * batch,
+        cdiv(tokens, ROWS) * batch,
         (rows, lse, inputs.cu_segments, inputs.skip),
         (*rows.stride()[:3], tokens, segments, segments.bit_length()),
         HEADS=heads,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
 from sparsetrain_kernels.key_lists.triton.tiles import FIELDS
-from sparsetrain_kernels.launching import launch
+from sparsetrain_kernels.launching import launch, next_power_of_2
 from sparsetrain_kernels.listed_keys.inputs import ListedInputs
 
 SCAN = 1024
@@ -62,7 +62,7 @@ def make_work(inputs: ListedInputs, rows: int) -> Work:
         (tokens, segments, listed, capacity, inputs.window, inputs.sinks),
         GRANULE=inputs.granule,
         PACKED=starts is not None,
-        SCAN=min(SCAN, max(64, triton.next_power_of_2(listed * inputs.granule))),
+        SCAN=min(SCAN, max(64, next_power_of_2(listed * inputs.granule))),
     )
     return Work(tiles, keys, counts, starts, ends)
 

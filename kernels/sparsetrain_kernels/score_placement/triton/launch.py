@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 from sparsetrain_kernels.score_placement.reference import EPSILON
 from sparsetrain_kernels.score_placement.triton import kernels
 
@@ -52,7 +51,7 @@ def place_next_score(
     with on_device(linear):
         launch(
             kernels.next_score_kernel,
-            triton.cdiv(batch * heads, PAIRS),
+            cdiv(batch * heads, PAIRS),
             (linear, gain, position, total, squares, scores, after, squares_after),
             (*linear.stride()[:2], *gain.stride()[:2], position.stride(0), batch * heads),
             SLOPE=slope,
@@ -89,7 +88,7 @@ def place_scores_backward(
 
 
 def _shape(linear: Tensor) -> dict[str, Any]:
-    block = min(BLOCK, triton.next_power_of_2(linear.shape[2]))
+    block = min(BLOCK, next_power_of_2(linear.shape[2]))
     # Products and sums are rounded one by one, as in plain PyTorch.
     return {
         "HEADS": linear.shape[1],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.documents import known_bounds
@@ -18,7 +17,7 @@ from sparsetrain_kernels.key_lists.triton.launch import (
     launch_forward,
 )
 from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 from sparsetrain_kernels.selected_keys.triton.configs import choose_configs
 from sparsetrain_kernels.selected_keys.triton.grad_key_value import (
@@ -84,7 +83,7 @@ def attention_backward(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, ls
             configs.dq,
         )
         config, scores = configs.dkv, selection.scores
-        key_tiles = triton.cdiv(tokens, config.block_n)
+        key_tiles = cdiv(tokens, config.block_n)
         places_until = find_places(inputs)
         places = most_places(inputs, stretches)
         together = part_heads_of(batch, kv_heads, places, pad_head_dim(query.shape[3]))
@@ -163,7 +162,7 @@ def _launch_stretches(
     partial = torch.empty((batch, part_heads, places, 2, d_pad), dtype=torch.float32, device=query.device)
     partial_scores = torch.empty((batch, part_heads, places), dtype=torch.float32, device=query.device)
     count, capacity = stretches.keys.shape[2:]
-    key_tiles = triton.cdiv(capacity, config.block_n)
+    key_tiles = cdiv(capacity, config.block_n)
     launch(
         selected_bwd_stretch_kernel,
         key_tiles * count * part_heads * batch,
@@ -212,7 +211,7 @@ def sum_partials(inputs: SelectedInputs, partial: tuple[Tensor, Tensor], places_
     tokens = inputs.exit.shape[2]
     if tokens <= STRETCH:
         return  # One stretch, one partial sum a key.
-    key_tiles = triton.cdiv(tokens, SUM_KEYS)
+    key_tiles = cdiv(tokens, SUM_KEYS)
     launch(
         selected_bwd_sum_kernel,
         key_tiles * part_heads * batch,
@@ -255,7 +254,7 @@ def row_stats(inputs: SelectedInputs, grad_out: Tensor, out: Tensor, lse: Tensor
     """Log-sum-exp (of base 2), delta and threshold of the rows, padded to whole tiles."""
     batch, heads, tokens, head_dim = out.shape
     selections = inputs.threshold.shape[1]
-    tiles = triton.cdiv(tokens, TILE)
+    tiles = cdiv(tokens, TILE)
     padded_lse, padded_delta = torch.empty(
         (2, batch, heads, tiles * TILE), dtype=torch.float32, device=out.device
     ).unbind()
@@ -291,7 +290,7 @@ def find_places(inputs: SelectedInputs) -> Tensor:
         (inputs.exit, places_until),
         (tokens, inputs.window),
         STRETCH=STRETCH,
-        BLOCK=min(PLACES_KEYS, triton.next_power_of_2(tokens)),
+        BLOCK=min(PLACES_KEYS, next_power_of_2(tokens)),
         num_warps=8,
     )
     return places_until

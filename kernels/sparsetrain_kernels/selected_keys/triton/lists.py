@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrain_kernels.key_lists.triton.tiles import KeyLists
-from sparsetrain_kernels.launching import launch
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2
 from sparsetrain_kernels.selected_keys.inputs import SelectedInputs
 
 STRETCH = 2048
@@ -47,9 +47,9 @@ def _make(
     seen: bool = False,
 ) -> KeyLists:
     batch, heads, tokens = inputs.exit.shape
-    stretches = triton.cdiv(tokens, rows)
+    stretches = cdiv(tokens, rows)
     # Whole tiles, which a list is filled up to.
-    capacity = triton.cdiv(min(inputs.sinks + inputs.topk + rows, tokens), TILE) * TILE
+    capacity = cdiv(min(inputs.sinks + inputs.topk + rows, tokens), TILE) * TILE
     device = inputs.exit.device
     keys = torch.empty((batch, heads, stretches, capacity), dtype=torch.int32, device=device)
     counts = torch.empty((batch, heads, stretches), dtype=torch.int32, device=device)
@@ -86,7 +86,7 @@ def _make(
         SINKS=scores is not None and inputs.sinks > 0,
         SEEN=seen,
         FILL=TILE,
-        SCAN=min(SCAN, triton.next_power_of_2(tokens)),
+        SCAN=min(SCAN, next_power_of_2(tokens)),
     )
     return KeyLists(keys, counts, rows, whole=whole, seen=seen_by)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.block_decode.triton.configs import choose_config, choose_splits, multiprocessors
 from sparsetrain_kernels.block_decode.triton.launch import NUM_WARPS, merge
-from sparsetrain_kernels.launching import launch, on_device, pad_head_dim
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device, pad_head_dim
 from sparsetrain_kernels.sparsek_decode.slots import SparseKSlots
 from sparsetrain_kernels.sparsek_decode.triton.attention import sparsek_decode_attention_kernel
 from sparsetrain_kernels.sparsek_decode.triton.update import sparsek_decode_update_kernel
@@ -38,9 +37,9 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
             ENTRIES=entries,
             SELECTIONS=selections,
             SHARE=heads_per_selection,
-            SHARE_PAD=triton.next_power_of_2(heads_per_selection),
+            SHARE_PAD=next_power_of_2(heads_per_selection),
             D=head_dim,
-            D_PAD=triton.next_power_of_2(head_dim),
+            D_PAD=next_power_of_2(head_dim),
             PLACES=at_a_time(topk),
             BUFFER=at_a_time(entries),
             # 512 entries a warp stay in registers.
@@ -50,7 +49,7 @@ def update(key: Tensor, value: Tensor, scores: Tensor, slots: SparseKSlots, topk
 
 def at_a_time(entries: int) -> int:
     """Entries of a row that a program reads in one go: all of them, padded to a power of two, if they fit."""
-    return triton.next_power_of_2(entries) if entries <= HELD else BLOCK
+    return next_power_of_2(entries) if entries <= HELD else BLOCK
 
 
 def attend(
@@ -61,8 +60,8 @@ def attend(
     heads, count = slots.keys.shape[1:3]
     group, d_pad = query_heads // heads, pad_head_dim(head_dim)
     config = choose_config(query.dtype, d_pad, LONGEST_TILE, group, False)
-    programs = batch * heads * triton.cdiv(group, config.block_m)
-    splits = choose_splits(programs, triton.cdiv(count, config.block_n), multiprocessors(query.device))
+    programs = batch * heads * cdiv(group, config.block_m)
+    splits = choose_splits(programs, cdiv(count, config.block_n), multiprocessors(query.device))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     partial = out
     if splits > 1:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.inputs import consecutive_rows
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import launch, next_power_of_2, on_device
 from sparsetrain_kernels.sparsek_projection.triton import kernels
 
 HELD = 8192
@@ -61,5 +60,5 @@ def project_backward(grad: Tensor, z: Tensor, tau: Tensor, rest: Tensor) -> tupl
 def tile(entries: int) -> dict[str, int | bool]:
     """How a program takes a row of so many entries."""
     held = entries <= HELD
-    block = triton.next_power_of_2(entries) if held else BLOCK
+    block = next_power_of_2(entries) if held else BLOCK
     return {"BLOCK": block, "HELD": held, "num_warps": 4 if block <= 2048 else 8}

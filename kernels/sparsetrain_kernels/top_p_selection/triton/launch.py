@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparsetrain_kernels.inputs import consecutive_rows
-from sparsetrain_kernels.launching import launch, on_device
+from sparsetrain_kernels.launching import cdiv, launch, next_power_of_2, on_device
 from sparsetrain_kernels.top_p_selection.selection import PositionLists, SelectionInputs
 from sparsetrain_kernels.top_p_selection.triton import lists, pooling, short, thresholds
 from sparsetrain_kernels.top_p_selection.triton.configs import (
@@ -63,7 +62,7 @@ def _with_consecutive_rows(call: SelectionInputs) -> SelectionInputs:
 def _pooled(call: SelectionInputs) -> SelectionInputs:
     """The same selection from one row of log weights a KV head."""
     batch, heads, columns = call.scores.shape
-    chunks = triton.cdiv(columns, CHUNK)
+    chunks = cdiv(columns, CHUNK)
     programs = batch * call.kv_heads * chunks
     pooled = call.scores.new_empty((batch, call.kv_heads, columns))
     launch(
@@ -114,7 +113,7 @@ def _short_lists(call: SelectionInputs, into: PositionLists) -> None:
     or one in all, where a list is of one row."""
     batch, heads, columns = call.scores.shape
     row, numbers, alike = _arguments(call)
-    held = max(16, triton.next_power_of_2(columns))
+    held = max(16, next_power_of_2(columns))
     alike |= {"ROW": held, "P_HEADS": call.p_heads is not None, "num_warps": min(16, max(4, held // SHORT_COLUMNS))}
     pooled, alone = call.group != "union", heads == call.kv_heads
     threshold: Tensor | None = None
@@ -152,7 +151,7 @@ def _lists(call: SelectionInputs, into: PositionLists) -> None:
         call = call._replace(lse=torch.zeros((batch, heads), device=device))
     floor, threshold = torch.empty((2, batch, heads), dtype=torch.int32, device=device)
     taken = torch.empty((rows, APART), dtype=torch.int32, device=device)
-    chunks = triton.cdiv(columns, SIFT)
+    chunks = cdiv(columns, SIFT)
     always: Tensor | None = None
     if call.page_lists is not None:
         always = torch.empty((batch, heads, chunks), dtype=torch.int64, device=device)
@@ -166,14 +165,14 @@ def _lists(call: SelectionInputs, into: PositionLists) -> None:
     row, numbers, alike = _arguments(call)
     alike["APART"] = APART
     heads_alike = {"HEADS": heads, "P_HEADS": call.p_heads is not None, **alike}
-    whole = {"CHUNK": SIFT, "CHUNKS_PAD": max(16, triton.next_power_of_2(chunks)), "GATHER": GATHER, "TILE": TILE}
+    whole = {"CHUNK": SIFT, "CHUNKS_PAD": max(16, next_power_of_2(chunks)), "GATHER": GATHER, "TILE": TILE}
     whole |= {"FEW": FEW, "SOME": SOME}
     launch(
         thresholds.guess_kernel,
         batch * heads,
         (*row, call.p_heads, floor, taken),
         (*numbers, call.min_keys, call.p, DEVIATIONS),
-        SAMPLE=min(max(triton.next_power_of_2(columns // SAMPLED), SAMPLE), LARGE_SAMPLE),
+        SAMPLE=min(max(next_power_of_2(columns // SAMPLED), SAMPLE), LARGE_SAMPLE),
         PIECE=PIECE,
         GUESSES=GUESSES,
         TURNS=TURNS,
