@@ -25,24 +25,29 @@ def called_plainly(*tensors: Any) -> bool:
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, of one that has a ``setup_context``: PyTorch inspects the signature of such a one in
-    every call, which only transforms of functions have a use for."""
+    every call, which only transforms of functions have a use for, and then looks at every argument several times."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return _combined(function).apply(*args)
+    places = [place for place, argument in enumerate(args) if isinstance(argument, Tensor)]
+    return _combined(function).apply(args, places, *[args[place] for place in places])
 
 
 @cache
 def _combined(function: Any) -> Any:
-    """The same function without a ``setup_context``."""
+    """The same function without a ``setup_context``, of all arguments as one and, for autograd to see, the tensors."""
 
     class Combined(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, args: tuple[Any, ...], places: list[int], *tensors: Tensor) -> Any:
             output = function.forward(*args)
             function.setup_context(ctx, args, output)
+            ctx.places = places
             return output
 
-        backward = staticmethod(function.backward)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found = function.backward(ctx, *grads)
+            return None, None, *[found[place] for place in ctx.places]
 
     Combined.__name__ = Combined.__qualname__ = function.__name__
     return Combined

@@ -67,6 +67,24 @@ def test_values(attention, options, named: str) -> None:
 
 
 @OPERATIONS
+def test_values_are_looked_at_after_equal_ones_of_another_type(attention) -> None:
+    documents = packed(0, 10)
+    for scale in (1.0, 1):
+        attention(QUERY, KEY, KEY, scale=scale, cu_seqlens=documents)
+    with pytest.raises(TypeError, match="scale=True"):
+        attention(QUERY, KEY, KEY, scale=True, cu_seqlens=documents)
+    with pytest.raises(TypeError, match=r"cu_seqlens is torch\.int64"):
+        attention(QUERY, KEY, KEY, scale=1.0, cu_seqlens=documents.long())
+
+
+def test_a_workspace_is_looked_at_after_an_equal_one_of_another_type() -> None:
+    attention = partial(block_pattern_attention, QUERY, KEY, KEY, PowerPattern(4, 2, 1))
+    attention(workspace=1)
+    with pytest.raises(TypeError, match="workspace=True"):
+        attention(workspace=True)
+
+
+@OPERATIONS
 def test_types(attention) -> None:
     with pytest.raises(TypeError, match=r"value is torch.float64"):
         attention(QUERY, KEY, KEY.double())

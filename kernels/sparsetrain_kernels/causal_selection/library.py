@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.causal_selection import reference
 from sparsetrain_kernels.causal_selection.selection import CausalSelection
+from sparsetrain_kernels.eager import called_plainly
 from sparsetrain_kernels.first_derivative import first_derivative_only
 
 _INTEGERS = len(CausalSelection._fields) - 1
@@ -27,7 +28,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sparsetrain::causal_sparsek", "default")
 def _forward(
     scores: Tensor, topk: int, window: int, sinks: int, cu_seqlens: Tensor | None, backend: str
 ) -> tuple[Tensor, ...]:
@@ -43,7 +43,6 @@ def _forward(
     return select(scores, topk, window, sinks, cu_seqlens)
 
 
-@torch.library.impl("sparsetrain::causal_sparsek_bwd", "default")
 def _backward(
     grad_threshold: Tensor, interior_start: Tensor, interior_end: Tensor, interior_size: Tensor, backend: str
 ) -> Tensor:
@@ -52,6 +51,10 @@ def _backward(
     from sparsetrain_kernels.causal_selection.triton.gradient import threshold_gradient
 
     return threshold_gradient(grad_threshold, interior_start, interior_end, interior_size)
+
+
+torch.library.impl("sparsetrain::causal_sparsek", "default", _forward)
+torch.library.impl("sparsetrain::causal_sparsek_bwd", "default", _backward)
 
 
 @torch.library.register_fake("sparsetrain::causal_sparsek")
@@ -70,7 +73,7 @@ class CausalSparsek(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.sparsetrain.causal_sparsek(*args)
+        return (_forward if called_plainly(args[0]) else torch.ops.sparsetrain.causal_sparsek)(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,5 +91,6 @@ class CausalSparsek(torch.autograd.Function):
     def backward(ctx: Any, grad_threshold: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_threshold is None:
             return None, None, None, None, None, None
-        grad = torch.ops.sparsetrain.causal_sparsek_bwd(grad_threshold, *ctx.saved_tensors[:3], ctx.backend)
+        run: Any = _backward if called_plainly(grad_threshold) else torch.ops.sparsetrain.causal_sparsek_bwd
+        grad = run(grad_threshold, *ctx.saved_tensors[:3], ctx.backend)
         return grad, None, None, None, None, None
