@@ -84,24 +84,15 @@ def seen_or(seen, x, line, INFINITE: gl.constexpr):
 def where_among(x, row, enter, count, INFINITE: gl.constexpr):
     """``x`` where ``row`` is one of ``count`` rows from ``enter`` on, else 0 or minus infinity. By one comparison,
     without signs; next to the choice that it makes, since the compiler keeps many at once in a roundabout way."""
-    if INFINITE:
-        return gl.inline_asm_elementwise(
-            "{.reg .pred q; .reg .b32 t; sub.s32 t,$2,$3; setp.lt.u32 q,t,$4; selp.f32 $0,$1,0fFF800000,q;}",
-            "=r,r,r,r,r",
-            [x, row, enter, count],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "{.reg .pred q; .reg .b32 t; sub.s32 t,$2,$3; setp.lt.u32 q,t,$4; selp.f32 $0,$1,0f00000000,q;}",
-            "=r,r,r,r,r",
-            [x, row, enter, count],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=1,
-        )
+    OTHER: gl.constexpr = "0fFF800000" if INFINITE else "0f00000000"
+    return gl.inline_asm_elementwise(
+        "{.reg .pred q; .reg .b32 t; sub.s32 t,$2,$3; setp.lt.u32 q,t,$4; selp.f32 $0,$1," + OTHER + ",q;}",
+        "=r,r,r,r,r",
+        [x, row, enter, count],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
