@@ -12,7 +12,7 @@ from svg import CHOICE, FAR, FIFTH, SINK, WINDOW, drawing, line, rectangle, text
 PAGE = Path(__file__).resolve().parents[1] / "performance.md"
 KERNELS = PAGE.parents[1] / "kernels/README.md"
 LENGTHS = (8192, 32768, 131072, 524288)
-SPEEDS = (0.5, 1, 2, 5, 10, 20, 50)
+SPEEDS = (0.5, 1, 2, 5, 10, 20, 50, 100)
 WIDTH, TALL, X, Y = 390, 300, 40, 14
 
 
