@@ -116,8 +116,10 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
     turn = naming.turn(turn, name)
     keys = {key: value for key, value in turn.items() if value is not None and key not in ignore}
     named = _one_of(keys, ("role", "from"), name)
-    if not isinstance(named, str):
+    if named is None:
         raise MalformedRow(f"{name} has no role")
+    if not isinstance(named, str):
+        raise MalformedRow(f"the role of {name} is {described(named)}, not a string")
     named = naming.role(named)
     if named.lower() not in ROLES:
         raise MalformedRow(

@@ -112,6 +112,7 @@ def test_alpaca_is_chat_with_a_template_and_prompt_and_completion_without(mistra
         ({"messages": [{"role": "user", "content": "a"}]}, "it has no assistant turn"),
         ({"messages": [{"role": "owl", "content": "a"}]}, "turn 1 has the unknown role 'owl'"),
         ({"messages": [{"content": "a"}]}, "turn 1 has no role"),
+        ({"messages": [{"role": 1, "content": "a"}]}, "the role of turn 1 is of type int, not a string"),
         ({"messages": ["a"]}, "turn 1 is of type str, not a mapping"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "turn 2 is null"),
     ],
