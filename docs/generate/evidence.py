@@ -72,7 +72,7 @@ def _blocks(text: str) -> Iterator[tuple[str, Any]]:
             while at < len(lines) and lines[at].startswith("|"):
                 rows.append(lines[at])
                 at += 1
-            yield "table", [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows]
+            yield "table", [[cell.replace("**", "").strip() for cell in row.strip("|").split("|")] for row in rows]
         elif line.strip():
             told = [line]
             while at < len(lines) and lines[at].strip() and not lines[at].startswith(("|", "#", "```", "- ")):
