@@ -64,8 +64,11 @@ def read_tokens(
 
 
 def _integers(value: Any, name: str) -> np.ndarray:
-    """int64 ``[n]``."""
-    whole = isinstance(value, list) and all(isinstance(each, int) for each in value)
+    """int64 ``[n]``; of a mask also from booleans, which are no tokens."""
+    truths = name in map(repr, MASKS)
+    whole = isinstance(value, list) and all(
+        isinstance(each, int) and (truths or not isinstance(each, bool)) for each in value
+    )
     try:
         return np.array(value, dtype=np.int64).reshape(-1) if whole else _refuse(value, name)
     except OverflowError:

@@ -227,9 +227,10 @@ def test_tokens_are_taken_as_they_are(learned, tokenizer):
     for wrong, told in (
         ({"input_ids": [999]}, "holds the token 999"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "labels must be -100 or the token itself"),
-        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 values beside 2 tokens"),
+        ({"input_ids": [1, 2], "labels": [1]}, "'labels' has 1 value beside 2 tokens"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "leaves out tokens between others"),
         ({"input_ids": ["a"]}, "a list of other things"),
+        ({"input_ids": [True, False]}, "a list of other things"),
         ({"input_ids": [1, 2], "position_ids": [1, 0]}, "'position_ids' cannot be honoured"),
         ({"input_ids": [1, 2], "position_ids": 1}, "'position_ids' cannot be honoured"),
         ({"input_ids": [1, 2], "seq_lengths": [1, 1]}, "'seq_lengths' cannot be honoured: a row is one document"),

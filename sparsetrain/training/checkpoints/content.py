@@ -80,5 +80,5 @@ def _tensors_fault(reader: PieceReader, state: StateFile) -> str | None:
     for name in counts:
         count = reader.whole("step", name).item()
         if not (0 <= count <= state.step and count == int(count)):
-            return f"it counts {counted(int(count), 'step')} of {name}, and its run {state.step}"
+            return f"it counts {count:g} steps of {name}, and its run {state.step}"
     return None
