@@ -56,7 +56,7 @@ class HostBuffers:
                 made(self.nbytes)
 
     def take(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A tensor with the shape, dtype and dense strides of another, and the buffer that it lies in.
+        """A tensor with the shape, dtype and dense strides of another, and the buffer it lies in, uint8 ``[bytes]``.
 
         This is the smallest free one that is large enough, or a new one.
         """
@@ -70,7 +70,7 @@ class HostBuffers:
         return buffer[: like.nbytes].view(like.dtype).as_strided(dense.shape, dense.stride()), buffer
 
     def give_back(self, buffer: Tensor) -> None:
-        """Let the next one take it."""
+        """Let the next one take a buffer, uint8 ``[bytes]``."""
         self._free.append(buffer)
 
     def _make(self, size: int) -> Tensor:
