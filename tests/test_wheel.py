@@ -62,7 +62,7 @@ def test_the_wheel_runs_the_quickstart_in_a_fresh_environment(wheel, tmp_path):
     held = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
     (packages / "dependencies.pth").write_text("\n".join(held))
     short = [
-        "train.steps=1",
+        *("train.steps=1", "train.micro_batch=1"),
         "sequence.length=256",
         "data.sources.1.lengths=[]",
         "eval.at_start=false",

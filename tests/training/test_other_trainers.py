@@ -58,10 +58,10 @@ def test_trainer_learns_the_same_from_packed_and_from_padded_batches(method, tmp
 def test_sft_trainer_trains_packed_rows(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sft_trainer.py", "2"])
+    monkeypatch.setattr(sys, "argv", ["sft_trainer.py", "1"])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     trainer = runpy.run_path(str(EXAMPLES / "sft_trainer.py"))["trainer"]
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == 1
     assert sparsified(Path("runs/sft_trainer")) == 5
 
 
@@ -71,9 +71,9 @@ def test_ranks_that_accelerate_launches_run_the_example(tmp_path, monkeypatch, r
     program = f"""
 import os, runpy, sys
 os.chdir({str(tmp_path)!r})
-sys.argv = ["trainer.py", "2"]
+sys.argv = ["trainer.py", "1"]
 trainer = runpy.run_path({str(EXAMPLES / "trainer.py")!r})["trainer"]
-assert trainer.accelerator.num_processes == 2 and trainer.state.global_step == 2
+assert trainer.accelerator.num_processes == 2 and trainer.state.global_step == 1
 """
     ranks_of(["-c", program], tmp_path / "log", 2).wait()
     assert sparsified(tmp_path / "runs/trainer") == 5
