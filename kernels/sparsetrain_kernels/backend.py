@@ -80,7 +80,7 @@ def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:
         reason = "Gluon has no interpreter" if backend == "gluon" else "TRITON_INTERPRET=1 is not set"
         return f"the tensors are on {tensor.device}, and {reason}"
     capability = _capability(tensor.get_device())
-    if backend == "triton" and torch.version.hip is None and capability < (8, 0):
+    if backend == "triton" and older_than_ampere(tensor):
         return f"{torch.cuda.get_device_name(tensor.device)} is older than Ampere"
     if backend == "gluon":
         if torch.version.hip is not None or capability != (9, 0):
@@ -89,6 +89,12 @@ def _unavailable(backend: str, tensor: torch.Tensor) -> str | None:
             tested = " to ".join(".".join(map(str, version)) for version in TESTED_GLUON)
             return f"its kernels were tested with Triton {tested}, not {'.'.join(map(str, TRITON_VERSION))}"
     return None
+
+
+def older_than_ampere(tensor: torch.Tensor) -> bool:
+    """Whether an NVIDIA GPU that holds a tensor, of any shape ``[...]``, is too old for Triton's attention kernels and
+    for FlashAttention."""
+    return torch.version.hip is None and _capability(tensor.get_device()) < (8, 0)
 
 
 @cache

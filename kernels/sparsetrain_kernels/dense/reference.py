@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsetrain_kernels.backend import older_than_ampere
 from sparsetrain_kernels.gather import gather_attention
 from sparsetrain_kernels.inputs import AttentionInputs, Document
 from sparsetrain_kernels.masked import masked_attention
@@ -73,7 +74,9 @@ def fused_attention(inputs: AttentionInputs, documents: tuple[Document, ...], wi
 def _varlen_applies(query: Tensor) -> bool:
     """Whether torch's attention for packed documents takes these tensors: FlashAttention on CUDA, half precision."""
     takes = query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0 and query.shape[3] <= 256
-    return query.is_cuda and takes and {"scale", "window_size"} <= _varlen_parameters()
+    if not (query.is_cuda and takes) or older_than_ampere(query):
+        return False
+    return {"scale", "window_size"} <= _varlen_parameters()
 
 
 @lru_cache(maxsize=1)
