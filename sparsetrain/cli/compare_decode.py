@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -177,10 +178,13 @@ def compare_decode(
         """What was measured stays where the comparison is broken off."""
         rows.append(row)
         bar.update(running, description=f"documents, after {row.name}")
+        if not console.is_terminal:
+            console.print(f"{time.strftime('%H:%M:%S')} measured: {row.name}", markup=False, highlight=False)
         if output is not None:
             write(output, rows, facts)
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         running = bar.add_task("documents", total=None)
         compare(
             answerer,

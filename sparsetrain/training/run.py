@@ -199,6 +199,8 @@ def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
             outcome = loop.run()
     finally:
         loader.close()
+    if callbacks.profiler is not None:
+        callbacks.profiler.close(state.step)
     if outcome is not Outcome.FINISHED:
         job.say(f"stopped at step {state.step} of {plan.steps}; continue with --resume")
     return outcome

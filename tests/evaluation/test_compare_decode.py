@@ -199,6 +199,7 @@ def test_from_a_model_to_files(folder, capsys):
     assert code == 0, err
     assert "At most 30% of the bytes" in out
     assert "does not fit" in out
+    assert err.index("measured: dense") < err.index("measured: window")
     rows = json.loads((folder / "found/decode.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "twilight-full", *chosen]
     assert rows[0]["bytes_share"] == 1

@@ -21,11 +21,14 @@ MEASURED = [
 def test_training_ends_after_evaluations_without_a_new_best(tmp_path, tiny, run_folder, capfd):
     """No passkey is found after any step, so the first evaluation stays the best; another patience goes on."""
     run = run_folder(tmp_path / "run")
-    assert main(["run", str(tiny), *MEASURED, "--output", str(run.path)]) == 0
+    profiled = "train.profile={steps: [5, 6]}"
+    assert main(["run", str(tiny), *MEASURED, profiled, "--output", str(run.path)]) == 0
     assert run.values("step") == [1, 2, 3]
     assert run.checkpoints == ["step-000003"]
     assert (run.path / "final/model.safetensors").is_file()
-    assert "stopping early: passkey has not improved in 2 evaluations, since step 1" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "stopping early: passkey has not improved in 2 evaluations, since step 1" in said
+    assert "no profile: training ended with step 3, before step 5 (train.profile)" in said
     assert main(["run", str(tiny), *MEASURED, "--resume", "--output", str(run.path)]) == 0
     assert run.values("step") == [1, 2, 3]
     changed = [*MEASURED, "eval.early_stopping.patience=9", "--resume"]

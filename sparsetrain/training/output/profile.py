@@ -34,14 +34,23 @@ class StepProfiler:
 
     def end(self, step: int) -> None:
         """Called after ``step``; writes the trace after the last one."""
-        if step != self._last or self._profile is None:
-            return
-        recorded, self._profile = self._profile, None
+        if step == self._last and self._profile is not None:
+            self._write(self._profile, step)
+
+    def close(self, step: int) -> None:
+        """Called when training is over, after ``step``; writes what was recorded of steps that it has not reached."""
+        if self._profile is not None:
+            self._write(self._profile, step)
+        elif step < self._first:
+            self._say(f"no profile: training ended with step {step}, before step {self._first} (train.profile)")
+
+    def _write(self, recorded: profile, last: int) -> None:
+        self._profile = None
         recorded.stop()
-        file = self._folder / f"profile-{self._first:06d}-{self._last:06d}.json.gz"
+        file = self._folder / f"profile-{self._first:06d}-{last:06d}.json.gz"
         try:
             recorded.export_chrome_trace(str(file))
         except (OSError, RuntimeError) as error:
             self._say(f"warning: {file} cannot be written ({error}); the run continues without it")
             return
-        self._say(f"profile of steps {self._first} to {self._last}: {file}")
+        self._say(f"profile of steps {self._first} to {last}: {file}")
