@@ -24,6 +24,7 @@ from sparsetrain.counted import counted
 from sparsetrain.data.check import check_data
 from sparsetrain.errors import ModelError, SparsetrainError, first_line
 from sparsetrain.plan.public import check_public
+from sparsetrain.plan.setting import count_trained
 from sparsetrain.recipe.local_model import is_own, model_folder
 from sparsetrain.recipe.schema import ModelSection, Recipe
 
@@ -392,12 +393,22 @@ def check_disk(recipe: Recipe) -> Finding:
         found = f"{_gib(free)} free; {recipe.model.path} is not on this machine yet, so its size is unknown"
         return Finding("warn", "disk", found, "a checkpoint takes 12 bytes a trained parameter: 90 GiB for 8B")
     parameters, source = size
+    held = f"{_short(parameters)} parameters ({source})"
+    trained = None if _trains_all(recipe) else count_trained(recipe)
+    if trained is not None and trained < parameters:
+        held = f"{_short(trained)} trained parameters of {held}"
+    elif trained is None and not _trains_all(recipe):
+        held = f"{held}, if all were trained"
+    stored = parameters if trained is None else trained
     weight = 4 if recipe.model.dtype == "float32" else 2
     # A new checkpoint is complete before the oldest is removed; final/ holds the weights alone.
     copies = recipe.checkpoint.keep_last + (recipe.checkpoint.keep_best is not None) + 1
-    needed = parameters * (12 * copies + weight * recipe.checkpoint.export)
-    held = f"{parameters / 1e9:.3g}B parameters ({source})"
+    needed = stored * 12 * copies
+    if recipe.checkpoint.export:
+        needed += (stored if recipe.lora is not None else parameters) * weight
     found = f"{_gib(needed)} for {counted(copies, 'checkpoint')} of {held}; {_gib(free)} free"
+    if needed > free and trained is None and not _trains_all(recipe):
+        return Finding("warn", "disk", found, "a checkpoint takes 12 bytes a trained parameter, none a frozen one")
     if needed > free:
         fix = f"free {_gib(needed - free)} on {folder}, set output= to a larger disk, or lower checkpoint.keep_last"
         return Finding("fail", "disk", found, fix)
@@ -432,6 +443,14 @@ def count_parameters(recipe: Recipe) -> tuple[int, str] | None:
     if named:
         return int(float(named[1]) * (1e9 if named[2] in "Bb" else 1e6)), "by its name"
     return None
+
+
+def _trains_all(recipe: Recipe) -> bool:
+    return recipe.lora is None and recipe.train.parameters == "all" and not recipe.train.freeze
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.3g}B" if count >= 1e8 else f"{count / 1e6:.3g}M"
 
 
 def _cached_config(path: str, revision: str | None) -> Path | None:

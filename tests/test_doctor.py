@@ -196,6 +196,20 @@ def test_disk_room_is_what_the_checkpoints_take(monkeypatch, recipe, dtype, keep
         assert "0.6B parameters (by its name)" in finding.found
 
 
+def test_disk_room_of_adapters_is_that_of_what_is_trained(monkeypatch, tmp_path):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 * 2**30))
+    few = ["lora.train_embeddings=false", "lora.train_norms=false", f"output={tmp_path}"]
+    known = load_recipe("qwen3-8b-power-dpo-32k", few).recipe
+    finding = doctor.check_disk(known)
+    assert finding.status == "ok"
+    assert "M trained parameters of 8B parameters (by its name)" in finding.found
+    unknown = load_recipe("qwen3-8b-power-dpo-32k", [*few, "model.path=a/base-8B"]).recipe
+    finding = doctor.check_disk(unknown)
+    assert finding.status == "warn"
+    assert "if all were trained" in finding.found
+
+
 def test_parameters_are_counted_in_the_files_of_a_local_model(tmp_path, recipe):
     header = {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}}
     text = json.dumps(header).encode()
