@@ -14,6 +14,7 @@ from sparsetrain.evaluation.registry import TASKS
 from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.registry import METHODS, config_or_none
 from sparsetrain.nearest import did_you_mean
+from sparsetrain.recipe.other_names import other_name
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.recipe.task_list import former_section, named
 from sparsetrain.recipe.yaml_source import OVERRIDE, KeyPath, Problem, Source, dotted
@@ -182,6 +183,9 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
         names = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
         having = f"{names} {'has' if len(owners) == 1 else 'have'}"
         return f"unknown key: method {data['attention']['method']} has no {key}, but {having}"
+    ours = other_name(path)
+    if ours is not None:
+        return f"unknown key; did you mean {ours}?"
     others = [other for other in _short_paths() if other[-1] == key]
     if others:
         return f"unknown key here; did you mean {' or '.join(dotted(other) for other in others)}?"

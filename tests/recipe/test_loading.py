@@ -5,7 +5,9 @@ import re
 import pytest
 
 from sparsetrain.errors import RecipeError
-from sparsetrain.recipe import SCHEMA_VERSION, dump_recipe, load_recipe
+from sparsetrain.recipe import SCHEMA_VERSION, dump_recipe, load_recipe, other_names
+from sparsetrain.recipe.problems import field_paths
+from sparsetrain.recipe.schema import Recipe
 
 
 def test_name_and_output_default_to_the_file(load, minimal):
@@ -43,6 +45,27 @@ def test_unknown_key_names_the_nearest_and_the_line(refuse, minimal):
 def test_unknown_key_in_the_wrong_section_names_the_right_one(refuse, minimal):
     assert "train.length: unknown key here; did you mean sequence.length?" in refuse(minimal + "  length: 3\n")
     assert "run.yaml:10: lr: unknown key here; did you mean train.lr?" in refuse(minimal + "lr: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("learning_rate: 1", "train.lr"),
+        ("train: {max_steps: 3}", "train.steps"),
+        ("model: {name: x}", "model.path"),
+        ("lora: {r: 8}", "lora.rank"),
+        ("train: {gradient_accumulation_steps: 4}", "train.global_batch_sequences (accumulation follows from it, "),
+        ("data: {sources: [{path: a.json, type: alpaca}]}", "data.sources.0.form (auto finds it"),
+    ],
+)
+def test_a_key_of_other_trainers_is_answered_by_what_it_is_called_here(refuse, key, ours):
+    assert f"unknown key; did you mean {ours}" in refuse(f"base: quickstart\n{key}\n")
+
+
+def test_names_of_other_trainers_lead_to_keys_that_there_are():
+    there_are = {".".join(path) for path in field_paths(Recipe)}
+    assert {*other_names._NAMES, *(f"data.sources.{name}" for name in other_names._SOURCE_NAMES)} <= there_are
+    assert not {name for name in other_names._BY_NAME if "." not in name} & set(Recipe.model_fields)
 
 
 def test_unknown_key_without_a_likeness_lists_what_there_is(refuse, minimal):
