@@ -99,6 +99,8 @@ def validate(
     ranks: Annotated[
         int | None,
         typer.Option(
+            "--gpus",
+            "--ranks",
             min=1,
             max=MOST_GPUS,
             help="GPUs to resolve the batch for; one, or sequence.parallel of them.",
@@ -111,7 +113,7 @@ def validate(
     \b
     Examples:
       sparsetrain recipe validate my.yaml
-      sparsetrain recipe validate recipes/*.yaml --ranks 8
+      sparsetrain recipe validate recipes/*.yaml --gpus 8
       sparsetrain recipe validate my.yaml train.lr=2e-5
     """
     from sparsetrain.data.check import check_data
