@@ -49,9 +49,11 @@ def check_coverage(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
     for field in omitted:
         if _is_followed(conversation, field) or _has_effect(_content(conversation), field, tokenizer, text):
             continue
+        of_tools = field.name.startswith(("tools[", "tool_calls["))
+        which = "qwen3 is one, or a Jinja file" if of_tools else "a name or a Jinja file"
         raise MalformedRow(
             f"the chat template does not write {field.name}; set model.chat_template to one that does "
-            "(a name or a Jinja file)" + (f", or train without it by ignore: [{field.key}]" if field.key else "")
+            f"({which})" + (f", or train without it by ignore: [{field.key}]" if field.key else "")
         )
     _check_reasoning(conversation, text)
 
