@@ -59,23 +59,23 @@ CASES = {
     "bf16 states": (
         ("model.dtype=bfloat16", "train.optimizer.states=bfloat16", "deepspeed.stage=3"),
         {QUERY: ADAM | {"weight": BF16, "exp_avg": BF16, "exp_avg_sq": BF16}},
-        "AdamW, states in bfloat16, gradients summed in float32",
+        "AdamW, master weights in bfloat16, gradients summed in float32",
     ),
     "8 bits": (
         ("train.optimizer={name: adamw_8bit, eps: 1e-3}", "deepspeed.stage=2"),
         # The group without decay is a single tensor to it, of more than 4,096 elements.
         {name: {"weight": F32, "state1": U8, "state2": U8} for name in (QUERY, HEAD)},
-        "AdamW8bit, states in float32, gradients summed in float32",
+        "AdamW8bit, master weights in float32, gradients summed in float32",
     ),
     "muon": (
         ("model.dtype=bfloat16", MUON, "deepspeed.stage=1"),
         {QUERY: {"weight": F32, "momentum_buffer": F32}, NORM: ADAM, HEAD: ADAM, "embed_tokens.weight": ADAM},
-        "MuonWithAuxAdam, states in float32, gradients summed in float32",
+        "MuonWithAuxAdam, master weights in float32, gradients summed in float32",
     ),
     "adafactor": (
         ("train.optimizer={name: adafactor, weight_decay: 0.1}", "deepspeed.stage=0"),
         {QUERY: {"weight": F32, "exp_avg_sq_row": F32, "exp_avg_sq_col": F32, "step": F32}},
-        "FiniteAdafactor, states in float32, gradients summed in float32",
+        "FiniteAdafactor, master weights in float32, gradients summed in float32",
     ),
 }
 

@@ -93,11 +93,11 @@ def set_counters(engine: Any, counts: EngineCounters, loss_scale: LossScale) -> 
 
 
 def describe_optimizer(engine: Any) -> str:
-    """``AdamW, states in float32, gradients summed in float32``, as the engine does it."""
+    """``AdamW, master weights in float32, gradients summed in float32``, as the engine does it."""
     masters = {str(flat.master.dtype).removeprefix("torch.") for flat in _flats(engine)}
     summed = str(engine.get_data_types()[1]).removeprefix("torch.")
     kind = type(engine.basic_optimizer).__name__
-    return f"{kind}, states in {' and '.join(sorted(masters))}, gradients summed in {summed}"
+    return f"{kind}, master weights in {' and '.join(sorted(masters))}, gradients summed in {summed}"
 
 
 def trained_elements(engine: Any) -> int:
