@@ -104,6 +104,6 @@ def remedy(field: str, name: str | None) -> str:
         needed = "its tokenizer" if "tokenizer" in field else "config.json, safetensors and a tokenizer"
         return f"The folder must hold {needed}, complete and readable."
     return (
-        f"If it is a Hub id, check its spelling, that this machine can reach the Hub (or download it first: "
-        f"hf download {name}), and that you are logged in if it is gated (hf auth login)."
+        f"There is no folder {name} here. If it is a Hub id, check its spelling, that this machine can reach the Hub "
+        f"(or download it first: hf download {name}), and that you are logged in if it is gated (hf auth login)."
     )
