@@ -49,6 +49,10 @@ class Board:
 
         self._open().add_image(name, imread(str(path))[..., :3], step, dataformats="HWC")
 
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text as it stands: indented, as TensorBoard reads Markdown."""
+        self._open().add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:

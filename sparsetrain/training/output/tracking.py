@@ -112,7 +112,7 @@ class Tracker:
         self._open()
 
     def image(self, name: str, path: str | Path, step: int) -> None:
-        """Show a PNG in W&B."""
+        """Show a PNG."""
 
         def send() -> None:
             import wandb
@@ -123,7 +123,7 @@ class Tracker:
         self._draw("show an image", lambda board: board.image(name, path, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Show a text in W&B, as it stands."""
+        """Show a text, as it stands."""
 
         def send() -> None:
             import wandb
@@ -131,6 +131,7 @@ class Tracker:
             self._wandb.log({"step": step, name: wandb.Html(f"<pre>{escape(text)}</pre>", inject=False)})
 
         self._try("show a text", send)
+        self._draw("show a text", lambda board: board.text(name, text, step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values of the run in W&B (they head its table)."""
