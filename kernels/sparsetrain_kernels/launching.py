@@ -16,6 +16,7 @@ from sparsetrain_kernels.backend import TESTED_GLUON, TRITON_VERSION
 _HERE = nullcontext()
 _DIRECT = TESTED_GLUON[0] <= TRITON_VERSION <= TESTED_GLUON[1]
 """Whether this Triton's compiled kernels are known to be launched by ``run``, which saves what is done for hooks."""
+_ROCM = torch.version.hip is not None
 _PREPARED: dict[tuple[Any, ...], Launch] = {}
 """By what Triton looks at."""
 MOST_PREPARED = 4096
@@ -71,7 +72,8 @@ def prepare(kernel: Any, tensors: Sequence[Any], numbers: tuple[float, ...], **c
     device: Any = None
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            kinds.append(tensor.dtype)
+            # For AMD, kernels are compiled with 32-bit offsets if the storage has less than 2 GiB.
+            kinds.append((tensor.dtype, tensor.untyped_storage().nbytes() < 2**31) if _ROCM else tensor.dtype)
             device = device or tensor.device
         else:
             kinds.append(tensor and tensor.kind)
@@ -133,9 +135,11 @@ def _hooks_wait() -> bool:
 
 @lru_cache(maxsize=MOST_PREPARED)
 def _kinds(numbers: tuple[float, ...], types: tuple[type, ...]) -> tuple[object, ...]:
-    """What a kernel is compiled for of its numbers: types (1 and 1.0 are equal), and whether one is 1 or a multiple of
-    16."""
+    """What a kernel is compiled for of its numbers: types (1, 1.0 and True are equal), bits of integers, and whether
+    one is 1 or a multiple of 16."""
     return tuple(
-        (number == 1, number % 16 == 0, abs(number) >= 2**31) if isinstance(number, int) else type(number)
-        for number in numbers
+        (kind, number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number >= 2**63)
+        if isinstance(number, int)
+        else kind
+        for number, kind in zip(numbers, types, strict=True)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from sparsetrain_kernels.backend import TRITON_INSTALLED
 
 if TRITON_INSTALLED:
+    from sparsetrain_kernels import launching
     from sparsetrain_kernels.launching import _DIRECT, launch
 
 pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="needs triton")
@@ -89,6 +91,33 @@ def test_hooks_are_told_of_launches() -> None:
 )
 def test_what_triton_looks_at_goes_the_ordinary_way_once_it_changes(change: dict[str, Any]) -> None:
     assert ways({}, change, {}, change) == ["ordinary", "ordinary", "compiled", "compiled"]
+
+
+def test_arguments_that_triton_compiles_apart_are_launched_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    if not hasattr(jit, "native_specialize_impl"):
+        pytest.skip("this Triton looks at arguments elsewhere")
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    edges = [edge + step for edge in (0, 16, 2**31, -(2**31), 2**32, 2**63, -(2**63)) for step in (-1, 0, 1, 16)]
+    numbers = [True, False, 0.0, 1.0, 16.0, *(edge for edge in edges if -(2**63) <= edge < 2**64)]
+    # Nothing is written to the large one, so that it takes no memory.
+    tensors = [torch.empty(4), torch.empty(4, dtype=torch.int8), torch.empty(2**31, dtype=torch.int8)]
+    for backend, rocm in ((CUDABackend, False), (HIPBackend, True)):
+        monkeypatch.setattr(launching, "_ROCM", rocm)
+
+        def looked_at(argument: Any, backend: Any = backend) -> tuple[Any, ...]:
+            return jit.native_specialize_impl(backend, argument, False, True, True)
+
+        apart = [pair for pair in combinations(numbers, 2) if looked_at(pair[0]) != looked_at(pair[1])]
+        assert apart
+        for pair in apart:
+            assert ways(*({"numbers": (number,)} for number in pair)) == ["ordinary", "ordinary"], pair
+        for pair in combinations(tensors, 2):
+            alike = looked_at(pair[0]) == looked_at(pair[1])
+            found = ways(*({"tensors": (X, tensor)} for tensor in pair))
+            assert found == ["ordinary", "compiled" if alike else "ordinary"], pair
 
 
 def test_addresses_that_are_no_multiples_of_16_bytes_always_go_the_ordinary_way() -> None:
