@@ -17,7 +17,7 @@ from sparsetrain.recipe.schema import TrainSection
 from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.memory.activation_offload import ActivationOffload
 from sparsetrain.training.memory.chunks import chunks_of
-from sparsetrain.training.memory.host import contained_host_memory
+from sparsetrain.training.memory.host import available_host_memory
 from sparsetrain.training.memory.liger import wants_liger
 from sparsetrain.training.memory.tiled_mlp import tile_mlps
 from sparsetrain.world import World
@@ -77,7 +77,7 @@ def reserve_host_memory(
         say: Prints a line for the user.
 
     Raises:
-        RecipeError: The limit of this container does not allow it.
+        RecipeError: A host, or the limit of a container, has too little left.
         TrainingError: The memory cannot be pinned.
     """
     width, dtype = model.config.get_text_config().hidden_size, model.get_input_embeddings().weight.dtype
@@ -85,14 +85,14 @@ def reserve_host_memory(
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     if size < offload.smallest:
         return
-    whole, room = layers * size, contained_host_memory()
-    if world.largest(float(room is not None and ranks_here * whole > room)):
-        left = "less" if room is None else _gib(room)
+    whole, room = layers * size, available_host_memory()
+    if world.largest(float(ranks_here * whole > room)):
+        least = -int(world.largest(-float(room)))  # the host that is short may be another
         raise RecipeError(
             f"train.offload_activations: the inputs of {layers} layers with {plan.tokens_per_pass:,} tokens take "
             f"{_gib(whole)} of host memory, {_gib(ranks_here * whole)} for {counted(ranks_here, 'rank')} "
-            f"on this host, and its container has {left} left; set it to false, lower sequence.length, or give the "
-            "container more memory"
+            f"on a host, and {_gib(least)} are left there or in its container; set it to false, lower "
+            "sequence.length, or give the host or the container more memory"
         )
     activity.at("pinning host memory")
     say(f"memory: pinning {_gib(whole)} of host memory for the inputs of {layers} layers, before the first step")

@@ -58,16 +58,10 @@ CONTROL_GROUPS = (
 )
 
 
-def contained_host_memory() -> int | None:
-    """Bytes that can be allocated within the limit of this container; None without one."""
-    limits = (group.available() for group in CONTROL_GROUPS)
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def available_host_memory() -> int:
     """Bytes that can be allocated without swapping and within the limit of this container."""
-    contained, available = contained_host_memory(), psutil.virtual_memory().available
-    return available if contained is None else min(contained, available)
+    limits = (group.available() for group in CONTROL_GROUPS)
+    return min((psutil.virtual_memory().available, *(limit for limit in limits if limit is not None)))
 
 
 def allowed_host_memory() -> int:
