@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from sparsetrain.activity import activity
 from sparsetrain.data import Batch, Step, StepLoader
-from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import TrainingError
 from sparsetrain.methods.base import Method
 from sparsetrain.modeling import sparse_layers
@@ -32,7 +31,7 @@ from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.distributed.optimizers import FiniteStep
 from sparsetrain.training.gradient_norms import gradient_norms
 from sparsetrain.training.job import Job
-from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.loss import CausalLMLoss, pass_tensors
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.output.attempt import attempt
 from sparsetrain.training.schedule import new_modules_peak, peak_lr, share_of_peak
@@ -288,15 +287,7 @@ class Loop:
 
     def _inputs(self, micro: Batch) -> dict[str, Any]:
         """The arguments of :class:`~sparsetrain.training.loss.CausalLMLoss`, on the device."""
-        positions = (micro.labels[0, 1:] != IGNORE).nonzero()[:, 0]
-        tensors = {
-            "input_ids": micro.input_ids,
-            "position_ids": micro.position_ids,
-            "cu_seqlens": micro.cu_seqlens,
-            "positions": positions,
-            "targets": micro.labels[0, positions + 1],
-            **self.engine.module.arguments(micro),
-        }
+        tensors = {**pass_tensors(micro), **self.engine.module.arguments(micro)}
         inputs: dict[str, Any] = {name: t.to(self.job.world.device, non_blocking=True) for name, t in tensors.items()}
         # From the recipe, not from this batch: the number of chunks must be equal on all ranks.
         inputs["num_chunks"] = chunks_of(self.plan.tokens_per_pass, self.job.recipe.train.loss_chunk)

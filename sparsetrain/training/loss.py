@@ -179,6 +179,19 @@ class CausalLMLoss(nn.Module):
         return F.cross_entropy(self.model.get_output_embeddings()(hidden).float(), targets, reduction="sum")
 
 
+def pass_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """The tensors of a batch that :meth:`CausalLMLoss.forward` takes, by name: ``[1, T]``, ``[documents + 1]`` and
+    ``[targets]``, on the batch's device."""
+    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "positions": positions,
+        "targets": batch.labels[0, positions + 1],
+    }
+
+
 def rows_of_targets(
     hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.recipe.lora_section import LoraSection
-from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.loss import CausalLMLoss, pass_tensors
 from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
 from sparsetrain.training.memory.activation_offload import ActivationOffload
 from sparsetrain.training.memory.tiled_mlp import tile_mlps
@@ -107,16 +107,8 @@ def _step(
     enable_activation_checkpointing(model, "selective", ActivationOffload(DEVICE))
     loss = CausalLMLoss(model, 2048, ulysses=ulysses)
     batch = collate([row]) if ulysses is None else collate_part([row], ulysses.rank, ulysses.size)
-    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
     methods = {id(each): each for _, _, each in sparse_layers(model) if each is not None}.values()
-    tensors = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "positions": positions,
-        "targets": batch.labels[0, positions + 1],
-    }
-    arguments: dict[str, Any] = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    arguments: dict[str, Any] = {name: tensor.to(DEVICE) for name, tensor in pass_tensors(batch).items()}
     arguments |= {"num_chunks": 4, "planned": planned_arguments(methods, batch, seed=0)}
     for _ in range(2):  # kernels are compiled, and buffers made, in the first
         model.zero_grad()

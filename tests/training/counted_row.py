@@ -20,7 +20,7 @@ from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.modeling.ulysses import Ulysses
 from sparsetrain.training.distributed.engine import init_world
-from sparsetrain.training.loss import CausalLMLoss
+from sparsetrain.training.loss import CausalLMLoss, pass_tensors
 from sparsetrain.training.memory.activation_checkpointing import enable_activation_checkpointing
 
 TOKENS, WIDTH = 512, 128
@@ -68,13 +68,8 @@ def _counts(method: dict[str, Any], tokens: int, ulysses: Ulysses | None) -> dic
     labels[[0, cut]] = IGNORE
     rows = [Row(ids, labels, [cut, tokens - cut], ["a", "b"])]
     batch = collate(rows) if ulysses is None else collate_part(rows, ulysses.rank, ulysses.size)
-    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
     arguments = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "positions": positions,
-        "targets": batch.labels[0, positions + 1],
+        **pass_tensors(batch),
         "num_chunks": 8,
         "planned": planned_arguments({id(m): m for _, _, m in sparse_layers(model) if m}.values(), batch, seed=0),
     }

@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from sparsetrain.activity import activity
 from sparsetrain.counted import counted
-from sparsetrain.data.batch import IGNORE, Row, collate
+from sparsetrain.data.batch import Row, collate
 from sparsetrain.durable import write_whole
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.passes import planned_arguments
 from sparsetrain.modeling.modes import in_evaluation_mode
 from sparsetrain.training.job import Job, Loaded
+from sparsetrain.training.loss import pass_tensors
 from sparsetrain.training.memory.chunks import chunks_of
 from sparsetrain.training.preference.model import PreferenceLoss
 from sparsetrain.training.preference.reference import Reference, pair_keys
@@ -86,15 +87,7 @@ def _keys(row: Row) -> list[str]:
 def _log_likelihoods(job: Job, loaded: Loaded, loss: PreferenceLoss, row: Row) -> dict[str, list[float]]:
     """The log-likelihoods of both answers of each pair in a row."""
     batch = collate([row])
-    positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]
-    tensors = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "positions": positions,
-        "targets": batch.labels[0, positions + 1],
-        **loss.answer_tokens(batch),
-    }
+    tensors = {**pass_tensors(batch), **loss.answer_tokens(batch)}
     inputs: dict[str, Any] = {name: tensor.to(job.world.device) for name, tensor in tensors.items()}
     methods = {id(method): method for _, _, method in sparse_layers(loaded.model) if method is not None}
     inputs["num_chunks"] = chunks_of(loaded.plan.sequence_length, job.recipe.train.loss_chunk)
