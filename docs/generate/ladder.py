@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from marked import with_part
+
 from sparsetrain.plan.command import make_plan
 from sparsetrain.plan.estimate import Plan
 
@@ -74,8 +76,7 @@ def table() -> str:
 
 def page() -> str:
     """The page with its table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2]
+    return with_part(PAGE, BEGIN, END, table())
 
 
 if __name__ == "__main__":
