@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsetrain.activity import activity
 from sparsetrain.data import RowStream
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.output.attempt import attempt
@@ -41,8 +42,13 @@ class Job:
         self.progress.log(line)
 
     def record(self, what: str, write: Callable[[], Any]) -> bool:
-        """Write a report file that the run does not depend on; returns whether it succeeded."""
-        return attempt(f"{what} in {self.output} cannot be written", write, self.say, "the run continues without it")
+        """Write a report file that the run does not depend on; returns whether it succeeded.
+
+        It counts as progress: other ranks wait while rank 0 writes one file after another.
+        """
+        written = attempt(f"{what} in {self.output} cannot be written", write, self.say, "the run continues without it")
+        activity.moved()
+        return written
 
 
 @dataclass(frozen=True)

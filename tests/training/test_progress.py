@@ -8,6 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from sparsetrain.activity import activity
+from sparsetrain.training.job import Job
 from sparsetrain.training.output.progress import Progress
 
 
@@ -149,3 +151,15 @@ def test_counted_work_is_a_bar_of_its_own_on_a_terminal_and_a_line_elsewhere(mon
     assert "3 of 4" in shown
     # The bar is gone at the end; the line stays.
     assert shown.rstrip().endswith("evaluating: power")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_file_that_rank_0_writes_while_others_wait_is_progress(tmp_path, fails):
+    def write():
+        if fails:
+            raise OSError("no space left")
+
+    job = Job(recipe=None, output=tmp_path, world=None, signals=None, progress=Progress(1, 0, 1, file=io.StringIO()))
+    before = activity.moves
+    assert job.record("the picture loss.png", write) is not fails
+    assert activity.moves > before
