@@ -122,6 +122,43 @@ def test_the_evidence_as_json_is_what_the_pages_say(generator):
         assert table["rows"], table["section"]
         assert table["commands"], table["section"]
         assert evidence.DATE.search(table["measured"]), table["section"]
+        for row in table["rows"]:
+            assert row["runs"], (table["section"], row)
+            assert all(run["seeds"] and run["machine"] and evidence.DATE.fullmatch(run["date"]) for run in row["runs"])
+
+
+MEASURED = """# Evidence
+
+## Facts
+
+    sparsetrain run recipes/evidence/relay.yaml train.seed=1
+    python -m sparsetrain.recipes.evidence.relay relay --seed 2 --seed 3
+
+100 documents, one H200, 2026-11-30.{more}
+
+{comment}| pattern | found |
+| --- | ---: |
+| power | 85.0 / 84.0 |
+| stride, seed 4 | 79.0 |
+"""
+
+
+def test_rows_of_the_evidence_say_their_seeds_machine_and_date(generator):
+    def runs(more="", comment=""):
+        said = comment and f"<!-- measured:\n{comment}\n-->\n\n"
+        (table,) = generator("evidence").experiments("evidence.md", MEASURED.format(more=more, comment=said))
+        return [row["runs"] for row in table["rows"]]
+
+    card = {"machine": "one H200", "date": "2026-11-30"}
+    assert runs() == [[{"seeds": [2, 3], **card}], [{"seeds": [4], **card}]]
+    two = " Seed 3 ran on a shared CPU, 2026-12-01."
+    with pytest.raises(ValueError, match=r"Facts, row 'power', seed 2: which machine\? .*'one H200', 'a shared CPU'"):
+        runs(two)
+    later = "- {seeds: [3], machine: a shared CPU, date: 2026-12-01}\n- {machine: one H200, date: 2026-11-30}"
+    cpu = {"machine": "a shared CPU", "date": "2026-12-01"}
+    assert runs(two, later) == [[{"seeds": [2], **card}, {"seeds": [3], **cpu}], [{"seeds": [4], **card}]]
+    with pytest.raises(ValueError, match="row 'stride, seed 4', seed 4: the text does not tell of machine one H100"):
+        runs(comment="- {rows: [stride], machine: one H100}")
 
 
 @pytest.mark.parametrize("page", ["ladder.md", "power.md", "sparsek.md", "full.md", "decode-policies.md"])
