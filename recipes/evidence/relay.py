@@ -275,6 +275,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def run_folder(out: Path, name: str, seed: int) -> Path:
+    """The folder of a pattern's run."""
+    return out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
 def main(
     recipe: Annotated[str, typer.Argument(help="relay, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
@@ -292,7 +297,7 @@ def main(
 
     def run(case: tuple[int, str]) -> tuple[int, str, Path]:
         number, name = case
-        folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{number}"
+        folder = run_folder(out, name, number)
         section = json.dumps(chosen[name], separators=(",", ":"))
         train(file, name, number, [*(settings or []), f"attention={section}", "checkpoint.export=true"], folder)
         return number, name, folder
