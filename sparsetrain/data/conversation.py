@@ -11,7 +11,7 @@ from sparsetrain.data.chat_template import ChatText, apply_template
 from sparsetrain.data.loss_keys import Learned, learned_of
 from sparsetrain.data.naming import Naming
 from sparsetrain.data.tools import call_of, calls_of
-from sparsetrain.data.values import MalformedRow, described, plain, text_value
+from sparsetrain.data.values import MalformedRow, described, listed, plain, text_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def conversation_of(turns: Any, name: str, ignore: Collection[str] = (), naming:
     if isinstance(turns, list) and not turns:
         raise MalformedRow(f"{name} is empty, not a list of turns")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise MalformedRow(f"{name} is {described(turns)}, not a list of turns")
+        raise MalformedRow(f"{name} is {described(turns)}, not a list of turns, each {{role, content}}")
     read = [_turn(turn, f"turn {number}", ignore, naming) for number, turn in enumerate(turns, start=1)]
     return Conversation([message for message, _ in read], [learned for _, learned in read])
 
@@ -112,12 +112,18 @@ def conversation_of(turns: Any, name: str, ignore: Collection[str] = (), naming:
 def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tuple[dict[str, Any], Learned]:
     """``{role, content, ...}``, from that or from ShareGPT's ``{from, value}``, and what is learned of it."""
     if not isinstance(turn, Mapping):
-        raise MalformedRow(f"{name} is {described(turn)}, not a mapping with role and content")
+        raise MalformedRow(
+            f"{name} is {described(turn)}, not a mapping with role and content; write who says it, such as "
+            "{role: user, content: ...}"
+        )
     turn = naming.turn(turn, name)
     keys = {key: value for key, value in turn.items() if value is not None and key not in ignore}
     named = _one_of(keys, ("role", "from"), name)
     if named is None:
-        raise MalformedRow(f"{name} has no role")
+        raise MalformedRow(
+            f"{name} has no role, only {listed(list(keys))}; say which key is the role by turn_keys of its source, "
+            "such as turn_keys: {role: speaker}. A question and its answer are two turns"
+        )
     if not isinstance(named, str):
         raise MalformedRow(f"the role of {name} is {described(named)}, not a string")
     named = naming.role(named)
@@ -133,16 +139,26 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
         keys.pop(key, None)
     named = named.lower()
     role = ROLES[named]
-    content = _content(_one_of(keys, ("content", "value"), name), f"the content of {name}")
+    said = _one_of(keys, ("content", "value"), name)
     calls = calls_of(keys, name)
+    content: str | None = ""
     if named in CALL_ROLES:
         if calls:
             raise MalformedRow(f"{name} is a {named}, and has tool_calls beside it")
-        calls, content = call_of(content, f"the content of {name}, a {named},"), ""
+        # A table holds a call as an object.
+        call = said if isinstance(said, Mapping) else _content(said, f"the content of {name}")
+        calls = call_of(call, f"the content of {name}, a {named},")
+    else:
+        content = _content(said, f"the content of {name}")
     if calls and role != "assistant":
         raise MalformedRow(f"{name} calls a tool, but its role is {role}")
     if content is None and not calls:
-        raise MalformedRow(f"the content of {name} is null, not a string")
+        if "content" in turn or "value" in turn:
+            raise MalformedRow(f"the content of {name} is null, not a string")
+        raise MalformedRow(
+            f"{name} has no content, only {listed(list(turn))}; say which key is the content by turn_keys of its "
+            "source, such as turn_keys: {content: text}"
+        )
     learned = learned_of(keys, role, content or "", name)
     thoughts = _thoughts(keys, role, name)
     # Templates treat a missing content differently, but all accept an empty one.
@@ -175,7 +191,7 @@ def _content(value: Any, name: str) -> str | None:
     if value is None or isinstance(value, str):
         return None if value is None else text_value(value, name)
     if not isinstance(value, Sequence):
-        raise MalformedRow(f"{name} is {described(value)}, not a string")
+        raise MalformedRow(f"{name} is {described(value)}, not a string; write data as JSON in a string")
     return "".join(_part(part, f"part {number} of {name}") for number, part in enumerate(value, start=1))
 
 
@@ -184,6 +200,8 @@ def _part(part: Any, name: str) -> str:
         return text_value(part, name)
     if not isinstance(part, Mapping):
         raise MalformedRow(f"{name} is {described(part)}, not a text")
+    if "type" not in part and "text" not in part:
+        raise MalformedRow(f"{name} is no text, but has {listed(list(part))}; write data as JSON in a string")
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
         raise MalformedRow(f"{name} is of type {kind!r}; only parts of type text can be trained on")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsetrain.data.conversation import NO_NAMES, REASONING, REFUSED
+from sparsetrain.data.form_advice import ANSWERS, QUESTIONS, advice
 from sparsetrain.data.known_columns import INPUTS, MASKS, OF_CONVERSATIONS, Kind, read_columns
 from sparsetrain.data.loss_keys import DETAILS, SWITCHES, UNCLEAR
 from sparsetrain.data.naming import Naming
@@ -35,15 +36,6 @@ _FORM_OF_FIELD: dict[str, Kind] = {
 }
 CONVERSATIONS = ("conversations", "conversation")
 """Columns of turns that ``auto`` knows beside ``messages_field``."""
-QUESTIONS, ANSWERS = ("instruction", "question", "query", "problem"), ("output", "response", "answer", "solution")
-"""Columns that together are Alpaca's form."""
-_OTHER_PAIRS = (
-    *(("prompt", answer) for answer in ANSWERS),
-    *(("input", "output"), ("input", "response"), ("inputs", "targets"), ("source", "target"), ("user", "assistant")),
-    *(("instruction", "completion"), ("question", "completion"), ("human", "bot")),
-)
-_OTHER_TURNS = ("dialogue", "dialog", "turns", "items", "chat")
-_OTHER_TEXTS = ("content", "document", "raw_content", "body")
 MEANINGS = (
     *("messages", "prompt", "completion", "chosen", "rejected", *QUESTIONS, *ANSWERS, "text", "input_ids", "labels"),
     *(*OF_CONVERSATIONS, *INPUTS, "history", *MASKS),
@@ -230,11 +222,7 @@ def _kind_and_fields(source: DataSource, columns: Sequence[str]) -> tuple[Kind, 
             f"data source {source.label!r} holds preference data (chosen, rejected); to learn from both answers, give "
             f"the recipe a preference section; to train on the better answers, set {better}, and ignore: [rejected]"
         )
-    hint = _hint(source, columns)
-    raise DataError(
-        f"data source {source.label!r}: its columns {listed(columns)} fit no known form{hint}. Set form, and "
-        "text_field, prompt_field and completion_field, or messages_field, to say how a row becomes tokens"
-    )
+    raise DataError(f"data source {source.label!r}: its columns {listed(columns)} fit no known form{advice(columns)}")
 
 
 def _question_and_answer(source: DataSource, columns: Sequence[str]) -> tuple[str, str] | None:
@@ -257,18 +245,6 @@ def _question_and_answer(source: DataSource, columns: Sequence[str]) -> tuple[st
                 f"by ignore, such as ignore: [{', '.join(found[1:])}]"
             )
     return asked[0], answered[0]
-
-
-def _hint(source: DataSource, columns: Sequence[str]) -> str:
-    """A hint at the intended columns, based on names in published data sets."""
-    for prompt, completion in _OTHER_PAIRS:
-        if prompt in columns and completion in columns:
-            given = f"prompt_field: {prompt}, " if prompt != source.prompt_field else ""
-            return f" (did you mean {given}completion_field: {completion}?)"
-    for field, names in (("messages_field", _OTHER_TURNS), ("text_field", _OTHER_TEXTS)):
-        if named := [column for column in columns if column in names]:
-            return f" (did you mean {field}: {named[0]}?)"
-    return did_you_mean(source.text_field, columns, " ({})", write=lambda near: f"text_field: {near}", cutoff=0.75)
 
 
 def _contrary(source: DataSource, kind: Kind) -> list[str]:

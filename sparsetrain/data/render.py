@@ -22,7 +22,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 10
+RENDER_VERSION = 11
 """Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -93,7 +93,7 @@ def _rendered(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokeni
             if isinstance(turns, str) and turns.lstrip().startswith("["):
                 turns = parsed(turns, repr(form.fields[0]))
             conversation = conversation_of(turns, repr(form.fields[0]), form.ignore, form.naming)
-            return render_chat(_with_columns(conversation, row, form), tokenizer)
+            return render_chat(with_columns(conversation, row, form), tokenizer)
         case "alpaca":
             return _alpaca(row, form, tokenizer)
         case "tokens":
@@ -136,7 +136,7 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
         raise MalformedRow("the completion has no assistant turn, so there is nothing to learn")
     learned = [False] * len(asked.messages) + answered.learned
     conversation = Conversation(asked.messages + answered.messages, learned)
-    return render_chat(_with_columns(conversation, row, form), tokenizer)
+    return render_chat(with_columns(conversation, row, form), tokenizer)
 
 
 def _completion(prompt: str, completion: str, name: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -174,7 +174,7 @@ def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenize
     pairs = [*history, (instruction, answer)]
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
     conversation = Conversation([{"role": role, "content": content} for role, content in turns])
-    return render_chat(_with_columns(conversation, row, form), tokenizer)
+    return render_chat(with_columns(conversation, row, form), tokenizer)
 
 
 def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -185,8 +185,12 @@ def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(text_value(asked, "'history'"), text_value(answered, "'history'")) for asked, answered in pairs]
 
 
-def _with_columns(conversation: Conversation, row: Mapping[str, Any], form: RowForm) -> Conversation:
-    """A conversation with what its row says in other columns."""
+def with_columns(conversation: Conversation, row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """A conversation with what its row says in other columns.
+
+    Raises:
+        MalformedRow: a column cannot be read, or contradicts another one or the turns.
+    """
     tools = [found for name in form.optional if name in TOOLS if (found := tools_of(row.get(name), repr(name)))]
     if len(tools) > 1:
         raise MalformedRow("it has both tools and functions")

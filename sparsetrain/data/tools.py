@@ -34,7 +34,7 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
         raise MalformedRow(f"{name} is of type {tool['type']!r}; only tools of type function can be trained on")
     # Some write a schema with a type beside its name, without a function around it.
     function = tool["function"] if "function" in tool else {key: tool[key] for key in tool if key != "type"}
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise MalformedRow(f"{name} has no name")
     function = dict(function)
     if isinstance(function.get("parameters"), str):
@@ -51,6 +51,8 @@ def calls_of(keys: dict[str, Any], turn: str) -> list[dict[str, Any]]:
     calls, old = (parsed(keys.pop(name, None), f"{name} of {turn}") for name in ("tool_calls", "function_call"))
     if calls and old:
         raise MalformedRow(f"{turn} has both tool_calls and function_call")
+    if isinstance(calls, Mapping):
+        calls = [calls]
     if calls is not None and not isinstance(calls, list):
         raise MalformedRow(f"tool_calls of {turn} is {described(calls)}, not a list of calls")
     if old:
@@ -58,11 +60,11 @@ def calls_of(keys: dict[str, Any], turn: str) -> list[dict[str, Any]]:
     return [_call(call, f"tool_calls[{place}] of {turn}") for place, call in enumerate(calls or [])]
 
 
-def call_of(content: str | None, name: str) -> list[dict[str, Any]]:
-    """The calls in the text of a turn that is one.
+def call_of(content: str | Mapping[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The calls in the content of a turn that is one.
 
     Raises:
-        MalformedRow: it is no JSON of ``{name, arguments}`` or of a list of those.
+        MalformedRow: it is no object, and no JSON, of ``{name, arguments}`` or of a list of those.
     """
     value = parsed(content, name)
     calls = value if isinstance(value, list) else [value]
@@ -76,6 +78,8 @@ def _call(value: Any, name: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise MalformedRow(f"{name} is not a call: it must be {{name, arguments}}")
+    if not function["name"]:
+        raise MalformedRow(f"{name} names no function; leave the call out")
     if call.get("type", "function") != "function":
         raise MalformedRow(f"{name} is of type {call['type']!r}; only calls of functions can be trained on")
     arguments = function.get("arguments", function.get("parameters"))

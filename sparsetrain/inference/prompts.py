@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsetrain.data.chat_prompt import chat_prompt
 from sparsetrain.data.values import keyed_once
 from sparsetrain.errors import DataError, ModelError, first_line
 from sparsetrain.textfile import text_lines
@@ -35,15 +36,15 @@ class Prompt:
         """Its token ids.
 
         Args:
-            chat: write a text as a user's message, by the tokenizer's chat template. Messages always are.
+            chat: write a text as a user's message, by the tokenizer's chat template. Messages always are, with the
+                tools, the system prompt and the variables of the template that their row has.
 
         Raises:
-            DataError: it has no tokens, or the template refuses its messages.
+            DataError: it has no tokens, its messages cannot be read, or the template refuses them or omits a part.
             ModelError: it needs a chat template, and the tokenizer has none.
         """
-        messages: Any = [{"role": "user", "content": self.text}] if chat and self.messages is None else self.messages
-        tokens: Any
-        if messages is None:
+        turns: Any = [{"role": "user", "content": self.text}] if chat and self.messages is None else self.messages
+        if turns is None:
             # Not verbose: how long a prompt may be is checked, and said, for the model.
             tokens = tokenizer(self.text, verbose=False)["input_ids"]
         elif not tokenizer.chat_template:
@@ -54,9 +55,9 @@ class Prompt:
             )
         else:
             try:
-                tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            except Exception as error:  # templates are programs, and raise what they like
-                raise DataError(f"{self.place}: the chat template refuses it: {first_line(error)}") from error
+                tokens = chat_prompt(turns, self.row, tokenizer)
+            except DataError as error:
+                raise DataError(f"{self.place}: {error}") from error
         if not tokens:
             raise DataError(f"{self.place}: the prompt is empty; there is nothing to continue")
         return list(tokens)

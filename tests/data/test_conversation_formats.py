@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sparsetrain.data.chat_prompt import chat_prompt
 from sparsetrain.data.forms import resolve_form
 from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
@@ -84,7 +86,10 @@ def test_no_tools_are_no_tools_however_they_are_written(column, learned):
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": None}}}]},
         {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "assistant", "content": "", "tool_calls": {"name": "add", "arguments": {"a": 1, "b": None}}},
+        {"role": "assistant", "content": "", "tool_calls": [json.dumps(CALL)]},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": null}}'},
+        {"from": "function_call", "value": {"name": "add", "arguments": {"a": 1, "b": None}}},
         {"role": "tool_call", "content": '[{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": null}"}]'},
     ],
     ids=str,
@@ -93,8 +98,8 @@ def test_no_tools_are_no_tools_however_they_are_written(column, learned):
 def test_calls_of_every_form_reach_the_template_as_objects_and_are_learned(turn, template, learned):
     whole, spans = learned({"messages": [ASK, turn, {"role": "function", "name": "add", "content": "2"}]}, template)
     # A null that a string of JSON holds was written by somebody; that of an object is what a table puts there.
-    whole_string = "tool_calls" not in turn or isinstance(turn["tool_calls"][0]["function"]["arguments"], str)
-    arguments = '{"a": 1, "b": null}' if whole_string else '{"a": 1}'
+    in_a_string = re.search(r'\\+"b\\+": null', json.dumps(turn))
+    arguments = '{"a": 1, "b": null}' if in_a_string else '{"a": 1}'
     assert spans == [f"[call add {arguments}]<eos>"]
     assert whole.endswith("<eos><tool>2<eos>")
 
@@ -294,3 +299,20 @@ def test_a_column_that_the_first_line_lacks_is_read_in_the_others(write_jsonl, s
 def test_a_setting_that_is_empty_says_nothing_that_could_be_lost(learned):
     row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"mood": ""}}
     assert learned(row, POOR)[1] == ["1<eos>"]
+
+
+def test_a_prompt_is_what_stands_before_the_answer_in_training(tokenizer, learned):
+    with_template = copy.copy(tokenizer)
+    turns = [
+        {"from": "human", "value": "one?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": "{}"}'},
+    ]
+    turns, row = [*turns, {"from": "observation", "value": "1"}], {"tools": json.dumps([SCHEMA]), "system": "Be kind."}
+    with_template.chat_template = FULL
+    whole = learned({"conversations": [*turns, {"from": "gpt", "value": "1"}], **row})[0]
+    assert with_template.decode(chat_prompt(turns, row, with_template)) == whole.removesuffix("1<eos>")
+    with_template.chat_template = POOR
+    with pytest.raises(MalformedRow, match=r"does not write tool_calls\[0\] of turn 2"):
+        chat_prompt(turns, {}, with_template)
+    with pytest.raises(MalformedRow, match=r"does not write tools\[0\]"):
+        chat_prompt(turns[:1], row, with_template)
