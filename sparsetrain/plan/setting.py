@@ -55,7 +55,7 @@ class Setting:
         fault = fault or self.recipe.attention.heads_fault(kv_heads, parallel)
         if parallel > 1 and fault is not None:
             raise RecipeError(f"sequence.parallel: {fault}")
-        return batch_shape(self.recipe, self.ranks)
+        return batch_shape(self.recipe, self.ranks, (self.shape.heads, kv_heads))
 
     @property
     def parallel(self) -> int:

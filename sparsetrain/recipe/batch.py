@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from sparsetrain.counted import counted
 from sparsetrain.errors import RecipeError
+from sparsetrain.recipe.heads import attention_heads, shares_heads
 from sparsetrain.recipe.schema import MOST_SHARING, Recipe, TrainSection
 
 
@@ -67,11 +68,15 @@ class BatchPlan(BatchShape):
         return f"{super().describe()}; {counted(self.steps, 'step')} = {self.steps * self.tokens_per_step:,} tokens"
 
 
-def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
+def batch_shape(recipe: Recipe, ranks: int, heads: tuple[int, int] | None = None) -> BatchShape:
     """The batch shape, with the accumulation that gives the recipe's global batch on ``ranks`` ranks.
 
     Without a global batch in the recipe there is no accumulation, and the batch grows with the ranks. Ranks that share
     a sequence count as one.
+
+    Args:
+        heads: The model's query and key/value heads, for what an error suggests; by default those of its config, if it
+            is on this machine.
 
     Raises:
         RecipeError: The global batch does not divide evenly, or ``sequence.parallel`` does not divide the ranks; names
@@ -79,7 +84,7 @@ def batch_shape(recipe: Recipe, ranks: int) -> BatchShape:
     """
     train, length, parallel = recipe.train, recipe.sequence.length, recipe.sequence.parallel
     if ranks % parallel:
-        raise RecipeError(_undivided_ranks(parallel, ranks))
+        raise RecipeError(_undivided_ranks(parallel, ranks, heads or attention_heads(recipe.model)))
     ranks //= parallel
     rows = train.global_batch_sequences
     if train.global_batch_tokens is not None:
@@ -165,9 +170,12 @@ def _indivisible(recipe: Recipe, ranks: int, rows: int) -> str:
     )
 
 
-def _undivided_ranks(parallel: int, ranks: int) -> str:
-    divisors = [size for size in range(1, min(ranks, MOST_SHARING) + 1) if ranks % size == 0]
-    fixes = f"set it to {' or '.join(map(str, divisors))}, or start a multiple of {parallel} ranks"
+def _undivided_ranks(parallel: int, ranks: int, heads: tuple[int, int] | None) -> str:
+    fitting = [size for size in range(1, min(ranks, MOST_SHARING) + 1) if ranks % size == 0]
+    if heads is not None:
+        fitting = [size for size in fitting if shares_heads(size, *heads)]
+    unknown = " (if the model's heads can be divided so)" if heads is None and len(fitting) > 1 else ""
+    fixes = f"set it to {' or '.join(map(str, fitting))}{unknown}, or start a multiple of {parallel} ranks"
     return f"sequence.parallel={parallel} ranks that share a sequence do not divide {counted(ranks, 'rank')}; {fixes}"
 
 

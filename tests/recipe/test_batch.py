@@ -35,9 +35,19 @@ def test_ranks_that_share_a_sequence_count_as_one(plan):
         plan(8, "sequence.parallel=4", "train.global_batch_sequences=3")
 
 
-def test_ranks_that_cannot_share_are_refused(plan):
-    with pytest.raises(RecipeError, match=r"sequence.parallel=4 .* do not divide 6 ranks; set it to 1 or 2 or 3 or 6"):
+def test_ranks_that_cannot_share_are_refused_with_those_that_the_heads_allow(plan):
+    suggested = "sequence.parallel=4 ranks that share a sequence do not divide 6 ranks; set it to "
+    with pytest.raises(RecipeError) as refused:
         plan(6, "sequence.parallel=4")
+    assert str(refused.value) == (
+        f"{suggested}1 or 2 or 3 or 6 (if the model's heads can be divided so), or start a multiple of 4 ranks"
+    )
+    built = (
+        "model={architecture: {model_type: llama, num_attention_heads: 8, num_key_value_heads: 4}, tokenizer: some/t}"
+    )
+    with pytest.raises(RecipeError) as refused:
+        plan(6, "sequence.parallel=4", built)
+    assert str(refused.value) == f"{suggested}1 or 2, or start a multiple of 4 ranks"
 
 
 def test_without_a_global_batch_it_grows_with_the_ranks(plan):
