@@ -89,6 +89,12 @@ def lines(steps: int, layers: int = 6) -> list[dict[str, Any]]:
     return [*found, {"step": 1, "eval/perplexity/2048": 30.1}, {"step": steps, "eval/perplexity/2048": 22.4}]
 
 
+def record(folder: Path, step: int, **values: float) -> None:
+    """A further line of metrics."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
 def make_run(
     folder: Path,
     *overrides: str,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from made_runs import make_run
+from made_runs import make_run, record
 
 from sparsetrain.cli import main
 
@@ -44,7 +44,13 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
     folder, _ = running
     stopped = make_run(tmp_path / "runs/sub/stopped", steps=12)
     finished = make_run(tmp_path / "runs/finished")
-    (finished / "final").mkdir()
+    record(finished, 60, finished=1.0, planned_steps=60)
+    early = make_run(tmp_path / "runs/early", "checkpoint.export=false", steps=30)
+    record(early, 33, finished=1.0, planned_steps=60)
+    of_tokens = make_run(tmp_path / "runs/tokens", "train.steps=null", "train.tokens=320000", steps=40)
+    record(of_tokens, 40, finished=1.0, planned_steps=40)
+    continued = make_run(tmp_path / "runs/continued", "train.steps=80")
+    (continued / "final").mkdir()  # of its first 60 steps
     damaged = make_run(tmp_path / "runs/damaged")
     (damaged / "recipe.yaml").write_text("{")
     assert main(["runs", str(tmp_path / "runs")]) == 0
@@ -55,6 +61,9 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
         str(folder): ["running", "30/60"],
         str(stopped): ["stopped", "12/60"],
         str(finished): ["finished", "60/60"],
+        str(early): ["finished (early stopping)", "33/60"],
+        str(of_tokens): ["finished", "40/40"],
+        str(continued): ["stopped", "60/80"],
         str(damaged): ["damaged", "60/?"],
     }
     assert all(re.fullmatch(r"\d\.\d{4}", row[3]) and re.fullmatch(r"[\d.]+ (B|KiB|MiB)", row[4]) for row in rows)

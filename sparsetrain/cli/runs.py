@@ -40,8 +40,9 @@ def runs(
     for run in found:
         steps = "?" if run.steps is None else f"{run.steps:,}"
         loss = "-" if run.loss is None else f"{run.loss:.4f}"
+        state = f"{run.state} (early stopping)" if run.ended_early else run.state
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        table.add_row(str(run.folder), run.state, f"{run.step:,}/{steps}", loss, _size(run.size), written)
+        table.add_row(str(run.folder), state, f"{run.step:,}/{steps}", loss, _size(run.size), written)
     print_tables(Console(highlight=False, markup=False), table)
 
 

@@ -14,8 +14,12 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 LAYER = re.compile(r"(.+)/layer_(\d+)")
 """A metric of one layer: ``sparsek/kept_mass/layer_03``."""
-CURVES = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gb", "mfu")
-"""Metrics of a step that are kept for every step."""
+FINISHED = "finished"
+"""1 in the last line of a run that has done all it is to do, with the export and the last evaluation."""
+PLANNED_STEPS = "planned_steps"
+"""In the same line, the steps that it was to take; early stopping takes fewer."""
+CURVES = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gb", "mfu", FINISHED, PLANNED_STEPS)
+"""Metrics that are kept for every step at which they are recorded."""
 
 Points = list[tuple[int, float]]
 """Steps and values, in the order of the file."""

@@ -17,6 +17,7 @@ from sparsetrain.activity import activity
 from sparsetrain.data import StepLoader, build_rows
 from sparsetrain.data.check import check_data
 from sparsetrain.durable import write_whole
+from sparsetrain.evaluation.metrics import FINISHED, PLANNED_STEPS
 from sparsetrain.evaluation.report import print_results
 from sparsetrain.modeling import load_config, load_model
 from sparsetrain.modeling.continued import merge_start
@@ -180,6 +181,9 @@ def train_and_finish(job: Job, loaded: Loaded, built: Built) -> Outcome:
         except Stopped as stopped:
             outcome = stopped.outcome
             job.say(f"stopped in {activity}; the trained weights are saved: continue with --resume")
+        else:
+            end = {FINISHED: 1.0, PLANNED_STEPS: float(loaded.plan.steps)}
+            built.callbacks.tracker.log(end, built.callbacks.state.step)
     built.callbacks.tracker.finish()
     # A launcher kills the other ranks as soon as one exits with an error code, so all exit together.
     dist.barrier()

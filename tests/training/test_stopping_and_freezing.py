@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def test_training_ends_after_evaluations_without_a_new_best(tmp_path, tiny, run_
     assert "no profile: training ended with step 3, before step 5 (train.profile)" in said
     assert main(["run", str(tiny), *MEASURED, "--resume", "--output", str(run.path)]) == 0
     assert run.values("step") == [1, 2, 3]
+    assert main(["runs", str(tmp_path)]) == 0
+    assert re.search(r"run +finished \(early stopping\) +3/6 ", capfd.readouterr().out)
     changed = [*MEASURED, "eval.early_stopping.patience=9", "--resume"]
     assert main(["run", str(tiny), *changed, "--output", str(run.path)]) == 0
     assert run.values("step") == [1, 2, 3, 4, 5, 6]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsetrain.errors import CheckpointError, RecipeError
-from sparsetrain.evaluation.metrics import METRICS_FILE, read_metrics
+from sparsetrain.evaluation.metrics import FINISHED, METRICS_FILE, PLANNED_STEPS, Metrics, read_metrics
 from sparsetrain.recipe import load_recipe
 from sparsetrain.training.output.folder_contents import is_locked
 
@@ -33,13 +33,18 @@ class RunState:
     state: State
     step: int
     steps: int | None
-    """All that it is to do; None where this follows from the data."""
+    """All that it was to do; None where this follows from its tokens or data and it is not finished."""
     loss: float | None
     """Of the last logged step, in nats per target token."""
     size: int
     """Bytes of all files."""
     changed: float
     """Seconds since the epoch at which something was written last."""
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether it is finished before its last step, by ``eval.early_stopping``."""
+        return self.state == "finished" and self.steps is not None and self.step < self.steps
 
 
 def list_runs(folder: Path) -> list[RunState]:
@@ -60,18 +65,20 @@ def state_of(folder: Path) -> RunState:
     """One run, by its folder."""
     size, changed = _size(folder)
     try:
-        points = read_metrics(folder / METRICS_FILE).curves["loss"]
+        metrics = read_metrics(folder / METRICS_FILE)
     except (OSError, ValueError):
-        points = []
-    step, loss = points[-1] if points else (0, None)
+        metrics = Metrics()
+    step = max((points[-1][0] for name in ("loss", FINISHED) if (points := metrics.curves[name])), default=0)
+    loss = metrics.last("loss")
     state: State
     try:
         recipe = load_recipe(folder / "recipe.yaml").recipe
     except RecipeError:
         return RunState(folder, "", "damaged", step, None, loss, size, changed)
-    finished = (folder / "final").is_dir() if recipe.checkpoint.export else step == recipe.train.steps
-    state = "running" if is_locked(folder) else "finished" if finished else "stopped"
-    return RunState(folder, recipe.name or "", state, step, recipe.train.steps, loss, size, changed)
+    state = "running" if is_locked(folder) else "finished" if metrics.last(FINISHED) else "stopped"
+    planned = metrics.last(PLANNED_STEPS)
+    steps = recipe.train.steps if planned is None else int(planned)
+    return RunState(folder, recipe.name or "", state, step, steps, loss, size, changed)
 
 
 def log_lines(folder: Path, *, last: int | None = None, follow: bool = False) -> Iterator[str]:

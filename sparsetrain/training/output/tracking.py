@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
-from sparsetrain.evaluation.metrics import METRICS_FILE
+from sparsetrain.evaluation.metrics import FINISHED, METRICS_FILE
 from sparsetrain.training.output.attempt import attempt, brief
 from sparsetrain.training.output.board import BOARD_FOLDER, Board
 
@@ -154,7 +154,8 @@ class Tracker:
         self._try("send an alert", lambda: self._wandb.alert(title=title, text=text))
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, and an incomplete line after a crash: a resumed run writes those steps again.
+        """Drop the lines after ``step``, the end of a finished run, and an incomplete line after a crash: a resumed run
+        writes them again.
 
         W&B keeps the points it has received; its charts are drawn over ``step``, which may repeat.
         """
@@ -287,9 +288,10 @@ def _number(value: Any) -> float | int:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity for an incomplete line, so that it is after every step."""
+    """The step of a line of metrics; infinity for the end of a run and for an incomplete line, as after every step."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return math.inf if FINISHED in found else float(found["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
