@@ -108,8 +108,8 @@ def test_the_chart_crosses_where_the_tables_say(generator):
     assert all(speeds[131072] > speeds[32768] for speeds in drawn.values())
 
 
-@pytest.mark.parametrize("name", ["ladder", "million"])
-def test_the_table_of_planned_rows_is_what_plans_say(generator, name):
+@pytest.mark.parametrize("name", ["ladder", "million", "exchange"])
+def test_a_table_that_is_calculated_is_what_the_code_says(generator, name):
     found = generator(name)
     assert found.PAGE.read_text(encoding="utf-8") == found.page(), f"run: python docs/generate/{name}.py"
 

@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparsetrain.bench import exchanging
-from sparsetrain.bench.exchange import Shape, table
 from sparsetrain.cli import main
 from sparsetrain.patterns import PowerPattern
 from sparsetrain.world import World
 
-SHAPE = Shape(heads=32, kv_heads=8, head_dim=128)
 PATTERN = PowerPattern(block=256, window=5, sinks=1)
 TOKEN = 2 * 8 * 128 * 2
 """Bytes of one token's keys and values."""
 
 
+@pytest.fixture(scope="module")
+def paper():
+    """The module that counts bytes for the docs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(Path(__file__).parents[2] / "docs/generate"))
+        yield importlib.import_module("exchange")
+
+
+@pytest.fixture(scope="module")
+def shape(paper):
+    """A layer of an 8B model."""
+    return paper.Shape(heads=32, kv_heads=8, head_dim=128)
+
+
 @pytest.mark.parametrize(("ranks", "chunks"), [(4, 2), (8, 3), (16, 4), (32, 5)])
-def test_neighbours_send_a_logarithmic_number_of_chunks_and_the_sink(ranks, chunks):
+def test_neighbours_send_a_logarithmic_number_of_chunks_and_the_sink(shape, ranks, chunks):
     length = 131072
-    received, _ = SHAPE.neighbours(length, ranks, 8, PATTERN)
+    received, _ = shape.neighbours(length, ranks, 8, PATTERN)
     assert received == (chunks * length // ranks + 256) * TOKEN
-    assert SHAPE.ring(length, ranks) == (ranks - 1) * length // ranks * TOKEN
+    assert shape.ring(length, ranks) == (ranks - 1) * length // ranks * TOKEN
 
 
-def test_all_to_all_moves_what_is_not_at_home_already():
+def test_all_to_all_moves_what_is_not_at_home_already(shape):
     # 16,384 tokens with 32 + 32 query and output heads and 8 + 8 key and value heads; an eighth stays.
-    assert SHAPE.all_to_all(131072, 8, 8) == (16384 * 80 * 128 * 2 * 7 / 8, 0)
+    assert shape.all_to_all(131072, 8, 8) == (16384 * 80 * 128 * 2 * 7 / 8, 0)
     # With 16 ranks every rank holds a copy of a key/value head, and half of all ranks are on the other node.
-    assert SHAPE.all_to_all(131072, 16, 8) == (8192 * 96 * 128 * 2 * 15 / 16, 8192 * 96 * 128 * 2 / 2)
-    assert SHAPE.all_to_all(131072, 64, 8) is None
+    assert shape.all_to_all(131072, 16, 8) == (8192 * 96 * 128 * 2 * 15 / 16, 8192 * 96 * 128 * 2 / 2)
+    assert shape.all_to_all(131072, 64, 8) is None
 
 
-def test_the_table_has_a_row_for_each_length_and_number_of_ranks():
-    lines = table(SHAPE, [32768, 65536], [2, 64], 8, PATTERN).splitlines()
+def test_the_table_has_a_row_for_each_length_and_number_of_ranks(paper, shape):
+    lines = paper.table(shape, [32768, 65536], [2, 64], 8, PATTERN).splitlines()
     assert lines[2] == "| 32,768 | 2 | 160 | 64 | 64 | 2.50 |"
     assert len(lines) == 6
     assert lines[3].split(" | ")[2] == "-"
@@ -87,14 +101,14 @@ def test_neighbours_send_the_chunks_of_the_pattern(over_ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_what_is_timed_moves_the_bytes_of_the_model(ranks):
+def test_what_is_timed_moves_the_bytes_of_the_model(shape, ranks):
     length = 8192 * ranks
     query, key_value = torch.empty(32, 8192, 128, device="meta"), torch.empty(2, 8, 8192, 128, device="meta")
     query, key_value = query.bfloat16(), key_value.bfloat16()
     parts = [exchanging.Part(query, key_value, World(rank, ranks, None), PATTERN) for rank in range(ranks)]
-    assert exchanging.ALL_TO_ALL.received(parts[0]) == SHAPE.all_to_all(length, ranks, 8)[0]
+    assert exchanging.ALL_TO_ALL.received(parts[0]) == shape.all_to_all(length, ranks, 8)[0]
     received = max(exchanging.NEIGHBOURS.received(part) for part in parts)
-    assert received == SHAPE.neighbours(length, ranks, 8, PATTERN)[0]
+    assert received == shape.neighbours(length, ranks, 8, PATTERN)[0]
 
 
 def test_one_rank_has_nothing_to_exchange(capsys):

@@ -1,7 +1,9 @@
-"""Calculated communication of sequence parallelism: all-to-all (Ulysses), ring, and PowerAttention's neighbours.
+"""The bytes in docs/sequence-parallel.md: what sharing a row takes by all-to-all (Ulysses), ring, and neighbours.
 
-``python -m sparsetrain.bench.exchange`` prints the table of docs/sequence-parallel.md. Counted are bytes that one rank
-receives in one forward pass through one layer of attention, in 16 bits; in brackets, those from other nodes.
+python docs/generate/exchange.py    # writes the table into the page; a test fails where it differs
+
+Counted, not measured, are bytes that one rank receives in one forward pass through one layer of attention, in 16 bits;
+in brackets, those from other nodes. `sparsetrain bench exchange` times the first and the last.
 
 - **All-to-all**: queries, keys and values go to where their heads are attended, and outputs come back. With more ranks
   than key/value heads, each rank gets a copy of one.
@@ -13,12 +15,16 @@ receives in one forward pass through one layer of attention, in 16 bits; in brac
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+from pathlib import Path
+
+from marked import with_part
 
 from sparsetrain.patterns import PowerPattern
 from sparsetrain.recipe.heads import shares_heads
 
+PAGE = Path(__file__).resolve().parents[1] / "sequence-parallel.md"
+BEGIN, END = "<!-- begin of the bytes -->\n", "<!-- end of the bytes -->\n"
 BYTES = 2
 """Bytes of a 16-bit element."""
 
@@ -77,26 +83,13 @@ def _mib(size: float, afar: float = 0.0) -> str:
     return f"{size / 2**20:,.0f}" + (f" ({afar / 2**20:,.0f})" if afar else "")
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, default in (
-        ("heads", 32),
-        ("kv-heads", 8),
-        ("head-dim", 128),
-        ("block", 256),
-        ("window", 5),
-        ("sinks", 1),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--node", type=int, default=8, help="ranks of a node")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072, 1048576])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
-    given = parser.parse_args()
-    pattern = PowerPattern(block=given.block, window=given.window, sinks=given.sinks)
-    shape = Shape(given.heads, given.kv_heads, given.head_dim)
-    print(table(shape, given.lengths, given.ranks, given.node, pattern))
+def page() -> str:
+    """The page with its table."""
+    shape = Shape(heads=32, kv_heads=8, head_dim=128)
+    pattern = PowerPattern(block=256, window=5, sinks=1)
+    counted = table(shape, [32768, 131072, 1048576], [2, 4, 8, 16, 32, 64], node=8, pattern=pattern)
+    return with_part(PAGE, BEGIN, END, counted + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")
