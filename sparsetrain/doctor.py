@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
-import re
 import shutil
 import socket
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sparsetrain.counted import counted
 from sparsetrain.data.check import check_data
-from sparsetrain.errors import ModelError, SparsetrainError, first_line
+from sparsetrain.errors import SparsetrainError
+from sparsetrain.plan.disk import room_of, saved_a_parameter
 from sparsetrain.plan.public import check_public
-from sparsetrain.plan.setting import count_trained
+from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.recipe.local_model import is_own, model_folder
-from sparsetrain.recipe.schema import ModelSection, Recipe
+from sparsetrain.recipe.schema import Recipe
 
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.6", "2.13"),
@@ -59,28 +56,31 @@ class Finding:
 
 
 def diagnose(
-    recipe: Recipe | None = None, naming_places: Callable[[], AbstractContextManager[None]] = nullcontext
+    recipe: Recipe | None = None,
+    naming_places: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gpus: int | None = None,
 ) -> int:
     """Run every check, print the findings, and return the exit code: 2 if one of them would stop a run.
 
     Args:
         naming_places: adds to an error where the settings are written that it names.
+        gpus: GPUs of the run, one process each; by default ``sequence.parallel``.
     """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from sparsetrain.tables import print_tables
-
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    findings = list(run_checks(recipe, naming_places))
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "check", "found"):
-        table.add_column(column, overflow="fold")
+    findings = list(run_checks(recipe, naming_places, gpus))
+    console = Console(highlight=False)
+    width = max((len(each.check) for each in findings), default=0)
+    table = Table.grid("", "", "", padding=(0, 2, 0, 0))
     for each in findings:
         table.add_row(f"[{colours[each.status]}]{each.status}[/]", each.check, escape(each.found))
-    console = Console(highlight=False)
-    print_tables(console, table)
+        if not console.is_terminal:
+            console.print(f"{each.status:4}  {each.check:{width}}  {each.found}", soft_wrap=True, markup=False)
+    if console.is_terminal:
+        console.print(table)
     for each in findings:
         if each.fix:
             # Not in the table, where it would be broken into lines and could not be copied.
@@ -89,7 +89,9 @@ def diagnose(
 
 
 def run_checks(
-    recipe: Recipe | None = None, naming_places: Callable[[], AbstractContextManager[None]] = nullcontext
+    recipe: Recipe | None = None,
+    naming_places: Callable[[], AbstractContextManager[None]] = nullcontext,
+    gpus: int | None = None,
 ) -> Iterator[Finding]:
     """Run all checks in order. A check that raises is a finding, too."""
     checks: list[tuple[str, Callable[[], Finding | Iterable[Finding]]]] = [
@@ -108,7 +110,7 @@ def run_checks(
     ]
     if recipe is not None:
         checks += [
-            ("machine", lambda: check_machine(recipe)),
+            ("machine", lambda: check_machine(recipe, gpus)),
             ("model", lambda: check_model(recipe)),
             ("disk", lambda: check_disk(recipe)),
             ("data", lambda: check_recipe_data(recipe)),
@@ -360,15 +362,22 @@ def check_wandb(recipe: Recipe | None = None) -> Finding:
     return Finding("ok", "W&B", "no login found: runs are recorded offline (`wandb login` puts them online)")
 
 
-def check_machine(recipe: Recipe) -> Finding:
-    """Whether this machine has what the recipe's dtype, quantised base and offloading need."""
+def check_machine(recipe: Recipe, gpus: int | None = None) -> Finding:
+    """Whether this machine has what the recipe's dtype, quantised base and offloading need, and the batch can be made
+    on so many GPUs."""
     import torch
 
     from sparsetrain.training import preflight
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preflight.check_machine(recipe, device, recipe.sequence.parallel)
-    return Finding("ok", "machine", f"a {device.type} can do what the recipe asks of it")
+    ranks = gpus or recipe.sequence.parallel
+    preflight.check_machine(recipe, device, ranks)
+    found = f"a {device.type} can do what the recipe asks of it: {batch_shape(recipe, ranks).describe()}"
+    here = torch.cuda.device_count()
+    if gpus is not None and 0 < here < gpus:
+        fix = "start it on several machines (docs/launching.md), or with fewer GPUs"
+        return Finding("warn", "machine", f"{found}; this machine has {counted(here, 'GPU')} of {gpus}", fix)
+    return Finding("ok", "machine", found)
 
 
 def check_model(recipe: Recipe) -> Finding:
@@ -383,36 +392,27 @@ def check_model(recipe: Recipe) -> Finding:
 
 
 def check_disk(recipe: Recipe) -> Finding:
-    """Room for the checkpoints of a recipe: fp32 masters and two moments, one more copy than is kept."""
+    """Room for what a run writes: its checkpoints, one more than is kept, and the trained model."""
     folder = Path(recipe.output or "runs").absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = count_parameters(recipe)
-    if size is None:
+    room = room_of(recipe)
+    if room is None:
         found = f"{_gib(free)} free; {recipe.model.path} is not on this machine yet, so its size is unknown"
-        return Finding("warn", "disk", found, "a checkpoint takes 12 bytes a trained parameter: 90 GiB for 8B")
-    parameters, source = size
-    held = f"{_short(parameters)} parameters ({source})"
-    trained = None if _trains_all(recipe) else count_trained(recipe)
-    if trained is not None and trained < parameters:
-        held = f"{_short(trained)} trained parameters of {held}"
-    elif trained is None and not _trains_all(recipe):
-        held = f"{held}, if all were trained"
-    stored = parameters if trained is None else trained
-    weight = 4 if recipe.model.dtype == "float32" else 2
-    # A new checkpoint is complete before the oldest is removed; final/ holds the weights alone.
-    copies = recipe.checkpoint.keep_last + (recipe.checkpoint.keep_best is not None) + 1
-    needed = stored * 12 * copies
-    if recipe.checkpoint.export:
-        needed += (stored if recipe.lora is not None else parameters) * weight
-    found = f"{_gib(needed)} for {counted(copies, 'checkpoint')} of {held}; {_gib(free)} free"
-    if needed > free and trained is None and not _trains_all(recipe):
-        return Finding("warn", "disk", found, "a checkpoint takes 12 bytes a trained parameter, none a frozen one")
-    if needed > free:
-        fix = f"free {_gib(needed - free)} on {folder}, set output= to a larger disk, or lower checkpoint.keep_last"
+        held = saved_a_parameter(recipe)
+        return Finding(
+            "warn", "disk", found, f"a checkpoint takes {held:.3g} bytes a trained parameter, none a frozen one"
+        )
+    found = f"{_gib(room.needed)} for {room.describe()}; {_gib(free)} free"
+    if room.needed > free and not room.certain:
+        return Finding("warn", "disk", found, "a checkpoint holds what is trained, and nothing of a frozen parameter")
+    if room.needed > free:
+        fix = (
+            f"free {_gib(room.needed - free)} on {folder}, set output= to a larger disk, or lower checkpoint.keep_last"
+        )
         return Finding("fail", "disk", found, fix)
-    if needed > 0.8 * free:
+    if room.needed > 0.8 * free:
         return Finding("warn", "disk", found, "little is left over; other writers on this disk may stop the run")
     return Finding("ok", "disk", found)
 
@@ -423,67 +423,6 @@ def check_recipe_data(recipe: Recipe) -> list[Finding]:
     unchecked = f"; not checked: {', '.join(data.unchecked)}" if data.unchecked else ""
     warned = [Finding("warn", "chat template", remark) for remark in data.remarks]
     return [Finding("ok", "data", f"what is on this machine can be read{unchecked}"), *warned]
-
-
-def count_parameters(recipe: Recipe) -> tuple[int, str] | None:
-    """Parameters of a recipe's model without loading it, and how that is known; None where it is not."""
-    section = recipe.model
-    if section.architecture is not None:
-        return _count_built(section), "by its architecture"
-    path = str(section.path)
-    folder = model_folder(section)
-    if folder is not None and (shards := list(folder.glob("model*.safetensors"))):
-        return sum(map(_count_stored, shards)), "counted in its files"
-    cached = None if folder is not None else _cached_config(path, section.revision)
-    known = folder if cached is None else cached.parent
-    if known is not None:
-        local = section.model_copy(update={"path": str(known), "revision": None})
-        return _count_built(local), "by its config"
-    named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![a-zA-Z0-9])", path.rsplit("/", 1)[-1])
-    if named:
-        return int(float(named[1]) * (1e9 if named[2] in "Bb" else 1e6)), "by its name"
-    return None
-
-
-def _trains_all(recipe: Recipe) -> bool:
-    return recipe.lora is None and recipe.train.parameters == "all" and not recipe.train.freeze
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e9:.3g}B" if count >= 1e8 else f"{count / 1e6:.3g}M"
-
-
-def _cached_config(path: str, revision: str | None) -> Path | None:
-    """The config of a Hub model in the local cache. Its weights there may be incomplete, so they are not counted."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(path, "config.json", revision=revision) if path.count("/") == 1 else None
-    return Path(config) if isinstance(config, str) else None
-
-
-def _count_stored(file: Path) -> int:
-    """Parameters of a safetensors file by its header: 8 bytes of length, then JSON.
-
-    Raises:
-        ModelError: the header is damaged.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
-
-
-def _count_built(section: ModelSection) -> int:
-    """Parameters of a recipe's model, built without storage."""
-    from sparsetrain.modeling.configs import config_source
-
-    source = config_source(section)
-    return source.skeleton(source.config(), trust_remote_code=section.trust_remote_code).num_parameters()
 
 
 def _gib(size: float) -> str:

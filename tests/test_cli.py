@@ -109,7 +109,7 @@ def test_an_error_under_half_a_launcher_environment_is_still_a_message(call, rec
 
 
 def test_validate_prints_one_line_a_recipe(call, recipe):
-    code, out, err = call("recipe", "validate", recipe, "qwen3-0.6b-power-32k", "--ranks", "2")
+    code, out, err = call("recipe", "validate", recipe, "qwen3-0.6b-power-32k", "--gpus", "2")
     assert (code, err) == (0, "")
     first, second = out.splitlines()
     assert first.startswith("run.yaml: valid: 1 row x 2 accumulation x 2 ranks = 4 rows = 512 tokens a step; 30 steps")

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from sparsetrain import doctor
+from sparsetrain.cli import main
 from sparsetrain.errors import RecipeError
+from sparsetrain.plan.disk import count_parameters
 from sparsetrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +198,34 @@ def test_disk_room_is_what_the_checkpoints_take(monkeypatch, recipe, dtype, keep
         assert "0.6B parameters (by its name)" in finding.found
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "overrides", "saved"),
+    [
+        ("{states: bfloat16}", ["model.dtype=bfloat16"], "10.1 GiB"),
+        ("{name: adamw_8bit}", [], "10.1 GiB"),
+        ("{name: adafactor}", ["deepspeed.stage=0"], "6.7 GiB"),
+        ("{name: muon}", [], "15.2 GiB"),
+        ("{name: muon}", ["model.path=a/base-0.6B"], "20.1 GiB"),  # how much of it are matrices is not known
+    ],
+)
+def test_disk_room_is_that_of_the_optimizers_states(recipe, optimizer, overrides, saved):
+    few = ["checkpoint.keep_last=2", "checkpoint.export=false", f"train.optimizer={optimizer}"]
+    assert doctor.check_disk(recipe(*few, *overrides)).found.startswith(f"{saved} for 3 checkpoints of 0.6B parameters")
+
+
+def test_the_batch_is_that_of_so_many_gpus(monkeypatch, recipe, capsys):
+    settings = recipe("train.global_batch_sequences=8", "train.global_batch_tokens=null")
+    batch = "1 row x 2 accumulation x 4 ranks = 8 rows"
+    assert batch in doctor.check_machine(settings, 4).found
+    with pytest.raises(RecipeError, match=r"is not a multiple of train\.micro_batch=1 x 3 ranks"):
+        doctor.check_machine(settings, 3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    finding = doctor.check_machine(settings, 4)
+    assert (finding.status, finding.found.endswith("this machine has 2 GPUs of 4")) == ("warn", True)
+    assert main(["doctor", "--gpus", "4"]) == 2
+    assert "--gpus is of a run: name its recipe too" in capsys.readouterr().err
+
+
 def test_disk_room_of_adapters_is_that_of_what_is_trained(monkeypatch, tmp_path):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 * 2**30))
@@ -215,17 +245,17 @@ def test_parameters_are_counted_in_the_files_of_a_local_model(tmp_path, recipe):
     text = json.dumps(header).encode()
     for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
         (tmp_path / name).write_bytes(struct.pack("<Q", len(text)) + text + bytes(48))
-    assert doctor.count_parameters(recipe(f"model.path={tmp_path}")) == (24, "counted in its files")
+    assert count_parameters(recipe(f"model.path={tmp_path}")) == (24, "counted in its files")
 
 
 def test_parameters_are_counted_by_config_and_architecture(tmp_path, recipe):
     (tmp_path / "config.json").write_text(json.dumps(ARCHITECTURE))
-    assert doctor.count_parameters(recipe(f"model.path={tmp_path}", "attention.dense_layers=[]")) == (
+    assert count_parameters(recipe(f"model.path={tmp_path}", "attention.dense_layers=[]")) == (
         PARAMETERS,
         "by its config",
     )
     model = json.dumps({"architecture": ARCHITECTURE, "tokenizer": "t"})
-    assert doctor.count_parameters(recipe(f"model={model}", "attention.dense_layers=[]")) == (
+    assert count_parameters(recipe(f"model={model}", "attention.dense_layers=[]")) == (
         PARAMETERS,
         "by its architecture",
     )
@@ -233,7 +263,7 @@ def test_parameters_are_counted_by_config_and_architecture(tmp_path, recipe):
 
 @pytest.mark.parametrize(("path", "count"), [("a/Llama-3.1-8B", 8e9), ("a/SmolLM-135M-x", 135e6), ("a/gpt-oss", None)])
 def test_parameters_are_read_from_the_name_at_last(recipe, path, count):
-    found = doctor.count_parameters(recipe(f"model.path={path}"))
+    found = count_parameters(recipe(f"model.path={path}"))
     assert found == (None if count is None else (int(count), "by its name"))
 
 

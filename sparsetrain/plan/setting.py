@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from sparsetrain.errors import ModelError, RecipeError
+from sparsetrain.errors import RecipeError
 from sparsetrain.methods.costs import AttentionCosts, LayerShape
 from sparsetrain.methods.full import FullConfig
-from sparsetrain.plan.devices import Device, find_device
-from sparsetrain.plan.shape import ModelShape, find_shape
+from sparsetrain.plan.devices import Device
+from sparsetrain.plan.shape import ModelShape
 from sparsetrain.plan.trained import Parameters, count_parameters
 from sparsetrain.recipe.batch import BatchShape, batch_shape
 from sparsetrain.recipe.heads import heads_fault
@@ -144,13 +144,3 @@ class Setting:
             tokens=self.tokens,
             hopper=self.device.hopper,
         )
-
-
-def count_trained(recipe: Recipe) -> int | None:
-    """Trained parameters of a recipe; None if the shape of its model is not known on this machine."""
-    try:
-        shape = find_shape(recipe.model)
-    except ModelError:
-        return None
-    ranks = recipe.sequence.parallel
-    return Setting(recipe, shape, ranks, find_device("h100"), liger=False).parameters.trained

@@ -13,6 +13,9 @@ from sparsetrain.plan.measured import BYTES_4BIT, BYTES_8BIT
 from sparsetrain.plan.setting import Setting
 from sparsetrain.training.distributed.deepspeed_config import loads_into_shards, sums_in_float32
 
+MASTER_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element of a master weight, by ``train.optimizer.states``."""
+
 
 @dataclass(frozen=True)
 class States:
@@ -55,11 +58,11 @@ def count_states(setting: Setting) -> States:
     whole = weight_bytes(setting)
     shards = ranks if stage >= 1 else 1
     offloaded = setting.recipe.deepspeed.offload_optimizer == "cpu"
-    of_master = 2 if setting.recipe.train.optimizer.states == "bfloat16" else 4
+    of_master = MASTER_BYTES[setting.recipe.train.optimizer.states]
     # In fp32 without ZeRO, and at ZeRO-3, the weights are their own masters.
     own_masters = element == of_master and stage in (0, 3)
     masters = 0.0 if own_masters else float(of_master) * trained / shards
-    summed = 4 if sums_in_float32(setting.recipe, setting.batch.accumulation) else element
+    summed = _summed(setting)
     moments = _moments(setting, summed) / shards
 
     bucket_elements = float(zero["reduce_bucket_size"]) if stage >= 1 else 0.0
@@ -120,6 +123,18 @@ def count_states(setting: Setting) -> States:
         stepping=stepping,
         host=host,
     )
+
+
+def saved_bytes(setting: Setting) -> float:
+    """Bytes of a checkpoint over all ranks: masters and moments of what is trained. The master of a weight in fp32 is
+    the weight itself, and is saved like one."""
+    masters = MASTER_BYTES[setting.recipe.train.optimizer.states] * setting.parameters.trained
+    return masters + _moments(setting, _summed(setting))
+
+
+def _summed(setting: Setting) -> int:
+    """Bytes of an element of a summed gradient."""
+    return 4 if sums_in_float32(setting.recipe, setting.batch.accumulation) else setting.element
 
 
 def _moments(setting: Setting, summed: int) -> float:

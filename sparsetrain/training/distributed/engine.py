@@ -78,8 +78,10 @@ def check_config(config: dict[str, Any]) -> None:
     # DeepSpeed would train in fp16 on some CPUs, but a recipe must not depend on the CPU.
     if config["fp16"]["enabled"] and (device == "cpu" or not get_accelerator().is_fp16_supported()):
         raise RecipeError(f"model.dtype=float16 cannot be trained on a {device}; set it to bfloat16 or float32")
+    # Without it DeepSpeed multiplies the other two by the ranks that there are: those of the run, or none yet.
+    checked = {name: value for name, value in config.items() if name != "train_batch_size"}
     try:
-        DeepSpeedConfig(deepcopy(config))
+        DeepSpeedConfig(deepcopy(checked))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"deepspeed.config is refused by DeepSpeed ({error.title}): {faults}") from error
