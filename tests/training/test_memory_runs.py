@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +13,7 @@ from sparsetrain.cli import main
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe.batch import BatchPlan
 from sparsetrain.recipe.consistency import without_effect
-from sparsetrain.training.memory import activations
+from sparsetrain.training.memory import activations, host
 from sparsetrain.training.memory.activation_offload import ActivationOffload
 
 SAVING = ["train.activation_checkpointing=selective", "train.mlp_chunk=60"]
@@ -60,10 +62,13 @@ def test_a_run_says_what_it_did_about_memory(runs):
 
 @pytest.fixture
 def reserve(world, monkeypatch):
-    """``reserve(room)``: make host memory for rows of 4,096 tokens over two ranks; the buffers, and what was said."""
+    """``reserve(room)``: make host memory for rows of 4,096 tokens over two ranks on a host with ``room`` bytes and no
+    limit of a container, or the ``limit``; the buffers, and what was said."""
 
-    def make(room):
-        monkeypatch.setattr(activations, "available_host_memory", lambda: room)
+    def make(room, limit=None):
+        memory = SimpleNamespace(available=room)
+        monkeypatch.setattr(host, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
+        monkeypatch.setattr(host, "CONTROL_GROUPS", (SimpleNamespace(available=lambda: limit),))
         config = AutoConfig.for_model("llama", hidden_size=128, num_hidden_layers=3, vocab_size=32)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -84,10 +89,11 @@ def test_host_memory_is_there_before_the_first_step(reserve, monkeypatch):
     assert said[4].startswith("memory: 0.0 GiB pinned in ")
 
 
-def test_too_little_host_memory_is_refused_with_figures(reserve, monkeypatch):
+@pytest.mark.parametrize("memory", [((12 << 20) - 1,), (1 << 40, (12 << 20) - 1)], ids=["bare host", "container"])
+def test_too_little_host_memory_is_refused_with_figures(reserve, monkeypatch, memory):
     monkeypatch.setattr(activations, "_gib", lambda nbytes: f"{nbytes >> 20} MiB")
     with pytest.raises(RecipeError) as error:
-        reserve((12 << 20) - 1)
+        reserve(*memory)
     assert str(error.value).startswith(
         "train.offload_activations: the inputs of 3 layers with 4,096 tokens take 6 MiB of host memory, 12 MiB for "
         "2 ranks on a host, and 11 MiB are left there or in its container; set it to false"
