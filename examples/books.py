@@ -19,7 +19,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs/*.md"
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    books = given.pop(0) if given and "=" not in given[0] else str(DOCS)
+    books = given.pop(0) if given and "=" not in given[0] and not given[0].startswith("-") else str(DOCS)
     source = {"path": books, "validation": 0.05}
     measured = {"task": "perplexity", "lengths": [512, 2048], "tokens": 4096}
     recipe = {

@@ -9,7 +9,7 @@ prompts and at equal bytes: sparsetrain compare-decode (docs/decode-quality.md).
 from __future__ import annotations
 
 import inspect
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,10 +24,18 @@ POLICIES = {
 }
 
 if __name__ == "__main__":
-    model_name, *files = sys.argv[1:] or [MODEL]
-    text = Path(files[0]).read_text("utf-8") if files else inspect.getsource(inspect)[:1200]
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    parser = ArgumentParser(description="Read fewer keys in each step of generation.")
+    parser.add_argument("model", nargs="?", default=MODEL, help="a folder or Hub id; by default the embedded model")
+    parser.add_argument("prompt", nargs="?", type=Path, help="a file of text; by default one of Python's library")
+    given = parser.parse_args()
+    try:
+        text = inspect.getsource(inspect)[:1200] if given.prompt is None else given.prompt.read_text("utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if not text.strip():
+        parser.error(f"{given.prompt} is empty")
     sparsetrain.sparsify(model, {"method": "full"})
     prompt = tokenizer(text, return_tensors="pt")
     length = prompt["input_ids"].shape[1]

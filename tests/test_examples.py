@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sparsetrain.recipe.shipped import shipped_recipes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = Path(__file__).parents[1] / "sparsetrain/assets/tiny"
 SHORT = [
     *("train.steps=1", "train.micro_batch=1", "sequence.length=256", "wandb.mode=disabled"),
     *("eval.at_start=false", "eval.at_end=false"),
@@ -56,6 +58,29 @@ def test_scorers_are_trained_alone_and_generate(call):
 def test_policies_write_beside_all_keys(call):
     lines = call("decode_policies.py").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["all keys", "Twilight, 90 % of the weight", "Quest, 128 keys"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("trainer.py", ["0"], "steps: a whole number above 0, not 0"),
+        ("trainer.py", ["-1"], "steps: a whole number above 0, not -1"),
+        ("trainer.py", ["1.5"], "invalid int value: '1.5'"),
+        ("sft_trainer.py", ["0"], "steps: a whole number above 0, not 0"),
+        ("decode_policies.py", [str(TINY), "gone.txt"], "No such file or directory: 'gone.txt'"),
+        ("decode_policies.py", [str(TINY), "empty.txt"], "empty.txt is empty"),
+        ("decode_policies.py", ["./gone"], "./gone"),
+        ("decode_policies.py", [str(TINY), "a", "b"], "unrecognized arguments: b"),
+        ("books.py", ["gone/*.txt"], "no file matches gone/*.txt"),
+        ("dpo.py", ["0"], "expected key=value, such as train.lr=2e-5"),
+    ],
+)
+def test_wrong_arguments_of_a_script_are_told(call, script, arguments, said):
+    if script == "sft_trainer.py":
+        pytest.importorskip("trl")
+    Path("empty.txt").touch()
+    with pytest.raises(AssertionError, match=re.escape(said)):
+        call(script, *arguments)
 
 
 @pytest.mark.parametrize("notebook", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda file: file.stem)
