@@ -176,6 +176,19 @@ def test_measured_figures_stand_on_the_page_that_is_linked(page):
     assert checked
 
 
+def test_measured_figures_of_the_readme_stand_on_the_page_that_is_linked():
+    told = (DOCS / "performance.md").read_text(encoding="utf-8")
+    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+    numbers = [
+        number
+        for paragraph in paragraphs
+        if "](docs/performance.md)" in paragraph
+        for number in re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)", paragraph)
+    ]
+    assert len(numbers) > 5
+    assert [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", told)] == []
+
+
 def literals() -> list[str]:
     """Every text of the package, with ``…`` where a value is put in."""
 
