@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from training.preloaded import forked_run
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import LoadedRecipe, load_recipe
@@ -62,3 +64,10 @@ def refuse(load: Callable[..., LoadedRecipe]) -> Callable[..., str]:
         return str(refused.value)
 
     return message
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of an experiment are processes that have the libraries already; on CUDA, new ones."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("sparsetrain.recipes.evidence.run.subprocess.run", forked_run)

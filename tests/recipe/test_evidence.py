@@ -78,7 +78,7 @@ def test_the_table_has_a_row_a_method_and_columns_for_each_seed():
     ]
 
 
-def test_the_runner_trains_writes_its_table_and_repeats_nothing(tmp_path):
+def test_the_runner_trains_writes_its_table_and_repeats_nothing(forked, tmp_path):
     settings = ["train.steps=1", "train.warmup=0", "train.micro_batch=1", "eval.tasks.recall.documents=2"]
     for _ in range(2):
         main(

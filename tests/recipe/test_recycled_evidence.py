@@ -61,7 +61,7 @@ def test_the_table_has_a_row_for_each_training_and_reading():
     ]
 
 
-def test_the_command_trains_and_each_model_answers(tmp_path, monkeypatch):
+def test_the_command_trains_and_each_model_answers(forked, tmp_path, monkeypatch):
     assert load_recipe(RECIPE, TRAINED["full"]).recipe.attention.method == "full"
     monkeypatch.setattr("sparsetrain.recipes.evidence.recycled.TRAINED", {"recycled": TRAINED["recycled"]})
     settings = [

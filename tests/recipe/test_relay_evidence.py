@@ -124,7 +124,7 @@ def test_a_dense_layer_reaches_everything():
     assert (alone.ceiling(), replace(alone, dense=1).ceiling()) == (0.5, 1.0)
 
 
-def test_the_runner_trains_measures_by_block_and_repeats_nothing(tmp_path):
+def test_the_runner_trains_measures_by_block_and_repeats_nothing(forked, tmp_path):
     settings = ["model.path=sparsetrain:tiny", "train.steps=1", "train.warmup=0", "train.micro_batch=1"]
     settings += ["eval.tasks.recall.documents=2"]
     for _ in range(2):

@@ -70,7 +70,7 @@ def test_what_there_is_not_is_refused(tmp_path):
         tokens.methods(load_recipe(TEXT, ["attention.block=60"]).recipe)
 
 
-def test_the_loss_is_measured_while_a_run_goes_on(tmp_path):
+def test_the_loss_is_measured_while_a_run_goes_on(forked, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One two three four five six. " * 400)
     tasks = [f"eval.tasks.{name}" for name in ("perplexity", "key_tokens")]

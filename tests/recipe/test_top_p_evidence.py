@@ -93,7 +93,7 @@ def test_the_table_has_a_row_for_each_share_and_training():
     ]
 
 
-def test_the_command_trains_and_each_model_reads_half_the_keys(registered, tmp_path, monkeypatch):
+def test_the_command_trains_and_each_model_reads_half_the_keys(registered, forked, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsetrain.recipes.evidence.top_p.TRAINED", {"top-p": TRAINED["top-p"]})
     monkeypatch.setattr("sparsetrain.recipes.evidence.top_p.SHARES_OF_KEYS", SHARES_OF_KEYS[:1])
     monkeypatch.setattr("sparsetrain.evaluation.decode_settings.SHARES", [0.2, 0.4, 0.6])

@@ -10,11 +10,20 @@ import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, TextIO
 
 from training import drafts
 
+PRELOADED = [
+    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"),
+    *("peft", "datasets.packaged_modules.json.json", "transformers.models.llama.modeling_llama"),
+    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded"),
+    *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
+]
+"""What a run imports, also that which it imports late."""
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["deepspeed", "peft", "datasets", "sparsetrain.cli", "sparsetrain.training.run", "PIL"])
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 def run(program: Sequence[str], log: Path, environment: dict[str, str]) -> None:
@@ -62,3 +71,10 @@ class Fork:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def forked_run(command: Sequence[str], *, stdout: TextIO, env: dict[str, str], **_: Any) -> CompletedProcess:
+    """``subprocess.run`` of ``python -m MODULE ...``, in such a process; both streams go to the file ``stdout``."""
+    assert command[:2] == [sys.executable, "-m"]
+    program = f"import runpy; runpy.run_module({command[2]!r}, run_name='__main__', alter_sys=True)"
+    return CompletedProcess(command, Fork([program, *command[3:]], Path(stdout.name), env).wait())
