@@ -26,6 +26,7 @@ os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="sparsetrain-tests-"), "HF_HUB
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
@@ -90,3 +91,22 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("SPARSETRAIN_TEST_DATA is not set: it names a folder of tokenizers and real text")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``shared(name, make)``: a folder that ``make`` fills once, whichever worker comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fetch(name: str, make: Callable[[Path], None]) -> Path:
+        folder = base / name
+        with FileLock(base / f"{name}.lock"):
+            if not (folder / "made").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a test that failed here left half made
+                folder.mkdir()
+                make(folder)
+                (folder / "made").touch()
+        return folder
+
+    return fetch

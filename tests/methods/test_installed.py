@@ -25,29 +25,21 @@ ECHOES = "eval.tasks=[{task: echoes, length: 32}]"
 TEMPERED = "attention={method: tempered, window: 48}"
 
 BROKEN = """
-[build-system]
-requires = ["setuptools >= 77"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "no-good"
-version = "2.0"
-[project.entry-points."sparsetrain.methods"]
-gone = "no_such_module:Config"
-leaves = "leaves:Config"
-number = "thirds:__doc__"
-other = "thirds:ThirdsConfig"
-partial = "partial:PartialConfig"
-sliding = "thirds:ThirdsConfig"
-twice = "thirds:ThirdsConfig"
-[project.entry-points."sparsetrain.tasks"]
-absent = "no_such_module:Section"
-failing = "leaves:Section"
-method = "thirds:ThirdsConfig"
-recall = "echoes:EchoesSection"
-renamed = "echoes:EchoesSection"
-shared = "echoes:EchoesSection"
-[tool.setuptools]
-py-modules = ["leaves", "partial"]
+[sparsetrain.methods]
+gone = no_such_module:Config
+leaves = leaves:Config
+number = thirds:__doc__
+other = thirds:ThirdsConfig
+partial = partial:PartialConfig
+sliding = thirds:ThirdsConfig
+twice = thirds:ThirdsConfig
+[sparsetrain.tasks]
+absent = no_such_module:Section
+failing = leaves:Section
+method = thirds:ThirdsConfig
+recall = echoes:EchoesSection
+renamed = echoes:EchoesSection
+shared = echoes:EchoesSection
 """
 PARTIAL = """
 from typing import Literal
@@ -63,145 +55,139 @@ twice = thirds:ThirdsConfig
 [sparsetrain.tasks]
 shared = echoes:EchoesSection
 """
-COMMANDS = """
-import contextlib, io, json, sys
+PROGRAM = """
+import contextlib, io, json, sys, torch, sparsetrain
 from sparsetrain.cli import main
-results = []
-for command in json.loads(sys.argv[1]):
+from sparsetrain.doctor import check_packages
+
+def answer(command):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(command)
         except SystemExit as left:
             code = left.code
-    results.append([code, out.getvalue(), err.getvalue()])
-print("RESULTS" + json.dumps(results))
-"""
-GENERATE = """
-import json, sys, torch, sparsetrain
-results = []
-for folder in sys.argv[1:]:
+    return code, out.getvalue(), err.getvalue()
+
+def generate(folder):
     model = sparsetrain.load(folder).eval()
     ids = torch.arange(5, 65)[None]
     found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     again = ids
     for _ in range(6):
         again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    results.append([model.config.sparsetrain, found.tolist() == again.tolist()])
-print("RESULTS" + json.dumps(results))
+    return model.config.sparsetrain, found.tolist() == again.tolist()
+
+found = {name: answer(command) for name, command in json.load(open(sys.argv[1])).items()}
+found["generated"] = [generate(folder) for folder in sys.argv[3:]]
+found["doctor"] = [(finding.status, finding.found) for finding in check_packages()]
+json.dump(found, open(sys.argv[2], "w"))
 """
+METHODS = ("gone", "leaves", "number", "other", "partial", "twice", "sliding", "power")
+TASKS = ("absent", "failing", "method", "renamed", "shared", "recall", "echo")
 
 
-DOCTOR = """
-import json
-from sparsetrain.doctor import check_packages
-print("RESULTS" + json.dumps([[finding.status, finding.found] for finding in check_packages()]))
-"""
-
-
-class Environment:
-    """A virtual environment that borrows the packages of this one, and holds what is installed into it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.python = folder / "bin/python"
-        venv.EnvBuilder(symlinks=True).create(folder)
-        self.packages = own = next((folder / "lib").glob("python*/site-packages"))
-        lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
-        (own / "borrowed.pth").write_text("".join(lines))
-
-    def install(self, *packages: Path) -> None:
-        options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "--python", self.python, "install", *options, *packages],
-            check=True,
-            cwd=ROOT.parent,
-        )
-
-    def results(self, program: str, *arguments: str) -> list:
-        done = subprocess.run([self.python, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.rpartition("RESULTS")[2])
-
-    def commands(self, *commands: list[str]) -> list:
-        """Exit code, output and errors of each command line."""
-        return self.results(COMMANDS, json.dumps(commands))
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Environment:
-    """The packages of the pages, and one of which nothing can be used."""
-    good, bad = {name: tmp_path_factory.mktemp(name) for name in PAGES}, tmp_path_factory.mktemp("no-good")
+def make_environment(folder: Path) -> Path:
+    """A virtual environment that borrows the packages of this one, with the packages of the pages, and one of which
+    nothing can be used; its Python."""
+    venv.EnvBuilder(symlinks=True).create(folder)
+    own = next((folder / "lib").glob("python*/site-packages"))
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
+    (own / "borrowed.pth").write_text("".join(lines))
+    sources = []
     for package, page in PAGES.items():
+        source = folder / "sources" / package
+        source.mkdir(parents=True)
         content = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name, text in re.findall(r"```\w+\n# (\S+)\n(.*?)```", content, re.DOTALL):
-            (good[package] / name).write_text(text)
-    (bad / "pyproject.toml").write_text(BROKEN)
-    (bad / "leaves.py").write_text("import sys\nsys.exit(5)\n")
-    (bad / "partial.py").write_text(PARTIAL)
-    made = Environment(tmp_path_factory.mktemp("environment"))
-    made.install(*good.values(), bad)
-    rival = made.packages / "rival-3.0.dist-info"
-    rival.mkdir()
-    (rival / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 3.0\n")
-    (rival / "entry_points.txt").write_text(RIVAL)
-    return made
+            (source / name).write_text(text)
+        sources.append(source)
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", *options, *sources]
+    subprocess.run(pip, check=True, cwd=ROOT.parent)
+    (own / "leaves.py").write_text("import sys\nsys.exit(5)\n")
+    (own / "partial.py").write_text(PARTIAL)
+    for name, version, entries in (("no-good", "2.0", BROKEN), ("rival", "3.0", RIVAL)):
+        about = own / f"{name.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (about / "entry_points.txt").write_text(entries)
+    return folder / "bin/python"
 
 
-@pytest.fixture(scope="module")
-def runs(environment, tmp_path_factory) -> dict:
-    """A short run of each method, and what it said."""
-    folder = tmp_path_factory.mktemp("runs")
-    sections = {"thirds": THIRDS, "tempered": TEMPERED}
-    stages = {"thirds": "deepspeed.stage=2", "tempered": "deepspeed.stage=3"}
-    commands = [
-        ["run", "quickstart", *SHORT, ECHOES, sections[name], stages[name], f"output={folder / name}"]
-        for name in sections
-    ]
-    done = dict(zip(sections, environment.commands(*commands), strict=True))
-    return {name: (folder / name, *done[name]) for name in sections}
+@pytest.fixture(scope="session")
+def answers(shared) -> dict:
+    """What commands of the environment said, all of them in one process: exit code, output and errors by name."""
+
+    def make(folder: Path) -> None:
+        python = make_environment(folder / "environment")
+        run = ["run", "quickstart", *SHORT, ECHOES]
+        plan = ["plan", "qwen3-8b-power-128k"]
+        validate = ["recipe", "validate", "quickstart"]
+        commands = {
+            "thirds": [*run, THIRDS, "deepspeed.stage=2", f"output={folder}/thirds"],
+            "tempered": [*run, TEMPERED, "deepspeed.stage=3", f"output={folder}/tempered"],
+            "eval": ["eval", f"{folder}/thirds/final", "quickstart", ECHOES, "--output", f"{folder}/result.json"],
+            "eval help": ["eval", "--help"],
+            "show": ["recipe", "show", f"{folder}/thirds/recipe.yaml"],
+            "plan thirds": [*plan, "attention.method=thirds"],
+            "plan tempered": [*plan, "attention.method=tempered", "train.parameters=new_modules"],
+            "plan full": [*plan, "attention.method=full"],
+            "schema": ["recipe", "schema"],
+            "unknown method": [*validate, "attention.method=third"],
+            "unknown field": [*validate, "attention.method=tempered", "attention.widow=4"],
+            "unknown task field": [*validate, "eval.tasks=[{task: echoes, lenght: 3}]"],
+            **{f"method {name}": [*validate, f"attention.method={name}"] for name in METHODS},
+            **{f"task {name}": [*validate, f"eval.tasks=[{{task: {name}}}]"] for name in TASKS},
+        }
+        (folder / "commands.json").write_text(json.dumps(commands))
+        arguments = [
+            folder / "commands.json",
+            folder / "answers.json",
+            folder / "thirds/final",
+            folder / "tempered/final",
+        ]
+        done = subprocess.run([python, "-c", PROGRAM, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+
+    folder = shared("installed-packages", make)
+    return {"folder": folder, **json.loads((folder / "answers.json").read_text())}
 
 
 @pytest.mark.parametrize("method", ["thirds", "tempered"])
-def test_an_installed_method_trains_and_is_checked_against_its_oracle(runs, method):
-    folder, code, out, err = runs[method]
+def test_an_installed_method_trains_and_is_checked_against_its_oracle(answers, method):
+    code, out, err = answers[method]
     assert code == 0, err
     assert "layer 0 equals its oracle on" in out + err
-    assert (folder / "final/config.json").is_file()
+    assert (answers["folder"] / method / "final/config.json").is_file()
 
 
-def test_what_a_learned_method_adds_is_trained_and_saved(runs):
+def test_what_a_learned_method_adds_is_trained_and_saved(answers):
     from safetensors.torch import load_file
 
     factors = [
         tensor
-        for name, tensor in load_file(runs["tempered"][0] / "final/model.safetensors").items()
+        for name, tensor in load_file(answers["folder"] / "tempered/final/model.safetensors").items()
         if name.endswith("self_attn.temperature.factor")
     ]
     assert factors
     assert all(factor.item() != 1.0 for factor in factors)
 
 
-def test_a_saved_model_loads_with_its_package_and_generates(environment, runs):
-    for record, equal in environment.results(GENERATE, *(str(run[0] / "final") for run in runs.values())):
+def test_a_saved_model_loads_with_its_package_and_generates(answers):
+    for record, equal in answers["generated"]:
         assert record["package"] == "every-third 0.1"
         assert equal
 
 
-def test_without_its_package_a_saved_model_is_refused_by_its_name(runs):
+def test_without_its_package_a_saved_model_is_refused_by_its_name(answers):
     with pytest.raises(ModelError, match=r"there is no 'thirds'.*was written with the package every-third 0\.1"):
-        load(runs["thirds"][0] / "final")
+        load(answers["folder"] / "thirds/final")
 
 
-def test_it_is_planned_described_and_in_the_schema(environment, runs):
-    kept, plan, tempered, dense, schema, unknown, field = environment.commands(
-        ["recipe", "show", str(runs["thirds"][0] / "recipe.yaml")],
-        ["plan", "qwen3-8b-power-128k", "attention.method=thirds"],
-        ["plan", "qwen3-8b-power-128k", "attention.method=tempered", "train.parameters=new_modules"],
-        ["plan", "qwen3-8b-power-128k", "attention.method=full"],
-        ["recipe", "schema"],
-        ["recipe", "validate", "quickstart", "attention.method=third"],
-        ["recipe", "validate", "quickstart", "attention.method=tempered", "attention.widow=4"],
-    )
+def test_it_is_planned_described_and_in_the_schema(answers):
+    kept, schema, unknown, field = (answers[name] for name in ("show", "schema", "unknown method", "unknown field"))
+    plan, tempered, dense = (answers[f"plan {name}"] for name in ("thirds", "tempered", "full"))
     assert kept[0] == 0, kept[2]
     assert "method: thirds" in kept[1]
     assert "block: 16" in kept[1]
@@ -229,26 +215,19 @@ def test_it_is_planned_described_and_in_the_schema(environment, runs):
         ("sliding", "is a method of sparsetrain, but no-good 2.0 uses the same name; uninstall the package"),
     ],
 )
-def test_a_package_that_cannot_be_used_is_named(refusals, method, message):
-    code, out, err = refusals[method]
+def test_a_package_that_cannot_be_used_is_named(answers, method, message):
+    code, out, err = answers[f"method {method}"]
     assert code == 2
     assert message in err
     assert "Traceback" not in out + err
 
 
-@pytest.fixture(scope="module")
-def refusals(environment) -> dict:
-    names = ("gone", "leaves", "number", "other", "partial", "twice", "sliding", "power")
-    commands = [["recipe", "validate", "quickstart", f"attention.method={name}"] for name in names]
-    return dict(zip(names, environment.commands(*commands), strict=True))
+def test_a_package_that_cannot_be_used_stops_nothing_else(answers):
+    assert answers["method power"][0] == 0
 
 
-def test_a_package_that_cannot_be_used_stops_nothing_else(refusals):
-    assert refusals["power"][0] == 0
-
-
-def test_doctor_lists_every_installed_method(environment):
-    found = environment.results(DOCTOR)
+def test_doctor_lists_every_installed_method(answers):
+    found = answers["doctor"]
     assert [text for status, text in found if status == "ok"] == [
         *(f"attention.method={name} comes from every-third 0.1" for name in ("tempered", "thirds")),
         "task=echoes comes from echoes 0.1",
@@ -256,19 +235,14 @@ def test_doctor_lists_every_installed_method(environment):
     assert len([status for status, _ in found if status == "warn"]) == 7 + 6
 
 
-def test_an_installed_task_is_measured_in_a_run_and_by_the_command(environment, runs, tmp_path):
-    folder, *_ = runs["thirds"]
-    measured = json.loads((folder / "evaluation.json").read_text())["thirds, after"]["tasks"]["echoes"]
+def test_an_installed_task_is_measured_in_a_run_and_by_the_command(answers):
+    folder = answers["folder"]
+    measured = json.loads((folder / "thirds/evaluation.json").read_text())["thirds, after"]["tasks"]["echoes"]
     assert measured["tokens"] == 32
-    assert "## Echoes" in (folder / "report.md").read_text()
-    again, help_, schema, mistake = environment.commands(
-        ["eval", str(folder / "final"), "quickstart", ECHOES, "--output", str(tmp_path / "result.json")],
-        ["eval", "--help"],
-        ["recipe", "schema"],
-        ["recipe", "validate", "quickstart", "eval.tasks=[{task: echoes, lenght: 3}]"],
-    )
+    assert "## Echoes" in (folder / "thirds/report.md").read_text()
+    again, help_, schema, mistake = (answers[name] for name in ("eval", "eval help", "schema", "unknown task field"))
     assert again[0] == 0, again[2]
-    (row,) = json.loads((tmp_path / "result.json").read_text())["rows"].values()
+    (row,) = json.loads((folder / "result.json").read_text())["rows"].values()
     assert row["tasks"]["echoes"] == measured
     assert "perplexity, passkey, recall" in help_[1]
     assert "echoes (echoes 0.1)" in " ".join(help_[1].split())
@@ -289,15 +263,8 @@ def test_an_installed_task_is_measured_in_a_run_and_by_the_command(environment, 
         ("echo", "there is no 'echo'; did you mean echoes?"),
     ],
 )
-def test_a_package_whose_task_cannot_be_used_is_named(task_refusals, task, message):
-    code, out, err = task_refusals[task]
+def test_a_package_whose_task_cannot_be_used_is_named(answers, task, message):
+    code, out, err = answers[f"task {task}"]
     assert code == 2
     assert message in err
     assert "Traceback" not in out + err
-
-
-@pytest.fixture(scope="module")
-def task_refusals(environment) -> dict:
-    names = ("absent", "failing", "method", "renamed", "shared", "recall", "echo")
-    commands = [["recipe", "validate", "quickstart", f"eval.tasks=[{{task: {name}}}]"] for name in names]
-    return dict(zip(names, environment.commands(*commands), strict=True))

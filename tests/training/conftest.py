@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from ports import free_port
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -217,25 +216,6 @@ def make_recipe(folder: Path) -> dict:
         "eval": {"at_start": False, "at_end": False},
         "wandb": {"mode": "disabled"},
     }
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """``shared(name, make)``: a folder that ``make`` fills once, whichever worker comes first."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def fetch(name: str, make: Callable[[Path], None]) -> Path:
-        folder = base / name
-        with FileLock(base / f"{name}.lock"):
-            if not (folder / "made").exists():
-                shutil.rmtree(folder, ignore_errors=True)  # what a test that failed here left half made
-                folder.mkdir()
-                make(folder)
-                (folder / "made").touch()
-        return folder
-
-    return fetch
 
 
 @pytest.fixture(scope="session")
