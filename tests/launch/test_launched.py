@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
 
 import pytest
 from ports import free_port
+from training.preloaded import Fork
 
 from sparsetrain.errors import TrainingError
 from sparsetrain.training.distributed import launcher
@@ -165,16 +164,16 @@ def test_what_torch_says_is_told_with_address_and_rank(ranks):
         raise RuntimeError("no route to host\nmore")
 
 
-def test_a_rank_whose_others_never_come_gives_up():
+def test_a_rank_whose_others_never_come_gives_up(tmp_path):
     script = (
         "import time\nfrom sparsetrain.training.distributed.launcher import meeting\n"
         "with meeting(0.005):\n    time.sleep(60)"
     )
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 3
-    assert "error (rank 1): rank 1 of 2" in done.stderr
-    assert "no answer within 0.005 minutes (deepspeed.timeout)" in done.stderr
+    assert Fork([script], tmp_path / "log", environment).wait(300) == 3
+    said = (tmp_path / "log").read_text()
+    assert "error (rank 1): rank 1 of 2" in said
+    assert "no answer within 0.005 minutes (deepspeed.timeout)" in said
 
 
 JOIN = """
@@ -207,20 +206,20 @@ print(total.item())
 
 
 @pytest.mark.parametrize("failures", [2, 3])
-def test_when_one_rank_fails_to_connect_all_try_again(failures):
+def test_when_one_rank_fails_to_connect_all_try_again(failures, tmp_path):
     port = free_port()
     ends = []
     for rank in range(2):
         variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", JOIN, str(failures * rank)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        ends.append(subprocess.Popen(command, env={**os.environ, **variables}, text=True, **pipes))
-    said = [process.communicate(timeout=100) for process in ends]
+        ends.append(Fork([JOIN, str(failures * rank)], tmp_path / f"{rank}", {**os.environ, **variables}))
+    codes = [process.wait(300) for process in ends]
+    said = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
     if failures < 3:
-        assert [output.strip() for output, _ in said] == ["2.0", "2.0"], said
+        assert [each.splitlines()[-1] for each in said] == ["2.0", "2.0"], said
+        assert codes == [0, 0]
     else:
-        assert all("rank 1: Gloo connectFullMesh failed: no error" in errors for _, errors in said), said
-        assert [process.returncode for process in ends] == [1, 1]
+        assert all("rank 1: Gloo connectFullMesh failed: no error" in each for each in said), said
+        assert codes == [1, 1]
 
 
 LEAVES = """
@@ -233,9 +232,9 @@ print(dist.is_initialized())
 """
 
 
-def test_a_process_that_is_done_leaves_its_group():
-    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+def test_a_process_that_is_done_leaves_its_group(tmp_path):
+    assert Fork([LEAVES], tmp_path / "log", dict(os.environ)).wait(300) == 0
+    assert (tmp_path / "log").read_text().split()[-1:] == ["False"]
 
 
 def test_it_does_not_wait_for_ever_for_ranks_that_are_gone(monkeypatch):
