@@ -19,18 +19,23 @@ def layering() -> ModuleType:
     return module
 
 
-def test_imports_run_downwards(layering):
+@pytest.fixture(scope="module")
+def imports(layering) -> dict:
+    return layering.imports()
+
+
+def test_imports_run_downwards(layering, imports):
     wrong = [
         f"{module} imports {other}: {layering.subpackage(module)} is not above {layering.subpackage(other)}"
-        for module, others in layering.imports().items()
+        for module, others in imports.items()
         for other in others
         if not layering.may_import(layering.subpackage(module), other)
     ]
     assert not wrong, "\n".join(sorted(wrong))
 
 
-def test_no_modules_import_each_other(layering):
-    assert layering.cycles(layering.imports()) == []
+def test_no_modules_import_each_other(layering, imports):
+    assert layering.cycles(imports) == []
 
 
 def test_a_cycle_is_found(layering):
@@ -46,12 +51,9 @@ def test_files_are_short(layering):
     assert not {name for name in layering.LONG if lengths.get(name, 0) <= layering.LONGEST}, "no longer long"
 
 
-def test_the_kernels_stand_alone(layering):
+def test_the_kernels_stand_alone(layering, imports):
     assert not layering.may_import("kernels", "ground")
     imported = {
-        other
-        for module, others in layering.imports().items()
-        if layering.subpackage(module) == "kernels"
-        for other in others
+        other for module, others in imports.items() if layering.subpackage(module) == "kernels" for other in others
     }
     assert all(layering.subpackage(other) == "kernels" for other in imported)

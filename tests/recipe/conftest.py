@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from training.preloaded import forked_run
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.recipe import LoadedRecipe, load_recipe
@@ -69,5 +67,8 @@ def refuse(load: Callable[..., LoadedRecipe]) -> Callable[..., str]:
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of an experiment are processes that have the libraries already; on CUDA, new ones."""
+    import torch
+    from training.preloaded import forked_run
+
     if not torch.cuda.is_available():
         monkeypatch.setattr("sparsetrain.recipes.evidence.run.subprocess.run", forked_run)
