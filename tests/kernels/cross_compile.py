@@ -1,6 +1,6 @@
 """Compiles kernels for Hopper on a machine without a GPU and prints what each takes of it, as one line of JSON each.
 
-Runs in a process of its own, without Triton's interpreter: ``python cross_compile.py FAMILY DTYPE``.
+For a process of its own, without Triton's interpreter: ``cross_compile_families.py``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -50,7 +50,7 @@ from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
 from sparsetrain_kernels.top_p_selection.triton import pooling, thresholds
 from sparsetrain_kernels.top_p_selection.triton import short as short_rows
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
+from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -94,19 +94,22 @@ def report(name: str, code: Any, options: dict[str, Any]) -> None:
     print(json.dumps(facts), flush=True)
 
 
+class SharedMemory(Exception):
+    """Ends a compilation with the bytes of shared memory of its kernel."""
+
+
 def report_shared(name: str, code: Any, options: dict[str, Any]) -> None:
-    """Compile it until its shared memory is known: registers for kernels that spill take a minute to choose."""
+    """Compile it until its shared memory is known: LLVM and ptxas take a minute for kernels that spill."""
 
-    def named(_: Any, __: str, metadata: dict[str, Any], *others: Any) -> str:
-        metadata["name"] = name
-        return ""
+    def stop(module: Any, _: Any) -> None:
+        raise SharedMemory(module.get_int_attr("ttg.shared"))
 
-    with (
-        mock.patch.object(CUDABackend, "make_ptx", named),
-        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
-    ):
-        kernel = triton.compile(code, target=TARGET, options=options)
-    print(json.dumps({"kernel": name, "shared": kernel.metadata.shared}), flush=True)
+    llvm = SimpleNamespace(init_targets=lambda: None, context=lambda: None, to_module=stop)
+    with mock.patch.object(compiler, "llvm", llvm):
+        try:
+            triton.compile(code, target=TARGET, options=options)
+        except SharedMemory as known:
+            print(json.dumps({"kernel": name, "shared": known.args[0]}), flush=True)
 
 
 def source(kind: Any, kernel: Any, dtype: str, constants: dict[str, Any], types: dict[str, str]) -> Any:
@@ -405,12 +408,6 @@ def compile_mirror(dtype: str) -> None:
                 types = {"scale_low_ptr": "*fp16", "bounds_ptr": f"*{dtype}" if bounds == "keys" else "*u8"}
                 warps = {"num_warps": 1 if tile == 1 else 4}
                 kernels.append((f"append {tile} {bounds} {head_dim}", mirror_kernels.append_kernel, own, types, warps))
-            # Labels of 16 channels.
-            absent = ("value", "key_cache", "value_cache", "bounds", "bounds_center", "bounds_spread")
-            own = {"KV_HEADS": 8, "PAGE": 256, "TILE": tile, "CACHE": False, "MIRROR": True, "BOUNDS": "none"}
-            own |= {"HALF": 8, "HALF_PAD": 32} | {f"{name}_ptr": None for name in absent}
-            types, warps = {"scale_low_ptr": "*fp16"}, {"num_warps": 1 if tile == 1 else 4}
-            kernels.append((f"append codes {tile} {head_dim}", mirror_kernels.append_kernel, own, types, warps))
         for heads in (8, 16):
             for page, listed in ((256, 0), (16, 0), (256, 1), (256, 16))[:: 1 if heads == 8 else 3]:
                 config = choose_config(head_dim // 2, heads, page, listed > 0)
@@ -437,6 +434,13 @@ def compile_mirror(dtype: str) -> None:
             types = {"lse_ptr": "*fp32", "weights_ptr": "*fp16"}
             name = f"weights {softcap} {head_dim}"
             kernels.append((name, key_weights.key_weights_kernel, own, types, {"num_warps": 4}))
+    for tile in (1, 16):
+        # Labels of 16 channels, whatever the head dim.
+        absent = ("value", "key_cache", "value_cache", "bounds", "bounds_center", "bounds_spread")
+        own = {"KV_HEADS": 8, "PAGE": 256, "TILE": tile, "CACHE": False, "MIRROR": True, "BOUNDS": "none"}
+        own |= {"HALF": 8, "HALF_PAD": 32} | {f"{name}_ptr": None for name in absent}
+        types, warps = {"scale_low_ptr": "*fp16"}, {"num_warps": 1 if tile == 1 else 4}
+        kernels.append((f"append codes {tile}", mirror_kernels.append_kernel, own, types, warps))
     kernels.append(("add splits", key_scores.add_splits_kernel, {"SPLITS_PAD": 64, "DUE": True}, {}, {"num_warps": 1}))
     for name, kernel, constants, types, options in kernels:
         own = known | types
@@ -484,16 +488,14 @@ def compile_decode(dtype: str) -> None:
             report(f"decode {dtype} {head_dim} {rows}", code, options)
 
 
-if __name__ == "__main__":
-    families = {
-        "decode": compile_decode,
-        "plain": compile_plain,
-        "selected": compile_selected,
-        "hopper": compile_hopper,
-        "sparsek": compile_sparsek,
-        "sum": compile_query_sum,
-        "lists": compile_lists,
-        "listed": compile_listed,
-        "mirror": compile_mirror,
-    }
-    families[sys.argv[1]](sys.argv[2])
+FAMILIES = {
+    "decode": compile_decode,
+    "plain": compile_plain,
+    "selected": compile_selected,
+    "hopper": compile_hopper,
+    "sparsek": compile_sparsek,
+    "sum": compile_query_sum,
+    "lists": compile_lists,
+    "listed": compile_listed,
+    "mirror": compile_mirror,
+}

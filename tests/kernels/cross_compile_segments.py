@@ -1,9 +1,7 @@
-"""As ``cross_compile.py``, for attention over lists by segments, of chosen rows, and of SparseK's selections on Hopper:
-``FAMILY DTYPE``."""
+"""As ``cross_compile.py``, for attention over lists by segments, of chosen rows, and of SparseK's selections."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -153,6 +151,10 @@ def compile_selected(dtype: str) -> None:
         report(f"{name} {dtype} {head_dim}", code, {"num_warps": 4, "enable_fp_fusion": True})
 
 
-if __name__ == "__main__":
-    families = {"listed": compile_listed, "rows": compile_rows, "choice": compile_choice, "work": compile_work}
-    (families | {"selected": compile_selected})[sys.argv[1]](sys.argv[2])
+FAMILIES = {
+    "segments listed": compile_listed,
+    "segments rows": compile_rows,
+    "segments choice": compile_choice,
+    "segments work": compile_work,
+    "segments selected": compile_selected,
+}
