@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from crossover import crossover
+from sparsek_speed import sparsek_speed
 from svg import CHOICE, EMPTY, FAR, SINK, WINDOW, cells, drawing, legend, line, rectangle, text
 
 from sparsetrain.methods.registry import parse_attention
@@ -180,6 +181,7 @@ def all_pictures() -> dict[str, str]:
     drawn = {f"{name}-pattern.svg": static(name) for name in STATIC}
     drawn |= {"full-pattern.svg": full(), "sparsek-pattern.svg": sparsek(), "recycled-pattern.svg": recycled()}
     drawn |= {"twilight.svg": twilight(), "refresh.svg": recycled(range(13, 26)), "crossover.svg": crossover()}
+    drawn["sparsek-speed.svg"] = sparsek_speed()
     return drawn
 
 
