@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_origin
@@ -56,6 +56,12 @@ class TaskSection(Section, ABC):
     writes: ClassVar[bool] = True
     """Whether the model may write texts, in steps that follow its decode section. Otherwise the task measures the same
     under every decode setting."""
+
+    other_models: ClassVar[tuple[str, ...]] = ()
+    """The fields that may name a model which is loaded beside the one that is measured, whole on each rank."""
+
+    instead_of_decode: ClassVar[str] = ""
+    """For a task that does not write: what measures decode settings in its place, where something does."""
 
     task: str
     name: TaskName | None = None
@@ -147,6 +153,13 @@ class TaskSection(Section, ABC):
             lacking = sorted(cls.__abstractmethods__) + ([] if hasattr(cls, "result") else ["result"])
             if lacking:
                 raise TypeError(f"{cls.__name__} defines a task but lacks {', '.join(lacking)}")
+
+
+def without_steps(tasks: Iterable[TaskSection]) -> str:
+    """Tasks that measure the same under every decode setting, and what measures such settings in their place."""
+    found = list(tasks)
+    names = ", ".join(task.label for task in found)
+    return "; ".join([f"{names}, which write no texts", *filter(None, (task.instead_of_decode for task in found))])
 
 
 class Task(ABC):

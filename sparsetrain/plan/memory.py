@@ -51,6 +51,7 @@ COMPONENTS = (
     "layer",
     "loss",
     "update",
+    "second model",
 )
 """Names of the components of a phase."""
 
@@ -117,6 +118,11 @@ def estimate_memory(setting: Setting) -> Memory:
         ),
         _step(setting, states),
     ]
+    second = max((model.size or 0.0 for model in setting.second_models), default=0.0)
+    if second:
+        # The passes of evaluations are not counted; the second model is held beside all that waits for the next step.
+        parts = {"weights": states.weights, "gradients": early, **static, "second model": second}
+        phases.append(Phase("evaluation", parts))
     return Memory(tuple(phases), host)
 
 

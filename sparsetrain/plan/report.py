@@ -83,6 +83,10 @@ def notes(plan: Plan) -> list[str]:
             f"{setting.dense_layers} of {setting.shape.layers} layers stay dense; a step is "
             f"{plan.dense_time.seconds / plan.time.seconds:.2f} times as fast as with dense attention in all of them."
         )
+    for model in setting.second_models:
+        beside = "is held whole on each GPU beside the model in evaluations"
+        size = "its size is not known here and not counted" if model.size is None else f"{model.size / GIB:.1f} GiB"
+        lines.append(f"{model.field}={model.name} {beside}: {size}. Null has the model itself choose.")
     if setting.attention.note is not None:
         lines.append(setting.attention.note)
     if plan.time.seconds / setting.batch.accumulation < SHORT:

@@ -10,6 +10,7 @@ from sparsetrain.errors import RecipeError
 from sparsetrain.methods.costs import AttentionCosts, LayerShape
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.plan.devices import Device
+from sparsetrain.plan.second_model import SecondModel, second_models
 from sparsetrain.plan.shape import ModelShape
 from sparsetrain.plan.trained import Parameters, count_parameters
 from sparsetrain.recipe.batch import BatchShape, batch_shape
@@ -109,6 +110,11 @@ class Setting:
         """The ``zero_optimization`` section that DeepSpeed would get, with its defaults."""
         plan = self.batch.with_steps(1)
         return {**_ZERO_DEFAULTS, **deepspeed_config(self.recipe, plan, self.parameters.trained)["zero_optimization"]}
+
+    @cached_property
+    def second_models(self) -> tuple[SecondModel, ...]:
+        """The models that evaluations load beside the one that is trained."""
+        return tuple(second_models(self.recipe))
 
     @property
     def stage(self) -> int:

@@ -97,6 +97,9 @@ def _candidates(setting: Setting) -> Iterator[tuple[tuple[str, ...], str]]:
     recipe, shape = setting.recipe, setting.shape
     train, section = recipe.train, recipe.deepspeed
     micro = train.micro_batch
+    if setting.second_models:
+        nulls = tuple(f"{model.field}=null" for model in setting.second_models)
+        yield nulls, "the first evaluation of the run chooses in place of that model"
     given = train.global_batch_sequences is not None or train.global_batch_tokens is not None
     while micro > 1:
         micro //= 2

@@ -216,6 +216,21 @@ def test_mistakes_are_explained(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_model_that_chooses_key_tokens_is_counted(capsys):
+    tasks = "eval.tasks=[{task: key_tokens, lengths: [8192], source: {path: python-stdlib}, key_tokens_from: %s}]"
+    arguments = ["plan", "qwen3-0.6b-power-32k", "--gpus", "1"]
+    assert main([*arguments, tasks % "Qwen/Qwen3-32B", "--memory", "70GB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in said
+    assert "eval.tasks.key_tokens.key_tokens_from=Qwen/Qwen3-32B is held whole on each GPU" in said
+    assert ": 61.0 GiB. Null has the model itself choose." in said  # 32.8 billion elements of two bytes
+    assert "Append: eval.tasks.key_tokens.key_tokens_from=null" in said
+    assert main([*arguments, tasks % "some/where", "--json"]) == 0
+    assert "evaluation" not in json.loads(capsys.readouterr().out)["phases"]
+    assert main([*arguments, tasks % "some/where"]) == 0
+    assert "its size is not known here and not counted" in " ".join(capsys.readouterr().out.split())
+
+
 def test_memory_of_a_plan_is_that_of_its_setting():
     plan = make_plan("mistral-7b-power-32k", gpus=8)
     assert plan.memory == estimate_memory(plan.setting)

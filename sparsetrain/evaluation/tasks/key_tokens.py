@@ -31,6 +31,7 @@ class KeyTokensSection(TextSection):
     the mean over all tokens is that of near ones."""
 
     result = KeyTokensResult
+    other_models = ("key_tokens_from",)
 
     task: Literal["key_tokens"] = "key_tokens"
     """Loss on key tokens (LongPPL)."""
