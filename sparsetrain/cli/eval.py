@@ -173,6 +173,9 @@ def evaluate_model(
     evaluation = Evaluation(source(), measured.section, measured.seed, inputs, kind, output, resume is False)
     rows = evaluation.labelled(asked_rows)
     world = connect(place, timeout=RANK_MINUTES)
+    if world.main:
+        told = evaluation.told(rows, world, measured.recipe if names is None else None)
+        print(f"to measure: {told}", file=sys.stderr)
     try:
         with interruptible():
             results = evaluation.measure(rows, world)

@@ -16,12 +16,12 @@ from rich.console import Console
 
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import ModelError
-from sparsetrain.evaluation.base import Task, TaskResult
+from sparsetrain.evaluation.base import Task, TaskResult, without_steps
 from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.row_model import put, recorded, recorded_section
-from sparsetrain.evaluation.runner import evaluate
+from sparsetrain.evaluation.runner import evaluate, told_work
 from sparsetrain.inference.models import MODEL, Source
 from sparsetrain.modeling import check_learned_positions, set_decode
 from sparsetrain.modeling.layers import attention_density
@@ -68,9 +68,12 @@ class Evaluation:
         Raises:
             ModelError: the model cannot take one of them, no task would be different, or two are one.
         """
-        if not all(row.decoding.recorded for row in asked) and not any(task.writes for task in self.section.tasks):
-            names = ", ".join(self.section.by_name)
-            raise ModelError(f"--decode has no effect on {names}, which write no texts; add a task that does: ruler")
+        tasks = self.section.tasks
+        if not all(row.decoding.recorded for row in asked) and not any(task.writes for task in tasks):
+            raise ModelError(f"--decode has no effect on {without_steps(tasks)}; add a task that writes: ruler")
+        for task in tasks if any(not row.decoding.recorded for row in asked) else ():
+            if task.instead_of_decode:
+                _note(f"{task.label} is the same in all rows of --decode: {task.instead_of_decode}")
         self._note_positions()
         rows: list[Labelled] = []
         for row in asked:
@@ -90,6 +93,16 @@ class Evaluation:
                 raise ModelError("--attention trained is dense: this model attends fully; drop one of the two")
             rows.append(Labelled(label, row.attention, row.decoding))
         return rows
+
+    def told(self, rows: Sequence[Labelled], world: World, recipe: str | None) -> str:
+        """How much is measured.
+
+        Args:
+            recipe: that alone says what.
+        """
+        rows_told = f", for each of {len(rows)} rows" if len(rows) > 1 else ""
+        asked = "" if recipe is None else f"; {recipe} asks for them, --tasks NAME for some of them"
+        return f"{told_work(self.inputs, world.size)}{rows_told}{asked}"
 
     def measure(self, rows: Sequence[Labelled], world: World) -> dict[str, EvalResult]:
         """The results by label; the file has those that are done."""

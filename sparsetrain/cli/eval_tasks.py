@@ -46,6 +46,8 @@ class Measured:
 
     section: EvalSection
     seed: int
+    recipe: str | None = None
+    """The recipe that it is of."""
 
 
 def choose_tasks(
@@ -181,7 +183,7 @@ def _no_task(name: str, known: dict[str, TaskSection], recipe: str | None) -> st
 def _load(recipe: str | None, overrides: Sequence[str]) -> Measured:
     if recipe is not None:
         loaded = load_recipe(recipe, overrides)
-        return Measured(loaded.recipe.eval, loaded.recipe.train.seed)
+        return Measured(loaded.recipe.eval, loaded.recipe.train.seed, recipe)
     source = Source({"eval": {"tasks": []}})
     apply_overrides(source, overrides)
     alone = validated(source, "the command line", _EvaluationAlone, lambda part: task_faults(part.eval))

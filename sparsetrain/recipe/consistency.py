@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
+from sparsetrain.evaluation.base import without_steps
 from sparsetrain.recipe.expressions import matching
 from sparsetrain.recipe.heads import attention_heads, heads_fault, positions_fault
 from sparsetrain.recipe.local_model import decoder_config, num_layers
@@ -81,8 +82,8 @@ def without_effect(recipe: Recipe) -> list[str]:
     if not any(task.writes for task in evaluation.tasks):
         for index, row in enumerate(evaluation.rows):
             if not row.read().decoding.recorded:
-                names = ", ".join(evaluation.by_name)
-                notes.append(f"eval.rows.{index}.decode={row.decode} has no effect on {names}, which write no texts")
+                same = without_steps(evaluation.tasks)
+                notes.append(f"eval.rows.{index}.decode={row.decode} has no effect on {same}")
     pattern, length = recipe.attention.pattern(), recipe.sequence.length
     if pattern is not None and not pattern.per_head:
         last = (length - 1) // pattern.block

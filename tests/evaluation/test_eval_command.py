@@ -70,10 +70,12 @@ def refused(capsys):
 def test_a_run_and_its_model_are_measured_as_the_recipe_beside_them_says(run, capsys):
     rows = call("run", "--tasks", "passkey,far", "eval.tasks.far.trials=3", "train.seed=5")
     assert list(rows) == ["trained (power)"]
+    told = capsys.readouterr()
+    assert "to measure: 7 forward passes (passkey 4, far 3)\n" in told.err
     row = rows["trained (power)"]
     assert list(row["tasks"]) == ["passkey", "far"]
     assert (row["attention"]["method"], row["decode"], row["dtype"], row["device"]) == ("power", None, "float32", "cpu")
-    assert "trained (power)" in capsys.readouterr().out
+    assert "trained (power)" in told.out
     section = load_recipe("run/recipe.yaml", ["eval.tasks.ruler=null", "eval.tasks.far.trials=3"]).recipe.eval
     model = sparsetrain.load("run/final")
     tokenizer = sparsetrain.modeling.tokenizers.load_tokenizer("run/final", "path")
@@ -165,7 +167,10 @@ def test_rows_of_a_recipe_follow_the_model_as_it_is(run, capsys):
     ]
     assert list(call(*short, "--attention", "trained")) == ["trained (power)"]
     every = ["trained (power)", "trained (power), none", "dense", "dense, twilight,dense_layers=[]"]
-    assert list(call("run", "--tasks", "far,ruler")) == every
+    capsys.readouterr()
+    assert list(call("run", "eval.tasks.passkey=null")) == every
+    told = ", for each of 4 rows; run/recipe.yaml asks for them, --tasks NAME for some of them\n"
+    assert told in capsys.readouterr().err
 
 
 def test_a_model_is_what_it_was_behind_a_row(tiny_model):
@@ -272,6 +277,11 @@ def test_ranks_share_the_samples_and_one_tells(run):
         (["run", "--attention", "{method: power, blok: 3}"], "there is no 'blok', did you mean block?"),
         (["run", "--attention", "dense", "--attention", "dense"], "--attention has dense twice; give it once"),
         (["run", "--tasks", "far", "--decode", "none"], "--decode has no effect on far, which write no texts; add a"),
+        (
+            ["run", "--tasks", "attention_error", "--lengths", "1k", "--decode", "quest"],
+            "attention_error is of one pass over a text, and decode settings choose keys in the steps behind one: "
+            "sparsetrain compare-decode measures the error of such steps, beside oracles of as many bytes; add a task",
+        ),
         (["run", "--decode", "twilit"], "decode=twilit is not known; choose one of twilight, twilight-full, quest"),
         (["run", "--decode", "twilight,p"], "--decode twilight,p: p is no field; write a setting, then fields such as"),
         (["run", "--decode", "none,prune.p=1"], "--decode none reads all keys, so --decode.prune.p would have no"),

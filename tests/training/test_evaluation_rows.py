@@ -18,6 +18,7 @@ def test_rows_are_measured_behind_the_model_as_it_is(tmp_path, tiny, run_folder)
     tasks = f"tasks: [{{task: perplexity, lengths: [128], tokens: 256, {source}}}]"
     rows = "rows: [{attention: dense}, {attention: {method: sliding, block: 16, window: 1}}]"
     assert main(["run", str(tiny), f"eval={{at_start: false, {rows}, {tasks}}}", "--output", str(run.path)]) == 0
+    assert "evaluations: 3 after it; each of 2 forward passes (perplexity 2)" in (run.path / "run.log").read_text()
     results = json.loads((run.path / "evaluation.json").read_text())
     others = [": dense", ": sliding block=16 window=1"]
     assert list(results) == ["power, after", *(f"power, after{other}" for other in others)]
@@ -60,3 +61,7 @@ def test_a_row_that_the_model_cannot_take_is_refused_before_training(tmp_path, t
 def test_a_decode_setting_that_no_task_follows_is_noted(tiny):
     notes = load_recipe(tiny, [f"eval={{rows: [{{decode: twilight}}], {TASKS}}}"]).notes
     assert "eval.rows.0.decode=twilight has no effect on passkey, which write no texts" in " ".join(notes)
+    source = "source: {path: python-stdlib}"
+    error = f"tasks: [{{task: attention_error, lengths: [128], rows: 32, {source}}}]"
+    notes = load_recipe(tiny, [f"eval={{rows: [{{decode: twilight}}], {error}}}"]).notes
+    assert "has no effect on attention_error, which write no texts; attention_error is of one pass" in " ".join(notes)

@@ -28,6 +28,10 @@ class AttentionErrorSection(TaskSection):
 
     result = AttentionErrorResult
     writes = False
+    instead_of_decode = (
+        "attention_error is of one pass over a text, and decode settings choose keys in the steps behind one: "
+        "sparsetrain compare-decode measures the error of such steps, beside oracles of as many bytes"
+    )
 
     task: Literal["attention_error"] = "attention_error"
     """Attention error by layer."""

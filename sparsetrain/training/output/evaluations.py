@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsetrain.activity import activity
 from sparsetrain.errors import CheckpointError
+from sparsetrain.evaluation.base import Task
 from sparsetrain.evaluation.fingerprint import describe, weights_digest
 from sparsetrain.evaluation.html.page import PAGE_FILE, write_page
 from sparsetrain.evaluation.journal import Journal
 from sparsetrain.evaluation.report import read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.row_model import as_row
-from sparsetrain.evaluation.runner import evaluate, make_inputs
+from sparsetrain.evaluation.runner import evaluate, make_inputs, told_work
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.recipe.rows import OTHERWISE
+from sparsetrain.time_left import PAUSE, clock_time
 from sparsetrain.training.changes import describe_change
 from sparsetrain.training.job import Job, Loaded
 
@@ -43,8 +46,11 @@ class Evaluations:
     results: dict[str, EvalResult]
     history: Sequence[dict[str, Any]] = ()
 
-    def measure(self, label: str) -> EvalResult | None:
+    def measure(self, label: str, inputs: Mapping[str, Task] | None = None) -> EvalResult | None:
         """Evaluate the current model and keep the result under ``label``; None if the section is empty.
+
+        Args:
+            inputs: of :func:`make_inputs`, where they are there already.
 
         Raises:
             Stopped: The run was asked to stop after training has begun.
@@ -70,6 +76,7 @@ class Evaluations:
                 section,
                 job.world,
                 seed=job.recipe.train.seed,
+                inputs=inputs,
                 on_progress=moved,
                 journal=journal,
                 first=next(iter(self.results.values()), None),
@@ -115,22 +122,42 @@ def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[
         RecipeError, DataError: A later evaluation is not possible.
     """
     section = job.recipe.eval
-    if not resumed and section.at_start:
-        return evaluate_untrained(job, loaded)
-    if section.at_end or section.every is not None:
-        make_inputs(section, loaded.tokenizer, job.recipe.train.seed)
+    before = section.measures_at_start and not resumed
+    if not section.empty and (before or section.at_end or section.every is not None):
+        inputs = make_inputs(section, loaded.tokenizer, job.recipe.train.seed)
+        _announce(job, loaded, inputs, before=before)
+        if before:
+            return evaluate_untrained(job, loaded, inputs)
     return recorded_results(job) if resumed else {}
 
 
-def evaluate_untrained(job: Job, loaded: Loaded) -> dict[str, EvalResult]:
+def _announce(job: Job, loaded: Loaded, inputs: Mapping[str, Task], *, before: bool) -> None:
+    """Say how many evaluations there are, and how much each of them is: those of a base come along unseen."""
+    section = job.recipe.eval
+    moments = {
+        "before training": before * (1 if job.recipe.attention.method == "full" else 2),
+        "during it": 0 if section.every is None else (loaded.plan.steps - 1) // section.every,
+        "after it": section.at_end * (1 + len(section.rows)),
+    }
+    told = ", ".join(f"{count} {moment}" for moment, count in moments.items() if count)
+    if told:
+        job.say(f"evaluations: {told}; each of {told_work(inputs, job.world.size)}")
+
+
+def evaluate_untrained(job: Job, loaded: Loaded, inputs: Mapping[str, Task]) -> dict[str, EvalResult]:
     """Evaluate the original dense model, and then the model with the method before training."""
     attention = job.recipe.attention
     evaluations = Evaluations(job, loaded.model, loaded.tokenizer, {})
     if attention.method != "full":
+        start = time.monotonic()
         sparsify(loaded.model, FullConfig())
-        evaluations.measure("full attention, before")
+        evaluations.measure("full attention, before", inputs)
+        seconds = time.monotonic() - start
+        if seconds > PAUSE:
+            ways = "eval.at_start=false and eval.at_end=false leave them out"
+            job.say(f"this evaluation took {clock_time(seconds)}; expect as much of the others ({ways})")
         sparsify(loaded.model, attention)
-    evaluations.measure(f"{attention.method}, before")
+    evaluations.measure(f"{attention.method}, before", inputs)
     return evaluations.results
 
 
