@@ -60,6 +60,25 @@ def test_the_command_line_takes_settings_and_options(tmp_path: Path, capsys) -> 
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["step.csv", "step.json"]
 
 
+def test_steps_with_deepspeeds_offload_are_those_of_the_recipe() -> None:
+    """On a CPU nothing is moved; its checkpoints and hooks are the same."""
+    settings = ["train.offload_activations=true", "train.activation_checkpointing=layer", "sequence.length=64"]
+    settings += ["train.micro_batch=1", "train.global_batch_sequences=2"]
+    shape = {"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sharded = ["deepspeed.stage=3", f"model={json.dumps({'architecture': shape, 'tokenizer': 'sparsetrain:tiny'})}"]
+    ways = {"lengths": None, "repeats": 1, "output": None, "ways": "recipe,ds-cpu,ds-hidden"}
+    for more in (["lora.rank=4"], sharded):
+        rows = run_step("quickstart", [*settings, *more], **ways)
+        assert [row.reason for row in rows] == [""] * 3
+        assert [row.loss for row in rows] == [rows[0].loss] * 3
+        assert [row.grad_norm for row in rows] == [pytest.approx(rows[0].grad_norm, rel=1e-6)] * 3
+    (row,) = run_step("tiny-sparsek", settings, **(ways | {"ways": "ds-cpu"}))
+    assert "cannot keep what attention.method=sparsek selects" in row.reason
+    (row,) = run_step("quickstart", ["sequence.length=64"], **(ways | {"ways": "ds-hidden"}))
+    assert "set train.activation_checkpointing=layer" in row.reason
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_nothing_of_a_way_is_left_when_the_next_one_is_measured(stage: int) -> None:
     """Memory is measured in it. DeepSpeed's own destroy() leaves an engine of ZeRO-3 where it was."""

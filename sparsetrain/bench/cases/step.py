@@ -23,6 +23,7 @@ class Options(AnyOptions):
     Examples:
       sparsetrain bench step qwen3-8b-power-lora-64k --lengths 32768,131072 --ways plain,dense,flex,recipe,bare
       sparsetrain bench step my.yaml train.micro_batch=1 train.mlp_chunk=16384 --output bench
+      sparsetrain bench step my.yaml train.offload_activations=true --ways recipe,ds-cpu,ds-hidden
 
     \b
     Several GPUs:
@@ -35,7 +36,9 @@ class Options(AnyOptions):
     """Settings laid over the recipe, such as train.lr=2e-5."""
     ways: str = "recipe,dense,bare"
     """Commas between: recipe, dense (full attention instead), flex (the pattern by FlexAttention), bare (no attention:
-    the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed)."""
+    the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed), ds-cpu and ds-hidden
+    (the recipe's step with DeepSpeed's cpu_checkpointing or CheckpointHiddenStatesOffload in the place of
+    train.offload_activations)."""
     lengths: str | None = None
     """Tokens in a row, commas between; by default the recipe's."""
     full_up_to: Annotated[int | None, Field(ge=0)] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sparsetrain.bench.contenders.offloads import Offload, cpu_checkpointing, hidden_states_offload
 from sparsetrain.bench.contenders.stand_ins import use_flex, use_no_attention
 from sparsetrain.bench.measure import Unavailable
 from sparsetrain.data import Batch, Row, Step, collate
@@ -57,9 +59,21 @@ class Way:
     """The attention of its model; None for the recipe's method."""
 
 
-def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, stand_in: str | None = None) -> None:
+def _ours(
+    recipe: Recipe,
+    plan: BatchPlan,
+    world: World,
+    after_step: AfterStep,
+    stand_in: str | None = None,
+    offload: Offload | None = None,
+) -> None:
     """The loop of ``sparsetrain run`` on random tokens, behind the warm-up of its method: that ends, and so few steps
-    would be all of it."""
+    would be all of it.
+
+    Args:
+        stand_in: another attention.
+        offload: what moves the inputs of layers to host memory, in the place of ``train.offload_activations``.
+    """
     recipe = recipe.model_copy(update={"attention": recipe.attention.settled()})
     pattern = recipe.attention.pattern()
     if stand_in == "flex" and (pattern is None or pattern.per_head or len(pattern.by_layer) > 1):
@@ -70,6 +84,9 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
     if stand_in is not None:
         train = recipe.train.model_copy(update={"new_modules_lr": None, "parameters": "all"})
         recipe = recipe.model_copy(update={"attention": FullConfig(), "train": train})
+    if offload is not None:
+        train = recipe.train.model_copy(update={"offload_activations": False})
+        recipe = recipe.model_copy(update={"train": train})
     model = sparsify(random_model(recipe, world.device), recipe.attention)
     check_shareable(model, recipe.sequence.parallel)
     if wants_liger(recipe.train.liger, world.device):
@@ -91,8 +108,10 @@ def _ours(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep, 
         job = Job(recipe, Path(folder), world, StopSignals(), Progress(rank=1))
         loader: Any = random_steps(model.config.vocab_size, plan, world)
         loop = Loop(job, plan, engine, loader, TrainState(step=0, ranks=world.size), Timing())
+        moved = nullcontext() if offload is None else offload(engine, model, recipe, world.device)
         try:
-            loop.run()
+            with moved:
+                loop.run()
         finally:
             destroy(engine)
 
@@ -210,6 +229,8 @@ WAYS = (
     Way("dense", partial(_ours, stand_in="dense"), "full"),
     Way("flex", partial(_ours, stand_in="flex")),
     Way("bare", partial(_ours, stand_in="bare"), "none"),
+    Way("ds-cpu", partial(_ours, offload=cpu_checkpointing)),
+    Way("ds-hidden", partial(_ours, offload=hidden_states_offload)),
     Way("plain", _plain, "full"),
     Way("hf", _hugging_face, "full"),
     Way("hf-bare", partial(_hugging_face, attention=False), "none"),
