@@ -152,6 +152,10 @@ def _print_mixture(console: Console, stream: RowStream, recipe: Recipe, read: di
         f"{what} {counted(count.rows, 'row')} of {length:,} tokens: {count.tokens:,} tokens, {fill:.1%} full",
         "bold",
     )
+    for label, passes in count.passes.items():
+        if passes and label in read:
+            again = f"read {passes + 1:,} times for these rows: a stream begins again at its end"
+            _say(console, f"  {label}: {counted(len(read[label].lengths), 'document')}, {again}", "yellow")
     shares = recipe.data.shares()
     for source, share in zip(sources, shares) if len(sources) > 1 else ():
         tokens = count.by_source[source.label]

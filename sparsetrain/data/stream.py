@@ -79,6 +79,8 @@ class RowCount(NamedTuple):
     tokens: int
     by_source: Counter[str]
     """Tokens by the label of their source."""
+    passes: dict[str, int]
+    """Times that a stream was read to its end, and begun again, by its label."""
 
 
 class RowStream:
@@ -253,12 +255,14 @@ class RowStream:
         """
         here = self.state_dict()
         self.load_state_dict(self._beginning)
-        count = RowCount(0, 0, Counter())
+        count = RowCount(0, 0, Counter(), {})
         while not (self._epoch and self._mapped_draws >= self._epoch) and (most is None or count.rows < most):
             for row in self._pack():
                 for piece in row:
                     count.by_source[piece.source] += piece.length
                 count = count._replace(rows=count.rows + 1, tokens=count.tokens + sum(piece.length for piece in row))
+        streams = [source for source in self._sources if source.size is None]
+        count = count._replace(passes={source.label: source.state_dict()["passes"] for source in streams})
         self.load_state_dict(here)
         return count
 

@@ -47,7 +47,7 @@ class Survey:
     examples: dict[str, str] = field(default_factory=dict)
     """The first row of each reason, with its place."""
     cut_off: bool = False
-    """Whether only the first rows of a stream were counted."""
+    """Whether only the first rows of a stream were counted: it has more."""
 
     @property
     def rows(self) -> int:
@@ -71,10 +71,13 @@ def survey(source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizer
     skip = data.on_malformed == "skip"
     with memory_explained(source.label):
         opened = open_source(source, tokenizer, streaming=source.streaming, skip_damaged=skip, pairs=pairs)
-        found = Survey(source, opened.reader.form.describe(), np.empty(0, np.int64), cut_off=source.streaming)
+        found = Survey(source, opened.reader.form.describe(), np.empty(0, np.int64))
         lengths: list[int] = []
         if source.streaming:
-            for index, raw in enumerate(islice(rows_of(source, opened.open()), STREAMED_ROWS)):
+            for index, raw in enumerate(islice(rows_of(source, opened.open()), STREAMED_ROWS + 1)):
+                found.cut_off = index == STREAMED_ROWS
+                if found.cut_off:
+                    break
                 try:
                     lengths.append(_count(found, opened.reader.tokens(raw, tokenizer)))
                 except MalformedRow as problem:

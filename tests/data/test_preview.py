@@ -67,11 +67,15 @@ def test_the_command_shows_forms_lengths_rows_and_what_is_learned(streaming, pre
     code, said = previewed(CHATS, f"data.sources.0.streaming={str(streaming).lower()}", "--rows", "9")
     assert code == 0, said
     assert "rows.jsonl: chat from 'messages'" in said
-    assert "rows, 3 documents, 231 tokens, 90 learned (39.0%)" in said
+    assert "  3 rows, 3 documents, 231 tokens, 90 learned (39.0%)" in said
     assert "up to  64 tokens 1 ####" in said
     assert "longer than sequence.length=128: 1 document, split over several rows" in said
     assert ("an epoch is 2 rows of 128 tokens: 231 tokens, 90.2% full" in said) != streaming
     assert ("has no end, the first 1,0" in said) == streaming
+    again = re.search(r"rows.jsonl: 3 documents, read (\d+) times for these rows: a stream begins again", said)
+    assert bool(again) == streaming
+    if again:  # its 3 documents fill about two rows of the first thousand
+        assert 400 < int(again[1]) < 700
     assert SAID in said
     assert "-- document 1: rows.jsonl:" in said
 
