@@ -60,6 +60,16 @@ ulysses.deal_heads = lambda tensors, group: deal([*tensors[:3], *(1.5 * scores f
 sys.exit(max(codes) or main(broken))
 """
 
+FOUR = """
+import json, pathlib, sys
+from sparsetrain.cli import main
+from training import counted_row
+arguments, compared = json.loads(sys.argv[1])
+code = main(arguments)
+counted_row.compare(pathlib.Path(compared))
+sys.exit(code)
+"""
+
 
 @pytest.fixture(scope="module")
 def arguments(tiny, pretrained):
@@ -156,11 +166,37 @@ def test_a_sequence_that_is_not_that_of_one_rank_never_takes_a_step(together, ru
     assert broken.steps == []
 
 
-def test_four_ranks_make_two_groups(tmp_path, tiny, start, stages, run_folder):
+@pytest.fixture(scope="module")
+def four(arguments, shared, ranks_of):
+    """The folder of what four ranks do: two groups of them train, and all share a row; and what they said."""
+
+    def make(folder):
+        groups = ("sequence.parallel=2", "deepspeed.stage=2", "train.schedule=constant", SHORT)
+        given = json.dumps([arguments("groups", folder / "run", *groups), str(folder / "compared")])
+        ranks_of(["-c", FOUR, given], folder / "log", 4).wait()
+
+    return shared("sequence-four", make)
+
+
+@pytest.mark.parametrize("method", counted_row.METHODS)
+def test_four_ranks_that_share_a_row_have_the_gradient_of_one(four, method):
+    """Beside a dense layer; 250 tokens do not divide by four."""
+    of_ranks = [json.loads((four / f"compared.{rank}.json").read_text())[method] for rank in range(4)]
+    for found in of_ranks:
+        assert found["loss"] < 1e-6
+        assert found["gradient"] < 1e-5
+    # Queries, keys and values of a rank's tokens into attention, the output out of it, and the same back.
+    tokens, head = 63, 4 * counted_row.WIDTH // 8
+    into, out = (8 + 2 * 4) * head * tokens, 8 * head * tokens
+    # A token's scores of SparseK for one rank are beside them, in 64 bytes.
+    sparse = into + (4 * tokens * 64 if method == "sparsek" else 0)
+    assert [found["sent"] for found in of_ranks] == [[into, out, sparse, out, out, sparse, out, into]] * 4
+
+
+def test_four_ranks_make_two_groups(four, stages, run_folder):
     """Groups read rows of their own, and the ranks of a group the parts of the same."""
-    found, wanted = run_folder(tmp_path / "run"), stages(1)[2]
-    ranks = start(found.path, "sequence.parallel=2", "deepspeed.stage=2", "train.schedule=constant", SHORT, ranks=4)
-    assert "1 row x 2 accumulation x 2 groups of 2 ranks = 4 rows" in ranks.wait()
+    found, wanted = run_folder(four / "run"), stages(1)[2]
+    assert "1 row x 2 accumulation x 2 groups of 2 ranks = 4 rows" in (four / "log").read_text()
     # The schedules meet in the warmup alone; the losses of three steps follow from two.
     assert found.values("loss") == pytest.approx(wanted.values("loss")[:3], rel=2e-6)
     assert found.values("grad_norm")[:2] == pytest.approx(wanted.values("grad_norm")[:2], rel=1e-5)
