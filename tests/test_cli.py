@@ -97,6 +97,9 @@ def test_copy_keeps_comments_and_never_overwrites(call, recipe):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where even root cannot write")
 def test_copy_to_where_nothing_can_be_written(call, recipe):
+    assert call("recipe", "copy", "quickstart", "mein rezept ä.yaml")[1].endswith(
+        "sparsetrain run 'mein rezept ä.yaml'\n"
+    )
     code, _, err = call("recipe", "copy", "quickstart", "/proc/my.yaml")
     assert code == 2
     assert err.startswith("error: cannot write /proc/my.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,9 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
     (continued / "final").mkdir()  # of its first 60 steps
     damaged = make_run(tmp_path / "runs/damaged")
     (damaged / "recipe.yaml").write_text("{")
+    checkpoint = finished / "checkpoints/step-000060"
+    checkpoint.mkdir(parents=True)
+    shutil.copy(finished / "recipe.yaml", checkpoint)
     assert main(["runs", str(tmp_path / "runs")]) == 0
     header, *rows = told(capsys)
     assert header == ["run", "state", "step", "loss", "size", "last written"]
@@ -66,6 +70,8 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
         str(continued): ["stopped", "60/80"],
         str(damaged): ["damaged", "60/?"],
     }
+    assert main(["runs", str(finished)]) == 0
+    assert [row[0] for row in told(capsys)] == ["run", str(finished)]
     assert all(re.fullmatch(r"\d\.\d{4}", row[3]) and re.fullmatch(r"[\d.]+ (B|KiB|MiB)", row[4]) for row in rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def copy(
         shutil.copyfile(source, target)
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from error
-    print(f"copied to {target}; train it with: sparsetrain run {target}")
+    print(f"copied to {target}; train it with: sparsetrain run {shlex.quote(str(target))}")
 
 
 @app.command()

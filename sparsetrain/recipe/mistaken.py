@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from sparsetrain.errors import RecipeError
@@ -18,7 +19,7 @@ def is_recipe_instead(name: str) -> str | None:
     try:
         folder = Path(load_recipe(name).recipe.output or "")
     except RecipeError:
-        return f"{name} is a recipe; run it first (sparsetrain run {name}), then name its run folder"
+        return f"{name} is a recipe; run it first (sparsetrain run {shlex.quote(name)}), then name its run folder"
     if (folder / "recipe.yaml").is_file():
         return f"{name} is a recipe; name its run: {folder}"
-    return f"{name} is a recipe; run it first (sparsetrain run {name}), then name its run folder, {folder}"
+    return f"{name} is a recipe; run it first (sparsetrain run {shlex.quote(name)}), then name its run folder, {folder}"

@@ -12,7 +12,7 @@ from typing import Literal
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.metrics import FINISHED, METRICS_FILE, PLANNED_STEPS, Metrics, read_metrics
 from sparsetrain.recipe import load_recipe
-from sparsetrain.training.output.folder_contents import is_locked
+from sparsetrain.training.output.folder_contents import enclosing_run, is_locked
 
 LOG_FILE = "run.log"
 """The lines that a run prints, with date and time."""
@@ -58,6 +58,7 @@ def list_runs(folder: Path) -> list[RunState]:
     found = {
         file.parent for pattern in ("recipe.yaml", "*/recipe.yaml", "*/*/recipe.yaml") for file in folder.glob(pattern)
     }
+    found = {run for run in found if enclosing_run(run) is None}  # a checkpoint has a recipe too
     return sorted(map(state_of, found), key=lambda run: run.changed, reverse=True)
 
 
