@@ -106,15 +106,14 @@ def masses(scores: Tensor, lse: Tensor) -> Tensor:
 
 def thresholds(rows: Tensor, lse: Tensor, listed: Tensor, least_mass: Tensor, min_keys: int) -> Tensor:
     """The largest number from which on the listed keys have the least mass and are the least number, fp16 ``[...]``;
-    -inf where all are not enough. Bit by bit, from the top."""
-    keys = ordered(rows).masked_fill(~listed, -1)
-    mass = masses(rows, lse)
-    found = torch.zeros_like(least_mass, dtype=torch.int32)
-    for bit in range(15, -1, -1):
-        candidate = found + (1 << bit)
-        above = keys >= candidate[..., None]
-        fits = (mass.masked_fill(~above, 0).sum(-1) >= least_mass) & (above.sum(-1) >= min_keys)
-        found = torch.where(fits, candidate, found)
+    -inf where all are not enough."""
+    keys, order = ordered(rows).masked_fill(~listed, -1).sort(-1, descending=True)
+    mass = masses(rows, lse).masked_fill(~listed, 0).gather(-1, order).cumsum(-1)
+    count = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
+    short = ((mass < least_mass[..., None]) | (count < min_keys)).sum(-1, keepdim=True)
+    # Those before and this key are enough; every number is where none are needed.
+    found = torch.nn.functional.pad(keys, (0, 1), value=0).gather(-1, short)[..., 0]
+    found = found.masked_fill((least_mass <= 0) & (min_keys <= 0), 2**16 - 1)
     infinity = ordered(rows.new_tensor([-math.inf, math.inf]))
     bits = torch.minimum(torch.maximum(found, infinity[0]), infinity[1]) - 2**15
     return (bits ^ ((bits >> 15) & 0x7FFF)).to(torch.int16).view(torch.float16)
