@@ -4,6 +4,7 @@ the same one by one, in a batch, with guesses and after a reload."""
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -67,10 +68,16 @@ def make(decode=None, attention=None, **shape):
     return small_llama(attention, None if decode is None else SMALL | decode, **shape)
 
 
+@cache
+def dense(*lengths):
+    """Logits and tokens of full attention behind prompts of these lengths."""
+    return logits(make(), *prompts(*lengths))[:2]
+
+
 @pytest.mark.parametrize("decode", EVERYTHING.values(), ids=EVERYTHING)
 def test_a_choice_of_everything_is_full_attention(decode):
     ids, mask = prompts(90, 33, 7)
-    expected, tokens, _ = logits(make(), ids, mask)
+    expected, tokens = dense(90, 33, 7)
     found, same, _ = logits(make(decode), ids, mask)
     assert torch.equal(tokens, same)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -79,7 +86,7 @@ def test_a_choice_of_everything_is_full_attention(decode):
 @pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
 def test_fewer_keys_change_the_result_and_are_counted(decode):
     ids, mask = prompts(90)
-    expected, _, _ = logits(make(), ids, mask)
+    expected, _ = dense(90)
     with observing():
         found, _, cache = logits(make(decode), ids, mask)
     assert not torch.allclose(found[:, 1:], expected[:, 1:], atol=1e-2)
@@ -93,13 +100,26 @@ def test_fewer_keys_change_the_result_and_are_counted(decode):
         assert seen["mass_min"] > decode["prune"]["p"] - 0.1
 
 
-@pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
-def test_rows_of_a_batch_are_as_alone(decode):
-    ids, mask = prompts(90, 33, 50)
-    model = make(decode)
-    together, _, _ = logits(model, ids, mask)
-    for row, length in enumerate((90, 33, 50)):
-        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:])
+COMPOSED = (
+    "top-p of the largest weight in a group",
+    "top-p of Quest",
+    "Quest, used again",
+    "top-k by similarity",
+    "top-k of channels, used again",
+    "top-p of channels by similarity",
+    "top-p by exact weights",
+    "top-k by exact weights and similarity",
+)
+"""Every part, each beside others."""
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_rows_of_a_batch_are_as_alone(name):
+    ids, mask = prompts(90, 33)
+    model = make(FEW[name])
+    together, _, _ = logits(model, ids, mask, 9)
+    for row, length in enumerate((90, 33)):
+        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:], 9)
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
@@ -128,18 +148,23 @@ def test_chunks_of_a_prompt_choose_as_the_whole_does(name, lengths, monkeypatch)
         assert torch.equal(want[..., :width], found[..., :width])
 
 
-@pytest.mark.parametrize("decode", FEW.values(), ids=FEW)
-def test_guesses_change_nothing(decode):
-    """Prompt lookup guesses several tokens at a time and takes the wrong ones back, choices too."""
-    model = make(decode, initializer_range=0.1)
-    ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+def look_up(model, ids, **settings):
+    """Greedy tokens; prompt lookup guesses several at a time and takes the wrong ones back, choices too."""
     mask = torch.ones_like(ids)
-    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
-    guessed = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=5)
-    assert torch.equal(greedy, guessed)
-    # More at a time than a kernel takes, as assistants guess by default.
+    return model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, **settings)
+
+
+def repeating():
+    """A prompt whose tokens come again, so that guesses are made."""
+    return torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
+
+
+@pytest.mark.parametrize("name", ["top-p", "channels", *COMPOSED])
+def test_guesses_change_nothing(name):
+    """More of them at a time than a kernel takes, as assistants guess by default."""
+    model, ids = make(FEW[name], initializer_range=0.1), repeating()
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    new, wrong = ids[:, 20:44], ids[:, :20]
+    new, wrong = ids[:, 20:36], ids[:, :20]
     with torch.no_grad():
         for cache in caches:
             model(ids, past_key_values=cache)
@@ -149,6 +174,13 @@ def test_guesses_change_nothing(decode):
         caches[1].crop(-20)
         got = torch.cat([got, model(new[:, 4:], past_key_values=caches[1]).logits], dim=1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["top-p of Quest", "channels"])
+def test_looked_up_guesses_change_nothing(name):
+    """As those of what is used again do below."""
+    model, ids = make(FEW[name], initializer_range=0.1), repeating()
+    assert torch.equal(look_up(model, ids), look_up(model, ids, prompt_lookup_num_tokens=5))
 
 
 @pytest.mark.parametrize("decode", [FEW["top-p of Quest"], FEW["top-p, used again"]], ids=["Quest", "used again"])
@@ -168,16 +200,7 @@ def test_beams_turns_and_other_heads(decode):
     assert again.shape == (2, turn.shape[1] + 4)
 
 
-COMPILED = (
-    "top-p",
-    "top-k by exact weights",
-    "top-k by exact weights and similarity",
-    "Quest",
-    "top-p of channels",
-    "top-p, used again",
-    "top-k by similarity",
-    "Quest, used again",
-)
+COMPILED = ("top-p", "Quest, used again", "top-p of channels by similarity", "top-k by exact weights and similarity")
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -202,27 +225,19 @@ def test_steps_compile_to_one_graph(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-USED_AGAIN = {name: decode for name, decode in FEW.items() if "refresh" in decode}
+USED_AGAIN = [name for name in COMPOSED if "refresh" in FEW[name]]
 
 
-@pytest.mark.parametrize("decode", USED_AGAIN.values(), ids=USED_AGAIN)
-def test_room_that_is_made_once_takes_guesses_back(decode):
-    """Choices are then kept in tensors, as many as guesses may reach back."""
-    model = make(decode, initializer_range=0.1)
-    ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
-    mask = torch.ones_like(ids)
-    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+@pytest.mark.parametrize("name", USED_AGAIN)
+def test_looked_up_guesses_are_taken_back_from_choices(name):
+    """In room that grows, and in room that is made once, where choices are kept in tensors, as many as guesses may
+    reach back."""
+    model, ids = make(FEW[name], initializer_range=0.1), repeating()
+    greedy = look_up(model, ids)
+    assert torch.equal(greedy, look_up(model, ids, prompt_lookup_num_tokens=5))
     cache = sparsetrain.SparseCache(model, max_length=120, rollback=6)
     for _ in range(2):
-        guessed = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=24,
-            do_sample=False,
-            past_key_values=cache,
-            prompt_lookup_num_tokens=5,
-        )
-        assert torch.equal(greedy, guessed)
+        assert torch.equal(greedy, look_up(model, ids, past_key_values=cache, prompt_lookup_num_tokens=5))
         held = cache.nbytes()
         cache.reset()
         assert cache.nbytes() == held
@@ -231,19 +246,19 @@ def test_room_that_is_made_once_takes_guesses_back(decode):
     with torch.no_grad():
         model(ids, past_key_values=cache)
         for _ in range(2):
-            steps = [model(token, past_key_values=cache).logits for token in greedy[:, 60:84].split(1, dim=1)]
+            steps = [model(token, past_key_values=cache).logits for token in greedy[:, 60:76].split(1, dim=1)]
             passes.append(torch.cat(steps))
-            cache.crop(-24)
+            cache.crop(-16)
     assert torch.equal(*passes)
 
 
-@pytest.mark.parametrize("decode", USED_AGAIN.values(), ids=USED_AGAIN)
-def test_choices_grow_with_their_room(decode, monkeypatch):
+@pytest.mark.parametrize("name", USED_AGAIN)
+def test_choices_grow_with_their_room(name, monkeypatch):
     monkeypatch.setattr("sparsetrain.generation.memories.PAGE", 16)
-    model = make(decode)
+    model = make(FEW[name])
     ids, mask = prompts(40, 9)
-    expected, _, _ = logits(model, ids, mask, 60, past_key_values=sparsetrain.SparseCache(model, max_length=112))
-    found, _, _ = logits(model, ids, mask, 60)
+    expected, _, _ = logits(model, ids, mask, 30, past_key_values=sparsetrain.SparseCache(model, max_length=112))
+    found, _, _ = logits(model, ids, mask, 30)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
