@@ -146,11 +146,11 @@ def test_a_method_that_reads_prompts_fully_reads_these_as_text(section, byte_tok
 
 def test_the_command_measures_it_and_goes_on_from_its_samples(tmp_path):
     out = tmp_path / "rows.json"
-    task = "eval.tasks.receptive_field={lengths: [256], blocks: 2, samples: 40}"
+    task = "eval.tasks.receptive_field={lengths: [128], blocks: 2, samples: 40}"
     arguments = ["eval", "sparsetrain:tiny", task, "--attention", "dense", "--output", str(out)]
     assert main(arguments) == 0
     first = json.loads(out.read_text())["rows"]["dense"]["tasks"]["receptive_field"]
-    last, control = first["maps"]["256"]["accuracy"][-1], first["maps"]["256"]["control"]
+    last, control = first["maps"]["128"]["accuracy"][-1], first["maps"]["128"]["control"]
     assert min(last) > 0.3
     assert np.mean(control) < 0.2
     out.unlink()
