@@ -31,6 +31,8 @@ METHODS = PATTERNS | {f"sparsek, {gate}": method for gate, method in SPARSEK.ite
 OWN = {"select": "own", "sinks": 2, "recent": 20, "dense_layers": [0]}
 FEW = {**OWN, "recent": 3, "prune": {"p": 0.5, "min_keys": 1}}
 EVERYTHING = {**OWN, "prune": {"p": 1.0}}
+SEVERAL = ["stride", "longnet, heads apart", "sparsek, value", "sparsek, log"]
+"""One list for all heads and one for each, and both gates."""
 
 
 logits = partial(steps, count=24)
@@ -49,9 +51,9 @@ def test_all_weight_is_the_method(method):
 
 @pytest.mark.parametrize("name", ["power", "longnet, heads apart"])
 def test_lists_grow_with_the_text(name):
-    ids, mask = prompts(20)
-    want, _, _ = logits(small_llama(PATTERNS[name]), ids, mask, count=140)
-    got, _, _ = logits(small_llama(PATTERNS[name], EVERYTHING), ids, mask, count=140)
+    ids, mask = prompts(100)
+    want, _, _ = logits(small_llama(PATTERNS[name]), ids, mask, count=50)
+    got, _, _ = logits(small_llama(PATTERNS[name], EVERYTHING), ids, mask, count=50)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +67,7 @@ def test_a_cache_is_used_again():
     torch.testing.assert_close(got, logits(model, ids, mask)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", ["stride", "longnet, heads apart"])
 def test_less_weight_reads_fewer_keys_of_the_pattern(name):
     method = PATTERNS[name]
     ids, mask = prompts(90)
@@ -85,20 +87,20 @@ def test_less_weight_reads_fewer_keys_of_the_pattern(name):
     assert cache.layers[1].memory.observations()["kept"] == 1.0
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_rows_of_a_batch_are_as_alone(method):
-    model = small_llama(method, FEW)
-    ids, mask = prompts(90, 33, 50)
-    together, _, _ = logits(model, ids, mask, count=20)
-    for row, length in enumerate((90, 33, 50)):
-        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:], count=20)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_rows_of_a_batch_are_as_alone(name):
+    model = small_llama(METHODS[name], FEW)
+    ids, mask = prompts(90, 40)
+    together, _, _ = logits(model, ids, mask, count=12)
+    for row, length in enumerate((90, 40)):
+        alone, _, _ = logits(model, ids[row : row + 1, -length:], mask[row : row + 1, -length:], count=12)
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_guesses_change_nothing(method):
+@pytest.mark.parametrize("name", SEVERAL)
+def test_guesses_change_nothing(name):
     """Right ones and wrong ones, over block boundaries."""
-    model = small_llama(method, FEW, initializer_range=0.1)
+    model = small_llama(METHODS[name], FEW, initializer_range=0.1)
     ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3)).repeat(1, 5)
     mask = torch.ones_like(ids)
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -114,19 +116,19 @@ def test_guesses_change_nothing(method):
         caches[1].crop(-8)
         got = torch.cat([got[:, :4], model(new[:, 4:], past_key_values=caches[1]).logits], dim=1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
-    guessed = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=5)
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=22, do_sample=False)
+    guessed = model.generate(ids, attention_mask=mask, max_new_tokens=22, do_sample=False, prompt_lookup_num_tokens=5)
     assert torch.equal(greedy, guessed)
 
 
-@pytest.mark.parametrize("name", ["power", "longnet, heads apart", "sparsek, value"])
+@pytest.mark.parametrize("name", ["longnet, heads apart", "sparsek, value"])
 def test_steps_compile_to_one_graph(name):
     """In room that is made once, where pages that no step reads are not kept."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
-    model = small_llama(METHODS[name], FEW)
+    model = small_llama(METHODS[name], FEW, num_hidden_layers=2)
     ids, mask = prompts(90, 33)
     want, _, _ = logits(model, ids, mask, count=12)
     cache = sparsetrain.SparseCache(model, max_length=110)
@@ -159,8 +161,7 @@ def test_pages_that_the_pattern_does_not_list_are_not_read(name):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("chunk", [16, 40])
-@pytest.mark.parametrize("name", ["power", "dilated"])
+@pytest.mark.parametrize(("name", "chunk"), [("power", 40), ("dilated", 16)])
 def test_chunked_prompts_and_turns_attend_by_the_method(name, chunk):
     ids, mask = prompts(90, 60)
     want, _, _ = logits(small_llama(PATTERNS[name]), ids, mask, count=8, prefill_chunk_size=chunk)
@@ -172,7 +173,7 @@ def test_chunked_prompts_and_turns_attend_by_the_method(name, chunk):
 def test_beams_take_their_codes_along():
     model = small_llama(PATTERNS["dilated"], EVERYTHING)
     ids, mask = prompts(60, 21)
-    arguments = {"attention_mask": mask, "max_new_tokens": 30, "num_beams": 3, "do_sample": False}
+    arguments = {"attention_mask": mask, "max_new_tokens": 12, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(ids, **arguments), small_llama(PATTERNS["dilated"]).generate(ids, **arguments))
 
 

@@ -50,9 +50,16 @@ def poison(memory):
     return alive
 
 
-@pytest.mark.parametrize("room", [{}, {"max_length": TOKENS}, {"max_length": TOKENS, "rollback": 0}], ids=str)
 @pytest.mark.parametrize(
-    "chunks", [[70] + [1] * 50, [50, 3, 1, 1, 17, 1, 2, 45], [1] * 120], ids=["prompt", "mixed", "steps"]
+    ("chunks", "room"),
+    [
+        ([1] * 120, {}),
+        ([50, 3, 1, 1, 17, 1, 2, 45], {}),
+        ([50, 3, 1, 1, 17, 1, 2, 45], {"max_length": TOKENS, "rollback": 0}),
+        ([70] + [1] * 50, {"max_length": TOKENS}),
+        ([70] + [1] * 50, {"max_length": TOKENS, "rollback": 0}),
+    ],
+    ids=lambda given: str(given) if isinstance(given, dict) else f"{len(given)} chunks",
 )
 def test_any_chunks_equal_one_pass_with_dead_pages_poisoned(pattern, text, chunks, room) -> None:
     memory, at, out = paged(pattern, **room), 0, []
