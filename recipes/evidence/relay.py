@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 MEASURED = "relay.json"
 NEVER = 0
 """Hops of a block that is never reached."""
-DENSE = {"count": 2, "every": 7, "first": 2}
-"""The dense layers of hybrids: two in seven, as in the paper's retrieval models."""
+DENSE = {"2 dense": {"count": 2, "every": 7, "first": 2}, "1 dense": {"count": 1, "every": 6, "first": 3}}
+"""The dense layers of hybrids: two in seven, as in the paper's retrieval models, and one to five sparse ones (the first
+layer reads two tokens in any case, so that this takes a model of seven: ``relay_base --layers 7``)."""
 KV_HEADS = 2
 """Of relay.yaml's and relay-long.yaml's models, among which variants split distances."""
 
@@ -80,14 +81,18 @@ class Outcome:
 
 def patterns(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The attention section of each pattern, all with the budget of a power recipe at the length that it measures, and
-    of each with two dense layers.
+    of each with dense layers.
 
     Raises:
         typer.BadParameter: the recipe's attention is not power.
     """
     power, blocks = the_power(recipe), num_blocks(recipe)
     sparse = {**at_one_budget(power, blocks), **variants(power, blocks)}
-    hybrids = {f"{name}, 2 dense": {**section, "dense_layers": DENSE} for name, section in sparse.items()}
+    hybrids = {
+        f"{name}, {kind}": {**section, "dense_layers": rule}
+        for kind, rule in DENSE.items()
+        for name, section in sparse.items()
+    }
     return {"full": {"method": "full"}, **sparse, **hybrids}
 
 

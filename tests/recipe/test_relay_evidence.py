@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import typer
 from sparsetrain.recipes.evidence.relay import (
+    DENSE,
     NEVER,
     Outcome,
     facts,
@@ -117,6 +118,12 @@ def test_the_table_has_a_column_for_each_number_of_hops():
         "| power | 2.5, at most 3 | 75.0 / 75.0 | 75.0 / 87.5 | 75.0 / 100.0 | 100.0 / 100.0 | 50.0 / 50.0 |  |",
         "| dilated | 2.0, at most 3 | 75.0 / 75.0 | 52.5 / 52.5 | 100.0 / 100.0 | 0.0 / 0.0 |  | 10.0 / 10.0 |",
     ]
+
+
+def test_hybrids_of_seven_layers_have_two_dense_ones_or_one_to_five_sparse():
+    sections = patterns(load_recipe(RECIPE).recipe)
+    found = {kind: parse_attention(sections[f"power, {kind}"]).resolve_dense_layers(7) for kind in DENSE}
+    assert found == {"2 dense": {2, 3}, "1 dense": {3}}, "layer 0 reads two tokens in any case"
 
 
 def test_a_dense_layer_reaches_everything():
