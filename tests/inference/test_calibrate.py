@@ -59,20 +59,24 @@ def call(capsys):
 
 
 @torch.no_grad()
-def step_outputs(model, text, prompt, at):
-    """Attention outputs of the step that reads token ``at``, ``[Hq, D]`` of each layer, behind a prompt and more."""
-    seen = []
+def step_outputs(model, text, prompt, places):
+    """Attention outputs of the steps that read the tokens at ``places``, ``[Hq, D]`` of each layer, behind a prompt."""
+    seen, found = [], []
     with ExitStack() as stack:
         for layer in model.model.layers:
             hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][0, -1]))
             stack.callback(hook.remove)
-        cache = None
-        # As many tokens at once as are read in steps: more would be taken for another part of the prompt.
-        more = [text[start : min(start + 16, at)] for start in range(prompt, at, 16)]
-        for part in (text[:prompt], *more, text[at : at + 1]):
-            seen.clear()
-            cache = model(torch.tensor([part]), past_key_values=cache, use_cache=True).past_key_values
-    return [out.unflatten(0, (4, 16)) for out in seen]
+        cache = model(torch.tensor([text[:prompt]]), use_cache=True).past_key_values
+        read = prompt
+        for at in places:
+            # As many tokens at once as are read in steps: more would be taken for another part of the prompt.
+            more = [text[start : min(start + 16, at)] for start in range(read, at, 16)]
+            for part in (*more, text[at : at + 1]):
+                seen.clear()
+                model(torch.tensor([part]), past_key_values=cache)
+            found.append([out.unflatten(0, (4, 16)) for out in seen])
+            read = at + 1
+    return found
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
@@ -83,6 +87,12 @@ def test_generation_loses_what_was_measured(section, texts):
     sampled = places(2, TOKENS, 6, 0)
     assert [layer.index for layer in layers] == [1, 2]
     assert any(layer.p is not None and layer.p < 1 for layer in layers)
+
+    def steps():
+        for text, rows in zip(texts, sampled, strict=True):
+            yield from step_outputs(model, text, int(rows[0]), rows.tolist())
+
+    dense = [*steps()]
     for layer in layers:
         if layer.p is None:
             continue
@@ -90,14 +100,9 @@ def test_generation_loses_what_was_measured(section, texts):
         fields = {**section, "prune": {"min_keys": 1, "p": p}, "dense_layers": dense_layers}
         if found.heavy_channels is not None:
             fields["heavy_channels"] = {layer.index: found.heavy_channels[layer.index]}
-        errors = []
-        for text, rows in zip(texts, sampled, strict=True):
-            for at in rows.tolist():
-                dense = step_outputs(sparsetrain.set_decode(model, None), text, int(rows[0]), at)
-                few = step_outputs(sparsetrain.set_decode(model, fields), text, int(rows[0]), at)
-                lost = (few[layer.index] - dense[layer.index]).norm(dim=-1) / dense[layer.index].norm(dim=-1)
-                errors.append(lost)
-        again = torch.stack(errors)
+        sparsetrain.set_decode(model, fields)
+        pairs = [(few[layer.index], want[layer.index]) for few, want in zip(steps(), dense, strict=True)]
+        again = torch.stack([(few - want).norm(dim=-1) / want.norm(dim=-1) for few, want in pairs])
         assert again.mean() <= target
         torch.testing.assert_close(float(again.mean()), layer.error, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(float(again.max()), layer.worst, rtol=1e-3, atol=1e-5)
@@ -149,9 +154,8 @@ def test_a_section_is_for_its_model_alone(texts, tmp_path):
         sparsetrain.set_decode(other, str(file))
 
 
-@pytest.mark.parametrize("ending", ["yaml", "json"])
-def test_from_a_text_to_a_completion(call, held_out, tmp_path, ending):
-    file, folder = tmp_path / f"decode.{ending}", tmp_path / "saved"
+def test_from_a_text_to_a_completion(call, held_out, tmp_path):
+    file, folder = tmp_path / "decode.yaml", tmp_path / "saved"
     options = (
         "--tokens",
         "320",
@@ -185,16 +189,19 @@ def test_from_a_text_to_a_completion(call, held_out, tmp_path, ending):
     assert (code, "for layer 2 has no effect" in err) == (2, True)
 
 
-def test_what_a_calibration_did_not_measure_or_keep_is_said(call, held_out):
+def test_what_a_calibration_did_not_measure_or_keep_is_said(call, held_out, tmp_path):
     options = ("--tokens", "320", "--rows", "2", "--decode.recent", "8", "--decode.prune.min_keys", "4")
     code, _, err = call("calibrate", TINY, "--data", str(held_out), *options, "--decode.select", "quest")
     assert code == 0, err
     assert "no longer than candidates=8,192, so select=quest passed on every key" in err
     assert "nothing is written: give --output decode.yaml" in err
     few = ("--decode.select", "quest", "--decode.candidates", "48", "--error", "0.12")
-    code, _, err = call("calibrate", TINY, "--data", str(held_out), *options, *few)
+    file = tmp_path / "decode.json"
+    code, _, err = call("calibrate", TINY, "--data", str(held_out), *options, *few, "--output", str(file))
     assert code == 0, err
     assert "passed on every key" not in err
+    assert json.loads(file.read_text())["select"] == "quest"
+    assert read_decode(file).candidates == 48
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

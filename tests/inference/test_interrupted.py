@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+from training.preloaded import Fork
 
 COMMAND = [sys.executable, "-m", "sparsetrain.cli", "generate", "sparsetrain:tiny"]
 ROWS = 200
+FORKED = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pipe = sys.argv.pop(1)
+if pipe:
+    os.dup2(os.open(pipe, os.O_WRONLY), 1)
+from sparsetrain.cli import script
+script()
+"""
+"""The command in a process that has imported everything, with its output in a pipe of that name, if there is one."""
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
@@ -33,19 +46,34 @@ def prompts(tmp_path):
     return str(file)
 
 
+@pytest.fixture
+def forked(tmp_path):
+    """Starts the command in a fork; what it writes to no pipe is in the file ``log``."""
+    started = []
+
+    def start(*arguments: str, pipe: str = "") -> Fork:
+        program = [FORKED, pipe, *COMMAND[3:], *arguments]
+        started.append(Fork(program, tmp_path / "log", dict(os.environ)))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 def wait_for(there, process):
     while not there():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None
         time.sleep(0.05)
 
 
-def test_ctrl_c_keeps_the_rows_that_are_done(prompts, tmp_path):
+def test_ctrl_c_keeps_the_rows_that_are_done(forked, prompts, tmp_path):
     output = tmp_path / "rows.jsonl"
-    with started("--file", prompts, "--output", str(output), "--max-new-tokens", "20") as process:
-        wait_for(lambda: output.is_file() and output.read_text(), process)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
-    assert process.returncode == 130
+    process = forked("--file", prompts, "--output", str(output), "--max-new-tokens", "20")
+    wait_for(lambda: output.is_file() and output.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    err = (tmp_path / "log").read_text()
     assert "Traceback" not in err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert 0 < len(rows) < ROWS
@@ -84,14 +112,13 @@ def test_ctrl_c_while_the_command_line_is_imported_is_quiet(command):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_a_reader_that_has_read_enough_ends_it_quietly(prompts):
-    with started("--file", prompts, "--max-new-tokens", "20") as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["new_tokens"] == 20
-        process.stdout.close()
-        assert process.stderr is not None
-        err = process.stderr.read()
-    assert process.returncode == 0
+def test_a_reader_that_has_read_enough_ends_it_quietly(forked, prompts, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    process = forked("--file", prompts, "--max-new-tokens", "20", pipe=str(tmp_path / "pipe"))
+    with (tmp_path / "pipe").open() as reader:
+        assert json.loads(reader.readline())["new_tokens"] == 20
+    assert process.wait() == 0
+    err = (tmp_path / "log").read_text()
     assert "Traceback" not in err
     # It did not go on to the end.
     assert int(err.rsplit(" new tokens", 1)[0].rsplit(" ", 1)[1].replace(",", "")) < 20 * ROWS
