@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = {"vocab_size": 96, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 512}
-HYBRID = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 7}
+HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 FAMILIES = {
     "llama": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "qwen2": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},

@@ -10,6 +10,9 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling import load_model, sparsify
 from sparsetrain.recipe.schema import ModelSection
 
+from .conftest import FAMILIES
+from .test_generation_modes import assert_greedy
+
 METHODS = [
     {"method": "full"},
     {"method": "power", "block": 4, "window": 2, "sinks": 1},
@@ -24,21 +27,25 @@ METHODS = [
 ]
 POWER = METHODS[1]
 SETTINGS = {"rtol": 1e-4, "atol": 1e-4}
-GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("attention", METHODS, ids=lambda attention: attention["method"])
 def test_greedy_generation_equals_repeated_forward_passes(attention, tiny, tokens):
     model = sparsify(tiny("llama"), attention)
     ids = tokens(41)
-    generated = model.generate(ids, **GREEDY)
-    for _ in range(GREEDY["max_new_tokens"]):
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    assert generated.tolist() == ids.tolist()
+    assert_greedy(model, [ids], model.generate(ids, **GREEDY)[:, 41:])
 
 
-@pytest.mark.parametrize("chunks", [[45], [20, 25], [7, 1, 30, 1, 1, 5], [1] * 45])
-def test_prefill_in_chunks_equals_one_pass(chunks, family, tiny, tokens):
+@pytest.mark.parametrize(
+    ("family", "chunks"),
+    [
+        *(("llama", chunks) for chunks in ([45], [20, 25], [1] * 45)),
+        *((family, [7, 1, 30, 1, 1, 5]) for family in FAMILIES),
+    ],
+    ids=lambda given: given if isinstance(given, str) else f"{len(given)} chunks",
+)
+def test_prefill_in_chunks_equals_one_pass(family, chunks, tiny, tokens):
     model, ids, cache, logits = sparsify(tiny(family), POWER), tokens(45), None, []
     with torch.no_grad():
         for chunk in ids.split(chunks, dim=1):
@@ -56,10 +63,7 @@ def test_left_padded_generation_equals_one_by_one(family, tiny, tokens):
     for row, prompt in enumerate(prompts):
         ids[row, width - prompt.shape[1] :] = prompt
         mask[row, width - prompt.shape[1] :] = 1
-    together = model.generate(ids, attention_mask=mask, **GREEDY)
-    for row, prompt in enumerate(prompts):
-        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
-        assert together[row, width:].tolist() == alone[0, prompt.shape[1] :].tolist()
+    assert_greedy(model, prompts, model.generate(ids, attention_mask=mask, **GREEDY)[:, width:])
 
 
 def test_right_padding_changes_nothing_before_it(tiny, tokens):
