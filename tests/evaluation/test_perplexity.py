@@ -187,9 +187,8 @@ def test_a_tokenizer_without_bos_is_refused(tiny_model, byte_tokenizer, text):
 @pytest.mark.parametrize(
     ("name", "disjoint", "sliding"),
     [
-        ("gutenberg/sherlock_holmes_pg1661.txt", {128: 4.0376, 256: 3.9946, 512: 3.9728}, 3.9545),
+        ("gutenberg/sherlock_holmes_pg1661.txt", {128: 4.0376, 512: 3.9728}, 3.9545),
         ("tinyshakespeare.txt", {512: 4.6380}, None),
-        ("wikitext-2/wiki.test.raw", {512: 4.7463}, 4.7978),
     ],
 )
 def test_a_pretrained_model_has_its_known_perplexity(test_data, tmp_path, name, disjoint, sliding):

@@ -10,6 +10,7 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+from sparsetrain.evaluation import pictures
 from sparsetrain.evaluation.base import Drawing, TaskReport, TaskResult
 from sparsetrain.evaluation.curve_panels import smooth
 from sparsetrain.evaluation.panels import ORANGE as ORANGE_HEX
@@ -82,6 +83,14 @@ def colours(path) -> set[tuple[int, ...]]:
     return {(value >> 16, value >> 8 & 255, value & 255) for value in found.tolist()}
 
 
+@pytest.fixture
+def sizes(monkeypatch):
+    """Inches of the pictures that are made, which are then not rendered."""
+    found = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, out: found.append(figure.get_size_inches().tolist()) or out)
+    return found
+
+
 BLUE, ORANGE, GREEN, RED = (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0)
 
 
@@ -107,12 +116,11 @@ def test_losses_by_position_and_their_differences_are_drawn_beside_perplexity(tm
             positions=buckets(losses, context, 512, "log"),
         )
 
-    widths = []
-    for labels in (["full"], ["full", "power"]):
-        results = {label: EvalResult(tasks={"perplexity": result(0.1 * i, i)}) for i, label in enumerate(labels)}
-        picture = task_picture(drawings(results, wide=True)["perplexity"], tmp_path / "perplexity.png", wide=True)
-        widths.append(imread(picture).shape[1])
-    assert widths == [13 * 130, 19 * 130], "a panel of differences more"
+    results = {label: EvalResult(tasks={"perplexity": result(0.1 * i, i)}) for i, label in enumerate(("full", "power"))}
+    one, both = (drawings(each, wide=True)["perplexity"] for each in ({"full": results["full"]}, results))
+    assert (one.width, both.width) == (13, 19), "a panel of differences more"
+    picture = task_picture(both, tmp_path / "perplexity.png", wide=True)
+    assert imread(picture).shape[1] == 19 * 130
     assert ORANGE in colours(picture)
 
 
@@ -144,43 +152,44 @@ def test_kinds_of_blocks_have_their_colours(tmp_path, attention, drawn):
     assert colours(path) & {BLUE, ORANGE, GREEN} == drawn
 
 
-def test_the_report_holds_every_panel(metrics, tmp_path):
-    power = parse_attention({"method": "power", "block": 32, "dense_layers": [0]})
-    sizes = []
-    selected = Survival.of({0: torch.full((2, 2048), 100, dtype=torch.int32)})
-    for results, survival in ((RESULTS, None), ({"after": EvalResult()}, None), ({"after": EvalResult()}, selected)):
-        path = report_picture(
-            tmp_path / "report.png",
-            title="quickstart",
-            metrics=metrics,
-            results=results,
-            attention=power,
-            length=2048,
-            num_layers=4,
-            survival=survival,
-        )
-        sizes.append(imread(path).shape)
-        assert {BLUE, ORANGE, GREEN, RED} <= colours(path)
-    assert sizes[0][0] > sizes[1][0], "without passkey results there is one panel less"
-    assert sizes[2][0] > sizes[1][0], "what a learned selection keeps is a panel, too"
+def report_of(metrics, results, out, survival=None):
+    return report_picture(
+        out,
+        title="quickstart",
+        metrics=metrics,
+        results=results,
+        attention=parse_attention({"method": "power", "block": 32, "dense_layers": [0]}),
+        length=2048,
+        num_layers=4,
+        survival=survival,
+    )
 
 
-def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):
+def selection():
+    return Survival.of({0: torch.full((2, 2048), 100, dtype=torch.int32)})
+
+
+def test_the_report_holds_every_panel(metrics, tmp_path, sizes):
+    for results, survival in ((RESULTS, None), ({"after": EvalResult()}, None), ({"after": EvalResult()}, selection())):
+        report_of(metrics, results, tmp_path / "report.png", survival)
+    (_, all_panels), (_, fewer), (_, selected) = sizes
+    assert all_panels > fewer, "without passkey results there is one panel less"
+    assert selected > fewer, "what a learned selection keeps is a panel, too"
+
+
+@pytest.mark.parametrize("survival", [None, selection()], ids=["pattern", "selection"])
+def test_the_report_has_the_colours_of_its_panels(metrics, tmp_path, survival):
+    results = RESULTS if survival is None else {"after": EvalResult()}
+    assert {BLUE, ORANGE, GREEN, RED} <= colours(report_of(metrics, results, tmp_path / "report.png", survival))
+
+
+def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path, sizes):
     first = {"level": LevelResult(level=1.0), "passkey": PASSKEY}
     tasks = first | {f"{name}_far": result for name, result in first.items()}
     more = tasks | {"third": first["level"]}
-    heights = []
     for found in (first, tasks, more):
-        path = report_picture(
-            tmp_path / "report.png",
-            title="two of each",
-            metrics=metrics,
-            results={"after": EvalResult(tasks=found)},
-            attention=parse_attention({"method": "power", "block": 32}),
-            length=2048,
-            num_layers=4,
-        )
-        heights.append(imread(path).shape[0])
+        report_of(metrics, {"after": EvalResult(tasks=found)}, tmp_path / "report.png")
+    heights = [height for _, height in sizes]
     assert heights[0] < heights[1] == heights[2], "the second map and the second panel take a row each, a third none"
     results = {"after": EvalResult(tasks=tasks)}
     assert list(drawings(results, wide=True)) == ["passkey", "passkey_far"]
@@ -190,12 +199,13 @@ def test_tasks_of_one_kind_are_drawn_and_named_apart(metrics, tmp_path):
     assert "Levels: level_far" in console.file.getvalue()
 
 
-def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path):
+def test_many_evaluations_are_thinned_to_the_first_and_last(tmp_path, sizes):
     many = {f"step {step}": RESULTS["after"] for step in range(9)}
     assert list(few(many)) == ["step 0", "step 1", "step 7", "step 8"]
     four = {label: many[label] for label in list(many)[:4]}
-    wide, same = (imread(passkey_heatmaps(results, tmp_path / "passkey.png")).shape for results in (many, four))
-    assert wide == same
+    for results in (many, four):
+        passkey_heatmaps(results, tmp_path / "passkey.png")
+    assert sizes[0] == sizes[1]
 
 
 def test_pooling_keeps_thin_diagonals():

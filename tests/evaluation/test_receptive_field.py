@@ -146,7 +146,7 @@ def test_a_method_that_reads_prompts_fully_reads_these_as_text(section, byte_tok
 
 def test_the_command_measures_it_and_goes_on_from_its_samples(tmp_path):
     out = tmp_path / "rows.json"
-    task = "eval.tasks.receptive_field={lengths: [128], blocks: 2, samples: 40}"
+    task = "eval.tasks.receptive_field={lengths: [128], blocks: 1, samples: 40}"
     arguments = ["eval", "sparsetrain:tiny", task, "--attention", "dense", "--output", str(out)]
     assert main(arguments) == 0
     first = json.loads(out.read_text())["rows"]["dense"]["tasks"]["receptive_field"]
