@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 import torch.distributed as dist
 import transformers
 
@@ -113,7 +116,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     job.progress.relay(logging.getLogger("sparsetrain.data"), job.cleanup)
     check_machine(recipe, world.device, world.size)
     world.on_main(lambda: check_data(recipe))
-    transformers.set_seed(recipe.train.seed)
+    _seed(recipe.train.seed)
     activity.at("loading the model")
     if recipe.sequence.parallel > 1:
         sequence_parallel.check_config(load_config(recipe.model), recipe.sequence.parallel, recipe.attention)
@@ -132,6 +135,13 @@ def prepare(job: Job, resume: bool) -> Loaded:
     rows = build_rows(recipe.data, recipe.sequence, tokenizer, recipe.train.seed, pairs=pairs)
     plan = plan_batch(recipe, world.size, rows.rows_per_epoch() if recipe.train.epochs is not None else None)
     return Loaded(model, tokenizer, rows, plan)
+
+
+def _seed(seed: int) -> None:
+    """As transformers' ``set_seed`` does, whose module imports peft, and with it bitsandbytes: seconds."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # of all devices
 
 
 def build(job: Job, loaded: Loaded, resume: bool) -> Built:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.integrations.neftune import neftune_post_forward_hook
 
 from sparsetrain.activity import activity
 from sparsetrain.modeling.ulysses import Ulysses
@@ -54,6 +53,8 @@ def build_engine(
     offload = ActivationOffload(world.device) if recipe.train.offload_activations else None
     say(f"memory: {save_activation_memory(model, recipe.train, plan, offload)}")
     if recipe.train.neftune is not None:
+        from transformers.integrations.neftune import neftune_post_forward_hook  # with peft, which takes seconds
+
         embedding = model.get_input_embeddings()
         embedding.neftune_noise_alpha = recipe.train.neftune  # type: ignore[assignment]
         embedding.register_forward_hook(neftune_post_forward_hook)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.optimization import Adafactor
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.modeling.layers import new_modules
@@ -58,7 +57,7 @@ def build_optimizer(module: nn.Module, recipe: Recipe, device: torch.device) -> 
 
         return bitsandbytes.optim.AdamW8bit(groups, **constants)
     if section.name == "adafactor":
-        return FiniteAdafactor(groups, scale_parameter=False, relative_step=False)
+        return finite_adafactor()(groups, scale_parameter=False, relative_step=False)
     if recipe.deepspeed.offload_optimizer == "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -142,8 +141,15 @@ class FiniteAdamW(FiniteStep, torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-class FiniteAdafactor(FiniteStep, Adafactor):
-    """transformers' Adafactor of a run without ZeRO, with the rate of the recipe's schedule."""
+def finite_adafactor() -> type[Any]:
+    """The class of transformers' Adafactor in a run without ZeRO, with the rate of the recipe's schedule.
 
-    def step(self, closure: Any = None) -> Any:
-        return None if self.overflow else super().step(closure)
+    Made when it is wanted: its module imports peft, and with it bitsandbytes, which takes seconds.
+    """
+    from transformers.optimization import Adafactor
+
+    class FiniteAdafactor(FiniteStep, Adafactor):
+        def step(self, closure: Any = None) -> Any:
+            return None if self.overflow else super().step(closure)
+
+    return FiniteAdafactor
