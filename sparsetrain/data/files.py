@@ -119,14 +119,12 @@ def stdlib_files(label: str, split: str) -> list[str]:
     if split not in ("train", "validation"):
         raise DataError(f"data source {label!r}: python-stdlib has the splits train and validation, not {split!r}")
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        file
-        for file in root.rglob("*.py")
-        if not STDLIB_SKIPPED.intersection(file.relative_to(root).parts)
-        # Written when the interpreter was built, and full of that machine's paths.
-        and not file.name.startswith("_sysconfigdata")
-        and _is_utf8(file)
-    )
+    found: list[Path] = []
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
+        # The module of the build was written then, and is full of that machine's paths.
+        found += [Path(place, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    files = sorted(filter(_is_utf8, found))
     return [str(file) for i, file in enumerate(files) if (i % STDLIB_HELD_OUT == 0) == (split == "validation")]
 
 
