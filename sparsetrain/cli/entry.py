@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from functools import cache
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -71,7 +72,7 @@ def _answer(arguments: list[str]) -> int:
             if not argument.isprintable():
                 _refuse_unprintable(argument)
         check_numbers(os.environ)
-        app(args=arguments, prog_name="sparsetrain")
+        _command()(args=arguments, prog_name="sparsetrain")
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -90,6 +91,11 @@ def _answer(arguments: list[str]) -> int:
             raise
         print(f"error: tokenizers or safetensors failed on the content of a file: {first_line(error)}", file=sys.stderr)
         return SparsetrainError.exit_code
+
+
+@cache  # A process may run several commands.
+def _command() -> Any:
+    return typer.main.get_command(app)
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:
