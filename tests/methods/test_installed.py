@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {"every-third": "adding-a-method.md", "echoes": "evaluation.md"}
 """The page that an example package stands on."""
 SHORT = ["sequence.length=128", "train.steps=2", "train.micro_batch=1", "train.global_batch_sequences=2", "eval={}"]
-SHORT += ["wandb.mode=disabled"]
+SHORT += ["data.sources=[{synthetic: passkey, lengths: [128]}]", "wandb.mode=disabled"]
 THIRDS = "attention={method: thirds, block: 16}"
 ECHOES = "eval.tasks=[{task: echoes, length: 32}]"
 TEMPERED = "attention={method: tempered, window: 48}"

@@ -2,7 +2,7 @@
 
 ``report.png`` and the page show the same panels again; drafts leave theirs out.
 
-Forked ranks draw so always, and runs in the process of the tests unless the test asks for ``rendered``.
+Runs in the process of the tests draw so unless the test asks for ``rendered``; forked ranks draw nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ def draft_drawn(draw: Any, width: float, height: float, whole: bool) -> Any:
 def draft_svg(figure: Any) -> str:
     """An empty picture in the place of a figure of a page."""
     return '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
+
+
+def draft_panel(_: Any, out: Path, *__: Any, **___: Any) -> Path:
+    return draft(None, out)
+
+
+def draw_nothing() -> None:
+    """Also no panels."""
+    draw_drafts()
+    of_run.loss_curve = of_run.attention_picture = of_run.task_picture = of_run.selection_picture = draft_panel
 
 
 def draw_drafts() -> None:

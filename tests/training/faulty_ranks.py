@@ -24,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 from ports import free_port
-from training.drafts import draw_drafts
+from training.drafts import draw_nothing
 
 from sparsetrain.activity import activity
 from sparsetrain.cli import main
@@ -34,7 +34,7 @@ from sparsetrain.training.distributed import build, engine
 from sparsetrain.training.output import evaluations
 
 engine._import_deepspeed()
-draw_drafts()
+draw_nothing()
 RANKS = 2
 FAULTY_STEP = 3
 PATIENCE = 120.0

@@ -18,7 +18,7 @@ from training import drafts
 PRELOADED = [
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"),
     *("peft", "datasets.packaged_modules.json.json", "transformers.models.llama.modeling_llama"),
-    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded"),
+    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded", "training.recipes_read"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
 ]
 """What a run imports, also that which it imports late."""
@@ -34,7 +34,7 @@ def run(program: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         os.dup2(file, stream)
     os.environ.clear()
     os.environ.update(environment)
-    drafts.draw_drafts()
+    drafts.draw_nothing()
     sys.argv = ["-c", *program[1:]]
     exec(compile(program[0], "<program>", "exec"), {"__name__": "__main__"})
 
