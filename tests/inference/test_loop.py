@@ -121,8 +121,7 @@ CHOOSING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("lengths", [ONE, THREE], ids=str)
-@pytest.mark.parametrize("chunk", [8, 20, 32])
+@pytest.mark.parametrize(("chunk", "lengths"), [(8, THREE), (20, ONE), (32, THREE)], ids=str)
 @pytest.mark.parametrize("case", CHOOSING)
 def test_parts_of_a_prompt_are_read_as_the_prompt_however_short(case, chunk, lengths):
     attention, decode = CHOOSING[case]
