@@ -21,6 +21,7 @@ from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.evaluations import Evaluations
 from sparsetrain.training.output.profile import StepProfiler
+from sparsetrain.training.output.system import SystemUse
 from sparsetrain.training.output.tracking import Tracker
 
 
@@ -40,6 +41,7 @@ class RunCallbacks(Callbacks):
         section = self.job.recipe.train.profile
         profiled = section is not None and self.job.world.main
         self.profiler = StepProfiler(section, self.job.output, self.job.say) if section and profiled else None
+        self.system = SystemUse(self.job.world.device, self.job.say) if self.job.world.main else None
 
     def before_step(self, step: int) -> None:
         """See :meth:`Callbacks.before_step`."""
@@ -72,6 +74,8 @@ class RunCallbacks(Callbacks):
         if recipe.attention.new_modules:
             metrics["lr_new_modules"] = result.lr_new_modules
         metrics |= self.costs.utilisation(speed)
+        if self.system is not None:
+            metrics |= self.system.metrics()
         self.tracker.log(metrics, step)
 
     def evaluate(self) -> bool:

@@ -62,3 +62,4 @@ def test_norms_of_parts_add_up_to_that_of_the_gradient(tmp_path, tiny, run_folde
             )
         }
         assert sum(value**2 for value in parts.values()) ** 0.5 == pytest.approx(step["grad_norm"], rel=1e-5)
+        assert step["system/process_memory_gb"] > 0.1

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.output import tracking
+from sparsetrain.training.output.system import SystemUse
 from sparsetrain.training.output.tracking import Tracker, find_wandb_login
 
 
@@ -310,6 +311,23 @@ def test_tensorboard_gets_the_same_and_a_resumed_run_replaces_later_steps(tmp_pa
     (shown,) = events.Tensors("first row/text_summary")[-1].tensor_proto.string_val
     assert shown == b"    a *row*\n    of two lines"
     assert said == []
+
+
+def test_what_the_machine_uses_is_read_and_what_cannot_be_read_is_left_out(monkeypatch):
+    said: list[str] = []
+    cpu = {"system/cpu_percent", "system/memory_gb", "system/process_cpu_percent", "system/process_memory_gb"}
+    found = SystemUse(torch.device("cpu"), said.append).metrics()
+    assert found.keys() == cpu
+    assert found["system/memory_gb"] > found["system/process_memory_gb"] > 0.1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 10 * 10**9))
+    monkeypatch.setattr("sparsetrain.training.output.system.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    use = SystemUse(torch.device("cuda"), said.append)
+    assert [use.metrics()[f"system/{name}"] for name in ("gpu_memory_gb", "gpu_percent")] == [7.0, 97.0]
+    assert said == []
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 1 / 0)
+    assert [use.metrics().keys() for _ in range(2)] == [cpu | {"system/gpu_memory_gb"}] * 2
+    assert said == ["warning: system/gpu_percent cannot be read (ZeroDivisionError: division by zero); it is left out"]
 
 
 def test_a_checkpoint_becomes_an_artifact(tmp_path, said):
