@@ -77,7 +77,10 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     if file is not None:
         text = _read(file)
         if file.suffix == ".jsonl":
-            prompts += _rows(text, file)
+            rows = list(_rows(text, file))
+            if not rows:
+                raise DataError(f'--file {file} has no rows; give one prompt a line: {{"prompt": "..."}}')
+            prompts += rows
         else:
             prompts.append(Prompt(f"--file {file}", text, row={"prompt": text}))
     if not prompts:

@@ -326,6 +326,7 @@ def test_stop_strings_end_a_text():
         (["--prompt", "a", "--max-new-tokens", "999999"], "set --max-new-tokens to at most"),
         (["--prompt", "a " * 9000], "leaves none to write"),
         (["--file", "no.jsonl"], "--file no.jsonl: cannot be read"),
+        (["--file", "blank.jsonl"], '--file blank.jsonl has no rows; give one prompt a line: {"prompt": "..."}'),
         (["--file", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
         (["--file", "wide.txt"], "--file wide.txt: not a text file in UTF-8 (it begins as UTF-16 does)"),
         (["--file", "."], "--file .: cannot be read: Is a directory"),
@@ -355,6 +356,7 @@ def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, 
     # Root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "read-only")
     (tmp_path / "link.jsonl").symlink_to("gone")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (tmp_path / "wide.txt").write_text("import", encoding="utf-16")
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "messages": []}\n')
