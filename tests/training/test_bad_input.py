@@ -155,14 +155,20 @@ def test_a_resume_on_other_ranks_that_would_change_the_batch(tmp_path, tiny, ref
     assert "add train.global_batch_sequences=2" in error
 
 
-def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused):
-    """Until that has ended, in whatever way."""
+def test_a_folder_in_which_another_process_is_at_work(tmp_path, tiny, refused, monkeypatch):
+    """Until that has ended, in whatever way. A process alone is told before it loads anything."""
     holder = subprocess.Popen(
         [sys.executable, "-c", LOCKING, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "locked\n"
-    error = refused("run", str(tiny), "train.steps=2", "--output", str(tmp_path))
-    assert f"another process uses {tmp_path}" in error
+    command = ["run", str(tiny), "train.steps=2", "--output", str(tmp_path)]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert f"another process uses {tmp_path}" in refused(*command)
+    with monkeypatch.context() as alone:
+        alone.delenv("RANK")
+        alone.setattr("sparsetrain.training.run.run", None)
+        assert f"another process uses {tmp_path}" in refused(*command)
     assert not (tmp_path / "recipe.yaml").exists()
     holder.kill()
     holder.wait()

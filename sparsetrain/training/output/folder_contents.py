@@ -39,15 +39,27 @@ def output_folder(recipe: Recipe) -> Path:
 def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
     """Call :func:`refuse_inside` and :func:`refuse_over` before anything is loaded or locked.
 
-    Another process in the folder, and an unreadable folder, are reported later, when it is locked.
+    An unreadable folder is reported later, when it is locked; so is another process in it to one rank of several, which
+    may be rank 0 of the same run.
 
     Raises:
         CheckpointError: The folder is refused; names what it holds, or the run that it belongs to.
     """
     with contextlib.suppress(OSError):
         refuse_inside(folder)
-        if not resumed and not is_locked(folder):
-            refuse_over(folder, recipe)
+        if not is_locked(folder):
+            if not resumed:
+                refuse_over(folder, recipe)
+        elif "RANK" not in os.environ:
+            raise CheckpointError(in_use(folder))
+
+
+def in_use(folder: Path) -> str:
+    """What to say of a folder that another process has locked."""
+    return (
+        f"another process uses {folder}; wait for its end, or choose another folder with output=... "
+        "(if these are ranks of one run, their launcher did not set RANK and WORLD_SIZE)"
+    )
 
 
 def refuse_inside(folder: Path) -> None:

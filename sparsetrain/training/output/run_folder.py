@@ -27,7 +27,7 @@ from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training import checkpoints
 from sparsetrain.training.changes import Change, Resumption, changes, describe_change
 from sparsetrain.training.checkpoints.store import LATEST
-from sparsetrain.training.output.folder_contents import LOCK_FILE, listed, of_a_run, refuse_inside, refuse_over
+from sparsetrain.training.output.folder_contents import LOCK_FILE, in_use, listed, of_a_run, refuse_inside, refuse_over
 from sparsetrain.training.output.tracking import METRICS_FILE
 
 HISTORY_FILE = "history.json"
@@ -196,10 +196,7 @@ def _lock_folder(folder: Path, cleanup: ExitStack) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise CheckpointError(
-                f"another process uses {folder}; wait for its end, or choose another folder with output=... "
-                "(if these are ranks of one run, their launcher did not set RANK and WORLD_SIZE)"
-            ) from error
+            raise CheckpointError(in_use(folder)) from error
         # The file system does not support locks.
 
 
