@@ -179,7 +179,6 @@ def test_frequent_words_are_the_ranks_behind_the_noise(byte_tokenizer, section, 
         ("mistral-v3-32k", False, [4096]),
         ("tiny", False, [1300, 1500]),
         ("bytes", True, [2500]),
-        ("bytes", False, [3900]),
     ],
 )
 def test_no_prompt_with_its_answer_is_longer_than_asked_for(

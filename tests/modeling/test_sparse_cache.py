@@ -25,8 +25,8 @@ COMPILED = [("llama", "full"), ("llama", "by head"), ("gpt_oss", "power"), ("gem
 NEW = GREEDY["max_new_tokens"]
 
 
-def make(family, method, tiny):
-    config = {"sliding_window": 7} if family == "mistral" else {}
+def make(family, method, tiny, **config):
+    config |= {"sliding_window": 7} if family == "mistral" else {}
     return sparsify(tiny(family, **config), SPARSEK if method == "sparsek" else METHODS[method])
 
 
@@ -65,7 +65,7 @@ def test_one_row_in_every_mode(family, method, tiny, tokens):
 
 @pytest.mark.parametrize(("family", "method"), COMPILED)
 def test_a_padded_batch_compiled_is_one_graph_over_all_steps(family, method, tiny, tokens):
-    model = make(family, method, tiny)
+    model = make(family, method, tiny, num_hidden_layers=1 if family == "llama" else 2)
     prompts, ids, mask = left_padded(tokens)
     cache = sparsetrain.SparseCache(model, max_length=60)
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, compile_config=compiled(), **GREEDY)
