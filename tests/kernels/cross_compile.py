@@ -1,23 +1,11 @@
-"""Compiles kernels for Hopper on a machine without a GPU and prints what each takes of it, as one line of JSON each.
-
-For a process of its own, without Triton's interpreter: ``cross_compile_families.py``.
-"""
+"""Families of kernels that are compiled for Hopper on a machine without a GPU, by ``cross_compile_families.py``."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
-import triton
+from compiled_kernel import report, report_shared
 from sparsetrain_kernels.block_decode.triton import configs as decode_configs
 from sparsetrain_kernels.block_decode.triton import kernels as decode_kernels
 from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
@@ -49,16 +37,10 @@ from sparsetrain_kernels.top_p_selection.triton import configs as select_configs
 from sparsetrain_kernels.top_p_selection.triton import lists as position_lists
 from sparsetrain_kernels.top_p_selection.triton import pooling, thresholds
 from sparsetrain_kernels.top_p_selection.triton import short as short_rows
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-TARGET = GPUTarget("cuda", 90, 32)
-triton.knobs.compilation.always_compile = True
-triton.knobs.nvidia.dump_ptxas_log = True
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INTEGERS = {"far_ptr", "items_ptr", "exit_ptr", "list_ptr", "counts_ptr", "places_until_ptr"}
 INTEGERS |= {"positions_ptr", "key_tiles_ptr"}
 PATTERN = {"TPB": 2, "FAR": 16}
@@ -66,50 +48,6 @@ SINGLES = {
     *("lse_ptr", "delta_ptr", "partial_ptr", "padded_lse_ptr", "padded_delta_ptr", "padded_threshold_ptr"),
     *("scores_ptr", "threshold_ptr", "partial_scores_ptr", "grad_scores_ptr", "grad_threshold_ptr"),
 }
-
-
-def report(name: str, code: Any, options: dict[str, Any]) -> None:
-    """Compile it, whatever a cache holds: only then does ptxas say what it did."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        kernel = triton.compile(code, target=TARGET, options=options)
-    log = said.getvalue()
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    assert "Used" in log, log
-    facts = {
-        "copies": "cp.async" in kernel.asm["ptx"],
-        "mma": kernel.asm["ptx"].count("mma.sync"),
-        "kernel": name,
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "shared": kernel.metadata.shared,
-        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
-        # ptxas says so, and no more, where it puts a wait behind every product.
-        "serialised": "wgmma" in log and "serializ" in log,
-    }
-    print(json.dumps(facts), flush=True)
-
-
-class SharedMemory(Exception):
-    """Ends a compilation with the bytes of shared memory of its kernel."""
-
-
-def report_shared(name: str, code: Any, options: dict[str, Any]) -> None:
-    """Compile it until its shared memory is known: LLVM and ptxas take a minute for kernels that spill."""
-
-    def stop(module: Any, _: Any) -> None:
-        raise SharedMemory(module.get_int_attr("ttg.shared"))
-
-    llvm = SimpleNamespace(init_targets=lambda: None, context=lambda: None, to_module=stop)
-    with mock.patch.object(compiler, "llvm", llvm):
-        try:
-            triton.compile(code, target=TARGET, options=options)
-        except SharedMemory as known:
-            print(json.dumps({"kernel": name, "shared": known.args[0]}), flush=True)
 
 
 def source(kind: Any, kernel: Any, dtype: str, constants: dict[str, Any], types: dict[str, str]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cross_compile import report, source, tiles
+from compiled_kernel import report
+from cross_compile import source, tiles
 from sparsetrain_kernels import row_statistics
 from sparsetrain_kernels.dense.triton import keys, rows
 from sparsetrain_kernels.dense.triton.configs import choose_configs as choose_row_configs
