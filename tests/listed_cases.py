@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from attention_oracle import make_inputs
 from torch import Tensor
@@ -76,15 +77,18 @@ def seen_keys(case: Case) -> Tensor:
     lists, counts, cu = (tensor.tolist() for tensor in case.lists)
     o = case.options
     starts = [0] if o["cu_seqlens"] is None else o["cu_seqlens"].tolist()
-    mask = torch.zeros((*key.shape[:2], key.shape[2], key.shape[2]), dtype=torch.bool)
+    mask = np.zeros((*key.shape[:2], key.shape[2], key.shape[2]), dtype=bool)
     for g, (low, high) in enumerate(pairwise(cu)):
         document = max(start for start in starts if start <= low) if low < high else 0
         first = low + int(o["skip"][g])
+        entries = [
+            [{*each[g][: count[g]]} for each, count in zip(*of_batch, strict=True)]
+            for of_batch in zip(lists, counts, strict=True)
+        ]
         for row in range(first, high):
             for j in range(document, row + 1):
                 always = j >= first - o["window"] or j - document < o["sinks"]
                 for b in range(key.shape[0]):
                     for h in range(key.shape[1]):
-                        entries = lists[b][h][g][: counts[b][h][g]]
-                        mask[b, h, row, j] = always or (j - document) // o["granule"] in entries
-    return mask
+                        mask[b, h, row, j] = always or (j - document) // o["granule"] in entries[b][h]
+    return torch.from_numpy(mask)
