@@ -110,3 +110,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
         return folder
 
     return fetch
+
+
+@pytest.fixture
+def drafted() -> Iterator[None]:
+    """Pictures of runs in this process are drawn, but not laid out and rendered, which takes longer than steps."""
+    from training import drafts
+
+    drafts.draw_drafts()
+    yield
+    drafts.draw_in_full()

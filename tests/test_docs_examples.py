@@ -163,6 +163,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, folders_of_examples,
     exec(compile(program, page, "exec"), given | {"ids": given["tokenizer"]("def", return_tensors="pt")["input_ids"]})
 
 
+@pytest.mark.usefixtures("drafted")
 def test_the_commands_of_getting_started_run_in_their_order(tmp_path, monkeypatch, capsys):
     """Those that need neither the Hub nor several GPUs, with a run of one short step."""
     monkeypatch.chdir(tmp_path)

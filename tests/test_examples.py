@@ -12,6 +12,7 @@ import pytest
 
 from sparsetrain.recipe.shipped import shipped_recipes
 
+pytestmark = pytest.mark.usefixtures("drafted")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = Path(__file__).parents[1] / "sparsetrain/assets/tiny"
 SHORT = [
@@ -52,7 +53,8 @@ def test_a_script_trains_a_model(call, script, run):
 
 
 def test_scorers_are_trained_alone_and_generate(call):
-    assert "def add(a, b):" in call("sparsek_scorers.py", *SHORT)
+    texts = "data.sources=[{synthetic: passkey, lengths: [200]}]"
+    assert "def add(a, b):" in call("sparsek_scorers.py", *SHORT, texts)
 
 
 def test_policies_write_beside_all_keys(call):

@@ -41,10 +41,10 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    top = tmp_path_factory.mktemp("wheel")
-    return build("wheel", copy_tree(top / "tree"), top / "dist")
+@pytest.fixture(scope="session")
+def wheel(shared):
+    folder = shared("wheel", lambda top: build("wheel", copy_tree(top / "tree"), top / "dist"))
+    return next((folder / "dist").glob("*.whl"))
 
 
 def names(file: Path) -> set[str]:
@@ -64,7 +64,7 @@ def test_the_wheel_runs_the_quickstart_in_a_fresh_environment(wheel, tmp_path):
     short = [
         *("train.steps=1", "train.micro_batch=1"),
         "sequence.length=256",
-        "data.sources.1.lengths=[]",
+        "data.sources=[{synthetic: passkey, lengths: [200]}]",
         "eval.at_start=false",
         "eval.at_end=false",
         "wandb.mode=disabled",
