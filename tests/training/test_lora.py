@@ -142,7 +142,7 @@ def test_what_is_frozen_stays_as_it_was_bit_for_bit(tmp_path, arguments, pretrai
     assert all(after[name].abs().max() > 0 for name in after if "lora_B" in name)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "bfloat16"), (3, "bfloat16")])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, arguments, run_folder, stage, dtype):
     whole, resumed = run_folder(tmp_path / "whole"), run_folder(tmp_path / "resumed")
     overrides = [ALL_KINDS, f"deepspeed.stage={stage}", f"model.dtype={dtype}", "checkpoint.every=1"]

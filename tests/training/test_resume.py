@@ -129,7 +129,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny, stages, run_fol
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [(0, "float32"), (2, "float32")]
-    + [(stage, "bfloat16") for stage in range(4)]
+    + [(stage, "bfloat16") for stage in (0, 2, 3)]
     + [(stage, "float16") for stage in (0, 2, 3)],
 )
 def test_every_stage_and_dtype_resumes_with_dropout(tmp_path, tiny, tiny_recipe, run_folder, monkeypatch, stage, dtype):
