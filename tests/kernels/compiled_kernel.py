@@ -12,10 +12,10 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
@@ -69,14 +69,23 @@ class SharedMemory(Exception):
 
 
 def report_shared(name: str, code: Any, options: dict[str, Any]) -> None:
-    """Compile it until its shared memory is known: LLVM and ptxas take a minute for kernels that spill."""
+    """Compile it until its shared memory is known: what follows takes a minute for kernels that spill."""
+    make = compiler.CUDABackend.make_llir
+    modules: list[Any] = []
 
-    def stop(module: Any, _: Any) -> None:
-        raise SharedMemory(module.get_int_attr("ttg.shared"))
+    def remember(backend: Any, module: Any, *others: Any) -> Any:
+        modules.append(module)
+        return make(backend, module, *others)
 
-    llvm = SimpleNamespace(init_targets=lambda: None, context=lambda: None, to_module=stop)
-    with mock.patch.object(compiler, "llvm", llvm):
-        try:
-            triton.compile(code, target=TARGET, options=options)
-        except SharedMemory as known:
-            print(json.dumps({"kernel": name, "shared": known.args[0]}), flush=True)
+    def stop(passes: Any, *_: Any) -> None:
+        passes.run(modules[0], "shared")
+        raise SharedMemory(modules[0].get_int_attr("ttg.shared"))
+
+    with (
+        mock.patch.object(triton.knobs.compilation, "always_compile", True),
+        mock.patch.object(compiler.CUDABackend, "make_llir", remember),
+        mock.patch.object(compiler.nvidia.passes.ttgpuir, "add_to_llvmir", stop),
+        pytest.raises(SharedMemory) as known,
+    ):
+        triton.compile(code, target=TARGET, options=options)
+    print(json.dumps({"kernel": name, "shared": known.value.args[0]}), flush=True)
