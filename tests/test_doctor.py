@@ -54,12 +54,10 @@ def test_the_tested_range_is_the_one_that_is_installed():
 
 
 def test_the_newest_version_tried_is_the_pinned_one():
-    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    # torch says which triton it wants, so that has an upper end only.
+    pins = dict(re.findall(r"^([\w-]+)[=<]=([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     for package, (_, newest) in doctor.TESTED.items():
-        if package == "triton":
-            assert package not in pins  # torch says which; another pin leaves pip without a solution
-        else:
-            assert f"{pins[package]}.".startswith(f"{newest}.")
+        assert f"{pins[package]}.".startswith(f"{newest}.")
 
 
 @pytest.mark.parametrize(
