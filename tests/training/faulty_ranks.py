@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 from ports import free_port
 from training.drafts import draw_nothing
+from training.preloaded import PRELOADED
 
 from sparsetrain.activity import activity
 from sparsetrain.cli import main
@@ -34,6 +36,8 @@ from sparsetrain.training.distributed import build, engine
 from sparsetrain.training.output import evaluations
 
 engine._import_deepspeed()
+for module in PRELOADED:
+    import_module(module)
 draw_nothing()
 RANKS = 2
 FAULTY_STEP = 3
