@@ -200,6 +200,30 @@ def test_beams_turns_and_other_heads(decode):
     assert again.shape == (2, turn.shape[1] + 4)
 
 
+@pytest.mark.parametrize("order", [[1, 0], [1, 1, 0]])
+@pytest.mark.parametrize("name", ["top-k", "top-p, used again", "Quest, used again"])
+@torch.inference_mode()
+def test_rows_that_change_places_take_along_what_is_used_again(name, order):
+    """As beams do, here between a step that chooses and one that uses the choice again."""
+    model, (ids, _) = make(FEW[name]), prompts(60, 60)
+    tokens = torch.randint(1, 97, (2, 6), generator=torch.Generator().manual_seed(6))
+    places = torch.tensor(order)
+
+    def steps(moved):
+        cache, rows = sparsetrain.SparseCache(model, max_length=80), torch.arange(2)
+        model(ids, past_key_values=cache)
+        for step in range(6):
+            if step == 2 and moved:
+                cache.batch_select_indices(places) if len(places) > 2 else cache.reorder_cache(places)
+                rows = places
+            last = model(tokens[rows, step : step + 1], past_key_values=cache).logits
+            if step >= 2:
+                yield last
+
+    for found, expected in zip(steps(True), steps(False), strict=True):
+        torch.testing.assert_close(found, expected[places])
+
+
 COMPILED = ("top-p", "Quest, used again", "top-p of channels by similarity", "top-k by exact weights and similarity")
 
 
