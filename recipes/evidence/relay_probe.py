@@ -38,6 +38,8 @@ from sparsetrain.patterns import FullPattern
 from sparsetrain.recipe import Recipe, load_recipe
 
 CLASSES = 10
+SAMPLES = 4 * CLASSES
+"""Documents of a block come in as many: each of the probe's held-out parts has each class."""
 MEASURED = "probe.json"
 
 
@@ -92,7 +94,8 @@ def questions(recipe: Recipe, tokenizer: Any, seed: int, samples: int) -> list[A
     rows = task.answered()
     values = np.unique([row.labels[row.labels >= 0] for row in rows[:200]])
     classes, others = values[:CLASSES], values[CLASSES : 2 * CLASSES]
-    counts, found = np.zeros(blocks, dtype=int), []
+    counts = np.zeros(blocks, dtype=int)
+    found: list[Asked] = []
     for row in rows:
         places = facts(row)
         # A layer that reads two tokens takes the last token of a block into the next one.
@@ -136,7 +139,8 @@ def probe(
     asked = questions(recipe, source.tokenizer, seed, samples)
     loaded = sparsify(source.load(None), config).eval()
     states = torch.cat(list(_states(loaded, asked)), dim=1)
-    found, control = [], []
+    found: list[Any] = []
+    control: list[Any] = []
     of_block = np.array([each.block for each in asked])
     for block in range(of_block.max() + 1):
         own = np.flatnonzero(of_block == block)
@@ -147,7 +151,7 @@ def probe(
     pattern = config.pattern(KV_HEADS) or FullPattern(the_power(recipe).block)
     sparse = sum(method is not None for _, _, method in sparse_layers(loaded))
     alone = np.zeros((len(states) - sparse, blocks), dtype=bool)
-    reached = np.concatenate([alone, pattern.reach(blocks, sparse)])[:, : len(found)]
+    reached: np.ndarray = np.concatenate([alone, pattern.reach(blocks, sparse)])[:, : len(found)]
     by_layer = [list(map(list, zip(*shares, strict=True))) for shares in (found, control)]
     return Probed(name, seed, trained, samples, reached.tolist(), *by_layer)
 
@@ -209,6 +213,8 @@ def main(
 ) -> None:
     """Probe the states of models that were trained to relay facts, and of the one that they started from."""
     file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
+    if samples < 1 or samples % SAMPLES:
+        raise typer.BadParameter(f"--samples {samples}: it must be a multiple of {SAMPLES}")
     loaded = load_recipe(file, settings or []).recipe
     sections = {name: section for name, section in patterns(loaded).items() if "dense_layers" not in section}
     out = out or Path("runs/evidence") / file.stem
@@ -221,14 +227,14 @@ def main(
                 f"--seed {number} --only {name!r}"
             )
         measured = folder / MEASURED
-        if not measured.exists():
+        found = [Probed(**each) for each in json.loads(measured.read_text())] if measured.exists() else []
+        if not found or found[0].samples != samples:
             models = {False: str(loaded.model.path), True: str(folder)}
-            both = [
-                asdict(probe(model, section, loaded, name, number, trained=trained, samples=samples))
+            found = [
+                probe(model, section, loaded, name, number, trained=trained, samples=samples)
                 for trained, model in models.items()
             ]
-            measured.write_text(json.dumps(both) + "\n")
-        found = [Probed(**each) for each in json.loads(measured.read_text())]
+            measured.write_text(json.dumps([asdict(each) for each in found]) + "\n")
         print(table(found), flush=True)
         probed += found
     (out / "probe.json").write_text(json.dumps([asdict(each) for each in probed], indent=1) + "\n")
