@@ -298,7 +298,7 @@ def test_a_fault_of_the_disk_is_told_in_a_line(monkeypatch, capsys, fault, remed
     def full(*_: object, **__: object) -> None:
         raise OSError(fault, os.strerror(fault), "runs/x/report.md")
 
-    monkeypatch.setattr("sparsetrain.cli.entry.app", full)
+    monkeypatch.setattr("sparsetrain.cli.entry._command", lambda: full)
     assert main(["recipe", "list"]) == 2
     said = f"error: [Errno {fault}] {os.strerror(fault)}: 'runs/x/report.md'; {remedy}, or work in another folder\n"
     assert capsys.readouterr().err == said
@@ -308,7 +308,7 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EBADF, "bad file descriptor")
 
-    monkeypatch.setattr("sparsetrain.cli.entry.app", broken)
+    monkeypatch.setattr("sparsetrain.cli.entry._command", lambda: broken)
     with pytest.raises(OSError, match="bad file descriptor"):
         main(["recipe", "list"])
 
