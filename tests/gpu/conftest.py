@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from training.conftest import make_corpus, make_recipe, make_tokenizer, pretrained, ranks_of, run_folder
-from training.conftest import shared as shared_by_all
 
 from sparsetrain.recipe.yaml_source import dump_yaml
 
-__all__ = ["pretrained", "ranks_of", "run_folder", "shared_by_all"]
+__all__ = ["pretrained", "ranks_of", "run_folder"]
 
 
 @pytest.fixture
@@ -26,9 +25,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared(shared_by_all: Callable[..., Path]) -> Callable[[str, Callable[[Path], None]], Path]:
-    """As in the training tests, which make folders of the same names from another recipe."""
-    return lambda name, make: shared_by_all(f"cuda-{name}", make)
+def shared(shared: Callable[..., Path]) -> Callable[[str, Callable[[Path], None]], Path]:
+    """As for all tests; those of training make folders of the same names from another recipe."""
+    return lambda name, make: shared(f"cuda-{name}", make)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,14 @@ sys.exit(main(["run", sys.argv[1], "--output", sys.argv[2]]))
 """
 
 
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+    """A run that nohup started ignores SIGHUP, and so would it here if nohup had started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def arguments(tiny, tmp_path):
     """``arguments(*overrides)``: the command of a run of four steps, evaluated every other step and at the end."""
