@@ -65,6 +65,8 @@ class Probed:
     trained: bool
     samples: int
     """Documents for each block."""
+    alone: int
+    """Layers before those of the pattern; they connect a block with nothing else."""
     reached: list[list[bool]]
     """Whether the last block depends on the block after the layer: exactly, by the pattern."""
     accuracy: list[list[float]]
@@ -73,8 +75,10 @@ class Probed:
 
     def hops(self) -> list[int]:
         """Of each block: layers of the pattern after which the last block depends on it; 0 where it never does."""
-        own = sum(not any(row) for row in self.reached)
-        return [next((layer + 1 - own for layer, known in enumerate(of) if known), NEVER) for of in zip(*self.reached)]
+        return [
+            next((layer + 1 - self.alone for layer, known in enumerate(of) if known), NEVER)
+            for of in zip(*self.reached, strict=True)
+        ]
 
     def by_hops(self, layer: int) -> dict[int, float]:
         """The share of values that the probe names after a layer, by hops."""
@@ -150,10 +154,11 @@ def probe(
             shares.append(accuracy(states[:, own], torch.from_numpy(kinds), CLASSES, seed).tolist())
     pattern = config.pattern(KV_HEADS) or FullPattern(the_power(recipe).block)
     sparse = sum(method is not None for _, _, method in sparse_layers(loaded))
-    alone = np.zeros((len(states) - sparse, blocks), dtype=bool)
-    reached: np.ndarray = np.concatenate([alone, pattern.reach(blocks, sparse)])[:, : len(found)]
+    alone = len(states) - sparse
+    reached: np.ndarray = np.concatenate([np.zeros((alone, blocks), dtype=bool), pattern.reach(blocks, sparse)])
+    reached = reached[:, : len(found)]
     by_layer = [list(map(list, zip(*shares, strict=True))) for shares in (found, control)]
-    return Probed(name, seed, trained, samples, reached.tolist(), *by_layer)
+    return Probed(name, seed, trained, samples, alone, reached.tolist(), *by_layer)
 
 
 def _states(model: Any, asked: list[Asked]) -> Iterator[Any]:
@@ -186,13 +191,12 @@ def table(probed: list[Probed]) -> str:
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for method, trained in dict.fromkeys((each.method, each.trained) for each in probed):
         of = sorted((each for each in probed if (each.method, each.trained) == (method, trained)), key=_seed)
-        own = sum(not any(row) for row in of[0].reached)
         for layer in range(len(of[0].accuracy)):
             cells = [str(layer + 1)]
             for hops in [*range(1, longest + 1), NEVER]:
                 shares = [each.by_hops(layer).get(hops) for each in of]
                 told = " / ".join(f"{100 * share:.1f}" for share in shares if share is not None)
-                known = hops != NEVER and hops <= layer + 1 - own
+                known = hops != NEVER and hops <= layer + 1 - of[0].alone
                 cells.append(told if known or not told else f"({told})")
             cells.append(" / ".join(f"{100 * np.mean(each.control[layer]):.1f}" for each in of))
             lines.append(f"| {method}, {'trained' if trained else 'before'} | {' | '.join(cells)} |")

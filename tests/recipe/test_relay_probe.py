@@ -80,10 +80,16 @@ def test_patterns_with_dense_layers_are_not_probed():
         main("relay", [], seed=[2], only=["power, 2 dense"], samples=SAMPLES, out=None)
 
 
+def test_hops_are_layers_of_the_pattern_though_the_first_reach_no_fact():
+    """As those of a window, from which the facts are far away."""
+    reached = [[False, False], [False, False], [False, True], [True, True]]
+    assert Probed("sliding", 2, True, 40, 1, reached, [], []).hops() == [3, 2]
+
+
 def test_the_table_has_brackets_where_nothing_connects_fact_and_question():
     reached = [[False, False, False], [False, True, False], [True, True, False]]
     probed = [
-        Probed("power", seed, True, 40, reached, [[0.1] * 3, [0.1, 0.5, 0.2], [0.4, 1.0, 0.1]], [[0.1] * 3] * 3)
+        Probed("power", seed, True, 40, 1, reached, [[0.1] * 3, [0.1, 0.5, 0.2], [0.4, 1.0, 0.1]], [[0.1] * 3] * 3)
         for seed in (3, 2)
     ]
     assert table(probed).splitlines() == [
