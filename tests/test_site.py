@@ -161,6 +161,13 @@ def test_rows_of_the_evidence_say_their_seeds_machine_and_date(generator):
         runs(comment="- {rows: [stride], machine: one H100}")
 
 
+@pytest.mark.parametrize("told", ["seeds 4, 5", "seeds 4 / 5", "seeds 4 and 5"])
+def test_a_row_of_the_evidence_may_name_several_seeds(generator, told):
+    text = MEASURED.format(more="", comment="").replace("seed 4", told)
+    (table,) = generator("evidence").experiments("evidence.md", text)
+    assert [[run["seeds"] for run in row["runs"]] for row in table["rows"]] == [[[2, 3]], [[4, 5]]]
+
+
 @pytest.mark.parametrize("page", ["ladder.md", "power.md", "sparsek.md", "full.md", "decode-policies.md"])
 def test_measured_figures_stand_on_the_page_that_is_linked(page):
     """Numbers with a fraction or a per cent in an item that links to a page of measurements."""

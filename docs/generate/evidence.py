@@ -42,7 +42,7 @@ MACHINE = re.compile(
 RECIPE = re.compile(r"\brecipes/evidence/[\w-]+\.yaml")
 SEED_OF_COMMAND = re.compile(r"--seed (\d+)")
 SEED_COLUMN = re.compile(r"^seed (\d+)$")
-SEEDS_TOLD = re.compile(r"\bseeds? (\d+)(?:, (\d+))*")
+SEEDS_TOLD = re.compile(r"\bseeds? \d+(?:(?:, | and | / )\d+)*")
 COMMENT = "<!-- measured:"
 
 
