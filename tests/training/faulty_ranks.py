@@ -35,10 +35,6 @@ from sparsetrain.training.checkpoints import saver
 from sparsetrain.training.distributed import build, engine
 from sparsetrain.training.output import evaluations
 
-engine._import_deepspeed()
-for module in PRELOADED:
-    import_module(module)
-draw_nothing()
 RANKS = 2
 FAULTY_STEP = 3
 PATIENCE = 120.0
@@ -243,7 +239,16 @@ def cause_all(options: argparse.Namespace) -> None:
             running -= 1
 
 
+def prepare() -> None:
+    """Import what ranks need, and draw nothing, before they are forked."""
+    engine._import_deepspeed()
+    for module in PRELOADED:
+        import_module(module)
+    draw_nothing()
+
+
 if __name__ == "__main__":
+    prepare()
     given = parse()
     if given.rank is None:
         cause_all(given)

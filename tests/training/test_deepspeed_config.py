@@ -163,7 +163,7 @@ def test_a_section_must_be_an_object(refusal):
 
 def test_a_file_that_is_no_json_is_named_with_its_line(refusal, tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text('{\n  "bf16": {"enabled": true},\n}')
+    file.write_text('{\n  "bf16": {"enabled": true},\n  fp16\n}')
     assert f"{file} line 3 is not JSON" in refusal(str(file))
     file.write_text("[]")
     assert "must hold a JSON object, not list" in refusal(str(file))
