@@ -14,7 +14,7 @@ from sparsetrain.generation.offloaded import OffloadedMemory
 from sparsetrain.modeling import sparsify
 from sparsetrain.patterns import PowerPattern
 
-from .test_generation_modes import GREEDY, METHODS, assert_greedy, left_padded
+from .test_generation_modes import GREEDY, METHODS, assert_every_mode, assert_greedy, left_padded
 from .test_sparse_cache import compiled, graphs, pages_alive
 
 NEW = GREEDY["max_new_tokens"]
@@ -43,18 +43,7 @@ def offloaded(model, max_length, **settings):
 
 
 def test_one_row_in_every_mode_with_its_keys_on_the_host(model, tokens):
-    ids = tokens(33)
-
-    def generate(**settings):
-        cache = offloaded(model, 33 + NEW + 6)  # drafts on top
-        return model.generate(ids, past_key_values=cache, **{**GREEDY, **settings}).tolist()
-
-    want = generate()
-    assert_greedy(model, [ids], torch.tensor(want)[:, 33:])
-    assert generate(prefill_chunk_size=8) == want
-    assert generate(prompt_lookup_num_tokens=5) == want
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9}
-    assert generate(**beams) == model.generate(ids, use_cache=False, **{**GREEDY, **beams}).tolist()
+    assert_every_mode(model, tokens(33), lambda: offloaded(model, 33 + NEW + 6))  # drafts on top
 
 
 def test_a_padded_batch_and_another_turn_with_the_keys_on_the_host(model, tokens):

@@ -57,6 +57,24 @@ def assert_greedy(model, prompts, written):
         assert row.tolist() == likeliest[prompt.shape[1] - 1 :].tolist()
 
 
+def assert_every_mode(model, ids, make_cache):
+    """Of one row, ``[1, tokens]``: greedy, with a prompt in chunks, with looked-up guesses, and with beams.
+
+    Args:
+        make_cache: makes the cache of each of them.
+    """
+
+    def generate(**settings):
+        return model.generate(ids, past_key_values=make_cache(), **{**GREEDY, **settings}).tolist()
+
+    want = generate()
+    assert_greedy(model, [ids], torch.tensor(want)[:, ids.shape[1] :])
+    assert generate(prefill_chunk_size=8) == want
+    assert generate(prompt_lookup_num_tokens=5) == want
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9}
+    assert generate(**beams) == model.generate(ids, use_cache=False, **{**GREEDY, **beams}).tolist()
+
+
 def left_padded(tokens, lengths=LENGTHS):
     prompts, width = [tokens(length, seed=length) for length in lengths], max(lengths)
     ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)

@@ -11,7 +11,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.modeling import sparsify
 from sparsetrain.patterns import PowerPattern, SlidingPattern
 
-from .test_generation_modes import GREEDY, METHODS, assert_greedy, left_padded
+from .test_generation_modes import GREEDY, METHODS, assert_every_mode, assert_greedy, left_padded
 
 SPARSEK = {"method": "sparsek", "topk": 5, "window": 6, "sinks": 2, "score_buffer": 4096}
 MODELS = [
@@ -49,18 +49,9 @@ def _no_graphs():
 
 @pytest.mark.parametrize(("family", "method"), MODELS)
 def test_one_row_in_every_mode(family, method, tiny, tokens):
-    model, ids = make(family, method, tiny), tokens(33)
-
-    def generate(**settings):
-        cache = sparsetrain.SparseCache(model, max_length=33 + NEW + 6, rollback=8)  # drafts on top
-        return model.generate(ids, past_key_values=cache, **{**GREEDY, **settings}).tolist()
-
-    want = generate()
-    assert_greedy(model, [ids], torch.tensor(want)[:, 33:])
-    assert generate(prefill_chunk_size=8) == want
-    assert generate(prompt_lookup_num_tokens=5) == want
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9}
-    assert generate(**beams) == model.generate(ids, use_cache=False, **{**GREEDY, **beams}).tolist()
+    model = make(family, method, tiny)
+    room = {"max_length": 33 + NEW + 6, "rollback": 8}  # drafts on top
+    assert_every_mode(model, tokens(33), lambda: sparsetrain.SparseCache(model, **room))
 
 
 @pytest.mark.parametrize(("family", "method"), COMPILED)
