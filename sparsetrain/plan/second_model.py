@@ -8,11 +8,9 @@ from pathlib import Path
 
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.methods.costs import NO_PARAMETERS
-from sparsetrain.plan.shape import find_shape, known_config
+from sparsetrain.plan.shape import ELEMENT, find_shape, known_config
 from sparsetrain.plan.trained import count_parameters
 from sparsetrain.recipe.schema import ModelSection, Recipe
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,6 @@ def _size(name: str, recipe: Recipe) -> float | None:
         shape, config = find_shape(section), known_config(section) or {}
         plain = recipe.model_copy(update={"lora": None, "model": section})
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        return count_parameters(shape, plain, NO_PARAMETERS).total * BYTES.get(dtype, 4)
+        return count_parameters(shape, plain, NO_PARAMETERS).total * ELEMENT.get(dtype, 4)
     except SparsetrainError:
         return None

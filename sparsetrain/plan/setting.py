@@ -11,14 +11,12 @@ from sparsetrain.methods.costs import AttentionCosts, LayerShape
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.plan.devices import Device
 from sparsetrain.plan.second_model import SecondModel, second_models
-from sparsetrain.plan.shape import ModelShape
+from sparsetrain.plan.shape import ELEMENT, ModelShape
 from sparsetrain.plan.trained import Parameters, count_parameters
 from sparsetrain.recipe.batch import BatchShape, batch_shape
 from sparsetrain.recipe.heads import heads_fault
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
-
-ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # DeepSpeed's own defaults, for what neither the recipe nor its deepspeed.config says (runtime/zero/config.py).
 _ZERO_DEFAULTS = {

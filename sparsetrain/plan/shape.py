@@ -17,6 +17,9 @@ from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.recipe.sizes import oversized
 from sparsetrain.textfile import read_text
 
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element, by ``model.dtype``."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
