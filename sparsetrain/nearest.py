@@ -19,6 +19,11 @@ def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str |
     return found[0] if found else None
 
 
+def nearest_first(name: object, known: Iterable[str], *, most: int) -> list[str]:
+    """The known names in the order of their similarity to ``name``, at most ``most`` of them."""
+    return get_close_matches(str(name), list(known), n=most, cutoff=0.0)
+
+
 def did_you_mean(
     name: object,
     known: Iterable[str],

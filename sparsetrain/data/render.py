@@ -22,7 +22,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 11
+RENDER_VERSION = 12
 """Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -40,8 +40,8 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
     pair, both documents are rendered, one behind the other.
 
     Raises:
-        MalformedRow: A column is missing, has the wrong type or an unsupported value; the completion is empty; there is
-            no assistant turn; or the chat template refuses the conversation or omits a part of it.
+        MalformedRow: A column is missing, has the wrong type or an unsupported value; there is no assistant turn; or the
+            chat template refuses the conversation or omits a part of it.
     """
     row = form.naming.row(row)
     check_columns(row, form.kind, form.fields, form.ignore)
@@ -122,7 +122,7 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
         _no_conversation(row, form, "its prompt and completion are plain text")
         names = (repr(field) for field in form.fields)
         prompt, completion = (text_value(value, name) for value, name in zip((prompt, completion), names))
-        return _completion(prompt + form.separator, completion, form.fields[-1], tokenizer)
+        return _completion(prompt + form.separator, completion, tokenizer)
     if not isinstance(prompt, list) or not isinstance(completion, list):
         wrong = next(field for field in form.fields if not isinstance(row[field], str))
         raise MalformedRow(f"{wrong!r} is {described(row[wrong])}, not a string, and not both are lists of turns")
@@ -139,12 +139,14 @@ def _prompt_completion(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrai
     return render_chat(with_columns(conversation, row, form), tokenizer)
 
 
-def _completion(prompt: str, completion: str, name: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Loss on the completion and EOS. A token that reaches over the boundary counts to the completion."""
-    answer = strip_ends(completion, tokenizer)
+def _completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Loss on the completion and EOS, on EOS alone of an empty completion: the answer is to say nothing, as a chat's
+    empty turn. A token that reaches over the boundary counts to the completion."""
+    answer, own = strip_ends(completion, tokenizer), strip_ends(prompt, tokenizer, end=False)
     if answer.empty(tokenizer):
-        raise MalformedRow(f"the completion is empty (column {name!r})")
-    own = strip_ends(prompt, tokenizer, end=False)
+        if own.empty(tokenizer):
+            return [], []
+        answer = Stripped("", answer.opened, False)
     text = answer.text
     if answer.opened and own.text:
         # It would stand inside of the document.
@@ -170,7 +172,7 @@ def _alpaca(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenize
             )
         system = _system(row, form)
         prompt = ALPACA_PROMPT.format(instruction=instruction)
-        return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, form.fields[-1], tokenizer)
+        return _completion(f"{system}\n\n{prompt}" if system else prompt, answer, tokenizer)
     pairs = [*history, (instruction, answer)]
     turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair)]
     conversation = Conversation([{"role": role, "content": content} for role, content in turns])

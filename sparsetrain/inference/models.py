@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.errors import ModelError
+from sparsetrain.nearest import nearest_first
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ def _runs_beside(folder: Path) -> list[str]:
         return []
     place = folder if folder.is_dir() else folder.parent
     runs = [str(file.parent) for file in sorted(place.glob("*/recipe.yaml"))]
-    return get_close_matches(str(folder), runs, n=5, cutoff=0.0)
+    return nearest_first(folder, runs, most=5)
 
 
 def check_room(model: PreTrainedModel, place: str, tokens: int, new_tokens: int) -> None:

@@ -104,15 +104,17 @@ def test_the_command_cuts_long_rows_and_names_the_shares_of_a_mixture(previewed)
 
 def test_the_command_says_which_answer_of_a_pair_a_document_is_and_refuses_pairs_without_a_prompt(previewed):
     pairs = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in ("q?", "", " ")]
-    pairs.append({"prompt": "q?", "chosen": "yes", "rejected": ""})
+    pairs += [{"prompt": "q?", "chosen": "yes", "rejected": ""}, {"prompt": "q?", "chosen": "yes", "rejected": None}]
     code, said = previewed(pairs, "preference.loss=dpo", "data.long_documents=drop", "data.on_malformed=skip")
     assert code == 0, said
-    assert "4 rows, 1 pair, 11 tokens" in said
-    assert "-- document 1: chosen of rows.jsonl:0, 6 tokens\nq?«yes" in said
-    assert "-- document 2: rejected of rows.jsonl:0, 5 tokens\nq?«no" in said
+    assert "5 rows, 2 pairs, 20 tokens" in said
+    for number in (0, 3):
+        assert re.search(rf"-- document [13]: chosen of rows.jsonl:{number}, 6 tokens\nq\?«yes", said)
+    assert re.search(r"-- document [24]: rejected of rows.jsonl:0, 5 tokens\nq\?«no", said)
+    assert re.search(r"-- document [24]: rejected of rows.jsonl:3, 3 tokens\nq\?«<eos>", said)
     assert "2 rows, such as" in said
     assert "rows.jsonl:2: 'chosen' and 'rejected' do not begin with a prompt, and 'prompt' is empty" in said
-    assert "rows.jsonl:4: the completion is empty (column 'rejected')" in said
+    assert "rows.jsonl:5: 'rejected' is null, not a string" in said
 
 
 def test_a_template_that_the_recipe_names_is_told_as_the_recipe_s(previewed):

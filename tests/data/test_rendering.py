@@ -105,7 +105,7 @@ def test_alpaca_is_chat_with_a_template_and_prompt_and_completion_without(mistra
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "completion": " "}, "the completion is empty"),
+        ({"prompt": "a", "completion": None}, "'completion' is null"),
         ({"prompt": None, "completion": "b"}, "'prompt' is null"),
         ({"messages": "a string"}, "'messages' is of type str, not a list of turns"),
         ({"messages": []}, "not a list of turns"),
@@ -159,9 +159,17 @@ def test_nothing_but_bos_and_eos_is_nothing(gpt2, byte_tokenizer):
         for text in (eos, bos + eos, f" {bos}\n{eos} ", f"{bos}{bos} {eos}{eos}"):
             form = resolve_form(DataSource(path="x"), ["text"], tokenizer)
             assert not len(render({"text": text}, form, tokenizer).input_ids)
-            form = resolve_form(DataSource(path="x"), ["prompt", "completion"], tokenizer)
-            with pytest.raises(MalformedRow, match="the completion is empty"):
-                render({"prompt": "a", "completion": text}, form, tokenizer)
+            assert learned({"prompt": bos, "completion": text}, tokenizer) == ("", [])
+
+
+def test_an_empty_answer_is_learned_as_its_end_in_every_form(gpt2, mistral):
+    for eos in ("", "<|endoftext|>"):
+        assert learned({"prompt": "Any?", "completion": eos}, gpt2) == ("Any?<|endoftext|>", ["<|endoftext|>"])
+    assert learned({"instruction": "Any?", "output": ""}, gpt2)[1] == ["<|endoftext|>"]
+    assert learned({"prompt": "Any?", "completion": ""}, mistral) == ("<s> Any?</s>", ["</s>"])
+    turns = [{"role": "user", "content": "Any?"}, {"role": "assistant", "content": ""}]
+    for row in ({"messages": turns}, {"instruction": "Any?", "output": ""}):
+        assert [text.strip() for text in learned(row, mistral)[1]] == ["</s>"]
 
 
 def test_prompts_that_were_rendered_before_have_one_bos_and_one_eos(mistral):
