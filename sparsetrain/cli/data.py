@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +62,7 @@ def preview(
     from sparsetrain.data import build_rows
     from sparsetrain.data.ending import remarks, turn_ending
     from sparsetrain.data.survey import survey
+    from sparsetrain.data.values import fix_or_skip
     from sparsetrain.modeling.tokenizers import recipe_tokenizer
     from sparsetrain.recipe import load_recipe
 
@@ -81,8 +84,10 @@ def preview(
         try:
             stream = build_rows(data, settings.sequence, tokenizer, settings.train.seed, pairs=pairs)
             _print_mixture(console, stream, settings, {each.source.label: each for each in read})
-            for number in range(1, rows + 1):
-                _print_row(console, number, next(stream), tokenizer, tokens, pairs=pairs)
+            shown = [next(stream) for _ in range(rows)]
+            places = _places(shown, {each.source.label: each for each in read})
+            for number, row in enumerate(shown, 1):
+                _print_row(console, number, row, places, tokenizer, tokens, pairs=pairs)
         finally:
             logger.setLevel(level)
         if stream.chat:
@@ -91,10 +96,7 @@ def preview(
     unread = {each.source.label: sum(each.faults.values()) for each in read if each.faults}
     if unread and settings.data.on_malformed == "stop":
         counts = ", ".join(f"{count:,} of {label}" for label, count in unread.items())
-        raise DataError(
-            f"a run stops at rows that cannot be read: {counts}. Fix them, or set data.on_malformed=skip to train on "
-            "the others"
-        )
+        raise DataError(f"a run stops at rows that cannot be read: {counts}. {fix_or_skip('them')}")
 
 
 def _print_source(console: Console, found: Survey, recipe: Recipe) -> None:
@@ -162,8 +164,33 @@ def _print_mixture(console: Console, stream: RowStream, recipe: Recipe, read: di
         _say(console, f"  {source.label}: {tokens / count.tokens:.1%} of the tokens, {share:.1%} of the draws")
 
 
+def _places(rows: list[Row], read: dict[str, Survey]) -> dict[str, str]:
+    """Where the documents of rows are, by their origin; those of synthetic tasks are nowhere."""
+    found: dict[str, dict[str, tuple[int, str]]] = {}
+    for origin in (origin for row in rows for origin in row.origin):
+        parts = re.fullmatch(r"(.*):(\d+)(?:@(\d+))?", origin, re.S)
+        if parts and parts[1] in read:
+            found.setdefault(parts[1], {})[origin] = (int(parts[2]), parts[3])
+    here, places = f"{os.getcwd()}{os.sep}", {}
+    for label, documents in found.items():
+        known = read[label].places({number for number, _ in documents.values()})
+        for origin, (number, start) in documents.items():
+            place = known[number].removeprefix(here)
+            # Of a Hub data set the number of the row is all.
+            place = f"{label}, {place}" if place.startswith("row ") else place
+            places[origin] = f"{place}, from token {int(start):,} on" if start else place
+    return places
+
+
 def _print_row(
-    console: Console, number: int, row: Row, tokenizer: PreTrainedTokenizerBase, shown: int, *, pairs: bool
+    console: Console,
+    number: int,
+    row: Row,
+    places: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    shown: int,
+    *,
+    pairs: bool,
 ) -> None:
     from sparsetrain.data.ending import control_tokens
     from sparsetrain.data.preview import describe_row, stretches
@@ -181,7 +208,7 @@ def _print_row(
         if parts:
             # The answers of a pair are neighbours.
             answer = ("rejected", "chosen")[document % 2] + " of " if pairs else ""
-            _say(console, f"-- document {document}: {answer}{name}, {size:,} tokens", "cyan")
+            _say(console, f"-- document {document}: {answer}{places.get(name, name)}, {size:,} tokens", "cyan")
         for start, stop in parts:
             if start > place:
                 _say(console, "...", "cyan")

@@ -15,7 +15,7 @@ from sparsetrain.data.columns import STDLIB, first_row, local_files, readable_ro
 from sparsetrain.data.files import is_local
 from sparsetrain.data.forms import resolve_form, takes_template
 from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.values import FIX, MalformedRow, fix_or_skip
 from sparsetrain.errors import DataError, first_line
 from sparsetrain.recipe.added_tokens import add_control_tokens
 from sparsetrain.recipe.chat_templates import chat_template_text
@@ -66,9 +66,9 @@ def check_data(recipe: Recipe) -> DataCheck:
     faults: list[str] = []
     tokenizer = _tokenizer(recipe, check)
     chat = False
-    for name, source, skip, pairs in _sources(recipe):
+    for name, source, remedy, pairs in _sources(recipe):
         with _collected(faults, name):
-            in_chat, tokens = _check_source(source, tokenizer, check, skip, pairs)
+            in_chat, tokens = _check_source(source, tokenizer, check, remedy, pairs)
             chat |= in_chat
             if tokens is not None and name.startswith("data."):
                 check.remarks += _too_long(source, len(tokens.input_ids), recipe, pairs)
@@ -85,20 +85,25 @@ def check_data(recipe: Recipe) -> DataCheck:
     return check
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, bool, bool]]:
-    """Yield every source with rows, with its field, whether its malformed rows are skipped, and whether its rows are
-    pairs of answers."""
+def _sources(recipe: Recipe) -> Iterator[tuple[str, DataSource, str | None, bool]]:
+    """Yield every source with rows, with its field, what helps where a row is malformed (None: such rows are skipped),
+    and whether its rows are pairs of answers."""
+    remedy = None if recipe.data.on_malformed == "skip" else fix_or_skip("the row")
     for index, source in enumerate(recipe.data.sources):
         if source.path is not None:
-            yield f"data.sources.{index}", source, recipe.data.on_malformed == "skip", recipe.preference is not None
+            yield f"data.sources.{index}", source, remedy, recipe.preference is not None
     for task in recipe.eval.tasks:
         for name, source in task.sources().items():
             if source.path is not None:
-                yield task.path(name), source, False, name in task.pair_fields
+                yield task.path(name), source, FIX, name in task.pair_fields
 
 
 def _check_source(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase | None, check: DataCheck, skip: bool, pairs: bool
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    check: DataCheck,
+    remedy: str | None,
+    pairs: bool,
 ) -> tuple[bool, Tokens | None]:
     """Check a source; returns whether its rows go through the chat template (False if it cannot be read), and its first
     document, if it could be tokenised.
@@ -125,7 +130,8 @@ def _check_source(
     if files[0].endswith(".json") and Path(files[0]).stat().st_size > LARGEST_ARRAY:
         check.unchecked.append(f"{files[0]} (an array of JSON is read whole)")
         return False, None
-    place, row = first_row(source, kind, files, skip=skip)
+    skip = remedy is None
+    place, row = first_row(source, kind, files, remedy=remedy)
     form = resolve_form(source, list(row), seen, pairs=pairs)
     if warning := check_turn_names(source, form, readable_rows(source, kind, files, skip=skip), most=FIRST_ROWS):
         check.remarks.append(warning)
@@ -138,7 +144,7 @@ def _check_source(
             tokens = render(row, form, tokenizer)
         except MalformedRow as problem:
             if not skip:
-                raise DataError(f"data source {source.label!r}: {place}: {problem}") from problem
+                raise DataError(f"data source {source.label!r}: {place}: {problem}. {remedy}") from problem
         check.shown += preview(source.label, form.describe(), tokens, tokenizer)
     return takes_template(form, row, seen), tokens
 

@@ -91,25 +91,25 @@ def readable_rows(source: DataSource, kind: Kind, files: list[str], *, skip: boo
             yield fields_of(raw["row"] if layout == "table" else raw, layout)
 
 
-def first_row(source: DataSource, kind: Kind, files: list[str], *, skip: bool) -> tuple[str, Mapping[str, Any]]:
+def first_row(source: DataSource, kind: Kind, files: list[str], *, remedy: str | None) -> tuple[str, Mapping[str, Any]]:
     """The place of the first readable row, and its columns.
 
     Args:
-        skip: Skip unreadable rows and files; else refuse them.
+        remedy: What helps where a row cannot be read; None to skip unreadable rows and files.
 
     Raises:
         DataError: There is no such row.
     """
     layout, problem = layout_of(kind), ""
-    rows = _table(source, kind, files, skip) if layout == "table" else _lines(kind, files)
+    rows = _table(source, kind, files, remedy is None) if layout == "table" else _lines(kind, files)
     for raw in islice(rows, ROWS_TRIED):
         place = raw["place"]
         try:
             return place, fields_of(raw["row"] if layout == "table" else raw, layout)
         except MalformedRow as malformed:
+            if remedy is not None:
+                raise DataError(f"data source {source.label!r}: {place}: {malformed}. {remedy}") from malformed
             problem = problem or f": {place}: {malformed}"
-            if not skip:
-                break
     if problem:
         raise DataError(f"data source {source.label!r} holds no row that can be read{problem}")
     raise DataError(f"data source {source.label!r} is empty: {source.path} has no rows")

@@ -200,7 +200,7 @@ def parse_line(line: str) -> dict[str, Any]:
     except RecursionError as problem:
         raise ValueError("nested too deeply") from problem
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__}, not an object")
+        raise ValueError(f"a JSON {'null' if row is None else type(row).__name__}, not an object")
     return row
 
 

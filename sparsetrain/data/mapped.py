@@ -19,7 +19,7 @@ from sparsetrain.data.encoding import tokenizer_fingerprint
 from sparsetrain.data.position import Drawn, read_position
 from sparsetrain.data.render import RENDER_VERSION
 from sparsetrain.data.sources import OpenSource, Reader, open_source
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.values import MalformedRow, fix_or_skip
 from sparsetrain.errors import DataError, first_line
 from sparsetrain.randomness import generator
 
@@ -196,7 +196,7 @@ class MappedSource:
             f"{'; ...' if len(malformed) > NAMED_ROWS else ''}"
         )
         if stop:
-            raise DataError(f"{message}. Fix them, or set data.on_malformed=skip to train on the others")
+            raise DataError(f"{message}. {fix_or_skip('them')}")
         logger.warning("%s", message)
 
 

@@ -40,7 +40,7 @@ def render(row: Mapping[str, Any], form: RowForm, tokenizer: PreTrainedTokenizer
     pair, both documents are rendered, one behind the other.
 
     Raises:
-        MalformedRow: A column is missing, has the wrong type or an unsupported value; there is no assistant turn; or the
+        MalformedRow: A column is missing, has the wrong type or an unsupported value; no assistant turn; or the
             chat template refuses the conversation or omits a part of it.
     """
     row = form.naming.row(row)

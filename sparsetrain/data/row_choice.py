@@ -24,9 +24,17 @@ def chosen_rows(source: DataSource, rows: Any) -> Any:
     """
     if source.max_rows is not None:
         rows = rows.take(source.max_rows)
+    return rows if source.validation is None else rows.select(kept_rows(source, len(rows)))
+
+
+def kept_rows(source: DataSource, total: int) -> np.ndarray | None:
+    """The numbers of the rows that its split reads of ``total``, ascending; None for all.
+
+    Raises:
+        DataError: The split has no row.
+    """
     if source.validation is None:
-        return rows
-    total = len(rows)
+        return None
     held_out = source.held_out_of(total)
     if not 0 < held_out < total:
         raise DataError(
@@ -34,5 +42,4 @@ def chosen_rows(source: DataSource, rows: Any) -> Any:
             f"which leaves none for {'training' if held_out else 'validation'}; give another number"
         )
     order = generator(0, "validation", total).permutation(total)
-    part = order[:held_out] if source.split == "validation" else order[held_out:]
-    return rows.select(np.sort(part))
+    return np.sort(order[:held_out] if source.split == "validation" else order[held_out:])

@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 from datasets import packaged_modules
@@ -40,6 +40,7 @@ from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows
 from sparsetrain.data.shards import intact
+from sparsetrain.data.table_files import TableFiles
 from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
@@ -66,12 +67,14 @@ class Reader:
     form: RowForm
     chat: bool
     """Whether rows go through the tokenizer's chat template."""
-    split: str = ""
-    """The split that an index counts in, where it is not the whole source."""
+    tables: TableFiles | None = field(default=None, repr=False, compare=False)
+    """The local tables that rows are in. Not a part of what decides tokens, which is what names a cache."""
 
     def place(self, raw: Mapping[str, Any], index: int) -> str:
-        """The place of a row: its file and line, or its index."""
-        return f"row {index}{self.split}" if self.layout == "table" else raw["place"]
+        """The place of a row: its file and line, or its number in a table."""
+        if self.layout != "table":
+            return str(raw["place"])
+        return f"row {index}" if self.tables is None else self.tables.place(index)
 
     def tokens(self, raw: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tokens:
         """The tokens of a raw row.
@@ -80,6 +83,10 @@ class Reader:
             MalformedRow: it cannot be read.
         """
         return render(fields_of(raw, self.layout), self.form, tokenizer)
+
+
+_Opened: TypeAlias = tuple[Layout, Callable[[], Any], TableFiles | None]
+"""The layout of a source's rows, what gives them, and the local tables that they are in."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def open_source(
     Raises:
         DataError: it is missing, unreadable, empty, or has no column that its form needs.
     """
-    layout, opened = _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
+    layout, opened, tables = _opened(source, streaming, skip_damaged)
 
     def opened_rows() -> Any:
         return chosen_rows(source, opened())
@@ -121,8 +128,7 @@ def open_source(
     rows = _readable(rows_of(source, opened()), layout)
     if warning := check_turn_names(source, form, rows, most=FIRST_ROWS if streaming else None):
         logger.warning("%s", warning)
-    split = "" if source.validation is None else f" of the split {source.split}"
-    return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), split))
+    return OpenSource(opened_rows, Reader(layout, form, takes_template(form, row, tokenizer), tables))
 
 
 def columns_of(source: DataSource) -> Iterator[Mapping[str, Any]]:
@@ -131,15 +137,14 @@ def columns_of(source: DataSource) -> Iterator[Mapping[str, Any]]:
     Raises:
         DataError: the source is missing, unreadable or empty, or a row is no JSON object.
     """
-    layout, opened = _local(source, True, False) if _is_on_disk(source) else _hub(source, False)
+    layout, opened, _ = _opened(source, _is_on_disk(source), False)
     empty = True
-    for index, raw in enumerate(rows_of(source, opened())):
+    for raw in rows_of(source, opened()):
         empty = False
         try:
             yield fields_of(raw, layout)
         except MalformedRow as malformed:
-            place = raw.get("place", f"row {index}")
-            raise DataError(f"data source {source.label!r}: {place}: {malformed}") from malformed
+            raise DataError(f"data source {source.label!r}: {raw['place']}: {malformed}") from malformed
     if empty:
         raise _empty(source)
 
@@ -185,7 +190,11 @@ def files_of(source: DataSource) -> list[str] | None:
     return stdlib_files(source.label, source.split) if source.path == STDLIB else local_files(source)[1]
 
 
-def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> tuple[Layout, Callable[[], Any]]:
+def _opened(source: DataSource, streaming: bool, skip_damaged: bool) -> _Opened:
+    return _local(source, streaming, skip_damaged) if _is_on_disk(source) else _hub(source, streaming)
+
+
+def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> _Opened:
     assert source.path is not None
     kind: Kind
     if source.path == STDLIB:
@@ -194,38 +203,36 @@ def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> tuple[Lay
     else:
         kind, files = local_files(source)
     if kind in ("parquet", "arrow"):
-        return "table", _table(source, kind, files, streaming, skip_damaged)
+        tables = TableFiles(source, kind, intact(source.label, kind, files, skip=skip_damaged, whole=False))
+        return "table", _table(tables, streaming, skip_damaged), tables
     layout = layout_of(kind)
-    return layout, lambda: _generated(source, layout, stamped(files), streaming)
+    return layout, lambda: _generated(source, layout, stamped(files), streaming), None
 
 
-def _table(
-    source: DataSource, kind: Literal["parquet", "arrow"], files: list[str], streaming: bool, skip_damaged: bool
-) -> Callable[[], Any]:
-    shards = intact(source.label, kind, files, skip=skip_damaged, whole=False)
+def _table(tables: TableFiles, streaming: bool, skip_damaged: bool) -> Callable[[], Any]:
+    source, kind = tables.source, tables.kind
 
     def load() -> Any:
         # The library knows a file by its path and the time of modification alone.
-        name = hashlib.sha256(repr(stamped(shards)).encode()).hexdigest()[:16]
-        data_files = {"train": shards}
+        name = hashlib.sha256(repr(stamped(tables.files)).encode()).hexdigest()[:16]
+        data_files = {"train": tables.files}
         return _loaded(source, kind, name=name, data_files=data_files, split="train", streaming=streaming)
 
     def load_intact() -> Any:
-        nonlocal shards
         try:
             return load()
         except DataError:
             # Damaged inside, which only reading shows.
-            rest = intact(source.label, kind, shards, skip=skip_damaged, whole=True)
-            if rest == shards:
+            rest = intact(source.label, kind, tables.files, skip=skip_damaged, whole=True)
+            if rest == tables.files:
                 raise
-            shards = rest
+            tables.files = rest
             return load()
 
     return load_intact
 
 
-def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]]:
+def _hub(source: DataSource, streaming: bool) -> _Opened:
     if source.validation is not None:
         raise DataError(
             f"data source {source.label!r}: validation holds rows out of local files, and {source.path!r} is none; "
@@ -237,9 +244,8 @@ def _hub(source: DataSource, streaming: bool) -> tuple[Layout, Callable[[], Any]
             f"whatever lies in {os.getcwd()}; let path name files, or a Hub dataset with its owner"
         )
     read_cache_if_unreachable()
-    return "table", lambda: _loaded(
-        source, source.path, name=source.subset, split=source.split, revision=source.revision, streaming=streaming
-    )
+    place = {"name": source.subset, "split": source.split, "revision": source.revision}
+    return "table", lambda: _loaded(source, source.path, **place, streaming=streaming), None
 
 
 def _loaded(source: DataSource, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from sparsetrain.data.content import content_of_files
 from sparsetrain.data.document import MIN_TOKENS, Document, Piece, Tokens, cut
 from sparsetrain.data.position import Streamed, read_position
 from sparsetrain.data.sources import files_of, open_source, rows_of
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.values import MalformedRow, fix_or_skip
 from sparsetrain.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class StreamedSource:
 
     def _report(self, message: str) -> None:
         if self._stop:
-            raise DataError(f"{message}. Fix the row, or set data.on_malformed=skip to train on the others")
+            raise DataError(f"{message}. {fix_or_skip('the row')}")
         if self._passes:
             return
         self.malformed += 1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsetrain.data.document import MIN_TOKENS, Tokens
 from sparsetrain.data.mapped import MALFORMED, tokenized
 from sparsetrain.data.memory import memory_explained
-from sparsetrain.data.sources import open_source, rows_of
+from sparsetrain.data.sources import OpenSource, open_source, rows_of
 from sparsetrain.data.values import MalformedRow
 
 if TYPE_CHECKING:
@@ -48,11 +48,26 @@ class Survey:
     """The first row of each reason, with its place."""
     cut_off: bool = False
     """Whether only the first rows of a stream were counted: it has more."""
+    opened: OpenSource | None = None
+    """What gives its rows."""
 
     @property
     def rows(self) -> int:
         """Rows looked at."""
         return len(self.lengths) + self.empty + sum(self.faults.values())
+
+    def places(self, numbers: Collection[int]) -> dict[int, str]:
+        """Where rows are, by their numbers: file and line, or the row of a table."""
+        if self.opened is None or not numbers:
+            return {}
+        rows, reader = self.opened.open(), self.opened.reader
+        if reader.layout == "table":
+            found: Iterable[tuple[int, dict[str, Any]]] = ((number, {}) for number in numbers)
+        elif self.source.streaming:
+            found = enumerate(islice(rows_of(self.source, rows), max(numbers) + 1))
+        else:
+            found = ((number, rows[number]) for number in numbers)
+        return {number: reader.place(raw, number) for number, raw in found if number in numbers}
 
     def longer_than(self, row_length: int) -> int:
         """Documents that do not fit into a row."""
@@ -71,7 +86,7 @@ def survey(source: DataSource, data: DataSection, tokenizer: PreTrainedTokenizer
     skip = data.on_malformed == "skip"
     with memory_explained(source.label):
         opened = open_source(source, tokenizer, streaming=source.streaming, skip_damaged=skip, pairs=pairs)
-        found = Survey(source, opened.reader.form.describe(), np.empty(0, np.int64))
+        found = Survey(source, opened.reader.form.describe(), np.empty(0, np.int64), opened=opened)
         lengths: list[int] = []
         if source.streaming:
             for index, raw in enumerate(islice(rows_of(source, opened.open()), STREAMED_ROWS + 1)):

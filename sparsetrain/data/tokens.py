@@ -11,7 +11,7 @@ import numpy as np
 from sparsetrain.data.encoding import end_of_text, opening
 from sparsetrain.data.memory import memory_explained
 from sparsetrain.data.sources import Reader, open_source, rows_of
-from sparsetrain.data.values import MalformedRow
+from sparsetrain.data.values import FIX, MalformedRow
 from sparsetrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def held_out_tokens(source: DataSource, tokenizer: PreTrainedTokenizerBase, num_
             with memory_explained(source.label):
                 document, scored = _document(opened.reader, raw, tokenizer)
         except MalformedRow as problem:
-            raise DataError(f"data source {source.label!r}: {opened.reader.place(raw, index)}: {problem}") from problem
+            place = opened.reader.place(raw, index)
+            raise DataError(f"data source {source.label!r}: {place}: {problem}. {FIX}") from problem
         ids.append(document)
         targets.append(scored)
         total += len(document)

@@ -9,9 +9,17 @@ from typing import Any
 
 from sparsetrain.errors import DataError
 
+FIX = "Fix the row: an evaluation leaves none out"
+"""What helps where a row of an evaluation cannot be read."""
+
 
 class MalformedRow(DataError):
     """A row that cannot be rendered, and why."""
+
+
+def fix_or_skip(rows: str) -> str:
+    """What helps where ``rows`` of the training data cannot be read; every command says it in these words."""
+    return f"Fix {rows}, or set data.on_malformed=skip to train on the others"
 
 
 def string(row: Mapping[str, Any], field: str) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -51,7 +52,9 @@ def previewed(tmp_path, monkeypatch, byte_tokenizer):
     byte_tokenizer(extra_special_tokens=["<|im_start|>", "<|im_end|>"]).save_pretrained("tokenizer")
 
     def said(rows, *overrides):
-        Path("rows.jsonl").write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        if isinstance(rows, list):
+            lines = (row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+            Path("rows.jsonl").write_text("".join(lines))
         Path("mine.yaml").write_text(
             "base: quickstart\nmodel: {tokenizer: tokenizer, chat_template: chatml}\nsequence: {length: 128}\n"
             "eval: {tasks: []}\ndata: {sources: [{path: rows.jsonl}]}\n"
@@ -93,6 +96,25 @@ def test_the_command_says_which_rows_are_left_out_and_why(previewed):
     assert code == 0, said
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["mapped", "streaming"])
+def test_rows_of_tables_have_their_file_in_a_preview(streaming, previewed, tmp_path):
+    for name, texts in (("a", ["a" * 90, "b"]), ("b", ["c" * 200, None])):
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{name}.parquet")
+    source = f"data.sources=[{{path: '*.parquet', shuffle: false, streaming: {str(streaming).lower()}}}]"
+    code, said = previewed(None, source, "sequence.packing=false", "--rows", "4")
+    assert code != 0
+    assert "cannot be read: 1 row, such as b.parquet, row 1: 'text' is null" in said
+    found = ["a.parquet, row 0, 91", "a.parquet, row 1, 2", "b.parquet, row 0, 128"]
+    found.append("b.parquet, row 0, from token 128 on, 73")
+    assert re.findall("-- document 1: (.*) tokens", said) == found
+    if not streaming:
+        held_out = source.replace("shuffle", "validation: 0.5, split: validation, shuffle")
+        _, said = previewed(None, held_out, "sequence.packing=false", "--rows", "1", "data.on_malformed=skip")
+        texts = {"a.parquet, row 0": "a" * 9, "a.parquet, row 1": "b", "b.parquet, row 0": "c" * 9}
+        place, text = re.search(r"-- document 1: (.*), .* tokens\n«?(.{1,9})", said).groups()
+        assert texts[place].startswith(text[:1])
+
+
 def test_the_command_cuts_long_rows_and_names_the_shares_of_a_mixture(previewed):
     sources = "data.sources=[{path: rows.jsonl, weight: 3}, {path: rows.jsonl, name: again}]"
     code, said = previewed(CHATS, sources, "--rows", "1", "--tokens", "20", "data.long_documents=drop")
@@ -108,10 +130,10 @@ def test_the_command_says_which_answer_of_a_pair_a_document_is_and_refuses_pairs
     code, said = previewed(pairs, "preference.loss=dpo", "data.long_documents=drop", "data.on_malformed=skip")
     assert code == 0, said
     assert "5 rows, 2 pairs, 20 tokens" in said
-    for number in (0, 3):
+    for number in (1, 4):
         assert re.search(rf"-- document [13]: chosen of rows.jsonl:{number}, 6 tokens\nq\?«yes", said)
-    assert re.search(r"-- document [24]: rejected of rows.jsonl:0, 5 tokens\nq\?«no", said)
-    assert re.search(r"-- document [24]: rejected of rows.jsonl:3, 3 tokens\nq\?«<eos>", said)
+    assert re.search(r"-- document [24]: rejected of rows.jsonl:1, 5 tokens\nq\?«no", said)
+    assert re.search(r"-- document [24]: rejected of rows.jsonl:4, 3 tokens\nq\?«<eos>", said)
     assert "2 rows, such as" in said
     assert "rows.jsonl:2: 'chosen' and 'rejected' do not begin with a prompt, and 'prompt' is empty" in said
     assert "rows.jsonl:5: 'rejected' is null, not a string" in said

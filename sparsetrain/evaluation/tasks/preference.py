@@ -179,7 +179,7 @@ class Preference(BatchedTask):
 def _read(section: PreferenceSection, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     from sparsetrain.data.document import MIN_TOKENS, Document, Piece
     from sparsetrain.data.sources import open_source, rows_of
-    from sparsetrain.data.values import MalformedRow
+    from sparsetrain.data.values import FIX, MalformedRow
 
     label = section.source.label
     opened = open_source(section.source, tokenizer, streaming=section.source.streaming, pairs=True)
@@ -189,7 +189,7 @@ def _read(section: PreferenceSection, tokenizer: PreTrainedTokenizerBase) -> lis
         try:
             tokens = opened.reader.tokens(raw, tokenizer)
         except MalformedRow as problem:
-            raise DataError(f"data source {label!r}: {opened.reader.place(raw, index)}: {problem}") from problem
+            raise DataError(f"data source {label!r}: {opened.reader.place(raw, index)}: {problem}. {FIX}") from problem
         size = len(tokens.input_ids)
         if size < MIN_TOKENS:
             continue
