@@ -6,8 +6,9 @@ import gc
 import weakref
 
 import torch
+from sparsetrain_kernels.dense import causal_attention
 from sparsetrain_kernels.documents import from_documents, known_bounds
-from sparsetrain_kernels.inputs import document_bounds
+from sparsetrain_kernels.inputs import AttentionInputs, document_bounds
 
 CPU = torch.device("cpu")
 
@@ -55,3 +56,16 @@ def test_nothing_outlives_the_documents() -> None:
     del cu_seqlens
     gc.collect()
     assert found() is None
+
+
+def test_the_layers_of_full_attention_ask_for_the_documents_once(monkeypatch) -> None:
+    """On a GPU the host would wait for each answer."""
+    asked = []
+    documents = AttentionInputs.documents
+    monkeypatch.setattr(AttentionInputs, "documents", lambda inputs: asked.append(None) or documents(inputs))
+    query, cu_seqlens = torch.randn(1, 2, 10, 8), packed(0, 3, 10)
+    first, again = (causal_attention(query, query, query, cu_seqlens=cu_seqlens) for _ in range(2))
+    assert (len(asked), torch.equal(first, again)) == (1, True)
+    cu_seqlens[1] = 7
+    changed = causal_attention(query, query, query, cu_seqlens=cu_seqlens)
+    assert torch.equal(changed, causal_attention(query, query, query, cu_seqlens=packed(0, 7, 10)))

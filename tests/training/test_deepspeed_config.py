@@ -81,6 +81,13 @@ def test_stage_offload_and_clipping_follow_from_the_recipe(config):
     assert config(max_grad_norm=None)["gradient_clipping"] == 0.0
 
 
+def test_deepspeeds_meter_of_speed_is_off_unless_it_is_asked_for(config):
+    """It would wait for the device before each forward pass."""
+    wanted = {"throughput": {"enabled": True}}
+    assert config()["timers"] == {"throughput": {"enabled": False}}
+    assert config({"config": {"timers": wanted}})["timers"] == wanted
+
+
 def test_a_json_of_the_users_own_is_completed(config, tmp_path):
     given = {"wall_clock_breakdown": True, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
     file = tmp_path / "ds.json"

@@ -12,8 +12,9 @@ from sparsetrain_kernels.dense import reference
 from sparsetrain_kernels.dense.row_inputs import RowInputs, check_row_inputs
 from sparsetrain_kernels.dense.row_library import CausalRows
 from sparsetrain_kernels.dense.row_reference import dense_rows
+from sparsetrain_kernels.documents import from_documents
 from sparsetrain_kernels.eager import apply
-from sparsetrain_kernels.inputs import AttentionOptions, check_inputs
+from sparsetrain_kernels.inputs import AttentionInputs, AttentionOptions, Document, check_inputs
 
 
 @overload
@@ -107,11 +108,18 @@ def causal_attention(
     _check_window(window)
     none = "dense attention has no kernels of its own"
     choose_backend(backend, inputs.query, {"gluon": none, "triton": none})
-    documents = inputs.documents()
+    documents = _documents(inputs)
     if not return_lse and reference.fused_applies(inputs, documents, window):
         return reference.fused_attention(inputs, documents, window)
     out, lse = reference.attention(inputs, window)
     return (out, lse) if return_lse else out
+
+
+def _documents(inputs: AttentionInputs) -> tuple[Document, ...]:
+    """The sequences in the tensors; of packed ones the device is asked once for all the layers of a pass."""
+    if inputs.cu_seqlens is None:
+        return inputs.documents()
+    return from_documents(inputs.cu_seqlens, ("documents", inputs.query.shape[2]), inputs.documents)
 
 
 def _chosen_rows(inputs: RowInputs, backend: str) -> tuple[Tensor, Tensor]:

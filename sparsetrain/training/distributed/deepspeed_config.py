@@ -107,6 +107,8 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan, trained: int | None = None
         rounded := [k for k in ROUNDED_STATES if config["bf16"].get(k)]
     ):
         raise RecipeError(f"deepspeed.config has bf16.{rounded[0]}: use train.optimizer.states: bfloat16 instead")
+    # Its meter of samples a second, which nothing shows, waits for the device before each forward pass.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     zero = config["zero_optimization"]
     # Kept until here, so that the user's JSON cannot offload against the recipe.
     for name in ("offload_optimizer", "offload_param"):

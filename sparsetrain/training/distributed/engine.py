@@ -20,6 +20,7 @@ from torch import nn
 from sparsetrain.errors import RecipeError, SparsetrainError, first_line
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.distributed.deepspeed_config import loads_into_shards
+from sparsetrain.training.distributed.half_step import wait_once
 from sparsetrain.training.distributed.launcher import adopt_slurm, check_ranks, join, meeting, share_cores
 from sparsetrain.training.distributed.optimizers import FiniteStep, build_optimizer
 from sparsetrain.world import World
@@ -127,6 +128,7 @@ def initialize(module: nn.Module, recipe: Recipe, config: dict[str, Any], world:
         raise RecipeError(f"deepspeed.config is refused by DeepSpeed: {first_line(error)}") from error
     if isinstance(optimizer, FiniteStep):
         optimizer.overflow = False
+    wait_once(engine)
     return engine
 
 
