@@ -49,7 +49,9 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
     early = make_run(tmp_path / "runs/early", "checkpoint.export=false", steps=30)
     record(early, 33, finished=1.0, planned_steps=60)
     of_tokens = make_run(tmp_path / "runs/tokens", "train.steps=null", "train.tokens=320000", steps=40)
-    record(of_tokens, 40, finished=1.0, planned_steps=40)
+    record(of_tokens, 0, planned_steps=40)
+    of_epochs = make_run(tmp_path / "runs/epochs", "train.steps=null", "train.epochs=2", "data.sources=[{path: a.txt}]")
+    (of_epochs / "metrics.jsonl").unlink()
     continued = make_run(tmp_path / "runs/continued", "train.steps=80")
     (continued / "final").mkdir()  # of its first 60 steps
     damaged = make_run(tmp_path / "runs/damaged")
@@ -66,13 +68,14 @@ def test_runs_are_listed_with_their_state(running, tmp_path, capsys):
         str(stopped): ["stopped", "12/60"],
         str(finished): ["finished", "60/60"],
         str(early): ["finished (early stopping)", "33/60"],
-        str(of_tokens): ["finished", "40/40"],
+        str(of_tokens): ["stopped", "40/40"],
+        str(of_epochs): ["stopped", "0/2 epochs"],
         str(continued): ["stopped", "60/80"],
         str(damaged): ["damaged", "60/?"],
     }
     assert main(["runs", str(finished)]) == 0
     assert [row[0] for row in told(capsys)] == ["run", str(finished)]
-    assert all(re.fullmatch(r"\d\.\d{4}", row[3]) and re.fullmatch(r"[\d.]+ (B|KiB|MiB)", row[4]) for row in rows)
+    assert all(re.fullmatch(r"\d\.\d{4}|-", row[3]) and re.fullmatch(r"[\d.]+ (B|KiB|MiB)", row[4]) for row in rows)
 
 
 def test_a_log_is_followed_until_the_run_ends(running, capsys):

@@ -38,7 +38,8 @@ def runs(
     for column in ("run", "state", "step", "loss", "size", "last written"):
         table.add_column(column, justify="right" if column in ("step", "loss", "size") else "left", no_wrap=True)
     for run in found:
-        steps = "?" if run.steps is None else f"{run.steps:,}"
+        # Before training begins, how many steps its tokens or epochs are is not known here.
+        steps = f"{run.steps:,}" if run.steps is not None else run.planned or "?"
         loss = "-" if run.loss is None else f"{run.loss:.4f}"
         state = f"{run.state} (early stopping)" if run.ended_early else run.state
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))

@@ -17,7 +17,10 @@ LAYER = re.compile(r"(.+)/layer_(\d+)")
 FINISHED = "finished"
 """1 in the last line of a run that has done all it is to do, with the export and the last evaluation."""
 PLANNED_STEPS = "planned_steps"
-"""In the same line, the steps that it was to take; early stopping takes fewer."""
+"""All steps that a run is to take, in a line whenever it begins or goes on, and in its last one; early stopping takes
+fewer."""
+BOOKKEEPING = frozenset((FINISHED, PLANNED_STEPS))
+"""What a run records for the commands that read its folder: no chart of it is drawn."""
 CURVES = ("loss", "lr", "tokens", "tokens_per_second", "peak_memory_gb", "mfu", FINISHED, PLANNED_STEPS)
 """Metrics that are kept for every step at which they are recorded."""
 

@@ -205,8 +205,8 @@ def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
     plan, callbacks, state = loaded.plan, built.callbacks, built.callbacks.state
     loader = StepLoader(loaded.rows, plan, job.world.rank)
     loop = Loop(job, plan, built.engine.deepspeed, loader, state, callbacks)
-    if state.step == 0:
-        callbacks.tracker.log(callbacks.costs.unchanging(), 0)
+    unchanging = callbacks.costs.unchanging() if state.step == 0 else {}
+    callbacks.tracker.log(unchanging | {PLANNED_STEPS: float(plan.steps)}, state.step)
     job.progress.begin(plan.steps, state.step, plan.tokens_per_step)
     try:
         with job.progress:

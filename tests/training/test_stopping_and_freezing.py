@@ -16,6 +16,7 @@ from sparsetrain.training.output import board
 MEASURED = [
     "eval={every: 1, at_start: false, at_end: false, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}",
     "eval.early_stopping={task: passkey, patience: 2}",
+    "train.tokens=6144",  # six steps
 ]
 
 

@@ -304,9 +304,12 @@ def test_tensorboard_gets_the_same_and_a_resumed_run_replaces_later_steps(tmp_pa
         tracker.rewind(resumed_at)
         for step in steps:
             tracker.log({"loss": 10.0 * len(steps) + step}, step)
+        tracker.log({"finished": 1.0, "planned_steps": 4.0}, 4)
         tracker.text("first row", "a *row*\nof two lines", steps[0])
         tracker.finish()
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss"], "what is kept for `sparsetrain runs` is no chart"
+    assert metrics(tmp_path / "run")[-1] == {"step": 4, "finished": 1.0, "planned_steps": 4.0}
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 41), (2, 42), (3, 23), (4, 24)]
     (shown,) = events.Tensors("first row/text_summary")[-1].tensor_proto.string_val
     assert shown == b"    a *row*\n    of two lines"

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sparsetrain.counted import counted
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.metrics import FINISHED, METRICS_FILE, PLANNED_STEPS, Metrics, read_metrics
 from sparsetrain.recipe import load_recipe
+from sparsetrain.recipe.schema import TrainSection
 from sparsetrain.training.output.folder_contents import enclosing_run, is_locked
 
 LOG_FILE = "run.log"
@@ -33,7 +35,9 @@ class RunState:
     state: State
     step: int
     steps: int | None
-    """All that it was to do; None where this follows from its tokens or data and it is not finished."""
+    """All that it is to do; None where this follows from its tokens or data and it has not begun to train."""
+    planned: str
+    """The same as the recipe says it, such as ``2 epochs``; empty where that cannot be read."""
     loss: float | None
     """Of the last logged step, in nats per target token."""
     size: int
@@ -75,11 +79,18 @@ def state_of(folder: Path) -> RunState:
     try:
         recipe = load_recipe(folder / "recipe.yaml").recipe
     except RecipeError:
-        return RunState(folder, "", "damaged", step, None, loss, size, changed)
+        return RunState(folder, "", "damaged", step, None, "", loss, size, changed)
     state = "running" if is_locked(folder) else "finished" if metrics.last(FINISHED) else "stopped"
-    planned = metrics.last(PLANNED_STEPS)
-    steps = recipe.train.steps if planned is None else int(planned)
-    return RunState(folder, recipe.name or "", state, step, steps, loss, size, changed)
+    recorded = metrics.last(PLANNED_STEPS)
+    # The recipe first: it is that of the next steps where a finished run is to take more.
+    steps = recipe.train.steps or (None if recorded is None else int(recorded))
+    return RunState(folder, recipe.name or "", state, step, steps, _planned(recipe.train), loss, size, changed)
+
+
+def _planned(train: TrainSection) -> str:
+    if train.steps is not None:
+        return counted(train.steps, "step")
+    return counted(train.tokens, "token") if train.tokens is not None else f"{train.epochs:g} epochs"
 
 
 def log_lines(folder: Path, *, last: int | None = None, follow: bool = False) -> Iterator[str]:

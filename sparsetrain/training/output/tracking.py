@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
-from sparsetrain.evaluation.metrics import FINISHED, METRICS_FILE
+from sparsetrain.evaluation.metrics import BOOKKEEPING, FINISHED, METRICS_FILE
 from sparsetrain.training.output.attempt import attempt, brief
 from sparsetrain.training.output.board import BOARD_FOLDER, Board
 
@@ -34,7 +34,8 @@ UPLOAD_TIMEOUT = 3600.0
 class Tracker:
     """Writes metrics, images and the summary of one run; does nothing on ranks other than 0.
 
-    Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B gets the same.
+    Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B and TensorBoard
+    get its numbers.
     If W&B cannot be imported, reached or logged in to, a warning is printed, the run is recorded offline if possible,
     and training continues. All W&B files are in the run folder.
 
@@ -74,7 +75,10 @@ class Tracker:
             self._start_wandb(recipe, Path(run_dir))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record numbers (Python, numpy, or tensors ``[1]``) at ``step``. Non-finite numbers are written as null."""
+        """Record numbers (Python, numpy, or tensors ``[1]``) at ``step``. Non-finite numbers are written as null.
+
+        Of :data:`~sparsetrain.evaluation.metrics.BOOKKEEPING` only the file gets a line: elsewhere it would be a chart.
+        """
         if self._rank != 0:
             return
         values = {name: _number(value) for name, value in metrics.items()}
@@ -87,8 +91,9 @@ class Tracker:
                 self._file.flush()
         except (OSError, ValueError) as error:
             self._warn(error)
-        self._try("log", lambda: self._wandb.log({"step": step, **values}))
-        self._draw("log", lambda board: board.log(values, step))
+        if charts := {name: value for name, value in values.items() if name not in BOOKKEEPING}:
+            self._try("log", lambda: self._wandb.log({"step": step, **charts}))
+            self._draw("log", lambda board: board.log(charts, step))
 
     def _open(self) -> None:
         """Open the metrics file; without it on failure."""
