@@ -28,14 +28,15 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	rm -rf runs/quickstart
 	$(BIN)/sparsetrain run quickstart
-	@echo
-	@echo "Next:"
-	@echo "  open runs/quickstart/report.html in a browser"
-	@echo "  make quickstart-sliding                                  the same keys without the far ones"
-	@echo "  $(BIN)/sparsetrain recipe list                           recipes for real models"
-	@echo "  $(BIN)/sparsetrain recipe copy qwen3-0.6b-power-32k      start your own from one"
-	@echo "  $(BIN)/sparsetrain doctor my.yaml                        check this machine for it"
-	@echo "  $(BIN)/deepspeed --num_gpus 8 launch/train.py my.yaml    train it"
+# A run that Ctrl-C stopped has said how to continue.
+	@test ! -d runs/quickstart/final || printf '%s\n' "" "Next:" \
+		"  open runs/quickstart/report.html in a browser" \
+		"  make quickstart-sliding                                       as many keys, none of them far" \
+		"  source $(BIN)/activate                                     so that sparsetrain is found" \
+		"  sparsetrain recipe list                                       recipes for real models" \
+		"  sparsetrain recipe copy qwen3-0.6b-power-32k my.yaml          start your own from one" \
+		"  sparsetrain doctor my.yaml                                    check this machine for it" \
+		"  deepspeed --num_gpus 8 launch/train.py my.yaml                train it"
 
 quickstart-sliding: $(STAMP)
 	rm -rf runs/quickstart-sliding

@@ -372,8 +372,12 @@ def check_machine(recipe: Recipe, gpus: int | None = None) -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = gpus or recipe.sequence.parallel
     preflight.check_machine(recipe, device, ranks)
-    found = f"a {device.type} can do what the recipe asks of it: {batch_shape(recipe, ranks).describe()}"
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    found = f"a {kind} can do what the recipe asks of it: {batch_shape(recipe, ranks).describe()}"
     here = torch.cuda.device_count()
+    if gpus is not None and here == 0:
+        fix = "run doctor where the GPUs are; processes of a CPU are for small models, such as the quickstart's"
+        return Finding("warn", "machine", f"{found}; this machine has no GPU that torch can use, of {gpus}", fix)
     if gpus is not None and 0 < here < gpus:
         fix = "start it on several machines (docs/launching.md), or with fewer GPUs"
         return Finding("warn", "machine", f"{found}; this machine has {counted(here, 'GPU')} of {gpus}", fix)
@@ -386,7 +390,9 @@ def check_model(recipe: Recipe) -> Finding:
 
     check_public(recipe.model)
     if not is_own(recipe) and model_folder(recipe.model) is None:
-        return Finding("ok", "model", f"{recipe.model.path} is looked at when the run starts")
+        return Finding(
+            "ok", "model", f"{recipe.model.path} is not on this machine: the run downloads it, and checks it then"
+        )
     preflight.check_model(recipe)
     return Finding("ok", "model", "it can be built as the recipe says, and its files can be read")
 

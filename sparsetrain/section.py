@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -52,6 +52,12 @@ class Bounds:
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 """A name, a path or an id."""
+
+Changes = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda given: {} if given is None else given, json_schema_input_type=dict[str, Any] | None),
+]
+"""Settings that change others; null is none, which drops those of a base, whose mappings merge."""
 
 MOST_LISTED = 1000
 """Maximum entries of a list: sources, lengths, tasks."""

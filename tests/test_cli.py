@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from sparsetrain import __version__
 from sparsetrain.cli import main, script
+from sparsetrain.cli.foreign_warnings import NEEDLESS
 from sparsetrain.recipe import load_recipe, shipped_recipes
 
 RECIPE = """\
@@ -341,3 +343,13 @@ def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them
     with pytest.raises(SystemExit) as ended:
         script()
     assert ended.value.code == 0
+
+
+def test_needless_warnings_of_other_libraries_are_left_out_and_others_are_not(call):
+    for _ in range(2):  # a process may run several commands
+        assert call("--version")[0] == 0
+    for name, beginning in NEEDLESS.items():
+        logger = logging.getLogger(name)
+        assert len(logger.filters) == len(set(logger.filters))
+        records = [logging.makeLogRecord({"name": name, "msg": text}) for text in (f"{beginning} = 0", "a real one")]
+        assert [bool(logger.filter(record)) for record in records] == [False, True]

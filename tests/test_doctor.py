@@ -218,6 +218,11 @@ def test_the_batch_is_that_of_so_many_gpus(monkeypatch, recipe, capsys):
     settings = recipe("train.global_batch_sequences=8", "train.global_batch_tokens=null")
     batch = "1 row x 2 accumulation x 4 ranks = 8 rows"
     assert batch in doctor.check_machine(settings, 4).found
+    for here, status, end in ((0, "warn", "this machine has no GPU that torch can use, of 4"), (4, "ok", batch[-6:])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda here=here: here)
+        finding = doctor.check_machine(settings, 4)
+        assert finding.status == status
+        assert end in finding.found
     with pytest.raises(RecipeError, match=r"is not a multiple of train\.micro_batch=1 x 3 ranks"):
         doctor.check_machine(settings, 3)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

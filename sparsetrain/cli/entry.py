@@ -18,6 +18,7 @@ from sparsetrain.cli.doctor import doctor
 from sparsetrain.cli.eval import NamesTasks, evaluate_model
 from sparsetrain.cli.export import export
 from sparsetrain.cli.flow import flow
+from sparsetrain.cli.foreign_warnings import leave_out_needless
 from sparsetrain.cli.generate import generate
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.report import compare, report
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     try:
+        leave_out_needless()
         for note in prepare_environment(os.environ):
             if os.environ.get("RANK", "0") == "0":
                 print(f"note: {note}", file=sys.stderr)

@@ -34,7 +34,8 @@ def told_work(inputs: Mapping[str, Task], ranks: int) -> str:
     """``64 forward passes (perplexity 24, passkey 40)``: what each of so many ranks does in one evaluation."""
     passes = {name: task.num_forwards(ranks) for name, task in inputs.items()}
     each = ", ".join(f"{name} {count:,}" for name, count in passes.items())
-    return f"{sum(passes.values()):,} forward passes ({each})"
+    total = sum(passes.values())
+    return f"{total:,} forward {'pass' if total == 1 else 'passes'} ({each})"
 
 
 def evaluate(

@@ -31,14 +31,15 @@ def batch_facts(recipe: Recipe, ranks: int) -> str:
 
 
 def attention_facts(recipe: Recipe) -> str:
-    """The method, the fraction of causal pairs it computes at the training length, and the dense layers."""
+    """The method, the fraction of causal pairs that its layers compute at the training length, and the dense layers."""
     attention, length = recipe.attention, recipe.sequence.length
     parts = [f"{attention.method} attention"]
     heads = attention_heads(recipe.model)
     pattern = attention.pattern(1 if heads is None else heads[1])
     if pattern is not None and (heads is not None or not pattern.per_head):
         share = pattern.mean_density(length)
-        parts.append(f"{share:.1%} of causal pairs at {length:,} tokens in blocks of {pattern.block}")
+        within = " in its layers" if attention.dense_layers else ""
+        parts.append(f"{share:.1%} of causal pairs{within} at {length:,} tokens in blocks of {pattern.block}")
     dense, layers = attention.dense_layers, num_layers(recipe.model)
     if layers is not None and attention.method != "full":
         parts.append(f"{len(attention.resolve_dense_layers(layers))} of {layers} layers dense")

@@ -73,6 +73,27 @@ def _model(below: Source, layer: Layer) -> Iterator[str]:
         if given is not None and (name == "architecture" or model.get(name) != given):
             outlived = OF_A_MODEL + (("tokenizer",) if name == "path" and model.get("architecture") is not None else ())
             yield from _drop(below, layer, ("model",), outlived, ("model", name))
+            yield from _kept_config(below, layer, ("model", name))
+
+
+def _kept_config(below: Source, layer: Layer, of: KeyPath) -> Iterator[str]:
+    """Changes to the config stay, as the new path may be a copy of the model; for another one they may be wrong."""
+    path = ("model", "config_overrides")
+    given = layer.get(path)
+    inside = given if isinstance(given, dict) else {}
+    # A file merges its mapping, null takes all away, and one override of the whole mapping replaces it.
+    replaced = layer.names(path) and (
+        given is None
+        or (layer.place(path).startswith(OVERRIDE) and not inside)
+        or not all(layer.names((*path, *key.split("."))) for key in inside)
+    )
+    old = _mapping(below, path)
+    kept = [f"{key}={_short(value)}" for key, value in old.items() if not layer.names((*path, key))]
+    if kept and not replaced:
+        yield (
+            f"{_where(layer, of)}{dotted(of)}={_short(layer.get(of))} keeps model.config_overrides of the old model "
+            f"({below.place(path)}): {', '.join(kept)}; model.config_overrides: null drops them"
+        )
 
 
 def _architecture(below: Source, layer: Layer) -> Iterator[str]:

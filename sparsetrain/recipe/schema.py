@@ -22,7 +22,7 @@ from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.optimizer_section import OptimizerSection, Rate
 from sparsetrain.recipe.preference_section import PreferenceSection
 from sparsetrain.recipe.rows import RECORDED, TRAINED, Row, read_attention, read_decoding
-from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Section, Steps, Text, Tokens
+from sparsetrain.section import MOST_LISTED, MOST_STEPS, Bounds, Changes, Section, Steps, Text, Tokens
 from sparsetrain.source_section import DataSource
 
 SCHEMA_VERSION = 1
@@ -66,8 +66,9 @@ class ModelSection(Section):
     named here are trained, also of those that the tokenizer has already."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the weights in forward and backward; the optimizer always keeps fp32 master weights."""
-    config_overrides: dict[str, Any] = {}
-    """Fields of the transformers config to change at load, such as ``{max_position_embeddings: 131072}``."""
+    config_overrides: Changes = {}
+    """Fields of the transformers config to change at load, such as ``{max_position_embeddings: 131072}``; null drops
+    those of a base."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code on this machine."""
 

@@ -354,8 +354,17 @@ def test_lengths_without_room_are_refused_with_the_task_and_what_it_takes(byte_t
         assert needed > 250
         if task not in ("cwe", "fwe"):
             Prompts(section(task, needed + 40), byte_tokenizer, seed=0).all()
-        with pytest.raises(DataError, match="no room"):
+        with pytest.raises(DataError, match=f"or leave {task} out of eval.tasks.ruler.tasks$"):
             asked.try_inputs(byte_tokenizer)
+
+
+def test_a_length_is_refused_with_every_task_that_does_not_fit(byte_tokenizer):
+    asked = RulerSection(tasks=["niah_single_1", "vt", "cwe"], lengths=[700], samples=1)
+    with pytest.raises(DataError) as refused:
+        asked.try_inputs(byte_tokenizer)
+    said = str(refused.value)
+    assert "has no room for vt, whose shortest prompt takes " in said
+    assert re.search(r"tokenizer, cwe [\d,]+; ask for longer .* leave vt, cwe out of eval\.tasks\.ruler\.tasks$", said)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,32 @@ def test_another_model_is_not_trusted_and_has_its_own_revision(lay):
     assert (model.path, model.revision, model.trust_remote_code) == ("other/model", None, False)
     assert model.config_overrides == {"rope_theta": 1e6}
     assert "model.revision=abc" in loaded.notes[0]
-    assert lay({"model.path": "some/model"}).recipe.model.revision == "abc"
+    same = lay({"model.path": "some/model"})
+    assert same.recipe.model.revision == "abc"
+    assert not any("config_overrides" in note for note in same.notes)
+
+
+def test_changes_to_the_config_stay_with_another_model_with_a_note_until_null_drops_them(lay):
+    def kept(**settings):
+        loaded = lay(
+            {"model.path": "other/model"} | {f"model.config_overrides{key}": at for key, at in settings.items()}
+        )
+        return loaded.recipe.model.config_overrides, [each for each in loaded.notes if "config_overrides" in each]
+
+    changes, (note,) = kept(**{".head_dim": 64})
+    assert changes == {"rope_theta": 1e6, "head_dim": 64}
+    assert "rope_theta=1000000.0; model.config_overrides: null drops them" in note
+    assert "head_dim" not in note
+    assert kept(**{".rope_theta": 5e5}) == ({"rope_theta": 5e5}, [])
+    assert kept(**{"": None}) == ({}, [])
+
+
+def test_an_override_of_the_whole_mapping_keeps_nothing_of_the_config(write):
+    for whole in ({}, {"head_dim": 64}):
+        settings = ["model.path=other/model", f"model.config_overrides={json.dumps(whole)}"]
+        loaded = load_recipe(write("parent.yaml", PARENT), settings)
+        assert loaded.recipe.model.config_overrides == whole
+        assert not any("config_overrides" in note for note in loaded.notes)
 
 
 def test_random_weights_take_the_place_of_a_pretrained_model_and_back(lay):

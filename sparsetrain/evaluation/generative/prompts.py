@@ -39,9 +39,9 @@ class PromptMaker(ABC):
     def kinds(self) -> Sequence[str]:
         """The kinds of prompts."""
 
-    def leaving_out(self, kind: str) -> str:
-        """What a recipe leaves out so that a kind is not asked, and of which field; empty if it cannot."""
-        return ""
+    def leaving_out(self, kind: str) -> tuple[str, str] | None:
+        """What a recipe leaves out so that a kind is not asked, and of which field; None if it cannot."""
+        return None
 
     @abstractmethod
     def budget(self, kind: str) -> int:
@@ -89,18 +89,27 @@ class PromptMaker(ABC):
         """Try whether each kind fits the shortest length, without the search for how much does.
 
         Raises:
-            DataError: one does not.
+            DataError: some do not; all of them are named.
         """
         length = min(self.section.lengths)
+        found = []
         for kind in self.kinds():
             maker, room, seeding = self._prepared(kind, length)
-            self._fitted(maker, 0, maker.fewest, room, seeding, kind, length)
+            try:
+                maker.fitted(0, maker.fewest, room, seeding(0))
+            except NoRoom as error:
+                found.append((kind, error.tokens))
+        if found:
+            raise self._no_room(length, found)
 
     def _of(self, kind: str, length: int) -> Iterator[Any]:
         maker, room, seeding = self._prepared(kind, length)
         units = maker.units(room, seeding("search"))
         for index in range(self.section.samples):
-            sample = self._fitted(maker, index, units, room, seeding, kind, length)
+            try:
+                sample = maker.fitted(index, units, room, seeding(index))
+            except NoRoom as error:
+                raise self._no_room(length, [(kind, error.tokens)]) from error
             yield from self.prompts(kind, length, index, sample)
         activity.moved()
 
@@ -110,19 +119,19 @@ class PromptMaker(ABC):
         room = Room(self.count, length - overhead, self.budget(kind), overhead)
         return self.maker(kind, length, room, seeding("shared")), room, seeding
 
-    def _fitted(
-        self, maker: Maker, index: int, units: int, room: Room, seeding: Seeding, kind: str, length: int
-    ) -> Sample:
-        try:
-            return maker.fitted(index, units, room, seeding(index))
-        except NoRoom as error:
-            without = self.leaving_out(kind)
-            without = f", or leave {without}" if without else ""
-            raise DataError(
-                f"{self.section.path('lengths')}: a length of {length:,} has no room for {kind}, whose shortest "
-                f"prompt takes {error.tokens:,} tokens with its answer and this tokenizer; ask for longer prompts"
-                f"{without}"
-            ) from error
+    def _no_room(self, length: int, found: Sequence[tuple[str, int]]) -> DataError:
+        """The error for kinds that a length has no room for, each with the tokens of its shortest prompt."""
+        (first, tokens), *others = found
+        also = "".join(f", {kind} {tokens:,}" for kind, tokens in others)
+        fields: dict[str, list[str]] = {}
+        for what, field in filter(None, (self.leaving_out(kind) for kind, _ in found)):
+            fields.setdefault(field, []).append(what)
+        without = ", ".join(f"{', '.join(what)} out of {self.section.path(field)}" for field, what in fields.items())
+        return DataError(
+            f"{self.section.path('lengths')}: a length of {length:,} has no room for {first}, whose shortest "
+            f"prompt takes {tokens:,} tokens with its answer and this tokenizer{also}; ask for longer prompts"
+            + (f", or leave {without}" if without else "")
+        )
 
     @cached_property
     def essay(self) -> tuple[str, ...]:

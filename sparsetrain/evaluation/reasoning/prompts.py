@@ -38,13 +38,13 @@ class ReasoningPrompts(PromptMaker):
         """Kinds with their hops."""
         return [key(*each) for each in self.section.measured]
 
-    def leaving_out(self, kind: str) -> str:
+    def leaving_out(self, kind: str) -> tuple[str, str]:
         """The number of hops, where there are others of its kind, or the kind."""
         name, hops = _parts(kind)
         depths = {"walk": "walk_steps", "bfs": "bfs_depths"}
         if name in depths and len(getattr(self.section, depths[name])) > 1:
-            return f"{hops} out of {self.section.path(depths[name])}"
-        return f"{name} out of {self.section.path('kinds')}"
+            return str(hops), depths[name]
+        return name, "kinds"
 
     def budget(self, kind: str) -> int:
         """Tokens written behind a prompt at most."""

@@ -28,11 +28,14 @@ class Prompts(PromptMaker):
     """
 
     section: RulerSettings
-    chosen_by = "tasks"
 
     def kinds(self) -> Sequence[str]:
         """The tasks."""
         return self.section.measured
+
+    def leaving_out(self, kind: str) -> tuple[str, str]:
+        """The task."""
+        return kind, "tasks"
 
     def budget(self, kind: str) -> int:
         """Tokens written behind a prompt at most."""

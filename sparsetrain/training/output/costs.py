@@ -66,7 +66,7 @@ class Costs:
         sparse = sum(density < 1.0 for density in self.densities)
         return (
             f"model: {self.parameters / 1e6:,.1f}M parameters, {sparse} of {len(self.densities)} layers sparse, "
-            f"{mean:.1%} of the causal pairs attended"
+            f"{mean:.1%} of the causal pairs attended, over all layers"
         )
 
     def unchanging(self) -> dict[str, float]:
