@@ -8,23 +8,33 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Prints where `import kernels` leads: a file, or what it is instead.
+# Prints where `import kernels` leads: a file, or what it is instead; as things are, and then with a package installed.
 PROBE = """
 import importlib, importlib.util, sys
-spec = importlib.util.find_spec("kernels")
-regular = spec is not None and spec.origin is not None
-print("kernels:", importlib.import_module("kernels").__file__ if regular else "no package")
 from transformers.utils import import_utils
-print("transformers sees:", import_utils._is_package_available("kernels", return_version=True))
-print("available:", import_utils.is_kernels_available())
+
+def tell():
+    spec = importlib.util.find_spec("kernels")
+    regular = spec is not None and spec.origin is not None
+    print("kernels:", importlib.import_module("kernels").__file__ if regular else "no package")
+    print("transformers sees:", import_utils._is_package_available("kernels", return_version=True))
+    print("available:", import_utils.is_kernels_available())
+
 print("on the path:", {root!r} in [entry or {root!r} for entry in sys.path])
+tell()
+{use}
+print("installed:")
+sys.path.append({site!r})
+sys.modules.pop("kernels", None)
+importlib.invalidate_caches()
+importlib.reload(import_utils)
+tell()
 """
 USE_A_MODEL = """
 import torch
@@ -79,29 +89,24 @@ def test_the_folder_named_kernels_is_no_package():
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A folder of installed packages with something in the place of Hugging Face's ``kernels``."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/__init__.py").write_text("__version__ = '99.0'\n")
-    (tmp_path / "kernels-99.0.dist-info").mkdir()
-    (tmp_path / "kernels-99.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0\n")
-    return tmp_path
+    folder = tmp_path / "site"
+    (folder / "kernels").mkdir(parents=True)
+    (folder / "kernels/__init__.py").write_text("__version__ = '99.0'\n")
+    (folder / "kernels-99.0.dist-info").mkdir()
+    (folder / "kernels-99.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0\n")
+    return folder
 
 
-@pytest.fixture
-def nothing_installed() -> None:
+def installed_here() -> bool:
     try:
         importlib.metadata.version("kernels")
     except importlib.metadata.PackageNotFoundError:
-        return
-    pytest.skip("Hugging Face's kernels package is installed here")
+        return False
+    return True
 
 
 def by_command(code: str) -> list[str]:
     return ["-c", code]
-
-
-def by_module(code: str, folder: Path) -> list[str]:
-    (folder / "probe_module.py").write_text(code)
-    return ["-m", "probe_module"]
 
 
 def by_pytest(code: str, folder: Path) -> list[str]:
@@ -127,40 +132,27 @@ def by_launcher(code: str) -> list[str]:
     return ["-c", f"{start}\n{code}"]
 
 
-WAYS = {"command": by_command, "module": by_module, "pytest": by_pytest, "launcher": by_launcher}
-
-
-@pytest.fixture
-def probe(tmp_path: Path) -> Callable[..., str]:
-    """``probe(way, *path)``: run the probe from the repository root, with more folders behind it on the path."""
-
-    def run(way: str, *path: Path, more: str = "") -> str:
-        code = PROBE.replace("{root!r}", repr(str(REPOSITORY))) + more
-        make = WAYS[way]
-        arguments = make(code, tmp_path) if way in ("module", "pytest") else make(code)
-        # DeepSpeed's launcher for several nodes puts the working directory there itself.
-        search = [REPOSITORY, *path, tmp_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search))}
-        answer = subprocess.run(
-            [sys.executable, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-        )
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        assert "on the path: True" in answer.stdout
-        return answer.stdout
-
-    return run
+WAYS = {"command": by_command, "pytest": by_pytest, "launcher": by_launcher}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_installed_kernels_package_wins_over_the_folder(probe, site, way):
-    said = probe(way, site)
-    assert f"kernels: {site}/kernels/__init__.py" in said
-    assert "transformers sees: (True, '99.0')" in said
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_without_one_transformers_finds_none_and_works(probe, nothing_installed, way):
-    said = probe(way, more=USE_A_MODEL if way == "command" else "")
-    assert "kernels: no package" in said
-    assert "available: False" in said
-    assert way != "command" or "logits: (1, 2, 8)" in said
+def test_the_folder_stands_in_for_no_kernels_package_and_hides_none(tmp_path, site, way):
+    """Installed or not, with the repository's root on the path, as DeepSpeed's launcher for several nodes puts it."""
+    use = USE_A_MODEL if way == "command" else ""
+    code = PROBE.replace("{root!r}", repr(str(REPOSITORY))).replace("{site!r}", repr(str(site))).replace("{use}", use)
+    arguments = by_pytest(code, tmp_path) if way == "pytest" else WAYS[way](code)
+    search = [REPOSITORY, tmp_path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search))}
+    answer = subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    before, _, after = answer.stdout.partition("installed:\n")
+    assert "on the path: True" in before
+    assert f"kernels: {site}/kernels/__init__.py" in after
+    assert "transformers sees: (True, '99.0')" in after
+    assert way != "command" or "logits: (1, 2, 8)" in before
+    if installed_here():
+        pytest.skip("Hugging Face's kernels package is installed here")
+    assert "kernels: no package" in before
+    assert "available: False" in before
