@@ -18,8 +18,8 @@ from training import drafts
 PRELOADED = [
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"),
     *("peft", "datasets.packaged_modules.json.json", "transformers.models.llama.modeling_llama"),
-    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded", "training.recipes_read"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
+    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded", "training.recipes_read"),
 ]
 """What a run imports, also that which it imports late."""
 FORKS = multiprocessing.get_context("forkserver")
