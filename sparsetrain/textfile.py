@@ -45,6 +45,21 @@ def read_text(path: str | Path, called: str, error: type[SparsetrainError], most
         return content.decode("utf-8-sig")
 
 
+def check_readable(path: str | Path, called: str, error: type[SparsetrainError]) -> None:
+    """Refuse a file that cannot be opened, before something is waited for; its content is for :func:`text_lines`.
+
+    Args:
+        called: what messages call the file.
+        error: what is raised.
+
+    Raises:
+        SparsetrainError: of the class ``error``, with the reason.
+    """
+    with _told(called, error):
+        if not stat.S_ISFIFO(os.stat(path).st_mode):  # opening a pipe takes what is in it
+            open(path, "rb").close()
+
+
 def text_lines(path: str | Path, called: str, error: type[SparsetrainError]) -> Iterator[str]:
     """The lines of a file of any size, or of a pipe, in UTF-8 with or without a byte order mark, each with its end.
 

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -353,3 +354,39 @@ def test_needless_warnings_of_other_libraries_are_left_out_and_others_are_not(ca
         assert len(logger.filters) == len(set(logger.filters))
         records = [logging.makeLogRecord({"name": name, "msg": text}) for text in (f"{beginning} = 0", "a real one")]
         assert [bool(logger.filter(record)) for record in records] == [False, True]
+
+
+WRONG = [
+    (["generate", "sparsetrain:tiny", "--file", "-"], "--file -: standard input is closed or empty"),
+    (["generate", "sparsetrain:tiny", "--file", "empty.txt"], "--file empty.txt: the file is empty"),
+    (["generate", "sparsetrain:tiny", "--dtype", "float32", "--file", "no.txt"], "--file no.txt: cannot be read"),
+    (["generate", "sparsetrain:tiny", "--prompt", "a", "--dtype", "int8"], "--dtype int8 is not known"),
+    (["generate", "sparsetrain:tiny", "--prompt", "a", "--device", "gpu"], "--device gpu is not known"),
+    (["generate", "sparsetrain:tiny", "--prompt", "a", "--budget", "few"], "budget=few must be auto"),
+    (["generate", "./none", "--prompt", "a"], "RUN_OR_MODEL='./none': there is no such folder"),
+    (["eval", "quickstart"], "RUN_OR_MODEL='quickstart': quickstart is a recipe; run it first"),
+    (["eval", "sparsetrain:tiny", "--tasks", "owl"], "--tasks owl: there is no such task"),
+    (["calibrate", "sparsetrain:tiny", "--data", "no.txt"], "--data no.txt: cannot be read"),
+    (["compare-decode", "sparsetrain:tiny", "owl"], "there is no recipe owl"),
+]
+REFUSED_WITHOUT_TORCH = """
+import contextlib, io, json, sys
+from sparsetrain.cli import main
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(command)
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("stdin", ["</dev/null", "<&-"], ids=["empty", "closed"])
+def test_what_a_command_line_has_wrong_is_said_before_torch_is_imported(stdin, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "said.py").write_text(REFUSED_WITHOUT_TORCH)
+    wrong = WRONG if stdin == "</dev/null" else WRONG[:1]
+    command = shlex.join([sys.executable, "said.py", json.dumps([arguments for arguments, _ in wrong])])
+    out = subprocess.run(["sh", "-c", f"{command} {stdin}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for (_, said), line in zip(wrong, out.stdout.splitlines(), strict=True):
+        code, found, torch = json.loads(line)
+        assert (code, torch) == (2, False), found
+        assert f"error: {said}" in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,21 +94,34 @@ def check_place(path: Path) -> None:
         raise DataError(f"--output {path}: nothing can be written in {path.parent}; name another folder")
 
 
-def choose_dtype(name: str) -> torch.dtype | None:
-    """The dtype of ``--dtype``; None for ``auto``.
+def check_first(model: str, dtype: str, device: str | None) -> None:
+    """Refuse what can be refused of these without torch, which takes seconds to import.
 
     Raises:
-        ModelError: it is not known.
+        ModelError: names the option and the value.
     """
-    if name not in DTYPES:
-        raise ModelError(f"--dtype {name} is not known; choose one of {', '.join(DTYPES)}")
+    from sparsetrain.inference.models import MODEL
+    from sparsetrain.recipe.local_model import refuse_missing
+    from sparsetrain.recipe.mistaken import is_recipe_instead
+
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype} is not known; choose one of {', '.join(DTYPES)}")
+    if device is not None and not re.fullmatch(r"(cpu|cuda)(:[0-9]{1,3})?", device):
+        raise ModelError(f"--device {device} is not known; choose cuda, cuda:1 or cpu")
+    if (advice := is_recipe_instead(model)) is not None:
+        raise ModelError(f"{MODEL}={model!r}: {advice}")
+    refuse_missing(model, MODEL)
+
+
+def choose_dtype(name: str) -> torch.dtype | None:
+    """The dtype of ``--dtype``, which :func:`check_first` knows; None for ``auto``."""
     import torch
 
     return None if name == "auto" else getattr(torch, name)
 
 
 def choose_device(name: str | None) -> Any:
-    """The device of ``--device``; by default the GPU if there is one.
+    """The device of ``--device``, whose form :func:`check_first` knows; by default the GPU if there is one.
 
     Raises:
         ModelError: this machine has none of that name.
@@ -116,12 +130,7 @@ def choose_device(name: str | None) -> Any:
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ModelError(f"--device {name} is not known; choose cuda, cuda:1 or cpu")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         usable = "choose cpu" if count == 0 else f"choose one up to cuda:{count - 1}, or cpu"

@@ -15,6 +15,7 @@ from sparsetrain.cli.arguments import (
     DeviceOption,
     DtypeOption,
     ModelArgument,
+    check_first,
     check_new,
     choose_device,
     choose_dtype,
@@ -22,6 +23,7 @@ from sparsetrain.cli.arguments import (
 from sparsetrain.cli.decode_options import with_decode_options
 from sparsetrain.counted import counted
 from sparsetrain.errors import DataError, ModelError
+from sparsetrain.textfile import check_readable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,8 +105,8 @@ def calibrate(
         raise ModelError("--decode: refresh is not measured; calibrate without it, and add it to what comes out")
     section = parse_decode({**given, "prune": {**(given.get("prune") or {}), "p": 1.0}})
     _check_new(output, save)
-    kind = choose_dtype(dtype)
-    place = choose_device(device)
+    check_first(model, dtype, device)
+    check_readable(data, f"--data {data}", DataError)
 
     from rich.console import Console
     from rich.progress import Progress
@@ -116,10 +118,11 @@ def calibrate(
     from sparsetrain.inference.models import find_model
     from sparsetrain.modeling import save as save_model
     from sparsetrain.modeling import set_decode
-    from sparsetrain.modeling.decode_section import decode_text
     from sparsetrain.modeling.positions import position_limit
+    from sparsetrain.recipe.decode_file import decode_text
     from sparsetrain.tables import print_tables
 
+    kind, place = choose_dtype(dtype), choose_device(device)
     source = find_model(model)
     if save is not None and source.has_adapters:
         raise ModelError(

@@ -17,6 +17,7 @@ from sparsetrain.cli.arguments import (
     ModelArgument,
     Overrides,
     RecipeArgument,
+    check_first,
     check_new,
     choose_device,
     choose_dtype,
@@ -106,10 +107,9 @@ def compare_decode(
       sparsetrain compare-decode my-model my-recipe.yaml --setting twilight --setting oracle-top-p --dense-layer 0
       sparsetrain compare-decode my-model my-recipe.yaml --setting twilight,prune.p=0.7 --beside my-power-run
     """
-    from sparsetrain.cli.decode_rows import answer_with, label_beside, read_setting
-    from sparsetrain.evaluation.decode_settings import CONTEXT, WIDTH, chosen_settings, settings
     from sparsetrain.recipe import load_recipe
 
+    check_first(model, dtype, device)
     for override in overrides or []:
         if not override.startswith(("eval.", "eval=", "train.seed=")):
             raise RecipeError(f"{override} has no effect here: only the eval section of the recipe is used")
@@ -119,17 +119,20 @@ def compare_decode(
             raise ModelError(
                 f"--budget {share:g} is no share of the bytes of full attention; give one above 0 and below 1"
             )
+    if output is not None:
+        check_new("output", output, "folder")
+    loaded_recipe = load_recipe(recipe, overrides or [])
+
+    from sparsetrain.cli.decode_rows import answer_with, label_beside, read_setting
+    from sparsetrain.evaluation.decode_settings import CONTEXT, WIDTH, chosen_settings, settings
+
     asked = [read_setting(each) for each in setting or []]
     tried = chosen_settings(asked, settings(CONTEXT, [], WIDTH))
     if budget and not any(each.fitted for each in tried):
         raise ModelError(
             f"--budget {budget[0]:g} has no effect: settings with fields are measured as they are; name one without"
         )
-    if output is not None:
-        check_new("output", output, "folder")
-    loaded_recipe = load_recipe(recipe, overrides or [])
-    kind = choose_dtype(dtype)
-    place = choose_device(device)
+    kind, place = choose_dtype(dtype), choose_device(device)
 
     from rich.console import Console
     from rich.progress import Progress

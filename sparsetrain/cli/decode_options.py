@@ -10,6 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from sparsetrain.generation.setting_text import NONE, decode_section
+from sparsetrain.recipe.decode_file import read_decode
 from sparsetrain.section import Section
 
 
@@ -36,8 +37,6 @@ def with_decode_options(
     )
 
     def call(**arguments: Any) -> None:
-        from sparsetrain.modeling.decode_section import read_decode
-
         chosen = arguments.pop("decode")
         values = {name: arguments.pop(parameter) for name, parameter in names.items()}
         function(

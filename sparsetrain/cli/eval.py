@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_place, choose_device, choose_dtype
+from sparsetrain.cli.arguments import DeviceOption, DtypeOption, check_first, check_place, choose_device, choose_dtype
 from sparsetrain.cli.completion import complete_run
 from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
@@ -137,8 +137,7 @@ def evaluate_model(
     attentions = apart("--attention", [read_attention(each) for each in attention or [TRAINED]])
     decodings = apart("--decode", [read_decoding(each) for each in decode or [RECORDED]])
     _check_output(output, resume)
-    kind = choose_dtype(dtype)
-    place = None if device is None else choose_device(device)
+    check_first(model, dtype, device)
     found: list[Any] = []
 
     def source() -> Any:
@@ -167,6 +166,8 @@ def evaluate_model(
     from sparsetrain.evaluation.runner import make_inputs
     from sparsetrain.training.distributed.launcher import connect
 
+    kind = choose_dtype(dtype)
+    place = None if device is None else choose_device(device)
     # The bar of an evaluation is the only one.
     transformers.utils.logging.disable_progress_bar()
     inputs = make_inputs(measured.section, source().tokenizer, measured.seed)

@@ -16,6 +16,7 @@ from sparsetrain.cli.arguments import (
     DeviceOption,
     DtypeOption,
     ModelArgument,
+    check_first,
     check_new,
     choose_device,
     choose_dtype,
@@ -112,15 +113,17 @@ def generate(
       sparsetrain generate my-model --file long.txt --decode.prune.p 0.9 --decode.refresh.every 8
       sparsetrain generate my-model --file book.txt --max-new-tokens 4096 --offload
     """
+    from sparsetrain.generation.setting_text import parse_budget
     from sparsetrain.generation.settings import parse_decode
     from sparsetrain.inference.prompts import read_prompts
 
+    check_first(model, dtype, device)
     section = parse_decode(decode) if decode else None
-    kind = choose_dtype(dtype)
-    prompts = read_prompts(prompt or [], file)
+    parse_budget(budget or "auto")
     if output is not None:
         check_new("output", output, "file")
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts = read_prompts(prompt or [], file)
 
     import torch
 
@@ -132,7 +135,7 @@ def generate(
     from sparsetrain.modeling import set_decode
 
     limits: dict[str, Any] | None = {"budget": budget or "auto", "offload": offload}
-    place = choose_device(device)
+    kind, place = choose_dtype(dtype), choose_device(device)
     source = find_model(model)
     # Without weights, so that what is wrong is said before they are read.
     outline: Any = source.outline

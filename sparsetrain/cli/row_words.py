@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from sparsetrain.errors import ModelError
 from sparsetrain.methods.registry import method_names
 from sparsetrain.recipe import load_recipe, rows
+from sparsetrain.recipe.decode_file import read_decode
 from sparsetrain.recipe.rows import DENSE, TRAINED, Attention, Decoding
 from sparsetrain.recipe.shipped import shipped_recipes
 
@@ -34,8 +35,6 @@ def read_decoding(text: str) -> Decoding:
     Raises:
         ModelError, RecipeError: the name is not known, or a field is wrong.
     """
-    from sparsetrain.modeling.decode_section import read_decode
-
     return rows.read_decoding(text, read=read_decode)
 
 

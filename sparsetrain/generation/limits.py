@@ -63,17 +63,3 @@ class Limits:
             if given and not any(kind in KINDS[name] for kind in found):
                 value = self.budget if name == "budget" else self.offload
                 raise ModelError(f"{name}={value}: the layers of this model have {found[0]}: {REASONS[found[0], name]}")
-
-
-def parse_budget(given: int | str) -> int | None:
-    """The tokens of a budget; None for ``auto``.
-
-    Raises:
-        ModelError: it is neither ``auto`` nor a number of at least 1.
-    """
-    if given == "auto":
-        return None
-    tokens = int(given) if isinstance(given, str) and given.isascii() and given.isdigit() else given
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ModelError(f"budget={given} must be auto, or a number of tokens of at least 1")
-    return tokens

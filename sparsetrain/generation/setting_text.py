@@ -1,4 +1,4 @@
-"""Decode settings as text: a name or a file, and fields behind it, as in ``twilight,prune.p=0.9``."""
+"""Settings of generation as text: those of decoding, as in ``twilight,prune.p=0.9``, and a budget."""
 
 from __future__ import annotations
 
@@ -72,3 +72,17 @@ def decode_section(
             section[part] = place
         place[inner] = value
     return section or None
+
+
+def parse_budget(given: int | str) -> int | None:
+    """The tokens of a budget; None for ``auto``.
+
+    Raises:
+        ModelError: it is neither ``auto`` nor a number of at least 1.
+    """
+    if given == "auto":
+        return None
+    tokens = int(given) if isinstance(given, str) and given.isascii() and given.isdigit() else given
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ModelError(f"budget={given} must be auto, or a number of tokens of at least 1")
+    return tokens

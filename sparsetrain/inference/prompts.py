@@ -76,6 +76,9 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     prompts = [Prompt(f"--prompt number {number}", text, row={"prompt": text}) for number, text in enumerate(given, 1)]
     if file is not None:
         text = _read(file)
+        if not text:
+            what = "standard input is closed or empty" if str(file) == "-" else "the file is empty"
+            raise DataError(f'--file {file}: {what}; give text in it, or --prompt "" to begin without one')
         if file.suffix == ".jsonl":
             rows = list(_rows(text, file))
             if not rows:
@@ -95,7 +98,11 @@ def _read(file: Path) -> str:
 
 
 def _standard_input() -> str:
-    text = sys.stdin.read()
+    try:
+        # A closed one is None, or was closed below Python.
+        text = "" if sys.stdin is None else sys.stdin.read()
+    except (OSError, ValueError) as error:
+        raise DataError(f"--file -: standard input cannot be read: {first_line(error)}") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:

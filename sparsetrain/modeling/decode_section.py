@@ -14,17 +14,13 @@ from torch import nn
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.composition import LEARNED, attention_kind, check_composition, check_own
-from sparsetrain.generation.settings import PUBLISHED, Calibrated, Decode, parse_decode
+from sparsetrain.generation.settings import Calibrated, Decode
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
 from sparsetrain.modeling.layers import put_method, sparse_layers
 from sparsetrain.modeling.records import DECODE, differences, identity
-from sparsetrain.recipe.yaml_source import dump_yaml, parse_yaml
-from sparsetrain.textfile import read_text
+from sparsetrain.recipe.decode_file import read_decode
 
 logger = logging.getLogger(__name__)
-
-FILES = (".yaml", ".yml", ".json")
-"""Endings of files that hold a section."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,30 +87,6 @@ def restore_decode(model: Model, recorded: Decode | None) -> Model:
     """
     record: dict[str, Any] = model.config.sparsetrain  # type: ignore[assignment, union-attr]
     return model if recorded is None and DECODE not in record else set_decode(model, recorded)
-
-
-def read_decode(given: str | Path | Mapping[str, Any] | Decode) -> Decode:
-    """A decode section, also from a file of ``sparsetrain calibrate`` or of one's own.
-
-    Raises:
-        ModelError: a field is wrong, or the name or file is not known; the message names it.
-        RecipeError: the file is no YAML.
-    """
-    if not isinstance(given, str | Path) or str(given) in PUBLISHED or Path(given).suffix not in FILES:
-        return parse_decode(str(given) if isinstance(given, Path) else given)
-    place = f"decode={given}"
-    values = parse_yaml(read_text(given, place, ModelError), str(given)).data
-    if not isinstance(values, dict):
-        raise ModelError(f"{place}: expected the fields of a decode section, such as prune: {{p: 0.9}}")
-    try:
-        return parse_decode(values)
-    except ModelError as error:
-        raise ModelError(f"{given}: {error}") from None
-
-
-def decode_text(decode: Decode) -> str:
-    """The section as the text of a file that :func:`read_decode` reads."""
-    return dump_yaml(decode.model_dump(mode="json", exclude_none=True))
 
 
 def _is_outline(model: nn.Module) -> bool:

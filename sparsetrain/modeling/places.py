@@ -10,9 +10,7 @@ from sparsetrain.cache_folder import cache_fault
 from sparsetrain.errors import ModelError
 from sparsetrain.hub import read_cache_if_unreachable
 from sparsetrain.modeling.boundary import words
-
-OWN_MODELS = "sparsetrain:"
-"""Prefix of the checkpoints that ship with the package."""
+from sparsetrain.recipe.local_model import OWN_MODELS, refuse_missing
 
 ADAPTER_FILE = "adapter_config.json"
 """The files that peft writes into a folder of adapters."""
@@ -40,15 +38,12 @@ def resolve(name: str, field: str) -> str:
             shipped = sorted(file.parent.name for file in folder.parent.glob("*/config.json"))
             raise ModelError(f"{field}={name!r}: no such model ships with sparsetrain; there is {shipped or 'none'}")
         return str(folder)
-    # os.path, because pathlib raises for unknown users (~name) and for invalid file names.
-    place = os.path.expanduser(name)
-    if name and os.path.isdir(place):
+    refuse_missing(name, field)
+    if os.path.isdir(place := os.path.expanduser(name)):
         folder = Path(place)
         _check_holds_model(folder, f"{field}={name!r}")
         check_files(folder)
         return str(folder)
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(place):
-        raise ModelError(f"{field}={name!r}: there is no such folder")
     read_cache_if_unreachable()
     return name
 

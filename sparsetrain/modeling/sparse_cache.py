@@ -12,9 +12,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from sparsetrain.errors import ModelError
 from sparsetrain.generation.composition import attention_kind
-from sparsetrain.generation.limits import Limits, parse_budget
+from sparsetrain.generation.limits import Limits
 from sparsetrain.generation.memories import make_memory
 from sparsetrain.generation.offloaded import OffloadedMemory
+from sparsetrain.generation.setting_text import parse_budget
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE
 from sparsetrain.modeling.cache import StaticMemoryLayer, shares_keys
 

@@ -12,6 +12,7 @@ from sparsetrain.recipe.schema import ModelSection, Recipe
 from sparsetrain.textfile import read_text
 
 OWN_MODELS = "sparsetrain:"
+"""Prefix of the checkpoints that ship with the package."""
 
 
 def model_folder(section: ModelSection) -> Path | None:
@@ -37,6 +38,23 @@ def is_own(recipe: Recipe) -> bool:
         return False
     altered = not section.config_overrides.keys() <= {"max_position_embeddings"} or section.tokenizer is not None
     return altered or recipe.lora is not None or recipe.sequence.parallel > 1 or model_folder(section) is None
+
+
+def refuse_missing(name: str, field: str) -> None:
+    """Refuse a name that is neither a folder nor can be a Hub id.
+
+    Args:
+        field: What names it, for the message.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    # os.path, because pathlib raises for unknown users (~name) and for invalid file names.
+    place = os.path.expanduser(name)
+    if name.startswith(OWN_MODELS) or (name and os.path.isdir(place)):
+        return
+    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(place):
+        raise ModelError(f"{field}={name!r}: there is no such folder")
 
 
 def _lies_here(name: str | None) -> bool:

@@ -16,9 +16,9 @@ from sparsetrain.cli import main
 from sparsetrain.generation.settings import PUBLISHED, Decode
 from sparsetrain.inference.calibrate import SHARES
 from sparsetrain.inference.writer import Writer
-from sparsetrain.modeling.decode_section import read_decode
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.recipe.decode_file import read_decode
 
 pytestmark = [
     pytest.mark.gpu,

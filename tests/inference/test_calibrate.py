@@ -18,9 +18,9 @@ from sparsetrain.errors import ModelError
 from sparsetrain.generation.settings import parse_decode
 from sparsetrain.inference.calibrate import SHARES, calibrate, places
 from sparsetrain.inference.heldout import stretches
-from sparsetrain.modeling.decode_section import decode_text, read_decode
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
+from sparsetrain.recipe.decode_file import decode_text, read_decode
 
 TINY = "sparsetrain:tiny"
 TOKENS = 192
