@@ -28,7 +28,10 @@ if STEPS < 1:
 
 library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 texts = [text for file in library if len(text := file.read_text("utf-8", "ignore")) > 1000]
-data = Dataset.from_list([{"prompt": text[:200], "completion": text[200:1000]} for text in texts])
+# A prompt ends with its line, before the line's end: elsewhere a token may reach over the cut, and TRL warns of each.
+cuts = [text.find("\n", 200, 900) for text in texts]
+rows = [{"prompt": text[:cut], "completion": text[cut:1000]} for text, cut in zip(texts, cuts) if cut > 0]
+data = Dataset.from_list(rows)
 
 model = AutoModelForCausalLM.from_pretrained(MODEL)
 sparsetrain.sparsify(model, {"method": "power", "block": 32, "window": 4, "sinks": 1, "dense_layers": [-1]})

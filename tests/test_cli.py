@@ -88,7 +88,9 @@ def test_show_prints_a_recipe_that_loads(call, recipe):
 
 def test_copy_keeps_comments_and_never_overwrites(call, recipe):
     assert call("recipe", "copy", "qwen3-0.6b-power-32k", "mine.yaml")[0] == 0
-    assert Path("mine.yaml").read_text() == shipped_recipes()["qwen3-0.6b-power-32k"].read_text()
+    shipped, mine = shipped_recipes()["qwen3-0.6b-power-32k"].read_text(), Path("mine.yaml").read_text()
+    assert "#   deepspeed launch/train.py mine.yaml train.tokens=1e8" in mine
+    assert mine == shipped.replace(" qwen3-0.6b-power-32k", " mine.yaml")
     assert load_recipe("mine.yaml").recipe.model.path == "Qwen/Qwen3-0.6B-Base"
     Path("mine.yaml").write_text("mine\n")
     code, _, err = call("recipe", "copy", "qwen3-0.6b-power-32k", "mine.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -66,14 +67,14 @@ def copy(
         Path | None, typer.Argument(metavar="[DEST]", help="File or folder to copy to; by default here.")
     ] = None,
 ) -> None:
-    """Copy a shipped recipe, comments included, to start your own. Never overwrites.
+    """Copy a shipped recipe, comments included, to start your own. Commands in them name the copy. Never overwrites.
 
     \b
     Examples:
       sparsetrain recipe copy quickstart
       sparsetrain recipe copy qwen3-8b-power-128k my.yaml
     """
-    from sparsetrain.recipe.shipped import find_recipe
+    from sparsetrain.recipe.shipped import find_recipe, recipes_folder
 
     source = find_recipe(recipe)
     target = Path() if target is None else target
@@ -82,11 +83,24 @@ def copy(
         raise RecipeError(f"{target} exists already; give another name: sparsetrain recipe copy {recipe} NAME.yaml")
     if not target.parent.is_dir():
         raise RecipeError(f"there is no folder {target.parent} to copy to")
+    own = shlex.quote(str(target))
     try:
-        shutil.copyfile(source, target)
+        if source.is_relative_to(recipes_folder()):
+            target.write_text(_renamed(source.read_text(encoding="utf-8"), source.stem, own), encoding="utf-8")
+        else:
+            shutil.copyfile(source, target)
     except OSError as error:
         raise RecipeError(f"cannot write {target}: {error.strerror}") from error
-    print(f"copied to {target}; train it with: sparsetrain run {shlex.quote(str(target))}")
+    print(f"copied to {target}; see it with all that its base gives, and train it:")
+    print(f"  sparsetrain recipe show {own}\n  sparsetrain run {own}")
+
+
+def _renamed(text: str, name: str, own: str) -> str:
+    """The recipe, with another name in the commands of its comments."""
+    command = re.compile(rf"(?<=\s){re.escape(name)}(?=\s|$)")
+    return "".join(
+        command.sub(lambda _: own, line) if line.startswith("#   ") else line for line in text.splitlines(keepends=True)
+    )
 
 
 @app.command()

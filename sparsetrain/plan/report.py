@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sparsetrain.counted import counted
 from sparsetrain.plan.estimate import Plan
 from sparsetrain.plan.memory import COMPONENTS
 from sparsetrain.plan.speed import StepTime
+from sparsetrain.recipe.batch import plan_batch
 from sparsetrain.tables import print_tables, print_text
 
 GIB = 2**30
@@ -102,10 +104,21 @@ def general_notes(plan: Plan) -> list[str]:
         "The memory includes 1 GiB for CUDA, NCCL and cuBLAS, which torch's peak does not count.",
         f"Rates were measured on one H200{scaled}. Rows count as full, with one document each.",
     ]
+    if setting.recipe.train.epochs is None:
+        steps = plan_batch(setting.recipe, setting.ranks).steps
+        whole = _duration(steps * plan.time.seconds)
+        lines.append(f"The run takes {counted(steps, 'step')}: {whole}, without loading, evaluations and checkpoints.")
     if setting.recipe.train.liger == "auto":
         taken = "installed" if setting.liger else "not installed; --liger plans with liger-kernel"
         lines.append(f"train.liger: auto is taken as {taken}.")
     return lines
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def print_plan(plan: Plan, console: Console) -> None:

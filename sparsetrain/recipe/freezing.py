@@ -23,12 +23,23 @@ def frozen(paths: Iterable[str], names: Sequence[str], model: str) -> set[str]:
         model: What the model is called in errors.
 
     Raises:
-        RecipeError: A name matches no parameter; gives the nearest component.
+        RecipeError: Names match no parameter; all are listed, each with the nearest component.
     """
     every = list(paths)
-    for name in names:
-        if not any(is_named(path, name) for path in every):
-            components = sorted({part for path in every for part in path.split(".") if not part.isdecimal()})
-            hint = did_you_mean(name, components, otherwise=f"; its parameters have {', '.join(components[:12])}")
-            raise RecipeError(f"train.freeze: {name} names no parameter of {model}{hint}")
+    missing = [name for name in names if not any(is_named(path, name) for path in every)]
+    if missing:
+        raise RecipeError(
+            "\n".join(f"train.freeze: {name} names no parameter of {model}{_hint(name, every)}" for name in missing)
+        )
     return {path for path in every if any(is_named(path, name) for name in names)}
+
+
+def _hint(name: str, paths: Sequence[str]) -> str:
+    """The nearest component, or what there is behind the part of a name that exists: ``layers.9`` of five layers."""
+    known, _, rest = name.rpartition(".")
+    behind = {f".{path}.".partition(f".{known}.")[2].partition(".")[0] for path in paths if is_named(path, known)}
+    numbers = sorted(int(part) for part in behind if part.isdecimal())
+    if rest.isdecimal() and numbers:
+        return f"; {known} has {numbers[0]} to {numbers[-1]}"
+    components = sorted({part for path in paths for part in path.split(".") if not part.isdecimal()})
+    return did_you_mean(name, components, otherwise=f"; its parameters have {', '.join(components[:12])}")

@@ -66,8 +66,9 @@ def test_noise_is_added_and_a_step_is_traced(tmp_path, tiny, run_folder):
     ("overrides", "said"),
     [
         (
-            ["train.freeze=[embed_token]"],
-            "train.freeze: embed_token names no parameter of LlamaForCausalLM; did you mean",
+            ["train.freeze=[embed_token, layers.99]"],
+            "train.freeze: embed_token names no parameter of LlamaForCausalLM; did you mean embed_tokens?\n"
+            "train.freeze: layers.99 names no parameter of LlamaForCausalLM; layers has 0 to ",
         ),
         (["train.freeze=[model, lm_head]"], "trains no parameters"),
         (["eval.early_stopping={task: passkey}"], "passkey is not measured during training: give eval.every"),
