@@ -16,7 +16,9 @@ import pytest
 from sparsetrain import doctor
 from sparsetrain.cli import main
 from sparsetrain.errors import RecipeError
+from sparsetrain.plan import disk
 from sparsetrain.plan.disk import count_parameters
+from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -235,11 +237,14 @@ def test_the_batch_is_that_of_so_many_gpus(monkeypatch, recipe, capsys):
 def test_disk_room_of_adapters_is_that_of_what_is_trained(monkeypatch, tmp_path):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 * 2**30))
+    asked = []
+    monkeypatch.setattr(disk, "find_shape", lambda section: asked.append(section.path) or find_shape(section))
     few = ["lora.train_embeddings=false", "lora.train_norms=false", f"output={tmp_path}"]
     known = load_recipe("qwen3-8b-power-dpo-32k", few).recipe
     finding = doctor.check_disk(known)
     assert finding.status == "ok"
     assert "M trained parameters of 8B parameters (by its name)" in finding.found
+    assert asked == [known.model.path], "a config is read once"
     unknown = load_recipe("qwen3-8b-power-dpo-32k", [*few, "model.path=a/base-8B"]).recipe
     finding = doctor.check_disk(unknown)
     assert finding.status == "warn"

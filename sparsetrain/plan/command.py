@@ -29,7 +29,8 @@ The output of `sparsetrain plan` for each recipe, on the GPUs that its first com
 rows and columns, and the errors against measured runs are described in [recipes](recipes.md#what-a-recipe-needs).
 
 The memory includes 1 GiB for CUDA, NCCL and cuBLAS. Rates were measured on one H200 and are scaled to other GPUs by
-their data sheets. Rows count as full, with one document each, and `train.liger: auto` as not installed.
+their data sheets. Rows count as full, with one document each, and `train.liger: auto` as not installed. A run
+says at its start how many passes each of its evaluations takes, whose time is not counted here.
 """
 
 

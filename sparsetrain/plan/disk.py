@@ -55,8 +55,8 @@ def room_of(recipe: Recipe) -> Room | None:
         return None
     parameters, source = size
     held, stored, certain = f"{_short(parameters)} parameters ({source})", parameters, True
+    setting = _setting(recipe)
     if not _trains_all(recipe):
-        setting = _setting(recipe)
         if setting is None:
             held, certain = f"{held}, if all were trained", False
         elif setting.parameters.trained < parameters:
@@ -67,7 +67,7 @@ def room_of(recipe: Recipe) -> Room | None:
     exported = stored if recipe.lora is not None else parameters
     return Room(
         checkpoints=section.keep_last + (section.keep_best is not None) + 1,
-        checkpoint=stored * saved_a_parameter(recipe),
+        checkpoint=stored * _saved(recipe, setting),
         model=exported * weight if section.export else 0,
         held=held,
         certain=certain,
@@ -76,7 +76,10 @@ def room_of(recipe: Recipe) -> Room | None:
 
 def saved_a_parameter(recipe: Recipe) -> float:
     """Bytes that a checkpoint takes for each trained parameter: its master and what the optimizer keeps of it."""
-    setting = _setting(recipe)
+    return _saved(recipe, _setting(recipe))
+
+
+def _saved(recipe: Recipe, setting: Setting | None) -> float:
     if setting is not None and setting.parameters.trained:
         return saved_bytes(setting) / setting.parameters.trained
     optimizer = recipe.train.optimizer

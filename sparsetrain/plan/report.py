@@ -12,6 +12,7 @@ from sparsetrain.plan.estimate import Plan
 from sparsetrain.plan.memory import COMPONENTS
 from sparsetrain.plan.speed import StepTime
 from sparsetrain.recipe.batch import plan_batch
+from sparsetrain.recipe.moments import evaluations_of
 from sparsetrain.tables import print_tables, print_text
 
 GIB = 2**30
@@ -104,10 +105,13 @@ def general_notes(plan: Plan) -> list[str]:
         "The memory includes 1 GiB for CUDA, NCCL and cuBLAS, which torch's peak does not count.",
         f"Rates were measured on one H200{scaled}. Rows count as full, with one document each.",
     ]
-    if setting.recipe.train.epochs is None:
-        steps = plan_batch(setting.recipe, setting.ranks).steps
+    steps = None if setting.recipe.train.epochs is not None else plan_batch(setting.recipe, setting.ranks).steps
+    if steps is not None:
         whole = _duration(steps * plan.time.seconds)
         lines.append(f"The run takes {counted(steps, 'step')}: {whole}, without loading, evaluations and checkpoints.")
+    if evaluations := evaluations_of(setting.recipe, steps):
+        tasks = ", ".join(setting.recipe.eval.by_name)
+        lines.append(f"Evaluations are not in these times: {evaluations}; each of {tasks}.")
     if setting.recipe.train.liger == "auto":
         taken = "installed" if setting.liger else "not installed; --liger plans with liger-kernel"
         lines.append(f"train.liger: auto is taken as {taken}.")
@@ -196,6 +200,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "liger": setting.liger,
         "phases": {phase.name: {**phase.parts, "total": phase.total} for phase in plan.memory.phases},
         "peak_phase": plan.memory.peak.name,
+        "not_timed": list(setting.recipe.eval.by_name),
         "tokens_per_step": plan.time.tokens,
         "step": _time_json(plan.time),
         "dense_step": _time_json(plan.dense_time),

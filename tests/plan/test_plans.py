@@ -99,6 +99,15 @@ def test_nothing_is_suggested_that_the_recipe_refuses(monkeypatch):
     assert "deepspeed.stage=3" not in named
 
 
+def test_evaluations_are_said_not_to_be_in_the_time(capsys):
+    eval_of = ["eval.every=100", "eval.rows=[{attention: dense}]", "eval.at_start=false"]
+    assert main(["plan", "qwen3-8b-power-lora-64k", "train.steps=1000", *eval_of]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "- Evaluations are not in these times: 9 during it, 2 after it; each of perplexity, passkey." in said
+    assert main(["plan", "qwen3-8b-power-lora-64k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_timed"] == ["perplexity", "passkey"]
+
+
 def test_where_nothing_fits_it_says_so(capsys):
     assert main(["plan", "qwen3-32b-power-32k", "--gpus", "8", "--memory", "2GB"]) == 0
     said = capsys.readouterr().out

@@ -22,6 +22,7 @@ from sparsetrain.evaluation.row_model import as_row
 from sparsetrain.evaluation.runner import evaluate, make_inputs, told_work
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
+from sparsetrain.recipe.moments import evaluations_of
 from sparsetrain.recipe.rows import OTHERWISE
 from sparsetrain.time_left import PAUSE, clock_time
 from sparsetrain.training.changes import describe_change
@@ -133,14 +134,8 @@ def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[
 
 def _announce(job: Job, loaded: Loaded, inputs: Mapping[str, Task], *, before: bool) -> None:
     """Say how many evaluations there are, and how much each of them is: those of a base come along unseen."""
-    section = job.recipe.eval
-    moments = {
-        "before training": before * (1 if job.recipe.attention.method == "full" else 2),
-        "during it": 0 if section.every is None else (loaded.plan.steps - 1) // section.every,
-        "after it": section.at_end * (1 + len(section.rows)),
-    }
-    told = ", ".join(f"{count} {moment}" for moment, count in moments.items() if count)
-    if told:
+    at_start = job.recipe.eval.model_copy(update={"at_start": before})
+    if told := evaluations_of(job.recipe.model_copy(update={"eval": at_start}), loaded.plan.steps):
         job.say(f"evaluations: {told}; each of {told_work(inputs, job.world.size)}")
 
 
