@@ -370,7 +370,14 @@ WRONG = [
     (["eval", "sparsetrain:tiny", "--tasks", "owl"], "--tasks owl: there is no such task"),
     (["calibrate", "sparsetrain:tiny", "--data", "no.txt"], "--data no.txt: cannot be read"),
     (["compare-decode", "sparsetrain:tiny", "owl"], "there is no recipe owl"),
+    (["train", "my.yaml"], "there is no command train; this is `sparsetrain run`"),
+    (
+        ["data", "preview", "empty.txt"],
+        "empty.txt: a recipe is a YAML file, not .txt; to read data, name it in a recipe",
+    ),
 ]
+"""Command lines, and what is said of each."""
+
 REFUSED_WITHOUT_TORCH = """
 import contextlib, io, json, sys
 from sparsetrain.cli import main

@@ -56,7 +56,14 @@ def preview(
     Examples:
       sparsetrain data preview my.yaml
       sparsetrain data preview my.yaml --rows 1 data.sources.0.path=chats.jsonl
+      sparsetrain data preview quickstart 'data.sources=[{path: chats.jsonl}]'
     """
+    from sparsetrain.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    print_notes(loaded)
+
+    # These take seconds, and a mistake in the recipe is said before.
     from rich.console import Console
 
     from sparsetrain.data import build_rows
@@ -64,10 +71,7 @@ def preview(
     from sparsetrain.data.survey import survey
     from sparsetrain.data.values import fix_or_skip
     from sparsetrain.modeling.tokenizers import recipe_tokenizer
-    from sparsetrain.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    print_notes(loaded)
     with loaded.naming_places():
         settings, console = loaded.recipe, Console(highlight=False, soft_wrap=True)
         tokenizer = recipe_tokenizer(settings.model)

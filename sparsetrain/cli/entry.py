@@ -20,6 +20,7 @@ from sparsetrain.cli.export import export
 from sparsetrain.cli.flow import flow
 from sparsetrain.cli.foreign_warnings import leave_out_needless
 from sparsetrain.cli.generate import generate
+from sparsetrain.cli.other_words import other_command
 from sparsetrain.cli.plan import plan
 from sparsetrain.cli.report import compare, report
 from sparsetrain.cli.run import run
@@ -74,6 +75,8 @@ def _answer(arguments: list[str]) -> int:
             if not argument.isprintable():
                 _refuse_unprintable(argument)
         check_numbers(os.environ)
+        if arguments and (ours := other_command(arguments[0])) is not None:
+            raise RecipeError(f"there is no command {arguments[0]}; this is `sparsetrain {ours}`")
         _command()(args=arguments, prog_name="sparsetrain")
         return 0
     except SystemExit as stop:

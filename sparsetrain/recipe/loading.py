@@ -34,6 +34,9 @@ LARGEST_FILE = 2**18
 MOST_BASES = 16
 """Maximum number of recipes in a chain of bases."""
 
+DATA = (".jsonl", ".parquet", ".arrow", ".txt", ".csv")
+"""Endings of data files, which new users give in place of a recipe."""
+
 SHOWN = 20
 """Maximum number of problems that are listed; for more, the number is given."""
 
@@ -102,13 +105,16 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read(file: Path) -> Source:
     called = _called(file)
+    as_source = f"; to read data, name it in a recipe: data.sources=[{{path: {file}}}]"
+    if file.suffix in DATA:
+        raise RecipeError(f"{called}: a recipe is a YAML file, not {file.suffix}{as_source}")
     source = parse_yaml(read_text(file, called, RecipeError, LARGEST_FILE), called)
     if source.data is None:
         raise RecipeError(f"{called}: is empty; start from `sparsetrain recipe copy quickstart`")
     if not isinstance(source.data, dict):
         raise RecipeError(
             f"{called}: a recipe is a mapping of sections (model:, attention:, data:, ...), "
-            f"not a {type(source.data).__name__}"
+            f"not a {type(source.data).__name__}{as_source if file.suffix == '.json' else ''}"
         )
     _refuse_newer(source)
     return source
@@ -240,6 +246,11 @@ def validated(
         lines = [f"  {_by_name(problem, source)}{_elsewhere(problem, source)}" for problem in shown]
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more")
+        if sum(len(problem.path) == 1 and problem.text == "is required" for problem in found) > 1:
+            lines.append(
+                "  name a recipe that has what is missing, such as base: qwen3-0.6b-power-32k "
+                "(`sparsetrain recipe list`)"
+            )
         raise RecipeError(f"{called} has {counted(len(found), 'problem')}:\n" + "\n".join(lines))
     return result
 

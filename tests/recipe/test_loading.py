@@ -201,6 +201,11 @@ def test_a_recipe_from_a_newer_version_is_refused_before_anything_else(refuse):
     assert "something" not in message
 
 
+def test_a_recipe_without_most_sections_is_told_to_name_a_base(refuse, minimal):
+    assert "such as base: qwen3-0.6b-power-32k" in refuse("base_model: some/model\nlearning_rate: 2e-5\n")
+    assert "such as base:" not in refuse(minimal + "surplus: 1\n")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [("", "is empty"), ("# only\n", "is empty"), ("- a\n", "not a list"), ("word", "not a str")]
 )
