@@ -57,6 +57,48 @@ def intact(label: str, kind: Literal["parquet", "arrow"], files: list[str], *, s
     return [file for file in files if file not in broken]
 
 
+def with_rows(label: str, kind: Literal["parquet", "arrow"], files: list[str]) -> list[str]:
+    """The files that have rows; the readers of ``datasets`` fail on others.
+
+    Raises:
+        DataError: none has.
+    """
+    found = [file for file in files if count_rows(kind, file)]
+    if not found:
+        of = files[0] if len(files) == 1 else f"none of its {len(files)} files"
+        raise DataError(f"data source {label!r} is empty: {of} has {'no ' if len(files) == 1 else ''}rows")
+    return found
+
+
+def check_alike(label: str, kind: Literal["parquet", "arrow"], files: list[str]) -> None:
+    """Refuse files with other columns than the first, which the readers of ``datasets`` do not name.
+
+    Raises:
+        DataError: there is such a file.
+    """
+    first = _columns(kind, files[0])
+    for file in files[1:]:
+        found = _columns(kind, file)
+        if found == first:
+            continue
+        name = min({*found, *first}, key=lambda name: (found.get(name) == first.get(name), name))
+        here, there = (f"as {each[name]}" if name in each else "not at all" for each in (found, first))
+        raise DataError(
+            f"data source {label!r}: {file} has the column {name!r} {here}, and {files[0]} has it {there}; write all "
+            "with the same columns, or make each kind a source of its own"
+        )
+
+
+def _columns(kind: Literal["parquet", "arrow"], file: str) -> dict[str, str]:
+    """The types of a file's columns by name."""
+    if kind == "parquet":
+        schema = pq.read_schema(file)
+    else:
+        with pa.memory_map(file) as stream:
+            schema = _arrow_reader(stream).schema
+    return {each.name: str(each.type) for each in schema}
+
+
 def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Damage | None:
     """The damage of a file, or None.
 
@@ -107,11 +149,18 @@ def _parquet_batches(file: str, whole: bool, rows: int = 256) -> Iterator[pa.Rec
 def _arrow_batches(file: str) -> Iterator[pa.RecordBatch]:
     """Both forms of arrow files; mapped into memory, so that only what is looked at is read."""
     with pa.memory_map(file) as stream:
-        try:
-            yield from pa.ipc.open_stream(stream)
-        except pa.ArrowInvalid as problem:
-            try:
-                reader = pa.ipc.open_file(stream)
-            except pa.ArrowInvalid:
-                raise problem from None
+        reader = _arrow_reader(stream)
+        if isinstance(reader, pa.ipc.RecordBatchFileReader):
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            yield from reader
+
+
+def _arrow_reader(stream: pa.NativeFile) -> Any:
+    try:
+        return pa.ipc.open_stream(stream)
+    except pa.ArrowInvalid as problem:
+        try:
+            return pa.ipc.open_file(stream)
+        except pa.ArrowInvalid:
+            raise problem from None

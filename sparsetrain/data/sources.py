@@ -39,7 +39,7 @@ from sparsetrain.data.forms import RowForm, resolve_form, takes_template
 from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows
-from sparsetrain.data.shards import intact
+from sparsetrain.data.shards import check_alike, intact, with_rows
 from sparsetrain.data.table_files import TableFiles
 from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import MalformedRow
@@ -177,6 +177,7 @@ def _name_damage(source: DataSource) -> None:
         kind, files = find_files(source.label, source.path)
         if kind in ("parquet", "arrow"):
             intact(source.label, kind, files, skip=False, whole=True)
+            check_alike(source.label, kind, files)
 
 
 def files_of(source: DataSource) -> list[str] | None:
@@ -203,7 +204,8 @@ def _local(source: DataSource, streaming: bool, skip_damaged: bool) -> _Opened:
     else:
         kind, files = local_files(source)
     if kind in ("parquet", "arrow"):
-        tables = TableFiles(source, kind, intact(source.label, kind, files, skip=skip_damaged, whole=False))
+        files = with_rows(source.label, kind, intact(source.label, kind, files, skip=skip_damaged, whole=False))
+        tables = TableFiles(source, kind, files)
         return "table", _table(tables, streaming, skip_damaged), tables
     layout = layout_of(kind)
     return layout, lambda: _generated(source, layout, stamped(files), streaming), None
@@ -225,6 +227,7 @@ def _table(tables: TableFiles, streaming: bool, skip_damaged: bool) -> Callable[
             # Damaged inside, which only reading shows.
             rest = intact(source.label, kind, tables.files, skip=skip_damaged, whole=True)
             if rest == tables.files:
+                check_alike(source.label, kind, rest)
                 raise
             tables.files = rest
             return load()
@@ -282,7 +285,9 @@ def _unreadable(source: DataSource, problem: BaseException) -> DataError:
         cause = cause.__cause__
     if isinstance(cause, MemoryError):
         return out_of_memory(source.label, cause)
-    reason = f"{type(cause).__name__}: {cause}" if not isinstance(cause, DataError) else str(cause)
+    # In one line, which the library's messages are not.
+    said = " ".join(str(cause).split())
+    reason = said if isinstance(cause, DataError) else f"{type(cause).__name__}: {said}"
     if _is_on_disk(source):
         return DataError(f"data source {source.label!r} cannot be read: {reason}")
     return DataError(

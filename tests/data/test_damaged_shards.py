@@ -10,6 +10,8 @@ from itertools import islice
 
 import datasets
 import pytest
+from pyarrow.ipc import new_stream
+from pyarrow.parquet import read_table, write_table
 
 from sparsetrain.errors import DataError
 
@@ -93,6 +95,26 @@ def test_a_mapped_table_that_is_damaged_inside_is_left_out(kind, files, stream, 
     garble(file)
     rows = read(stream, folder, False, "skip")
     assert rows._sources[0].size == ROWS
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_without_rows_is_left_out_and_one_with_other_columns_is_named(kind, files, stream):
+    folder, file = files(kind)
+    table = datasets.Dataset.from_file(str(folder / "a.arrow")).data.table if kind == "arrow" else read_table(file)
+    for name, rows in (("0", table.slice(0, 0)), ("c", table.slice(0, 1).append_column("note", [["x"]]))):
+        if kind == "parquet":
+            write_table(rows, folder / f"{name}.parquet")
+        else:
+            with new_stream(str(folder / f"{name}.arrow"), rows.schema) as writer:
+                writer.write_table(rows)
+    for streaming in (False, True):
+        with pytest.raises(DataError, match=rf"c.{kind} has the column 'note' as string, and .* not at all; write all"):
+            read(stream, folder, streaming)
+    (folder / f"c.{kind}").unlink()
+    for streaming in (False, True):
+        read(stream, folder, streaming)
+    with pytest.raises(DataError, match=f"is empty: .*0.{kind} has no rows"):
+        stream({"path": str(folder / f"0.{kind}")})
 
 
 @MODES
