@@ -56,7 +56,8 @@ def case(options: Options) -> ExchangeCase:
     world = init_world()
     if world.size == 1:
         raise BenchError(
-            "one rank sends nothing; start it by a launcher: torchrun --nproc-per-node 2 -m sparsetrain.cli"
+            "one rank sends nothing; start it by a launcher: torchrun --nproc-per-node 2 -m sparsetrain.cli bench "
+            "exchange"
         )
     fault = heads_fault(world.size, options.heads, options.kv_heads)
     if fault is None and options.kv_heads % world.size:
