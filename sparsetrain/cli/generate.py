@@ -115,7 +115,7 @@ def generate(
     """
     from sparsetrain.generation.setting_text import parse_budget
     from sparsetrain.generation.settings import parse_decode
-    from sparsetrain.inference.prompts import read_prompts
+    from sparsetrain.inference.prompts import has_rows, read_prompts
 
     check_first(model, dtype, device)
     section = parse_decode(decode) if decode else None
@@ -172,7 +172,7 @@ def generate(
     if (told := ready_for_steps(loaded)) is not None:
         print(f"note: {told}", file=sys.stderr)
     writer = Writer(loaded, source.tokenizer, max_new_tokens, arguments, limits)
-    rows_asked = output is not None or (file is not None and file.suffix == ".jsonl")
+    rows_asked = output is not None or (file is not None and has_rows(file))
     with interruptible():
         if len(prompts) == 1 and not rows_asked:
             _stream(writer, encoded[0])
@@ -202,6 +202,12 @@ def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, c
     print(f"note: attention {method}, {sampling}", file=sys.stderr)
     if tokenizer.chat_template and not chat and any(each.messages is None for each in prompts):
         print("note: this model has a chat template; --chat writes a prompt as a user's message", file=sys.stderr)
+    if answered := sum(each.answered for each in prompts):
+        print(
+            f"note: behind an answer another one is written ({counted(answered, 'chat')}); leave the last turn out to "
+            "have the one before it answered",
+            file=sys.stderr,
+        )
 
 
 def _note_decode(model: Any, prompt: int, new: int) -> None:

@@ -121,21 +121,28 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
     named = _one_of(keys, ("role", "from"), name)
     if named is None:
         raise MalformedRow(
-            f"{name} has no role, only {listed(list(keys))}; say which key is the role by turn_keys of its source, "
-            "such as turn_keys: {role: speaker}. A question and its answer are two turns"
+            f"{name} has no role, only {listed(list(keys))}",
+            recipe="say which key is the role by turn_keys of its source, such as turn_keys: {role: speaker}. A "
+            "question and its answer are two turns",
+            row="write who says it, such as role: user",
         )
     if not isinstance(named, str):
         raise MalformedRow(f"the role of {name} is {described(named)}, not a string")
     named = naming.role(named)
     if named.lower() not in ROLES:
         raise MalformedRow(
-            f"{name} has the unknown role {named!r}; say which it is by roles of its source, such as "
-            f"roles: {{assistant: {named}}}"
+            f"{name} has the unknown role {named!r}",
+            recipe=f"say which it is by roles of its source, such as roles: {{assistant: {named}}}",
+            row="write system, user, assistant or tool",
         )
     for key, reason in REFUSED.items():
         # Some writers use an empty list for none.
         if keys.get(key):
-            raise MalformedRow(f"{name} has {key!r}, and {reason}; ignore: [{key}] trains without it")
+            raise MalformedRow(
+                f"{name} has {key!r}, and {reason}",
+                recipe=f"ignore: [{key}] trains without it",
+                row="leave it out",
+            )
         keys.pop(key, None)
     named = named.lower()
     role = ROLES[named]
@@ -156,8 +163,9 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
         if "content" in turn or "value" in turn:
             raise MalformedRow(f"the content of {name} is null, not a string")
         raise MalformedRow(
-            f"{name} has no content, only {listed(list(turn))}; say which key is the content by turn_keys of its "
-            "source, such as turn_keys: {content: text}"
+            f"{name} has no content, only {listed(list(turn))}",
+            recipe="say which key is the content by turn_keys of its source, such as turn_keys: {content: text}",
+            row="write what is said under content",
         )
     learned = learned_of(keys, role, content or "", name)
     thoughts = _thoughts(keys, role, name)
@@ -204,7 +212,7 @@ def _part(part: Any, name: str) -> str:
         raise MalformedRow(f"{name} is no text, but has {listed(list(part))}; write data as JSON in a string")
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
-        raise MalformedRow(f"{name} is of type {kind!r}; only parts of type text can be trained on")
+        raise MalformedRow(f"{name} is of type {kind!r}; only parts of type text are read")
     rest = [key for key, value in part.items() if value is not None and key in REFUSED]
     if rest:
         raise MalformedRow(f"{name} has {rest[0]!r}, and {REFUSED[rest[0]]}")

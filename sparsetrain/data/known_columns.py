@@ -90,6 +90,24 @@ def read_columns(kind: Kind, ignore: Collection[str]) -> tuple[str, ...]:
     return tuple(column for column in _READ[kind] if column not in ignore)
 
 
+def check_prompt(row: Mapping[str, Any], *, chat: bool) -> None:
+    """Refuse a row to continue with a value in a column that would be left out of its prompt.
+
+    Args:
+        chat: the prompt is a conversation, to which tools, a system prompt and variables of the template belong.
+
+    Raises:
+        MalformedRow: such a column is neither null nor empty.
+    """
+    reasons = {"history": "it is no part of the prompt; write its turns into messages"}
+    reasons |= {column: _REFUSALS[column] for column in ("chat_template", *REFUSED)}
+    if not chat:
+        reasons |= dict.fromkeys(OF_CONVERSATIONS, "the prompt is plain text; --chat writes it as a user's message")
+    for column, reason in reasons.items():
+        if _says_something(column, row.get(column)):
+            raise MalformedRow(f"column {column!r} cannot be honoured: {reason}, or rename the column to do without it")
+
+
 def check_columns(row: Mapping[str, Any], kind: Kind, fields: Collection[str], ignore: Collection[str]) -> None:
     """Refuse a row with a value in a column that its form does not support.
 

@@ -52,8 +52,10 @@ def check_coverage(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
         of_tools = field.name.startswith(("tools[", "tool_calls["))
         which = "qwen3 is one, or a Jinja file" if of_tools else "a name or a Jinja file"
         raise MalformedRow(
-            f"the chat template does not write {field.name}; set model.chat_template to one that does "
-            f"({which})" + (f", or train without it by ignore: [{field.key}]" if field.key else "")
+            f"the chat template does not write {field.name}",
+            recipe=f"set model.chat_template to one that does ({which})"
+            + (f", or train without it by ignore: [{field.key}]" if field.key else ""),
+            row="leave it out of the row, or put a chat_template.jinja that writes it beside the tokenizer",
         )
     _check_reasoning(conversation, text)
 

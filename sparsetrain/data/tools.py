@@ -31,7 +31,7 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
         raise MalformedRow(f"{name} is {described(tool)}, not the schema of a tool")
     if tool.get("type", "function") != "function":
-        raise MalformedRow(f"{name} is of type {tool['type']!r}; only tools of type function can be trained on")
+        raise MalformedRow(f"{name} is of type {tool['type']!r}; only tools of type function are read")
     # Some write a schema with a type beside its name, without a function around it.
     function = tool["function"] if "function" in tool else {key: tool[key] for key in tool if key != "type"}
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -81,7 +81,7 @@ def _call(value: Any, name: str) -> dict[str, Any]:
     if not function["name"]:
         raise MalformedRow(f"{name} names no function; leave the call out")
     if call.get("type", "function") != "function":
-        raise MalformedRow(f"{name} is of type {call['type']!r}; only calls of functions can be trained on")
+        raise MalformedRow(f"{name} is of type {call['type']!r}; only calls of functions are read")
     arguments = function.get("arguments", function.get("parameters"))
     arguments = {} if arguments is None else _unpacked(arguments, f"the arguments of {name}")
     if arguments is None:

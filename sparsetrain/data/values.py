@@ -14,7 +14,17 @@ FIX = "Fix the row: an evaluation leaves none out"
 
 
 class MalformedRow(DataError):
-    """A row that cannot be rendered, and why."""
+    """A row that cannot be rendered, and why.
+
+    Args:
+        fault: What is wrong.
+        recipe: What the recipe can do about it.
+        row: What can be done in the row, where there is no recipe (:attr:`without_recipe`).
+    """
+
+    def __init__(self, fault: str, *, recipe: str = "", row: str = "") -> None:
+        super().__init__(f"{fault}; {recipe}" if recipe else fault)
+        self.without_recipe = f"{fault}; {row}" if row else fault
 
 
 def fix_or_skip(rows: str) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.chat_prompt import chat_prompt
+from sparsetrain.data.conversation import ROLES
+from sparsetrain.data.known_columns import check_prompt
 from sparsetrain.data.values import keyed_once
 from sparsetrain.errors import DataError, ModelError, first_line
 from sparsetrain.textfile import text_lines
@@ -32,6 +34,12 @@ class Prompt:
     row: dict[str, Any] = field(default_factory=dict)
     """The columns it came with."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether its last message is an answer, behind which another one is written."""
+        last = (self.messages or [{}])[-1]
+        return ROLES.get(str(last.get("role") or last.get("from")).lower()) == "assistant"
+
     def encode(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[int]:
         """Its token ids.
 
@@ -44,20 +52,21 @@ class Prompt:
             ModelError: it needs a chat template, and the tokenizer has none.
         """
         turns: Any = [{"role": "user", "content": self.text}] if chat and self.messages is None else self.messages
-        if turns is None:
-            # Not verbose: how long a prompt may be is checked, and said, for the model.
-            tokens = tokenizer(self.text, verbose=False)["input_ids"]
-        elif not tokenizer.chat_template:
+        if turns is not None and not tokenizer.chat_template:
             asked = "messages" if self.messages is not None else "--chat"
             raise ModelError(
                 f"{self.place}: {asked} needs a chat template, and the tokenizer of this model has none; write the "
                 "whole prompt yourself, or put a chat_template.jinja beside the tokenizer"
             )
-        else:
-            try:
+        try:
+            if turns is None:
+                check_prompt(self.row, chat=False)
+                # Not verbose: how long a prompt may be is checked, and said, for the model.
+                tokens = tokenizer(self.text, verbose=False)["input_ids"]
+            else:
                 tokens = chat_prompt(turns, self.row, tokenizer)
-            except DataError as error:
-                raise DataError(f"{self.place}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{self.place}: {error}") from error
         if not tokens:
             raise DataError(f"{self.place}: the prompt is empty; there is nothing to continue")
         return list(tokens)
@@ -67,8 +76,8 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     """All prompts: those of the command line, then those of the file.
 
     Args:
-        file: ``.jsonl`` has one prompt a line, in ``prompt`` (a text) or ``messages`` (a chat); any other file is one
-            prompt as a whole; ``-`` is standard input.
+        file: ``.jsonl`` and ``.ndjson`` have one prompt a line, in ``prompt`` (a text) or ``messages`` (a chat); any
+            other file is one prompt as a whole; ``-`` is standard input.
 
     Raises:
         DataError: there is none, or the file cannot be read as that.
@@ -79,7 +88,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
         if not text:
             what = "standard input is closed or empty" if str(file) == "-" else "the file is empty"
             raise DataError(f'--file {file}: {what}; give text in it, or --prompt "" to begin without one')
-        if file.suffix == ".jsonl":
+        if has_rows(file):
             rows = list(_rows(text, file))
             if not rows:
                 raise DataError(f'--file {file} has no rows; give one prompt a line: {{"prompt": "..."}}')
@@ -89,6 +98,11 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     if not prompts:
         raise DataError("nothing to continue: give --prompt TEXT, or --file with a text or a .jsonl of prompts")
     return prompts
+
+
+def has_rows(file: Path) -> bool:
+    """Whether a file of prompts has one a line."""
+    return file.suffix.lower() in (".jsonl", ".ndjson")
 
 
 def _read(file: Path) -> str:
@@ -134,7 +148,7 @@ def _prompt(row: Any, place: str) -> Prompt:
         raise DataError(f"{place} holds half of a surrogate pair, {letters!a}, which is no text; remove it") from error
     text, messages = row.get("prompt"), row.get("messages")
     if (text is None) == (messages is None):
-        found = ", ".join(row) or "nothing"
+        found = ", ".join(name for name, value in row.items() if value is not None) or "nothing"
         raise DataError(f"{place}: give either prompt (a text) or messages (a chat); it has {found}")
     if text is not None and not isinstance(text, str):
         raise DataError(f"{place}: prompt must be a text, got {type(text).__name__}")

@@ -316,3 +316,14 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(tokenizer, learne
         chat_prompt(turns, {}, with_template)
     with pytest.raises(MalformedRow, match=r"does not write tools\[0\]"):
         chat_prompt(turns[:1], row, with_template)
+    for turn, columns, fault in (
+        (ASK, {"tools": [TOOL]}, "does not write tools.*; leave it out of the row, or put a chat_template"),
+        (ASK, {"images": ["a.png"]}, "column 'images' cannot be honoured: .*, or rename the column"),
+        (ASK, {"history": [["a", "b"]]}, "column 'history' cannot be honoured: .*write its turns into messages"),
+        ({"role": "sage", "content": "a"}, {}, "unknown role 'sage'; write system, user, assistant or tool"),
+        ({"content": "a"}, {}, "has no role, only 'content'; write who says it"),
+    ):
+        with pytest.raises(MalformedRow, match=fault) as raised:
+            chat_prompt([turn], columns, with_template)
+        # There is no recipe.
+        assert not re.search("ignore:|its source|model.chat_template", str(raised.value))

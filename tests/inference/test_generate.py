@@ -153,6 +153,23 @@ def test_rows_of_a_batch_are_completed_as_alone_and_keep_their_columns(call, pow
         assert answer["finish"] in ("stop", "length")
 
 
+def test_what_a_row_says_beside_its_prompt_is_done_or_refused(call, power_folder, tmp_path):
+    """By --chat alone for a text; and a chat that is answered is told."""
+    file, answered = tmp_path / "rows.ndjson", tmp_path / "answered.jsonl"
+    arguments = (str(power_folder), "--max-new-tokens", "1", "--file")
+    file.write_text('{"prompt": "import os", "system": "Be kind."}\n')
+    code, out, err = call(*arguments, str(file))
+    assert (code, out) == (2, "")
+    assert "line 1: column 'system' cannot be honoured: the prompt is plain text; --chat writes it as a user's" in err
+    code, out, _ = call(*arguments, str(file), "--chat")
+    tokenizer = load_tokenizer(power_folder / "final", "path")
+    whole = tokenizer("<system>Be kind.\n<user>import os\n<answer>")["input_ids"]
+    assert (code, json.loads(out)["prompt_tokens"]) == (0, len(whole))
+    turns = [{"from": "human", "value": "import os"}, {"from": "gpt", "value": "import sys"}]
+    answered.write_text(json.dumps({"messages": turns}) + "\n")
+    assert "behind an answer another one is written (1 chat)" in call(*arguments, str(answered))[2]
+
+
 def test_fewer_keys_are_read_and_counted(call):
     text = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 4
     arguments = (TINY, "--prompt", text, "--max-new-tokens", "8")
