@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from training import drafts
 
 PRELOADED = [
-    *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"),
+    *("deepspeed", "torch._dynamo", "deepspeed.module_inject.auto_ep_layer"),
     *("peft", "datasets.packaged_modules.json.json", "transformers.models.llama.modeling_llama"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
     *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded", "training.recipes_read"),

@@ -128,6 +128,21 @@ def test_muon_on_two_ranks_is_that_on_one_and_resumes_on_one(tmp_path, tiny, sta
     assert (one.path / "final/model.safetensors").is_file()
 
 
+WITHOUT_A_COMPILER = """
+import sys
+from sparsetrain.cli import main
+assert main(sys.argv[1:]) == 0
+from deepspeed.runtime.zero.muon import original_muon
+assert not hasattr(original_muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Muon is compiled on a GPU")
+def test_zero_compiles_no_muon_where_it_imports_it(tmp_path, tiny, ranks_of):
+    command = ["-c", WITHOUT_A_COMPILER, "run", str(tiny), "train.steps=2", "checkpoint.export=false"]
+    ranks_of([*command, "--output", str(tmp_path / "run")], tmp_path / "log").wait()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("dtype", "total"), [("auto", 263.0), ("model", 256.0)])
 def test_bfloat16_sums_lose_small_gradients(tiny_recipe, world, stage, dtype, total):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from typing import Any
 
 import torch
@@ -107,10 +107,23 @@ def _muon(groups: list[dict[str, Any]], constants: dict[str, Any], device: torch
 
 
 def eager_muon(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which DeepSpeed's Muon, which it compiles, needs no C++ compiler on a machine without a GPU."""
-    if recipe.train.optimizer.name == "muon" and device.type != "cuda":
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    """A context in which DeepSpeed's Muon, which it compiles, needs no C++ compiler on a machine without a GPU.
+
+    ZeRO imports it for every optimizer, and with it torch's compiler, which takes two seconds. Here it is imported as
+    it is written; the context is for one that somebody imported before.
+    """
+    if device.type == "cuda":
+        return nullcontext()
+    from deepspeed.runtime import compiler
+
+    compile = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile
+    muon = recipe.train.optimizer.name == "muon"
+    return torch.compiler.set_stance("force_eager") if muon else nullcontext()
 
 
 class FiniteStep:
