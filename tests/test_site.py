@@ -65,6 +65,11 @@ def test_links_to_files_without_a_page_are_text(site):
     assert "](../" not in "".join(page.read_text(encoding="utf-8") for page in site.glob("*.md"))
 
 
+def test_lists_are_lists_behind_a_table_too(site):
+    pages = {page.name: re.findall(r"<p>(.*?)</p>", page.read_text("utf-8"), re.S) for page in site.glob("*.html")}
+    assert [(name, text) for name, texts in pages.items() for text in texts if re.search(r"^- ", text, re.M)] == []
+
+
 def test_drawings_are_part_of_the_page(site):
     html = (site / "power.html").read_text(encoding="utf-8")
     assert '<svg aria-label="what a block reads with power' in html

@@ -44,7 +44,7 @@ def stretches(
     found: list[list[int]] = []
     longest: list[int] = []
     for text in _texts(file):
-        ids: list[int] = tokenizer(text)["input_ids"]
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
         longest = max(longest, ids, key=len)
         found += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
         if len(found) >= MOST:

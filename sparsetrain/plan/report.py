@@ -108,7 +108,7 @@ def general_notes(plan: Plan) -> list[str]:
     steps = None if setting.recipe.train.epochs is not None else plan_batch(setting.recipe, setting.ranks).steps
     if steps is not None:
         whole = _duration(steps * plan.time.seconds)
-        lines.append(f"The run takes {counted(steps, 'step')}: {whole}, without loading, evaluations and checkpoints.")
+        lines.append(f"The run takes {counted(steps, 'step')}: {whole}, without loading and checkpoints.")
     if evaluations := evaluations_of(setting.recipe, steps):
         tasks = ", ".join(setting.recipe.eval.by_name)
         lines.append(f"Evaluations are not in these times: {evaluations}; each of {tasks}.")
