@@ -66,9 +66,14 @@ def model_card(
         "",
         f"Trained by this recipe, {_versions(run)}.",
         "",
+        "<details>",  # a page long
+        "<summary>Every setting, defaults included</summary>",
+        "",
         "```yaml",
         dump_yaml(settings).rstrip(),
         "```",
+        "",
+        "</details>",
         "",
         *_history(run),
     ]
