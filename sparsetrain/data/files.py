@@ -176,6 +176,10 @@ def read_lines(files: list[Stamped]) -> Iterator[dict[str, str]]:
                 if _suffix(file) == ".json" and first.lstrip().startswith("["):
                     yield from _read_array(file, first + stream.read())
                     continue
+                if first.strip() == "{":
+                    lines = [first, *stream]
+                    _refuse_one_object(file, "".join(lines))
+                    first, stream = lines[0], iter(lines[1:])
                 for number, line in enumerate(_chain(first, stream), start=1):
                     if line.strip():
                         yield {"place": f"{file}:{number}", "text": _checked(line.rstrip("\r\n"))}
@@ -233,6 +237,17 @@ def _read_array(file: str, content: str) -> Iterator[dict[str, str]]:
         raise DataError(f"{file} is not valid JSON: {reason}") from problem
     for index, item in enumerate(items):
         yield {"place": f"{file}[{index}]", "text": json.dumps(item)}
+
+
+def _refuse_one_object(file: str, content: str) -> None:
+    """Refuse a file that is one object over several lines, whatever its ending; anything else is read line by line."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    inside = f"; its {lists[0]!r} is a list: write that alone, if it holds the rows" if lists else ""
+    raise DataError(f"{file} is one JSON object, not rows; write a list of rows, or one row a line{inside}")
 
 
 def _damage(problem: Exception) -> str:

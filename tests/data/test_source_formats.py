@@ -103,6 +103,11 @@ def test_the_standard_library_is_split_by_whole_files(stream):
         ({"path": "{folder}/latin1.txt"}, r"latin1\.txt is not UTF-8"),
         ({"path": "{folder}/latin1.txt", "streaming": True}, r"latin1\.txt is not UTF-8"),
         ({"path": "{folder}/broken.json"}, r"broken\.json:3 is not valid JSON"),
+        (
+            {"path": "{folder}/one.json"},
+            r"one\.json is one JSON object, not rows; .*; its 'data' is a list: write that",
+        ),
+        ({"path": "{folder}/one.json", "streaming": True}, r"one\.json is one JSON object, not rows"),
         ({"path": "{folder}/broken.parquet"}, r"broken\.parquet|Parquet"),
         ({"path": "{folder}/picture.png"}, r"picture\.png is of an unknown kind"),
         ({"path": "{folder}/mixed"}, r"mixes kinds of files .*a\.jsonl.*b\.md"),
@@ -120,6 +125,7 @@ def test_sources_that_cannot_be_opened_say_why(source, message, tmp_path, stream
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.json").write_text('[{"text": "fine"},\n{"text": "fine"},\n{"text": }]')
+    (tmp_path / "one.json").write_text('{\n"data": [\n{"text": "fine"}]\n}\n')
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(DataError, match=f"(?s){message}"):
