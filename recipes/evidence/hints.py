@@ -21,6 +21,7 @@ import typer
 from sparsetrain.recipes.evidence.relay import at_one_budget, num_blocks, the_power
 from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, choose, train
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.recipe import Recipe, load_recipe
 
 HINTS = ("question", "mark", "none")
@@ -89,7 +90,7 @@ def main(
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 2 and 3 by default.")] = None,
     hint: Annotated[list[str] | None, typer.Option(help="question, mark or none; the first and the last.")] = None,
-    parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
@@ -119,4 +120,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from sparsetrain.cli.entry import run_script
+
 LENGTHS = (384, 448, 500)
 """Tokens of a document, which leave room for the end of the text in rows of 512."""
 
@@ -38,11 +40,13 @@ def write(file: Path, documents: int) -> None:
 
 def main(
     file: Annotated[Path, typer.Argument(help="A .jsonl that is written.")],
-    documents: Annotated[int, typer.Option(help="Documents.")] = 1000,
+    documents: Annotated[int, typer.Option(min=1, help="Documents.")] = 1000,
 ) -> None:
     """Write prompts that hide pass keys, and questions with their answers."""
+    if file.exists():
+        raise typer.BadParameter(f"{file} exists already; name another file, or delete it")
     write(file, documents)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

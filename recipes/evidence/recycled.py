@@ -29,6 +29,7 @@ from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, SLIDING_BLOCK, tra
 from sparsetrain.recipes.evidence.run import Outcome as Run
 from sparsetrain.recipes.evidence.run import table as table_of_runs
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult, PerplexitySection
 from sparsetrain.evaluation.tasks.recall import RecallSection
 from sparsetrain.methods.base import MethodConfig
@@ -249,4 +250,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

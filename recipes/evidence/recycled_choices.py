@@ -18,6 +18,7 @@ from sparsetrain.recipes.evidence.recycled import the_task
 from sparsetrain.recipes.evidence.run import FOLDER
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import Recall
 from sparsetrain.methods.recycled.method import RecycledConfig
 from sparsetrain.recipe import load_recipe
@@ -87,4 +88,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

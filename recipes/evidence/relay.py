@@ -22,6 +22,7 @@ import numpy as np
 import typer
 from sparsetrain.recipes.evidence.run import FOLDER, choose, train
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.registry import parse_attention
@@ -289,7 +290,7 @@ def main(
     recipe: Annotated[str, typer.Argument(help="relay, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each pattern; 2 and 3 by default.")] = None,
-    parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
@@ -323,4 +324,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

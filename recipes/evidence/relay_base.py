@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from sparsetrain.cli.entry import run_script
+
 
 def grow(model: Path, folder: Path, layers: int, positions: int) -> None:
     """Write the deeper model and its tokenizer.
@@ -59,9 +61,11 @@ def main(
     positions: Annotated[int, typer.Option(help="Tokens that it is for.")] = 256,
 ) -> None:
     """Put layers that do nothing yet between those of a model that recalls."""
+    if not (model / "final").is_dir():
+        raise typer.BadParameter(f"--model {model} has no final model; train it first, as the head of this script says")
     grow(model, folder, layers, positions)
     print(f"{folder}: {layers} layers, {positions} positions")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -32,6 +32,7 @@ from sparsetrain.recipes.evidence.relay import (
 )
 from sparsetrain.recipes.evidence.run import FOLDER, choose
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import TOKENS
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.patterns import FullPattern
@@ -247,4 +248,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

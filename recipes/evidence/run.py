@@ -23,6 +23,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from sparsetrain.cli.entry import run_script
+from sparsetrain.errors import TrainingError
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
 from sparsetrain.evaluation.tasks.recall import RecallResult
@@ -93,7 +95,7 @@ def train(
         program: the module that is sparsetrain's command line.
 
     Raises:
-        RuntimeError: the run failed or was stopped; says where its log is.
+        TrainingError: the run failed or was stopped; says where its log is.
     """
     log, times = folder.with_suffix(".txt"), folder / "seconds.json"
     if not at_end(folder):
@@ -107,11 +109,11 @@ def train(
                 env={"OMP_NUM_THREADS": "1", **os.environ},
             ).returncode
         if code:
-            raise RuntimeError(f"{method}, seed {seed} ended with {code}; see {log}")
+            raise TrainingError(f"{method}, seed {seed} ended with {code}; see {log}")
         times.write_text(json.dumps(time.monotonic() - start))
     after = at_end(folder)
     if not after:  # a run that is told to stop saves a checkpoint and ends well
-        raise RuntimeError(f"{method}, seed {seed} was stopped; the same command continues it. See {log}")
+        raise TrainingError(f"{method}, seed {seed} was stopped; the same command continues it. See {log}")
     return Outcome(method, seed, measured(folder, ", before"), after, json.loads(times.read_text()))
 
 
@@ -159,7 +161,7 @@ def main(
     recipe: Annotated[str, typer.Argument(help="recall, recall-finetune, needles, text, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 0 and 1 by default.")] = None,
-    parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     gate: Annotated[list[str] | None, typer.Option(help="Gates of every scorer; the recipe's by default.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
@@ -190,4 +192,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -22,6 +22,8 @@ import typer
 from sparsetrain.recipes.evidence.relay import at_one_budget, the_power
 from sparsetrain.recipes.evidence.run import FOLDER, choose, train
 
+from sparsetrain.cli.entry import run_script
+from sparsetrain.errors import TrainingError
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.evaluation.tasks.key_tokens import KeyTokensResult
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
@@ -130,7 +132,7 @@ def main(
     recipe: Annotated[str, typer.Argument(help="text-long, or a file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings for every run, as a.b=c.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of each method; 2 by default.")] = None,
-    parallel: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
@@ -153,7 +155,7 @@ def main(
     with ThreadPoolExecutor(parallel) as pool:
         curves = list(pool.map(run, product(seed or [2], chosen)))
     if len({each.key_tokens for each in curves}) > 1:
-        raise RuntimeError(f"the runs in {out} have other key tokens than one another; give a new --out")
+        raise TrainingError(f"the runs in {out} have other key tokens than one another; give a new --out")
     tables = "\n".join(table(curves, name) for name in (PERPLEXITY, KEY_TOKENS))
     (out / "table.json").write_text(json.dumps([asdict(each) for each in curves], indent=1) + "\n")
     (out / "table.md").write_text(tables)
@@ -161,4 +163,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -26,6 +26,7 @@ from sparsetrain.recipes.evidence.recycled import BATCH, BEFORE, PERPLEXITY, the
 from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, train
 from sparsetrain.recipes.evidence.top_p_method import KEYS, TopPConfig, register
 
+from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult, PerplexitySection
 from sparsetrain.evaluation.tasks.recall import RecallSection
 from sparsetrain.recipe import Recipe, load_recipe
@@ -211,4 +212,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

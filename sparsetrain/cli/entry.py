@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
-    try:
+    def command() -> None:
         leave_out_needless()
         for note in prepare_environment(os.environ):
             if os.environ.get("RANK", "0") == "0":
@@ -78,6 +78,20 @@ def _answer(arguments: list[str]) -> int:
         if arguments and (ours := other_command(arguments[0])) is not None:
             raise RecipeError(f"there is no command {arguments[0]}; this is `sparsetrain {ours}`")
         _command()(args=arguments, prog_name="sparsetrain")
+
+    return _told(command)
+
+
+def run_script(main: Callable[..., None]) -> NoReturn:
+    """Run the function of a script of its own as a command, and end the process: errors are told as those of
+    ``sparsetrain``."""
+    sys.exit(_told(partial(typer.run, main)))
+
+
+def _told(command: Callable[[], Any]) -> int:
+    """The exit code of a command, whose errors are printed."""
+    try:
+        command()
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

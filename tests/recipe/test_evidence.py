@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 from sparsetrain.recipes.evidence.run import Outcome, main, methods, table, train
 
+from sparsetrain.cli.entry import run_script
+from sparsetrain.errors import TrainingError
 from sparsetrain.methods.sparsek.method import SparseKConfig
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.shipped import recipes_folder
@@ -100,11 +103,25 @@ def test_the_runner_trains_writes_its_table_and_repeats_nothing(forked, tmp_path
     assert Path(tmp_path / "window-and-random-keys-gate-straight-3/metrics.jsonl").exists()
 
 
+def test_a_script_tells_mistakes_as_the_command_line_does(monkeypatch, capsys):
+    for arguments, told in (
+        (["nosuch"], "error: there is no recipe nosuch; `sparsetrain recipe list` shows what is shipped\n"),
+        (["recall", "train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
+        (["recall", "--parallel", "0"], "--parallel"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+        assert (ended.value.code, told in capsys.readouterr().err) == (2, True)
+    for file in FOLDER.glob("*.py"):
+        assert "typer.run(" not in file.read_text()
+
+
 def test_a_run_that_was_stopped_is_no_result(tmp_path, monkeypatch):
     """Asked to stop, a run saves a checkpoint and exits with 0, before anything was measured."""
     folder = tmp_path / "full-0"
     folder.mkdir()
     monkeypatch.setattr("subprocess.run", lambda command, **_: CompletedProcess(command, 0))
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="full, seed 0 was stopped; the same command continues it"):
+        with pytest.raises(TrainingError, match="full, seed 0 was stopped; the same command continues it"):
             train(RECALL[0], "full", 0, [], folder)
