@@ -1,16 +1,22 @@
 """Compiles a kernel for Hopper on a machine without a GPU and prints what it takes of it, as one line of JSON.
 
+``compiled_kernels.json`` holds what this printed before, beside a hash of all that it follows from: the kernel's source
+and that of what it calls, types, constants, options, and the versions of Triton and ptxas. A kernel whose hash is there
+is not compiled again, except for the first of each family, which must give what is recorded.
+
 For a process without Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +25,50 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
+from triton.compiler import make_backend
 from triton.runtime.cache import get_cache_manager
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+RECORD = Path(__file__).with_name("compiled_kernels.json")
 triton.knobs.nvidia.dump_ptxas_log = True
+
+
+class Family:
+    """The kernels that are compiled one after another, and what is recorded of them."""
+
+    def __init__(self, name: str, record: dict[str, dict[str, Any]]) -> None:
+        self.name, self.record, self.begun = name, record, False
+        self.told: dict[str, dict[str, Any]] = {}
+
+    def tell(self, kernel: str, code: Any, options: dict[str, Any], compile: Callable[..., dict[str, Any]]) -> None:
+        """Print the facts of a kernel, compiled unless they are recorded."""
+        name, follows_from = f"{self.name}: {kernel}", hash_of(code, options)
+        assert name not in self.told, f"two kernels are called {name}"
+        known = self.record.get(name)
+        known = known if known and known["hash"] == follows_from else None
+        facts = known if known and self.begun else {"hash": follows_from, **compile(code, options)}
+        assert known in (None, facts), f"{name} is {facts}, and {known} is recorded"
+        self.begun, self.told[name] = True, facts
+        print(json.dumps({"kernel": kernel, **facts}), flush=True)
+
+
+family = Family("", {})
+
+
+def begin(name: str, record: dict[str, dict[str, Any]]) -> Family:
+    """What is compiled from now on is of this family."""
+    global family
+    family = Family(name, record)
+    return family
+
+
+def hash_of(code: Any, options: dict[str, Any]) -> str:
+    """As Triton's key of its own cache, but for the build of Triton, which differs from Python to Python."""
+    backend = make_backend(TARGET)
+    given = backend.parse_options({**options, **code.parse_options()})
+    parts = f"{triton.__version__} {code.hash()} {backend.hash()} {given.hash()}"
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
 def compiled(code: Any, options: dict[str, Any], always: bool = False) -> tuple[Any, str]:
@@ -42,6 +87,11 @@ def compiled(code: Any, options: dict[str, Any], always: bool = False) -> tuple[
 
 
 def report(name: str, code: Any, options: dict[str, Any]) -> None:
+    """Tell what a kernel takes."""
+    family.tell(name, code, options, facts_of)
+
+
+def facts_of(code: Any, options: dict[str, Any]) -> dict[str, Any]:
     kernel, log = compiled(code, options)
     assert "Used" in log, log
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -50,10 +100,9 @@ def report(name: str, code: Any, options: dict[str, Any]) -> None:
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    facts = {
+    return {
         "copies": "cp.async" in kernel.asm["ptx"],
         "mma": kernel.asm["ptx"].count("mma.sync"),
-        "kernel": name,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
@@ -61,7 +110,6 @@ def report(name: str, code: Any, options: dict[str, Any]) -> None:
         # ptxas says so, and no more, where it puts a wait behind every product.
         "serialised": "wgmma" in log and "serializ" in log,
     }
-    print(json.dumps(facts), flush=True)
 
 
 class SharedMemory(Exception):
@@ -69,6 +117,11 @@ class SharedMemory(Exception):
 
 
 def report_shared(name: str, code: Any, options: dict[str, Any]) -> None:
+    """Tell what shared memory a kernel takes."""
+    family.tell(name, code, options, shared_of)
+
+
+def shared_of(code: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Compile it until its shared memory is known: what follows takes a minute for kernels that spill."""
     make = compiler.CUDABackend.make_llir
     modules: list[Any] = []
@@ -88,4 +141,4 @@ def report_shared(name: str, code: Any, options: dict[str, Any]) -> None:
         pytest.raises(SharedMemory) as known,
     ):
         triton.compile(code, target=TARGET, options=options)
-    print(json.dumps({"kernel": name, "shared": known.value.args[0]}), flush=True)
+    return {"shared": known.value.args[0]}

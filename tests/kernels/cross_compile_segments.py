@@ -1,4 +1,5 @@
-"""As ``cross_compile.py``, for attention over lists by segments, of chosen rows, and of SparseK's selections."""
+"""As ``cross_compile.py``, for attention over lists by segments, of chosen rows, and of SparseK's selections and
+projection."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from sparsetrain_kernels.listed_keys.triton.configs import choose_configs
 from sparsetrain_kernels.listed_keys.triton.launch import PLACES
 from sparsetrain_kernels.selected_keys.hopper import forward, grad_key_value, grad_query
 from sparsetrain_kernels.selected_keys.hopper.launch import KEY_STAGES, STAGES, VALUE_STAGES
+from sparsetrain_kernels.sparsek_projection.triton import kernels as projection
+from sparsetrain_kernels.sparsek_projection.triton import launch as of_projection
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -152,7 +155,19 @@ def compile_selected(dtype: str) -> None:
         report(f"{name} {dtype} {head_dim}", code, {"num_warps": 4, "enable_fp_fusion": True})
 
 
+def compile_projection(dtype: str) -> None:
+    """SparseK's projection of rows that are held, up to the longest, and of longer ones."""
+    singles = dict.fromkeys(("k_ptr", "tau_ptr", "rest_ptr", "grad_k_ptr"), "*fp32")
+    for entries in (1000, of_projection.HELD, of_projection.HELD + 1):
+        tile = of_projection.tile(entries)
+        options = {"num_warps": tile.pop("num_warps")}
+        for kernel in (projection.sparsek_fwd_kernel, projection.sparsek_bwd_kernel):
+            types = {name: kind for name, kind in singles.items() if name in kernel.arg_names}
+            report(f"{kernel.__name__} {entries}", source(ASTSource, kernel, dtype, tile, types), options)
+
+
 FAMILIES = {
+    "projection": compile_projection,
     "segments listed": compile_listed,
     "segments rows": compile_rows,
     "segments choice": compile_choice,

@@ -147,7 +147,14 @@ def test_estimates_keep_to_registers_and_load_ahead(compiled: Compiler) -> None:
 
 @pytest.mark.parametrize(
     ("family", "count"),
-    [("sparsek fp32", 21), ("sum bf16", 3), ("lists fp16", 20), ("listed bf16", 12), ("decode bf16", 6)],
+    [
+        ("sparsek fp32", 21),
+        ("sum bf16", 3),
+        ("lists fp16", 20),
+        ("listed bf16", 12),
+        ("decode bf16", 6),
+        ("projection bf16", 6),
+    ],
 )
 def test_the_kernels_around_attention_keep_to_registers(family: str, count: int, compiled: Compiler) -> None:
     kernels = compiled(family)

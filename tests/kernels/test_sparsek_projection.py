@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from functools import partial
 
@@ -264,41 +259,3 @@ Z = torch.zeros(3, 4)
 def test_wrong_arguments_are_named(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sparsek(**{"z": Z, "k": 1, **arguments})
-
-
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-import triton
-from sparsetrain_kernels.sparsek_projection.triton import kernels, launch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-for entries in (1000, launch.HELD, launch.HELD + 1):
-    tile = launch.tile(entries)
-    warps = tile.pop("num_warps")
-    for kernel in (kernels.sparsek_fwd_kernel, kernels.sparsek_bwd_kernel):
-        data = {"z_ptr", "p_ptr", "grad_ptr", "grad_z_ptr"}
-        types = {
-            name: "*bf16" if name in data else "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names
-        }
-        source = ASTSource(kernel, {**types, **dict.fromkeys(tile, "constexpr")}, constexprs=tile)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-        print(json.dumps({"kernel": kernel.__name__, "stack": int(re.search(r"STACK:(\\d+)", usage)[1])}))
-"""
-
-
-def test_kernels_compile_for_hopper_and_keep_rows_in_registers() -> None:
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILE)], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    facts = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert len(facts) == 6
-    assert all(fact["stack"] == 0 for fact in facts), facts
