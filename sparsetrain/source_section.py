@@ -47,10 +47,10 @@ class DataSource(Section):
     """A generated retrieval task: one hidden key; several of which one is asked for; or key and value tokens, all of
     which are asked for (associative recall, MQAR of 2312.04927)."""
     form: Literal["auto", "text", "prompt_completion", "chat", "tokens", "preference"] = "auto"
-    """The form of rows: plain text, prompt + completion (loss on the completion), chat messages (loss on the
-    assistant's turns, with the tokenizer's chat template), pretokenised ``input_ids`` and ``labels``, or pairs of a
-    preferred and a rejected answer (with the ``preference`` section). ``auto`` decides by the columns of the first
-    row."""
+    """The form of rows. ``text``: plain text. ``prompt_completion``: loss on the completion. ``chat``: messages, with
+    loss on the assistant's turns by the tokenizer's chat template. ``tokens``: pretokenised ``input_ids`` and
+    ``labels``. ``preference``: pairs of a preferred and a rejected answer (with the ``preference`` section). ``auto``
+    decides by the columns of the first row."""
     text_field: Text = "text"
     """Column that holds the text (form ``text``)."""
     prompt_field: Text = "prompt"
@@ -104,8 +104,8 @@ class DataSource(Section):
     """Synthetic ``multikey`` and ``recall``: number of additional keys that are never asked for. If there are any, the
     keys that may be asked for are marked (``hint``)."""
     hint: Literal["mark", "question", "none"] = "mark"
-    """Synthetic ``recall`` with ``distractors``: how a document says early which keys will be asked for: a ``mark`` in
-    front of each, the ``question`` at the beginning, or not at all (``none``): then it is known only at the end."""
+    """Synthetic ``recall`` with ``distractors``: how a document says early which keys will be asked for. ``mark``: a
+    mark in front of each. ``question``: the question at the beginning. ``none``: it is known only at the end."""
     digits: Annotated[int, Field(ge=1, le=12)] = 5
     """Synthetic ``passkey`` and ``multikey``: number of digits of a key."""
 

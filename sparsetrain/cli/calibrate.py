@@ -84,9 +84,9 @@ def calibrate(
 
     In the second halves of up to eight texts, rows (tokens) are drawn and read as if each were a step of generation. Of
     14 values of p from 0.5 to 1 the smallest is taken whose mean error is at most --error; a layer in which none is
-    reads all keys. The table shows, for that p, the mean error and that of the worst row and head, how many keys are
-    read of how many, and which share of the softmax weight these and the candidates hold. With --decode.select channels
-    it finds the channels too.
+    reads all keys. For that p the table shows the mean error, that of the worst row and head, and how many keys are
+    read of how many. It also shows which share of the softmax weight these and the candidates hold. With
+    --decode.select channels it finds the channels too.
 
     Without --output or --save only the table is made.
 

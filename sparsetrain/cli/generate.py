@@ -86,8 +86,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="auto|TOKENS",
-            help="Room of each layer for tokens of a row: what its pattern reads again of a text of this length "
-            "(auto, the default), or at most TOKENS, which refuses a prompt that needs more.",
+            help="Room of each layer for tokens of a row. auto, the default: what its pattern reads again of a text of "
+            "this length. TOKENS: at most so many; a prompt that needs more is refused.",
             show_default=False,
         ),
     ] = None,

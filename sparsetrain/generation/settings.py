@@ -54,8 +54,8 @@ class Refresh(Section):
     staggered: bool = True
     """Neighbouring layers choose at different tokens, so that no step is much slower than others."""
     choose: Literal["codes", "full"] = "codes"
-    """How a token chooses: ``codes`` estimates the weights of keys from their codes of 4 bits, and the token reads what
-    it has chosen; ``full`` makes it read all keys and choose by their exact weights, and the last token of a prompt
+    """How a token chooses. ``codes`` estimates the weights of keys from their codes of 4 bits, and the token reads what
+    it has chosen. ``full`` makes it read all keys and choose by their exact weights. The last token of a prompt then
     chooses for the tokens behind it, as in the paper and in training with ``attention.method: recycled``."""
 
 

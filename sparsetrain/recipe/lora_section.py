@@ -21,9 +21,9 @@ class LoraSection(Section):
     dropout: Decay = 0.0
     """Dropout probability of an adapter's inputs in training."""
     targets: str | Annotated[list[str], Field(min_length=1)] = "attention"
-    """Which linear layers get an adapter: ``attention`` (the projections of queries, keys, values and output),
-    ``linear`` (every one of the decoder; never the output head or a module that the method adds), a list of names
-    (``[q_proj, mlp.down_proj]``, matched from the end), or a regular expression for whole names."""
+    """Which linear layers get an adapter. ``attention``: the projections of queries, keys, values and output.
+    ``linear``: every one of the decoder, but never the output head or a module that the method adds. Or give a list of
+    names (``[q_proj, mlp.down_proj]``, matched from the end), or a regular expression for whole names."""
     dora: bool = False
     """DoRA: also train the magnitude of each column, besides the low-rank update of its direction (2402.09353)."""
     rslora: bool = False

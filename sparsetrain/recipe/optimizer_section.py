@@ -25,8 +25,8 @@ class OptimizerSection(Section):
     stage 0, as the other stages keep no matrices."""
     states: Literal["float32", "bfloat16"] = "float32"
     """Dtype of AdamW's moments and master weights. ``bfloat16`` takes 6 instead of 12 bytes a parameter (DeepSpeed's
-    ``bf16_optimizer_states``, ZeRO 1 to 3), but an update smaller than about 1/256 of a weight is lost: for large
-    learning rates or when nothing else fits."""
+    ``bf16_optimizer_states``, ZeRO 1 to 3), but an update smaller than about 1/256 of a weight is lost. It is for large
+    learning rates, or when nothing else fits."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment (AdamW)."""
     eps: Annotated[float, Field(gt=0), Bounds(1.0, "above it, it outweighs every gradient", least=1e-30)] = 1e-8

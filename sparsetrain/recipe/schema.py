@@ -216,12 +216,13 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, synthetic tasks, initial weights of new modules, dropout."""
     neftune: Annotated[float, Field(gt=0), Bounds(1e4, "the noise would outweigh the embeddings")] | None = None
-    """Noise on the embeddings of tokens in training (NEFTune, 2310.05914): uniform, of at most this over the square
-    root of the elements of a row (``sequence.length`` times the hidden size). 5 to 15 in the paper; null: none."""
+    """Noise on the embeddings of tokens in training (NEFTune, 2310.05914). It is uniform, of at most this over the
+    square root of the elements of a row (``sequence.length`` times the hidden size). 5 to 15 in the paper; null: none.
+    """
     activation_checkpointing: Literal["none", "layer", "selective"] = "none"
-    """Activations saved for backward: all (``none``); only the input of each decoder layer (``layer``), which is then
-    recomputed, in about a third more time; or also the outputs of attention (``selective``), which takes one more
-    hidden state per layer and does not recompute attention. Selections of an attention method are always saved."""
+    """Activations saved for backward. ``none``: all are saved. ``layer``: only the input of each decoder layer is, and
+    the layer is recomputed, in about a third more time. ``selective``: the outputs of attention are saved too, one more
+    hidden state per layer, and attention is not recomputed. Selections of an attention method are always saved."""
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in pinned host memory until backward; the copies overlap with
     computation."""
@@ -279,7 +280,7 @@ class DeepSpeedSection(Section):
     gradient_dtype: Literal["auto", "float32", "model"] = "auto"
     """Dtype in which the gradients of the micro batches of a step are summed: ``float32``, or that of the ``model``. A
     sum in bfloat16 loses what is smaller than 1/256 of it. ``auto``: float32 for a bfloat16 model at stage 1, 2 or 3
-    where a step has more than one micro batch, which takes up to 4 bytes a trained parameter (at stage 1 on each
+    where a step has more than one micro batch. That takes up to 4 bytes a trained parameter (at stage 1 on each
     rank)."""
     timeout: Annotated[float, Field(gt=0), Bounds(100_000, "ranks answer one another within seconds", least=0.01)] = (
         30.0
