@@ -19,7 +19,9 @@ PRELOADED = [
     *("deepspeed", "torch._dynamo", "deepspeed.module_inject.auto_ep_layer"),
     *("peft", "datasets.packaged_modules.json.json", "transformers.models.llama.modeling_llama"),
     *("PIL.BmpImagePlugin", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PpmImagePlugin"),
-    *("sparsetrain.cli.entry", "sparsetrain.training.run", "training.preloaded", "training.recipes_read"),
+    *("datasets.io.generator", "datasets.packaged_modules.generator.generator", "numpy.ctypeslib", "setuptools"),
+    *("sparsetrain.cli.entry", "sparsetrain.training.run", "sparsetrain.evaluation.html.page", "rich._emoji_codes"),
+    *("training.preloaded", "training.warm"),
 ]
 """What a run imports, also that which it imports late."""
 FORKS = multiprocessing.get_context("forkserver")
@@ -41,11 +43,18 @@ def run(program: Sequence[str], log: Path, environment: dict[str, str]) -> None:
 
 def ensure_running() -> None:
     """Start the process that imports, unless it runs."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # for the imports, as a run says it itself
+    # For the imports: as a run says it itself, and as Python 3.11 does not tell that process where the tests are.
+    needed = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = {name: os.environ.get(name) for name in needed}
+    os.environ |= needed
     try:
         forkserver.ensure_running()
     finally:
-        del os.environ["DS_ACCELERATOR"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class Fork:
