@@ -370,6 +370,7 @@ WRONG = [
     (["eval", "sparsetrain:tiny", "--tasks", "owl"], "--tasks owl: there is no such task"),
     (["calibrate", "sparsetrain:tiny", "--data", "no.txt"], "--data no.txt: cannot be read"),
     (["compare-decode", "sparsetrain:tiny", "owl"], "there is no recipe owl"),
+    (["export", "none", "out"], "none is not a run folder (it has no recipe.yaml)"),
     (["train", "my.yaml"], "there is no command train; this is `sparsetrain run`"),
     (
         ["data", "preview", "empty.txt"],

@@ -70,6 +70,11 @@ def export(
         if given and push is None:
             raise CheckpointError(f"{flag} has no effect without --push ORG/NAME; give it, or leave {flag} out")
 
+    from sparsetrain.training.output.folder_contents import check_finished
+
+    # Without torch, which the others import.
+    check_finished(run_folder, out)
+
     from sparsetrain.training.output.hub_folder import check_name, listing, open_repository, upload
     from sparsetrain.training.output.model_card import license_of
     from sparsetrain.training.output.publish import Export, check_export, publish

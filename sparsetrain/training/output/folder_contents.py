@@ -15,6 +15,7 @@ from pathlib import Path
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.base import PICTURES_OF_A_RUN
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
+from sparsetrain.recipe.mistaken import is_recipe_instead
 
 LOCK_FILE = ".lock"
 """The file that is locked while a process trains in the folder. It is not deleted."""
@@ -52,6 +53,30 @@ def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
                 refuse_over(folder, recipe)
         elif "RANK" not in os.environ:
             raise CheckpointError(in_use(folder))
+
+
+def check_finished(run: Path, out: Path) -> None:
+    """Refuse to export a folder that is not of a finished run, or to a format that there is none for.
+
+    Args:
+        out: What the export is to be.
+
+    Raises:
+        CheckpointError: Names what is wrong.
+    """
+    if out.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{out}: there is no export to GGUF: llama.cpp, which reads it, attends to every key, so the model would "
+            "run without its attention method, and has no place for weights that a method adds; name a folder"
+        )
+    if not (run / "recipe.yaml").is_file():
+        if (advice := is_recipe_instead(str(run))) is not None:
+            raise CheckpointError(advice)
+        raise CheckpointError(f"{run} is not a run folder (it has no recipe.yaml); give the folder that holds final/")
+    if not (run / "final").is_dir():
+        raise CheckpointError(
+            f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
+        )
 
 
 def in_use(folder: Path) -> str:

@@ -20,8 +20,8 @@ from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import Recipe, load_recipe
-from sparsetrain.recipe.mistaken import is_recipe_instead
 from sparsetrain.training.output.convert import convert
+from sparsetrain.training.output.folder_contents import check_finished
 from sparsetrain.training.output.merge import write_merged
 from sparsetrain.training.output.model_card import model_card
 from sparsetrain.training.output.public_recipe import lies_here, name_base
@@ -92,19 +92,7 @@ def check_export(run: Path, out: Path, export: Export) -> Recipe:
         CheckpointError: Names what is wrong.
     """
     final = run / "final"
-    if out.suffix.lower() == ".gguf":
-        raise CheckpointError(
-            f"{out}: there is no export to GGUF: llama.cpp, which reads it, attends to every key, so the model would "
-            "run without its attention method, and has no place for weights that a method adds; name a folder"
-        )
-    if not (run / "recipe.yaml").is_file():
-        if (advice := is_recipe_instead(str(run))) is not None:
-            raise CheckpointError(advice)
-        raise CheckpointError(f"{run} is not a run folder (it has no recipe.yaml); give the folder that holds final/")
-    if not final.is_dir():
-        raise CheckpointError(
-            f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
-        )
+    check_finished(run, out)
     recipe = load_recipe(run / "recipe.yaml").recipe
     adapters, kept = recipe.lora is not None, recipe.lora is not None and not export.merge
     if (fault := _fault(final, adapters)) is not None:
