@@ -54,6 +54,13 @@ class Stream:
         with self._faults_noted():
             self._below.flush()
 
+    def isatty(self) -> bool:
+        """Whether it is a terminal; one that is closed is none."""
+        try:
+            return bool(self._below.isatty())
+        except (OSError, ValueError):
+            return False
+
     def flush_finally(self) -> None:
         """Flush for the last time, and discard the buffers of a broken stream so that the exit does not fail."""
         fault, self.fault = self.fault, None

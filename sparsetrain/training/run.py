@@ -206,7 +206,8 @@ def train(job: Job, loaded: Loaded, built: Built) -> Outcome:
     loader = StepLoader(loaded.rows, plan, job.world.rank)
     loop = Loop(job, plan, built.engine.deepspeed, loader, state, callbacks)
     unchanging = callbacks.costs.unchanging() if state.step == 0 else {}
-    callbacks.tracker.log(unchanging | {PLANNED_STEPS: float(plan.steps)}, state.step)
+    if state.step < plan.steps:
+        callbacks.tracker.log(unchanging | {PLANNED_STEPS: float(plan.steps)}, state.step)
     job.progress.begin(plan.steps, state.step, plan.tokens_per_step)
     try:
         with job.progress:
