@@ -348,6 +348,17 @@ def test_a_run_that_was_stopped_while_it_loaded_its_libraries_does_not_load_them
     assert ended.value.code == 0
 
 
+def test_threads_sleep_where_they_wait_unless_it_is_said_otherwise():
+    # OpenMP reads it as torch is imported, which must not have happened before.
+    code = (
+        "import os, sys; sys.modules['torch'] = None; import sparsetrain.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
+        said = subprocess.check_output([sys.executable, "-c", code], env=others | given, text=True)
+        assert said.strip() == expected
+
+
 def test_needless_warnings_of_other_libraries_are_left_out_and_others_are_not(call):
     for _ in range(2):  # a process may run several commands
         assert call("--version")[0] == 0
