@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsetrain.data.chat_template import marks_generation
 from sparsetrain.data.conversation import Conversation
-from sparsetrain.data.encoding import Rendered, encode, tokenized, tokens_up_to
+from sparsetrain.data.encoding import PIECE, Rendered, encode, tokenized, tokens_up_to
 from sparsetrain.data.ending import with_end_tokens
 from sparsetrain.data.stretches import places_of
 from sparsetrain.data.template_coverage import check_coverage
@@ -63,16 +63,7 @@ def _marked_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
     check_coverage(conversation, tokenizer, text)
     if conversation.chosen:
         spans = _chosen_spans(conversation, tokenizer, text, spans)
-    if not tokenizer.is_fast:
-        input_ids = encode(tokenizer, text)
-        return input_ids, _in_tokens(spans, text, input_ids, tokenizer)
-    encoded = tokenized(tokenizer, text, offsets=True)
-    starts, stops = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
-    learned = np.zeros(len(starts), dtype=np.int8)
-    for start, stop in spans:
-        learned[(starts < stop) & (stops > start)] = 1
-    marks = np.diff([0, *learned, 0])
-    return encoded["input_ids"], list(zip(np.flatnonzero(marks > 0).tolist(), np.flatnonzero(marks < 0).tolist()))
+    return _in_tokens(spans, text, tokenizer, over_end=True)
 
 
 def _chosen_spans(
@@ -113,16 +104,29 @@ def _prefix_chat(conversation: Conversation, tokenizer: PreTrainedTokenizerBase)
     turns = [turn for turn in range(len(conversation.messages)) if conversation.learns(turn)]
     places = places_of(conversation, tokenizer, turns, whole)
     spans = [span for turn, place in zip(turns, places) for span in _learned_spans(conversation, turn, whole, place)]
-    input_ids = encode(tokenizer, whole)
-    return input_ids, _in_tokens(spans, whole, input_ids, tokenizer)
+    return _in_tokens(spans, whole, tokenizer)
 
 
 def _in_tokens(
-    spans: list[tuple[int, int]], text: str, input_ids: list[int], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
-    """Convert spans of characters to spans of tokens, without empty ones."""
-    edges = tokens_up_to(tokenizer, text, input_ids, [edge for span in spans for edge in span])
-    return [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
+    spans: list[tuple[int, int]], text: str, tokenizer: PreTrainedTokenizerBase, *, over_end: bool = False
+) -> Rendered:
+    """The tokens of a text, with spans of characters as spans of tokens.
+
+    Args:
+        over_end: a token that reaches over the end of a span belongs to it, as one does that reaches over its start.
+    """
+    if not tokenizer.is_fast or len(text) > PIECE:
+        input_ids = encode(tokenizer, text)
+        edges = tokens_up_to(tokenizer, text, input_ids, [edge for span in spans for edge in span])
+        return input_ids, [(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
+    # Not by the tokens of the text before a span: in front of a word, some tokenizers cut white space otherwise.
+    encoded = tokenized(tokenizer, text, offsets=True)
+    starts, stops = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
+    learned = np.zeros(len(starts), dtype=np.int8)
+    for start, stop in spans:
+        learned[((starts < stop) if over_end else (stops <= stop)) & (stops > start)] = 1
+    marks = np.diff([0, *learned, 0])
+    return encoded["input_ids"], list(zip(np.flatnonzero(marks > 0).tolist(), np.flatnonzero(marks < 0).tolist()))
 
 
 def _learned_spans(conversation: Conversation, turn: int, text: str, place: tuple[int, int]) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from sparsetrain.data.values import MalformedRow, described, listed, parsed, str
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RENDER_VERSION = 12
+RENDER_VERSION = 13
 """Increased whenever the tokens of a row would change, which invalidates the cache."""
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -42,8 +42,7 @@ def written(request):
     def write(template, turns=TURNS, tools=None):
         tokenizer.chat_template = template
         input_ids, targets = render_chat(Conversation(turns, tools=tools), tokenizer)
-        # Where GPT-2 joins line ends that a prompt ends in, but not in front of a word, they count to the turn.
-        return input_ids, [tokenizer.decode(input_ids[start:stop]).lstrip("\n") for start, stop in targets]
+        return input_ids, [tokenizer.decode(input_ids[start:stop]) for start, stop in targets]
 
     return write
 
