@@ -98,7 +98,7 @@ def evaluate_model(
         bool | None,
         typer.Option(
             "--resume/--fresh",
-            help="Take finished samples of an earlier call with this --output, the default, or measure all anew.",
+            help="Take finished samples of an earlier call with this --output, the default, or measure all again.",
             show_default=False,
         ),
     ] = None,
