@@ -15,11 +15,14 @@ from torch import Tensor
 def called_plainly(*tensors: Any) -> bool:
     """Whether nothing would see an operation on these tensors if it went through the dispatcher: no compiler, no
     transform of functions, no mode such as a FLOP counter or selective checkpointing, no subclass of tensors."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(tensor) is Tensor for tensor in tensors)
+    # A loop takes half as long as ``all``.
+    for tensor in tensors:
+        if type(tensor) is not Tensor:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -29,7 +32,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     places = [place for place, argument in enumerate(args) if isinstance(argument, Tensor)]
-    return _combined(function).apply(args, places, *[args[place] for place in places])
+    # Past the ``apply`` of ``torch.autograd.Function``, which looks for transforms once more.
+    return super(torch.autograd.Function, _combined(function)).apply(args, places, *[args[place] for place in places])
 
 
 @cache

@@ -130,7 +130,8 @@ def stream_of(device: torch.device) -> int:
 def _hooks_wait() -> bool:
     """Whether a profiler, say, wants to be told of launches: by a chain that is not empty, or by itself."""
     runtime = triton.knobs.runtime
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @lru_cache(maxsize=MOST_PREPARED)

@@ -9,7 +9,7 @@ from compiled_kernel import report, report_shared
 from sparsetrain_kernels.block_decode.triton import configs as decode_configs
 from sparsetrain_kernels.block_decode.triton import kernels as decode_kernels
 from sparsetrain_kernels.block_pattern.hopper import forward as hopper_forward
-from sparsetrain_kernels.block_pattern.hopper import fused_backward, grad_key_value, grad_query
+from sparsetrain_kernels.block_pattern.hopper import fused_backward, fused_launch, grad_key_value, grad_query
 from sparsetrain_kernels.block_pattern.triton import backward, fixed_point, forward
 from sparsetrain_kernels.block_pattern.triton.configs import choose_configs
 from sparsetrain_kernels.causal_selection.triton import (
@@ -239,7 +239,8 @@ def compile_hopper(dtype: str) -> None:
         if head_dim == 128:
             fused = fused_backward.block_pattern_bwd_fused_kernel
             boxes = {"q": 64, "k": 128, "v": 128, "do": 64}
-            kernels += (("fused", fused, {"BLOCK_M": 64, "STAGES": 2}, boxes, {"maxnreg": 168}),)
+            own = {"BLOCK_M": fused_launch.ROWS, "STAGES": fused_launch.STAGES}
+            kernels += (("fused", fused, own, boxes, {"maxnreg": 168}),)
         for name, kernel, own, boxes, options in kernels:
             types = {f"{tensor}_desc": tiles(dtype, rows, head_dim) for tensor, rows in boxes.items()}
             types |= dict.fromkeys(("lse_desc", "delta_desc", "scale_desc"), f"tensordesc<fp32[64],{line!r}>")

@@ -105,9 +105,11 @@ def block_pattern_attention(
     chosen = choose_backend(backend, inputs.query, refusals)
     if chosen != "reference" and inputs.cu_seqlens is not None:
         inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(query.device))
-    trained = (*inputs[:3], inputs.sink_logits)
-    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in trained)
     args = (*inputs, *lists, chosen, workspace)
+    query, key, value, sinks = *inputs[:3], inputs.sink_logits
+    trained = query.requires_grad or key.requires_grad or value.requires_grad
+    trained = trained or (sinks is not None and sinks.requires_grad)
+    needs_grad = trained and torch.is_grad_enabled()
     # Without a gradient, the plain operation: torch.compile cannot trace an autograd function that nothing needs.
     out, lse = apply(BlockPatternAttention, *args) if needs_grad else block_pattern_forward(*args)
     return (out, lse) if return_lse else out

@@ -17,7 +17,11 @@ _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: g
 def tiles(tensor: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """Of ``[B, H, N, D]``, for boxes of ``rows`` rows of one head, or of ``columns`` of their columns. Where TMA cannot
     read the tensor, of a copy."""
-    fields = _tiles(tensor.shape, tensor.stride(), tensor.dtype, rows, columns)
+    return tiles_of(tensor, tile_fields(tensor.shape, tensor.stride(), tensor.dtype, rows, columns), rows, columns)
+
+
+def tiles_of(tensor: Tensor, fields: dict[str, Any] | None, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """The same, with the ``tile_fields`` of tensors that are laid out like this one."""
     if fields is None or tensor.data_ptr() % 16:
         return tiles(tensor.clone(memory_format=torch.contiguous_format), rows, columns)
     return _descriptor(tensor, fields)
@@ -29,8 +33,8 @@ def line(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 @lru_cache(maxsize=1024)
-def _tiles(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None
+def tile_fields(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None = None
 ) -> dict[str, Any] | None:
     """None where TMA cannot read the tensor: it wants 16-byte strides, and rows of consecutive elements."""
     if strides[3] != 1 or any(s <= 0 or s % 8 for n, s in zip(shape[:3], strides) if n > 1):

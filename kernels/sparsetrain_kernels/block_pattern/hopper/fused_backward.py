@@ -29,10 +29,10 @@ from sparsetrain_kernels.block_pattern.hopper.geometry import (
     TILE,
     exp2,
     place,
-    product,
     query_list,
     read_item,
     store_rows,
+    tile_product,
     tma_load,
 )
 from sparsetrain_kernels.block_pattern.hopper.query_tiles import each_query_tile, load_query_tile
@@ -163,13 +163,14 @@ def _consumer(
     dk = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
     dv = gl.zeros([HALF, D], gl.float32, D_LAYOUT)
     mbarrier.wait(kv_full, 0)
+    slot = n_steps * 0
+    turn = n_steps * 0
     for step in range(n_steps):
-        slot = step % STAGES
         q = q_ring.index(slot).reshape([BLOCK_M, D])
         do = do_ring.index(slot).reshape([BLOCK_M, D])
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        s_token = product(k, q_ring, step, BLOCK_M, D, STAGES)
-        dp = product(v, do_ring, step, BLOCK_M, D, STAGES)
+        mbarrier.wait(full.index(slot), turn)
+        s_token = tile_product(k, q)
+        dp = tile_product(v, do)
         s = warpgroup_mma_wait(1, deps=(s_token,))
         if step < n_masked:
             key = W * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S_LAYOUT))
@@ -196,6 +197,10 @@ def _consumer(
         mbarrier.arrive(dq_full.index(W), count=1)
         dk, right = warpgroup_mma_wait(0, deps=(dk, right))
         mbarrier.arrive(empty.index(slot), count=1)
+        # Counted, not divided: the remainder by 3 takes registers that are not there.
+        is_last = slot == STAGES - 1
+        slot = gl.where(is_last, 0, slot + 1)
+        turn = gl.where(is_last, turn ^ 1, turn)
     dk = dk * (to_log2 * LN2)
     _store(dk, dv, out, W, D, D_LAYOUT, dtype)
 

@@ -111,8 +111,13 @@ def query_tile_at(far_ptr, i, tile, first, n_near, TPB: gl.constexpr):
 @gluon.jit
 def product(left, ring, step, ROWS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Issue ``left @ tile^T`` for ``left [64, D]`` and the ``[ROWS, D]`` tile of a step."""
+    return tile_product(left, ring.index(step % STAGES).reshape([ROWS, D]))
+
+
+@gluon.jit
+def tile_product(left, tile):
+    ROWS: gl.constexpr = tile.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    tile = ring.index(step % STAGES).reshape([ROWS, D])
     zero = gl.zeros([HALF, ROWS], gl.float32, layout)
     return warpgroup_mma(left, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
 

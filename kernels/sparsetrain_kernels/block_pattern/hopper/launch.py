@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.block_pattern.hopper.descriptors import line, tiles
+from sparsetrain_kernels.block_pattern.hopper.descriptors import line, tile_fields, tiles, tiles_of
 from sparsetrain_kernels.block_pattern.hopper.forward import block_pattern_fwd_kernel
 from sparsetrain_kernels.block_pattern.hopper.fused_launch import fused_backward, is_fused
 from sparsetrain_kernels.block_pattern.hopper.grad_key_value import block_pattern_bwd_dkv_kernel
@@ -32,8 +32,19 @@ BWD_ROWS = 64
 """Queries a slot in the kernel of keys and values, and keys a slot in that of queries."""
 BWD_STAGES = 4
 LOG2E = 1.4426950408889634
-_FORWARD: dict[tuple[Any, ...], tuple[Launch, int, tuple[float, ...]]] = {}
-"""By what decides them: a launch of the forward kernel, its programs and its numbers."""
+
+
+class _Forward(NamedTuple):
+    """What calls of the forward kernel have in common that are laid out alike."""
+
+    launch: Launch
+    programs: int
+    numbers: tuple[float, ...]
+    fields: tuple[dict[str, Any] | None, ...]
+    """Of the descriptors of query, key and value, see ``tile_fields``."""
+
+
+_FORWARD: dict[tuple[Any, ...], _Forward] = {}
 
 
 def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor, Tensor]:
@@ -45,23 +56,26 @@ def attention_forward(call: AttentionInputs, lists: BlockLists) -> tuple[Tensor,
     with on_device(query):
         items, _ = work_items(call, lists, rows, rows, 0, TILE, 0)
         far = far_table(lists.far, query.device)
-        tensors = (tiles(query, HALF), tiles(key, TILE), tiles(value, TILE), out, lse, far, items)
         # Short calls wait for the host: what layers and steps have in common is worked out once.
-        layout = (query.dtype, query.device, query.shape, out.stride(), key.shape[1])
+        strides = (query.stride(), key.stride(), value.stride())
+        layout = (query.dtype, query.device, query.shape, key.shape[1], *strides)
         alike = (id(block_pattern_fwd_kernel), *layout, items.shape[0], lists, call.scale)
         if (known := _FORWARD.get(alike)) is None:
             if len(_FORWARD) >= MOST_PREPARED:
                 _FORWARD.clear()
-            known = _FORWARD[alike] = _prepare_forward(call, lists, tensors)
-        launch_forward, programs, numbers = known
-        launch_forward(programs, tensors, numbers)
+            known = _FORWARD[alike] = _prepare_forward(call, lists, (out, lse, far, items))
+        launch_forward, programs, numbers, (of_query, of_key, of_value) = known
+        described = (tiles_of(query, of_query, HALF), tiles_of(key, of_key, TILE), tiles_of(value, of_value, TILE))
+        launch_forward(programs, (*described, out, lse, far, items), numbers)
     return out, lse
 
 
 def _prepare_forward(
-    call: AttentionInputs, lists: BlockLists, tensors: tuple[Any, ...]
-) -> tuple[Launch, int, tuple[float, ...]]:
-    out, _, far, items = tensors[3:]
+    call: AttentionInputs, lists: BlockLists, tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> _Forward:
+    """Of a call, and what is written and looked up: out, log-sum-exp, far distances and items."""
+    out, _, far, items = tensors
+    boxes = tuple(zip(call[:3], (HALF, TILE, TILE), strict=True))
     batch, heads, rows, _ = out.shape
     kv_heads = call.key.shape[1]
     programs = items.shape[0] * heads * batch
@@ -78,7 +92,7 @@ def _prepare_forward(
     )
     prepared = prepare(
         block_pattern_fwd_kernel,
-        tensors,
+        (*(tiles(tensor, box) for tensor, box in boxes), *tensors),
         numbers,
         GROUP=heads // kv_heads,
         TPB=lists.block // TILE,
@@ -88,7 +102,8 @@ def _prepare_forward(
         maxnreg=168,
         enable_fp_fusion=True,
     )
-    return prepared, programs, numbers
+    fields = tuple(tile_fields(tensor.shape, tensor.stride(), tensor.dtype, box) for tensor, box in boxes)
+    return _Forward(prepared, programs, numbers, fields)
 
 
 def attention_backward(

@@ -9,18 +9,12 @@ from sparsetrain_kernels.online_softmax import LOG2E
 
 
 @triton.jit
-def write_row_stats(
+def read_rows(
     out_ptr,
     grad_out_ptr,
-    lse_ptr,
-    grad_lse_ptr,
-    delta_ptr,
-    padded_lse_ptr,
-    padded_delta_ptr,
     document,
     length,
     tile,
-    padded,
     batch,
     head,
     out_stride_b,
@@ -29,6 +23,40 @@ def write_row_stats(
     grad_stride_b,
     grad_stride_h,
     grad_stride_n,
+    q_start,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The ``BLOCK_M`` query rows of a tile: their numbers, places in their block, which of them exist, outputs and
+    output gradients."""
+    QUERY_TILES: tl.constexpr = (BLOCK + BLOCK_M - 1) // BLOCK_M
+    in_block = tile % QUERY_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = tile // QUERY_TILES * BLOCK + in_block
+    is_row = (in_block < BLOCK) & (position >= q_start) & (position < length)
+    row = document + position - q_start
+    dim = tl.arange(0, D_PAD)
+    mask = is_row[:, None] & (dim < D)[None, :]
+    out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
+    grad_out_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    out = tl.load(out_ptr + row[:, None] * out_stride_n + dim[None, :], mask=mask, other=0.0)
+    grad = tl.load(grad_out_ptr + row[:, None] * grad_stride_n + dim[None, :], mask=mask, other=0.0)
+    return row, in_block, is_row, out, grad
+
+
+@triton.jit
+def write_row_stats(
+    read,
+    lse_ptr,
+    grad_lse_ptr,
+    delta_ptr,
+    padded_lse_ptr,
+    padded_delta_ptr,
+    tile,
+    padded,
+    batch,
+    head,
     grad_lse_stride_b,
     grad_lse_stride_h,
     grad_lse_stride_n,
@@ -36,45 +64,34 @@ def write_row_stats(
     q_start,
     padded_rows,
     HEADS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     PAD_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GRAD_LSE: tl.constexpr,
 ):
-    """What backward needs of the ``BLOCK_M`` query rows of a tile: ``delta``, fp32 ``[B, HEADS, rows]``; and it once
-    more beside the log-sum-exp in units of log2, fp32 ``[B, HEADS, padded_rows]``.
+    """What backward needs of the rows that :func:`read_rows` has read: ``delta``, fp32 ``[B, HEADS, rows]``; and it
+    once more beside the log-sum-exp in units of log2, fp32 ``[B, HEADS, padded_rows]``.
 
     Those have whole blocks of ``PAD_BLOCK`` rows, those of the call's first block first. Rows that do not exist have
     an infinite log-sum-exp, which makes their weights zero, so that the other kernels read tiles without a mask.
 
-    Returns the rows' numbers, which of them exist, their places among the padded ones (of all heads), and what was read
-    and written of them: output gradient, delta and log-sum-exp.
+    Returns the rows' places among the padded ones (of all heads), and what was read and written of them: output
+    gradient, delta and log-sum-exp.
     """
+    row, in_block, is_row, out, grad = read
     QUERY_TILES: tl.constexpr = (BLOCK + BLOCK_M - 1) // BLOCK_M
-    query_block = tile // QUERY_TILES
-    in_block = tile % QUERY_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = query_block * BLOCK + in_block
-    is_row = (in_block < BLOCK) & (position >= q_start) & (position < length)
-    row = document + position - q_start
-    dim = tl.arange(0, D_PAD)
-    mask = is_row[:, None] & (dim < D)[None, :]
-    out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
-    grad_out_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
-    out = tl.load(out_ptr + row[:, None] * out_stride_n + dim[None, :], mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_out_ptr + row[:, None] * grad_stride_n + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad = grad.to(tl.float32)
     pair = batch * HEADS + head
-    delta = tl.sum(out * grad, 1)
+    delta = tl.sum(out.to(tl.float32) * grad, 1)
     if GRAD_LSE:
         grad_lse_ptr += batch * grad_lse_stride_b + head.to(tl.int64) * grad_lse_stride_h
         delta -= tl.load(grad_lse_ptr + row * grad_lse_stride_n, mask=is_row, other=0.0)
     lse = tl.load(lse_ptr + pair * rows + row, mask=is_row, other=float("inf")) * LOG2E
     tl.store(delta_ptr + pair * rows + row, delta, mask=is_row)
-    padded_row = pair * padded_rows + (padded + query_block - q_start // BLOCK) * PAD_BLOCK + in_block
+    padded_row = pair * padded_rows + (padded + tile // QUERY_TILES - q_start // BLOCK) * PAD_BLOCK + in_block
     tl.store(padded_lse_ptr + padded_row, lse, mask=in_block < PAD_BLOCK)
     tl.store(padded_delta_ptr + padded_row, delta, mask=in_block < PAD_BLOCK)
-    return row, is_row, padded_row, grad, delta, lse
+    return padded_row, grad, delta, lse
 
 
 @triton.jit
@@ -113,18 +130,12 @@ def block_pattern_bwd_stats_kernel(
     document, length, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return
-    write_row_stats(
+    read = read_rows(
         out_ptr,
         grad_out_ptr,
-        lse_ptr,
-        grad_lse_ptr,
-        delta_ptr,
-        padded_lse_ptr,
-        padded_delta_ptr,
         document,
         length,
         tile,
-        padded,
         batch,
         head,
         out_stride_b,
@@ -133,6 +144,23 @@ def block_pattern_bwd_stats_kernel(
         grad_stride_b,
         grad_stride_h,
         grad_stride_n,
+        q_start,
+        D,
+        D_PAD,
+        BLOCK,
+        BLOCK_M,
+    )
+    write_row_stats(
+        read,
+        lse_ptr,
+        grad_lse_ptr,
+        delta_ptr,
+        padded_lse_ptr,
+        padded_delta_ptr,
+        tile,
+        padded,
+        batch,
+        head,
         grad_lse_stride_b,
         grad_lse_stride_h,
         grad_lse_stride_n,
@@ -140,8 +168,6 @@ def block_pattern_bwd_stats_kernel(
         q_start,
         padded_rows,
         HEADS,
-        D,
-        D_PAD,
         BLOCK,
         PAD_BLOCK,
         BLOCK_M,

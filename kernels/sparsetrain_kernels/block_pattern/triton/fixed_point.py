@@ -16,7 +16,7 @@ zeros to add to; and integers back to gradients. A bound that is no number makes
 import triton
 import triton.language as tl
 
-from sparsetrain_kernels.block_pattern.triton.before_after import add_chunks, write_row_stats
+from sparsetrain_kernels.block_pattern.triton.before_after import add_chunks, read_rows, write_row_stats
 from sparsetrain_kernels.block_pattern.triton.geometry import key_block_at, key_list, place_of, read_item
 
 SLACK = tl.constexpr(1.02)
@@ -97,6 +97,16 @@ def _listed_maxima(
 
 
 @triton.jit
+def _place_head_by_head(pid, items, HEADS: tl.constexpr):
+    """The head, item and batch of a number: items fastest, then heads and the batch, as the fused kernel takes them.
+
+    The two kernels around it count down. What it reads first is then what was written last before it, and what it added
+    to last is what is read first behind it: in the L2 cache, both.
+    """
+    return pid // items % HEADS, pid % items, (pid // items // HEADS).to(tl.int64)
+
+
+@triton.jit
 def fixed_point_rows_kernel(
     out_ptr,
     grad_out_ptr,
@@ -139,33 +149,20 @@ def fixed_point_rows_kernel(
     GRAD_LSE: tl.constexpr,
 ):
     """The statistics of the rows; beside them their scales, fp32 ``[B, HEADS, padded_rows]``; and zeros, int32 ``[B,
-    HEADS, rows, D]``. Grid: ``ROWS`` rows of a tile fastest, then heads, items and the batch."""
+    HEADS, rows, D]``. Grid: ``ROWS`` rows of a tile fastest, then items, heads and the batch, from the end."""
     PARTS: tl.constexpr = TILE // ROWS
-    part = tl.program_id(0) % PARTS
-    pid = tl.program_id(0) // PARTS
-    head, item, batch = place_of(pid, items, HEADS)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = pid % PARTS
+    head, item, batch = _place_head_by_head(pid // PARTS, items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     if tile < 0:
         return
-    # The loop comes before the rows, which would stay in registers over it.
-    kv_head = head // GROUP
-    far_ptr += kv_head * far_stride_h + tile // TPB % period * FAR
-    maxima = (batch * (HEADS // GROUP) + kv_head) * padded_tiles + padded * TPB
-    key_max, value_max = _listed_maxima(
-        key_max_ptr + maxima, value_max_ptr + maxima, far_ptr, tile, window, sinks, FAR, TPB, SCAN
-    )
-    row, is_row, padded_row, grad, delta, lse = write_row_stats(
+    read = read_rows(
         out_ptr,
         grad_out_ptr,
-        lse_ptr,
-        grad_lse_ptr,
-        delta_ptr,
-        padded_lse_ptr,
-        padded_delta_ptr,
         document,
         length,
         tile * PARTS + part,
-        padded,
         batch,
         head,
         out_stride_b,
@@ -174,6 +171,34 @@ def fixed_point_rows_kernel(
         grad_stride_b,
         grad_stride_h,
         grad_stride_n,
+        0,
+        D,
+        D,
+        TPB * TILE,
+        ROWS,
+    )
+    row, _, is_row, _, _ = read
+    sum_ptr += (batch * HEADS + head) * rows * D
+    cells = row[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(sum_ptr + cells, tl.zeros([ROWS, D], tl.int32), mask=is_row[:, None])
+    # Behind loads and zeros, which are under way while the loop waits for the maxima.
+    kv_head = head // GROUP
+    far_ptr += kv_head * far_stride_h + tile // TPB % period * FAR
+    maxima = (batch * (HEADS // GROUP) + kv_head) * padded_tiles + padded * TPB
+    key_max, value_max = _listed_maxima(
+        key_max_ptr + maxima, value_max_ptr + maxima, far_ptr, tile, window, sinks, FAR, TPB, SCAN
+    )
+    padded_row, grad, delta, lse = write_row_stats(
+        read,
+        lse_ptr,
+        grad_lse_ptr,
+        delta_ptr,
+        padded_lse_ptr,
+        padded_delta_ptr,
+        tile * PARTS + part,
+        padded,
+        batch,
+        head,
         grad_lse_stride_b,
         grad_lse_stride_h,
         grad_lse_stride_n,
@@ -181,16 +206,11 @@ def fixed_point_rows_kernel(
         0,
         padded_rows,
         HEADS,
-        D,
-        D,
         TPB * TILE,
         TPB * TILE,
         ROWS,
         GRAD_LSE,
     )
-    sum_ptr += (batch * HEADS + head) * rows * D
-    cells = row[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(sum_ptr + cells, tl.zeros([ROWS, D], tl.int32), mask=is_row[:, None])
     tl.store(padded_scale_ptr + padded_row, tl.where(is_row, _row_scale(grad, delta, lse, key_max, value_max), 1.0))
 
 
@@ -238,8 +258,8 @@ def fixed_point_finish_kernel(
     ROWS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Integers to the gradient of queries, on the grid of the rows' kernel; before it, in ``sum_programs`` programs,
-    the sums over the chunks of split sink tiles."""
+    """Integers to the gradient of queries, a tile a program, in the order of the rows' kernel; before them, in
+    ``sum_programs`` programs, the sums over the chunks of split sink tiles."""
     if SUMS and tl.program_id(0) < sum_programs:
         add_chunks(
             tl.program_id(0),
@@ -263,8 +283,7 @@ def fixed_point_finish_kernel(
             ROWS,
         )
         return
-    pid = tl.program_id(0) - sum_programs
-    head, item, batch = place_of(pid, items, HEADS)
+    head, item, batch = _place_head_by_head(tl.num_programs(0) - 1 - tl.program_id(0), items, HEADS)
     document, length, tile, _, padded = read_item(items_ptr, item)
     position = tile * TILE + tl.arange(0, TILE)
     is_row = (position < length) & (position >= 0)
