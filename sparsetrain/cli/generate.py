@@ -115,7 +115,7 @@ def generate(
     """
     from sparsetrain.generation.setting_text import parse_budget
     from sparsetrain.generation.settings import parse_decode
-    from sparsetrain.inference.prompts import has_rows, read_prompts
+    from sparsetrain.inference.prompts import TABLE_SUFFIXES, has_rows, read_prompts
 
     check_first(model, dtype, device)
     section = parse_decode(decode) if decode else None
@@ -124,6 +124,8 @@ def generate(
         check_new("output", output, "file")
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = read_prompts(prompt or [], file)
+    if file is not None and file.suffix.lower() in TABLE_SUFFIXES:
+        print(f"note: --file {file} is continued as one text; rows are read from a .jsonl", file=sys.stderr)
 
     import torch
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ANSWER = ("completion", "finish", "prompt_tokens", "new_tokens")
 """The columns that a row of the output has beside those of its prompt."""
 
+TABLE_SUFFIXES = (".json", ".csv", ".tsv")
+"""Of text files that may have been meant as rows."""
+
 
 @dataclass(frozen=True)
 class Prompt:

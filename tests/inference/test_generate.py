@@ -168,6 +168,9 @@ def test_what_a_row_says_beside_its_prompt_is_done_or_refused(call, power_folder
     turns = [{"from": "human", "value": "import os"}, {"from": "gpt", "value": "import sys"}]
     answered.write_text(json.dumps({"messages": turns}) + "\n")
     assert "behind an answer another one is written (1 chat)" in call(*arguments, str(answered))[2]
+    array = tmp_path / "rows.json"
+    array.write_text('[{"prompt": "import os"}]')
+    assert "rows.json is continued as one text; rows are read from a .jsonl" in call(*arguments, str(array))[2]
 
 
 def test_fewer_keys_are_read_and_counted(call):
