@@ -49,8 +49,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each process begins with one half of the folders, so that what tests of a folder share is mostly made once.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # tests/test_site.py builds it as strictly.
 docs: $(STAMP)
