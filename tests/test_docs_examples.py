@@ -176,6 +176,8 @@ def test_the_commands_of_getting_started_run_in_their_order(tmp_path, monkeypatc
         words = shlex.split(line, comments=True)
         if words[:1] != ["sparsetrain"] or words[1] == "--version" or (words[2:] == ["my.yaml"] and words[1] != "plan"):
             continue
+        if words[1:3] == ["data", "preview"]:
+            continue  # by the tokenizer, which is on the Hub
         words = words[1:]
         if words[0] == "run":
             if Path("runs/quickstart").exists():
