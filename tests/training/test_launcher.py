@@ -12,6 +12,8 @@ import pytest
 import torch
 from ports import free_port
 
+from sparsetrain.training.output.folder_contents import is_locked
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -37,7 +39,7 @@ def test_ctrl_c_under_the_launcher_saves_and_resume_ends_as_if_uninterrupted(
     # A terminal sends it to the launcher and to both ranks; the launcher then sends SIGTERM to the ranks.
     os.killpg(ranks.processes[0].pid, signal.SIGINT)
     ranks.processes[0].wait(300)
-    ranks.wait_until(lambda: "continue with --resume" in ranks.log, alive=False)
+    ranks.wait_until(lambda: "continue with --resume" in ranks.log and not is_locked(run.path), alive=False)
     (checkpoint,) = run.checkpoints
     assert 1 <= run.state(checkpoint)["step"] < 6
 
