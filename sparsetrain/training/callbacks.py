@@ -42,6 +42,8 @@ class RunCallbacks(Callbacks):
         profiled = section is not None and self.job.world.main
         self.profiler = StepProfiler(section, self.job.output, self.job.say) if section and profiled else None
         self.system = SystemUse(self.job.world.device, self.job.say) if self.job.world.main else None
+        # The checkpoint that began before an evaluation is complete as soon as it is written, not behind it.
+        self.evaluations.between = self.poll_checkpoint
 
     def before_step(self, step: int) -> None:
         """See :meth:`Callbacks.before_step`."""

@@ -99,7 +99,8 @@ class Callbacks:
         return True
 
     def save(self, wait: bool) -> None:
-        """Begin a checkpoint; ``wait`` until it is complete."""
+        """Begin a checkpoint, unless that of this step has begun, and keep it as the best if the evaluation says so;
+        ``wait`` until it is complete."""
 
     def poll_checkpoint(self) -> None:
         """Complete a pending checkpoint if its files have been written."""
@@ -156,15 +157,18 @@ class Loop:
             self.callbacks.on_step(self.state.step, result)
             self.callbacks.poll_checkpoint()
             finished = self.state.step == self.plan.steps
-            best = False
+            best, due = False, _due(self.job.recipe.checkpoint.every, self.state.step)
             if not finished and stop is None and _due(self.job.recipe.eval.every, self.state.step):
+                if due:
+                    self.callbacks.save(False)  # what is killed in the evaluation loses no step
+                    due = False
                 try:
                     best = self.callbacks.evaluate()
                     finished = self.callbacks.stops_early()
                 except Stopped as stopped:
                     stop = stopped.outcome
             ends = finished or stop is not None
-            if ends or best or _due(self.job.recipe.checkpoint.every, self.state.step):
+            if ends or best or due:
                 self.callbacks.save(ends)
             if stop is not None and not finished:
                 return stop

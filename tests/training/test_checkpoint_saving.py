@@ -19,6 +19,7 @@ from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.checkpoints.manifest import tensor_files
 from sparsetrain.training.loop import Loop
+from sparsetrain.training.output import evaluations
 from sparsetrain.training.output.tracking import Tracker
 
 
@@ -255,8 +256,9 @@ def test_an_error_of_the_run_waits_for_the_checkpoint_that_is_being_written(tmp_
 
 
 def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, monkeypatch):
-    """Also across a resume, and when the evaluation at the end is the best of all."""
-    measured = dict(zip((1, 2, 3, 4, 5, 6), (5.0, 9.0, 7.0, 8.0, float("nan"), 8.0), strict=True))
+    """Also across a resume, and when the evaluation at the end is the best of all. One that is due is complete while
+    its step is evaluated, before that says whether it is the best."""
+    measured = dict(zip((1, 2, 3, 4, 5, 6), (5.0, 9.0, 9.5, 8.0, float("nan"), 8.0), strict=True))
     state = {"step": 0}
     step = Loop._step
 
@@ -266,15 +268,29 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, m
 
     monkeypatch.setattr(Loop, "_step", counted)
     monkeypatch.setattr(EvalResult, "score", lambda result, name: measured[state["step"]])
-    run = run_folder(tmp_path / "run")
+    run, evaluate, seen = run_folder(tmp_path / "run"), evaluations.evaluate, {}
+
+    def seeing(*given, on_progress, **options):
+        def progress(done, total):
+            for thread in threading.enumerate():
+                if thread.name == "sparsetrain-checkpoint":
+                    thread.join()
+            on_progress(done, total)
+            seen[state["step"]] = run.checkpoints
+
+        return evaluate(*given, on_progress=progress, **options)
+
+    monkeypatch.setattr(evaluations, "evaluate", seeing)
     passkey = (
         "eval={every: 1, at_start: false, at_end: true, tasks: [{task: passkey, lengths: [160], depths: 1, trials: 1}]}"
     )
     arguments = [passkey, "checkpoint.keep_best=passkey", "checkpoint.every=3", "checkpoint.keep_last=1"]
     assert main(["run", str(tiny), *arguments, "--output", str(run.path)]) == 0
     best = run.path / "checkpoints/best.json"
-    assert json.loads(best.read_text()) == {"checkpoint": "step-000002", "metric": "passkey", "value": 9.0}
-    assert run.checkpoints == ["step-000002", "step-000006"]
+    assert json.loads(best.read_text()) == {"checkpoint": "step-000003", "metric": "passkey", "value": 9.5}
+    assert run.checkpoints == ["step-000003", "step-000006"]
+    # Step 2 was the best before.
+    assert seen[3] == ["step-000002", "step-000003"]
 
     shutil.rmtree(run.path / "checkpoints/step-000006")
     measured[6] = 10.0

@@ -99,6 +99,8 @@ class Saver:
         self._world = world
         self._say = say
         self._write: _Write | None = None
+        self._begun: int | None = None
+        """Step of the last checkpoint that is complete or being written."""
         best = [store.read_best(folder) if world.main else None]
         dist.broadcast_object_list(best, src=0)
         self._best = best[0] if best[0] is not None and best[0]["metric"] == section.keep_best else None
@@ -126,13 +128,19 @@ class Saver:
     def save(self, state: TrainState, documents: dict[str, str], wait: bool) -> None:
         """Begin a checkpoint; wait until it is complete if ``wait`` or the recipe says so.
 
+        If the last one is of this step, it stays, and :meth:`is_best` may have made it the best.
+
         Args:
             documents: Small text files to save with the state (``recipe.yaml``, ``environment.json``).
 
         Raises:
             CheckpointError: The disk is full or not writable, and the recipe says stop; earlier checkpoints are intact.
         """
-        self.finish()
+        if wait or self._begun != state.step:
+            self.finish()
+        if self._begun == state.step:
+            self.keep_as_best()
+            return
         partial, best = store.partial_of(self._folder, state.step), self._candidate
         self._candidate = None
         error = self._on_main(lambda: store.make_partial(partial))
@@ -140,7 +148,7 @@ class Saver:
             self._failed(state.step, error)
             return
         texts = {STATE: json.dumps({**asdict(state), **engine_state.counters(self._engine)}), **documents}
-        write = _Write(state.step, texts, best)
+        write, self._begun = _Write(state.step, texts, best), state.step
         blocks, record = engine_state.blocks(self._engine), {"random": random_state()}
         wait = wait or not self._section.asynchronous
         if not wait and not self._fits(blocks):
@@ -205,17 +213,24 @@ class Saver:
         return True
 
     def keep_as_best(self) -> None:
-        """Mark the last, complete checkpoint as the best, after the evaluation at the end of a run."""
+        """Mark the last checkpoint as the best, after an evaluation that came behind it."""
         best, self._candidate = self._candidate, None
+        if best is None:
+            return
+        if self._write is not None:
+            self._write.best = best
+            return
 
         def name_it() -> None:
-            if best is not None and store.fault(last := self._folder / best["checkpoint"]) is None:
+            if store.fault(last := self._folder / best["checkpoint"]) is None:
                 store.write_best(self._folder, best)
                 store.prune(last, self._section.keep_last)
 
         error = self._on_main(name_it)
         if error is not None:
             self._say(f"warning: {self._folder / store.BEST} cannot be written: {error}")
+        else:
+            self._best = best
 
     def _write_part(self, write: _Write, blocks: list[Block], record: dict[str, Any]) -> None:
         """Write this rank's files; the record comes last, and marks the tensor file as complete."""
@@ -250,6 +265,7 @@ class Saver:
         store.prune(target, self._section.keep_last)
 
     def _failed(self, step: int, error: str) -> None:
+        self._begun = None
         if self._world.main:
             shutil.rmtree(store.partial_of(self._folder, step), ignore_errors=True)
         target = store.target_of(self._folder, step)

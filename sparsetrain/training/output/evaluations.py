@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Evaluations:
     Args:
         results: The results of this run so far, by label.
         history: The changes made when the run was resumed, for the report.
+        between: Called on every rank after each batch of an evaluation.
     """
 
     job: Job
@@ -46,6 +47,7 @@ class Evaluations:
     tokenizer: PreTrainedTokenizerBase
     results: dict[str, EvalResult]
     history: Sequence[dict[str, Any]] = ()
+    between: Callable[[], None] = lambda: None
 
     def measure(self, label: str, inputs: Mapping[str, Task] | None = None) -> EvalResult | None:
         """Evaluate the current model and keep the result under ``label``; None if the section is empty.
@@ -69,6 +71,7 @@ class Evaluations:
             def moved(done: int, total: int) -> None:
                 activity.moved()
                 on_progress(done, total)
+                self.between()
                 job.signals.pause(job.world.largest)
 
             result = evaluate(
