@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def folder_fault(folder: Path) -> str | None:
+    """Why nothing can be written in a folder, which may be made later: a phrase; None if something can.
+
+    It is tried, with a folder that is removed at once: the rights of root and of ``/proc`` say nothing.
+    """
+    existing = folder
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        with tempfile.TemporaryDirectory(prefix=".sparsetrain-", dir=existing):
+            return None
+    except OSError as error:
+        return f"nothing can be written in {existing} ({error.strerror})"
 
 
 def flush(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
+from sparsetrain.durable import folder_fault
 from sparsetrain.errors import BenchError
 from sparsetrain.section import Section
 
@@ -55,9 +56,11 @@ def parse_lengths(text: str | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_folder(output: Path | None) -> Path | None:
-    """``--output`` is where a folder may be."""
+    """``--output`` is where a folder may be, and files can be written."""
     if output is not None and output.exists() and not output.is_dir():
         raise BenchError(f"--output {output} is a file; name a folder")
+    if output is not None and (fault := folder_fault(output)) is not None:
+        raise BenchError(f"--output {output}: {fault}; name another folder")
     return output
 
 

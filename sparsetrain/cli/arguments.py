@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsetrain.cli.completion import complete_recipe, complete_run, complete_setting
+from sparsetrain.durable import folder_fault
 from sparsetrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def check_new(flag: str, path: Path, kind: str) -> None:
         raise DataError(f"--{flag} {path} exists already; remove it, or name another {kind}")
     if not path.parent.is_dir():
         raise DataError(f"--{flag} {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise DataError(f"--{flag} {path}: nothing can be written in {path.parent}; make it writable, or name another")
+    if (fault := folder_fault(path.parent)) is not None:
+        raise DataError(f"--{flag} {path}: {fault}; make it writable, or name another")
 
 
 def check_place(path: Path) -> None:
@@ -90,8 +90,8 @@ def check_place(path: Path) -> None:
         raise DataError(f"--output {path} is a folder; name a file")
     if not path.parent.is_dir():
         raise DataError(f"--output {path}: there is no such folder to write to; name a file in one that exists")
-    if not os.access(path.parent, os.W_OK):
-        raise DataError(f"--output {path}: nothing can be written in {path.parent}; name another folder")
+    if (fault := folder_fault(path.parent)) is not None:
+        raise DataError(f"--output {path}: {fault}; name another folder")
 
 
 def check_first(model: str, dtype: str, device: str | None) -> None:

@@ -38,7 +38,7 @@ DISK_FAULTS = {
     errno.EROFS: "make it writable",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
-    errno.ENOENT: "it existed before; find out what removed it",
+    errno.ENOENT: "find out what removed it, or why nothing can be made there",
     errno.ENOTDIR: "find out what replaced the folder",
     errno.EISDIR: "find out what made it a folder",
     errno.ENAMETOOLONG: "choose a shorter name",

@@ -123,6 +123,8 @@ def test_a_new_file_is_a_command(capsys, tmp_path):
         (["--order", "around"], "--order around is not known; choose one of up, down"),
         (["--step", "0"], "Invalid value for '--step'"),
         (["--output", __file__], "is a file; name a folder"),
+        (["--output", "/proc/new/er"], "--output /proc/new/er: nothing can be written in /proc (No such file or"),
+        (["--output", f"{__file__}/new"], "test_cases.py (Not a directory); name another folder"),
     ],
 )
 def test_what_its_options_do_not_allow_is_refused(arguments, message, capsys):
