@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,24 +79,75 @@ def check_alike(label: str, kind: Literal["parquet", "arrow"], files: list[str])
     first = _columns(kind, files[0])
     for file in files[1:]:
         found = _columns(kind, file)
-        if found == first:
-            continue
-        name = min({*found, *first}, key=lambda name: (found.get(name) == first.get(name), name))
-        here, there = (f"as {each[name]}" if name in each else "not at all" for each in (found, first))
-        raise DataError(
-            f"data source {label!r}: {file} has the column {name!r} {here}, and {files[0]} has it {there}; write all "
-            "with the same columns, or make each kind a source of its own"
-        )
+        if found != first:
+            name = min({*found, *first}, key=lambda name: (found.get(name) == first.get(name), name))
+            raise _unlike(label, name, (file, found.get(name)), (files[0], first.get(name)))
 
 
-def _columns(kind: Literal["parquet", "arrow"], file: str) -> dict[str, str]:
+def check_kinds(label: str, kind: Literal["parquet", "arrow"], files: list[str], unread: Collection[str]) -> None:
+    """Refuse files that have values of another kind in a column than the first, such as numbers where it has texts: the
+    readers of ``datasets`` write them as the first file's kind, in silence.
+
+    Args:
+        unread: columns whose values do not matter.
+
+    Raises:
+        DataError: there is such a file.
+    """
+    first = _columns(kind, files[0])
+    for file in files[1:]:
+        for name, found in _columns(kind, file).items():
+            if name in first and name not in unread and _differ(found, first[name]):
+                raise _unlike(label, name, (file, found), (files[0], first[name]))
+
+
+def _unlike(label: str, name: str, *files: tuple[str, pa.DataType | None]) -> DataError:
+    (here, found), (there, first) = ((file, "not at all" if kind is None else f"as {kind}") for file, kind in files)
+    return DataError(
+        f"data source {label!r}: {here} has the column {name!r} {found}, and {there} has it {first}; write all with "
+        "the same columns, or make each kind a source of its own"
+    )
+
+
+def _differ(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether values of two types are of different kinds; a shorter number, or a column of nulls, is none."""
+    if pa.types.is_null(one) or pa.types.is_null(other):
+        return False
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        fields = {each.name: each.type for each in other}
+        return any(each.name in fields and _differ(each.type, fields[each.name]) for each in one)
+    if (kind := _kind(one)) != _kind(other):
+        return True
+    return kind == "list" and _differ(one.value_type, other.value_type)
+
+
+def _kind(of: pa.DataType) -> str:
+    if pa.types.is_dictionary(of):
+        return _kind(of.value_type)
+    kinds = {"text": _is_text, "number": _is_number, "list": _is_list, "struct": pa.types.is_struct}
+    return next((kind for kind, fits in kinds.items() if fits(of)), str(of))
+
+
+def _is_number(of: pa.DataType) -> bool:
+    return any(fits(of) for fits in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
+
+
+def _is_text(of: pa.DataType) -> bool:
+    return pa.types.is_string(of) or pa.types.is_large_string(of) or pa.types.is_string_view(of)
+
+
+def _is_list(of: pa.DataType) -> bool:
+    return pa.types.is_list(of) or pa.types.is_large_list(of) or pa.types.is_fixed_size_list(of)
+
+
+def _columns(kind: Literal["parquet", "arrow"], file: str) -> dict[str, pa.DataType]:
     """The types of a file's columns by name."""
     if kind == "parquet":
         schema = pq.read_schema(file)
     else:
         with pa.memory_map(file) as stream:
             schema = _arrow_reader(stream).schema
-    return {each.name: str(each.type) for each in schema}
+    return {each.name: each.type for each in schema}
 
 
 def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Damage | None:

@@ -39,7 +39,7 @@ from sparsetrain.data.forms import RowForm, resolve_form, takes_template
 from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows
-from sparsetrain.data.shards import check_alike, intact, with_rows
+from sparsetrain.data.shards import check_alike, check_kinds, intact, with_rows
 from sparsetrain.data.table_files import TableFiles
 from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import MalformedRow
@@ -124,6 +124,8 @@ def open_source(
 
     row = _first_row(source, opened_rows(), layout)
     form = resolve_form(source, list(row), tokenizer, pairs=pairs)
+    if tables is not None:
+        check_kinds(source.label, tables.kind, tables.files, {*form.unread, *form.ignore})
     # Not only the chosen rows: a part that is held out may lack what is rare.
     rows = _readable(rows_of(source, opened()), layout)
     if warning := check_turn_names(source, form, rows, most=FIRST_ROWS if streaming else None):

@@ -9,10 +9,12 @@ from collections import deque
 from itertools import islice
 
 import datasets
+import pyarrow as pa
 import pytest
 from pyarrow.ipc import new_stream
 from pyarrow.parquet import read_table, write_table
 
+from sparsetrain.data.shards import check_kinds
 from sparsetrain.errors import DataError
 
 ROWS = 600
@@ -115,6 +117,27 @@ def test_a_table_without_rows_is_left_out_and_one_with_other_columns_is_named(ki
         read(stream, folder, streaming)
     with pytest.raises(DataError, match=f"is empty: .*0.{kind} has no rows"):
         stream({"path": str(folder / f"0.{kind}")})
+
+
+@MODES
+def test_a_table_with_values_of_another_kind_is_named(tmp_path, stream, streaming):
+    """The readers of datasets write them as texts. Nulls, and columns that are not read, may differ."""
+    for name, value, number in (("0", "a", "x"), ("1", "b", 1), ("2", None, 1.5)):
+        write_table(pa.table({"text": [value], "id": [number]}), tmp_path / f"{name}.parquet")
+    read(stream, tmp_path, streaming, "skip")
+    write_table(pa.table({"text": [7], "id": ["x"]}), tmp_path / "3.parquet")
+    said = r"3.parquet has the column 'text' as int64, and .*0.parquet has it as string; write all"
+    with pytest.raises(DataError, match=said):
+        read(stream, tmp_path, streaming)
+
+
+def test_a_table_with_values_of_another_kind_in_its_turns_is_named(tmp_path):
+    files = [str(tmp_path / f"{name}.parquet") for name in "abc"]
+    for file, content in zip(files, ("a", None, 7)):
+        write_table(pa.table({"messages": [[{"role": "user", "content": content}]]}), file)
+    check_kinds("chats", "parquet", files[:2], ())
+    with pytest.raises(DataError, match=r"c.parquet has the column 'messages' as list<.*content: int64"):
+        check_kinds("chats", "parquet", files, ())
 
 
 @MODES
