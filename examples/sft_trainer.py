@@ -13,6 +13,13 @@ import sysconfig
 from argparse import ArgumentParser
 from pathlib import Path
 
+given = ArgumentParser(description="TRL's SFTTrainer around a model with sparse attention")
+given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
+STEPS = given.parse_args().steps
+if STEPS < 1:
+    given.error(f"steps: a whole number above 0, not {STEPS}")
+
+# Behind the arguments: these imports take seconds.
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -20,11 +27,6 @@ from trl import SFTConfig, SFTTrainer
 import sparsetrain
 
 MODEL = Path(sparsetrain.__file__).parent / "assets/tiny"  # or any folder or Hub id
-given = ArgumentParser(description="TRL's SFTTrainer around a model with sparse attention")
-given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
-STEPS = given.parse_args().steps
-if STEPS < 1:
-    given.error(f"steps: a whole number above 0, not {STEPS}")
 
 library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 texts = [text for file in library if len(text := file.read_text("utf-8", "ignore")) > 1000]

@@ -13,6 +13,13 @@ import sysconfig
 from argparse import ArgumentParser
 from pathlib import Path
 
+given = ArgumentParser(description="transformers' own Trainer around a model with sparse attention")
+given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
+STEPS = given.parse_args().steps
+if STEPS < 1:
+    given.error(f"steps: a whole number above 0, not {STEPS}")
+
+# Behind the arguments: these imports take seconds.
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -25,11 +32,6 @@ from transformers import (
 import sparsetrain
 
 MODEL = Path(sparsetrain.__file__).parent / "assets/tiny"  # or any folder or Hub id
-given = ArgumentParser(description="transformers' own Trainer around a model with sparse attention")
-given.add_argument("steps", type=int, nargs="?", default=20, help="steps to train (20)")
-STEPS = given.parse_args().steps
-if STEPS < 1:
-    given.error(f"steps: a whole number above 0, not {STEPS}")
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))

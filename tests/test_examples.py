@@ -78,8 +78,6 @@ def test_policies_write_beside_all_keys(call):
     ],
 )
 def test_wrong_arguments_of_a_script_are_told(call, script, arguments, said):
-    if script == "sft_trainer.py":
-        pytest.importorskip("trl")
     Path("empty.txt").touch()
     with pytest.raises(AssertionError, match=re.escape(said)):
         call(script, *arguments)
@@ -109,7 +107,8 @@ def test_every_script_is_described_and_names_a_recipe_that_ships():
 
 
 @pytest.mark.parametrize("script", ["trainer.py", "sft_trainer.py"])
-def test_a_number_of_steps_that_is_none_is_refused_in_words(script, monkeypatch, capsys):
+def test_a_number_of_steps_that_is_none_is_refused_in_words_before_libraries_are_loaded(script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it fails
     monkeypatch.setattr(sys, "argv", [script, "abc"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / script))
