@@ -14,6 +14,9 @@ from sparsetrain.cli.completion import complete_run
 from sparsetrain.cli.interrupt import interruptible
 from sparsetrain.errors import CheckpointError
 
+LICENSES = "https://huggingface.co/docs/hub/repositories-licenses"
+"""The page that lists the identifiers, of which no library holds a list."""
+
 
 def export(
     run_folder: Annotated[
@@ -96,6 +99,10 @@ def export(
         if dry_run:
             print(f"would make {push} ({seen}) and send:", *listing(out), sep="\n")
             private = "" if public else " --private"
+            if license is not None:
+                print(
+                    f"the Hub alone knows its identifiers of licenses, and judges {license} when it is sent: {LICENSES}"
+                )
             print(f"send it as it is: hf upload {push} {out} .{private}")
         else:
             print(f"{upload(out, push)} ({seen})")

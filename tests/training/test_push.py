@@ -116,10 +116,11 @@ def test_a_push_makes_a_private_repository_with_every_file(finished, hub, tmp_pa
 
 def test_a_dry_run_writes_the_folder_and_asks_nobody(finished, hub, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["export", str(finished), str(out), "--push", "org/model", "--dry-run"]) == 0
+    assert main(["export", str(finished), str(out), "--push", "org/model", "--dry-run", "--license", "apache2"]) == 0
     assert hub.asked == []
     said = capsys.readouterr().out
     assert "would make org/model (private) and send:" in said
+    assert "judges apache2 when it is sent: https://huggingface.co/docs/hub/repositories-licenses" in said
     assert all(name in said for name in files(out))
     assert f"hf upload org/model {out} . --private" in said
     card = (out / "README.md").read_text()
