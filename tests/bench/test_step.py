@@ -75,8 +75,13 @@ def test_steps_with_deepspeeds_offload_are_those_of_the_recipe() -> None:
         assert [row.grad_norm for row in rows] == [pytest.approx(rows[0].grad_norm, rel=1e-6)] * 3
     (row,) = run_step("tiny-sparsek", settings, **(ways | {"ways": "ds-cpu"}))
     assert "cannot keep what attention.method=sparsek selects" in row.reason
-    (row,) = run_step("quickstart", ["sequence.length=64"], **(ways | {"ways": "ds-hidden"}))
-    assert "set train.activation_checkpointing=layer" in row.reason
+    for name, kept, said in (
+        ("recipe,ds-hidden", "none", "ds-hidden: no layer is checkpointed .* set train.activation_checkpointing=layer"),
+        ("recipe, ds-cpu", "selective", "ds-cpu: DeepSpeed's .* cannot keep outputs of attention"),
+    ):
+        checkpointed = [f"train.activation_checkpointing={kept}", "sequence.length=64"]
+        with pytest.raises(BenchError, match=f"--ways {said}"):
+            step.case(step.Options(recipe="quickstart", overrides=checkpointed, ways=name))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -38,7 +38,7 @@ class Options(AnyOptions):
     """Commas between: recipe, dense (full attention instead), flex (the pattern by FlexAttention), bare (no attention:
     the limit), plain (a short SDPA script), hf and hf-bare (transformers, Liger, DeepSpeed), ds-cpu and ds-hidden
     (the recipe's step with DeepSpeed's cpu_checkpointing or CheckpointHiddenStatesOffload in the place of
-    train.offload_activations)."""
+    train.offload_activations). One that is named twice is measured twice."""
     lengths: str | None = None
     """Tokens in a row, commas between; by default the recipe's."""
     full_up_to: Annotated[int | None, Field(ge=0)] = None
@@ -56,12 +56,13 @@ def case(options: Options) -> StepCase:
         BenchError: an option cannot be measured.
         SparsetrainError: the recipe is wrong.
     """
+    from sparsetrain.bench.contenders.offloads import refusal
     from sparsetrain.bench.contenders.steps import WAYS
     from sparsetrain.bench.stepping import StepCase
     from sparsetrain.recipe import load_recipe
     from sparsetrain.training.distributed.engine import init_world
 
-    known, names = {way.name: way for way in WAYS}, options.ways.split(",")
+    known, names = {way.name: way for way in WAYS}, [name.strip() for name in options.ways.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise BenchError(f"--ways {unknown[0]}: there is no such way; choose from {', '.join(known)}")
     lengths = parse_lengths(options.lengths) if options.lengths else ()
@@ -73,6 +74,9 @@ def case(options: Options) -> StepCase:
         )
     if recipes[0].preference is not None:
         raise BenchError("preference: steps are measured on random rows without pairs of answers; set it to null")
+    for way in (known[name] for name in names):
+        if way.offload is not None and (fault := refusal(way.offload, recipes[0])) is not None:
+            raise BenchError(f"--ways {way.name}: {fault}")
     return StepCase(
         name="step",
         options=options,

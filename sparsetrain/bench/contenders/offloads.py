@@ -17,6 +17,22 @@ Offload = Callable[[Any, Any, Recipe, torch.device], AbstractContextManager[None
 """Called with an engine, its model, the recipe and the device, before the first step; left behind the last one."""
 
 
+NOTHING_TO_OFFLOAD = "no layer is checkpointed whose input could be offloaded; set train.activation_checkpointing=layer"
+
+
+def refusal(offload: Offload, recipe: Recipe) -> str | None:
+    """Why an offload cannot take a recipe, as far as that is known without its model; None if it may."""
+    if recipe.train.activation_checkpointing == "none":
+        return NOTHING_TO_OFFLOAD
+    if offload is cpu_checkpointing and recipe.train.activation_checkpointing == "selective":
+        return _cannot_keep("outputs of attention")
+    return None
+
+
+def _cannot_keep(what: str) -> str:
+    return f"DeepSpeed's checkpoints recompute whole layers, and cannot keep {what}"
+
+
 @contextmanager
 def cpu_checkpointing(engine: Any, model: Any, recipe: Recipe, device: torch.device) -> Iterator[None]:
     """``deepspeed.checkpointing.checkpoint`` with ``cpu_checkpointing`` around every layer.
@@ -29,11 +45,10 @@ def cpu_checkpointing(engine: Any, model: Any, recipe: Recipe, device: torch.dev
     """
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
-    layers = _layers(model, recipe)
+    layers = _layers(model)
     selecting = any(method is not None and method.selection_operations for _, _, method in sparse_layers(model))
-    if selecting or recipe.train.activation_checkpointing == "selective":
-        kept = f"what attention.method={recipe.attention.method} selects" if selecting else "outputs of attention"
-        raise Unavailable(f"DeepSpeed's checkpoints recompute whole layers, and cannot keep {kept}")
+    if selecting:
+        raise Unavailable(_cannot_keep(f"what attention.method={recipe.attention.method} selects"))
     model.enable_input_require_grads()
     checkpointing.configure(None, checkpoint_in_cpu=device.type == "cuda")
     for layer in layers:
@@ -58,7 +73,7 @@ def hidden_states_offload(engine: Any, model: Any, recipe: Recipe, device: torch
         from deepspeed.runtime.activation_checkpointing import offload_activations
     except ImportError as error:
         raise Unavailable("this version of DeepSpeed has no CheckpointHiddenStatesOffload; 0.19.8 has") from error
-    _layers(model, recipe)
+    _layers(model)
     offload = offload_activations.get_checkpoint_hidden_states_offloading_ctx_manager()
     backward, inside = engine.backward, False
 
@@ -89,10 +104,8 @@ def hidden_states_offload(engine: Any, model: Any, recipe: Recipe, device: torch
         del engine.backward
 
 
-def _layers(model: Any, recipe: Recipe) -> list[Any]:
+def _layers(model: Any) -> list[Any]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if recipe.train.activation_checkpointing == "none" or not layers:
-        raise Unavailable(
-            "no layer is checkpointed whose input could be offloaded; set train.activation_checkpointing=layer"
-        )
+    if not layers:
+        raise Unavailable(NOTHING_TO_OFFLOAD)
     return layers

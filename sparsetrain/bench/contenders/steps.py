@@ -57,6 +57,8 @@ class Way:
     """Take ``plan.steps`` steps."""
     attention: str | None = None
     """The attention of its model; None for the recipe's method."""
+    offload: Offload | None = None
+    """What moves the inputs of its layers to host memory, in the place of ``train.offload_activations``."""
 
 
 def _ours(
@@ -229,8 +231,8 @@ WAYS = (
     Way("dense", partial(_ours, stand_in="dense"), "full"),
     Way("flex", partial(_ours, stand_in="flex")),
     Way("bare", partial(_ours, stand_in="bare"), "none"),
-    Way("ds-cpu", partial(_ours, offload=cpu_checkpointing)),
-    Way("ds-hidden", partial(_ours, offload=hidden_states_offload)),
+    Way("ds-cpu", partial(_ours, offload=cpu_checkpointing), offload=cpu_checkpointing),
+    Way("ds-hidden", partial(_ours, offload=hidden_states_offload), offload=hidden_states_offload),
     Way("plain", _plain, "full"),
     Way("hf", _hugging_face, "full"),
     Way("hf-bare", partial(_hugging_face, attention=False), "none"),
