@@ -245,6 +245,7 @@ def finish(job: Job, loaded: Loaded, callbacks: RunCallbacks) -> None:
             callbacks.tracker.image(picture.stem, picture, step)
         callbacks.evaluations.write_report(title, [picture for picture in drawn if picture.stem == "report"])
         callbacks.evaluations.write_page()
+        callbacks.evaluations.forget_samples()
         job.record("the results", lambda: print_results(results))
         job.say(f"run folder: {job.output}  (report.html, report.md, report.png, metrics.jsonl, checkpoints/)")
         if recipe.checkpoint.export:

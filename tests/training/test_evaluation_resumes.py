@@ -16,24 +16,31 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_that_is_killed_in_its_last_evaluation_does_not_measure_twice(tmp_path, tiny, run_folder, monkeypatch):
+def test_a_run_that_is_killed_in_evaluations_does_not_measure_twice(tmp_path, tiny, run_folder, monkeypatch):
     run = run_folder(tmp_path / "run")
-    arguments = ["run", str(tiny), f"eval={{at_start: false, at_end: true, {TASKS}}}", "--output", str(run.path)]
+    arguments = ["run", str(tiny), f"eval={{at_end: true, {TASKS}}}", "train.steps=2", "--output", str(run.path)]
     measured, killed, add = [], [], Journal.add
 
     def adding(self, key, record):
-        if len(measured) == 3 and not killed:
-            killed.append(True)
+        # In the second evaluation, of the model with its method before training, and in the last.
+        if len(measured) in {6, 11} - {*killed}:
+            killed.append(len(measured))
             raise Killed
         measured.append(key)
         add(self, key, record)
 
     monkeypatch.setattr(Journal, "add", adding)
-    with pytest.raises(Killed):
-        main(arguments)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            main([*arguments, "--resume"])
     samples = run.path / "evaluation.samples"
-    assert [file.name for file in samples.iterdir()] == ["power-after.rank0.jsonl"]
+    names = ["full-attention-before.rank0.jsonl", "power-after.rank0.jsonl", "power-before.rank0.jsonl"]
+    assert sorted(file.name for file in samples.iterdir()) == names
     assert main([*arguments, "--resume"]) == 0
-    assert len(measured) == len(set(measured)) == 4
+    assert len(measured) == 12
     assert not samples.exists()
-    assert list(json.loads((run.path / "evaluation.json").read_text())) == ["power, after"]
+    assert list(json.loads((run.path / "evaluation.json").read_text())) == [
+        "full attention, before",
+        "power, before",
+        "power, after",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from sparsetrain.training.changes import describe_change
 from sparsetrain.training.job import Job, Loaded
 
 SAMPLES_FOLDER = "evaluation.samples"
-"""Finished samples of an evaluation that is not: a run that is stopped there goes on with them."""
+"""Finished samples of an evaluation that is not, and of those before training until the run has ended: a run that is
+stopped goes on with them, without a checkpoint too."""
 
 
 @dataclass
@@ -49,11 +51,14 @@ class Evaluations:
     history: Sequence[dict[str, Any]] = ()
     between: Callable[[], None] = lambda: None
 
-    def measure(self, label: str, inputs: Mapping[str, Task] | None = None) -> EvalResult | None:
+    def measure(
+        self, label: str, inputs: Mapping[str, Task] | None = None, *, keep_samples: bool = False
+    ) -> EvalResult | None:
         """Evaluate the current model and keep the result under ``label``; None if the section is empty.
 
         Args:
             inputs: of :func:`make_inputs`, where they are there already.
+            keep_samples: until :meth:`forget_samples`.
 
         Raises:
             Stopped: The run was asked to stop after training has begun.
@@ -88,8 +93,13 @@ class Evaluations:
         self.results[label] = result
         if job.world.main:
             self.write_report(f"Evaluation of {job.recipe.name}")
-        journal.remove(job.world)
+        if not keep_samples:
+            journal.remove(job.world)
         return result
+
+    def forget_samples(self) -> None:
+        """Remove what is kept of finished evaluations, at the end of the run, on rank 0."""
+        shutil.rmtree(self.job.output / SAMPLES_FOLDER, ignore_errors=True)
 
     def measure_rows(self, label: str) -> None:
         """Evaluate the model in the other ways of ``eval.rows``.
@@ -149,13 +159,13 @@ def evaluate_untrained(job: Job, loaded: Loaded, inputs: Mapping[str, Task]) -> 
     if attention.method != "full":
         start = time.monotonic()
         sparsify(loaded.model, FullConfig())
-        evaluations.measure("full attention, before", inputs)
+        evaluations.measure("full attention, before", inputs, keep_samples=True)
         seconds = time.monotonic() - start
         if seconds > PAUSE:
             ways = "eval.at_start=false and eval.at_end=false leave them out"
             job.say(f"this evaluation took {clock_time(seconds)}; expect as much of the others ({ways})")
         sparsify(loaded.model, attention)
-    evaluations.measure(f"{attention.method}, before", inputs)
+    evaluations.measure(f"{attention.method}, before", inputs, keep_samples=True)
     return evaluations.results
 
 
