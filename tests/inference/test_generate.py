@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import sys
 
@@ -372,9 +371,8 @@ def test_stop_strings_end_a_text():
 )
 def test_what_cannot_be_done_is_refused(call, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "read-only").mkdir()
-    # Root may write anywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "read-only")
+    # There not even root may write.
+    (tmp_path / "read-only").symlink_to("/proc")
     (tmp_path / "link.jsonl").symlink_to("gone")
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
