@@ -18,6 +18,7 @@ from typing import Literal
 
 from sparsetrain.counted import counted
 from sparsetrain.data.check import check_data
+from sparsetrain.durable import existing_part, folder_fault
 from sparsetrain.errors import SparsetrainError
 from sparsetrain.plan.disk import room_of, saved_a_parameter
 from sparsetrain.plan.public import check_public
@@ -248,12 +249,9 @@ def check_caches() -> Finding:
         "TMPDIR": tempfile.gettempdir(),
     }
     for variable, folder in folders.items():
-        existing = Path(folder).expanduser().absolute()
-        while not existing.exists():
-            existing = existing.parent
-        if not os.access(existing, os.W_OK | os.X_OK):
+        if (fault := folder_fault(Path(folder).expanduser().absolute())) is not None:
             fix = f"export {variable}=/a/folder/that/can/be/written/to"
-            return Finding("fail", "caches", f"{existing} cannot be written to, and {variable} is {folder}", fix)
+            return Finding("fail", "caches", f"{fault}, and {variable} is {folder}", fix)
     return Finding("ok", "caches", f"models and data in {folders['HF_HOME']}, temporary files in {folders['TMPDIR']}")
 
 
@@ -399,9 +397,7 @@ def check_model(recipe: Recipe) -> Finding:
 
 def check_disk(recipe: Recipe) -> Finding:
     """Room for what a run writes: its checkpoints, one more than is kept, and the trained model."""
-    folder = Path(recipe.output or "runs").absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_part(Path(recipe.output or "runs").absolute())
     free = shutil.disk_usage(folder).free
     room = room_of(recipe)
     if room is None:

@@ -39,6 +39,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def existing_part(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
 def folder_fault(folder: Path) -> str | None:
     """Why nothing can be written in a folder, which may be made later: a phrase; None if something can.
 
@@ -46,8 +53,7 @@ def folder_fault(folder: Path) -> str | None:
     """
     existing = folder
     try:
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
+        existing = existing_part(folder)
         with tempfile.TemporaryDirectory(prefix=".sparsetrain-", dir=existing):
             return None
     except OSError as error:
