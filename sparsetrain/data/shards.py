@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,12 +76,7 @@ def check_alike(label: str, kind: Literal["parquet", "arrow"], files: list[str])
     Raises:
         DataError: there is such a file.
     """
-    first = _columns(kind, files[0])
-    for file in files[1:]:
-        found = _columns(kind, file)
-        if found != first:
-            name = min({*found, *first}, key=lambda name: (found.get(name) == first.get(name), name))
-            raise _unlike(label, name, (file, found.get(name)), (files[0], first.get(name)))
+    _compare_with_first(label, kind, files, lambda name, found, first: found != first)
 
 
 def check_kinds(label: str, kind: Literal["parquet", "arrow"], files: list[str], unread: Collection[str]) -> None:
@@ -94,19 +89,31 @@ def check_kinds(label: str, kind: Literal["parquet", "arrow"], files: list[str],
     Raises:
         DataError: there is such a file.
     """
+
+    def unlike(name: str, found: pa.DataType | None, first: pa.DataType | None) -> bool:
+        return found is not None and first is not None and name not in unread and _differ(found, first)
+
+    _compare_with_first(label, kind, files, unlike)
+
+
+def _compare_with_first(
+    label: str,
+    kind: Literal["parquet", "arrow"],
+    files: list[str],
+    unlike: Callable[[str, Any, Any], bool],
+) -> None:
+    """Refuse the first file with a column that is ``unlike`` that of the first file; it is given the column's name and
+    both types, None where a file has no such column."""
     first = _columns(kind, files[0])
     for file in files[1:]:
-        for name, found in _columns(kind, file).items():
-            if name in first and name not in unread and _differ(found, first[name]):
-                raise _unlike(label, name, (file, found), (files[0], first[name]))
-
-
-def _unlike(label: str, name: str, *files: tuple[str, pa.DataType | None]) -> DataError:
-    (here, found), (there, first) = ((file, "not at all" if kind is None else f"as {kind}") for file, kind in files)
-    return DataError(
-        f"data source {label!r}: {here} has the column {name!r} {found}, and {there} has it {first}; write all with "
-        "the same columns, or make each kind a source of its own"
-    )
+        found = _columns(kind, file)
+        for name in sorted({*found, *first}):
+            if unlike(name, found.get(name), first.get(name)):
+                here, there = ("not at all" if of is None else f"as {of}" for of in (found.get(name), first.get(name)))
+                raise DataError(
+                    f"data source {label!r}: {file} has the column {name!r} {here}, and {files[0]} has it {there}; "
+                    "write all with the same columns, or make each kind a source of its own"
+                )
 
 
 def _differ(one: pa.DataType, other: pa.DataType) -> bool:
