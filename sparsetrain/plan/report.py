@@ -109,7 +109,7 @@ def general_notes(plan: Plan) -> list[str]:
     if steps is not None:
         whole = _duration(steps * plan.time.seconds)
         lines.append(f"The run takes {counted(steps, 'step')}: {whole}, without loading and checkpoints.")
-    if evaluations := evaluations_of(setting.recipe, steps):
+    if evaluations := evaluations_of(setting.recipe, steps, at_start=setting.recipe.eval.measures_at_start):
         tasks = ", ".join(setting.recipe.eval.by_name)
         lines.append(f"Evaluations are not in these times: {evaluations}; each of {tasks}.")
     if setting.recipe.train.liger == "auto":

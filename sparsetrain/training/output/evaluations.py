@@ -147,8 +147,7 @@ def results_before_training(job: Job, loaded: Loaded, *, resumed: bool) -> dict[
 
 def _announce(job: Job, loaded: Loaded, inputs: Mapping[str, Task], *, before: bool) -> None:
     """Say how many evaluations there are, and how much each of them is: those of a base come along unseen."""
-    at_start = job.recipe.eval.model_copy(update={"at_start": before})
-    if told := evaluations_of(job.recipe.model_copy(update={"eval": at_start}), loaded.plan.steps):
+    if told := evaluations_of(job.recipe, loaded.plan.steps, at_start=before):
         job.say(f"evaluations: {told}; each of {told_work(inputs, job.world.size)}")
 
 
