@@ -226,13 +226,17 @@ def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
         yield Step(micro_batches, {})
 
 
+def _offloading(name: str, offload: Offload) -> Way:
+    return Way(name, partial(_ours, offload=offload), offload=offload)
+
+
 WAYS = (
     Way("recipe", _ours),
     Way("dense", partial(_ours, stand_in="dense"), "full"),
     Way("flex", partial(_ours, stand_in="flex")),
     Way("bare", partial(_ours, stand_in="bare"), "none"),
-    Way("ds-cpu", partial(_ours, offload=cpu_checkpointing), offload=cpu_checkpointing),
-    Way("ds-hidden", partial(_ours, offload=hidden_states_offload), offload=hidden_states_offload),
+    _offloading("ds-cpu", cpu_checkpointing),
+    _offloading("ds-hidden", hidden_states_offload),
     Way("plain", _plain, "full"),
     Way("hf", _hugging_face, "full"),
     Way("hf-bare", partial(_hugging_face, attention=False), "none"),
