@@ -111,7 +111,7 @@ def prepare(job: Job, resume: bool) -> Loaded:
     # transformers shows a progress bar for every folder it reads or writes; a run has its own.
     transformers.utils.logging.disable_progress_bar()
     recipe, world = job.recipe, job.world
-    world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, job.cleanup))
+    world.on_main(lambda: run_folder.prepare(job.output, recipe, resume, world.size, job.cleanup))
     job.progress.keep(job.output / LOG_FILE, job.cleanup)
     job.progress.relay(logging.getLogger("sparsetrain.data"), job.cleanup)
     check_machine(recipe, world.device, world.size)

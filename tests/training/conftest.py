@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from ports import free_port
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training import drafts
 from training.preloaded import Fork
@@ -313,6 +314,37 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return error
 
     return message
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """``no_model()``: from here on a run must be refused before it loads its model."""
+
+    def load_model(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    return lambda: monkeypatch.setattr("sparsetrain.training.run.load_model", load_model)
+
+
+@pytest.fixture
+def of_two_ranks() -> Callable[..., None]:
+    """``of_two_ranks(checkpoint, rows_per_step=2)``: make it one that two ranks wrote, of which the second holds no
+    part."""
+
+    def rewrite(checkpoint: Path, **changed: int) -> None:
+        def entry(name: str) -> dict[str, int | str]:
+            content = (checkpoint / name).read_bytes()
+            return {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+
+        state = json.loads((checkpoint / "state.json").read_text())
+        (checkpoint / "state.json").write_text(json.dumps(state | {"ranks": 2, **changed}))
+        save_file({}, checkpoint / "rank-00001.safetensors")
+        record = json.loads((checkpoint / "rank-00000.json").read_text())
+        (checkpoint / "rank-00001.json").write_text(json.dumps(record | {"file": entry("rank-00001.safetensors")}))
+        names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+        (checkpoint / "manifest.json").write_text(json.dumps({name: entry(name) for name in names}))
+
+    return rewrite
 
 
 @pytest.fixture

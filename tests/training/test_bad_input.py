@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -132,24 +130,11 @@ def test_a_model_folder_that_cannot_be_read(tmp_path, tiny, refused, checkpoint,
     assert str(checkpoint) in error
 
 
-def test_a_resume_on_other_ranks_that_would_change_the_batch(tmp_path, tiny, refused):
+def test_a_resume_on_other_ranks_that_would_change_the_batch(tmp_path, tiny, refused, of_two_ranks, no_model):
     arguments = ["train.global_batch_sequences=null", "train.steps=2", "--output", str(tmp_path / "run")]
     assert main(["run", str(tiny), *arguments]) == 0
-
-    def entry(name):
-        content = (checkpoint / name).read_bytes()
-        return {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
-
-    # As two ranks would leave it, of which the second holds no part.
-    checkpoint = tmp_path / "run/checkpoints/step-000002"
-    state = json.loads((checkpoint / "state.json").read_text())
-    state |= {"ranks": 2, "rows_per_step": 2, "data": state["data"] | {"row": 4}}
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    save_file({}, checkpoint / "rank-00001.safetensors")
-    record = json.loads((checkpoint / "rank-00000.json").read_text())
-    (checkpoint / "rank-00001.json").write_text(json.dumps(record | {"file": entry("rank-00001.safetensors")}))
-    names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
-    (checkpoint / "manifest.json").write_text(json.dumps({name: entry(name) for name in names}))
+    of_two_ranks(tmp_path / "run/checkpoints/step-000002", rows_per_step=2)
+    no_model()
     error = refused("run", str(tiny), *arguments, "--resume")
     assert "was written by 2 ranks with 2 rows per step, but this run of 1 has 1" in error
     assert "add train.global_batch_sequences=2" in error

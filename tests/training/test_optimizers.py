@@ -105,7 +105,9 @@ def test_a_resumed_run_has_the_same_state_bit_for_bit(tmp_path, tiny, run_folder
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_8_bit_states_of_another_division_are_refused_with_the_division(tmp_path, tiny, refused):
+def test_8_bit_states_of_another_division_are_refused_with_the_division(
+    tmp_path, tiny, refused, of_two_ranks, no_model
+):
     command = ["run", str(tiny), "train.optimizer={name: adamw_8bit, eps: 1e-3}", "checkpoint.export=false"]
     given = [*command, "--output", str(tmp_path / "run")]
     assert main([*given, "train.steps=2", "deepspeed.stage=2"]) == 0
@@ -113,6 +115,11 @@ def test_8_bit_states_of_another_division_are_refused_with_the_division(tmp_path
     told = refused(*given, "train.steps=3", other, "--resume")
     assert "step-000002 has 8-bit optimizer states" in told
     assert "resume on 1 rank with deepspeed.stage=2 and the same deepspeed.config" in told
+    # Another number of ranks divides them otherwise in any case, which is seen without a model.
+    of_two_ranks(tmp_path / "run/checkpoints/step-000002")
+    no_model()
+    told = refused(*given, "train.steps=3", "--resume")
+    assert "resume on 2 ranks with deepspeed.stage=2 and the same deepspeed.config" in told
 
 
 def test_muon_on_two_ranks_is_that_on_one_and_resumes_on_one(tmp_path, tiny, start, run_folder, halved):

@@ -181,7 +181,8 @@ def test_data_that_lies_elsewhere_must_be_the_same(finished, tiny, tmp_path, ref
     assert "restore the data of that run to resume it" in error
 
 
-def test_fewer_steps_than_were_taken(finished, tiny, refused):
+def test_fewer_steps_than_were_taken(finished, tiny, refused, no_model):
+    no_model()
     error = refused("run", str(tiny), "train.steps=4", "--output", str(finished), "--resume")
     assert "step-000006 is at step 6, but this run has only 4" in error
 

@@ -8,9 +8,9 @@ folder, :mod:`.saver` saves during training, and :mod:`.loading` restores.
 from __future__ import annotations
 
 from sparsetrain.training.checkpoints.content import recorded_recipe
-from sparsetrain.training.checkpoints.loading import load, read_weights
+from sparsetrain.training.checkpoints.loading import check_start, load, read_weights
 from sparsetrain.training.checkpoints.saver import Saver
 from sparsetrain.training.checkpoints.state import TrainState
 from sparsetrain.training.checkpoints.store import find, newest
 
-__all__ = ["Saver", "TrainState", "find", "load", "newest", "read_weights", "recorded_recipe"]
+__all__ = ["Saver", "TrainState", "check_start", "find", "load", "newest", "read_weights", "recorded_recipe"]

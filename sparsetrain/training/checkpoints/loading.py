@@ -13,14 +13,38 @@ from safetensors import SafetensorError
 from sparsetrain.counted import counted
 from sparsetrain.data import RowStream
 from sparsetrain.errors import CheckpointError
-from sparsetrain.recipe import BatchPlan
+from sparsetrain.recipe import BatchPlan, Recipe, plan_batch
+from sparsetrain.recipe.batch import batch_shape
 from sparsetrain.training.checkpoints import engine_state
-from sparsetrain.training.checkpoints.files import PieceReader
+from sparsetrain.training.checkpoints.files import BLOCKWISE, PieceReader
 from sparsetrain.training.checkpoints.manifest import STATE, rank_file, tensor_files
 from sparsetrain.training.checkpoints.optimizer_state import OtherDivision
 from sparsetrain.training.checkpoints.schema import RankFile, StateFile, read
 from sparsetrain.training.checkpoints.state import TrainState, draw_random_state, set_random_state
 from sparsetrain.world import World
+
+
+def check_start(checkpoint: Path, before: Recipe, recipe: Recipe, ranks: int) -> None:
+    """Refuse what :func:`load` would, as far as the recipes and the metadata show it: before a model is loaded.
+
+    Args:
+        before: The recipe of the run that wrote the checkpoint.
+        recipe: That of this run.
+        ranks: The number of ranks of this run.
+
+    Raises:
+        CheckpointError: The checkpoint is of another batch, is beyond the steps of this run, or has 8-bit states of
+            another number of ranks.
+        RecipeError: The batch or the warmup does not fit this run.
+    """
+    saved = read(checkpoint / STATE, StateFile)
+    _check_rows(checkpoint, saved, ranks, batch_shape(recipe, ranks).global_batch_sequences)
+    if recipe.train.epochs is None:  # whose number of steps is known only with the data
+        _check_steps(checkpoint, saved, plan_batch(recipe, ranks).steps)
+    if saved.ranks != ranks:
+        reader = PieceReader(tensor_files(checkpoint))
+        if any(reader.names(kind) for kind in BLOCKWISE):
+            raise _other_division(checkpoint, saved, before.deepspeed.stage)
 
 
 def load(
@@ -55,15 +79,14 @@ def load(
     """
     try:
         saved = read(checkpoint / STATE, StateFile)
-        _check_plan(checkpoint, saved, world, plan)
+        _check_rows(checkpoint, saved, world.size, plan.global_batch_sequences)
+        _check_steps(checkpoint, saved, plan.steps)
+        if saved.tokens > saved.step * plan.tokens_per_step:
+            raise ValueError(f"it counts {saved.tokens:,} tokens, more than {counted(saved.step, 'step')} can have")
         try:
             engine_state.fill(engine, PieceReader(tensor_files(checkpoint)))
         except OtherDivision as error:
-            raise CheckpointError(
-                f"{checkpoint} has 8-bit optimizer states, scaled by blocks of 256 weights of a rank, and this run "
-                f"divides the weights otherwise; resume on {counted(saved.ranks, 'rank')} with deepspeed.stage={stage} "
-                "and the same deepspeed.config"
-            ) from error
+            raise _other_division(checkpoint, saved, stage) from error
         engine_state.set_counters(engine, saved.engine, saved.loss_scale)
         rows.load_state_dict(saved.data)
         if rows.given != saved.step * saved.rows_per_step:
@@ -86,20 +109,28 @@ def load(
         ) from error
 
 
-def _check_plan(checkpoint: Path, saved: StateFile, world: World, plan: BatchPlan) -> None:
-    rows = plan.global_batch_sequences
+def _check_rows(checkpoint: Path, saved: StateFile, ranks: int, rows: int) -> None:
     if saved.rows_per_step != rows:
         raise CheckpointError(
             f"{checkpoint} was written by {counted(saved.ranks, 'rank')} with {counted(saved.rows_per_step, 'row')} "
-            f"per step, but this run of {world.size} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
+            f"per step, but this run of {ranks} has {rows}; add train.global_batch_sequences={saved.rows_per_step}"
         )
-    if saved.step > plan.steps:
+
+
+def _check_steps(checkpoint: Path, saved: StateFile, steps: int) -> None:
+    if saved.step > steps:
         raise CheckpointError(
-            f"{checkpoint} is at step {saved.step}, but this run has only {counted(plan.steps, 'step')}; raise "
+            f"{checkpoint} is at step {saved.step}, but this run has only {counted(steps, 'step')}; raise "
             f"train.steps (or epochs, or tokens) to at least that, or delete the checkpoint"
         )
-    if saved.tokens > saved.step * plan.tokens_per_step:
-        raise ValueError(f"it counts {saved.tokens:,} tokens, more than {counted(saved.step, 'step')} can have")
+
+
+def _other_division(checkpoint: Path, saved: StateFile, stage: int) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} has 8-bit optimizer states, scaled by blocks of 256 weights of a rank, and this run "
+        f"divides the weights otherwise; resume on {counted(saved.ranks, 'rank')} with deepspeed.stage={stage} "
+        "and the same deepspeed.config"
+    )
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:

@@ -38,14 +38,16 @@ NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LAT
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "numpy", "wandb")
 
 
-def prepare(folder: Path, recipe: Recipe, resumed: bool, cleanup: ExitStack) -> None:
+def prepare(folder: Path, recipe: Recipe, resumed: bool, ranks: int, cleanup: ExitStack) -> None:
     """Create the run folder, or check that it holds the run to be resumed, and lock it.
 
     Args:
+        ranks: The number of ranks of this run.
         cleanup: Closing it releases the lock.
 
     Raises:
-        CheckpointError: The folder holds another run, another process uses it, or it cannot be written.
+        CheckpointError: The folder holds another run, or one that cannot be resumed so; another process uses it; or it
+            cannot be written.
     """
     try:
         refuse_inside(folder)
@@ -53,7 +55,7 @@ def prepare(folder: Path, recipe: Recipe, resumed: bool, cleanup: ExitStack) -> 
         _check_kinds(folder)
         _lock_folder(folder, cleanup)
         if resumed:
-            _check_resumed(folder, recipe)
+            _check_resumed(folder, recipe, ranks)
             return
         refuse_over(folder, recipe)
         describe(folder, recipe)
@@ -153,11 +155,12 @@ def read_history(folder: Path) -> list[str]:
         return []
 
 
-def _check_resumed(folder: Path, recipe: Recipe) -> None:
-    """Refuse changes of the recipe that can be detected before anything is loaded."""
+def _check_resumed(folder: Path, recipe: Recipe, ranks: int) -> None:
+    """Refuse changes of the recipe and of the ranks that can be detected before anything is loaded."""
     newest, skipped = checkpoints.newest(folder / "checkpoints")
     if newest is not None:
-        resume(folder, newest, recipe)
+        before = resume(folder, newest, recipe).before
+        checkpoints.check_start(newest, before, recipe, ranks)
         return
     refuse_to_start_over(folder, skipped)
     if METRICS_FILE in of_a_run(folder) and (folder / "recipe.yaml").is_file():
