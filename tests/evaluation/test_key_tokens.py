@@ -14,11 +14,11 @@ from rich.console import Console
 from sparsetrain.data import passkey_prompt
 from sparsetrain.errors import DataError, ModelError, RecipeError
 from sparsetrain.evaluation.journal import digest
-from sparsetrain.evaluation.report import print_results
+from sparsetrain.evaluation.report import print_results, read_results, write_report
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.evaluation.tasks.key_tokens import KeyTokens, KeyTokensSection
-from sparsetrain.evaluation.text.key_tokens import KeyTokensResult, pack, unpack
+from sparsetrain.evaluation.text.key_tokens import Choice, KeyTokensResult, pack, unpack
 from sparsetrain.inference.models import find_model
 from sparsetrain.modeling import sparsify
 from sparsetrain.randomness import generator
@@ -176,14 +176,42 @@ def test_another_model_can_choose_them(tiny_model, byte_tokenizer, text, tmp_pat
         measured(tiny_model, byte_tokenizer, task(text, key_tokens_from="sparsetrain:tiny"))
 
 
-def test_a_text_without_key_tokens_has_no_perplexity_of_them(tiny_model, byte_tokenizer, text):
-    result = measured(tiny_model, byte_tokenizer, task(text, alpha=50.0))
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"alpha": 50.0}, "no token gains more than 50 nats from the long context"),
+        ({"beta": -1e-9}, "no token that gains more than 0.05 nats has a log-likelihood above -1e-09"),
+    ],
+)
+def test_a_text_without_key_tokens_has_no_perplexity_of_them_and_says_why(
+    tiny_model, byte_tokenizer, text, tmp_path, settings, why
+):
+    section = task(text, **settings)
+    result = measured(tiny_model, byte_tokenizer, section)
     assert result.metrics().keys() == {"/200/others", "/200/share"}
     assert math.isnan(result.score())
-    report = KeyTokensResult.report({"full": result})
-    assert report.rows[1] == ["full", "-", "itself"]
     assert KeyTokensResult.drawing("key_tokens", {"full": result}, None) is None
-    assert KeyTokensResult.model_validate_json(result.model_dump_json()) == result
+    first = EvalResult(tasks={"key_tokens": result})
+    later = measured(tiny_model, byte_tokenizer, section, first=first)
+    assert later.chosen_by == "the first row"
+    results = {"full": first, "later": EvalResult(tasks={"key_tokens": later})}
+
+    console = Console(width=160, record=True)
+    print_results(results, console)
+    printed = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert {"full none itself", "later none full"} <= set(printed)
+    assert [line for line in printed if why in line] == [f"full 200 48 to 63 0 356 0.00% {why}"]
+    assert KeyTokensResult.report({"alone": later}).details["Key tokens"][1][0::6] == ["the first row", why]
+    report = write_report(results, tmp_path, title="A run").read_text()
+    assert f"| 0.00% | {why} |" in report
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [written[label]["tasks"]["key_tokens"]["left_out"] for label in results] == [{"200": why}] * 2
+    assert read_results(tmp_path) == results
+
+
+def test_losses_that_are_no_numbers_have_no_key_tokens_for_that_reason():
+    choice = Choice(short=48, stride=16, alpha=2.0, beta=-2.0)
+    assert choice.none_because(np.full(3, np.nan), np.ones(3)) == "no loss is a number"
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ class KeyTokens(BatchedTask):
         )
         self.choice = Choice(short=section.short, stride=section.stride, alpha=section.alpha, beta=section.beta)
         self._known: dict[int, np.ndarray] = {}
+        self._left_out: dict[int, str] = {}
         self._chooser: Any = None
 
     def follow(self, first: TaskResult) -> None:
@@ -150,6 +151,7 @@ class KeyTokens(BatchedTask):
         ):
             counts = {length: len(windows.scored) for length, windows in self.windows["long"].items()}
             self._known = {length: unpack(packed, counts[length]) for length, packed in first.chosen.items()}
+            self._left_out = first.left_out
 
     def batches(self) -> dict[str, list[Part]]:
         """Rows of long windows; and where key tokens are not known, those that they are chosen by."""
@@ -170,7 +172,7 @@ class KeyTokens(BatchedTask):
 
         self._chooser = None
         by = self.section.key_tokens_from
-        key, others, packed = {}, {}, {}
+        key, others, packed, left_out = {}, {}, {}, dict(self._left_out)
         for length in self.windows["long"]:
             losses = joined_losses(records[_group(length, "long", None)])
             if self._known:
@@ -178,6 +180,8 @@ class KeyTokens(BatchedTask):
             else:
                 long, short = (joined_losses(records[_group(length, context, by)]) for context in ("long", "short"))
                 picked = self.choice.of(long, short)
+                if not picked.any():
+                    left_out[length] = self.choice.none_because(long, short)
             packed[length] = pack(picked)
             key[length], others[length] = Losses.of(losses[picked]), Losses.of(losses[~picked])
         return KeyTokensResult(
@@ -188,6 +192,7 @@ class KeyTokens(BatchedTask):
             others=others,
             chosen={} if self._known else packed,
             digest=digest(list(packed.values())),
+            left_out=left_out,
         )
 
     def _parts(self, context: Literal["long", "short"], by: str | None) -> dict[str, list[Part]]:

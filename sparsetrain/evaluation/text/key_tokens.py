@@ -45,6 +45,17 @@ class Choice(BaseModel):
         chosen: np.ndarray = (short - long > self.alpha) & (-long > self.beta)
         return chosen
 
+    def none_because(self, long: np.ndarray, short: np.ndarray) -> str:
+        """Why :meth:`of` chooses none of these tokens."""
+        import numpy as np
+
+        gained = short - long
+        if np.isnan(gained).all():
+            return "no loss is a number"
+        if not (gained > self.alpha).any():
+            return f"no token gains more than {self.alpha:g} nats from the long context"
+        return f"no token that gains more than {self.alpha:g} nats has a log-likelihood above {self.beta:g}"
+
 
 class KeyTokensResult(TaskResult):
     """Losses on the key tokens of a text, and on its other tokens behind as many tokens, at each length."""
@@ -64,6 +75,8 @@ class KeyTokensResult(TaskResult):
     """The key tokens among those, packed (:func:`pack`); empty where they are those of the first row."""
     digest: str
     """Equal for equal key tokens."""
+    left_out: dict[int, str] = {}
+    """Lengths that have no LongPPL because they have no key tokens, and why they have none."""
 
     def metrics(self) -> dict[str, float]:
         """LongPPL at each length, and beside it the perplexity of other tokens and the share of key tokens. A length
@@ -175,16 +188,17 @@ def _choosers(results: Mapping[str, KeyTokensResult]) -> dict[str, str]:
 
 
 def _counts(results: Mapping[str, KeyTokensResult]) -> Rows:
-    """How many key tokens there are, a row for each that chose some."""
-    rows: Rows = [["chosen by", "window", "short context", "key tokens", "of", "share"]]
+    """How many key tokens there are, a row for each choice; and why, where it found none."""
+    names = _choosers(results)
+    lacking = any(result.left_out for result in results.values())
+    rows: Rows = [["chosen by", "window", "short context", "key tokens", "of", "share", "why none"][: 6 + lacking]]
     for label, result in results.items():
-        if result.chosen_by == FIRST:
-            continue
+        by = label if result.chosen_by == ITSELF else names[label]
         for length, key in result.key.items():
-            by = label if result.chosen_by == ITSELF else result.chosen_by
             most = result.choice.short + result.choice.stride - 1
             tokens = [f"{key.tokens:,}", f"{key.tokens + result.others[length].tokens:,}"]
             row = [by, f"{length:,}", f"{result.choice.short:,} to {most:,}", *tokens, f"{result.share(length):.2%}"]
+            row += [result.left_out.get(length, "")] if lacking else []
             rows += [] if row in rows else [row]
     return rows
 
@@ -207,4 +221,7 @@ def _at(result: KeyTokensResult, *, part: Literal["key", "others"], length: int)
 
 
 def _perplexity(losses: Losses | None) -> str:
-    return "-" if losses is None or not losses.tokens else significant(losses.perplexity())
+    """``-`` where it was not measured, and ``none`` where no token is of this kind."""
+    if losses is None:
+        return "-"
+    return significant(losses.perplexity()) if losses.tokens else "none"
