@@ -397,7 +397,10 @@ def check_model(recipe: Recipe) -> Finding:
 
 def check_disk(recipe: Recipe) -> Finding:
     """Room for what a run writes: its checkpoints, one more than is kept, and the trained model."""
-    folder = existing_part(Path(recipe.output or "runs").absolute())
+    output = Path(recipe.output or "runs").absolute()
+    if (fault := folder_fault(output)) is not None:
+        return Finding("fail", "disk", f"{fault}, and the run folder is {output}", "choose another with output=...")
+    folder = existing_part(output)
     free = shutil.disk_usage(folder).free
     room = room_of(recipe)
     if room is None:

@@ -369,6 +369,7 @@ def test_needless_warnings_of_other_libraries_are_left_out_and_others_are_not(ca
         assert [bool(logger.filter(record)) for record in records] == [False, True]
 
 
+NOWHERE = "nothing can be written in /proc (No such file or directory)"
 WRONG = [
     (["generate", "sparsetrain:tiny", "--file", "-"], "--file -: standard input is closed or empty"),
     (["generate", "sparsetrain:tiny", "--file", "empty.txt"], "--file empty.txt: the file is empty"),
@@ -382,6 +383,12 @@ WRONG = [
     (["calibrate", "sparsetrain:tiny", "--data", "no.txt"], "--data no.txt: cannot be read"),
     (["compare-decode", "sparsetrain:tiny", "owl"], "there is no recipe owl"),
     (["export", "none", "out"], "none is not a run folder (it has no recipe.yaml)"),
+    (["export", "run", "/proc/x"], f"cannot write /proc/x: {NOWHERE}"),
+    (["export", "run", "run"], "run exists already and is not an empty folder"),
+    (["run", "quickstart", "--output", "/proc/x"], f"cannot write the run folder /proc/x: {NOWHERE}"),
+    (["run", "quickstart", "--output", "/proc/x", "--resume"], f"cannot write the run folder /proc/x: {NOWHERE}"),
+    (["bench", "decode", "--output", "/proc/x"], f"--output /proc/x: {NOWHERE}"),
+    (["bench", "decode", "--output=/proc/x"], f"--output /proc/x: {NOWHERE}"),
     (["train", "my.yaml"], "there is no command train; this is `sparsetrain run`"),
     (
         ["data", "preview", "empty.txt"],
@@ -403,6 +410,8 @@ for command in json.loads(sys.argv[1]):
 @pytest.mark.parametrize("stdin", ["</dev/null", "<&-"], ids=["empty", "closed"])
 def test_what_a_command_line_has_wrong_is_said_before_torch_is_imported(stdin, tmp_path):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "run/final").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").touch()
     (tmp_path / "said.py").write_text(REFUSED_WITHOUT_TORCH)
     wrong = WRONG if stdin == "</dev/null" else WRONG[:1]
     command = shlex.join([sys.executable, "said.py", json.dumps([arguments for arguments, _ in wrong])])

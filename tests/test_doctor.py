@@ -202,6 +202,12 @@ def test_disk_room_is_what_the_checkpoints_take(monkeypatch, recipe, dtype, keep
         assert "0.6B parameters (by its name)" in finding.found
 
 
+def test_a_run_folder_that_cannot_be_written_is_named(recipe):
+    finding = doctor.check_disk(recipe("output=/proc/x"))
+    assert (finding.status, finding.fix) == ("fail", "choose another with output=...")
+    assert finding.found.startswith("nothing can be written in /proc (No such file or directory), and the run folder")
+
+
 @pytest.mark.parametrize(
     ("optimizer", "overrides", "saved"),
     [

@@ -39,8 +39,19 @@ class Cases(TyperGroup):
         if name is not None and found is not None:
             from sparsetrain.bench.cli import command
 
+            _try_output(rest)
             found = _command(name, command(importlib.import_module(f"sparsetrain.bench.cases.{name}")))
         return name, found, rest
+
+
+def _try_output(arguments: list[str]) -> None:
+    """Refuse an ``--output`` that cannot be written before the benchmark is imported, which takes seconds."""
+    from sparsetrain.bench.options import check_folder
+
+    for index, argument in enumerate(arguments):
+        flag, given, folder = argument.partition("=")
+        if flag == "--output" and (given or arguments[index + 1 :]):
+            check_folder(Path(folder if given else arguments[index + 1]))
 
 
 def _command(name: str, function: Callable[..., None], text: str | None = None) -> Any:

@@ -172,7 +172,7 @@ def test_a_dtype_that_the_device_does_not_train(multiplies_fp16, tmp_path, tiny,
 def test_a_folder_below_a_file(tmp_path, tiny, refused):
     (tmp_path / "file").touch()
     error = refused("run", str(tiny), "--output", str(tmp_path / "file/run"))
-    assert f"cannot write the run folder {tmp_path}/file/run: Not a directory" in error
+    assert f"cannot write the run folder {tmp_path}/file/run: nothing can be written in {tmp_path}/file (Not a" in error
 
 
 def test_a_folder_that_is_read_only(tmp_path, tiny, refused):

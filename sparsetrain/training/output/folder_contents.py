@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from sparsetrain.durable import folder_fault
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.base import PICTURES_OF_A_RUN
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
@@ -30,6 +31,10 @@ WRITTEN = (
 """Files that a run would overwrite, besides the pictures of its evaluation tasks."""
 UNFINISHED = re.compile(r".*\.(tmp|part|partial)")
 """Remains of interrupted processes, which are written again."""
+PARTIAL = ".partial"
+"""The subfolder in which an export is written until it is complete. The target folder itself may be a mount."""
+MARK = ".sparsetrain-export"
+"""The first file written there. It marks the remains of an interrupted export, which may be removed."""
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -38,13 +43,14 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
-    """Call :func:`refuse_inside` and :func:`refuse_over` before anything is loaded or locked.
+    """Call :func:`refuse_inside` and :func:`refuse_over` before anything is loaded or locked, and try to write.
 
-    An unreadable folder is reported later, when it is locked; so is another process in it to one rank of several, which
-    may be rank 0 of the same run.
+    Another process in the folder is reported later, when it is locked, to one rank of several, which may be rank 0 of
+    the same run.
 
     Raises:
-        CheckpointError: The folder is refused; names what it holds, or the run that it belongs to.
+        CheckpointError: The folder is refused; names what it holds, the run that it belongs to, or why nothing can be
+            written in it.
     """
     with contextlib.suppress(OSError):
         refuse_inside(folder)
@@ -53,10 +59,13 @@ def refuse_early(folder: Path, recipe: Recipe, resumed: bool) -> None:
                 refuse_over(folder, recipe)
         elif "RANK" not in os.environ:
             raise CheckpointError(in_use(folder))
+    if (fault := folder_fault(folder)) is not None:
+        raise CheckpointError(f"cannot write the run folder {folder}: {fault}; choose another folder with output=...")
 
 
 def check_finished(run: Path, out: Path) -> None:
-    """Refuse to export a folder that is not of a finished run, or to a format that there is none for.
+    """Refuse to export a folder that is not of a finished run, to a format that there is none for, or to a place where
+    no new folder can be filled.
 
     Args:
         out: What the export is to be.
@@ -77,6 +86,7 @@ def check_finished(run: Path, out: Path) -> None:
         raise CheckpointError(
             f"{run} has no final/: the run has not finished, or checkpoint.export was off; continue it with --resume"
         )
+    _check_place(run, out)
 
 
 def in_use(folder: Path) -> str:
@@ -169,6 +179,20 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(number)
     return False
+
+
+def _check_place(run: Path, out: Path) -> None:
+    for folder in (run / "final", run / "checkpoints"):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{out} lies in {folder}, which belongs to the run; give a folder outside of it")
+    if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+        raise CheckpointError(f"{out} exists already and is not an empty folder; give another name")
+    partial = out / PARTIAL
+    empty = partial.is_dir() and not any(partial.iterdir())
+    if partial.is_symlink() or (partial.exists() and not empty and not (partial / MARK).is_file()):
+        raise CheckpointError(f"{partial} was not left by an export; move it away, or give another name")
+    if (fault := folder_fault(out)) is not None:
+        raise CheckpointError(f"cannot write {out}: {fault}; give a folder that can be written")
 
 
 def _entries(folder: Path) -> list[Path]:

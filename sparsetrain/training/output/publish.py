@@ -21,7 +21,7 @@ from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files
 from sparsetrain.recipe import Recipe, load_recipe
 from sparsetrain.training.output.convert import convert
-from sparsetrain.training.output.folder_contents import check_finished
+from sparsetrain.training.output.folder_contents import MARK, PARTIAL, check_finished
 from sparsetrain.training.output.merge import write_merged
 from sparsetrain.training.output.model_card import model_card
 from sparsetrain.training.output.public_recipe import lies_here, name_base
@@ -29,10 +29,6 @@ from sparsetrain.training.output.public_recipe import lies_here, name_base
 CARD = "README.md"
 ALSO_DESCRIBED = ("tokenizer.json", "generation_config.json")
 """Optional files of a model."""
-PARTIAL = ".partial"
-"""The subfolder in which an export is written until it is complete. The target folder itself may be a mount."""
-MARK = ".sparsetrain-export"
-"""The first file written there. It marks the remains of an interrupted export, which may be removed."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,6 @@ def check_export(run: Path, out: Path, export: Export) -> Recipe:
             f"--push {export.repository}: the adapters need their base {base}, a folder of this machine; give its Hub "
             "id with --base, or add --merge"
         )
-    _check_place(run, out)
     return recipe
 
 
@@ -141,18 +136,6 @@ def _fault(final: Path, adapters: bool) -> str | None:
         except (OSError, SafetensorError) as error:
             return f"{name} cannot be read ({error})"
     return None
-
-
-def _check_place(run: Path, out: Path) -> None:
-    for folder in (run / "final", run / "checkpoints"):
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{out} lies in {folder}, which belongs to the run; give a folder outside of it")
-    if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
-        raise CheckpointError(f"{out} exists already and is not an empty folder; give another name")
-    partial = out / PARTIAL
-    empty = partial.is_dir() and not any(partial.iterdir())
-    if partial.is_symlink() or (partial.exists() and not empty and not (partial / MARK).is_file()):
-        raise CheckpointError(f"{partial} was not left by an export; move it away, or give another name")
 
 
 @contextmanager
