@@ -389,6 +389,10 @@ WRONG = [
     (["run", "quickstart", "--output", "/proc/x", "--resume"], f"cannot write the run folder /proc/x: {NOWHERE}"),
     (["bench", "decode", "--output", "/proc/x"], f"--output /proc/x: {NOWHERE}"),
     (["bench", "decode", "--output=/proc/x"], f"--output /proc/x: {NOWHERE}"),
+    (["report", "none"], "none is not a run folder (no such folder)"),
+    (["report", "run", "--output", "empty.txt"], "empty.txt exists already and is no page of sparsetrain"),
+    (["report", "/proc"], f"/proc: {NOWHERE}; name a file of another folder with --output"),
+    (["compare", "run", "none"], "none is not a run folder (no such folder)"),
     (["train", "my.yaml"], "there is no command train; this is `sparsetrain run`"),
     (
         ["data", "preview", "empty.txt"],

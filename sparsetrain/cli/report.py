@@ -9,6 +9,8 @@ import typer
 
 from sparsetrain.cli.arguments import check_place
 from sparsetrain.cli.completion import complete_run
+from sparsetrain.durable import folder_fault
+from sparsetrain.errors import DataError
 
 
 def report(
@@ -34,8 +36,10 @@ def report(
     """
     if output is not None:
         check_place(output)
+    elif run_folder.is_dir() and (fault := folder_fault(run_folder)) is not None:
+        raise DataError(f"{run_folder}: {fault}; name a file of another folder with --output")
     from sparsetrain.evaluation.html.page import write_page
-    from sparsetrain.training.output.run_folder import read_history
+    from sparsetrain.training.changes import read_history
 
     print(write_page(run_folder, out=output, history=read_history(run_folder)))
 

@@ -1,16 +1,27 @@
-"""Which settings of a recipe may change when a run is resumed: none on which the meaning of its checkpoint depends."""
+"""Which settings of a recipe may change when a run is resumed: none on which the meaning of its checkpoint depends.
+
+It does not import torch, so that a page of a run needs none.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sparsetrain.durable import read_bytes
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.recipe.batch import steps_of_warmup
-from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.schedule import peak_lr, share_of_peak
+
+if TYPE_CHECKING:
+    from sparsetrain.training.checkpoints import TrainState
+
+HISTORY_FILE = "history.json"
+"""The file with the changes made when the run was resumed."""
 
 FREE = (
     "name",
@@ -95,6 +106,14 @@ def may_change(key: str) -> bool:
 def describe_change(line: dict[str, Any]) -> str:
     """A history entry as text."""
     return f"from step {line['step'] + 1} on, {Change(line['key'], line['before'], line['after'])}"
+
+
+def read_history(folder: Path) -> list[str]:
+    """The changes made when a folder's run was resumed, one line each; empty if there is no readable record."""
+    try:
+        return [describe_change(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def changes(before: Recipe, after: Recipe, *, balanced: bool = False) -> tuple[list[Change], list[str]]:

@@ -9,6 +9,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.pictures import loss_curve
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.recipe import load_recipe
+from sparsetrain.training.changes import read_history
 from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.model_card import _versions
 from sparsetrain.training.output.tracking import Tracker, _step_of
@@ -19,7 +20,7 @@ def test_pipes_are_not_waited_for(tmp_path):
         os.mkfifo(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"evaluation\.json"):
         read_results(tmp_path)
-    assert run_folder.read_history(tmp_path) == []
+    assert read_history(tmp_path) == []
     assert "versions that are not known" in _versions(tmp_path)
     with ExitStack() as cleanup:
         run_folder._lock_folder(tmp_path, cleanup)
@@ -54,5 +55,5 @@ def test_a_lock_that_is_a_link_empties_nothing(tmp_path):
 
 def test_records_nested_without_end_are_damaged(tmp_path):
     (tmp_path / "history.json").write_text("[" * 200_000)
-    assert run_folder.read_history(tmp_path) == []
+    assert read_history(tmp_path) == []
     assert _step_of("[" * 200_000) == float("inf")

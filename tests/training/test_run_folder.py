@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from sparsetrain.cli import main
-from sparsetrain.training.changes import changes
-from sparsetrain.training.output.run_folder import read_history
+from sparsetrain.training.changes import changes, read_history
 
 
 @pytest.fixture

@@ -89,10 +89,19 @@ class Page:
             CheckpointError: the file is there and is no page of ours.
             OSError: it cannot be written.
         """
-        if file.exists() and not (file.is_file() and OURS in file.read_bytes()[:1000]):
-            raise CheckpointError(f"{file} exists already and is no page of sparsetrain; name another file")
+        refuse_over(file)
         write_whole(file, self.html())
         return file
+
+
+def refuse_over(file: Path) -> None:
+    """Refuse to write a page over anything but an earlier page.
+
+    Raises:
+        CheckpointError: the file is there and is no page of ours.
+    """
+    if file.exists() and not (file.is_file() and OURS in file.read_bytes()[:1000]):
+        raise CheckpointError(f"{file} exists already and is no page of sparsetrain; name another file")
 
 
 def size(count: float) -> str:

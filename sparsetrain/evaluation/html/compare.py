@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsetrain.counted import counted
 from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.curve_panels import draw_curves, draw_layers
-from sparsetrain.evaluation.html.blocks import Page, Section, Table, short_labels
+from sparsetrain.evaluation.html.blocks import Page, Section, Table, refuse_over, short_labels
 from sparsetrain.evaluation.html.page import facts, plain, spread
 from sparsetrain.evaluation.html.record import RunRecord, read_run
 from sparsetrain.evaluation.html.svg import picture
@@ -38,7 +38,9 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     for index, place in enumerate(places):
         if place in places[:index]:
             raise CheckpointError(f"{folders[index]} is given twice; give each run folder once")
-    return comparison(_named([read_run(folder) for folder in folders])).write(out)
+    runs = _named([read_run(folder) for folder in folders])
+    refuse_over(out)  # before anything is drawn
+    return comparison(runs).write(out)
 
 
 def comparison(runs: Runs) -> Page:

@@ -12,7 +12,7 @@ from sparsetrain.errors import SparsetrainError
 from sparsetrain.evaluation.attention_panels import draw_mask, draw_reach
 from sparsetrain.evaluation.base import LossMarks
 from sparsetrain.evaluation.curve_panels import draw_curves, draw_layers, draw_loss
-from sparsetrain.evaluation.html.blocks import Page, Section, Table, significant, size
+from sparsetrain.evaluation.html.blocks import Page, Section, Table, refuse_over, significant, size
 from sparsetrain.evaluation.html.record import RunRecord, read_run
 from sparsetrain.evaluation.html.svg import picture
 from sparsetrain.evaluation.html.tasks import task_sections
@@ -39,7 +39,9 @@ def write_page(folder: Path, *, out: Path | None = None, history: Sequence[str] 
         CheckpointError: the folder is not a run's, or the file is there and is no page of ours.
         OSError: the file cannot be written.
     """
-    return run_page(read_run(folder), history).write(out or folder / PAGE_FILE)
+    record, file = read_run(folder), out or folder / PAGE_FILE
+    refuse_over(file)  # before anything is drawn
+    return run_page(record, history).write(file)
 
 
 def run_page(record: RunRecord, history: Sequence[str] = ()) -> Page:

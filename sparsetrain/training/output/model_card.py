@@ -18,8 +18,9 @@ from sparsetrain.recipe.describe import attention_facts
 from sparsetrain.recipe.local_model import OWN_MODELS
 from sparsetrain.recipe.yaml_source import dump_yaml
 from sparsetrain.source_section import DataSource
+from sparsetrain.training.changes import read_history
 from sparsetrain.training.output.public_recipe import lies_here, public_recipe, without_places
-from sparsetrain.training.output.run_folder import label_at_end, read_history
+from sparsetrain.training.output.run_folder import label_at_end
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

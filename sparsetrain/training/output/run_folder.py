@@ -20,18 +20,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.durable import read_bytes, write_whole
+from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError, RecipeError
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training import checkpoints
-from sparsetrain.training.changes import Change, Resumption, changes, describe_change
+from sparsetrain.training.changes import HISTORY_FILE, Change, Resumption, changes
 from sparsetrain.training.checkpoints.store import LATEST
 from sparsetrain.training.output.folder_contents import LOCK_FILE, in_use, listed, of_a_run, refuse_inside, refuse_over
 from sparsetrain.training.output.tracking import METRICS_FILE
 
-HISTORY_FILE = "history.json"
-"""The file with the changes made when the run was resumed."""
 AFTER = ", after"
 NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LATEST}")
 """Files that a run must be able to write."""
@@ -145,14 +143,6 @@ def describe(folder: Path, recipe: Recipe, history: Sequence[dict[str, Any]] = (
     write_whole(folder / "environment.json", json.dumps(environment(), indent=1))
     if history:
         write_whole(folder / HISTORY_FILE, json.dumps(list(history), indent=1))
-
-
-def read_history(folder: Path) -> list[str]:
-    """The changes made when a folder's run was resumed, one line each; empty if there is no readable record."""
-    try:
-        return [describe_change(line) for line in json.loads(read_bytes(folder / HISTORY_FILE))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
 
 
 def _check_resumed(folder: Path, recipe: Recipe, ranks: int) -> None:
