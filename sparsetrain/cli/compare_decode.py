@@ -42,7 +42,7 @@ def compare_decode(
     task: Annotated[
         str | None,
         typer.Option(
-            help="The task of eval.tasks, where several have answers: recall or passkey, or its label.",
+            help="The task of eval.tasks, where several have answers: recall, passkey or multi_turn, or its label.",
             show_default=False,
         ),
     ] = None,
@@ -96,9 +96,9 @@ def compare_decode(
 ) -> None:
     """Compare decode settings with full attention, a window and oracles, at equal bytes read.
 
-    The model answers a task of the recipe's eval section (recall or passkey) under each setting: as published, and with
-    as many keys as a budget of bytes allows. Prompts are read with full attention; the end of the question and the
-    answer one by one. The oracles choose by the true softmax weights.
+    The model answers a task of the recipe's eval section (recall, passkey or multi_turn) under each setting: as
+    published, and with as many keys as a budget of bytes allows. Prompts are read with full attention; the end of the
+    question and the answer one by one. The oracles choose by the true softmax weights.
 
     \b
     Examples:
@@ -212,12 +212,12 @@ def _choose(tasks: dict[str, Task], name: str | None, recipe: Any) -> tuple[str,
         return next(iter(able.items()))
     if name is not None:
         raise RecipeError(
-            f"--task {name}: {recipe} has no task of that name with answers (recall or passkey); leave --task out to "
-            "take the one that has, or to be told their names"
+            f"--task {name}: {recipe} has no task of that name with answers (recall, passkey or multi_turn); leave "
+            "--task out to take the one that has, or to be told their names"
         )
     if able:
         raise RecipeError(f"{recipe} has several tasks with answers; name one of {', '.join(able)} with --task")
-    raise RecipeError(f"{recipe} has no task with answers; give eval.tasks one: recall or passkey")
+    raise RecipeError(f"{recipe} has no task with answers; give eval.tasks one: recall, passkey or multi_turn")
 
 
 def _table(title: str, cells: list[list[str]]) -> Table:

@@ -87,7 +87,9 @@ class Measured:
     found: list[float] = field(default_factory=list)
     """Share of right answers of each document."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens written from the answer on, of each document with one answer."""
+    """Tokens written from the answer on, with the one that ends it, of each document with one answer."""
+    ended: list[bool] = field(default_factory=list)
+    """Whether the model ended these."""
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Of each layer, fp64 ``[7]``: sums over the steps of all documents of the fields of
     :class:`~sparsetrain.generation.measured.Step`, in the mean over heads, and the number of steps."""
@@ -97,6 +99,12 @@ class Measured:
         chosen = [self.layers[layer]] if layer is not None else [*self.layers.values()]
         total = torch.stack(chosen).sum(0)
         return float(total[Step._fields.index(name)] / total[-1])
+
+    def ended_length(self, *, right: bool) -> float | None:
+        """The mean of :attr:`lengths` over the right or the wrong answers that the model ended; None without any."""
+        texts = zip(self.lengths, self.ended, self.found, strict=True)
+        chosen = [length for length, ended, found in texts if ended and (found == 1) == right]
+        return sum(chosen) / len(chosen) if chosen else None
 
 
 class _Dictated(LogitsProcessor):
@@ -229,6 +237,7 @@ class Answerer:
             measured.found.append(question.found(text))
             if self._single:
                 measured.lengths.append(len(text) - min(question.answers))
+                measured.ended.append(text[-1] in self._ends)
         # A text's last token is read for the others of the batch alone.
         read = torch.tensor([len(text) - 1 for text in written])
         if memory is None:

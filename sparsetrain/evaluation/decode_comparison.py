@@ -16,7 +16,7 @@ from sparsetrain.generation.settings import Decode
 FITTED = 8
 """Documents on which a setting is fitted to a budget. Only the bytes that it reads there are looked at."""
 DENSE = "dense"
-UNFIT = ("accuracy", "standard_error", "error", "mass", "output_length")
+UNFIT = ("accuracy", "standard_error", "error", "mass", "output_length", "ended", "length_right", "length_wrong")
 """What is not said of a setting that does not fit."""
 
 
@@ -50,6 +50,12 @@ class DecodeRow(BaseModel):
     """True softmax weight of the keys that are read, in the mean."""
     output_length: float | None = None
     """Tokens written from the answer on, in the mean; None where a document has several answers."""
+    ended: float | None = None
+    """Share of the answers that the model ended, likewise."""
+    length_right: float | None = None
+    """As ``output_length``, of the right answers that the model ended; None where there are none."""
+    length_wrong: float | None = None
+    """The same of the wrong ones."""
 
 
 def compare(
@@ -157,4 +163,7 @@ def _row(name: str, budget: float | None, decode: Decode | None, measured: Measu
         error_by_layer={layer: measured.mean("error", layer) for layer in measured.layers} if compared else {},
         mass=measured.mean("mass") if compared else None,
         output_length=statistics.fmean(measured.lengths) if measured.lengths else None,
+        ended=statistics.fmean(measured.ended) if measured.lengths else None,
+        length_right=measured.ended_length(right=True) if measured.lengths else None,
+        length_wrong=measured.ended_length(right=False) if measured.lengths else None,
     )

@@ -26,6 +26,7 @@ HEADINGS = (
     "error of a layer",
     "softmax weight",
     "output length",
+    "ended: all, right, wrong",
 )
 COLORS = (GREEN, BLUE, ORANGE, PURPLE, RED, SKY, "#7F7F7F")
 ORACLE = "oracle"
@@ -69,13 +70,21 @@ def _line(cells: Sequence[str]) -> str:
 def _cells(row: DecodeRow) -> list[str]:
     read = [f"{row.keys_share:.1%}", f"{row.bytes_share:.1%}", f"{row.bytes:,.0f}"]
     if row.accuracy is None:
-        return [row.name, *read, "does not fit", "", "", ""]
+        return [row.name, *read, "does not fit", "", "", "", ""]
     accuracy = f"{row.accuracy:.1%}"
     if row.standard_error is not None:
         accuracy += f" ± {row.standard_error:.1%}"
     length = "" if row.output_length is None else f"{row.output_length:.1f}"
     lost = ["" if row.error is None else f"{row.error:.3f}", "" if row.mass is None else f"{row.mass:.1%}"]
-    return [row.name, *read, accuracy, *lost, length]
+    return [row.name, *read, accuracy, *lost, length, _ended(row)]
+
+
+def _ended(row: DecodeRow) -> str:
+    """The share of answers that the model ended, and how long the right and the wrong ones of them are."""
+    if row.ended is None:
+        return ""
+    lengths = ("-" if each is None else f"{each:.1f}" for each in (row.length_right, row.length_wrong))
+    return ", ".join([f"{row.ended:.0%}", *lengths])
 
 
 def _csv(values: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from sparsetrain.data.batch import IGNORE
 from sparsetrain.errors import ModelError
 from sparsetrain.evaluation.decode_answers import FREE, Answerer, Question
 from sparsetrain.evaluation.decode_settings import Asked, chosen_settings, settings
+from sparsetrain.evaluation.tasks.multi_turn import MultiTurnSection
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.generation.measured import MeasuredMemory, WindowMemory
 from sparsetrain.generation.settings import PUBLISHED, parse_decode
@@ -145,10 +146,27 @@ def test_a_text_ends_with_its_line_and_its_length_counts_from_the_answer(model, 
     broken = tokenizer("\n")["input_ids"][-1]
     hook = model.lm_head.register_forward_hook(Breaks(broken, after=3))
     try:
-        assert answerer.answer(EVERYTHING, WindowMemory).lengths == [3]
+        ended = answerer.answer(EVERYTHING, WindowMemory)
     finally:
         hook.remove()
-    assert answerer.answer(EVERYTHING, WindowMemory).lengths == [7]
+    assert (ended.lengths, ended.ended, ended.ended_length(right=True)) == ([3], [True], 3)
+    cut = answerer.answer(EVERYTHING, WindowMemory)
+    assert (cut.lengths, cut.ended, cut.found) == ([7], [False], [1])
+    assert cut.ended_length(right=True) is cut.ended_length(right=False) is None
+
+
+def test_the_last_turn_of_a_conversation_is_answered(model, tokenizer):
+    task = MultiTurnSection(lengths=[512], samples=2, turns=3, keys=4).build(tokenizer, 0)
+    first, other = (Question.of(row, 32) for row in task.answered())
+    (start,) = first.answers
+    assert start == 32
+    assert tokenizer.decode(first.prompt + first.steps[:start]).endswith(" is")
+    assert tokenizer.decode(first.answers[start]) == f" {task.talks[0].turns[-1].answer}"
+    read = tokenizer.decode(first.prompt)
+    assert all(f" is {turn.answer}\n" in read for turn in task.talks[0].turns[:-1])
+    measured = Answerer(model, tokenizer, [first, other], extra=2, batch=2).answer(FEW, WindowMemory)
+    assert measured.found == [0, 0]
+    assert (measured.ended, measured.lengths) == ([False, False], [len(first.answers[start]) + 2] * 2)
 
 
 class Breaks:

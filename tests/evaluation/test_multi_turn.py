@@ -155,22 +155,27 @@ def test_turns_of_a_chat_are_those_of_the_template(byte_tokenizer):
 
 def test_scores_are_told_by_turn_and_distance(byte_tokenizer, tmp_path, capsys):
     task = section(lengths=[1600, 900]).build(byte_tokenizer, 0)
-    records = [[[1, 8, 0, 80], [1, 8, 0, 300], [1, 32, 1, 700]], [[1, 8, 0, 100], [0, 8, 0, 101], [0, 32, 1, 820]]]
+    records = [[[1, 8, 0, 80], [1, 8, 0, 300], [1, 32, 1, 700]], [[1, 8, 0, 100], [0, 11, 0, 101], [0, 32, 1, 820]]]
     result = task.result({"conversations": records * 2})
     assert (result.lengths, result.bounds) == ([900, 1600], [100, 200, 400, 800, 1600])
     assert result.means() == pytest.approx([100 * 4 / 6] * 2)
     metrics = result.metrics()
     assert (metrics["/first"], metrics["/last"], metrics["/every"], metrics["/worst"]) == (100, 50, 50, 50)
-    assert (metrics["/900/turn_1"], metrics["/900/turn_2"], metrics["/written"]) == (100, 50, 16)
+    assert (metrics["/900/turn_1"], metrics["/900/turn_2"], metrics["/written"]) == (100, 50, 16.5)
     assert metrics["/cut"] == pytest.approx(1 / 3)
+    assert (metrics["/written_right"], metrics["/written_wrong"]) == (8, 11)
     assert [each.asked for each in result.spoken[0].distances] == [2, 1, 1, 1, 1]
     results = {"before": EvalResult(tasks={"multi_turn": result})}
     print_results(results)
     assert "Questions in turn by length (conversations: 2, turns: 3)" in capsys.readouterr().out
     report = write_report(results, tmp_path, title="Evaluation").read_text()
+    assert "| turn 2 | 50.0 [9, 91] | 50.0 [9, 91] | 10, 0% cut (right 8.0, wrong 11.0) |" in report
     assert "| turn 3 | 50.0 [9, 91] | 50.0 [9, 91] | 32, 100% cut |" in report
     assert "| distance up to 200 | 0.0 [0, 79] |" in report
-    assert EvalResult.model_validate_json(results["before"].model_dump_json()) == results["before"]
+    written = results["before"].model_dump_json()
+    assert EvalResult.model_validate_json(written) == results["before"]
+    earlier = EvalResult.model_validate_json(re.sub(r',"ended":\{.*?\}', "", written)).tasks["multi_turn"]
+    assert (earlier.texts().length(), earlier.texts().cut) == (result.texts().length().partition(" (")[0], 4)
     from matplotlib.figure import Figure
 
     drawing = MultiTurnResult.drawing("multi_turn", {"before": result}, None)

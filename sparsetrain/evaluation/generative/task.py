@@ -61,6 +61,10 @@ class GenerativeTask(BatchedTask):
     def right(self, prompt: Prompt, text: str) -> int:
         """Right answers of a text."""
 
+    def answers(self, prompt: Prompt) -> int:
+        """Right answers of a text that has all of them."""
+        return 1
+
     @abstractmethod
     def summary(self, tallies: Mapping[Cell, Tally]) -> TaskResult:
         """The result, from what was counted of each cell."""
@@ -88,7 +92,7 @@ class GenerativeTask(BatchedTask):
         for group, batches in self._batches.items():
             for batch, counts in zip(batches, records[group], strict=True):
                 for prompt, (right, written, cut) in zip(batch, counts, strict=True):
-                    tallies[prompt.key, prompt.length] += Tally(asked=1, right=right, written=written, cut=cut)
+                    tallies[prompt.key, prompt.length] += Tally.of(right, written, cut, self.answers(prompt))
         return self.summary(tallies)
 
     def _writing(self, model: PreTrainedModel, world: World) -> TextWriter:

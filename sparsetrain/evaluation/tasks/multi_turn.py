@@ -13,12 +13,15 @@ from sparsetrain.evaluation.multi_turn.settings import MultiTurnSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sparsetrain.data import Row
     from sparsetrain.evaluation.generative.writing import TextWriter
     from sparsetrain.evaluation.multi_turn.prompts import Talk
     from sparsetrain.world import World
 
 HALVINGS = 4
 """Distances are told apart up to the greatest length halved so many times."""
+BEFORE = " is"
+"""The word before an answer."""
 
 
 class MultiTurnSection(MultiTurnSettings):
@@ -61,6 +64,23 @@ class MultiTurn(BatchedTask):
         self._writer: TextWriter | None = None
         self._breaks: set[int] | None = None
 
+    def answered(self) -> list[Row]:
+        """The conversations with right answers; that of the last turn is to be written."""
+        import numpy as np
+
+        from sparsetrain.data import Row
+        from sparsetrain.data.batch import IGNORE
+        from sparsetrain.data.encoding import encode_after
+
+        rows = []
+        for index, talk in enumerate(self.talks):
+            said = [encode_after(self._tokenizer, BEFORE, f" {turn.answer}") for turn in talk.turns]
+            ids = np.concatenate([part for turn, answer in zip(talk.turns, said) for part in (turn.input_ids, answer)])
+            labels = np.full_like(ids, IGNORE)
+            labels[-len(said[-1]) :] = said[-1]
+            rows.append(Row(ids.astype(np.int64), labels.astype(np.int64), [len(ids)], [f"conversation {index}"]))
+        return rows
+
     def batches(self) -> Mapping[str, Sequence[Talk]]:
         """One conversation at a time: answers of a batch would end at different places."""
         return {"conversations": self.talks}
@@ -97,7 +117,7 @@ class MultiTurn(BatchedTask):
         for talk, record in zip(self.talks, records["conversations"], strict=True):
             told = spoken[talk.length]
             for turn, (right, written, cut, distance) in enumerate(record):
-                counted = Tally(asked=1, right=right, written=written, cut=cut)
+                counted = Tally.of(right, written, cut)
                 told.turns[turn] += counted
                 told.distances[next(at for at, bound in enumerate(bounds) if distance <= bound)] += counted
             spoken[talk.length] = told.model_copy(update={"every": told.every + all(each[0] for each in record)})

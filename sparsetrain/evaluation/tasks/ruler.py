@@ -9,7 +9,7 @@ from sparsetrain.evaluation.generative.tally import Tally
 from sparsetrain.evaluation.generative.task import Cell, GenerativeTask, Prompt
 from sparsetrain.evaluation.ruler.result import RulerResult
 from sparsetrain.evaluation.ruler.settings import RulerSettings
-from sparsetrain.evaluation.ruler.specs import answers_found
+from sparsetrain.evaluation.ruler.specs import ANSWERS, answers_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,10 @@ class Ruler(GenerativeTask):
     def right(self, prompt: Prompt, text: str) -> int:
         """Answers found in a text."""
         return answers_found(prompt.key, text, prompt.references)
+
+    def answers(self, prompt: Prompt) -> int:
+        """Those of a task."""
+        return ANSWERS[prompt.key]
 
     def summary(self, tallies: Mapping[Cell, Tally]) -> RulerResult:
         """Answers found by task and length."""
