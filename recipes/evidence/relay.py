@@ -30,6 +30,9 @@ from sparsetrain.patterns import FullPattern, LongNetPattern, Pattern
 from sparsetrain.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from sparsetrain.data import Row
 
 MEASURED = "relay.json"
@@ -81,14 +84,18 @@ class Outcome:
 
 
 def patterns(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The attention section of each pattern, all with the budget of a power recipe at the length that it measures, and
-    of each with dense layers.
+    """The attention section of each pattern, all with the budget of a power recipe at the length that it measures.
 
     Raises:
         typer.BadParameter: the recipe's attention is not power.
     """
-    power, blocks = the_power(recipe), num_blocks(recipe)
-    sparse = {**at_one_budget(power, blocks), **variants(power, blocks)}
+    return with_hybrids(the_power(recipe), num_blocks(recipe), KV_HEADS)
+
+
+def with_hybrids(power: PowerConfig, blocks: int, kv_heads: int) -> dict[str, dict[str, Any]]:
+    """The attention section of each pattern, all with the budget of power among so many blocks, and of each with dense
+    layers."""
+    sparse = {**at_one_budget(power, blocks), **variants(power, blocks, kv_heads)}
     hybrids = {
         f"{name}, {kind}": {**section, "dense_layers": rule}
         for kind, rule in DENSE.items()
@@ -115,26 +122,26 @@ def at_one_budget(power: PowerConfig, blocks: int) -> dict[str, dict[str, Any]]:
     return {name: {**section, "block": power.block} for name, section in sparse.items()}
 
 
-def variants(power: PowerConfig, blocks: int) -> dict[str, dict[str, Any]]:
+def variants(power: PowerConfig, blocks: int, kv_heads: int) -> dict[str, dict[str, Any]]:
     """Variants of power. What a head or a layer no longer reads of the far blocks, it reads of the near ones."""
     budget, near = power.pattern().max_key_blocks(blocks), {"sinks": power.sinks}
     whole: dict[str, Any] = {"method": "power", "window": power.window, **near}
     parts = {**whole, "farthest": blocks - 1}
     sparse: dict[str, dict[str, Any]] = {
-        "power, by layer": widest({**parts, "split": "layers", "farthest": blocks // 2}, blocks, budget),
-        "power, by head": widest({**parts, "split": "heads"}, blocks, budget),
-        "power, base 4, by head": widest({**parts, "split": "heads", "base": 4}, blocks, budget),
+        "power, by layer": widest({**parts, "split": "layers", "farthest": blocks // 2}, blocks, budget, kv_heads),
+        "power, by head": widest({**parts, "split": "heads"}, blocks, budget, kv_heads),
+        "power, base 4, by head": widest({**parts, "split": "heads", "base": 4}, blocks, budget, kv_heads),
         "power, base 4": {**whole, "base": 4},  # which is more than the budget
         "ruler": {"method": "ruler", "window": power.window, "levels": blocks.bit_length() - 1, **near},
     }
     return {name: {**section, "block": power.block} for name, section in sparse.items()}
 
 
-def widest(section: dict[str, Any], blocks: int, budget: int) -> dict[str, Any]:
+def widest(section: dict[str, Any], blocks: int, budget: int, kv_heads: int) -> dict[str, Any]:
     """A section with the widest window with which no block reads more than the budget."""
     for window in range(budget, 1, -1):
         wider = {**section, "window": window}
-        pattern = parse_attention(wider).pattern(KV_HEADS)
+        pattern = parse_attention(wider).pattern(kv_heads)
         if pattern is not None and pattern.max_key_blocks(blocks) <= budget:
             return wider
     return section
@@ -187,57 +194,84 @@ def the_task(recipe: Recipe) -> RecallSection:
     return section
 
 
-def measure(model: str, attention: dict[str, Any], recipe: Recipe, name: str, seed: int) -> Outcome:
+def measure(
+    model: str, attention: dict[str, Any], tasks: dict[str, RecallSection], block: int, name: str, seed: int
+) -> dict[str, Outcome]:
     """What a model finds with a pattern, by the block of each fact.
 
     Args:
         model: a folder of a run or of a model.
+        tasks: each with documents of one length, by name.
+        block: tokens of a block.
         seed: of the documents.
     """
     import torch
 
-    from sparsetrain.data import collate
-    from sparsetrain.evaluation.scoring import predictions
     from sparsetrain.inference.models import find_model
     from sparsetrain.modeling import sparse_layers, sparsify
 
-    section, blocks = the_task(recipe), num_blocks(recipe)
-    config, block = parse_attention(attention), the_power(recipe).block
+    config = parse_attention(attention)
     source = find_model(model)
-    task = section.build(source.tokenizer, seed)
-    assert isinstance(task, Recall)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = sparsify(source.load(None), config).eval().to(device)
-    asked, found = np.zeros((2, blocks), dtype=int)
-    for questions in task.passes:
-        with torch.no_grad():
-            logits, labels, _ = next(predictions(loaded, collate(questions.rows), device, 1))
-        places = np.concatenate([facts(row) for row in questions.rows]) // block
-        np.add.at(asked, places, 1)
-        np.add.at(found, places, (logits.argmax(-1) == labels).cpu().numpy())
     # LongNet's shifts differ between KV heads.
     pattern = config.pattern(loaded.config.num_key_value_heads) or FullPattern(block)
-    lists = [part.listed(blocks, head) for part in pattern.by_layer for head in part.heads]
     dense = config.resolve_dense_layers(loaded.config.num_hidden_layers)
     layers = [index for index, _, method in sparse_layers(loaded) if method is not None and index not in dense]
-    return Outcome(
-        name,
-        seed,
-        sum(lists) / len(lists) / blocks,
-        pattern.max_key_blocks(blocks),
-        len(layers),
-        len(dense),
-        hops(pattern, blocks, len(layers)),
-        asked.tolist(),
-        found.tolist(),
-    )
+    outcomes = {}
+    for label, section in tasks.items():
+        blocks = section.source.lengths[0] // block
+        lists = [part.listed(blocks, head) for part in pattern.by_layer for head in part.heads]
+        task = section.build(source.tokenizer, seed)
+        asked, found = by_block(loaded, task, block, blocks, device)
+        outcomes[label] = Outcome(
+            name,
+            seed,
+            sum(lists) / len(lists) / blocks,
+            pattern.max_key_blocks(blocks),
+            len(layers),
+            len(dense),
+            hops(pattern, blocks, len(layers)),
+            asked,
+            found,
+        )
+    return outcomes
+
+
+def by_block(
+    model: PreTrainedModel, task: Recall, block: int, blocks: int, device: torch.device
+) -> tuple[list[int], list[int]]:
+    """Answers asked for and found, by the block of the fact."""
+    import torch
+
+    from sparsetrain.data import collate
+    from sparsetrain.evaluation.scoring import predictions
+
+    asked, found = [0] * blocks, [0] * blocks
+    for questions in task.passes:
+        with torch.no_grad():
+            logits, labels, _ = next(predictions(model, collate(questions.rows), device, 1))
+        wrong = set(questions.answers[(logits.argmax(-1) != labels).cpu()].tolist())
+        places = np.concatenate([facts(row) for row in questions.rows]) // block
+        for answer, place in enumerate(places.tolist()):
+            asked[place] += 1
+            found[place] += answer not in wrong
+    return asked, found
 
 
 def facts(row: Row) -> np.ndarray:
-    """The positions of the values that a document of the recall task asks for, in the order of the questions."""
-    keys = row.input_ids[np.flatnonzero(row.labels >= 0) - 1]
-    # Keys are asked for once, and stand once before that.
-    return np.array([np.flatnonzero(row.input_ids == key)[0] + 1 for key in keys])
+    """The positions of the facts that a document asks for, in the order of the questions.
+
+    An answer stands behind the same token in its fact as behind its question: a key, or "is"; and nowhere else.
+    """
+    asked = np.flatnonzero(row.labels >= 0)
+    spans = np.split(asked, np.flatnonzero(np.diff(asked) > 1) + 1)
+    places = []
+    for span in spans:
+        told = row.input_ids[span[0] - 1 : span[-1] + 1]
+        windows = np.lib.stride_tricks.sliding_window_view(row.input_ids, len(told))
+        places.append(int((windows == told).all(-1).argmax()) + 1)
+    return np.array(places)
 
 
 def hops(pattern: Pattern, blocks: int, layers: int) -> list[int]:
@@ -314,8 +348,8 @@ def main(
             # Here and not beside the runs: transformers cannot load two models at a time.
             measured = folder / MEASURED
             if not measured.exists():
-                outcome = measure(str(folder), chosen[name], loaded, name, number)
-                measured.write_text(json.dumps(asdict(outcome)) + "\n")
+                of = measure(str(folder), chosen[name], {"": the_task(loaded)}, the_power(loaded).block, name, number)
+                measured.write_text(json.dumps(asdict(of[""])) + "\n")
             outcomes.append(Outcome(**json.loads(measured.read_text())))
             print(table(outcomes[-1:]), flush=True)
     (out / "table.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")

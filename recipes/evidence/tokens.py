@@ -64,10 +64,20 @@ def methods(recipe: Recipe) -> dict[str, list[str]]:
         )
     blocks = length // power.block
     keys = power.pattern().max_key_blocks(blocks) * power.block
-    half = keys // 2
     sections: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
         **at_one_budget(power, blocks),
+        **chosen_keys(keys),
+    }
+    settings = {name: ["attention=" + json.dumps(section, separators=(",", ":"))] for name, section in sections.items()}
+    settings["sparsek"].append(SCORERS)
+    return settings
+
+
+def chosen_keys(keys: int) -> dict[str, dict[str, Any]]:
+    """The attention sections of the methods that choose keys, so many at most."""
+    half = keys // 2
+    return {
         "sparsek": {
             "method": "sparsek",
             "topk": half,
@@ -85,9 +95,6 @@ def methods(recipe: Recipe) -> dict[str, list[str]]:
             "text_prefix": "uniform",
         },
     }
-    settings = {name: ["attention=" + json.dumps(section, separators=(",", ":"))] for name, section in sections.items()}
-    settings["sparsek"].append(SCORERS)
-    return settings
 
 
 def curve(folder: Path, method: str, seed: int, tokens: int) -> Curve:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import typer
+from sparsetrain.recipes.evidence.language import tasks
 from sparsetrain.recipes.evidence.relay import (
     DENSE,
     NEVER,
@@ -105,6 +106,18 @@ def test_facts_are_where_the_answers_stand():
     assert facts(row).max() < len(row.input_ids) // 2
 
 
+@pytest.mark.parametrize("name", ["needles", "passkey"])
+def test_facts_of_text_are_where_their_digits_stand(name):
+    """A space and digits follow "is" in the fact and in the question; of keys that are not asked for, none is meant."""
+    tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
+    for row in tasks(512)[name].build(tokenizer, 0).answered()[:5]:
+        answer = row.labels[row.labels >= 0]
+        (place,) = facts(row)
+        assert row.input_ids[place : place + len(answer)].tolist() == answer.tolist()
+        assert place < np.flatnonzero(row.labels >= 0)[0]
+        assert tokenizer.decode(row.input_ids[place - 12 : place]).split()[-1] == "is"
+
+
 def test_questions_must_fit_into_the_last_block():
     with pytest.raises(typer.BadParameter, match=r"attention\.block=8: documents of 256 tokens"):
         num_blocks(load_recipe(RECIPE, ["attention.block=8"]).recipe)
@@ -154,6 +167,6 @@ def test_the_runner_trains_measures_by_block_and_repeats_nothing(forked, tmp_pat
 def test_full_attention_finds_what_stands_before_the_question(tmp_path):
     """Of a model that copies nothing, none; the counts are those of the task."""
     recipe = load_recipe(RECIPE, ["eval.tasks.recall.documents=2"]).recipe
-    outcome = measure("sparsetrain:tiny", {"method": "full"}, recipe, "full", 0)
+    outcome = measure("sparsetrain:tiny", {"method": "full"}, {"": the_task(recipe)}, 16, "full", 0)[""]
     assert (outcome.most_blocks, set(outcome.hops)) == (16, {1})
     assert np.all(np.array(outcome.found) <= outcome.asked)
