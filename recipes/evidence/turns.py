@@ -10,6 +10,9 @@ of a recipe, and these by one of their own. Short conversations with few keys ar
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,11 +43,11 @@ class Conversations(Talks):
         return [{"messages": messages}]
 
 
-def conversations(longest: int, tokens: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of a chat, the same ones every time: as many tokens of each length.
+def of_kind(kind: tuple[int, int, int], tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of a chat, the same ones every time.
 
     Args:
-        longest: tokens of the longest conversations, one of :data:`KINDS`.
+        kind: one of :data:`KINDS`.
         tokens: of all rows, about.
         seed: rows of one are other ones than those of any other, and than those of an evaluation.
     """
@@ -54,15 +57,29 @@ def conversations(longest: int, tokens: int, seed: int) -> list[dict[str, Any]]:
 
     tokenizer = load_tokenizer(resolve("sparsetrain:tiny", "path"), "path")
     tokenizer.chat_template = chat_template_text(TEMPLATE)
+    length, keys, turns = kind
+    section = MultiTurnSection(lengths=[length], samples=max(1, tokens // length), turns=turns, keys=keys)
     # Far from all that a recipe would have.
     own = int(generator(seed, "conversations to train on").integers(2**62, 2**63))
+    return Conversations(section, tokenizer, own).all()
+
+
+def conversations(longest: int, tokens: int, seed: int, parallel: int = 1) -> list[dict[str, Any]]:
+    """Rows of every kind up to the longest conversations, as many tokens of each.
+
+    Args:
+        longest: tokens of a conversation.
+        tokens, seed: as for :func:`of_kind`.
+        parallel: processes; the rows do not depend on it.
+    """
     kinds = [kind for kind in KINDS if kind[0] <= longest]
-    rows = []
-    for length, keys, turns in kinds:
-        samples = max(1, tokens // (len(kinds) * length))
-        section = MultiTurnSection(lengths=[length], samples=samples, turns=turns, keys=keys)
-        rows += Conversations(section, tokenizer, own).all()
-    return rows
+    make = partial(of_kind, tokens=tokens // len(kinds), seed=seed)
+    if parallel == 1:
+        made = [make(kind) for kind in kinds]
+    else:
+        with ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool:
+            made = list(pool.map(make, kinds))
+    return [row for rows in made for row in rows]
 
 
 def main(
@@ -70,6 +87,7 @@ def main(
     longest: Annotated[int, typer.Option(help="Tokens of the longest conversations: 320, 512, 1024, ... 8192.")] = 4096,
     tokens: Annotated[int, typer.Option(min=1, help="Of all conversations, about.")] = 10_000_000,
     seed: Annotated[int, typer.Option(min=0, help="Another one gives other conversations.")] = 0,
+    parallel: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Write conversations about texts that tell the numbers of keys."""
     if file.exists():
@@ -77,7 +95,7 @@ def main(
     lengths = [length for length, _, _ in KINDS]
     if longest not in lengths:
         raise typer.BadParameter(f"--longest {longest} is none of {', '.join(map(str, lengths))}; give one of them")
-    rows = conversations(longest, tokens, seed)
+    rows = conversations(longest, tokens, seed, parallel)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -52,11 +52,11 @@ def test_conversations_to_train_on_are_those_of_no_evaluation(tokenizer):
 
 def test_the_command_writes_as_many_tokens_of_each_length_once(tmp_path):
     file = tmp_path / "new/turns.jsonl"
-    main(file, longest=512, tokens=4000, seed=0)
+    main(file, longest=512, tokens=4000, seed=0, parallel=2)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == conversations(512, 4000, 0)
     assert [len(row["messages"]) // 2 for row in rows] == [2] * 6 + [3] * 3
     for arguments, message in (({"longest": 512}, "exists already"), ({"longest": 600}, "--longest 600 is none of")):
         with pytest.raises(typer.BadParameter, match=message):
-            main(file, tokens=1, seed=0, **arguments)
+            main(file, tokens=1, seed=0, parallel=1, **arguments)
         file.unlink(missing_ok=True)
