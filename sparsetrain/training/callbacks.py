@@ -16,13 +16,14 @@ from sparsetrain.recipe import BatchPlan, dump_recipe
 from sparsetrain.recipe.schema import EarlyStopping
 from sparsetrain.training.checkpoints import Saver, TrainState
 from sparsetrain.training.job import Job
-from sparsetrain.training.loop import Callbacks, StepResult, is_logged
+from sparsetrain.training.loop import Callbacks
 from sparsetrain.training.output import run_folder
 from sparsetrain.training.output.costs import Costs
 from sparsetrain.training.output.evaluations import Evaluations
 from sparsetrain.training.output.profile import StepProfiler
 from sparsetrain.training.output.system import SystemUse
 from sparsetrain.training.output.tracking import Tracker
+from sparsetrain.training.step import StepResult, is_logged
 
 
 @dataclass

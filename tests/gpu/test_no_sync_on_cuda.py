@@ -1,6 +1,6 @@
 """The host runs ahead of the CUDA device: in a step our code waits for it where the metrics are read, nowhere else.
 
-That place is the end of ``Loop._step``: one read, in every step, logged or not, of the loss (is it finite?), the
+That place is the end of ``Stepper.take``: one read, in every step, logged or not, of the loss (is it finite?), the
 signals, and what DeepSpeed left of the gradient's norm; and in a logged step, of what the attention methods observed.
 Without ZeRO, the step of 16-bit weights is ours too, and asks once whether the gradient is finite.
 
@@ -29,7 +29,7 @@ import torch
 import sparsetrain
 from sparsetrain.activity import activity
 from sparsetrain.cli import main
-from sparsetrain.training.loop import Loop
+from sparsetrain.training.step import Stepper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,9 +41,9 @@ TORCH, STDLIB = f"{Path(torch.__file__).parent}/", f"{sysconfig.get_path('stdlib
 SPARSEK = "attention={method: sparsek, topk: 64, window: 64, sinks: 4}"
 LORA = "lora={rank: 4, targets: linear}"
 
-_LINES, _START = inspect.getsourcelines(Loop._step)
-(READ,) = (_START + index for index, line in enumerate(_LINES) if ".tolist()" in line)
-"""The line of the file of the loop that reads the metrics."""
+_LINES, _START = inspect.getsourcelines(Stepper.take)
+(READ,) = (_START + index for index, line in enumerate(_LINES) if "self._over_ranks(" in line)
+"""The line of the step from which on it reads the metrics."""
 
 
 class Wait(NamedTuple):
@@ -60,8 +60,10 @@ class Wait(NamedTuple):
 
     @property
     def reads_metrics(self):
-        if self.function == "Loop._step":
+        if self.function == "Stepper.take":
             return self.line >= READ
+        if self.function == "Stepper._over_ranks":
+            return True
         return "observations" in self.function and self.step in LOGGED
 
 
@@ -82,7 +84,7 @@ def _passed_over(file):
 def waits(monkeypatch):
     """Filled during the watched steps of a run in this process."""
     found = []
-    step, synchronize = Loop._step, torch.cuda.synchronize
+    step, synchronize = Stepper.take, torch.cuda.synchronize
     with ExitStack() as watching:
 
         def warned(message, *_, **__):
@@ -93,20 +95,20 @@ def waits(monkeypatch):
             found.append(find_wait())
             synchronize(*arguments)
 
-        def watched(loop, *arguments):
-            if loop.state.step + 1 == FIRST:
+        def watched(stepper, *arguments):
+            if stepper.state.step + 1 == FIRST:
                 watching.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("always")
                 watching.enter_context(pytest.MonkeyPatch.context()).setattr(warnings, "showwarning", warned)
                 watching.enter_context(pytest.MonkeyPatch.context()).setattr(torch.cuda, "synchronize", synchronized)
                 watching.callback(torch.cuda.set_sync_debug_mode, "default")
                 torch.cuda.set_sync_debug_mode("warn")
-            result = step(loop, *arguments)
-            if loop.state.step + 1 == LAST:
+            result = step(stepper, *arguments)
+            if stepper.state.step + 1 == LAST:
                 watching.close()
             return result
 
-        monkeypatch.setattr(Loop, "_step", watched)
+        monkeypatch.setattr(Stepper, "take", watched)
         yield found
 
 

@@ -32,13 +32,13 @@ CASES = {
 DYING = """
 import json, os, signal, sys
 from sparsetrain.cli import main
-from sparsetrain.training.loop import Loop
-step = Loop._step
-def faulty(loop, *arguments):
-    if loop.state.step == 4:
+from sparsetrain.training.step import Stepper
+step = Stepper.take
+def faulty(stepper, *arguments):
+    if stepper.state.step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(loop, *arguments)
-Loop._step = faulty
+    return step(stepper, *arguments)
+Stepper.take = faulty
 main(json.loads(sys.argv[1]))
 """
 

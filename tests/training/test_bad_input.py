@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsetrain.cli import main
-from sparsetrain.training.loop import Loop
 from sparsetrain.training.output.tracking import Tracker
+from sparsetrain.training.step import Stepper
 
 LOCKING = """
 import fcntl, sys, time
@@ -222,14 +222,14 @@ def test_reports_that_cannot_be_written_stop_nothing(tmp_path, tiny, run_folder,
 
 
 def test_a_folder_that_is_deleted_under_a_run_is_made_again(tmp_path, tiny, run_folder, monkeypatch, capfd):
-    step = Loop._step
+    step = Stepper.take
 
-    def delete(loop, *rest):
-        if loop.state.step == 3:
-            shutil.rmtree(loop.job.output)
-        return step(loop, *rest)
+    def delete(stepper, *rest):
+        if stepper.state.step == 3:
+            shutil.rmtree(stepper.job.output)
+        return step(stepper, *rest)
 
-    monkeypatch.setattr(Loop, "_step", delete)
+    monkeypatch.setattr(Stepper, "take", delete)
     run = run_folder(tmp_path / "run")
     assert main(["run", str(tiny), "checkpoint.every=2", "--output", str(run.path)]) == 0
     assert f"warning: {run.path}/metrics.jsonl was deleted during the run" in "".join(capfd.readouterr())

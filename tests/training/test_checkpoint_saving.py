@@ -18,9 +18,9 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.training.checkpoints import saver, store
 from sparsetrain.training.checkpoints.files import PieceReader, checksum_of
 from sparsetrain.training.checkpoints.manifest import tensor_files
-from sparsetrain.training.loop import Loop
 from sparsetrain.training.output import evaluations
 from sparsetrain.training.output.tracking import Tracker
+from sparsetrain.training.step import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(
     """The writer is so slow that the next step has changed every weight before its file is begun."""
     steps: list[int] = []
     waited: list[tuple[int, int]] = []
-    write, step = saver.write_blocks, Loop._step
+    write, step = saver.write_blocks, Stepper.take
 
     def slow(path, *rest):
         begun = steps[-1]
@@ -63,13 +63,13 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(
         waited.append((begun, steps[-1]))
         return write(path, *rest)
 
-    def counted(loop, *rest):
-        result = step(loop, *rest)
-        steps.append(loop.state.step + 1)
+    def counted(stepper, *rest):
+        result = step(stepper, *rest)
+        steps.append(stepper.state.step + 1)
         return result
 
     monkeypatch.setattr(saver, "write_blocks", slow)
-    monkeypatch.setattr(Loop, "_step", counted)
+    monkeypatch.setattr(Stepper, "take", counted)
     run = run_folder(tmp_path / "run")
     assert main(["run", str(tiny), "checkpoint.every=2", "checkpoint.keep_last=6", "--output", str(run.path)]) == 0
     assert waited == [(2, 3), (4, 5), (6, 6)]
@@ -210,16 +210,16 @@ def test_a_full_disk_is_told_and_the_next_checkpoint_tried(tmp_path, tiny, run_f
 
 def test_a_folder_that_vanishes_stops_the_run_or_not(tmp_path, tiny, run_folder, monkeypatch, refused):
     """A file in its place, as a lost mount would be nothing that root may not write to."""
-    step = Loop._step
+    step = Stepper.take
 
-    def vanish(loop, *rest):
-        folder = loop.job.checkpoints
-        if loop.state.step == 3 and folder.is_dir():
-            folder.rename(loop.job.output / "elsewhere")
+    def vanish(stepper, *rest):
+        folder = stepper.job.checkpoints
+        if stepper.state.step == 3 and folder.is_dir():
+            folder.rename(stepper.job.output / "elsewhere")
             folder.touch()
-        return step(loop, *rest)
+        return step(stepper, *rest)
 
-    monkeypatch.setattr(Loop, "_step", vanish)
+    monkeypatch.setattr(Stepper, "take", vanish)
     arguments = ["checkpoint.every=2", "--output"]
     error = refused("run", str(tiny), *arguments, str(tmp_path / "stop"))
     assert f"cannot write checkpoint {tmp_path}/stop/checkpoints/step-000004: " in error
@@ -235,19 +235,19 @@ def test_a_folder_that_vanishes_stops_the_run_or_not(tmp_path, tiny, run_folder,
 
 
 def test_an_error_of_the_run_waits_for_the_checkpoint_that_is_being_written(tmp_path, tiny, run_folder, monkeypatch):
-    write, step = saver.write_blocks, Loop._step
+    write, step = saver.write_blocks, Stepper.take
 
     def slow(*arguments):
         time.sleep(0.5)
         return write(*arguments)
 
-    def broken(loop, *rest):
-        if loop.state.step == 2:
+    def broken(stepper, *rest):
+        if stepper.state.step == 2:
             raise RuntimeError("broken")
-        return step(loop, *rest)
+        return step(stepper, *rest)
 
     monkeypatch.setattr(saver, "write_blocks", slow)
-    monkeypatch.setattr(Loop, "_step", broken)
+    monkeypatch.setattr(Stepper, "take", broken)
     run = run_folder(tmp_path / "run")
     with pytest.raises(RuntimeError, match="broken"):
         main(["run", str(tiny), "checkpoint.every=2", "--output", str(run.path)])
@@ -260,13 +260,13 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path, tiny, run_folder, m
     its step is evaluated, before that says whether it is the best."""
     measured = dict(zip((1, 2, 3, 4, 5, 6), (5.0, 9.0, 9.5, 8.0, float("nan"), 8.0), strict=True))
     state = {"step": 0}
-    step = Loop._step
+    step = Stepper.take
 
-    def counted(loop, *rest):
-        state["step"] = loop.state.step + 1
-        return step(loop, *rest)
+    def counted(stepper, *rest):
+        state["step"] = stepper.state.step + 1
+        return step(stepper, *rest)
 
-    monkeypatch.setattr(Loop, "_step", counted)
+    monkeypatch.setattr(Stepper, "take", counted)
     monkeypatch.setattr(EvalResult, "score", lambda result, name: measured[state["step"]])
     run, evaluate, seen = run_folder(tmp_path / "run"), evaluations.evaluate, {}
 

@@ -34,9 +34,10 @@ from sparsetrain.training.distributed.deepspeed_config import deepspeed_config
 from sparsetrain.training.distributed.engine import destroy
 from sparsetrain.training.distributed.sequence_parallel import check_shareable
 from sparsetrain.training.job import Job
-from sparsetrain.training.loop import Callbacks, Loop, StepResult
+from sparsetrain.training.loop import Callbacks, Loop
 from sparsetrain.training.memory.liger import fuse_layers, wants_liger
 from sparsetrain.training.output.progress import Progress
+from sparsetrain.training.step import StepResult
 from sparsetrain.training.supervision.signals import StopSignals
 from sparsetrain.training.trainable import choose_trainable, trainable_size
 from sparsetrain.world import World
