@@ -52,84 +52,125 @@ class States:
 
 def count_states(setting: Setting) -> States:
     """The states of one rank."""
-    parameters, zero, stage, ranks = setting.parameters, setting.zero, setting.stage, setting.ranks
-    element = setting.element
-    trained, largest = parameters.trained, parameters.largest_trained
+    offloaded = _on_host(setting)
+    return States(
+        **_weights(setting),
+        masters=0.0 if offloaded else _masters(setting),
+        moments=0.0 if offloaded else _moments(setting) / _shards(setting),
+        gradients=_gradients(setting),
+        bucket=_bucket(setting),
+        reducing=_reducing(setting),
+        stepping=_stepping(setting),
+        host=_host(setting),
+    )
+
+
+def _on_host(setting: Setting) -> bool:
+    """Whether the optimizer's states are in host memory."""
+    return setting.recipe.deepspeed.offload_optimizer == "cpu"
+
+
+def _shards(setting: Setting) -> int:
+    """Ranks that share out the optimizer's states."""
+    return setting.ranks if setting.stage >= 1 else 1
+
+
+def _weights(setting: Setting) -> dict[str, float]:
+    """``loading``, ``weights``, ``gathered`` and ``gathered_head`` of the states."""
+    parameters, shape, element = setting.parameters, setting.shape, setting.element
     whole = weight_bytes(setting)
-    shards = ranks if stage >= 1 else 1
-    offloaded = setting.recipe.deepspeed.offload_optimizer == "cpu"
+    if setting.stage < 3:
+        return {"loading": whole, "weights": whole, "gathered": 0.0, "gathered_head": 0.0}
+    layer = parameters.matrices / shape.layers
+    prefetch = float(setting.zero["stage3_prefetch_bucket_size"])
+    head = float(shape.vocab * shape.hidden)
+    shard = 0.0 if setting.recipe.deepspeed.offload_parameters == "cpu" else whole / setting.ranks
+    loading = whole
+    if loads_into_shards(setting.recipe):
+        loading = shard + element * float(max(parameters.embedding, parameters.largest_matrix))
+    return {
+        "loading": loading,
+        "weights": shard,
+        "gathered": element * min(float(parameters.total), 2 * layer + prefetch),
+        "gathered_head": element * min(float(parameters.total), head + layer + prefetch),
+    }
+
+
+def _masters(setting: Setting) -> float:
     of_master = MASTER_BYTES[setting.recipe.train.optimizer.states]
     # In fp32 without ZeRO, and at ZeRO-3, the weights are their own masters.
-    own_masters = element == of_master and stage in (0, 3)
-    masters = 0.0 if own_masters else float(of_master) * trained / shards
-    summed = _summed(setting)
-    moments = _moments(setting, summed) / shards
+    if setting.element == of_master and setting.stage in (0, 3):
+        return 0.0
+    return float(of_master) * setting.parameters.trained / _shards(setting)
 
-    bucket_elements = float(zero["reduce_bucket_size"]) if stage >= 1 else 0.0
-    buckets = 2 if stage in (1, 2) and zero.get("overlap_comm") else 1
-    bucket = buckets * element * bucket_elements
-    if offloaded and stage <= 2:
-        # Through which the gradients leave for host memory.
-        bucket += element * largest
-    in_flight = max(min(bucket_elements, trained), largest) if stage >= 1 else 0
-    reducing = float(element * in_flight)
-    # ZeRO-2 sums the micro batches beside the gradients of the newest, in fp32 as they arrive; ZeRO-1 sums whole ones.
+
+def _gradients(setting: Setting) -> float:
+    stage, element, trained, summed = setting.stage, setting.element, setting.parameters.trained, _summed(setting)
+    if stage < 2:
+        # ZeRO-1 sums whole gradients, in fp32 beside the newest.
+        return float(summed * trained) + (float(element * trained) if stage == 1 and summed != element else 0.0)
+    if _on_host(setting):
+        return 0.0
+    # ZeRO-2 sums the micro batches beside the gradients of the newest, in fp32 as they arrive.
     kept = 2 if stage == 2 and setting.batch.accumulation > 1 and summed == element else 1
-    gradients = float(summed * trained)
-    if stage == 1 and summed != element:
-        gradients += float(element * trained)
-    if stage >= 2:
-        gradients = 0.0 if offloaded else kept * gradients / ranks
-    elif stage == 1 and not offloaded:
-        reducing += gradients / ranks
-    group = max(parameters.trained_decayed, parameters.trained_undecayed) / shards
-    if offloaded:
-        stepping = float(element * largest)
-    elif stage == 0:
-        stepping = 4.0 * trained if element == 2 else 0.0
-    else:
-        group = min(group, float(zero["sub_group_size"])) if stage == 3 else group
-        cast = of_master if summed != of_master else 0
-        stepping = max(float(summed + cast) * group, 8.0 * min(largest, trained / shards))
+    return kept * float(summed * trained) / setting.ranks
 
-    host = 0.0
-    if offloaded:
-        # fp32 masters, moments and gradients, and a copy in the model's dtype.
-        host += (16.0 + element) * trained / shards
-        masters = moments = 0.0
-    loading, weights, gathered, gathered_head = whole, whole, 0.0, 0.0
+
+def _bucket(setting: Setting) -> float:
+    stage, zero = setting.stage, setting.zero
+    buckets = 2 if stage in (1, 2) and zero.get("overlap_comm") else 1
+    bucket = buckets * setting.element * _bucket_elements(setting)
+    if _on_host(setting) and stage <= 2:
+        # Through which the gradients leave for host memory.
+        bucket += setting.element * setting.parameters.largest_trained
+    return bucket
+
+
+def _bucket_elements(setting: Setting) -> float:
+    return float(setting.zero["reduce_bucket_size"]) if setting.stage >= 1 else 0.0
+
+
+def _reducing(setting: Setting) -> float:
+    if setting.stage == 0:
+        return 0.0
+    parameters = setting.parameters
+    in_flight = max(min(_bucket_elements(setting), parameters.trained), parameters.largest_trained)
+    reducing = float(setting.element * in_flight)
+    if setting.stage == 1 and not _on_host(setting):
+        reducing += _gradients(setting) / setting.ranks
+    return reducing
+
+
+def _stepping(setting: Setting) -> float:
+    parameters, stage, element = setting.parameters, setting.stage, setting.element
+    trained, largest = parameters.trained, parameters.largest_trained
+    if _on_host(setting):
+        return float(element * largest)
+    if stage == 0:
+        return 4.0 * trained if element == 2 else 0.0
+    group = max(parameters.trained_decayed, parameters.trained_undecayed) / _shards(setting)
     if stage == 3:
-        shard = whole / ranks
-        layer = parameters.matrices / setting.shape.layers
-        prefetch = float(zero["stage3_prefetch_bucket_size"])
-        head = float(setting.shape.vocab * setting.shape.hidden)
-        gathered = element * min(float(parameters.total), 2 * layer + prefetch)
-        gathered_head = element * min(float(parameters.total), head + layer + prefetch)
-        weights = shard
-        if setting.recipe.deepspeed.offload_parameters == "cpu":
-            host, weights = host + shard, 0.0
-        if loads_into_shards(setting.recipe):
-            loading = weights + element * float(max(parameters.embedding, parameters.largest_matrix))
-    return States(
-        loading=loading,
-        weights=weights,
-        gathered=gathered,
-        gathered_head=gathered_head,
-        masters=masters,
-        moments=moments,
-        gradients=gradients,
-        bucket=bucket,
-        reducing=reducing,
-        stepping=stepping,
-        host=host,
-    )
+        group = min(group, float(setting.zero["sub_group_size"]))
+    of_master, summed = MASTER_BYTES[setting.recipe.train.optimizer.states], _summed(setting)
+    cast = of_master if summed != of_master else 0
+    return max(float(summed + cast) * group, 8.0 * min(largest, trained / _shards(setting)))
+
+
+def _host(setting: Setting) -> float:
+    host = 0.0
+    if _on_host(setting):
+        # fp32 masters, moments and gradients, and a copy in the model's dtype.
+        host += (16.0 + setting.element) * setting.parameters.trained / _shards(setting)
+    if setting.stage == 3 and setting.recipe.deepspeed.offload_parameters == "cpu":
+        host += weight_bytes(setting) / setting.ranks
+    return host
 
 
 def saved_bytes(setting: Setting) -> float:
     """Bytes of a checkpoint over all ranks: masters and moments of what is trained. The master of a weight in fp32 is
     the weight itself, and is saved like one."""
     masters = MASTER_BYTES[setting.recipe.train.optimizer.states] * setting.parameters.trained
-    return masters + _moments(setting, _summed(setting))
+    return masters + _moments(setting)
 
 
 def _summed(setting: Setting) -> int:
@@ -137,12 +178,8 @@ def _summed(setting: Setting) -> int:
     return 4 if sums_in_float32(setting.recipe, setting.batch.accumulation) else setting.element
 
 
-def _moments(setting: Setting, summed: int) -> float:
-    """Bytes of what the optimizer keeps of all trained parameters beside their masters.
-
-    Args:
-        summed: Bytes of an element of a summed gradient.
-    """
+def _moments(setting: Setting) -> float:
+    """Bytes of what the optimizer keeps of all trained parameters beside their masters."""
     parameters, optimizer = setting.parameters, setting.recipe.train.optimizer
     adam = 4.0 if optimizer.states == "bfloat16" else 8.0
     if optimizer.name == "adamw_8bit":
@@ -152,7 +189,7 @@ def _moments(setting: Setting, summed: int) -> float:
     if optimizer.name == "muon":
         head = parameters.head if parameters.trains_head else 0
         matrices = parameters.trained_decayed - head - parameters.new_modules
-        return summed * matrices + adam * (parameters.trained - matrices)
+        return _summed(setting) * matrices + adam * (parameters.trained - matrices)
     return adam * parameters.trained
 
 
