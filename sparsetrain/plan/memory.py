@@ -56,41 +56,56 @@ COMPONENTS = (
 """Names of the components of a phase."""
 
 
-def estimate_memory(setting: Setting) -> Memory:
-    """The phases of a run on one of its ranks."""
-    states = count_states(setting)
-    layer, loss = layer_bytes(setting), loss_bytes(setting)
-    layers, stage = setting.shape.layers, setting.stage
-    head_gradient = loss.weight_gradient
-    kept_each, working, host = layer.saved, layer.backward, states.host
+@dataclass(frozen=True)
+class _Layers:
+    """Activations of all layers, in bytes."""
+
+    kept: float
+    """On the device between forward and backward."""
+    beside: float
+    """Of these, what is kept beside the layer that backward works on."""
+    working: float
+    """Of that layer."""
+    host: float
+    """In host memory."""
+
+
+def _layers(setting: Setting) -> _Layers:
+    layer, count = layer_bytes(setting), setting.shape.layers
+    each, working, host = layer.saved, layer.backward, 0.0
     if setting.checkpointing != "none":
-        kept_each = layer.input + layer.selection
+        each = layer.input + layer.selection
         working -= layer.selection
         if setting.checkpointing == "selective":
-            kept_each += layer.attention_result
+            each += layer.attention_result
             working -= layer.attention_result
-    on_device = kept_each * layers
+    kept = each * count
     if setting.recipe.train.offload_activations:
         # Two at a time are on the device; the others wait in host memory.
-        host += layer.input * layers
-        on_device = (kept_each - layer.input) * layers + 2 * layer.input
-    kept = on_device + rotary_bytes(setting)
+        host = layer.input * count
+        kept = (each - layer.input) * count + 2 * layer.input
+    kept += rotary_bytes(setting)
     # Without checkpointing the layer that is worked on is one of those that are kept.
     beside = kept if setting.checkpointing != "none" else kept - layer.saved
+    return _Layers(kept, beside, working, host)
 
+
+def estimate_memory(setting: Setting) -> Memory:
+    """The phases of a run on one of its ranks."""
+    states, layers, loss = count_states(setting), _layers(setting), loss_bytes(setting)
+    stage = setting.stage
     bucket, flowing = states.bucket, states.bucket + states.reducing
     early = _early_gradients(setting, states)
-    static = {"optimizer": states.optimizer}
     phases = [
         Phase("load", {"weights": states.loading}),
         Phase(
             "loss",
             {
                 "weights": states.weights + states.gathered_head,
-                "gradients": early + head_gradient,
-                **static,
+                "gradients": early + loss.weight_gradient,
+                "optimizer": states.optimizer,
                 "buffers": bucket if stage == 3 else 0.0,
-                "kept": kept,
+                "kept": layers.kept,
                 "loss": loss.kept + loss.chunk,
             },
         ),
@@ -98,11 +113,11 @@ def estimate_memory(setting: Setting) -> Memory:
             "last layer",
             {
                 "weights": states.weights + states.gathered,
-                "gradients": max(early + head_gradient, states.gradients if stage >= 2 else 0.0),
-                **static,
+                "gradients": max(early + loss.weight_gradient, states.gradients if stage >= 2 else 0.0),
+                "optimizer": states.optimizer,
                 "buffers": flowing if stage >= 2 else bucket,
-                "kept": beside,
-                "layer": working,
+                "kept": layers.beside,
+                "layer": layers.working,
             },
         ),
         Phase(
@@ -110,10 +125,10 @@ def estimate_memory(setting: Setting) -> Memory:
             {
                 "weights": states.weights + states.gathered,
                 "gradients": _late_gradients(setting, states),
-                **static,
+                "optimizer": states.optimizer,
                 "buffers": flowing,
                 "kept": rotary_bytes(setting),
-                "layer": working + layer.input,
+                "layer": layers.working + layer_bytes(setting).input,
             },
         ),
         _step(setting, states),
@@ -121,9 +136,10 @@ def estimate_memory(setting: Setting) -> Memory:
     second = max((model.size or 0.0 for model in setting.second_models), default=0.0)
     if second:
         # The passes of evaluations are not counted; the second model is held beside all that waits for the next step.
-        parts = {"weights": states.weights, "gradients": early, **static, "second model": second}
+        parts = {"weights": states.weights, "gradients": early}
+        parts |= {"optimizer": states.optimizer, "second model": second}
         phases.append(Phase("evaluation", parts))
-    return Memory(tuple(phases), host)
+    return Memory(tuple(phases), states.host + layers.host)
 
 
 def _early_gradients(setting: Setting, states: States) -> float:
