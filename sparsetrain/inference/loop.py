@@ -24,8 +24,7 @@ from transformers.generation import (
 )
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.pages import check_room
-from sparsetrain.inference.captured_step import CapturedStep
+from sparsetrain.inference.steps import Steps
 from sparsetrain.modeling import SparseCache
 from sparsetrain.modeling.cache import UNUSED
 from sparsetrain.modeling.sharding import is_sharded
@@ -138,62 +137,56 @@ def _write(
     texts: Any = input_ids  # of a type of transformers' own
     pad: Any = None if config._pad_token_tensor is None else config._pad_token_tensor.to(texts.device)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    keeps = {
-        name: config.return_dict_in_generate and getattr(config, name) for name in ("output_scores", "output_logits")
-    }
-    scores: Any = () if keeps["output_scores"] else None
-    raw: Any = () if keeps["output_logits"] else None
+    scores: Any = () if config.return_dict_in_generate and config.output_scores else None
+    raw: Any = () if config.return_dict_in_generate and config.output_logits else None
     unfinished = torch.ones(texts.shape[0], dtype=torch.long, device=texts.device)
     stop = _Stop(stopping_criteria, streamed=streamer is not None)
-    steps: _Steps | None = None
-
-    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-    whole = texts.shape[1] if mask is None else mask.shape[1]
-    with cache.reading(whole - int(cache.get_seq_length())):
-        outputs = model._prefill(texts, generation_config, model_kwargs, is_first_iteration=True)
-    logits = outputs.logits[:, -1]
-    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
-    del outputs
+    cache = model_kwargs["past_key_values"]
+    logits, model_kwargs = _read_prompt(model, texts, generation_config, model_kwargs)
     optimized = getattr(model, "_optimize_model_for_decode", nullcontext)
-    try:
-        with optimized():
-            while True:
-                # A copy: processors may write in it, and a step overwrites the logits of the one before.
-                copied: Any = logits.to(copy=True, dtype=torch.float32, device=texts.device)
-                del logits
-                chosen = logits_processor(texts, copied)
-                if scores is not None:
-                    scores += (chosen,)
-                if raw is not None:
-                    raw += (copied,)
-                if config.do_sample:
-                    tokens = torch.multinomial(torch.softmax(chosen, dim=-1), num_samples=1).squeeze(1)
-                else:
-                    tokens = torch.argmax(chosen, dim=-1)
-                if ends:
-                    tokens = tokens * unfinished + pad * (1 - unfinished)
-                texts = torch.cat([texts, tokens[:, None]], dim=-1)
-                unfinished = unfinished & ~stopping_criteria(texts, scores)
-                if steps is not None:
-                    # Before the host waits.
-                    steps.take(tokens)
-                written, is_done = stop(tokens, unfinished, texts.shape[1])
-                if not is_done:
-                    steps = steps or _Steps(model, cache, model_kwargs)
-                    logits = steps(texts, tokens)
-                if streamer is not None:
-                    # While the device computes the next one.
-                    streamer.put(written)
-                if is_done:
-                    break
-    finally:
-        if steps is not None:
-            steps.finish()
+    with Steps(model, cache, model_kwargs) as steps, optimized():
+        while True:
+            # A copy: processors may write in it, and a step overwrites the logits of the one before.
+            copied: Any = logits.to(copy=True, dtype=torch.float32, device=texts.device)
+            del logits
+            chosen = logits_processor(texts, copied)
+            if scores is not None:
+                scores += (chosen,)
+            if raw is not None:
+                raw += (copied,)
+            if config.do_sample:
+                tokens = torch.multinomial(torch.softmax(chosen, dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = torch.argmax(chosen, dim=-1)
+            if ends:
+                tokens = tokens * unfinished + pad * (1 - unfinished)
+            texts = torch.cat([texts, tokens[:, None]], dim=-1)
+            unfinished = unfinished & ~stopping_criteria(texts, scores)
+            steps.take(tokens)  # before the host waits
+            written, is_done = stop(tokens, unfinished, texts.shape[1])
+            if not is_done:
+                logits = steps(texts, tokens)
+            if streamer is not None:
+                streamer.put(written)  # while the device computes the next one
+            if is_done:
+                break
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
         return texts
     return GenerateDecoderOnlyOutput(sequences=texts, scores=scores, logits=raw, past_key_values=cache)
+
+
+def _read_prompt(
+    model: Any, texts: Any, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The logits behind a prompt, ``[B, vocabulary]``, and what the model takes in the next step."""
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    whole = texts.shape[1] if mask is None else mask.shape[1]
+    with cache.reading(whole - int(cache.get_seq_length())):
+        outputs = model._prefill(texts, config, model_kwargs, is_first_iteration=True)
+    logits: Tensor = outputs.logits[:, -1]
+    return logits, model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
 
 
 class _Stop:
@@ -230,75 +223,3 @@ class _Stop:
             # A streamer may keep what it is handed.
             told = self._copy.clone()
         return told[:-1], not bool(told[-1])
-
-
-class _Steps:
-    """The steps behind a prompt: as a graph from the second one on, or, if that is not possible, one by one."""
-
-    def __init__(self, model: Any, cache: SparseCache, model_kwargs: dict[str, Any]) -> None:
-        self._model, self._cache, self._kwargs = model, cache, model_kwargs
-        self._step: CapturedStep | None = None
-        self._captured, self._plain = False, False
-        self._read = int(cache.get_seq_length())
-
-    def __call__(self, input_ids: Tensor, tokens: Tensor) -> Tensor:
-        """The logits behind the last tokens.
-
-        Args:
-            input_ids: int64 ``[B, N]``, the texts so far.
-            tokens: int64 ``[B]``, the last of them.
-
-        Returns:
-            ``[B, vocabulary]``; the next step may overwrite them.
-        """
-        self._read += 1
-        if self._step is not None and self._captured:
-            check_room(self._read, self._cache.max_length)
-            return self._step.run()
-        inputs = self._model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self._kwargs)
-        if self._plain:
-            return self._go_on(self._model(**inputs, return_dict=True))
-        if self._step is None:
-            held: CapturedStep | None = self._cache.captured
-            if held is not None and held.start_again(inputs):
-                self._step, self._captured = held, True
-                held.take(tokens)
-                return held.run()
-            # Its memory is free for another one.
-            self._cache.captured = held = None
-            self._step = CapturedStep(self._model, self._cache, inputs)
-            return self._go_on(self._step.run_plainly())
-        if reason := self._capture(self._step, inputs):
-            logger.warning("steps run one by one: %s", reason)
-            self._step, self._plain = None, True
-            return self._go_on(self._model(**inputs, return_dict=True))
-        return self._step.run()
-
-    def take(self, tokens: Tensor) -> None:
-        """Hand over the tokens that the next step will read, if there is one, int64 ``[B]``."""
-        if self._step is not None:
-            self._step.take(tokens)
-
-    def finish(self) -> None:
-        """No step follows."""
-        if self._step is not None:
-            self._step.finish()
-
-    def _go_on(self, outputs: Any) -> Tensor:
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs, is_encoder_decoder=False)
-        logits: Tensor = outputs.logits[:, -1]
-        return logits
-
-    def _capture(self, step: CapturedStep, inputs: dict[str, Any]) -> str | None:
-        """Make the graph of the steps; the reason where there is none."""
-        if not step.goes_on(inputs):
-            return f"{type(self._model).__name__} takes other inputs in every step than a token and its position"
-        try:
-            step.capture()
-        # Whatever a model does that a graph cannot hold, it runs without one.
-        except Exception as error:
-            lines = str(error).strip().splitlines() or ["no message"]
-            return f"a step of {type(self._model).__name__} cannot be captured ({type(error).__name__}: {lines[0]})"
-        self._captured = True
-        self._cache.captured = step
-        return None
