@@ -7,7 +7,7 @@ measured: one dense pass over each text, and in each layer sampled rows as if ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -143,38 +143,58 @@ def calibrate(
     sampled = sample(decode, len(texts), tokens, rows, seed)
     prune = decode.prune
     assert prune is not None
-    measured = sum(map(len, sampled))
-    one = decode.model_copy(update={"prune": prune.model_copy(update={"p": 1.0}), "calibrated": None})
+    unpruned = decode.model_copy(update={"prune": prune.model_copy(update={"p": 1.0}), "calibrated": None})
     if decode.select == "channels":
-        one = one.model_copy(update={"heavy_channels": _heavy_channels(model, texts, one)})
-    set_decode(model, one)
-    try:
-        losses: dict[int, list[Loss]] = {}
-        for text, at in zip(texts, sampled, strict=True):
-            if len(at):
-                for index, loss in _measure(model, text, at).items():
-                    losses.setdefault(index, []).append(loss)
-            on_text()
-    finally:
-        set_decode(model, None)
+        unpruned = unpruned.model_copy(update={"heavy_channels": _heavy_channels(model, texts, unpruned)})
+    losses = _losses(model, unpruned, zip(texts, sampled, strict=True), on_text)
     layers = [_choose(index, join(parts), error) for index, parts in sorted(losses.items())]
     chosen = {layer.index: layer.p for layer in layers if layer.p is not None}
     if not chosen:
-        best = min(layers, key=lambda layer: layer.error)
-        remedy = (
-            "--decode.candidates" if decode.select != "full" else "lower --tokens, because a list has no room for more"
-        )
-        raise ModelError(
-            f"--error {error:g} is out of reach in all layers: with p=1 layer {best.index} still loses "
-            f"{best.error:.3g}, because it reads {best.kept:,.0f} of {best.keys:,.0f} keys, with {best.mass:.1%} of "
-            f"the softmax weight; raise --error or {remedy}"
-        )
-    record = Calibrated(name=name, model=identity(model.config), error=error, data=data, tokens=tokens, rows=measured)
+        raise _out_of_reach(layers, decode, error)
+    record = Calibrated(
+        name=name,
+        model=identity(model.config),
+        error=error,
+        data=data,
+        tokens=tokens,
+        rows=sum(map(len, sampled)),
+    )
     dense = sorted({*decode.dense_layers, *(layer.index for layer in layers if layer.p is None)})
     found = {"prune": prune.model_copy(update={"p": chosen}), "dense_layers": dense, "calibrated": record}
-    if one.heavy_channels is not None:
-        found["heavy_channels"] = {index: one.heavy_channels[index] for index in chosen}
+    if unpruned.heavy_channels is not None:
+        found["heavy_channels"] = {index: unpruned.heavy_channels[index] for index in chosen}
     return decode.model_copy(update=found), layers
+
+
+def _losses(
+    model: PreTrainedModel,
+    decode: Decode,
+    texts: Iterable[tuple[Sequence[int], Tensor]],
+    on_text: Callable[[], None],
+) -> dict[int, list[Loss]]:
+    """What each layer that takes the section loses, text by text, in rows ``[rows]`` of each."""
+    set_decode(model, decode)
+    found: dict[int, list[Loss]] = {}
+    try:
+        for text, at in texts:
+            losses = _measure(model, text, at) if len(at) else {}
+            for index, loss in losses.items():
+                found.setdefault(index, []).append(loss)
+            on_text()
+    finally:
+        set_decode(model, None)
+    return found
+
+
+def _out_of_reach(layers: Sequence[Layer], decode: Decode, error: float) -> ModelError:
+    """That every layer loses more than ``error``, and the way out."""
+    best = min(layers, key=lambda layer: layer.error)
+    remedy = "--decode.candidates" if decode.select != "full" else "lower --tokens, because a list has no room for more"
+    return ModelError(
+        f"--error {error:g} is out of reach in all layers: with p=1 layer {best.index} still loses "
+        f"{best.error:.3g}, because it reads {best.kept:,.0f} of {best.keys:,.0f} keys, with {best.mass:.1%} of "
+        f"the softmax weight; raise --error or {remedy}"
+    )
 
 
 def _heavy_channels(

@@ -54,6 +54,23 @@ class Usage:
     observations: list[dict[str, float]] = field(default_factory=list)
     """Of each batch and layer that read a choice of keys."""
 
+    def add(self, completions: Sequence[Completion], prefill: float, decode: float) -> None:
+        """Count a batch, with the seconds until its first new token and for the others."""
+        self.prompt_tokens += sum(each.prompt_tokens for each in completions)
+        self.new_tokens += sum(each.new_tokens for each in completions)
+        self.decoded += sum(max(each.new_tokens - 1, 0) for each in completions)
+        self.prefill_seconds += prefill
+        self.decode_seconds += decode
+
+    def add_cache(self, cache: Any) -> None:
+        """Count the cache of a batch, and what its layers observed."""
+        self.cache_bytes = max(self.cache_bytes, cache_bytes(cache))
+        if isinstance(cache, SparseCache):
+            self.host_bytes = max(self.host_bytes, cache.host_nbytes())
+        memories = (getattr(layer, "memory", None) for layer in cache.layers)
+        found = [memory.observations() for memory in memories if memory is not None]
+        self.observations += [each for each in found if each]
+
 
 class _Clock(StoppingCriteria):
     """Notes when the first token came, and stops all rows where that is enough."""
@@ -143,18 +160,8 @@ class Writer:
             for row, prompt in zip(written.sequences[:, ids.shape[1] :].tolist(), prompts, strict=True)
         ]
         first = end if clock.first is None else clock.first
-        self.usage.prompt_tokens += sum(map(len, prompts))
-        self.usage.new_tokens += sum(each.new_tokens for each in completions)
-        self.usage.decoded += sum(max(each.new_tokens - 1, 0) for each in completions)
-        self.usage.prefill_seconds += first - begin
-        self.usage.decode_seconds += end - first
-        cache = written.past_key_values
-        self.usage.cache_bytes = max(self.usage.cache_bytes, cache_bytes(cache))
-        if isinstance(cache, SparseCache):
-            self.usage.host_bytes = max(self.usage.host_bytes, cache.host_nbytes())
-        memories = (getattr(layer, "memory", None) for layer in cache.layers)
-        found = [memory.observations() for memory in memories if memory is not None]
-        self.usage.observations += [each for each in found if each]
+        self.usage.add(completions, first - begin, end - first)
+        self.usage.add_cache(written.past_key_values)
         return completions
 
     def _padding(self) -> int:
