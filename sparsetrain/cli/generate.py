@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.filesize import decimal
 
 from sparsetrain.cli.arguments import (
     DeviceOption,
@@ -22,6 +21,7 @@ from sparsetrain.cli.arguments import (
     choose_dtype,
 )
 from sparsetrain.cli.decode_options import with_decode_options
+from sparsetrain.cli.generate_notes import kept_keys, note_decode, note_model, speed
 from sparsetrain.cli.interrupt import interruptible
 from sparsetrain.counted import counted
 from sparsetrain.errors import ModelError
@@ -29,7 +29,7 @@ from sparsetrain.streams import reader_gone
 
 if TYPE_CHECKING:
     from sparsetrain.inference.prompts import Prompt
-    from sparsetrain.inference.writer import Usage, Writer
+    from sparsetrain.inference.writer import Writer
 
 
 @with_decode_options
@@ -122,21 +122,21 @@ def generate(
     parse_budget(budget or "auto")
     if output is not None:
         check_new("output", output, "file")
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = _sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     prompts = read_prompts(prompt or [], file)
     if file is not None and file.suffix.lower() in TABLE_SUFFIXES:
         print(f"note: --file {file} is continued as one text; rows are read from a .jsonl", file=sys.stderr)
 
     import torch
 
-    from sparsetrain.inference.cached import make_cache
     from sparsetrain.inference.fewer_kernels import ready_for_steps
     from sparsetrain.inference.models import check_room, find_model
     from sparsetrain.inference.sampling import check_own
     from sparsetrain.inference.writer import Writer
     from sparsetrain.modeling import set_decode
 
-    limits: dict[str, Any] | None = {"budget": budget or "auto", "offload": offload}
     kind, place = choose_dtype(dtype), choose_device(device)
     source = find_model(model)
     # Without weights, so that what is wrong is said before they are read.
@@ -149,26 +149,13 @@ def generate(
     encoded = [each.encode(source.tokenizer, chat=chat) for each in prompts]
     for each, tokens in zip(prompts, encoded, strict=True):
         check_room(outline, each.place, len(tokens), max_new_tokens)
-    lengths = list(map(len, encoded))
-    for rows in {tuple(lengths[start : start + batch]) for start in range(0, len(lengths), batch)}:
-        try:
-            make_cache(outline, max(rows) + max_new_tokens, limits or {}).check_prompts(rows)
-        except ModelError as error:
-            if budget is not None or offload:
-                raise
-            # Nothing was asked for: such a model generates in caches that grow.
-            print(
-                f"note: the cache grows with the text, and steps are slower: {str(error).partition('; ')[0]}",
-                file=sys.stderr,
-            )
-            limits = None
-            break
+    limits = _limits(outline, list(map(len, encoded)), batch, max_new_tokens, budget=budget, offload=offload)
 
     loaded = source.load(kind)
     if decode is not None:
         set_decode(loaded, section)
-    _note(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
-    _note_decode(loaded, max(map(len, encoded)), max_new_tokens)
+    note_model(loaded, source.tokenizer, prompts, sampling.describe(own), chat=chat)
+    note_decode(loaded, max(map(len, encoded)), max_new_tokens)
     torch.manual_seed(seed)
     loaded = loaded.to(place)
     if (told := ready_for_steps(loaded)) is not None:
@@ -180,67 +167,49 @@ def generate(
             _stream(writer, encoded[0])
         else:
             _write_rows(writer, prompts, encoded, batch, output)
-    print(_speed(writer.usage), file=sys.stderr)
-    if (told := _kept(writer.usage)) is not None:
+    print(speed(writer.usage), file=sys.stderr)
+    if (told := kept_keys(writer.usage)) is not None:
         print(told, file=sys.stderr)
 
 
-def _sampling(*values: Any) -> Any:
+def _sampling(**options: float | None) -> Any:
     from pydantic import ValidationError
 
     from sparsetrain.inference.sampling import Sampling
 
     try:
-        return Sampling(**dict(zip(Sampling.model_fields, values, strict=True)))
+        return Sampling.model_validate(options)
     except ValidationError as error:
         fault = error.errors()[0]
         flag = str(fault["loc"][0]).replace("_", "-")
         raise ModelError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
 
 
-def _note(model: Any, tokenizer: Any, prompts: list[Prompt], sampling: str, *, chat: bool) -> None:
-    """Say on standard error what decides the text."""
-    method = model.config.sparsetrain["attention"]["method"]
-    print(f"note: attention {method}, {sampling}", file=sys.stderr)
-    if tokenizer.chat_template and not chat and any(each.messages is None for each in prompts):
-        print("note: this model has a chat template; --chat writes a prompt as a user's message", file=sys.stderr)
-    if answered := sum(each.answered for each in prompts):
-        print(
-            f"note: behind an answer another one is written ({counted(answered, 'chat')}); leave the last turn out to "
-            "have the one before it answered",
-            file=sys.stderr,
-        )
-
-
-def _note_decode(model: Any, prompt: int, new: int) -> None:
-    """Say by which section steps read fewer keys, and where it leaves none out.
+def _limits(
+    outline: Any, lengths: list[int], batch: int, max_new_tokens: int, *, budget: str | None, offload: bool
+) -> dict[str, Any] | None:
+    """The limits of a cache, which those of all batches keep; None, with a note, for caches that grow.
 
     Args:
-        prompt: tokens of the longest.
-        new: tokens that may follow it.
-    """
-    from sparsetrain.generation.settings import parse_decode
+        lengths: tokens of each prompt.
 
-    record = model.config.sparsetrain.get("decode")
-    if record is None:
-        return
-    section = parse_decode(record)
-    words = [f"select={section.select}"]
-    if section.prune is not None:
-        words.append("prune.p by layer" if isinstance(section.prune.p, dict) else f"prune.p={section.prune.p:g}")
-    if section.refresh is not None:
-        words.append(f"refresh.every={section.refresh.every}")
-        if section.refresh.keep is not None:
-            words.append(f"refresh.keep={section.refresh.keep}")
-        words.append(f"refresh.choose={section.refresh.choose}")
-    print(f"note: steps read fewer keys: {', '.join(words)}", file=sys.stderr)
-    candidates = section.candidate_tokens(prompt)
-    if section.select in ("quest", "channels") and candidates >= prompt + new:
-        print(
-            f"note: these texts are no longer than decode.candidates={candidates:,}, so select={section.select} "
-            "passes on every key",
-            file=sys.stderr,
-        )
+    Raises:
+        ModelError: a limit was asked for, and cannot be kept.
+    """
+    from sparsetrain.inference.cached import make_cache
+
+    limits = {"budget": budget or "auto", "offload": offload}
+    try:
+        for rows in {tuple(lengths[start : start + batch]) for start in range(0, len(lengths), batch)}:
+            make_cache(outline, max(rows) + max_new_tokens, limits).check_prompts(rows)
+    except ModelError as error:
+        if budget is not None or offload:
+            raise
+        # Nothing was asked for: such a model generates in caches that grow.
+        reason = str(error).partition("; ")[0]
+        print(f"note: the cache grows with the text, and steps are slower: {reason}", file=sys.stderr)
+        return None
+    return limits
 
 
 def _stream(writer: Writer, tokens: list[int]) -> None:
@@ -285,31 +254,3 @@ def _write_rows(
             if output is None and reader_gone():
                 break
             bar.update(task, completed=min(start + batch, len(prompts)) * writer.max_new_tokens)
-
-
-def _speed(usage: Usage) -> str:
-    rate = f"{usage.decoded / usage.decode_seconds:,.1f} tokens/s" if usage.decoded else "no further tokens"
-    return (
-        f"{usage.prompt_tokens:,} prompt tokens in {usage.prefill_seconds:.2f} s, {usage.new_tokens:,} new tokens "
-        f"({rate} after the first), cache {decimal(usage.cache_bytes)}"
-        + (f" on the device and {decimal(usage.host_bytes)} in host memory" if usage.host_bytes else "")
-    )
-
-
-def _kept(usage: Usage) -> str | None:
-    """The share of keys read by the layers that choose keys."""
-    observations = usage.observations
-    kept = [each["kept"] for each in observations if "kept" in each]
-    if not kept:
-        uncounted = "what the steps read is not counted: compiled steps do not count"
-        return uncounted if usage.observations and usage.decoded else None
-    text = f"{sum(kept) / len(kept):.1%} of the keys read in a step"
-    least, most = f"{min(kept):.1%}", f"{max(kept):.1%}"
-    if least != most:
-        text += f" ({least} to {most} by layer)"
-    masses = [each for each in observations if "mass_mean" in each]
-    if masses:
-        mean, worst = sum(each["mass_mean"] for each in masses) / len(masses), min(each["mass_min"] for each in masses)
-        text += f", which hold {mean:.1%} of the softmax weight ({worst:.1%} at least; sampled)"
-    dropped = max(each["dropped"] for each in observations if "dropped" in each)
-    return text + (f"; up to {dropped:.1%} of the keys found no room in a list" if dropped else "")
