@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparsetrain.evaluation.base import Task
-    from sparsetrain.evaluation.decode_answers import Answerer
     from sparsetrain.evaluation.decode_comparison import DecodeRow
+    from sparsetrain.inference.models import Source
 
 BUDGETS = [0.0625, 0.125, 0.25, 0.5]
 
@@ -110,20 +108,14 @@ def compare_decode(
     from sparsetrain.recipe import load_recipe
 
     check_first(model, dtype, device)
-    for override in overrides or []:
-        if not override.startswith(("eval.", "eval=", "train.seed=")):
-            raise RecipeError(f"{override} has no effect here: only the eval section of the recipe is used")
+    _check_overrides(overrides or [])
     budgets = budget or BUDGETS
-    for share in budgets:
-        if not 0 < share < 1:
-            raise ModelError(
-                f"--budget {share:g} is no share of the bytes of full attention; give one above 0 and below 1"
-            )
+    _check_budgets(budgets)
     if output is not None:
         check_new("output", output, "folder")
     loaded_recipe = load_recipe(recipe, overrides or [])
 
-    from sparsetrain.cli.decode_rows import answer_with, label_beside, read_setting
+    from sparsetrain.cli.decode_rows import models_beside, read_setting
     from sparsetrain.evaluation.decode_settings import CONTEXT, WIDTH, chosen_settings, settings
 
     asked = [read_setting(each) for each in setting or []]
@@ -156,15 +148,13 @@ def compare_decode(
             f"the documents of {name} and --extra {extra} are {tokens} tokens, more than the {limit} positions of the "
             "model (max_position_embeddings); lower --extra, or give the task shorter lengths"
         )
-    others: dict[str, Callable[[], Answerer]] = {}
-    for each in beside or []:
-        found = find_model(each)
-        label = label_beside(each, found, source, tokens)
-        if label in others:
-            raise ModelError(f"--beside {each}: there is a row {label} already; give it once")
-        others[label] = partial(answer_with, found, kind, place, (questions, extra, batch))
-    loaded = source.load(kind).eval().to(place)
-    answerer = Answerer(loaded, source.tokenizer, questions, extra=extra, batch=batch)
+
+    def load(found: Source) -> Answerer:
+        loaded = found.load(kind).eval().to(place)
+        return Answerer(loaded, found.tokenizer, questions, extra=extra, batch=batch)
+
+    others = models_beside(beside or [], source, tokens, load)
+    answerer = load(source)
     title = f"{model}, {name}: {counted(len(questions), 'document')} of up to {tokens} tokens"
     facts = {
         "title": title,
@@ -203,6 +193,20 @@ def compare_decode(
     if output is not None:
         draw(rows, title, output / "decode.png")
         print(f"{output}: decode.json, decode.csv, decode.md, decode.png", file=sys.stderr)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        if not override.startswith(("eval.", "eval=", "train.seed=")):
+            raise RecipeError(f"{override} has no effect here: only the eval section of the recipe is used")
+
+
+def _check_budgets(budgets: list[float]) -> None:
+    for share in budgets:
+        if not 0 < share < 1:
+            raise ModelError(
+                f"--budget {share:g} is no share of the bytes of full attention; give one above 0 and below 1"
+            )
 
 
 def _choose(tasks: dict[str, Task], name: str | None, recipe: Any) -> tuple[str, Task]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparsetrain.errors import ModelError
-from sparsetrain.evaluation.decode_answers import Answerer, Question
+from sparsetrain.evaluation.decode_answers import Answerer
 from sparsetrain.evaluation.decode_settings import Asked
 from sparsetrain.generation.setting_text import read_value, split_setting
-from sparsetrain.inference.models import Source
+from sparsetrain.inference.models import Source, find_model
 from sparsetrain.modeling.layers import attention_density
 from sparsetrain.modeling.positions import position_limit
 
@@ -26,6 +26,30 @@ def read_setting(text: str) -> Asked:
     if name is None:
         raise ModelError(f"--setting {text} has no name; write one before its fields, as in twilight,prune.p=0.9")
     return Asked(text, name, {field: read_value(f"--setting {name},{field}", value) for field, value in fields.items()})
+
+
+def models_beside(
+    places: list[str], first: Source, tokens: int, load: Callable[[Source], Answerer]
+) -> dict[str, Callable[[], Answerer]]:
+    """Other models by the name of their row; each is loaded when its row is measured.
+
+    Args:
+        places: runs or models, as ``--beside`` was given.
+        first: the model whose settings are compared.
+        tokens: of the longest document with its answer.
+        load: loads a model that answers the questions.
+
+    Raises:
+        ModelError: one cannot answer the same questions, attends fully, or is given twice.
+    """
+    models: dict[str, Callable[[], Answerer]] = {}
+    for place in places:
+        found = find_model(place)
+        label = label_beside(place, found, first, tokens)
+        if label in models:
+            raise ModelError(f"--beside {place}: there is a row {label} already; give it once")
+        models[label] = partial(load, found)
+    return models
 
 
 def label_beside(place: str, found: Source, first: Source, tokens: int) -> str:
@@ -51,16 +75,3 @@ def label_beside(place: str, found: Source, first: Source, tokens: int) -> str:
     folder = Path(place)
     name = folder.parent.name if folder.name == "final" else folder.name
     return f"{name} ({record['attention']['method']})"
-
-
-def answer_with(
-    found: Source, kind: torch.dtype | None, place: torch.device, asked: tuple[list[Question], int, int]
-) -> Answerer:
-    """Another model that answers the questions.
-
-    Args:
-        asked: the questions, the tokens that may follow an answer, and documents at a time.
-    """
-    questions, extra, batch = asked
-    model = found.load(kind).eval().to(place)
-    return Answerer(model, found.tokenizer, questions, extra=extra, batch=batch)
