@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -93,16 +94,18 @@ def export(
             open_repository(push, public=public)
         card = publish(run_folder, out, asked)
         print(f"{out}: read {card}, then load it with sparsetrain.load({str(out)!r})")
-        if push is None:
-            return
-        seen = "public" if public else "private"
-        if dry_run:
-            print(f"would make {push} ({seen}) and send:", *listing(out), sep="\n")
-            private = "" if public else " --private"
-            if license is not None:
-                print(
-                    f"the Hub alone knows its identifiers of licenses, and judges {license} when it is sent: {LICENSES}"
-                )
-            print(f"send it as it is: hf upload {push} {out} .{private}")
-        else:
-            print(f"{upload(out, push)} ({seen})")
+        if push is not None and dry_run:
+            _tell_what_would_be_sent(push, out, listing(out), license, public=public)
+        elif push is not None:
+            print(f"{upload(out, push)} ({_seen(public)})")
+
+
+def _seen(public: bool) -> str:
+    return "public" if public else "private"
+
+
+def _tell_what_would_be_sent(push: str, out: Path, files: Iterable[str], license: str | None, *, public: bool) -> None:
+    print(f"would make {push} ({_seen(public)}) and send:", *files, sep="\n")
+    if license is not None:
+        print(f"the Hub alone knows its identifiers of licenses, and judges {license} when it is sent: {LICENSES}")
+    print(f"send it as it is: hf upload {push} {out} .{'' if public else ' --private'}")
