@@ -19,8 +19,8 @@ class OptimizerSection(Section):
     name: Literal["adamw", "adamw_8bit", "muon", "adafactor"] = "adamw"
     """``adamw``: torch's own on CPU (nothing to compile), fused on CUDA, DeepSpeedCPUAdam when offloaded.
     ``adamw_8bit``: bitsandbytes' AdamW, whose moments take one byte each (2110.02861); ZeRO stages 1 to 3.
-    ``muon``: DeepSpeed's Muon, which orthogonalises the momentum of each matrix, and AdamW for everything else
-    (embeddings, output head, norms, biases, the modules that the attention method adds); ZeRO stages 1 to 3.
+    ``muon``: DeepSpeed's Muon, which orthogonalises the momentum of each matrix; ZeRO stages 1 to 3. AdamW trains
+    everything else (embeddings, output head, norms, biases, the modules that the attention method adds).
     ``adafactor``: transformers' Adafactor, whose second moment is a row and a column for each matrix (1804.04235); ZeRO
     stage 0, as the other stages keep no matrices."""
     states: Literal["float32", "bfloat16"] = "float32"

@@ -191,8 +191,8 @@ class TrainSection(Section):
     """The trained parameters: all (with ``lora``, its adapters), or only the modules that the attention method adds,
     with the rest frozen."""
     start: Text | None = None
-    """A folder of adapters to begin with, the ``final/`` of a run with ``lora`` beside this ``model.path``: with
-    ``lora`` they are trained further, without it they are merged into the weights first. A ``model.path`` that is such
+    """A folder of adapters to begin with: the ``final/`` of a run with ``lora`` on this ``model.path``. With ``lora``
+    they are trained further. Without it they are merged into the weights first. A ``model.path`` that is such
     a folder means its base with this setting."""
     freeze: Annotated[list[Text], Field(max_length=MOST_LISTED)] = []
     """Parameters that stay as they are, by whole components of their names: ``[embed_tokens]``, ``[layers.0, mlp]``,
@@ -233,9 +233,9 @@ class TrainSection(Section):
     """Compute the loss in chunks of this many tokens, so that logits of the whole row never exist; null: all at once.
     Liger's fused loss chooses its own chunks, whose logits are about as large as the hidden states."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's fused kernels for norms, MLP activation, rotary positions and the loss; ``auto`` uses them if there is a
-    CUDA device and ``liger-kernel`` is installed, except where a module's output would differ by more than rounding
-    (experts in fp32: the kernel multiplies in TF32). The log says which were used."""
+    """Liger's fused kernels for norms, MLP activation, rotary positions and the loss. ``auto`` uses them if there is a
+    CUDA device and ``liger-kernel`` is installed. A module whose output would differ by more than rounding keeps its
+    own code (experts in fp32: the kernel multiplies in TF32). The log says which were used."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """Handling of a non-finite loss or gradient: stop the run or skip the step. The batch is recorded in
     ``nonfinite.jsonl``."""

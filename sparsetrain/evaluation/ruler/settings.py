@@ -53,8 +53,8 @@ class RulerSettings(GenerativeSection):
     default each sample has a seed of its own, so that it does not depend on their number, and answers are not in the
     same place of every sample."""
     haystack: Text | None = None
-    """A text file that needles are hidden in by the five tasks with an essay, between sentences, which end at ``.``,
-    ``!`` or ``?`` before a space; null is a generated text."""
+    """A text file in which the five tasks with an essay hide needles, between sentences. A sentence ends at ``.``,
+    ``!`` or ``?`` before a space. Null is a generated text."""
     words: Text | None = None
     """A folder with ``nounlist.txt``, ``adjectivelist.txt`` and ``verblist.txt``, a word a line, for keys and lists;
     null makes words up."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AttentionErrorSection(TaskSection):
-    """Attention error by layer: the softmax weight of full attention that the keys hold which a method reads, and the
+    """Attention error by layer: how much of full attention's softmax weight the keys that a method reads hold, and the
     error of its output, beside the best keys of equal number."""
 
     result = AttentionErrorResult

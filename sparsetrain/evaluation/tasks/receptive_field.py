@@ -34,8 +34,8 @@ class ReceptiveFieldSection(TaskSection):
     blocks: Annotated[int, Field(gt=0), Bounds(1024, "each has prompts of its own, at every length")] = 8
     """Equal parts of a prompt, in each of which the key stands in some of them."""
     samples: Annotated[int, Field(gt=0, multiple_of=40), Bounds(10**5, "each is a prompt, in every block")] = 120
-    """Prompts for each length and block, a multiple of 40: each of 10 digits is in equally many of each of 4 parts,
-    one of which is named by classifiers that are fitted to the others."""
+    """Prompts for each length and block, a multiple of 40. They are in 4 parts, each with as many prompts of each of
+    10 digits. Classifiers that are fitted to three parts name the digits of the fourth."""
 
     def lengths_by_field(self) -> dict[str, Sequence[int]]:
         """The prompts."""

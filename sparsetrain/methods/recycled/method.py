@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RecycledConfig(MethodConfig):
-    """Every few tokens one token attends to all earlier ones and chooses the keys of the highest weight; the tokens up
+    """Every few tokens one token attends to all earlier ones and chooses the keys of the highest weight. The tokens up
     to the next choice read these keys, those since the choice, a window before it and the sinks.
 
     The tokens of a prompt attend fully, and the last of them makes the first choice. So a pass of training computes

@@ -47,14 +47,14 @@ class SparseKConfig(MethodConfig):
     sinks: TokensOrNone = 4
     """Tokens at the start of each document that every query reads; they do not take part in top-k."""
     gate: Literal["value", "log", "straight"] = "value"
-    """How the soft selection ``p = clip(score - threshold, 0, 1)`` reaches the output: ``value`` multiplies the values
-    by it (the paper), ``log`` adds its logarithm to the logits, ``straight`` selects hard and only takes its
+    """How the soft selection ``p = clip(score - threshold, 0, 1)`` reaches the output. ``value`` multiplies the values
+    by it (the paper). ``log`` adds its logarithm to the logits. ``straight`` selects hard and only takes its
     gradient."""
     scores: Literal["head", "layer"] = "head"
     """One score and one selection for each key/value head, or one for the whole layer."""
     scorer: Literal["learned", "frozen", "detached", "random"] = "learned"
-    """The source of the scores: ``learned``, a trained linear network; ``frozen``, the same network without training,
-    through which the model still gets gradients; ``detached``, without these gradients; ``random``, a hash of the
+    """The source of the scores. ``learned`` is a trained linear network. ``frozen`` is the same network without
+    training, through which the model still gets gradients; with ``detached`` it gets none. ``random`` is a hash of the
     position without a network. The last three are baselines for a trained scorer."""
     normalize: bool = True
     """Normalise scores by the mean and variance of all scores so far in the document (timestep normalisation), with a
@@ -63,9 +63,9 @@ class SparseKConfig(MethodConfig):
     """Added to the score per position, so that newer tokens rank higher. With ``normalize`` its unit is one standard
     deviation of the scores: at 1e-4 a token needs one standard deviation more to be kept 10,000 tokens longer."""
     init: Literal["normal", "zeros", "attention"] | None = None
-    """Initialisation of the network: ``normal`` (also null) is random; ``zeros`` leaves the selection to ``slope``, at
-    first a longer window; ``attention`` is fitted in closed form to the attention that keys receive from beyond their
-    window, on the first rows of a run, or elsewhere by ``sparsetrain.modeling.fit_method``."""
+    """Initialisation of the network. ``normal`` (also null) is random. ``zeros`` leaves the selection to ``slope``, at
+    first a longer window. ``attention`` is fitted in closed form to the attention that keys receive from beyond their
+    window. The fit uses the first rows of a run; elsewhere, call ``sparsetrain.modeling.fit_method``."""
     topk_start: Tokens | None = None
     """Start training with this many keys and decrease to ``topk`` over ``topk_steps``; null: ``topk`` throughout."""
     topk_steps: Annotated[float, Field(gt=0), Bounds(MOST_STEPS, "no run has more steps")] | None = None
