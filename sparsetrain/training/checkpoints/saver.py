@@ -91,8 +91,9 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:
         self.on_failure: Callable[[int], None] = lambda step: None
-        self.on_complete: Callable[[Path], None] = lambda checkpoint: None
         """Called with the step whose checkpoint could not be written, if the recipe lets the run continue."""
+        self.on_complete: Callable[[Path], None] = lambda checkpoint: None
+        """Called with the folder of each checkpoint that is complete."""
         self._engine = engine
         self._folder = folder
         self._section = section
