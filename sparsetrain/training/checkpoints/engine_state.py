@@ -1,15 +1,13 @@
 """The training state of a DeepSpeed engine as flat slices of parameters, which do not depend on the ZeRO stage.
 
-Every ZeRO stage partitions master weights and the optimizer's state differently: whole parameters (stage 0), this
-rank's part of a group's concatenated parameters (1, 2), or this rank's part of each parameter (3). This module maps
-them to elements of parameters, so that any stage on any number of ranks can load a checkpoint. The 16-bit weights are
-not saved: they are the rounded master weights.
+Every ZeRO stage partitions master weights and the optimizer's state differently (:mod:`.flats`). Here they become
+elements of parameters, so that any stage on any number of ranks can load a checkpoint. The 16-bit weights are not
+saved: they are the rounded master weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from torch import nn
 
 from sparsetrain.errors import CheckpointError
 from sparsetrain.training.checkpoints.files import DTYPES, Block, PieceReader, Slice
-from sparsetrain.training.checkpoints.optimizer_state import Flat, Piece, fill_state, state_blocks
+from sparsetrain.training.checkpoints.flats import flats, round_masters
+from sparsetrain.training.checkpoints.optimizer_state import Flat, fill_state, state_blocks
 from sparsetrain.training.checkpoints.schema import EngineCounters, LossScale
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -34,7 +33,7 @@ def blocks(engine: Any) -> list[Block]:
     rank, size = dist.get_rank(), dist.get_world_size()
     replicated = engine.zero_optimization_stage() == 0
     found: list[Block] = []
-    for flat in _flats(engine):
+    for flat in flats(engine):
         weights = Block(
             flat.master.detach().view(-1),
             tuple(Slice("weight", piece.name, piece.start, piece.offset, piece.numel) for piece in flat.pieces),
@@ -62,12 +61,12 @@ def fill(engine: Any, reader: PieceReader) -> None:
     """
     _check_same_parameters(engine, reader)
     _check_same_buffers(engine, reader)
-    for flat in _flats(engine):
-        _read_flat(flat.master, "weight", flat, reader)
+    for flat in flats(engine):
+        _read_masters(flat, reader)
         if not bool(flat.master.detach().isfinite().all()):
             raise ValueError("weights are not finite")
         fill_state(engine.basic_optimizer, flat, reader)
-    _round_masters(engine)
+    round_masters(engine)
     for name, buffer in _buffers(engine.module):
         reader.read_into(buffer.view(-1), "buffer", name, 0)
 
@@ -94,7 +93,7 @@ def set_counters(engine: Any, counts: EngineCounters, loss_scale: LossScale) -> 
 
 def describe_optimizer(engine: Any) -> str:
     """``AdamW, master weights in float32, gradients summed in float32``, as the engine does it."""
-    masters = {str(flat.master.dtype).removeprefix("torch.") for flat in _flats(engine)}
+    masters = {str(flat.master.dtype).removeprefix("torch.") for flat in flats(engine)}
     summed = str(engine.get_data_types()[1]).removeprefix("torch.")
     kind = type(engine.basic_optimizer).__name__
     return f"{kind}, master weights in {' and '.join(sorted(masters))}, gradients summed in {summed}"
@@ -106,61 +105,6 @@ def trained_elements(engine: Any) -> int:
     return sum(shape.numel() for shape in shapes)
 
 
-def _flats(engine: Any) -> Iterator[Flat]:
-    optimizer, names = engine.optimizer, engine.param_names
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        yield from _partitioned(optimizer, names)
-    elif stage > 0:
-        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        groups = optimizer.bit16_groups if masters is not None else optimizer.bf16_groups
-        for index, (master, group) in enumerate(
-            zip(masters or optimizer.fp32_groups_flat_partition, groups, strict=True)
-        ):
-            # The overlap of a parameter with this rank's part; both addresses count elements.
-            pieces = []
-            for parameter in group:
-                if (met := parameter._hp_mapping) is not None:
-                    there, here = met.lp_fragment_address, met.hp_fragment_address
-                    pieces.append(Piece(names[parameter], there.start, here.start, there.numel))
-            whole = None if masters is None else _in_a_row(optimizer.params_in_partition[index], names)
-            yield Flat(master, tuple(pieces), whole)
-    elif hasattr(optimizer, "fp32_groups"):  # 16-bit weights with masters beside them
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(group, masters, strict=True):
-                yield Flat(master, (Piece(names[parameter], 0, 0, parameter.numel()),))
-    else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield Flat(parameter, (Piece(names[parameter], 0, 0, parameter.numel()),))
-
-
-def _in_a_row(parameters: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> tuple[Piece, ...]:
-    """Whole parameters, one after the other."""
-    ends = list(accumulate(parameter.numel() for parameter in parameters))
-    return tuple(
-        Piece(names[parameter], 0, end - parameter.numel(), parameter.numel())
-        for parameter, end in zip(parameters, ends)
-    )
-
-
-def _partitioned(optimizer: Any, names: dict[nn.Parameter, str]) -> Iterator[Flat]:
-    """ZeRO-3: equal parts of each parameter, the last ones padded or empty."""
-    for index, (group, master) in enumerate(
-        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-    ):
-        pieces = []
-        for parameter in group:
-            found, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            if found != index:
-                raise CheckpointError(f"ZeRO-3 keeps {names[parameter]} in an unexpected place; please report this")
-            start = part * dist.get_rank(group=parameter.ds_process_group)
-            numel = min(part, parameter.ds_numel - start)
-            if numel > 0:
-                pieces.append(Piece(names[parameter], start, offset, numel))
-        yield Flat(master, tuple(pieces))
-
-
 def _share(elements: torch.Tensor, whole: Slice, rank: int, size: int) -> Block:
     part = -(-whole.numel // size)
     start = min(part * rank, whole.numel)
@@ -170,26 +114,10 @@ def _share(elements: torch.Tensor, whole: Slice, rank: int, size: int) -> Block:
     return Block(mine, (Slice(whole.kind, whole.name, start, 0, mine.numel()),))
 
 
-def _read_flat(out: torch.Tensor, kind: str, flat: Flat, reader: PieceReader) -> None:
-    elements = out.detach().view(-1)
+def _read_masters(flat: Flat, reader: PieceReader) -> None:
+    elements = flat.master.detach().view(-1)
     for piece in flat.pieces:
-        reader.read_into(elements[piece.offset : piece.offset + piece.numel], kind, piece.name, piece.start)
-
-
-def _round_masters(engine: Any) -> None:
-    """Update the model's weights from the master weights, on every rank."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()
-        state = optimizer.state_dict()  # contains the master weights that were just loaded
-        optimizer.load_state_dict([state] * dist.get_world_size(), load_optimizer_states=False)
-        optimizer.checkpoint_event_epilogue()
-    elif stage > 0:
-        optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups"):
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for parameter, master in zip(group, masters, strict=True):
-                parameter.data.copy_(master)
+        reader.read_into(elements[piece.offset : piece.offset + piece.numel], "weight", piece.name, piece.start)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
