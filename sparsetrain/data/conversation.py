@@ -118,34 +118,52 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
         )
     turn = naming.turn(turn, name)
     keys = {key: value for key, value in turn.items() if value is not None and key not in ignore}
-    named = _one_of(keys, ("role", "from"), name)
+    named = _named(keys, naming, name)
+    _refuse_unsupported(keys, name)
+    role = ROLES[named]
+    content, calls = _said(turn, keys, named, name)
+    learned = learned_of(keys, role, content, name)
+    thoughts = _thoughts(keys, role, name)
+    message = {"role": role, "content": content, **({"tool_calls": calls} if calls else {})}
+    return {**message, **thoughts, **plain(keys, name)}, learned
+
+
+def _named(keys: dict[str, Any], naming: Naming, turn: str) -> str:
+    """Remove the role of a turn and return its name, one of :data:`ROLES`."""
+    named = _one_of(keys, ("role", "from"), turn)
     if named is None:
         raise MalformedRow(
-            f"{name} has no role, only {listed(list(keys))}",
+            f"{turn} has no role, only {listed(list(keys))}",
             recipe="say which key is the role by turn_keys of its source, such as turn_keys: {role: speaker}. A "
             "question and its answer are two turns",
             row="write who says it, such as role: user",
         )
     if not isinstance(named, str):
-        raise MalformedRow(f"the role of {name} is {described(named)}, not a string")
+        raise MalformedRow(f"the role of {turn} is {described(named)}, not a string")
     named = naming.role(named)
     if named.lower() not in ROLES:
         raise MalformedRow(
-            f"{name} has the unknown role {named!r}",
+            f"{turn} has the unknown role {named!r}",
             recipe=f"say which it is by roles of its source, such as roles: {{assistant: {named}}}",
             row="write system, user, assistant or tool",
         )
+    return named.lower()
+
+
+def _refuse_unsupported(keys: dict[str, Any], turn: str) -> None:
+    """Refuse keys with a meaning that is not supported, and remove them where they are empty."""
     for key, reason in REFUSED.items():
         # Some writers use an empty list for none.
-        if keys.get(key):
+        if keys.pop(key, None):
             raise MalformedRow(
-                f"{name} has {key!r}, and {reason}",
+                f"{turn} has {key!r}, and {reason}",
                 recipe=f"ignore: [{key}] trains without it",
                 row="leave it out",
             )
-        keys.pop(key, None)
-    named = named.lower()
-    role = ROLES[named]
+
+
+def _said(turn: Mapping[str, Any], keys: dict[str, Any], named: str, name: str) -> tuple[str, list[dict[str, Any]]]:
+    """Remove what a turn says, and return its text and its calls of tools."""
     said = _one_of(keys, ("content", "value"), name)
     calls = calls_of(keys, name)
     content: str | None = ""
@@ -157,8 +175,8 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
         calls = call_of(call, f"the content of {name}, a {named},")
     else:
         content = _content(said, f"the content of {name}")
-    if calls and role != "assistant":
-        raise MalformedRow(f"{name} calls a tool, but its role is {role}")
+    if calls and ROLES[named] != "assistant":
+        raise MalformedRow(f"{name} calls a tool, but its role is {ROLES[named]}")
     if content is None and not calls:
         if "content" in turn or "value" in turn:
             raise MalformedRow(f"the content of {name} is null, not a string")
@@ -167,11 +185,8 @@ def _turn(turn: Any, name: str, ignore: Collection[str], naming: Naming) -> tupl
             recipe="say which key is the content by turn_keys of its source, such as turn_keys: {content: text}",
             row="write what is said under content",
         )
-    learned = learned_of(keys, role, content or "", name)
-    thoughts = _thoughts(keys, role, name)
     # Templates treat a missing content differently, but all accept an empty one.
-    message = {"role": role, "content": content or "", **({"tool_calls": calls} if calls else {})}
-    return {**message, **thoughts, **plain(keys, name)}, learned
+    return content or "", calls
 
 
 def _thoughts(keys: dict[str, Any], role: str, turn: str) -> dict[str, str]:
