@@ -57,21 +57,7 @@ class SparseCache(Cache):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ModelError(f"{name}={number!r} must be a number of tokens of at least {least}")
         limits = Limits(parse_budget(budget), offload)
-        modules: list[Any] = [module for module in model.modules() if hasattr(module, PLAN_ATTRIBUTE)]
-        if not modules:
-            raise ModelError(
-                f"{type(model).__name__} has no attention method; call sparsetrain.sparsify(model, ...) first"
-            )
-        modules.sort(key=lambda module: module.layer_idx)
-        layers = modules[0].config.num_hidden_layers
-        # What transformers keeps of each layer: some have a state beside their keys (Falcon-H1).
-        kept = DynamicCache(config=modules[0].config).layers
-        own = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
-        if [module.layer_idx for module in modules] != list(range(layers)) or any(map(shares_keys, modules)) or not own:
-            raise ModelError(
-                f"{type(model).__name__} has layers whose past is not keys and values of their own (state spaces, "
-                "convolutions, shared keys), which a SparseCache does not hold; generate without it"
-            )
+        modules = _attention_layers(model)
         plans = [module.sparsetrain_plan for module in modules]
         limits.check(attention_kind(plan.method, plan.window) for plan in plans)
         devices = [next(module.parameters()).device for module in modules]
@@ -79,7 +65,7 @@ class SparseCache(Cache):
         for count in seen.values():
             torch._dynamo.mark_static_address(count)
         # The last layer of a device counts: a crop asks every layer for the count before it changes.
-        counting = dict(zip(devices, range(layers), strict=True)).values()
+        counting = dict(zip(devices, range(len(modules)), strict=True)).values()
         super().__init__(
             layers=[
                 StaticMemoryLayer(
@@ -153,3 +139,26 @@ class SparseCache(Cache):
     def host_nbytes(self) -> int:
         """Bytes that its layers hold in host memory (``offload``)."""
         return sum(layer.memory.host_nbytes() for layer in self.layers)  # type: ignore[union-attr]
+
+
+def _attention_layers(model: nn.Module) -> list[Any]:
+    """The attention layers of a sparsified model, in order.
+
+    Raises:
+        ModelError: there is none, or what they remember is not keys and values of their own.
+    """
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, PLAN_ATTRIBUTE)]
+    if not modules:
+        raise ModelError(f"{type(model).__name__} has no attention method; call sparsetrain.sparsify(model, ...) first")
+    modules.sort(key=lambda module: module.layer_idx)
+    config = modules[0].config
+    every = [module.layer_idx for module in modules] == list(range(config.num_hidden_layers))
+    # What transformers keeps of each layer: some have a state beside their keys (Falcon-H1).
+    kept = DynamicCache(config=config).layers
+    own = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
+    if not every or not own or any(map(shares_keys, modules)):
+        raise ModelError(
+            f"{type(model).__name__} has layers whose past is not keys and values of their own (state spaces, "
+            "convolutions, shared keys), which a SparseCache does not hold; generate without it"
+        )
+    return modules

@@ -68,20 +68,19 @@ def mask_of_requests(
         raise ModelError(STATIC)
     # In a step nothing waits for the device.
     step = q_length == 1 and attention_mask is not None and (static or attention_mask.is_cuda)
-    # Static: of one shape in every step, and contiguous, because generate makes it so and would lose what is set on it.
-    if static and attention_mask is None:
-        carrier = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
-    elif isinstance(q_offset, torch.Tensor) and attention_mask is not None and step:
+    padded = attention_mask is not None and (step or not bool(attention_mask.all()))
+    if isinstance(q_offset, torch.Tensor) and attention_mask is not None and step:
         place = q_offset.reshape(1).clamp_max(attention_mask.shape[1] - 1)
         carrier = attention_mask.index_select(1, place.to(attention_mask.device)).bool()[:, None, None].contiguous()
-    elif attention_mask is None or (not step and bool(attention_mask.all())):
-        carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        carrier = carrier.expand(batch_size, 1, 1, 1 if static else kv_length)
-        carrier = carrier.contiguous() if static else carrier
+    elif attention_mask is not None and padded:
+        carrier = attention_mask[:, None, None].contiguous()
+    elif static:
+        # Of one shape in every step, and contiguous: generate makes it so, and would lose what is set on it.
+        carrier = torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
     else:
-        carrier, request = attention_mask[:, None, None].contiguous(), replace(request, padded=True)
-    if static and q_length == 1:
-        # Also where there is no mask, so that all steps are the same.
+        carrier = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(batch_size, 1, 1, kv_length)
+    if padded or (static and q_length == 1):
+        # A step with a static cache, with or without a mask, so that all steps are the same.
         request = replace(request, padded=True)
     setattr(carrier, REQUEST_ATTRIBUTE, request)
     return carrier
