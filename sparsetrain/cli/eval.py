@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,13 +139,12 @@ def evaluate_model(
     decodings = apart("--decode", [read_decoding(each) for each in decode or [RECORDED]])
     _check_output(output, resume)
     check_first(model, dtype, device)
-    found: list[Any] = []
 
+    @cache  # the model is only looked for where the settings need it
     def source() -> Any:
         from sparsetrain.inference.models import find_model
 
-        found[:] = found or [find_model(model)]
-        return found[0]
+        return find_model(model)
 
     def positions() -> int | None:
         from sparsetrain.modeling.positions import position_limit
