@@ -350,7 +350,7 @@ def check_wandb(recipe: Recipe | None = None) -> Finding:
     mode = "auto" if recipe is None else recipe.wandb.mode
     if mode in ("offline", "disabled"):
         return Finding("ok", "W&B", f"{mode} in the recipe; no login needed")
-    from sparsetrain.training.output.tracking import find_wandb_login
+    from sparsetrain.training.output.wandb_run import find_wandb_login
 
     login = find_wandb_login()
     if login is not None:

@@ -16,9 +16,10 @@ import wandb
 from matplotlib.figure import Figure
 
 from sparsetrain.recipe.schema import Recipe
-from sparsetrain.training.output import tracking
+from sparsetrain.training.output import wandb_run
 from sparsetrain.training.output.system import SystemUse
-from sparsetrain.training.output.tracking import Tracker, find_wandb_login
+from sparsetrain.training.output.tracking import Tracker
+from sparsetrain.training.output.wandb_run import find_wandb_login
 
 
 def recipe(mode: str = "auto") -> Recipe:
@@ -190,7 +191,7 @@ def test_online_the_run_is_continued_with_the_recipe_as_config(tmp_path, said, s
 def test_a_server_that_answers_with_an_error_is_told_from_one_that_refuses_the_key(
     tmp_path, said, server, monkeypatch, status, reason
 ):
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 2.0)
     server.status = status
     began = time.monotonic()
     tracker = Tracker(recipe("auto"), tmp_path, rank=0, say=said.append)
@@ -205,7 +206,7 @@ def test_a_server_that_answers_with_an_error_is_told_from_one_that_refuses_the_k
 
 
 def test_a_server_that_is_not_there_costs_a_bounded_time(tmp_path, said, server, monkeypatch):
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 2.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
@@ -218,7 +219,7 @@ def test_a_server_that_is_not_there_costs_a_bounded_time(tmp_path, said, server,
 
 
 def test_a_server_that_does_not_answer_costs_a_bounded_time_at_the_start(tmp_path, said, server, monkeypatch):
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 1.0)
     server.alive.clear()
     began = time.monotonic()
     tracker = Tracker(recipe("online"), tmp_path, rank=0, resume_id="abc123", say=said.append)
@@ -233,7 +234,7 @@ def test_a_server_that_does_not_answer_costs_a_bounded_time_at_the_start(tmp_pat
 
 
 def test_a_server_that_goes_away_costs_a_bounded_time_at_the_end(tmp_path, said, server, monkeypatch):
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT", 1.0)
     tracker = Tracker(recipe("online"), tmp_path, rank=0, say=said.append)
     server.alive.clear()
     began = time.monotonic()

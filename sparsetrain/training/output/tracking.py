@@ -5,39 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import netrc
 import os
 import sys
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-from urllib.parse import urlsplit
 
 from sparsetrain.durable import write_whole
 from sparsetrain.evaluation.metrics import BOOKKEEPING, FINISHED, METRICS_FILE
-from sparsetrain.training.output.attempt import attempt, brief
+from sparsetrain.training.output.attempt import attempt
 from sparsetrain.training.output.board import BOARD_FOLDER, Board
+from sparsetrain.training.output.wandb_run import start_run
 
 if TYPE_CHECKING:
     from sparsetrain.recipe.schema import Recipe
-
-INIT_TIMEOUT = 30.0
-"""Seconds to wait for the W&B server before recording offline."""
-FINISH_TIMEOUT = 60.0
-"""Seconds to wait for the last upload when a run ends."""
-
-UPLOAD_TIMEOUT = 3600.0
-"""The same for a run that uploads its checkpoints."""
 
 
 class Tracker:
     """Writes metrics, images and the summary of one run; does nothing on ranks other than 0.
 
     Each :meth:`log` appends one JSON object with its ``step`` to ``metrics.jsonl`` and flushes it. W&B and TensorBoard
-    get its numbers.
-    If W&B cannot be imported, reached or logged in to, a warning is printed, the run is recorded offline if possible,
-    and training continues. All W&B files are in the run folder.
+    get its numbers. If W&B cannot be imported, reached or logged in to, a warning is printed, the run is recorded
+    offline if possible, and training continues. All W&B files are in the run folder.
 
     Args:
         recipe: The resolved recipe; it becomes the W&B config.
@@ -72,7 +62,9 @@ class Tracker:
         self._open()
         self._board = Board(Path(run_dir) / BOARD_FOLDER) if "tensorboard" in recipe.tracking else None
         if "wandb" in recipe.tracking and recipe.wandb.mode != "disabled":
-            self._start_wandb(recipe, Path(run_dir))
+            self._wandb = start_run(recipe, Path(run_dir), resume_id, self._say)
+            if self._wandb is not None:
+                self.run_id = self._wandb.id
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers (Python, numpy, or tensors ``[1]``) at ``step``. Non-finite numbers are written as null.
@@ -188,60 +180,6 @@ class Tracker:
                 self._file.close()
             self._file = None
 
-    def _start_wandb(self, recipe: Recipe, run_dir: Path) -> None:
-        # W&B's own error telemetry would delay the exit by ten seconds without network access.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            mode = _wandb().setup().settings.mode if recipe.wandb.mode == "auto" else recipe.wandb.mode
-            if mode == "disabled":
-                return
-            online = mode not in ("offline", "dryrun")
-            if online and find_wandb_login() is None:
-                self._say("W&B: no login found (`wandb login` or WANDB_API_KEY), so this run is recorded offline")
-                online = False
-            if online:
-                try:
-                    self._init_wandb("online", recipe, run_dir)
-                    copy = self._wandb.settings.sync_dir
-                    self._say(f"W&B: {self._wandb.url}  (if an upload fails: `wandb sync {copy}`)")
-                    return
-                except (Exception, SystemExit) as error:
-                    self._say(
-                        f"warning: W&B cannot be used online ({_refusal(error)}), so this run is recorded offline"
-                    )
-                    _wandb().teardown()
-            self._init_wandb("offline", recipe, run_dir)
-            self._say(f"W&B: offline; upload later with `wandb sync {self._wandb.settings.sync_dir}`")
-        except (Exception, SystemExit) as error:
-            self._say(f"warning: W&B cannot be used ({brief(error)}); metrics go only to {self._path}")
-
-    def _init_wandb(self, mode: str, recipe: Recipe, run_dir: Path) -> None:
-        wandb = _wandb()
-        settings = {
-            "init_timeout": INIT_TIMEOUT,
-            "finish_timeout": UPLOAD_TIMEOUT if recipe.wandb.artifacts else FINISH_TIMEOUT,
-            "console": "off",
-            "silent": True,
-            "disable_code": True,
-        }
-        known = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
-        run = wandb.init(
-            mode=mode,
-            project=recipe.wandb.project,
-            entity=recipe.wandb.entity,
-            name=recipe.wandb.name or recipe.name,
-            tags=recipe.wandb.tags,
-            config=recipe.model_dump(mode="json"),
-            dir=str(run_dir),
-            id=self.run_id,
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(**known),
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        self._wandb = run
-        self.run_id = run.id
-
     def _draw(self, what: str, act: Callable[[Board], Any]) -> None:
         board = self._board
         if board is None:
@@ -256,38 +194,6 @@ class Tracker:
             self._wandb = None
 
 
-def find_wandb_login() -> str | None:
-    """The source of a W&B login (an environment variable, the netrc file, W&B's settings); None without a login.
-
-    Raises:
-        ImportError: wandb is not installed.
-    """
-    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(variable):
-            return variable
-    settings = _wandb().setup().settings
-    if settings.api_key:
-        return "the W&B settings"
-    hosts = {urlsplit(settings.base_url).netloc}
-    if settings.base_url == type(settings).model_fields["base_url"].default:
-        hosts.add("api.wandb.ai")  # the public service has had several names; its logins are under this one
-    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for place in places:
-        try:
-            logins = netrc.netrc(Path(place).expanduser()).hosts
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if any(host in logins and logins[host][2] for host in hosts):
-            return place
-    return None
-
-
-def _wandb() -> Any:
-    import wandb
-
-    return wandb
-
-
 def _number(value: Any) -> float | int:
     return value.item() if hasattr(value, "item") else value
 
@@ -299,13 +205,3 @@ def _step_of(line: str) -> float:
         return math.inf if FINISHED in found else float(found["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
-
-
-def _refusal(error: BaseException) -> str:
-    """The reason why a run could not be started online, with a fix."""
-    said, server = str(error), _wandb().setup().settings.base_url
-    if "error 401" in said or "error 403" in said:
-        return f"{server} refuses the login; `wandb login --relogin`, or correct wandb.entity: {brief(error)}"
-    if "deadline exceeded" in said or "timed out" in said.lower() or "timeout" in said.lower():
-        return f"{server} gave no usable answer within {INIT_TIMEOUT:g} seconds"
-    return brief(error)
