@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from sparsetrain.errors import ModelError, RecipeError
-from sparsetrain.modeling.adapters import fill_adapters, load_end_tokens, merge_adapters, read_adapters, read_config
+from sparsetrain.modeling.adapter_folder import fill_adapters, load_end_tokens, read_adapters, read_config
+from sparsetrain.modeling.adapters import merge_adapters
 from sparsetrain.modeling.records import adapters_record, check_same_base, identity
 from sparsetrain.modeling.side_files import check_side_files
 

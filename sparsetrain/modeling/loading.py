@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sparsetrain.errors import ModelError
-from sparsetrain.modeling.adapters import load_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters
 from sparsetrain.modeling.configs import saved_source
 from sparsetrain.modeling.decode_section import restore_decode
 from sparsetrain.modeling.layers import sparsify
@@ -27,7 +27,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         path: A local folder, a Hub id, or ``sparsetrain:tiny``. For a folder of LoRA adapters the base model is loaded
             too.
         kwargs: Passed to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...); for a
-            folder of adapters, to :func:`~sparsetrain.modeling.adapters.load_adapters`.
+            folder of adapters, to :func:`~sparsetrain.modeling.adapter_folder.load_adapters`.
 
     Raises:
         ModelError: The folder cannot be read, records no method, lacks the weights of modules that the method adds, or

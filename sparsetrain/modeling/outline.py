@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from sparsetrain.methods.registry import parse_attention
-from sparsetrain.modeling.adapters import load_end_tokens, of_adapters
+from sparsetrain.modeling.adapter_folder import load_end_tokens, of_adapters
 from sparsetrain.modeling.boundary import explained
 from sparsetrain.modeling.configs import config_source, saved_source
 from sparsetrain.modeling.decode_section import restore_decode

@@ -58,7 +58,7 @@ def save(
         raise ModelError(
             "this model has LoRA adapters, which an ordinary folder cannot hold; merge them into the weights first "
             "(sparsetrain.modeling.adapters.merge_adapters, or merge_and_unload of a PeftModel), or save only the "
-            "adapters (sparsetrain.modeling.adapters.save_adapters)"
+            "adapters (sparsetrain.modeling.adapter_folder.save_adapters)"
         )
     path = Path(path)
     model.save_pretrained(path, state_dict=None if state_dict is None else dict(state_dict))

@@ -16,7 +16,8 @@ import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError
 from sparsetrain.inference.writer import Writer
-from sparsetrain.modeling.adapters import adapter_tensors, add_adapters, save_adapters
+from sparsetrain.modeling.adapter_folder import adapter_tensors, save_adapters
+from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.modeling.places import resolve
 from sparsetrain.modeling.tokenizers import load_tokenizer
 from sparsetrain.recipe.lora_section import LoraSection

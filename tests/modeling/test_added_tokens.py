@@ -9,13 +9,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sparsetrain.modeling.adapters import (
-    adapter_tensors,
-    add_adapters,
-    load_adapters,
-    merge_adapters,
-    save_adapters,
-)
+from sparsetrain.modeling.adapter_folder import adapter_tensors, load_adapters, save_adapters
+from sparsetrain.modeling.adapters import add_adapters, merge_adapters
 from sparsetrain.modeling.storage import load_model, save
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.schema import ModelSection

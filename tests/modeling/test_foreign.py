@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 import sparsetrain
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import load_model
-from sparsetrain.modeling.adapters import add_adapters, load_adapters, save_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters, save_adapters
+from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.recipe.schema import ModelSection
 
@@ -237,7 +238,7 @@ def adapters(folder):
     section = ModelSection(path=str(folder), dtype="float32")
     model, tokenizer = load_model(section, POWER, seed=0)
     add_adapters(model, LoraSection(rank=2))
-    from sparsetrain.modeling.adapters import adapter_tensors
+    from sparsetrain.modeling.adapter_folder import adapter_tensors
 
     state = {key: model.get_parameter(name).detach() for name, key in adapter_tensors(model).items()}
     save_adapters(model, folder.parent / "adapters", tokenizer, base=section, state_dict=state)

@@ -16,7 +16,8 @@ import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, SparsetrainError
 from sparsetrain.modeling import load_model
-from sparsetrain.modeling.adapters import adapter_tensors, add_adapters, save_adapters
+from sparsetrain.modeling.adapter_folder import adapter_tensors, save_adapters
+from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.recipe.schema import LoraSection, ModelSection
 from tests.modeling.hostile import Damage, damaged, damages
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsetrain.errors import RecipeError
 from sparsetrain.modeling import save, sparsify
-from sparsetrain.modeling.adapters import adapter_tensors, add_adapters, merge_adapters, read_adapters, save_adapters
+from sparsetrain.modeling.adapter_folder import adapter_tensors, read_adapters, save_adapters
+from sparsetrain.modeling.adapters import add_adapters, merge_adapters
 from sparsetrain.modeling.decoder import freeze_towers
 from sparsetrain.recipe.schema import LoraSection, ModelSection
 from sparsetrain.training.trainable import adapted_share

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import sparsetrain
 from sparsetrain.cli import main
-from sparsetrain.modeling.adapters import load_adapters, merge_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters
+from sparsetrain.modeling.adapters import merge_adapters
 
 LORA = "lora={rank: 4, targets: linear, train_norms: true}"
 SHORT = ["train.steps=2", "train.lr=0.02", "train.global_batch_sequences=2"]

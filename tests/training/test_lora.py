@@ -16,7 +16,8 @@ import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.modeling import load_model
-from sparsetrain.modeling.adapters import add_adapters, load_adapters, merge_adapters, read_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters, read_adapters
+from sparsetrain.modeling.adapters import add_adapters, merge_adapters
 from sparsetrain.recipe.lora_section import LoraSection
 from sparsetrain.training import run as training
 from sparsetrain.training.checkpoints import read_weights

@@ -14,7 +14,8 @@ import sparsetrain
 from sparsetrain.cli import main
 from sparsetrain.errors import CheckpointError, ModelError
 from sparsetrain.modeling import load_model
-from sparsetrain.modeling.adapters import add_adapters, load_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters
+from sparsetrain.modeling.adapters import add_adapters
 from sparsetrain.modeling.reread import relative_error
 from sparsetrain.modeling.weights import check_headers, load_weights
 from sparsetrain.recipe.lora_section import LoraSection

@@ -14,7 +14,7 @@ from sparsetrain.errors import ModelError
 from sparsetrain.methods.base import Method
 from sparsetrain.methods.static import StaticMethod
 from sparsetrain.modeling import load, load_model
-from sparsetrain.modeling.adapters import load_adapters, read_adapters
+from sparsetrain.modeling.adapter_folder import load_adapters, read_adapters
 from sparsetrain.training.checkpoints import read_weights
 from sparsetrain.training.distributed import build
 from sparsetrain.training.distributed.optimizers import build_optimizer

@@ -15,7 +15,8 @@ from sparsetrain.counted import counted
 from sparsetrain.durable import flush, flush_all, remove_path
 from sparsetrain.errors import CheckpointError, TrainingError
 from sparsetrain.modeling import save
-from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, save_adapters
+from sparsetrain.modeling.adapter_folder import adapter_tensors, save_adapters
+from sparsetrain.modeling.adapters import has_adapters
 from sparsetrain.recipe.schema import ModelSection
 from sparsetrain.world import World
 

@@ -13,7 +13,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from sparsetrain.durable import copy_files
 from sparsetrain.errors import CheckpointError
 from sparsetrain.modeling import load, save
-from sparsetrain.modeling.adapters import WEIGHTS_FILE, load_adapters, merge_adapters
+from sparsetrain.modeling.adapter_folder import WEIGHTS_FILE, load_adapters
+from sparsetrain.modeling.adapters import merge_adapters
 from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.reread import checksums, logits, relative_error, rounding

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sparsetrain.durable import copy_files, flush, flush_all, read_bytes, remove_path
 from sparsetrain.errors import CheckpointError, ModelError
-from sparsetrain.modeling.adapters import WEIGHTS_FILE
+from sparsetrain.modeling.adapter_folder import WEIGHTS_FILE
 from sparsetrain.modeling.places import ADAPTER_FILE
 from sparsetrain.modeling.records import RECORD_FILE
 from sparsetrain.modeling.weight_files import weight_files

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from sparsetrain.errors import SparsetrainError, TrainingError
 from sparsetrain.modeling import load
-from sparsetrain.modeling.adapters import adapter_tensors, has_adapters, load_alone
+from sparsetrain.modeling.adapter_folder import adapter_tensors, load_alone
+from sparsetrain.modeling.adapters import has_adapters
 from sparsetrain.modeling.reread import logits, own_tensors, relative_error, rounding, same_values
 from sparsetrain.training.memory.host import available_host_memory
 from sparsetrain.training.output.export import each_tensor
