@@ -9,7 +9,8 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.top_p_selection import PositionLists
 from torch import Tensor
 
-from sparsetrain.generation.listed import ListedMemory, output_error, weight_share
+from sparsetrain.generation.approximation import output_error, weight_share
+from sparsetrain.generation.listed import ListedMemory
 
 ELEMENT = 2
 """Bytes of an element of the cache, as in bf16, whatever dtype a model runs in: codes of 4 bits beside keys of fp32

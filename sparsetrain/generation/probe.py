@@ -15,7 +15,8 @@ from sparsetrain_kernels.block_decode import block_pattern_decode
 from sparsetrain_kernels.key_mirror import key_statistics
 from torch import Tensor, nn
 
-from sparsetrain.generation.listed import ListedMemory, output_error, weight_share
+from sparsetrain.generation.approximation import output_error, weight_share
+from sparsetrain.generation.listed import ListedMemory
 
 TOGETHER = 8
 """Rows that are looked at together: their scores are ``[8, Hq, N]``."""
