@@ -15,7 +15,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from sparsetrain.bench import case
 from sparsetrain.bench.cases import step
 from sparsetrain.bench.contenders import steps
-from sparsetrain.bench.contenders.steps import Way, random_model, random_steps
+from sparsetrain.bench.contenders.random_run import random_model, random_steps
+from sparsetrain.bench.contenders.steps import Way
 from sparsetrain.bench.stepping import Enough, StepCase, StepRow, StepTimes, settling_steps
 from sparsetrain.bench.table import Report
 from sparsetrain.cli import main

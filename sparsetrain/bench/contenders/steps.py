@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsetrain.bench.contenders.offloads import Offload, cpu_checkpointing, hidden_states_offload
+from sparsetrain.bench.contenders.random_run import random_model, random_steps
 from sparsetrain.bench.contenders.stand_ins import use_flex, use_no_attention
 from sparsetrain.bench.measure import Unavailable
-from sparsetrain.data import Batch, Row, Step, collate
-from sparsetrain.data.batch import IGNORE
-from sparsetrain.data.sequence_part import sequence_part
+from sparsetrain.data import Batch
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.modeling import sparsify
 from sparsetrain.modeling.attention.name import lift_guard
-from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.training.checkpoints import TrainState
 from sparsetrain.training.distributed.build import build_engine
@@ -77,19 +73,18 @@ def _ours(
         stand_in: another attention.
         offload: what moves the inputs of layers to host memory, in the place of ``train.offload_activations``.
     """
-    recipe = recipe.model_copy(update={"attention": recipe.attention.settled()})
     pattern = recipe.attention.pattern()
     if stand_in == "flex" and (pattern is None or pattern.per_head or len(pattern.by_layer) > 1):
         raise Unavailable(
             f"attention.method={recipe.attention.method} has no block pattern, the same in all heads and layers, that "
             "FlexAttention could take"
         )
+    attention = recipe.attention.settled() if stand_in is None else FullConfig()
+    recipe = recipe.model_copy(update={"attention": attention})
     if stand_in is not None:
-        train = recipe.train.model_copy(update={"new_modules_lr": None, "parameters": "all"})
-        recipe = recipe.model_copy(update={"attention": FullConfig(), "train": train})
+        recipe = _with_train(recipe, new_modules_lr=None, parameters="all")
     if offload is not None:
-        train = recipe.train.model_copy(update={"offload_activations": False})
-        recipe = recipe.model_copy(update={"train": train})
+        recipe = _with_train(recipe, offload_activations=False)
     model = sparsify(random_model(recipe, world.device), recipe.attention)
     check_shareable(model, recipe.sequence.parallel)
     if wants_liger(recipe.train.liger, world.device):
@@ -117,6 +112,10 @@ def _ours(
                 loop.run()
         finally:
             destroy(engine)
+
+
+def _with_train(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def _plain(recipe: Recipe, plan: BatchPlan, world: World, after_step: AfterStep) -> None:
@@ -194,37 +193,6 @@ def _timed(step: Callable[[Batch], None], vocab: int, plan: BatchPlan, world: Wo
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         after_step(time.perf_counter() - began)
-
-
-def random_model(recipe: Recipe, device: torch.device) -> PreTrainedModel:
-    """A model of the recipe's shape and dtype, with the same weights on every rank and in every call.
-
-    Raises:
-        ModelError: the shape is not known on this machine.
-    """
-    fields = recipe.model.architecture
-    fields = find_shape(recipe.model).as_config() if fields is None else {**fields, **recipe.model.config_overrides}
-    config = AutoConfig.for_model(**{**fields, "max_position_embeddings": recipe.sequence.length})
-    torch.manual_seed(recipe.train.seed)
-    with device:
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, recipe.model.dtype), attn_implementation="sdpa"
-        )
-
-
-def random_steps(vocab: int, plan: BatchPlan, world: World) -> Iterator[Step]:
-    """Endless steps of one rank: every row a document of random tokens."""
-    generator = np.random.default_rng(world.rank // plan.parallel)
-    length = plan.sequence_length
-    while True:
-        micro_batches = []
-        for _ in range(plan.accumulation):
-            rows = []
-            for _ in range(plan.micro_batch):
-                tokens = generator.integers(vocab, size=length)
-                rows.append(Row(tokens, np.concatenate([[IGNORE], tokens[1:]]), [length], ["random"]))
-            micro_batches.append(sequence_part(collate(rows), world.rank % plan.parallel, plan.parallel))
-        yield Step(micro_batches, {})
 
 
 def _offloading(name: str, offload: Offload) -> Way:
