@@ -95,30 +95,12 @@ class SparseKMemory(Memory):
                 return self._attend_one(layer, tokens, scale)
             parts = tokens.one_by_one()
             return torch.cat([self._attend_one(layer, part, scale) for part in parts], dim=2)
-
         out = torch.zeros_like(query)
         for (start, length), rows in alike(starts or [0] * state.rows, state.lengths).items():
-            new = query.shape[2] - start
-            if new <= 0:
-                continue
-            q, k, v = (tensor[rows][:, :, start:] for tensor in (query, key, value))
-            linear, gain = (
-                None if tensor is None else tensor[rows][:, :, start:] for tensor in (sparsek_scores, sparsek_gain)
-            )
-            places = document_positions(new, None, query.device)
-            places = DocumentPositions(places.position + length, places.first)
-            scores, after = self._score(layer, q, linear, gain, places, state.moments(rows))
-            sequence = state.sequence(rows, length, Sequence(k, v, scores, places.position.expand_as(scores)))
-            if not self.static and rows == slice(None) and start == length == 0:
-                self._remember_prompt(layer, tokens, sequence)
-            # What the slots hold asks nothing, but the operator wants a query for every key.
-            asked = torch.cat([q.new_zeros(*q.shape[:2], sequence.key.shape[2] - new, q.shape[3]), q], dim=2)
-            # The slots have room for the config's topk, whatever training is at.
-            answers = self._select_and_attend(
-                layer, asked, sequence.key, sequence.value, sequence.scores, state.topk, None, scale
-            )
-            out[rows, :, start:] = answers[:, :, -new:]
-            state.fill(rows, sequence, length + new, after)
+            if start < tokens.count:
+                part = tokens.of_rows(rows).part(slice(start, None))
+                is_prompt = rows == slice(None) and start == length == 0
+                out[rows, :, start:] = self._attend_many(layer, part, rows, length, scale, is_prompt=is_prompt)
         return out
 
     @property
@@ -182,6 +164,42 @@ class SparseKMemory(Memory):
         self.state.select_rows(rows)
         if self._round is not None:
             self._round = None
+
+    def _attend_many(
+        self,
+        layer: nn.Module,
+        tokens: Tokens,
+        rows: list[int] | slice,
+        length: int,
+        scale: float | None,
+        *,
+        is_prompt: bool,
+    ) -> Tensor:
+        """Take in tokens of some rows, and their attention by the operator of training, ``[rows, Hq, n, D]``.
+
+        Args:
+            tokens: of these rows.
+            length: tokens that they have read before.
+            is_prompt: these are the first tokens of all rows.
+        """
+        state, count = self.state, tokens.count
+        places = document_positions(count, None, tokens.query.device)
+        places = DocumentPositions(places.position + length, places.first)
+        scores, after = self._score(layer, tokens.query, tokens.linear, tokens.gain, places, state.moments(rows))
+        new = Sequence(tokens.key, tokens.value, scores, places.position.expand_as(scores))
+        sequence = state.sequence(rows, length, new)
+        if is_prompt and not self.static:
+            self._remember_prompt(layer, tokens, sequence)
+        # What the slots hold asks nothing, but the operator wants a query for every key.
+        batch, heads, _, width = tokens.query.shape
+        nothing = tokens.query.new_zeros(batch, heads, sequence.key.shape[2] - count, width)
+        asked = torch.cat([nothing, tokens.query], dim=2)
+        # The slots have room for the config's topk, whatever training is at.
+        answers = self._select_and_attend(
+            layer, asked, sequence.key, sequence.value, sequence.scores, state.topk, None, scale
+        )
+        state.fill(rows, sequence, length + count, after)
+        return answers[:, :, -count:]
 
     def _attend_one(self, layer: nn.Module, token: Tokens, scale: float | None) -> Tensor:
         """Take in one token a row, and its attention, ``[B, Hq, 1, D]``."""

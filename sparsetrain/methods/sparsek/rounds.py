@@ -35,6 +35,10 @@ class Tokens:
         """Some of the tokens."""
         return Tokens(*(None if each is None else each[:, :, tokens] for each in vars(self).values()))  # type: ignore[arg-type]
 
+    def of_rows(self, rows: list[int] | slice) -> Tokens:
+        """Those of some rows."""
+        return Tokens(*(None if each is None else each[rows] for each in vars(self).values()))  # type: ignore[arg-type]
+
     def one_by_one(self) -> list[Tokens]:
         """Each token as a call of its own."""
         return [self.part(slice(token, token + 1)) for token in range(self.count)]
