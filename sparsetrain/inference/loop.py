@@ -26,7 +26,7 @@ from transformers.generation import (
 from sparsetrain.errors import ModelError
 from sparsetrain.inference.steps import Steps
 from sparsetrain.modeling import SparseCache
-from sparsetrain.modeling.cache import UNUSED
+from sparsetrain.modeling.cache_hooks import UNUSED
 from sparsetrain.modeling.sharding import is_sharded
 
 if TYPE_CHECKING:

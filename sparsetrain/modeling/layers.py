@@ -21,7 +21,7 @@ from sparsetrain.modeling.attention.documents import guard_documents
 from sparsetrain.modeling.attention.interface import ATTENTION_NAME
 from sparsetrain.modeling.attention.name import guard_name
 from sparsetrain.modeling.attention.plan import PLAN_ATTRIBUTE, LayerPlan
-from sparsetrain.modeling.cache import keep_memory, refuse_unused_cache
+from sparsetrain.modeling.cache_hooks import keep_memory, refuse_unused_cache
 from sparsetrain.modeling.continuous_batching import refuse_continuous_batching
 from sparsetrain.modeling.decoder import decoder_holding
 from sparsetrain.modeling.records import DECODE, PACKAGE, RECORD_FORMAT
