@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparsetrain.data import build_rows
-from sparsetrain.recipe.schema import DataSection, SequenceSection
+from sparsetrain.data.forms import resolve_form
+from sparsetrain.data.render import render
+from sparsetrain.recipe.schema import DataSection, DataSource, SequenceSection
 
 
 def _byte_tokenizer(**special):
@@ -39,6 +42,20 @@ def byte_tokenizer():
 @pytest.fixture(scope="session")
 def tokenizer(byte_tokenizer):
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def rendered(tokenizer):
+    """``rendered(row, template, **source)``: the text of a row, and that of each span that carries loss."""
+
+    def of(row, template, **source):
+        with_template = copy.copy(tokenizer)
+        with_template.chat_template = template
+        form = resolve_form(DataSource(path="x.jsonl", **source), list(row), with_template)
+        input_ids, targets = render(row, form, with_template)
+        return with_template.decode(input_ids), [with_template.decode(input_ids[a:b]) for a, b in targets]
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -43,17 +43,9 @@ TOOL = {"type": "function", "function": SCHEMA}
 
 
 @pytest.fixture
-def learned(tokenizer):
+def learned(rendered):
     """The text of a row by a template, and that of each span that carries loss."""
-
-    def of(row, template=FULL, **source):
-        with_template = copy.copy(tokenizer)
-        with_template.chat_template = template
-        form = resolve_form(DataSource(path="x.jsonl", **source), list(row), with_template)
-        input_ids, targets = render(row, form, with_template)
-        return with_template.decode(input_ids), [with_template.decode(input_ids[a:b]) for a, b in targets]
-
-    return of
+    return lambda row, template=FULL, **source: rendered(row, template, **source)
 
 
 @pytest.mark.parametrize(

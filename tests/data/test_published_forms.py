@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 from sparsetrain.cli import app
-from sparsetrain.data.forms import resolve_form
-from sparsetrain.data.render import render
 from sparsetrain.data.values import MalformedRow
 from sparsetrain.errors import DataError
-from sparsetrain.source_section import DataSource
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{{ c.function.arguments | tojson }}{% endfor %}<eos>{% endfor %}"  # noqa: E501
 DEEPSEEK = (
@@ -33,17 +29,9 @@ RESULT = {"role": "tool", "content": "2", "tool_call_id": "a"}
 
 
 @pytest.fixture
-def read(tokenizer):
+def read(rendered):
     """The text of a row, and that of each span that carries loss."""
-
-    def of(row, template=TEMPLATE, **source):
-        with_template = copy.copy(tokenizer)
-        with_template.chat_template = template
-        form = resolve_form(DataSource(path="x.jsonl", **source), list(row), with_template)
-        input_ids, targets = render(row, form, with_template)
-        return with_template.decode(input_ids), [with_template.decode(input_ids[a:b]) for a, b in targets]
-
-    return of
+    return lambda row, template=TEMPLATE, **source: rendered(row, template, **source)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, MaxTimeCriteria, StoppingCriteriaList
+from decode_steps import small_llama
+from transformers import LogitsProcessor, MaxTimeCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import sparsetrain
@@ -16,17 +17,6 @@ from sparsetrain.generation.observed import observing
 from sparsetrain.inference.captured_step import CapturedStep
 from sparsetrain.inference.loop import why_not
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "power": {"method": "power", "block": 8, "window": 2, "sinks": 1},
@@ -42,13 +32,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunks": {"do_sample": False, "prefill_chunk_size": 8},
 }
 NEW = 17
-
-
-def make(attention: dict[str, Any], decode: Any = None) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
-    sparsetrain.sparsify(model, attention)
-    return model if decode is None else sparsetrain.set_decode(model, decode)
 
 
 def texts(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -102,7 +85,7 @@ def _no_warnings(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixtur
     ],
 )
 def test_the_tokens_are_those_of_transformers(method, lengths, way, captures):
-    want, got = both(make(METHODS[method]), texts(lengths), **WAYS[way])
+    want, got = both(small_llama(METHODS[method]), texts(lengths), **WAYS[way])
     assert got.tolist() == want.tolist()
     assert len(captures) == 1
 
@@ -110,7 +93,7 @@ def test_the_tokens_are_those_of_transformers(method, lengths, way, captures):
 @pytest.mark.parametrize("choose", ["codes", "full"])
 def test_layers_that_choose_their_keys(choose, captures):
     decode = {**DECODE, "refresh": {**DECODE["refresh"], "choose": choose}}
-    want, got = both(make(METHODS["full"], decode), texts(THREE), do_sample=False)
+    want, got = both(small_llama(METHODS["full"], decode), texts(THREE), do_sample=False)
     assert got.tolist() == want.tolist()
     assert len(captures) == 1
 
@@ -125,7 +108,7 @@ CHOOSING: dict[str, Any] = {
 @pytest.mark.parametrize("case", CHOOSING)
 def test_parts_of_a_prompt_are_read_as_the_prompt_however_short(case, chunk, lengths):
     attention, decode = CHOOSING[case]
-    model, given = make(attention, decode), texts(lengths)
+    model, given = small_llama(attention, decode), texts(lengths)
     settings = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
 
     def write(**more: Any) -> Any:
@@ -141,7 +124,7 @@ def test_parts_of_a_prompt_are_read_as_the_prompt_however_short(case, chunk, len
 @pytest.mark.parametrize("case", CHOOSING)
 def test_a_short_turn_is_read_in_steps_in_parts_too(case):
     attention, decode = CHOOSING[case]
-    model, given = make(attention, decode), texts(ONE)
+    model, given = small_llama(attention, decode), texts(ONE)
     more = torch.cat([given["input_ids"], torch.arange(5, 17)[None]], dim=1)
 
     def write(ids: torch.Tensor, cache: Any, **settings: Any) -> Any:
@@ -158,7 +141,7 @@ def test_a_short_turn_is_read_in_steps_in_parts_too(case):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_rows_end_alone_and_are_filled_up(do_sample):
-    model, given = make(METHODS["power"]), texts(THREE)
+    model, given = small_llama(METHODS["power"]), texts(THREE)
     free, _ = both(model, given, do_sample=do_sample)
     # Ends each row somewhere, and all of them before the most tokens.
     ends = sorted({int(row[33 + place]) for row, place in zip(free, (2, 6, 9), strict=True)})
@@ -169,7 +152,7 @@ def test_rows_end_alone_and_are_filled_up(do_sample):
 
 
 def test_what_is_asked_for_beside_the_tokens():
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     settings = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     want, got = both(model, given, do_sample=True, **settings)
     assert got.sequences.tolist() == want.sequences.tolist()
@@ -181,7 +164,7 @@ def test_what_is_asked_for_beside_the_tokens():
 
 
 def test_a_second_turn_goes_on_with_the_cache():
-    model, ids = make(METHODS["power"]), texts(ONE)["input_ids"]
+    model, ids = small_llama(METHODS["power"]), texts(ONE)["input_ids"]
     turns = []
     for write in (type(model).generate, sparsetrain.generate):
         cache = sparsetrain.SparseCache(model, max_length=80)
@@ -193,7 +176,7 @@ def test_a_second_turn_goes_on_with_the_cache():
 
 
 def test_a_cache_serves_the_next_batch_with_the_same_step(captures):
-    model = make(METHODS["sliding"])
+    model = small_llama(METHODS["sliding"])
     cache = sparsetrain.SparseCache(model, max_length=80)
     for lengths in (THREE, (12, 33, 30), (33, 33, 33), ONE, (20, 5)):
         given = texts(lengths)
@@ -212,7 +195,7 @@ def test_a_cache_serves_the_next_batch_with_the_same_step(captures):
 )
 @torch.no_grad()
 def test_several_texts_go_on_from_copies_of_one_prompt(method, decode, grows, warned):
-    model, prompt = make(METHODS[method], decode), texts(ONE)["input_ids"]
+    model, prompt = small_llama(METHODS[method], decode), texts(ONE)["input_ids"]
 
     def read() -> Any:
         cache = None if grows else sparsetrain.SparseCache(model, max_length=80)
@@ -236,7 +219,7 @@ def test_several_texts_go_on_from_copies_of_one_prompt(method, decode, grows, wa
 def test_another_adapter_is_another_step(captures):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    model, given = peft.get_peft_model(make(METHODS["power"]), lora).eval(), texts(ONE)
+    model, given = peft.get_peft_model(small_llama(METHODS["power"]), lora).eval(), texts(ONE)
     cache = sparsetrain.SparseCache(model, max_length=80)
 
     def write() -> list[list[int]]:
@@ -263,7 +246,7 @@ def test_another_adapter_is_another_step(captures):
     ids=str,
 )
 def test_prompts_of_other_lengths_use_one_graph_unless_keys_are_a_share_of_them(section, graphs, captures):
-    model = make(METHODS["full"], {**section, "sinks": 1, "recent": 2, "dense_layers": [0]})
+    model = small_llama(METHODS["full"], {**section, "sinks": 1, "recent": 2, "dense_layers": [0]})
     cache = sparsetrain.SparseCache(model, max_length=80)
     for length in (33, 57):
         given = {**texts((length,)), "max_new_tokens": NEW, "do_sample": False}
@@ -275,7 +258,7 @@ def test_prompts_of_other_lengths_use_one_graph_unless_keys_are_a_share_of_them(
 
 
 def test_a_hook_that_is_added_or_taken_away_makes_another_step(captures):
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     cache = sparsetrain.SparseCache(model, max_length=80)
 
     def write() -> list[list[int]]:
@@ -302,7 +285,7 @@ def test_a_hook_that_is_added_or_taken_away_makes_another_step(captures):
 
 
 def test_a_cache_that_is_handed_over_is_used():
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     want, got = both(model, given, do_sample=False)
     # As models are saved that were trained with checkpointing.
     model.generation_config.use_cache = False
@@ -329,7 +312,7 @@ class Noted(BaseStreamer):
 
 
 def test_a_streamer_gets_the_prompt_and_each_token_once():
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     heard = []
     for write in (type(model).generate, sparsetrain.generate):
         streamer = Noted()
@@ -345,7 +328,7 @@ def test_processors_and_criteria_of_ones_own_see_every_token():
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             return scores.scatter(1, input_ids[:, -4:], float("-inf"))
 
-    model, given = make(METHODS["power"]), texts(THREE)
+    model, given = small_llama(METHODS["power"]), texts(THREE)
     lengths: list[int] = []
 
     def enough(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -361,7 +344,7 @@ def test_processors_and_criteria_of_ones_own_see_every_token():
 
 def test_keys_that_are_read_are_counted():
     decode = {**DECODE, "refresh": None}
-    model, given, kept = make(METHODS["full"], decode), texts(THREE), []
+    model, given, kept = small_llama(METHODS["full"], decode), texts(THREE), []
     for write in (type(model).generate, sparsetrain.generate):
         cache = sparsetrain.SparseCache(model, max_length=80)
         with observing():
@@ -373,14 +356,14 @@ def test_keys_that_are_read_are_counted():
 
 @pytest.mark.parametrize("tokens", [0, -1, 2.5, "x", True])
 def test_parts_of_a_prompt_without_tokens_are_refused(tokens):
-    model = make(METHODS["power"])
+    model = small_llama(METHODS["power"])
     cache = sparsetrain.SparseCache(model, max_length=40)
     with pytest.raises(ModelError, match=rf"prefill_chunk_size={tokens!r}: expected the tokens of a part"):
         sparsetrain.generate(model, **texts(ONE), past_key_values=cache, max_new_tokens=2, prefill_chunk_size=tokens)
 
 
 def test_a_text_longer_than_its_cache_is_refused():
-    model = make(METHODS["power"])
+    model = small_llama(METHODS["power"])
     cache = sparsetrain.SparseCache(model, max_length=40)
     with pytest.raises(ModelError, match="grows to 41 tokens, and this cache was made for max_length=40"):
         sparsetrain.generate(model, **texts(ONE), past_key_values=cache, max_new_tokens=30, do_sample=False)
@@ -396,7 +379,7 @@ def test_a_text_longer_than_its_cache_is_refused():
     ids=lambda given: given if isinstance(given, str) else "",
 )
 def test_other_ways_to_generate_run_in_transformers_loops(settings, reason, warned):
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     found = []
     for write in (type(model).generate, sparsetrain.generate):
         cache = sparsetrain.SparseCache(model, max_length=90, rollback=4)
@@ -407,14 +390,14 @@ def test_other_ways_to_generate_run_in_transformers_loops(settings, reason, warn
 
 
 def test_other_caches_run_in_transformers_loop(warned):
-    model, given = make(METHODS["power"]), texts(ONE)
+    model, given = small_llama(METHODS["power"]), texts(ONE)
     got = sparsetrain.generate(model, **given, max_new_tokens=NEW, do_sample=False)
     assert got.tolist() == model.generate(**given, max_new_tokens=NEW, do_sample=False).tolist()
     assert "no SparseCache" in warned.text
 
 
 def test_a_model_on_several_devices_has_no_graph():
-    model = make(METHODS["power"])
+    model = small_llama(METHODS["power"])
     arguments = {"past_key_values": sparsetrain.SparseCache(model, max_length=80)}
     assert why_not(model, arguments) is None
     model.lm_head.to("meta")
@@ -422,7 +405,7 @@ def test_a_model_on_several_devices_has_no_graph():
 
 
 def test_keys_in_host_memory(captures):
-    model, given, found = make(METHODS["power"]), texts(THREE), []
+    model, given, found = small_llama(METHODS["power"]), texts(THREE), []
     for write in (type(model).generate, sparsetrain.generate):
         cache = sparsetrain.SparseCache(model, max_length=80, offload=True)
         found.append(write(model, **given, past_key_values=cache, max_new_tokens=NEW, do_sample=False).tolist())
@@ -440,7 +423,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(how, monkeypatch, warned):
     else:
         monkeypatch.setattr(CapturedStep, "goes_on", lambda step, inputs: False)
     for do_sample in (False, True):
-        want, got = both(make(METHODS["power"]), texts(THREE), do_sample=do_sample)
+        want, got = both(small_llama(METHODS["power"]), texts(THREE), do_sample=do_sample)
         assert got.tolist() == want.tolist()
     assert "steps run one by one: " in warned.text
     assert "more" not in warned.text

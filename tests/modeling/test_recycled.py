@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from decode_steps import logits, prompts
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
+from decode_steps import SHAPE, logits, prompts, small_llama
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MistralConfig
 
 import sparsetrain
 from sparsetrain.errors import ModelError
@@ -18,17 +18,6 @@ from sparsetrain.methods.base import PassDocuments
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.modeling.attention.passes import PLANNED_ARGUMENT
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 SETTINGS: dict[str, dict[str, Any]] = {
     "top-k": {"every": 4, "keep": 6, "sinks": 1, "recent": 2},
     "top-k that compete with all": {"every": 5, "keep": 6, "sinks": 0, "recent": 0},
@@ -42,9 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make(attention: dict[str, Any] | None = None, **shape: Any) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | shape)).eval()
-    return sparsetrain.sparsify(model, attention or {"method": "full"})
+    return small_llama(attention, **{"num_hidden_layers": 2, **shape})
 
 
 def recycled(name: str, **shape: Any) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 
 import pytest
 import torch
 from gradients import assert_close, loss_and_gradients
-from torch.utils._python_dispatch import TorchDispatchMode
+from training.counted_operations import Count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsetrain.errors import ModelError
@@ -79,18 +78,6 @@ def peak(model, inputs):
             now += event.nbytes()
             most = max(most, now)
     return most
-
-
-class Count(TorchDispatchMode):
-    """Counts the operations that are really executed."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def executed(model, inputs):

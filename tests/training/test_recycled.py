@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from training.counted_operations import Count
 
 from sparsetrain.cli import main
 from sparsetrain.data.batch import Batch
@@ -120,18 +119,6 @@ def test_what_ranks_share_is_planned_as_a_whole(batch):
     part = sequence_part(batch, 1, 4)
     assert part.prompts == [1, 100, 1, 3]
     assert part.cu_seqlens.tolist() == [0, 50, 170, 201, 204]
-
-
-class Count(TorchDispatchMode):
-    """Counts the operations that are really executed."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mode", ["layer", "selective"])
