@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.data.columns import STDLIB, first_row, local_files, readable_rows, refuse_hub_settings
 from sparsetrain.data.files import is_local
 from sparsetrain.data.forms import resolve_form, takes_template
+from sparsetrain.data.local_rows import STDLIB, first_row, local_files, readable_rows, refuse_hub_settings
 from sparsetrain.data.turn_names import FIRST_ROWS, check_turn_names
 from sparsetrain.data.values import FIX, MalformedRow, fix_or_skip
 from sparsetrain.errors import DataError, first_line

@@ -16,15 +16,6 @@ import datasets
 from datasets import packaged_modules
 
 from sparsetrain.cache_folder import cache_fault
-from sparsetrain.data.columns import (
-    ROWS_TRIED,
-    STDLIB,
-    Layout,
-    fields_of,
-    layout_of,
-    local_files,
-    refuse_hub_settings,
-)
 from sparsetrain.data.files import (
     Kind,
     Stamped,
@@ -36,6 +27,15 @@ from sparsetrain.data.files import (
     stdlib_files,
 )
 from sparsetrain.data.forms import RowForm, resolve_form, takes_template
+from sparsetrain.data.local_rows import (
+    ROWS_TRIED,
+    STDLIB,
+    Layout,
+    fields_of,
+    layout_of,
+    local_files,
+    refuse_hub_settings,
+)
 from sparsetrain.data.memory import out_of_memory
 from sparsetrain.data.render import render
 from sparsetrain.data.row_choice import chosen_rows

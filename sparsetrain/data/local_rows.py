@@ -1,4 +1,4 @@
-"""Find the files of a local source and read their first row, without importing ``datasets``."""
+"""Local sources: their files, the layout of their rows, and the first row, without importing ``datasets``."""
 
 from __future__ import annotations
 
