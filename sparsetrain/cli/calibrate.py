@@ -1,4 +1,4 @@
-"""``sparsetrain calibrate``."""
+"""``sparsetrain calibrate``: find Twilight's p for each layer, on held-out text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain compare-decode``."""
+"""``sparsetrain compare-decode``: decode settings beside full attention, at equal bytes read."""
 
 from __future__ import annotations
 

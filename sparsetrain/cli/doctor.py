@@ -1,4 +1,4 @@
-"""``sparsetrain doctor``."""
+"""``sparsetrain doctor``: check this machine, or its fitness for a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain eval``."""
+"""``sparsetrain eval``: measure what a model can do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain export``."""
+"""``sparsetrain export``: write a run's model as a folder to publish, and push it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain generate``."""
+"""``sparsetrain generate``: continue prompts with a trained model."""
 
 from __future__ import annotations
 

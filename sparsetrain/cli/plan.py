@@ -1,4 +1,4 @@
-"""``sparsetrain plan``."""
+"""``sparsetrain plan``: estimate memory and time of a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain run``."""
+"""``sparsetrain run``: train as a recipe says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sparsetrain runs`` and ``sparsetrain logs``."""
+"""``sparsetrain runs`` and ``sparsetrain logs``: the runs in a folder, and the log of one."""
 
 from __future__ import annotations
 
