@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import json
 import os
 import re
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain import doctor
 from sparsetrain.cli import main
+from sparsetrain.doctor import diagnosis, installation, machine, needs
+from sparsetrain.doctor.finding import Finding
 from sparsetrain.errors import RecipeError
 from sparsetrain.plan import disk
 from sparsetrain.plan.disk import count_parameters
@@ -49,8 +51,8 @@ def test_the_tested_range_is_the_one_that_is_installed():
     floors = dict(
         re.findall(r"^([\w-]+) >= ([\d.]+)", setup["options"]["install_requires"].strip(), flags=re.MULTILINE)
     )
-    assert setup["options"]["python_requires"] == f">={doctor.PYTHON[0]}"
-    for package, (oldest, newest) in doctor.TESTED.items():
+    assert setup["options"]["python_requires"] == f">={installation.PYTHON[0]}"
+    for package, (oldest, newest) in installation.TESTED.items():
         assert floors[package] == oldest
         assert tuple(map(int, oldest.split("."))) <= tuple(map(int, newest.split(".")))
 
@@ -58,7 +60,7 @@ def test_the_tested_range_is_the_one_that_is_installed():
 def test_the_newest_version_tried_is_the_pinned_one():
     # torch says which triton it wants, so that has an upper end only.
     pins = dict(re.findall(r"^([\w-]+)[=<]=([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
-    for package, (_, newest) in doctor.TESTED.items():
+    for package, (_, newest) in installation.TESTED.items():
         assert f"{pins[package]}.".startswith(f"{newest}.")
 
 
@@ -67,34 +69,34 @@ def test_the_newest_version_tried_is_the_pinned_one():
     [("2.5.1", "fail"), ("2.6.0", "ok"), ("2.13.0+cpu", "ok"), ("2.13.4", "ok"), ("2.14.0", "warn"), ("3.0", "warn")],
 )
 def test_versions_are_held_against_the_range(found, status):
-    finding = doctor.check_version("torch", found, "2.6", "2.13")
+    finding = installation.check_version("torch", found, "2.6", "2.13")
     assert finding.status == status
     assert bool(finding.fix) == (status != "ok")
 
 
 def test_versions_of_this_environment_are_found():
-    findings = {finding.check: finding for finding in doctor.check_versions()}
+    findings = {finding.check: finding for finding in installation.check_versions()}
     assert findings["python"].status == "ok"
     assert findings["torch"].status in ("ok", "warn")
     assert {"transformers", "deepspeed", "datasets"} <= set(findings)
 
 
 def test_a_missing_package_is_found(monkeypatch):
-    monkeypatch.setitem(doctor.TESTED, "no-such-package", ("1.0", "2.0"))
-    (finding,) = [finding for finding in doctor.check_versions() if finding.check == "no-such-package"]
+    monkeypatch.setitem(installation.TESTED, "no-such-package", ("1.0", "2.0"))
+    (finding,) = [finding for finding in installation.check_versions() if finding.check == "no-such-package"]
     assert finding.status == "fail"
     assert finding.fix == "pip install 'no-such-package>=1.0'"
 
 
 def test_old_locks_fail_and_young_ones_warn(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert doctor.check_extension_locks().status == "ok"
+    assert machine.check_extension_locks().status == "ok"
     old, young = tmp_path / "py311_cpu" / "a" / "lock", tmp_path / "py311_cpu" / "b" / "lock"
     for lock in (old, young):
         lock.parent.mkdir(parents=True)
         lock.touch()
     os.utime(old, (time.time() - 3600,) * 2)
-    first, second = doctor.check_extension_locks()
+    first, second = machine.check_extension_locks()
     assert (first.status, first.fix) == ("fail", f"rm '{old}'")
     assert (second.status, str(young) in second.found) == ("warn", True)
 
@@ -104,9 +106,9 @@ def test_a_shadowed_kernels_package_is_found(monkeypatch, tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "op.py").touch()
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert doctor.check_kernels_package().status == "ok", "a folder without __init__.py is no package"
+    assert installation.check_kernels_package().status == "ok", "a folder without __init__.py is no package"
     (tmp_path / "kernels" / "__init__.py").touch()
-    finding = doctor.check_kernels_package()
+    finding = installation.check_kernels_package()
     assert finding.status == "fail"
     assert str(tmp_path / "kernels") in finding.found
 
@@ -119,7 +121,7 @@ def test_the_genuine_kernels_package_is_accepted(monkeypatch, tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert doctor.check_kernels_package() == doctor.Finding("ok", "kernels package", "Hugging Face's, 0.18.2")
+    assert installation.check_kernels_package() == Finding("ok", "kernels package", "Hugging Face's, 0.18.2")
 
 
 def test_a_busy_port_is_found(monkeypatch):
@@ -128,20 +130,20 @@ def test_a_busy_port_is_found(monkeypatch):
         held.listen()
         port = held.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        finding = doctor.check_port()
+        finding = machine.check_port()
         assert finding.status == "warn"
         assert str(port) in finding.found
         assert f"--master_port {port + 1}" in finding.fix
-    assert doctor.check_port().status == "ok"
+    assert machine.check_port().status == "ok"
 
 
 def test_caches_need_a_folder_that_can_be_written_to(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "yet"))
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
-    assert doctor.check_caches().status == "ok"
+    assert machine.check_caches().status == "ok"
     # There not even root may write.
     (tmp_path / "not").symlink_to("/proc")
-    finding = doctor.check_caches()
+    finding = machine.check_caches()
     assert finding.status == "fail"
     assert str(tmp_path) in finding.found
     assert "export HF_HOME=" in finding.fix
@@ -153,13 +155,13 @@ def test_several_gpus_need_shared_memory(monkeypatch, tmp_path, gpus, size, stat
 
     usage = shutil.disk_usage("/")._replace(total=size)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(doctor, "SHARED_MEMORY", str(tmp_path))
+    monkeypatch.setattr(machine, "SHARED_MEMORY", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert doctor.check_shared_memory().status == status
+    assert machine.check_shared_memory().status == status
 
 
 def test_sparse_attention_agrees_with_dense_on_this_machine():
-    finding = doctor.check_attention()
+    finding = installation.check_attention()
     assert finding.status == "ok", finding.found
     assert float(re.search(r"error (\S+)", finding.found)[1]) < 2e-3
 
@@ -169,22 +171,22 @@ def test_wrong_attention_is_found(monkeypatch):
 
     correct = sparsetrain_kernels.block_pattern_attention
     monkeypatch.setattr(sparsetrain_kernels, "block_pattern_attention", lambda *a: correct(*a) * 1.01)
-    assert doctor.check_attention().status == "fail"
+    assert installation.check_attention().status == "fail"
 
 
 def test_offload_needs_a_compiler(monkeypatch, tmp_path, recipe):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.check_compiler(recipe()).status == "ok"
-    assert doctor.check_compiler(recipe("deepspeed.offload_optimizer=cpu")).status == "fail"
+    assert machine.check_compiler(recipe()).status == "ok"
+    assert machine.check_compiler(recipe("deepspeed.offload_optimizer=cpu")).status == "fail"
 
 
 def test_wandb_login_matters_only_online(monkeypatch, tmp_path, recipe):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert doctor.check_wandb(recipe("wandb.mode=offline")).found.startswith("offline in the recipe")
+    assert machine.check_wandb(recipe("wandb.mode=offline")).found.startswith("offline in the recipe")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert doctor.check_wandb(recipe("wandb.mode=online")).found == "login found in WANDB_API_KEY"
+    assert machine.check_wandb(recipe("wandb.mode=online")).found == "login found in WANDB_API_KEY"
 
 
 @pytest.mark.parametrize(
@@ -197,13 +199,13 @@ def test_disk_room_is_what_the_checkpoints_take(monkeypatch, recipe, dtype, keep
     usage = shutil.disk_usage("/")
     for free, status in ((needed - 1, "fail"), (needed + 1, "warn"), (2 * needed, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        finding = doctor.check_disk(settings)
+        finding = needs.check_disk(settings)
         assert finding.status == status
         assert "0.6B parameters (by its name)" in finding.found
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(recipe):
-    finding = doctor.check_disk(recipe("output=/proc/x"))
+    finding = needs.check_disk(recipe("output=/proc/x"))
     assert (finding.status, finding.fix) == ("fail", "choose another with output=...")
     assert finding.found.startswith("nothing can be written in /proc (No such file or directory), and the run folder")
 
@@ -220,22 +222,22 @@ def test_a_run_folder_that_cannot_be_written_is_named(recipe):
 )
 def test_disk_room_is_that_of_the_optimizers_states(recipe, optimizer, overrides, saved):
     few = ["checkpoint.keep_last=2", "checkpoint.export=false", f"train.optimizer={optimizer}"]
-    assert doctor.check_disk(recipe(*few, *overrides)).found.startswith(f"{saved} for 3 checkpoints of 0.6B parameters")
+    assert needs.check_disk(recipe(*few, *overrides)).found.startswith(f"{saved} for 3 checkpoints of 0.6B parameters")
 
 
 def test_the_batch_is_that_of_so_many_gpus(monkeypatch, recipe, capsys):
     settings = recipe("train.global_batch_sequences=8", "train.global_batch_tokens=null")
     batch = "1 row x 2 accumulation x 4 ranks = 8 rows"
-    assert batch in doctor.check_machine(settings, 4).found
+    assert batch in needs.check_machine(settings, 4).found
     for here, status, end in ((0, "warn", "this machine has no GPU that torch can use, of 4"), (4, "ok", batch[-6:])):
         monkeypatch.setattr("torch.cuda.device_count", lambda here=here: here)
-        finding = doctor.check_machine(settings, 4)
+        finding = needs.check_machine(settings, 4)
         assert finding.status == status
         assert end in finding.found
     with pytest.raises(RecipeError, match=r"is not a multiple of train\.micro_batch=1 x 3 ranks"):
-        doctor.check_machine(settings, 3)
+        needs.check_machine(settings, 3)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    finding = doctor.check_machine(settings, 4)
+    finding = needs.check_machine(settings, 4)
     assert (finding.status, finding.found.endswith("this machine has 2 GPUs of 4")) == ("warn", True)
     assert main(["doctor", "--gpus", "4"]) == 2
     assert "--gpus is of a run: name its recipe too" in capsys.readouterr().err
@@ -248,12 +250,12 @@ def test_disk_room_of_adapters_is_that_of_what_is_trained(monkeypatch, tmp_path)
     monkeypatch.setattr(disk, "find_shape", lambda section: asked.append(section.path) or find_shape(section))
     few = ["lora.train_embeddings=false", "lora.train_norms=false", f"output={tmp_path}"]
     known = load_recipe("qwen3-8b-power-dpo-32k", few).recipe
-    finding = doctor.check_disk(known)
+    finding = needs.check_disk(known)
     assert finding.status == "ok"
     assert "M trained parameters of 8B parameters (by its name)" in finding.found
     assert asked == [known.model.path], "a config is read once"
     unknown = load_recipe("qwen3-8b-power-dpo-32k", [*few, "model.path=a/base-8B"]).recipe
-    finding = doctor.check_disk(unknown)
+    finding = needs.check_disk(unknown)
     assert finding.status == "warn"
     assert "if all were trained" in finding.found
 
@@ -287,7 +289,7 @@ def test_parameters_are_read_from_the_name_at_last(recipe, path, count):
 
 def test_a_broken_check_is_a_finding(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "no number")
-    findings = {finding.check: finding for finding in doctor.run_checks()}
+    findings = {finding.check: finding for finding in diagnosis.run_checks()}
     assert findings["port"].status == "fail"
     assert "ValueError" in findings["port"].found
 
@@ -298,7 +300,7 @@ def test_diagnose_prints_fixes_and_fails_if_one_check_does(monkeypatch, capsys, 
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    assert doctor.diagnose() == 2
+    assert diagnosis.diagnose() == 2
     assert f"fail extension locks: rm '{lock}'\n" in capsys.readouterr().out
 
 
@@ -313,19 +315,19 @@ def test_diagnose_prints_fixes_and_fails_if_one_check_does(monkeypatch, capsys, 
 def test_what_this_machine_cannot_train_is_found(monkeypatch, recipe, change, fault):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RecipeError, match=re.escape(fault)):
-        doctor.check_machine(recipe(change))
+        needs.check_machine(recipe(change))
 
 
 def test_an_engine_that_would_run_the_dense_model_is_named(monkeypatch):
-    find = doctor.importlib.util.find_spec
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    finding = doctor.check_serving()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    finding = installation.check_serving()
     assert finding.status == "ok"
     assert finding.found.startswith(
         "vLLM, SGLang and `transformers serve` load an exported folder, but attend to every"
     )
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: find("json") if name == "vllm" else find(name))
-    finding = doctor.check_serving()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json") if name == "vllm" else find(name))
+    finding = installation.check_serving()
     assert finding.status == "warn"
     assert "Installed: vLLM" in finding.found
     assert "sparsetrain.load(folder).generate" in finding.fix

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sparsetrain import doctor
 from sparsetrain.cli import main
+from sparsetrain.doctor import diagnosis
 from sparsetrain.evaluation.report import print_results
 from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.tasks.passkey import PasskeyResult
@@ -27,7 +27,7 @@ def _eval() -> None:
 
 
 def _doctor() -> None:
-    doctor.diagnose()
+    diagnosis.diagnose()
 
 
 def _plan() -> None:
@@ -44,7 +44,7 @@ def test_what_is_not_a_terminal_gets_whole_rows(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = "a sentence of a check that is " + "very " * 30 + "long"
-    monkeypatch.setattr(doctor, "run_checks", lambda *_: [doctor.Finding("ok", "check", found)])
+    monkeypatch.setattr(diagnosis, "run_checks", lambda *_: [diagnosis.Finding("ok", "check", found)])
     command()
     shown = capsys.readouterr().out
     assert "…" not in shown

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.doctor import PYTHON, TESTED
+from sparsetrain.doctor.installation import PYTHON, TESTED
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = ("sparsetrain", "recipes", "launch", "kernels/sparsetrain_kernels")

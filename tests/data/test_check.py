@@ -13,7 +13,8 @@ import pytest
 
 from sparsetrain.cli import main
 from sparsetrain.data.sources import open_source
-from sparsetrain.doctor import check_recipe_data, run_checks
+from sparsetrain.doctor import run_checks
+from sparsetrain.doctor.needs import check_recipe_data
 from sparsetrain.recipe import load_recipe
 from sparsetrain.source_section import DataSource
 

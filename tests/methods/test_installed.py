@@ -58,7 +58,7 @@ shared = echoes:EchoesSection
 PROGRAM = """
 import contextlib, io, json, sys, torch, sparsetrain
 from sparsetrain.cli import main
-from sparsetrain.doctor import check_packages
+from sparsetrain.doctor.installation import check_packages
 
 def answer(command):
     out, err = io.StringIO(), io.StringIO()
