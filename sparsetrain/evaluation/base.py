@@ -256,6 +256,9 @@ class TaskResult(BaseModel, ABC):
     """The picture has several axes side by side: a row of ``report.png``, and a file of its own, ``NAME.png``."""
 
     task: str
+    inputs: str = ""
+    """Equal for equal inputs: results of other prompts, texts or tokens do not compare. Empty where it is not known: of
+    a task whose measuring is its own, and in files that were written without it."""
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:

@@ -88,9 +88,16 @@ class Dealt:
                     self._kept.add(key, record)
                 on_forward()
         self._kept.journal.share(world)
-        return self._task.result(
+        found = self._task.result(
             {group: [self._kept[key] for key, _ in batches] for group, batches in self._groups.items()}
         )
+        return found if found.inputs else found.model_copy(update={"inputs": self._inputs()})
+
+    def _inputs(self) -> str:
+        """A digest of all batches."""
+        from sparsetrain.evaluation.journal import digest
+
+        return digest({group: [key for key, _ in batches] for group, batches in self._groups.items()})
 
     def _left(self, group: str) -> list[tuple[str, Any]]:
         return [(key, batch) for key, batch in self._groups[group] if key not in self._kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -17,7 +18,7 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.evaluation.base import Rows, TaskReport
 from sparsetrain.evaluation.differences import differences
 from sparsetrain.evaluation.panels import few
-from sparsetrain.evaluation.result import EvalResult, by_task
+from sparsetrain.evaluation.result import EvalResult, by_task, other_inputs
 from sparsetrain.tables import print_tables
 
 RESULTS_FILE = "evaluation.json"
@@ -95,7 +96,9 @@ def _reports(results: Mapping[str, EvalResult]) -> Iterator[tuple[TaskReport, st
     """The tables of each task, and what tells its title from another one's."""
     for name, measured in by_task(results):
         result = type(next(iter(measured.values())))
-        yield result.report(measured), result.ending(name)
+        shown = result.report(measured)
+        about = " ".join(filter(None, (shown.about, other_inputs(measured))))
+        yield replace(shown, about=about), result.ending(name)
 
 
 def _table(title: str, rows: Rows, shares: bool = False) -> Table:

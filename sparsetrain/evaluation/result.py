@@ -31,6 +31,15 @@ class EvalResult(BaseModel):
         return self.tasks[name].score() if name in self.tasks else float("nan")
 
 
+def other_inputs(measured: Mapping[str, TaskResult]) -> str:
+    """A sentence that names the results whose inputs are not those of the first; empty where there are none."""
+    known = {label: result.inputs for label, result in measured.items() if result.inputs}
+    first = next(iter(known), "")
+    others = ", ".join(label for label, inputs in known.items() if inputs != known[first])
+    said = f"Other inputs than those of {first} (prompts, texts or tokens): {others}. Do not compare them."
+    return said if others else ""
+
+
 def by_task(results: Mapping[str, EvalResult]) -> list[tuple[str, dict[str, TaskResult]]]:
     """The name of each task and its results by the label of the evaluation, all of one class.
 

@@ -60,6 +60,21 @@ def test_runs_with_different_tasks_are_compared_with_a_sentence(page):
     assert "power: power, after; fast: power, after; sliding: sliding, after." in text
 
 
+def test_results_of_other_inputs_are_compared_with_a_sentence(tmp_path):
+    def run(place, inputs, *overrides):
+        measured = {"power, after": EvalResult(tasks={"passkey": passkey(7).model_copy(update={"inputs": inputs})})}
+        return make_run(tmp_path / place, *overrides, measured=measured, name=place)
+
+    runs = [run("first", "a"), run("same", "a"), run("reseeded", "b", "train.seed=7")]
+    out = tmp_path / "compare.html"
+    assert main(["compare", *map(str, runs), "--output", str(out)]) == 0
+    text = Words(out.read_text(encoding="utf-8")).text
+    assert "Other inputs than those of first (prompts, texts or tokens): reseeded. Do not compare them." in text
+    assert "The runs measured different things: train.seed differ (see the recipes)." in text
+    assert main(["compare", *map(str, runs[:2]), "--output", str(out)]) == 0
+    assert "Other inputs" not in out.read_text(encoding="utf-8")
+
+
 def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, said in (

@@ -13,6 +13,7 @@ import torch
 
 from sparsetrain.evaluation.fingerprint import weights_digest
 from sparsetrain.evaluation.journal import Journal, digest
+from sparsetrain.evaluation.result import other_inputs
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.evaluation.tasks.passkey import PasskeySection
 from sparsetrain.evaluation.tasks.perplexity import PerplexitySection
@@ -87,6 +88,18 @@ def test_a_torn_line_costs_its_batch_and_files_of_other_ranks_count(evaluation, 
     resumed, seen, _ = evaluation()
     assert (resumed, seen[0]) == (whole, (15, 18))
     assert evaluation()[1] == [(18, 18)], "what followed the torn line is a line of its own"
+
+
+def test_results_tell_whether_their_inputs_were_the_same(tiny_model, byte_tokenizer):
+    section = EvalSection(tasks=[PasskeySection(lengths=[300], depths=2, trials=1, digits=1)])
+    measured = {
+        label: evaluate(tiny_model, byte_tokenizer, section, ALONE, seed=seed).tasks["passkey"]
+        for label, seed in {"one": 3, "again": 3, "reseeded": 4}.items()
+    }
+    said = "Other inputs than those of one (prompts, texts or tokens): reseeded. Do not compare them."
+    assert other_inputs(measured) == said
+    measured["former"] = measured.pop("reseeded").model_copy(update={"inputs": ""})
+    assert other_inputs(measured) == "", "files of before do not tell"
 
 
 def test_labels_that_begin_or_read_alike_have_files_of_their_own(tmp_path):

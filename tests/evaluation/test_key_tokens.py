@@ -116,6 +116,7 @@ def test_a_key_that_was_said_early_is_the_key_token_and_shows_what_a_window_lose
     )
     assert calls == [(1, 2), (2, 2)], "a short context is read only where key tokens are to be chosen"
     assert (sliding.chosen_by, sliding.key[400].tokens) == ("the first row", dense.key[400].tokens)
+    assert sliding.inputs == dense.inputs
     assert sliding.metrics()["/400"] > 20
     difference, error = sliding.key[400].difference(dense.key[400])
     assert difference > 3 > error
@@ -149,6 +150,7 @@ def test_key_tokens_of_other_settings_or_another_text_are_not_taken(tiny_model, 
     other = measured(tiny_model, byte_tokenizer, task(text), first=first)
     assert other.chosen_by == "itself"
     assert not other.pairs_with(first.tasks["key_tokens"])
+    assert other.inputs != first.tasks["key_tokens"].inputs
 
 
 def test_another_model_can_choose_them(tiny_model, byte_tokenizer, text, tmp_path):

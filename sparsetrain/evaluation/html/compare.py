@@ -15,7 +15,7 @@ from sparsetrain.evaluation.html.record import RunRecord, read_run
 from sparsetrain.evaluation.html.svg import picture
 from sparsetrain.evaluation.html.tasks import difference_table, task_sections
 from sparsetrain.evaluation.panels import MAX_RESULTS
-from sparsetrain.evaluation.result import EvalResult, by_task
+from sparsetrain.evaluation.result import EvalResult, by_task, other_inputs
 from sparsetrain.recipe import Recipe
 from sparsetrain.recipe.differences import differences
 
@@ -156,7 +156,9 @@ def _tasks(runs: Runs, trained_length: int | None, changed: Iterable[str]) -> li
         lacking = [name for name in runs if name not in measured]
         if lacking:
             section.about.append(f"Not measured in the last evaluation of {', '.join(lacking)}.")
-        if settings := [key for key in changed if key.startswith(f"eval.tasks.{task}.")]:
+        # A seed draws other prompts, and a model may have other tokens.
+        causes = (f"eval.tasks.{task}.", *(("train.seed", "model.") if other_inputs(measured) else ()))
+        if settings := [key for key in changed if key.startswith(causes)]:
             section.about.append(f"The runs measured different things: {', '.join(settings)} differ (see the recipes).")
     labels = "; ".join(f"{name}: {label}" for name, (label, _) in last.items())
     about = [f"The last evaluation of each run is compared. {labels}."]

@@ -10,7 +10,7 @@ from sparsetrain.evaluation.curve_panels import draw_accuracy
 from sparsetrain.evaluation.html.blocks import Section, Table, short_labels, significant
 from sparsetrain.evaluation.html.svg import WIDTH, picture
 from sparsetrain.evaluation.panels import few
-from sparsetrain.evaluation.result import EvalResult, by_task
+from sparsetrain.evaluation.result import EvalResult, by_task, other_inputs
 
 BROAD = 6.5
 """Inches above which a picture of one result has more than one map or axes, and keeps its width."""
@@ -33,7 +33,7 @@ def task_sections(results: Mapping[str, EvalResult], trained_length: int | None)
         with section.saying("The results cannot be shown"):
             report = kind.report(measured)
             section.heading = report.heading + kind.ending(name)
-            section.about.append(report.about)
+            section.about += filter(None, (report.about, other_inputs(measured)))
             section.tables.append(Table(report.title, report.rows))
             ending = f", {report.details_heading}" if report.details_heading else ""
             section.tables += [Table(f"{label}{ending}", rows, folded=True) for label, rows in report.details.items()]

@@ -184,7 +184,10 @@ class KeyTokens(BatchedTask):
                     left_out[length] = self.choice.none_because(long, short)
             packed[length] = pack(picked)
             key[length], others[length] = Losses.of(losses[picked]), Losses.of(losses[~picked])
+        scored = self.definition.model_dump(exclude={"source", "tokenizer"}, mode="json")
         return KeyTokensResult(
+            # Not of the batches: those that key tokens are chosen by are read in the first evaluation alone.
+            inputs=digest([scored, self.choice.model_dump(), packed]),
             definition=self.definition,
             choice=self.choice,
             chosen_by=FIRST if self._known else by or ITSELF,

@@ -139,8 +139,8 @@ class Preference(BatchedTask):
 
     def follow(self, first: TaskResult) -> None:
         """Rewards count from the first evaluation."""
-        assert isinstance(first, PreferenceResult)
-        self.first = first
+        # A run that goes on may measure another kind of task under this name than it began with.
+        self.first = first if isinstance(first, PreferenceResult) else None
 
     def batches(self) -> dict[str, list[Row]]:
         """A row at a time."""
