@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,15 +86,8 @@ def run(recipe: Recipe, *, resume: bool = False, signals: StopSignals | None = N
                 watch.before_exit = built.callbacks.saver.abandon
                 # This includes the end of a failed run: a launcher sends SIGTERM as soon as the first rank has exited.
                 signals.hold()
-                try:
-                    # Report an error to the other ranks before closing W&B, which may take a minute.
-                    with explained(recipe, world, watch):
-                        return train_and_finish(job, loaded, built)
-                except BaseException as error:
-                    if not isinstance(error, KeyboardInterrupt):
-                        built.callbacks.saver.abandon()
-                    built.callbacks.tracker.finish(exit_code=1)
-                    raise
+                with _closing(job, built, watch):
+                    return train_and_finish(job, loaded, built)
         except Stopped as stopped:
             return stopped.outcome
 
@@ -104,6 +98,20 @@ class Built:
 
     engine: Engine
     callbacks: RunCallbacks
+
+
+@contextmanager
+def _closing(job: Job, built: Built, watch: Watch) -> Iterator[None]:
+    """Within it, an error completes the pending checkpoint and closes W&B."""
+    try:
+        # The other ranks are told of the error before W&B is closed, which may take a minute.
+        with explained(job.recipe, job.world, watch):
+            yield
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            built.callbacks.saver.abandon()
+        built.callbacks.tracker.finish(exit_code=1)
+        raise
 
 
 def prepare(job: Job, resume: bool) -> Loaded:
