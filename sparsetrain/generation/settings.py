@@ -103,7 +103,7 @@ class Decode(Section):
     """Where ``sparsetrain calibrate`` made the section: it is then for that model alone."""
 
     @model_validator(mode="after")
-    def _check_parts(self) -> Decode:
+    def _check_selection(self) -> Decode:
         if self.select in ("full", "own") and self.candidates is not None:
             every = "all keys" if self.select == "full" else "all keys that the method reads"
             raise ValueError(
@@ -126,7 +126,12 @@ class Decode(Section):
                 "select=full reads all keys and nothing else is set; give prune, refresh, select=quest or "
                 "select=channels"
             )
-        if self.refresh is not None and self.refresh.keep is None and self.prune is None and self.select == "full":
+        return self
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Decode:
+        keep = None if self.refresh is None else self.refresh.keep
+        if self.refresh is not None and keep is None and self.prune is None and self.select == "full":
             raise ValueError("refresh needs to know how many keys a choice has; give refresh.keep or prune.p")
         whole = self.refresh is not None and self.refresh.choose == "full"
         if whole and self.select != "full":
@@ -136,11 +141,11 @@ class Decode(Section):
             )
         if self.recent == 0 and not whole:
             raise ValueError("recent=0: a step has to read its own token, which is the last; use 1 or more")
-        if self.refresh is not None and self.refresh.keep is not None and self.prune is not None and not whole:
+        if keep is not None and self.prune is not None and not whole:
             raise ValueError("refresh.keep and prune both say how many keys a choice has; drop one of them")
-        if self.refresh is not None and isinstance(keep := self.refresh.keep, float) and keep >= 1 and keep % 1:
+        if isinstance(keep, float) and keep >= 1 and keep % 1:
             raise ValueError(f"refresh.keep={keep} must be a whole number of tokens, or a share below 1")
-        if self.refresh is not None and isinstance(self.refresh.keep, float) and self.refresh.keep == 1:
+        if isinstance(keep, float) and keep == 1:
             raise ValueError("refresh.keep=1.0 would be one token, not the whole prompt; write 1, or a share below 1")
         return self
 

@@ -140,32 +140,33 @@ def _rope(owner: Any, given: Mapping[str, Any], overrides: Mapping[str, Any]) ->
     for name in ("rope_scaling", "rope_parameters"):
         if name not in given:
             continue
-        value = given[name]
-        if not isinstance(value, dict):
-            if name == "rope_scaling" and value is None:
-                value = {"rope_type": "default"}  # the meaning in older configs
-            else:
-                raise ModelError(
-                    f"{OVERRIDES}.{name}={value!r:.100}: the parameters of rotary positions must be a mapping"
-                )
-        if kinds and (strange := value.keys() - set(kinds)):
+        value = _rope_mapping(name, given[name])
+        if not kinds:
+            present = _with_parameters(present, value, owner, overrides)
+            continue
+        if strange := value.keys() - set(kinds):
             raise ModelError(
                 f"{OVERRIDES}.{name}.{min(strange, key=str)}: this model has separate rotary parameters for "
                 f"each layer type; give those of {' or '.join(kinds)}"
             )
-        for kind in kinds:
-            if kind in value:
-                inner = value[kind]
-                if not isinstance(inner, dict):
-                    raise ModelError(f"{OVERRIDES}.{name}.{kind}={inner!r:.100} is not a mapping")
-                present[kind] = _with_parameters(present[kind], inner, owner, overrides)
-        if not kinds:
-            present = _with_parameters(present, value, owner, overrides)
+        for kind, inner in value.items():
+            if not isinstance(inner, dict):
+                raise ModelError(f"{OVERRIDES}.{name}.{kind}={inner!r:.100} is not a mapping")
+            present[kind] = _with_parameters(present[kind], inner, owner, overrides)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in given:
             for parameters in [present[kind] for kind in kinds] or [present]:
                 parameters[name] = given[name]
     return present
+
+
+def _rope_mapping(name: str, value: Any) -> dict[str, Any]:
+    """The rotary parameters that a recipe gives under ``name``."""
+    if isinstance(value, dict):
+        return value
+    if name == "rope_scaling" and value is None:
+        return {"rope_type": "default"}  # the meaning in older configs
+    raise ModelError(f"{OVERRIDES}.{name}={value!r:.100}: the parameters of rotary positions must be a mapping")
 
 
 def _with_parameters(

@@ -159,13 +159,13 @@ def _preference(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
 def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     """Contradictions of evaluations and ``checkpoint.keep_best``."""
     evaluation, best = recipe.eval, recipe.checkpoint.keep_best
+    named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
     if evaluation.every is not None and evaluation.empty:
         yield ("eval", "every"), f"every {counted(evaluation.every, 'step')} nothing would be measured: give eval.tasks"
     yield from _rows(recipe)
     if best is not None and evaluation.every is None:
         yield ("checkpoint", "keep_best"), f"{best} is not measured during training: give eval.every, or set it to null"
     if best is not None and best not in evaluation.by_name:
-        named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
         yield (
             ("checkpoint", "keep_best"),
             f"nothing measures {best}, and {named}; give eval.tasks one of that name, or set it to null",
@@ -174,7 +174,6 @@ def _evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     if stopping is not None and evaluation.every is None:
         yield ("eval", "early_stopping"), f"{stopping.task} is not measured during training: give eval.every"
     if stopping is not None and stopping.task not in evaluation.by_name:
-        named = f"eval.tasks has {', '.join(evaluation.by_name)}" if evaluation.tasks else "eval.tasks is empty"
         yield ("eval", "early_stopping", "task"), f"nothing measures {stopping.task}, and {named}"
     yield from task_faults(evaluation)
 
