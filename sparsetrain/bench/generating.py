@@ -12,7 +12,6 @@ import torch
 from rich.text import Text
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
 
 from sparsetrain.bench.case import Case, Log
 from sparsetrain.bench.contenders.writers import Way, without_attention
@@ -22,6 +21,7 @@ from sparsetrain.counted import counted
 from sparsetrain.generation.observed import observing
 from sparsetrain.inference.fewer_kernels import ready_for_steps
 from sparsetrain.inference.loop import generate
+from sparsetrain.inference.writer import cache_bytes
 from sparsetrain.modeling import SparseCache
 
 SETTLING = 4
@@ -147,14 +147,7 @@ class GenerateCase(Case):
             step()
         row.cache_gb, row.kept = cache_bytes(cache) / 1e9, kept(cache)
         if cuda and cache.is_compileable:
-            try:
-                row.graph_rate = rate(captured(step))
-                if isinstance(cache, SparseCache):
-                    with without_attention(cache):
-                        rest = rate(captured(step))
-                    row.attention_ms = 1e3 * token.numel() * (1 / row.graph_rate - 1 / rest)
-            except Exception as error:
-                row.note = f"no CUDA graph: {explain(error)}"
+            self.measure_captured(cache, step, rate, token.numel(), row)
             if options.compile:
                 self.measure_compiled(model, step, rate, row)
         if isinstance(cache, SparseCache):
@@ -190,6 +183,17 @@ class GenerateCase(Case):
         # Of the first three tokens one is of the prompt's pass, one of a plain step, one of the capture.
         first = min(3, new - 1)
         return token.numel() * (new - first) / (time.perf_counter() - pace.times[first - 1])
+
+    def measure_captured(self, cache: Any, step: Any, rate: Any, rows: int, row: GenerateRow) -> None:
+        """Steps that are one CUDA graph, and the same without attention."""
+        try:
+            row.graph_rate = rate(captured(step))
+            if isinstance(cache, SparseCache):
+                with without_attention(cache):
+                    rest = rate(captured(step))
+                row.attention_ms = 1e3 * rows * (1 / row.graph_rate - 1 / rest)
+        except Exception as error:
+            row.note = f"no CUDA graph: {explain(error)}"
 
     def measure_compiled(self, model: Any, step: Any, rate: Any, row: GenerateRow) -> None:
         """Steps that are compiled as ``generate`` compiles them."""
@@ -249,14 +253,6 @@ def memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes that a cache holds."""
-    if isinstance(cache, SparseCache):
-        return cache.nbytes()
-    layers: Any = cache.layers
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def kept(cache: Any) -> float | None:
