@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sparsetrain.data.batch import IGNORE, Batch, Row, prompt_lengths
+from sparsetrain.data.batch import Batch, Row, prompt_lengths
+from sparsetrain.data.document import IGNORE
 
 
 def collate_part(rows: Sequence[Row], rank: int, ranks: int) -> Batch:

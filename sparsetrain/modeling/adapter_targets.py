@@ -17,7 +17,7 @@ from sparsetrain.modeling.layers import new_modules, sparse_layers
 from sparsetrain.recipe.lora_targets import layers_named, no_layer, tied_head
 
 if TYPE_CHECKING:
-    from sparsetrain.recipe.schema import LoraSection
+    from sparsetrain.recipe.lora_section import LoraSection
 
 KNOWS_PARAMETERS = "0.17"
 """The first version of peft that can adapt a parameter outside of linear layers."""

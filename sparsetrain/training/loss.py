@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sparsetrain.data.batch import IGNORE, Batch
+from sparsetrain.data.batch import Batch
+from sparsetrain.data.document import IGNORE
 from sparsetrain.errors import ModelError
 from sparsetrain.modeling import balance_factor, has_plain_head
 from sparsetrain.modeling.ulysses import ULYSSES_ARGUMENT, Ulysses

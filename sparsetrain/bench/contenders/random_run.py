@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsetrain.data import Row, Step, collate
-from sparsetrain.data.batch import IGNORE
+from sparsetrain.data.document import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.plan.shape import find_shape
 from sparsetrain.recipe import BatchPlan, Recipe

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsetrain.data.batch import IGNORE
+from sparsetrain.data.document import IGNORE
 from sparsetrain.errors import ModelError, RecipeError
 from sparsetrain.modeling import fused_layers, has_plain_head
 from sparsetrain.modeling.token_rows import layers_with_rows

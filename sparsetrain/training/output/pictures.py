@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sparsetrain.evaluation.metrics import METRICS_FILE
 from sparsetrain.evaluation.pictures import (
     attention_picture,
     drawings,
@@ -21,7 +22,6 @@ from sparsetrain.evaluation.result import EvalResult
 from sparsetrain.evaluation.survival import SURVIVAL_FILE, Survival
 from sparsetrain.modeling import sparse_layers
 from sparsetrain.recipe import Recipe
-from sparsetrain.training.output.tracking import METRICS_FILE
 
 
 def draw_run(

@@ -22,13 +22,13 @@ from typing import Any
 
 from sparsetrain.durable import write_whole
 from sparsetrain.errors import CheckpointError, RecipeError
+from sparsetrain.evaluation.metrics import METRICS_FILE
 from sparsetrain.evaluation.report import RESULTS_FILE, read_results
 from sparsetrain.recipe import Recipe, dump_recipe, load_recipe
 from sparsetrain.training import checkpoints
 from sparsetrain.training.changes import HISTORY_FILE, Change, Resumption, changes
 from sparsetrain.training.checkpoints.store import LATEST
 from sparsetrain.training.output.folder_contents import LOCK_FILE, in_use, listed, of_a_run, refuse_inside, refuse_over
-from sparsetrain.training.output.tracking import METRICS_FILE
 
 AFTER = ", after"
 NEEDED_FILES = ("recipe.yaml", "environment.json", LOCK_FILE, f"checkpoints/{LATEST}")

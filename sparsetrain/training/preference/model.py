@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from sparsetrain.data.batch import IGNORE, Batch
+from sparsetrain.data.batch import Batch
+from sparsetrain.data.document import IGNORE
 from sparsetrain.modeling.adapters import adapters_off
 from sparsetrain.recipe.schema import Recipe
 from sparsetrain.training.loss import CausalLMLoss, rows_of_targets

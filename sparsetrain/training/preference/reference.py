@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import torch
 
-from sparsetrain.data.batch import IGNORE, Batch
+from sparsetrain.data.batch import Batch
+from sparsetrain.data.document import IGNORE
 from sparsetrain.errors import DataError
 
 

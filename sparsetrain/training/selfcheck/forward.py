@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsetrain.data import Batch
-from sparsetrain.data.batch import IGNORE
+from sparsetrain.data.document import IGNORE
 from sparsetrain.data.sequence_part import sequence_part
 from sparsetrain.errors import TrainingError
 from sparsetrain.modeling import sparse_layers
