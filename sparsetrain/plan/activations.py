@@ -42,68 +42,111 @@ class LossBytes:
     """Bytes of the output projection's gradient."""
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Bytes of one token that autograd saves in a layer, by part."""
+
+    norm: float
+    """Of each of the two norms."""
+    into_attention: float
+    heads_norm: float
+    result: float
+    """The output of attention, with its log-sum-exp."""
+    attention: float
+    """The norm of heads, query, key and value, the result, and what the method saves."""
+    into_mlp: float
+    mlp: float
+
+    @property
+    def to_the_second_norm(self) -> float:
+        """All parts up to the norm before the MLP."""
+        return self.norm + self.into_attention + self.attention + self.norm
+
+    @property
+    def before_mlp(self) -> float:
+        """All parts up to the input of the MLP."""
+        return self.to_the_second_norm + self.into_mlp
+
+
 def layer_bytes(setting: Setting) -> LayerBytes:
     """The activations of a layer; of the more expensive kind if dense and sparse layers alternate."""
-    shape, parameters, tokens, e = setting.shape, setting.parameters, setting.tokens, setting.element
+    tokens, saved = setting.tokens, _saved(setting)
+    statistics = 8 + 4
+    # With tiles the MLP keeps its input alone.
+    mlp = setting.element * setting.shape.hidden if _is_tiled(setting) else saved.mlp
+    sparse = 1 - setting.dense_layers / setting.shape.layers
+    dequantized = 0.0
+    lora = setting.recipe.lora
+    if lora is not None and lora.quantize_base != "none":
+        dequantized = float(setting.element * setting.parameters.largest_matrix)
+    return LayerBytes(
+        input=float(setting.element * setting.shape.hidden * tokens),
+        selection=float(setting.attention.saved_bytes * tokens * sparse),
+        attention_result=float(saved.result * tokens),
+        saved=float((saved.before_mlp + mlp + statistics) * tokens),
+        backward=_backward(setting, saved) + statistics * tokens + dequantized,
+    )
+
+
+def _is_tiled(setting: Setting) -> bool:
+    return setting.mlp_tokens < setting.tokens
+
+
+def _saved(setting: Setting) -> _Saved:
+    shape, parameters, e, liger = setting.shape, setting.parameters, setting.element, setting.liger
     hidden, q, kv, wide = shape.hidden, shape.q_width, setting.kv_width, shape.intermediate
     full, adapted = parameters.trains_matrices, parameters.targets
-    method = setting.attention
-    liger = setting.liger
 
     # Norm: an fp32 copy of its input (Liger: the input itself), and where its weight is trained what it multiplies.
     norm = e * hidden if liger else 4 * hidden + (e * hidden if parameters.trains_norms else 0)
-    norm_backward = 4 * hidden if liger else 20 * hidden
-    into_attention = (
-        e * hidden if full or method.keeps_input or adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"} else 0
-    )
-    into_mlp = e * hidden if full or adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0
+    reads_input = full or setting.attention.keeps_input or adapted & {"q_proj", "k_proj", "v_proj", "qkv_proj"}
     heads_norm = (e if liger else 4) * (q + kv) if shape.qk_norm else 0
     if shape.qk_norm and parameters.trains_norms and not liger:
         heads_norm += e * (q + kv)
     log_sum_exp = 4 * shape.heads
     result = e * q + log_sum_exp
-    sparse = 1 - setting.dense_layers / shape.layers
-    attention = heads_norm + e * (q + 2 * kv) + result + method.saved_bytes
-    before_mlp = norm + into_attention + attention + norm + into_mlp
     # Gate and up, the activated gate, and what goes into the last projection where that needs it.
     product = e * wide if full or "down_proj" in adapted else 0
-    mlp = (2 if liger else 3) * e * wide + product
+    return _Saved(
+        norm=norm,
+        into_attention=e * hidden if reads_input else 0,
+        heads_norm=heads_norm,
+        result=result,
+        attention=heads_norm + e * (q + 2 * kv) + result + setting.attention.saved_bytes,
+        into_mlp=e * hidden if full or adapted & {"gate_proj", "up_proj", "gate_up_proj"} else 0,
+        mlp=(2 if liger else 3) * e * wide + product,
+    )
+
+
+def _backward(setting: Setting, saved: _Saved) -> float:
+    """Peak bytes of a layer's backward pass over its phases, from the MLP back to its input."""
+    shape, e, liger, tokens = setting.shape, setting.element, setting.liger, setting.tokens
+    hidden, q, kv, wide = shape.hidden, shape.q_width, setting.kv_width, shape.intermediate
+    gradient = e * hidden
+    norm_backward = 4 * hidden if liger else 20 * hidden
     # Gradients of both factors beside that of their product; the product itself is gone by then. Liger works in place.
     mlp_backward = (4 if liger else 6) * e * wide
-
-    gradient = e * hidden
-    chunked = setting.mlp_tokens < tokens
-    if chunked:
-        at_a_time = (mlp_backward + into_mlp) * setting.mlp_tokens / tokens
+    if _is_tiled(setting):
+        at_a_time = (mlp_backward + saved.into_mlp) * setting.mlp_tokens / tokens
         # The gradient of the MLP's input is put together from its parts.
-        phase_mlp = before_mlp + gradient + at_a_time + 2 * e * hidden
-        mlp = e * hidden
+        in_mlp = saved.before_mlp + gradient + at_a_time + 2 * e * hidden
     else:
-        phase_mlp = before_mlp + gradient + max(mlp + 2 * e * wide, mlp_backward)
-    phase_norm = norm + into_attention + attention + norm + norm_backward + gradient
+        in_mlp = saved.before_mlp + gradient + max(saved.mlp + 2 * e * wide, mlp_backward)
+    in_norm = saved.to_the_second_norm + norm_backward + gradient
     exchanged = 2 * e * (q + 2 * kv) if setting.parallel > 1 else 0
-    phase_attention = (
-        norm + into_attention + attention + gradient + e * (2 * q + 2 * kv) + _attention_extra(setting) + exchanged
-    )
-    phase_heads = 0.0
+    in_attention = saved.norm + saved.into_attention + saved.attention + gradient + e * (2 * q + 2 * kv)
+    in_attention += _attention_extra(setting) + exchanged
+    in_heads = 0.0
     if shape.qk_norm:
-        phase_heads = norm + into_attention + heads_norm + (5 if not liger else 1) * 4 * q + e * (q + 2 * kv) + gradient
-    phase_input = 2 * norm + norm_backward + 2 * gradient
-    statistics = 8 + 4
-    weights = float(e * 3 * hidden * wide) if full else 0.0
+        in_heads = saved.norm + saved.into_attention + saved.heads_norm + (1 if liger else 5) * 4 * q
+        in_heads += e * (q + 2 * kv) + gradient
+    at_input = 2 * saved.norm + norm_backward + 2 * gradient
     # Gradients of the MLP's weights: with tiles the sum and that of one tile, then the layer's own.
-    phases = (phase_mlp * tokens + (2 * weights if chunked else 0.0), phase_norm * tokens + weights)
-    later = max(phase_attention, phase_heads, phase_input) * tokens + weights
-    dequantized = 0.0
-    lora = setting.recipe.lora
-    if lora is not None and lora.quantize_base != "none":
-        dequantized = float(e * parameters.largest_matrix)
-    return LayerBytes(
-        input=float(e * hidden * tokens),
-        selection=float(method.saved_bytes * tokens * sparse),
-        attention_result=float(result * tokens),
-        saved=float((before_mlp + mlp + statistics) * tokens),
-        backward=max(*phases, later) + statistics * tokens + dequantized,
+    weights = float(e * 3 * hidden * wide) if setting.parameters.trains_matrices else 0.0
+    return max(
+        in_mlp * tokens + (2 * weights if _is_tiled(setting) else 0.0),
+        in_norm * tokens + weights,
+        max(in_attention, in_heads, at_input) * tokens + weights,
     )
 
 
