@@ -55,7 +55,9 @@ def refuse_hub_settings(source: DataSource) -> None:
 
 def layout_of(kind: Kind) -> Layout:
     """The layout of rows in files of this kind."""
-    return "table" if kind in ("parquet", "arrow") else "lines" if kind == "lines" else "documents"
+    if kind in ("parquet", "arrow"):
+        return "table"
+    return "lines" if kind == "lines" else "documents"
 
 
 def fields_of(raw: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:

@@ -94,7 +94,8 @@ def _turns(raw: Mapping[str, Any], form: RowForm) -> Iterator[tuple[list[str], A
             value = row.get(name)
             if isinstance(value, str) and value.lstrip().startswith("["):
                 value = parsed(value, name)
-            for turn in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []:
+            turns = [value] if isinstance(value, Mapping) else value
+            for turn in turns if isinstance(turns, list) else ():
                 if isinstance(turn, Mapping):
                     named = form.naming.turn(turn, "a turn")
                     own = [key for key, content in turn.items() if content is not None]

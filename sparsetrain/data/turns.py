@@ -90,7 +90,9 @@ def _start(
     # Not before the words of the turn before, whose own prompt it may be.
     first = words_of(conversation, tokenizer, turn - 1, here.text).stop if turn else 0
     place = here.text.rfind(prompt, first, here.start) if prompt else -1
-    return place + len(prompt) if place >= 0 else (None if turn else here.start)
+    if place >= 0:
+        return place + len(prompt)
+    return None if turn else here.start
 
 
 def _between_tokens(text: str, place: int, tokenizer: PreTrainedTokenizerBase) -> int:

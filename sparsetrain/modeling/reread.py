@@ -47,8 +47,9 @@ def checksums(model: nn.Module) -> dict[str, str]:
 def _checksum(tensor: torch.Tensor) -> str:
     total = 0
     for piece in tensor.detach().cpu().flatten().split(PIECE):
-        wide = piece.double() if piece.dtype == torch.float64 else piece.float() if piece.is_floating_point() else piece
-        total = zlib.crc32(wide.contiguous().view(torch.uint8).numpy(), total)
+        if piece.is_floating_point() and piece.dtype != torch.float64:
+            piece = piece.float()
+        total = zlib.crc32(piece.contiguous().view(torch.uint8).numpy(), total)
     return f"{tuple(tensor.shape)} {total:08x}"
 
 

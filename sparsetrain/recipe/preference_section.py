@@ -60,7 +60,9 @@ class PreferenceSection(Section):
     @property
     def factor(self) -> float:
         """``beta`` with its default filled in."""
-        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+        if self.beta is not None:
+            return self.beta
+        return 2.0 if self.loss == "simpo" else 0.1
 
     @property
     def margin(self) -> float:

@@ -104,7 +104,9 @@ def completed(path: KeyPath, value: Source, given: Sequence[KeyPath], source: So
     name, rest = str(path[depth]), path[depth + 1 :]
     found = located(path, source.data)
     entries = task_entries(source.data)
-    kind = entries[int(found[depth])].get("task") if found != path else name if name in TASKS else None
+    kind = name if name in TASKS else None
+    if found != path:
+        kind = entries[int(found[depth])].get("task")
     if not rest and isinstance(value.data, dict):
         kind = value.data.get("task", kind)
     if found == path and kind is None and (*path[: depth + 1], "task") not in given:

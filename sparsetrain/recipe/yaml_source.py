@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,9 +100,15 @@ class Source:
         """Remove the places and problems of a value that will be replaced, and of everything inside it."""
         self.places.pop(path, None)
         self.unreadable.pop(path, None)
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, below in inner:
+        for key, below in entries(value):
             self.forget((*path, key), below)
+
+
+def entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """The keys and values of a mapping, or the indices and values of a list; nothing for any other value."""
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
 
 
 def dotted(path: KeyPath) -> str:

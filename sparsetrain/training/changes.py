@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.durable import read_bytes
 from sparsetrain.recipe import BatchPlan, Recipe
 from sparsetrain.recipe.batch import steps_of_warmup
+from sparsetrain.recipe.yaml_source import entries
 from sparsetrain.training.schedule import peak_lr, share_of_peak
 
 if TYPE_CHECKING:
@@ -197,8 +198,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     if not tree or not isinstance(tree, dict | list):
         yield path, tree
-    for name, value in pairs:
+    for name, value in entries(tree):
         yield from _leaves(value, f"{path}{name}.")

@@ -89,7 +89,9 @@ class SparseKMemory(Memory):
         tokens = Tokens(query, key, value, sparsek_scores, sparsek_gain)
         self._remember(layer, tokens)
         # Guesses read what they would read one by one.
-        most = 1 if self.choose is None or any(starts or ()) else LONGEST if self._rounds else MAX_ROWS
+        most = 1
+        if self.choose is not None and not any(starts or ()):
+            most = LONGEST if self._rounds else MAX_ROWS
         if state.started and tokens.count <= most:
             if tokens.count == 1:
                 return self._attend_one(layer, tokens, scale)
