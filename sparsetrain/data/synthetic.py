@@ -92,16 +92,6 @@ class RetrievalPrompt:
     key: str
     """The digits asked for."""
 
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """int64 ``[answer_start]``: what a model is given to continue."""
-        return self.input_ids[: self.answer_start]
-
-    @property
-    def answer_ids(self) -> np.ndarray:
-        """int64: the tokens of the answer, a space and the digits."""
-        return self.input_ids[self.answer_start :]
-
 
 class Noise:
     """Lines of ``n`` noise words. Every line starts the noise anew and ends with a line break."""

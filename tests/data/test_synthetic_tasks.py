@@ -58,9 +58,9 @@ def test_the_answer_is_the_key_of_the_prompt(name, digits, request):
     tokenizer = request.getfixturevalue(name)
     for seed in range(10):
         prompt = build("passkey", tokenizer, 2000, seed / 9, seed, digits)
-        assert decode(tokenizer, prompt.answer_ids).strip() == prompt.key
+        assert decode(tokenizer, prompt.input_ids[prompt.answer_start :]).strip() == prompt.key
         assert re.fullmatch(rf"\d{{{digits}}}", prompt.key)
-        text = decode(tokenizer, prompt.prompt_ids)
+        text = decode(tokenizer, prompt.input_ids[: prompt.answer_start])
         assert text.endswith("\nWhat is the pass key? The pass key is")
         assert f"\nThe pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n" in text
         assert text.count("Remember it") == 1
@@ -69,11 +69,11 @@ def test_the_answer_is_the_key_of_the_prompt(name, digits, request):
 def test_of_many_keys_the_one_named_is_asked_for(gpt2):
     for seed in range(20):
         prompt = build("multikey", gpt2, 1500, 0.5, seed)
-        text = decode(gpt2, prompt.prompt_ids)
+        text = decode(gpt2, prompt.input_ids[: prompt.answer_start])
         hidden = dict(re.findall(r"\nThe pass key of the (\w+ \w+) is (\d{5})\. Remember it\.", text))
         asked = re.search(r"\nWhat is the pass key of the (\w+ \w+)\? The pass key of the \1 is$", text)
         assert len(hidden) == 4
-        assert hidden[asked[1]] == prompt.key == decode(gpt2, prompt.answer_ids).strip()
+        assert hidden[asked[1]] == prompt.key == decode(gpt2, prompt.input_ids[prompt.answer_start :]).strip()
 
 
 @pytest.mark.parametrize("task", ["passkey", "multikey"])
@@ -81,7 +81,7 @@ def test_of_many_keys_the_one_named_is_asked_for(gpt2):
 def test_the_key_hides_at_its_depth(depth, task, gpt2):
     prompt = build(task, gpt2, 4000, depth, seed=1)
     noise_lines = r"(?:The grass[^\n]*\n)?"
-    text = decode(gpt2, prompt.prompt_ids)
+    text = decode(gpt2, prompt.input_ids[: prompt.answer_start])
     assert re.match(rf"There (is|are) [^\n]*\n{noise_lines}", text)
     before, after = re.split(rf"\nThe pass key[^\n]* is {prompt.key}\. [^\n]*\n", text)
     words = [len(re.findall(r"grass|sky|sun|Here|There and", part)) for part in (before, after)]
@@ -93,13 +93,13 @@ def test_among_distractors_a_marked_key_is_asked_for(gpt2):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         prompt = multikey_prompt(gpt2, 1500, 0.5, rng, digits=5, keys=3, distractors=12)
-        text = decode(gpt2, prompt.prompt_ids)
+        text = decode(gpt2, prompt.input_ids[: prompt.answer_start])
         marked = dict(re.findall(r"\nImportant! The pass key of the (\w+ \w+) is (\d{5})\.(?=\n)", text))
         unmarked = dict(re.findall(r"\nThe pass key of the (\w+ \w+) is (\d{5})\.(?=\n)", text))
         asked = re.search(r"\nWhat is the pass key of the (\w+ \w+)\? The pass key of the \1 is$", text)
         assert (len(marked), len(unmarked)) == (3, 12)
         assert not marked.keys() & unmarked.keys()
-        assert marked[asked[1]] == prompt.key == decode(gpt2, prompt.answer_ids).strip()
+        assert marked[asked[1]] == prompt.key == decode(gpt2, prompt.input_ids[prompt.answer_start :]).strip()
         depths += [text.index(name) / len(text) for name in unmarked]
     assert np.histogram(depths, bins=3, range=(0.1, 0.95))[0].min() > len(depths) / 5
 
