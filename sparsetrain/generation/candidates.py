@@ -96,6 +96,28 @@ class Pages(Candidates):
         return places.gather(2, index), (before - first).clamp_min(0)
 
 
+class AllPages(Candidates):
+    """Pages of 16 tokens where there is room for all of them, so that there is nothing to choose. Scores have a column
+    for each position.
+
+    Args:
+        lengths: int32 ``[B]``: tokens of each row.
+        heads: KV heads.
+        pages: of a row, at most.
+    """
+
+    def __init__(self, lengths: Tensor, heads: int, pages: int) -> None:
+        self._lengths, self._heads, self._pages = lengths, heads, pages
+        self.most = pages * GRANULE
+
+    def positions(self, always: Always) -> tuple[Tensor, Tensor]:
+        """See :meth:`Candidates.positions`."""
+        page = torch.arange(self._pages, dtype=torch.int32, device=self._lengths.device)
+        counts = (self._lengths + (GRANULE - 1)) // GRANULE
+        lists = page.repeat(len(counts), self._heads, 1)
+        return Pages(lists, counts[:, None].repeat(1, self._heads)).positions(always)
+
+
 class Tokens(Candidates):
     """Single tokens, which are none of those that are read in any case. Scores have a column for each of the first
     tokens, then for each candidate, then for each of the last tokens: they count among the weight that is shared out.

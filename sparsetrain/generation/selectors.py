@@ -14,7 +14,7 @@ from sparsetrain_kernels.key_mirror import KeyMirror, PageBounds
 from torch import Tensor
 
 from sparsetrain.errors import ModelError
-from sparsetrain.generation.candidates import GRANULE, Always, Candidates, Pages, Tokens
+from sparsetrain.generation.candidates import GRANULE, AllPages, Always, Candidates, Pages, Tokens
 from sparsetrain.generation.settings import Decode
 
 
@@ -103,11 +103,12 @@ class QuestPages(Selector):
 
     def candidates(self, query: Tensor, places: Places, **factors: Any) -> Candidates:
         """See :meth:`Selector.candidates`."""
-        scale = factors.get("scale")
-        values = PageBounds(places.beside["bounds"])
-        bounds = page_scores(query, values, scale=scale, dtype=torch.float16, **places.arguments)
-        _, heads, pages = bounds.shape
+        pages, heads = -(-places.max_length // GRANULE), places.beside["bounds"].shape[1]
         wanted = min(-(-self._decode.candidate_tokens(places.prompt) // GRANULE), pages)
+        if wanted == pages:
+            return AllPages(places.lengths, heads, pages)
+        values = PageBounds(places.beside["bounds"])
+        bounds = page_scores(query, values, scale=factors.get("scale"), dtype=torch.float16, **places.arguments)
         # A row has no more pages than tokens, and where there is none the bound is -inf.
         best = top_k_lists(bounds, None, wanted, lengths=places.lengths, num_kv_heads=heads, width=1, due=places.due)
         return Pages(best.lists, best.counts)

@@ -73,6 +73,28 @@ def test_candidates_may_be_a_share_of_the_longest_prompt(select):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("prune", [None, {"p": 0.6}], ids=["read", "pruned"])
+def test_pages_are_not_ranked_where_there_is_room_for_all(prune, monkeypatch):
+    key, _ = keys_of_few_channels(tokens=320)
+    query = torch.randn(2, 4, 1, 16, generator=torch.Generator().manual_seed(1))
+    decode = {"select": "quest", "prune": prune, "sinks": 1, "recent": 4, "dense_layers": []}
+    ranked = filled({**decode, "candidates": 320}, key, (320, 90))
+    assert ranked._room() > 320
+    lists, counts = ranked._lists(query, {})
+
+    def page_scores(*_: Any, **__: Any) -> None:
+        raise AssertionError("pages are ranked")
+
+    monkeypatch.setattr("sparsetrain.generation.selectors.page_scores", page_scores)
+    found = filled(decode, key, (320, 90))._lists(query, {})
+    assert torch.equal(found[1], counts)
+    for row, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        listed = slice(int(counts[row, head]))
+        assert torch.equal(found[0][row, head, listed], lists[row, head, listed])
+    if prune is None:
+        assert counts.tolist() == [[315, 315], [85, 85]]
+
+
 def test_labels_have_four_bits_of_the_channels_alone():
     key, _ = keys_of_few_channels()
     memory = filled({**CHANNELS, "candidates": 16}, key)

@@ -398,7 +398,7 @@ def test_few_keys_lie_between_the_guess_and_the_threshold(p: float, min_keys: in
     )
     is_key = scores > -INF
     least = torch.full((1, heads), int(p * 2**40))
-    found = reference.thresholds(scores, lse, is_key, least, min_keys)[0]
+    found = reference.thresholds(scores, reference.masses(scores, lse), is_key, least, min_keys)[0]
     keys, found = reference.ordered(scores[0]), reference.ordered(found)
     between = (is_key[0] & (keys >= floor[:, None]) & (keys < found[:, None])).sum(1)
     for head, name in enumerate(rows):
@@ -409,3 +409,14 @@ def test_few_keys_lie_between_the_guess_and_the_threshold(p: float, min_keys: in
         # Where half of the keys have one of two scores, no sample can tell less than half of them apart.
         assert name == "tied" or between[head] <= columns // 4, name
     assert not taken.any()
+
+
+@pytest.mark.parametrize(("capacity", "sorts"), [(64, 1), (8, 2)])
+def test_a_cpu_sorts_again_only_where_there_is_no_room_for_all(capacity, sorts):
+    scores = normal(1, 4, 64).half()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = top_p_lists(
+            scores, scores.float().logsumexp(2), 0.9, lengths=to_lengths(64), num_kv_heads=2, capacity=capacity
+        )
+    assert sum(event.name == "aten::sort" for event in profile.events()) == sorts
+    assert bool(found.dropped.any()) == (sorts == 2)

@@ -59,11 +59,12 @@ def append(
     Raises:
         ValueError: a length is not 0 to what ``block_table`` has room for.
     """
-    sequence, row, page, slot = _places(key.shape[2], key_cache.shape[2], lengths, block_table)
+    places = _places(key.shape[2], key_cache.shape[2], lengths, block_table)
+    sequence, row, page, slot = places
     key_cache[page, :, slot] = key[sequence, :, row]
     value_cache[page, :, slot] = value[sequence, :, row]
     if mirror is not None:
-        append_codes(key, lengths, block_table, mirror)
+        _write_codes(key, places, mirror)
     if bounds is not None:
         for number, length in enumerate(lengths.tolist()):
             _extend_bounds(key, number, length, block_table, bounds)
@@ -75,7 +76,12 @@ def append_codes(key: Tensor, lengths: Tensor, block_table: Tensor, mirror: KeyM
     Raises:
         ValueError: a length is not 0 to what ``block_table`` has room for.
     """
-    sequence, row, page, slot = _places(key.shape[2], mirror.codes.shape[2], lengths, block_table)
+    _write_codes(key, _places(key.shape[2], mirror.codes.shape[2], lengths, block_table), mirror)
+
+
+def _write_codes(key: Tensor, places: tuple[Tensor, Tensor, Tensor, Tensor], mirror: KeyMirror) -> None:
+    """Write the codes of the new keys that are kept, at the pages and slots that :func:`_places` found."""
+    sequence, row, page, slot = places
     scaled = (key[sequence, :, row].float() - mirror.center[sequence]) / mirror.spread[sequence]
     mirror.codes[page, :, slot], mirror.scale_low[page, :, slot] = to_codes(scaled)
 
@@ -109,9 +115,12 @@ def _extend_bounds(key: Tensor, sequence: int, length: int, block_table: Tensor,
     kept = page >= 0
     page, granule = page[kept], granule[kept]
     for side, up in enumerate((False, True)):
-        padded = torch.nn.functional.pad(own, padding, value=float("-inf" if up else "inf"))
-        padded = padded.unflatten(1, (-1, GRANULE))[:, kept]
-        extreme = (padded.amax(2) if up else padded.amin(2)).transpose(0, 1)
+        if own.shape[1] == 1:  # a step, whose key is both extremes of what it adds
+            extreme = own[:, kept].transpose(0, 1)
+        else:
+            padded = torch.nn.functional.pad(own, padding, value=float("-inf" if up else "inf"))
+            padded = padded.unflatten(1, (-1, GRANULE))[:, kept]
+            extreme = (padded.amax(2) if up else padded.amin(2)).transpose(0, 1)
         old = values[page, :, granule % in_page, side]
         if in_bytes:
             extreme = round_outwards(extreme.contiguous(), up).to(own.dtype)

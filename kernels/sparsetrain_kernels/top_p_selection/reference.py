@@ -11,6 +11,8 @@ from sparsetrain_kernels.top_p_selection.selection import ONE, PAGE, PositionLis
 
 LOG2E = math.log2(math.e)
 LEAST = torch.finfo(torch.float16).min
+INFINITIES = (2**10 - 1, 2**16 - 2**10)
+"""What :func:`ordered` makes of -inf and inf."""
 
 
 def select(call: SelectionInputs, into: PositionLists) -> None:
@@ -41,8 +43,9 @@ def _select(call: SelectionInputs) -> PositionLists:
         # Of the k heaviest keys, whose weights need not sum to 1, the rank is the pooled logarithm itself.
         lse = torch.zeros_like(lse[:, :, :1]) if call.newest else rows.float().logsumexp(-1)
     listed = listed[:, :, None] & is_key
-    always = masses(rows, lse).masked_fill(listed | ~is_key, 0).sum(-1)
-    threshold = thresholds(rows, lse, listed, (p.double() * ONE).ceil().long() - always, call.min_keys)
+    mass = masses(rows, lse)
+    always = mass.masked_fill(listed | ~is_key, 0).sum(-1)
+    threshold = thresholds(rows, mass, listed, (p.double() * ONE).ceil().long() - always, call.min_keys)
     threshold = threshold.masked_fill(p.expand(threshold.shape) >= 1, -math.inf)
     is_member = listed & (rows >= threshold[..., None])
     # Log of the largest weight that a head which chose the key gives it: what decides where there is no room for all.
@@ -104,18 +107,17 @@ def masses(scores: Tensor, lse: Tensor) -> Tensor:
     return (torch.exp2((scores.float() - lse[..., None]) * LOG2E).clamp(max=1.0) * ONE).long()
 
 
-def thresholds(rows: Tensor, lse: Tensor, listed: Tensor, least_mass: Tensor, min_keys: int) -> Tensor:
+def thresholds(rows: Tensor, mass: Tensor, listed: Tensor, least_mass: Tensor, min_keys: int) -> Tensor:
     """The largest number from which on the listed keys have the least mass and are the least number, fp16 ``[...]``;
-    -inf where all are not enough."""
+    -inf where all are not enough. ``mass`` is that of each key (:func:`masses`)."""
     keys, order = ordered(rows).masked_fill(~listed, -1).sort(-1, descending=True)
-    mass = masses(rows, lse).masked_fill(~listed, 0).gather(-1, order).cumsum(-1)
+    mass = mass.masked_fill(~listed, 0).gather(-1, order).cumsum(-1)
     count = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
     short = ((mass < least_mass[..., None]) | (count < min_keys)).sum(-1, keepdim=True)
     # Those before and this key are enough; every number is where none are needed.
     found = torch.nn.functional.pad(keys, (0, 1), value=0).gather(-1, short)[..., 0]
     found = found.masked_fill((least_mass <= 0) & (min_keys <= 0), 2**16 - 1)
-    infinity = ordered(rows.new_tensor([-math.inf, math.inf]))
-    bits = torch.minimum(torch.maximum(found, infinity[0]), infinity[1]) - 2**15
+    bits = found.clamp(*INFINITIES) - 2**15
     return (bits ^ ((bits >> 15) & 0x7FFF)).to(torch.int16).view(torch.float16)
 
 
@@ -123,15 +125,8 @@ def _fit(rank: Tensor, position: Tensor, call: SelectionInputs) -> PositionLists
     """The members in ascending order; where there are more than ``capacity``, those of the highest rank."""
     is_member = rank > -math.inf
     members = is_member.sum(-1)
-    zero, one = torch.zeros_like(members), torch.ones_like(members)
-    # The rank of the first that has no room.
-    level = thresholds(rank, zero.float(), is_member, zero, call.capacity + 1)
-    fits = members <= call.capacity
-    level = level.masked_fill(fits, -math.inf)[..., None]
-    above, tied = rank > level, is_member & (rank == level)
-    room = (call.capacity - above.sum(-1)) * call.newest * one
-    older = tied.sum(-1) - room
-    kept = above | (tied & (tied.cumsum(-1) > older[..., None]))
+    # Nothing waits for a CPU, where the host may look.
+    kept = is_member if rank.device.type == "cpu" and members.max() <= call.capacity else _heaviest(rank, members, call)
     place = kept.cumsum(-1) - 1
     # One place more, for all that is not listed.
     lists = position.new_full((*members.shape, call.capacity + 1), -1)
@@ -139,3 +134,15 @@ def _fit(rank: Tensor, position: Tensor, call: SelectionInputs) -> PositionLists
     lists.scatter_(-1, place, position.expand(rank.shape))
     counts = kept.sum(-1)
     return PositionLists(lists[..., :-1].contiguous(), counts.int(), (members - counts).int())
+
+
+def _heaviest(rank: Tensor, members: Tensor, call: SelectionInputs) -> Tensor:
+    """Which members have a place, bool like ``rank``, where there are more than ``capacity`` of some."""
+    zero = torch.zeros_like(members)
+    # The rank of the first that has no room.
+    level = thresholds(rank, masses(rank, zero.float()), rank > -math.inf, zero, call.capacity + 1)
+    level = level.masked_fill(members <= call.capacity, -math.inf)[..., None]
+    above, tied = rank > level, (rank > -math.inf) & (rank == level)
+    room = (call.capacity - above.sum(-1)) * call.newest
+    older = tied.sum(-1) - room
+    return above | (tied & (tied.cumsum(-1) > older[..., None]))
