@@ -17,6 +17,7 @@ from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
 if TYPE_CHECKING:
+    from sparsetrain.evaluation.result import EvalResult
     from sparsetrain.recipe.rows import Row
     from sparsetrain.recipe.schema import EvalSection
 
@@ -177,17 +178,20 @@ def evaluate_model(
     if world.main:
         told = evaluation.told(rows, world, measured.recipe if names is None else None)
         print(f"to measure: {told}", file=sys.stderr)
+    results: dict[str, EvalResult] = {}
     try:
         with interruptible():
-            results = evaluation.measure(rows, world)
+            evaluation.measure(rows, world, results)
     except KeyboardInterrupt:
         goes_on = "nothing was kept without --output" if output is None else "the same command goes on from here"
         print(f"stopped: {goes_on}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    if world.main:
-        print_results(results, Console())
-        if len(results) > 1:
-            print_differences(results, Console())
+    finally:
+        # What rows measured is told where a later one fails, or the disk is full, too.
+        if world.main and results:
+            print_results(results, Console())
+            if len(results) > 1:
+                print_differences(results, Console())
 
 
 def _names(text: str) -> list[str]:

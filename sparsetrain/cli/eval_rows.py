@@ -104,9 +104,8 @@ class Evaluation:
         asked = "" if recipe is None else f"; {recipe} asks for them, --tasks NAME for some of them"
         return f"{told_work(self.inputs, world.size)}{rows_told}{asked}"
 
-    def measure(self, rows: Sequence[Labelled], world: World) -> dict[str, EvalResult]:
-        """The results by label; the file has those that are done."""
-        results: dict[str, EvalResult] = {}
+    def measure(self, rows: Sequence[Labelled], world: World, results: dict[str, EvalResult]) -> None:
+        """Put the result of each row into ``results`` by its label, as soon as it is done; the file has the same."""
         about: dict[str, Any] = {}
         # A method that is replaced loses its weights, so each has a model of its own.
         for attention, group in groupby(rows, key=lambda row: row.attention):
@@ -127,7 +126,6 @@ class Evaluation:
                 if self.output is not None and world.main:
                     self._write(results, about)
             del model
-        return results
 
     def _load(self, attention: Attention, world: World) -> Any:
         torch.manual_seed(self.seed)  # of modules that a method adds

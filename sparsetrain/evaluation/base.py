@@ -97,16 +97,21 @@ class TaskSection(Section, ABC):
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """Values that contradict one another: the field to blame, and a sentence."""
-        for name, lengths in self.lengths_by_field().items():
-            for length, count in Counter(lengths).items() if name in type(self).model_fields else ():
-                if count > 1:
-                    yield name, f"has {length} {count} times; each length is measured once, so give it once"
+        yield from self.repeated(*(name for name in self.lengths_by_field() if name in type(self).model_fields))
         for name, source in self.sources().items():
             if source.weight != 1.0:
                 yield (
                     f"{name}.weight",
                     f"weight={source.weight:g} has no effect here: it belongs to a mixture; this is one source",
                 )
+
+    def repeated(self, *names: str) -> Iterator[tuple[str, str]]:
+        """Faults of lists that have something twice, which would be measured once."""
+        for name in names:
+            values = getattr(self, name)
+            for value, count in Counter(values if isinstance(values, list) else ()).items():
+                if count > 1:
+                    yield name, f"has {value} {count} times; each is measured once, so give it once"
 
     @abstractmethod
     def lengths_by_field(self) -> dict[str, Sequence[int]]:

@@ -205,7 +205,9 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, capsys, monkeypatch)
     with monkeypatch.context() as stopping:
         stopping.setattr(Journal, "add", counting_add(counted, stop_after=9))
         assert main([*arguments, "--output", "result.json"]) == 130
-    assert "stopped: the same command goes on from here" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "stopped: the same command goes on from here" in told.err
+    assert "trained (power)" in told.out, "what is done is printed"
     assert list(json.loads(Path("result.json").read_text())["rows"]) == ["trained (power)"], "what is done is written"
     with monkeypatch.context() as counting:
         counting.setattr(Journal, "add", counting_add(counted))
@@ -269,6 +271,7 @@ def test_ranks_share_the_samples_and_one_tells(run):
         (["run", "--tasks", ","], "--tasks is empty; give names such as perplexity,passkey"),
         (["run", "--tasks", "far,far"], "--tasks has far 2 times; each task is measured once"),
         (["run", "--lengths", "1k,1024"], "--lengths 1k,1024: 1024 is there twice; each length is measured once"),
+        (["run", "eval.tasks.ruler.tasks=[vt,vt]"], "eval.tasks.ruler.tasks: has vt 2 times; each is measured once"),
         (["run", "--lengths", "4q"], "--lengths 4q: 4q is no number of tokens such as 4k, 512 or 1m"),
         (["run", "--tasks", "far", "eval.tasks.passkey.trials=2"], "--tasks leaves passkey of run/recipe.yaml out"),
         (["run", "eval.tasks.far.trails=2"], "eval.tasks.far.trails: unknown key; did you mean eval.tasks.far.trials?"),

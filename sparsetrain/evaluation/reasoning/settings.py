@@ -39,6 +39,7 @@ class ReasoningSettings(GenerativeSection):
     def faults(self) -> Iterator[tuple[str, str]]:
         """Settings of kinds that are not measured."""
         yield from super().faults()
+        yield from self.repeated("kinds", "walk_steps", "bfs_depths")
         kinds = {kind for kind, _ in self.measured}
         for name, users in {
             "haystack": get_args(FactKind),

@@ -79,6 +79,7 @@ class RulerSettings(GenerativeSection):
     def faults(self) -> Iterator[tuple[str, str]]:
         """Files that are needed and not given, or given and not needed."""
         yield from super().faults()
+        yield from self.repeated("tasks")
         for task, name in FILES.items():
             if getattr(self, name) is None and task in (self.tasks or ()):
                 needed = "a JSON file or a data set"
