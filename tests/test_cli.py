@@ -359,6 +359,13 @@ def test_threads_sleep_where_they_wait_unless_it_is_said_otherwise():
         assert said.strip() == expected
 
 
+def test_an_import_does_not_change_the_environment():
+    """Getting started says what to set before a training loop in Python."""
+    code = "import os; before = dict(os.environ); import sparsetrain; assert os.environ == before; sparsetrain.sparsify"
+    code += "; assert os.environ.get('GOMP_SPINCOUNT') == before.get('GOMP_SPINCOUNT')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_needless_warnings_of_other_libraries_are_left_out_and_others_are_not(call):
     for _ in range(2):  # a process may run several commands
         assert call("--version")[0] == 0
