@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sparsetrain.data.files import Stamped, stamped
 from sparsetrain.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -104,9 +107,9 @@ def _compare_with_first(
 ) -> None:
     """Refuse the first file with a column that is ``unlike`` that of the first file; it is given the column's name and
     both types, None where a file has no such column."""
-    first = _columns(kind, files[0])
+    first = _look(kind, files[0]).columns
     for file in files[1:]:
-        found = _columns(kind, file)
+        found = _look(kind, file).columns
         for name in sorted({*found, *first}):
             if unlike(name, found.get(name), first.get(name)):
                 here, there = ("not at all" if of is None else f"as {of}" for of in (found.get(name), first.get(name)))
@@ -147,14 +150,34 @@ def _is_list(of: pa.DataType) -> bool:
     return pa.types.is_list(of) or pa.types.is_large_list(of) or pa.types.is_fixed_size_list(of)
 
 
-def _columns(kind: Literal["parquet", "arrow"], file: str) -> dict[str, pa.DataType]:
-    """The types of a file's columns by name."""
+class _Table(NamedTuple):
+    """What a file says of itself, without its rows being read."""
+
+    rows: int
+    columns: dict[str, pa.DataType]
+    """Types by name."""
+
+
+def _look(kind: Literal["parquet", "arrow"], file: str) -> _Table:
+    """The footer of parquet, or the schema and the lengths of the record batches of arrow. A file that has not changed
+    is opened once, however many questions its footer answers.
+
+    Raises:
+        ArrowException, OSError, EOFError: the file is cut or cannot be read.
+    """
+    return _looked(kind, stamped([file])[0])
+
+
+@lru_cache(maxsize=16384)
+def _looked(kind: Literal["parquet", "arrow"], file: Stamped) -> _Table:
     if kind == "parquet":
-        schema = pq.read_schema(file)
+        with pq.ParquetFile(file.path) as opened:
+            rows, schema = opened.metadata.num_rows, opened.schema_arrow
     else:
-        with pa.memory_map(file) as stream:
-            schema = _arrow_reader(stream).schema
-    return {each.name: each.type for each in schema}
+        with pa.memory_map(file.path) as stream:
+            reader = _arrow_reader(stream)
+            rows, schema = sum(batch.num_rows for batch in _batches_of(reader)), reader.schema
+    return _Table(rows, {each.name: each.type for each in schema})
 
 
 def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Damage | None:
@@ -163,11 +186,14 @@ def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Dama
     Raises:
         OSError: the system cannot read it: it is gone, or not ours to read.
     """
+    if not whole:
+        with suppress(pa.ArrowException, OSError, EOFError):  # which the row of the damage is found by below
+            _look(kind, file)
+            return None
     row = 0
     try:
-        for batch in _parquet_batches(file, whole) if kind == "parquet" else _arrow_batches(file):
-            if whole:
-                batch.validate(full=True)
+        for batch in _parquet_batches(file) if kind == "parquet" else _arrow_batches(file):
+            batch.validate(full=True)
             row += batch.num_rows
     except (pa.ArrowException, OSError, EOFError) as problem:
         if isinstance(problem, OSError) and problem.errno is not None:
@@ -178,10 +204,7 @@ def damage(kind: Literal["parquet", "arrow"], file: str, *, whole: bool) -> Dama
 
 def count_rows(kind: Literal["parquet", "arrow"], file: str) -> int:
     """The number of rows of an intact file, without reading them."""
-    if kind == "parquet":
-        with pq.ParquetFile(file) as opened:
-            return int(opened.metadata.num_rows)
-    return sum(batch.num_rows for batch in _arrow_batches(file))
+    return _look(kind, file).rows
 
 
 def table_rows(kind: Literal["parquet", "arrow"], file: str) -> Iterator[dict[str, Any]]:
@@ -191,27 +214,29 @@ def table_rows(kind: Literal["parquet", "arrow"], file: str) -> Iterator[dict[st
         DataError: they cannot be read.
     """
     try:
-        for batch in _parquet_batches(file, True, rows=1) if kind == "parquet" else _arrow_batches(file):
+        for batch in _parquet_batches(file, rows=1) if kind == "parquet" else _arrow_batches(file):
             for number in range(batch.num_rows):
                 yield batch.slice(number, 1).to_pylist()[0]
     except (pa.ArrowException, EOFError) as problem:
         raise DataError(f"{file} is damaged: {' '.join(str(problem).split())}") from problem
 
 
-def _parquet_batches(file: str, whole: bool, rows: int = 256) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: str, rows: int = 256) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(file) as opened:
-        if whole:
-            yield from opened.iter_batches(batch_size=rows)
+        yield from opened.iter_batches(batch_size=rows)
 
 
 def _arrow_batches(file: str) -> Iterator[pa.RecordBatch]:
     """Both forms of arrow files; mapped into memory, so that only what is looked at is read."""
     with pa.memory_map(file) as stream:
-        reader = _arrow_reader(stream)
-        if isinstance(reader, pa.ipc.RecordBatchFileReader):
-            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
-        else:
-            yield from reader
+        yield from _batches_of(_arrow_reader(stream))
+
+
+def _batches_of(reader: Any) -> Iterator[pa.RecordBatch]:
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        yield from reader
 
 
 def _arrow_reader(stream: pa.NativeFile) -> Any:

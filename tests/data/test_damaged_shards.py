@@ -10,11 +10,12 @@ from itertools import islice
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow.ipc import new_stream
 from pyarrow.parquet import read_table, write_table
 
-from sparsetrain.data.shards import check_kinds
+from sparsetrain.data.shards import check_alike, check_kinds, intact, with_rows
 from sparsetrain.errors import DataError
 
 ROWS = 600
@@ -80,6 +81,23 @@ def test_a_cut_table_is_found_before_it_is_read(kind, streaming, files, stream, 
         read(stream, folder, streaming, "skip")
     assert f"1 of 2 files are damaged: {file}" in caplog.text
     assert "(left out)" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "opens"), [("parquet", "ParquetFile"), ("arrow", "memory_map")])
+def test_the_footer_of_a_file_is_read_once_until_it_changes(kind, opens, files, monkeypatch):
+    """Whether it is cut, how many rows it has, and of which kind its columns are, are questions of one look."""
+    _, file = files(kind)
+    module = pq if kind == "parquet" else pa
+    seen, open_it = [], getattr(module, opens)
+    monkeypatch.setattr(module, opens, lambda path, *given, **more: seen.append(path) or open_it(path, *given, **more))
+    named = [str(file)]
+    assert intact("text", kind, named, skip=False, whole=False) == with_rows("text", kind, named) == named
+    check_kinds("text", kind, [*named, *named], ())
+    check_alike("text", kind, [*named, *named])
+    assert seen == named
+    cut(file)
+    with pytest.raises(DataError, match=rf"1 of 1 files are damaged: {file}{', row 300' * (kind == 'arrow')}: "):
+        intact("text", kind, named, skip=False, whole=False)
 
 
 @MODES
