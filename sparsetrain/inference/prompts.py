@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.data.chat_prompt import chat_prompt
-from sparsetrain.data.conversation import ROLES
+from sparsetrain.data.conversation import conversation_of
 from sparsetrain.data.known_columns import check_prompt
 from sparsetrain.data.values import keyed_once
 from sparsetrain.errors import DataError, ModelError, first_line
@@ -39,9 +39,15 @@ class Prompt:
 
     @property
     def answered(self) -> bool:
-        """Whether its last message is an answer, behind which another one is written."""
-        last = (self.messages or [{}])[-1]
-        return ROLES.get(str(last.get("role") or last.get("from")).lower()) == "assistant"
+        """Whether its last message is an answer, behind which another one is written.
+
+        Raises:
+            MalformedRow: the message cannot be read, which :meth:`encode` names.
+        """
+        if not self.messages:
+            return False
+        (last,) = conversation_of(self.messages[-1:], "messages").messages
+        return bool(last["role"] == "assistant")
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> list[int]:
         """Its token ids.

@@ -166,8 +166,9 @@ def test_what_a_row_says_beside_its_prompt_is_done_or_refused(call, power_folder
     whole = tokenizer("<system>Be kind.\n<user>import os\n<answer>")["input_ids"]
     assert (code, json.loads(out)["prompt_tokens"]) == (0, len(whole))
     turns = [{"from": "human", "value": "import os"}, {"from": "gpt", "value": "import sys"}]
-    answered.write_text(json.dumps({"messages": turns}) + "\n")
-    assert "behind an answer another one is written (1 chat)" in call(*arguments, str(answered))[2]
+    named = [{"role": "user", "content": "import os"}, {"role": "Assistant", "content": "import sys"}]
+    answered.write_text("".join(json.dumps({"messages": each}) + "\n" for each in (turns, named, turns[:1])))
+    assert "behind an answer another one is written (2 chats)" in call(*arguments, str(answered))[2]
     array = tmp_path / "rows.json"
     array.write_text('[{"prompt": "import os"}]')
     assert "rows.json is continued as one text; rows are read from a .jsonl" in call(*arguments, str(array))[2]
