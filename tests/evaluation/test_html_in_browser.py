@@ -40,6 +40,15 @@ TEXTS = """
 """
 """The colours of all texts, and of what is behind them."""
 
+CUT_CAPTIONS = """
+[...document.querySelectorAll('caption')].filter(each => !each.closest('details')).filter(each => {
+  const text = document.createRange();
+  text.selectNodeContents(each);
+  return text.getBoundingClientRect().right > each.closest('.scroll').getBoundingClientRect().right + 1;
+}).map(each => each.textContent)
+"""
+"""The captions that go on beyond what is seen of their tables."""
+
 PICTURES = """
 [...document.querySelectorAll('svg.picture')].map(svg => {
   const box = svg.getBoundingClientRect();
@@ -82,6 +91,7 @@ def test_a_page_fits_and_can_be_read(browser, pages, tmp_path, name, width, dark
     browser.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate("innerWidth") == width, "a phone does not zoom out"
+    assert browser.evaluate(CUT_CAPTIONS) == []
     for drawn in browser.evaluate(PICTURES):
         left, top, right, bottom = drawn["box"]
         assert right - left > 250, drawn["name"]
