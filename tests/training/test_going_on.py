@@ -88,6 +88,8 @@ def test_other_adapters_are_refused(tmp_path, command, refused, tiny, lora, said
 def test_a_finished_run_takes_more_steps(tmp_path, tiny, run_folder):
     whole, longer = run_folder(tmp_path / "whole"), run_folder(tmp_path / "longer")
     constant = ["run", str(tiny), "train.schedule=constant", "train.global_batch_sequences=2"]
+    tasks = "tasks: [{task: passkey, lengths: [128], depths: 1, trials: 1, digits: 1}]"
+    constant.append(f"eval={{every: 2, at_start: false, at_end: true, {tasks}}}")
     assert main([*constant, "train.steps=4", "--output", str(whole.path)]) == 0
     assert main([*constant, "train.steps=2", "--output", str(longer.path)]) == 0
     half = longer.weights
@@ -96,3 +98,5 @@ def test_a_finished_run_takes_more_steps(tmp_path, tiny, run_folder):
     assert longer.values("loss") == whole.values("loss")
     assert longer.values("lr") == [*whole.values("lr")[:3], pytest.approx(0.1 * whole.values("lr")[3])]
     assert not torch.equal(longer.weights["lm_head.weight"], half["lm_head.weight"])
+    results = json.loads((longer.path / "evaluation.json").read_text())
+    assert list(results) == ["power, step 2", "power, after"], "compare takes the last one"

@@ -90,6 +90,8 @@ class Evaluations:
                 journal=journal,
                 first=next(iter(self.results.values()), None),
             )
+        # A finished run that takes more steps measures this label again: the last result is the last one there.
+        self.results.pop(label, None)
         self.results[label] = result
         if job.world.main:
             self.write_report(f"Evaluation of {job.recipe.name}")
