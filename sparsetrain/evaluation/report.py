@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -31,8 +30,10 @@ RESULTS = TypeAdapter(dict[str, EvalResult])
 def print_results(results: Mapping[str, EvalResult], console: Console | None = None) -> None:
     """Print the tables of each task."""
     console = console or Console()
-    for report, ending in _reports(results):
+    for report, ending, others in _reports(results):
         print_tables(console, _table(report.title + ending, report.rows, report.shares))
+        if others:
+            console.print(Text(f"{others}\n"))
         if report.details:
             shown = few(report.details)
             print_tables(console, *(_table(label, rows, report.shares) for label, rows in shown.items()))
@@ -64,8 +65,8 @@ def write_report(
     dumped = RESULTS.dump_python(dict(results), mode="json")
     write_whole(folder / RESULTS_FILE, json.dumps(dumped, indent=1) + "\n")
     parts = [f"# {title}"]
-    for shown, ending in _reports(results):
-        parts += [f"## {shown.heading}{ending}", shown.about, _markdown(shown.rows)]
+    for shown, ending, others in _reports(results):
+        parts += [f"## {shown.heading}{ending}", " ".join(filter(None, (shown.about, others))), _markdown(shown.rows)]
         for label, rows in shown.details.items():
             ending = f", {shown.details_heading}" if shown.details_heading else ""
             parts += [f"### {label}{ending}", _markdown(rows)]
@@ -92,13 +93,11 @@ def read_results(folder: Path) -> dict[str, EvalResult]:
         raise CheckpointError(f"{file} does not hold the results of evaluations") from error
 
 
-def _reports(results: Mapping[str, EvalResult]) -> Iterator[tuple[TaskReport, str]]:
-    """The tables of each task, and what tells its title from another one's."""
+def _reports(results: Mapping[str, EvalResult]) -> Iterator[tuple[TaskReport, str, str]]:
+    """The tables of each task, what tells its title from another one's, and which results do not compare."""
     for name, measured in by_task(results):
         result = type(next(iter(measured.values())))
-        shown = result.report(measured)
-        about = " ".join(filter(None, (shown.about, other_inputs(measured))))
-        yield replace(shown, about=about), result.ending(name)
+        yield result.report(measured), result.ending(name), other_inputs(measured)
 
 
 def _table(title: str, rows: Rows, shares: bool = False) -> Table:

@@ -52,6 +52,20 @@ def test_a_file_that_holds_no_results_is_named(tmp_path, content):
         read_results(tmp_path)
 
 
+def test_results_of_other_inputs_are_named_where_results_are_told(tmp_path):
+    passkeys = {"before": "a", "after": "a", "later": "b"}
+    measured = {
+        label: EvalResult(tasks={"passkey": PASSKEY.model_copy(update={"inputs": inputs})})
+        for label, inputs in passkeys.items()
+    }
+    said = "Other inputs than those of before (prompts, texts or tokens): later. Do not compare them."
+    console = Console(file=io.StringIO(), width=120)
+    print_results(measured, console)
+    assert console.file.getvalue().count(said) == 1
+    assert said in write_report(measured, tmp_path, title="quickstart").read_text()
+    assert read_results(tmp_path) == measured
+
+
 def test_tables_are_printed():
     console = Console(file=io.StringIO(), width=120)
     print_results(RESULTS, console)
