@@ -81,7 +81,14 @@ def choose_tasks(
         if name in known:
             continue
         if name in TASKS:
-            suggested = TASKS[name].suggested(list(lengths or _usual_lengths(positions())))
+            usual = TASKS[name].suggested(list(lengths or _usual_lengths(positions())))
+            # Another source takes nothing of the usual one, such as its split.
+            named = [
+                field
+                for field in usual
+                if any(each.startswith(f"eval.tasks.{name}.{field}.path=") for each in overrides)
+            ]
+            suggested = {field: value for field, value in usual.items() if field not in named}
             flags.append(f"eval.tasks.{name}={json.dumps({'task': name, **suggested})}")
         elif not any(override.startswith(f"eval.tasks.{name}") for override in overrides):
             raise RecipeError(_no_task(name, known, recipe))

@@ -15,7 +15,7 @@ from training.preloaded import ensure_running
 
 import sparsetrain
 from sparsetrain.cli import main
-from sparsetrain.cli.eval_tasks import read_lengths
+from sparsetrain.cli.eval_tasks import choose_tasks, read_lengths
 from sparsetrain.data.tokens import open_source
 from sparsetrain.errors import RecipeError
 from sparsetrain.evaluation.journal import Journal
@@ -338,6 +338,12 @@ def test_a_method_that_leaves_no_key_out_is_named(run, capsys):
         "note: sliding leaves no key out of 600 tokens, the most that are measured: the row says nothing of sparse "
         "attention; give longer --lengths, or other fields of the method"
     ]
+
+
+def test_a_source_that_is_named_takes_nothing_of_the_usual_one():
+    settings = ["eval.tasks.perplexity.source.path=book.txt", "eval.tasks.perplexity.tokens=900"]
+    (task,) = choose_tasks("my-model", settings, ["perplexity"], [512], lambda: None).section.tasks
+    assert (task.source.path, task.source.split, task.tokens) == ("book.txt", "train", 900), "not validation"
 
 
 def test_lengths_are_in_tokens_or_thousands_of_them():
