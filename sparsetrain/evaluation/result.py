@@ -36,8 +36,8 @@ def other_inputs(measured: Mapping[str, TaskResult]) -> str:
     known = {label: result.inputs for label, result in measured.items() if result.inputs}
     first = next(iter(known), "")
     others = ", ".join(label for label, inputs in known.items() if inputs != known[first])
-    said = f"Other inputs than those of {first} (prompts, texts or tokens): {others}. Do not compare them."
-    return said if others else ""
+    said = f"Other inputs than those of {first} (prompts, texts or tokens): {others}."
+    return f"{said} Compare numbers of equal inputs only." if others else ""
 
 
 def by_task(results: Mapping[str, EvalResult]) -> list[tuple[str, dict[str, TaskResult]]]:

@@ -69,7 +69,10 @@ def test_results_of_other_inputs_are_compared_with_a_sentence(tmp_path):
     out = tmp_path / "compare.html"
     assert main(["compare", *map(str, runs), "--output", str(out)]) == 0
     text = Words(out.read_text(encoding="utf-8")).text
-    assert "Other inputs than those of first (prompts, texts or tokens): reseeded. Do not compare them." in text
+    assert (
+        "Other inputs than those of first (prompts, texts or tokens): reseeded. Compare numbers of equal inputs only."
+        in text
+    )
     assert "The runs measured different things: train.seed differ (see the recipes)." in text
     assert main(["compare", *map(str, runs[:2]), "--output", str(out)]) == 0
     assert "Other inputs" not in out.read_text(encoding="utf-8")

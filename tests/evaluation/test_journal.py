@@ -96,7 +96,7 @@ def test_results_tell_whether_their_inputs_were_the_same(tiny_model, byte_tokeni
         label: evaluate(tiny_model, byte_tokenizer, section, ALONE, seed=seed).tasks["passkey"]
         for label, seed in {"one": 3, "again": 3, "reseeded": 4}.items()
     }
-    said = "Other inputs than those of one (prompts, texts or tokens): reseeded. Do not compare them."
+    said = "Other inputs than those of one (prompts, texts or tokens): reseeded. Compare numbers of equal inputs only."
     assert other_inputs(measured) == said
     measured["former"] = measured.pop("reseeded").model_copy(update={"inputs": ""})
     assert other_inputs(measured) == "", "files of before do not tell"

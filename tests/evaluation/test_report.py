@@ -58,7 +58,7 @@ def test_results_of_other_inputs_are_named_where_results_are_told(tmp_path):
         label: EvalResult(tasks={"passkey": PASSKEY.model_copy(update={"inputs": inputs})})
         for label, inputs in passkeys.items()
     }
-    said = "Other inputs than those of before (prompts, texts or tokens): later. Do not compare them."
+    said = "Other inputs than those of before (prompts, texts or tokens): later. Compare numbers of equal inputs only."
     console = Console(file=io.StringIO(), width=120)
     print_results(measured, console)
     assert console.file.getvalue().count(said) == 1
