@@ -3,12 +3,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from sparsetrain.evaluation.interval import wilson_interval
 from sparsetrain.evaluation.result import EvalResult
+from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.evaluation.tasks.passkey import PasskeyResult
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
+from sparsetrain.evaluation.tasks.preference import PreferenceSection
+from sparsetrain.recipe.schema import EvalSection
+from sparsetrain.world import World
 
 PASSKEY = PasskeyResult(lengths=[512, 1024], depths=[0.0, 1.0], trials=4, digits=5, correct=[[4, 3], [1, 0]])
 
@@ -48,3 +53,13 @@ def test_metrics_are_flat():
 )
 def test_wilson_interval(correct, trials, low, high):
     assert wilson_interval(correct, trials) == pytest.approx((low, high), abs=0.006)
+
+
+def test_a_first_result_of_another_kind_under_the_same_name_is_not_followed(tiny_model, byte_tokenizer, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "The sky is", "chosen": " blue.", "rejected": " a key."}\n')
+    section = EvalSection(tasks=[PreferenceSection(source={"path": str(pairs)}, pairs=1, length=64)])
+    alone = World(0, 1, torch.device("cpu"))
+    first = EvalResult(tasks={"preference": PASSKEY})
+    result = evaluate(tiny_model, byte_tokenizer, section, alone, first=first).tasks["preference"]
+    assert result.first is None
