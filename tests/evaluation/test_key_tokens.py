@@ -223,7 +223,7 @@ def test_losses_that_are_no_numbers_have_no_key_tokens_for_that_reason():
             {"lengths": [64, 200]},
             "lengths: a window of 64 tokens is no longer than short \\+ stride = 48 \\+ 16, so no ",
         ),
-        ({"lengths": [200, 100, 200]}, r"lengths: has 200 2 times; each length is measured once"),
+        ({"lengths": [200, 100, 200]}, r"lengths: has 200 2 times; each is measured once, so give it once"),
         ({"lengths": [600]}, r"tokens: 500 tokens hold no window of eval\.tasks\.key_tokens\.lengths=600"),
     ],
 )
