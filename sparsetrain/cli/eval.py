@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,9 +18,11 @@ from sparsetrain.cli.interrupt import INTERRUPTED, interruptible
 from sparsetrain.errors import RecipeError
 
 if TYPE_CHECKING:
+    from sparsetrain.cli.eval_rows import Evaluation, Labelled
     from sparsetrain.evaluation.result import EvalResult
     from sparsetrain.recipe.rows import Row
     from sparsetrain.recipe.schema import EvalSection
+    from sparsetrain.world import World
 
 RANK_MINUTES = 10.0
 """Minutes in which all ranks must have started."""
@@ -160,11 +163,10 @@ def evaluate_model(
         task.try_inputs(source().tokenizer)
 
     import transformers
-    from rich.console import Console
 
     from sparsetrain.cli.eval_rows import Evaluation
-    from sparsetrain.evaluation.report import print_differences, print_results
     from sparsetrain.evaluation.runner import make_inputs
+    from sparsetrain.sole_writer import sole_writer
     from sparsetrain.training.distributed.launcher import connect
 
     kind = choose_dtype(dtype)
@@ -175,15 +177,31 @@ def evaluate_model(
     evaluation = Evaluation(source(), measured.section, measured.seed, inputs, kind, output, resume is False)
     rows = evaluation.labelled(asked_rows)
     world = connect(place, timeout=RANK_MINUTES)
+    told = evaluation.told(rows, world, measured.recipe if names is None else None) if world.main else ""
+    with sole_writer("--output", output if world.main else None):
+        _measure(evaluation, rows, world, told)
+
+
+def _measure(evaluation: Evaluation, rows: Sequence[Labelled], world: World, told: str) -> None:
+    """Measure the rows and print what was measured, also where a row fails or the user stops.
+
+    Args:
+        told: what will be measured, on rank 0.
+    """
+    from rich.console import Console
+
+    from sparsetrain.evaluation.report import print_differences, print_results
+
     if world.main:
-        told = evaluation.told(rows, world, measured.recipe if names is None else None)
         print(f"to measure: {told}", file=sys.stderr)
     results: dict[str, EvalResult] = {}
     try:
         with interruptible():
             evaluation.measure(rows, world, results)
     except KeyboardInterrupt:
-        goes_on = "nothing was kept without --output" if output is None else "the same command goes on from here"
+        goes_on = (
+            "nothing was kept without --output" if evaluation.output is None else "the same command goes on from here"
+        )
         print(f"stopped: {goes_on}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     finally:

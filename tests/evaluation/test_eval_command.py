@@ -24,6 +24,7 @@ from sparsetrain.evaluation.row_model import as_row
 from sparsetrain.evaluation.runner import evaluate
 from sparsetrain.recipe import load_recipe
 from sparsetrain.recipe.rows import Row, read_attention, read_decoding
+from sparsetrain.sole_writer import sole_writer
 from sparsetrain.world import World
 
 SPARSEK = {"method": "sparsek", "topk": 16, "window": 16, "sinks": 0, "dense_layers": [0]}
@@ -65,6 +66,14 @@ def refused(capsys):
         return captured.err
 
     return refused
+
+
+def test_a_file_that_another_process_writes_is_refused_and_left_as_it_is(run, refused):
+    with sole_writer("--output", Path("result.json")):
+        said = refused("run", "--tasks", "passkey", "--output", "result.json")
+    assert "another process writes --output result.json; wait for its end, or name another file" in said
+    assert not Path("result.json").exists()
+    assert call("run", "--tasks", "passkey")
 
 
 def test_a_run_and_its_model_are_measured_as_the_recipe_beside_them_says(run, capsys):
