@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import typer
 from sparsetrain.recipes.evidence.relay import at_one_budget, num_blocks, the_power
-from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, choose, train
+from sparsetrain.recipes.evidence.run import ANSWERS, attention_setting, choose, opened, train
 
 from sparsetrain.cli.entry import run_script
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 HINTS = ("question", "mark", "none")
 SCORERS = "train.new_modules_lr=1.0e-2"
@@ -56,10 +56,9 @@ def methods(recipe: Recipe) -> dict[str, list[str]]:
         "topk_steps": 0.6,
     }
     sections = {"full": {"method": "full"}, "sparsek": sparsek, **at_one_budget(power, blocks)}
-    settings = {name: ["attention=" + json.dumps(section, separators=(",", ":"))] for name, section in sections.items()}
+    settings = {name: [attention_setting(section)] for name, section in sections.items()}
     settings["sparsek"].append(SCORERS)
-    frozen = json.dumps({**sparsek, "scorer": "frozen"}, separators=(",", ":"))
-    return {**settings, "sparsek, frozen scorers": [f"attention={frozen}"]}
+    return {**settings, "sparsek, frozen scorers": [attention_setting({**sparsek, "scorer": "frozen"})]}
 
 
 def hinted(recipe: Recipe, hint: str) -> list[str]:
@@ -95,8 +94,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare methods with one budget of keys where the future need is known, and where it is not."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     chosen = choose(methods(loaded), only)
     for each in hint or ():
         if each not in HINTS:

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import typer
 from sparsetrain.recipes.evidence import relay, tokens
-from sparsetrain.recipes.evidence.run import FOLDER, choose, train
+from sparsetrain.recipes.evidence.run import attention_setting, choose, opened, train
 
 from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import RecallSection
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 from sparsetrain.source_section import DataSource
 
 MEASURED = "facts.json"
@@ -69,8 +69,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare methods with one budget of keys in a language model."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     chosen = choose(methods(loaded), only)
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
@@ -80,8 +79,8 @@ def main(
         number, name = case
         folder = relay.run_folder(out, name, number)
         section, own = chosen[name]
-        attention = "attention=" + json.dumps(section, separators=(",", ":"))
-        train(file, name, number, [*(settings or []), attention, *own, "checkpoint.export=true"], folder)
+        own = [*(settings or []), attention_setting(section), *own, "checkpoint.export=true"]
+        train(file, name, number, own, folder)
         return number, name, folder
 
     facts: dict[str, list[relay.Outcome]] = {name: [] for name in TASKS}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, SLIDING_BLOCK, train
+from sparsetrain.recipes.evidence.run import ANSWERS, SLIDING_BLOCK, opened, train
 from sparsetrain.recipes.evidence.run import Outcome as Run
 from sparsetrain.recipes.evidence.run import table as table_of_runs
 
@@ -36,7 +36,7 @@ from sparsetrain.methods.base import MethodConfig
 from sparsetrain.methods.full import FullConfig
 from sparsetrain.methods.recycled.method import RecycledConfig
 from sparsetrain.methods.sliding import SlidingConfig
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from sparsetrain.evaluation.decode_answers import Question
@@ -218,8 +218,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare generation with recycled attention before and after training with it, and with full attention."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     attention = loaded.attention
     if not isinstance(attention, RecycledConfig):
         raise typer.BadParameter(f"{file} has attention.method={attention.method}; the comparison starts from recycled")

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from sparsetrain.recipes.evidence.run import FOLDER, choose, train
+from sparsetrain.recipes.evidence.run import attention_setting, choose, opened, train
 
 from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import Recall, RecallSection
 from sparsetrain.methods.power import PowerConfig
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.patterns import FullPattern, LongNetPattern, Pattern
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -329,8 +329,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare static patterns with one budget of keys on facts that have to be relayed."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     chosen = choose(patterns(loaded), only)
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)
@@ -338,8 +337,8 @@ def main(
     def run(case: tuple[int, str]) -> tuple[int, str, Path]:
         number, name = case
         folder = run_folder(out, name, number)
-        section = json.dumps(chosen[name], separators=(",", ":"))
-        train(file, name, number, [*(settings or []), f"attention={section}", "checkpoint.export=true"], folder)
+        own = [*(settings or []), attention_setting(chosen[name]), "checkpoint.export=true"]
+        train(file, name, number, own, folder)
         return number, name, folder
 
     outcomes = []

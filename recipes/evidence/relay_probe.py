@@ -30,13 +30,13 @@ from sparsetrain.recipes.evidence.relay import (
     the_power,
     the_task,
 )
-from sparsetrain.recipes.evidence.run import FOLDER, choose
+from sparsetrain.recipes.evidence.run import choose, opened
 
 from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.recall import TOKENS
 from sparsetrain.methods.registry import parse_attention
 from sparsetrain.patterns import FullPattern
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 CLASSES = 10
 SAMPLES = 4 * CLASSES
@@ -217,10 +217,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Probe the states of models that were trained to relay facts, and of the one that they started from."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
     if samples < 1 or samples % SAMPLES:
         raise typer.BadParameter(f"--samples {samples}: it must be a multiple of {SAMPLES}")
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     sections = {name: section for name, section in patterns(loaded).items() if "dense_layers" not in section}
     out = out or Path("runs/evidence") / file.stem
     probed = []

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -72,6 +72,17 @@ def methods(recipe: Recipe, gates: list[str]) -> dict[str, list[str]]:
     for scorer, settings in scorers.items():
         found |= {f"{scorer}, gate {gate}": [f"attention.gate={gate}", *settings] for gate in gates}
     return found
+
+
+def opened(recipe: str, settings: list[str] | None) -> tuple[Path, Recipe]:
+    """A recipe of this folder by its name, or a file, and what it says with settings."""
+    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
+    return file, load_recipe(file, settings or []).recipe
+
+
+def attention_setting(section: dict[str, Any]) -> str:
+    """An attention section as a setting of the command line."""
+    return "attention=" + json.dumps(section, separators=(",", ":"))
 
 
 def choose(known: dict[str, T], only: list[str] | None) -> dict[str, T]:
@@ -167,8 +178,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare attention methods with one budget of keys on one task."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     if not isinstance(loaded.attention, SparseKConfig):
         method = loaded.attention.method
         raise typer.BadParameter(f"{file} has attention.method={method}; the comparison starts from sparsek")

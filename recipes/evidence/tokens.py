@@ -20,14 +20,14 @@ from typing import Annotated, Any
 
 import typer
 from sparsetrain.recipes.evidence.relay import at_one_budget, the_power
-from sparsetrain.recipes.evidence.run import FOLDER, choose, train
+from sparsetrain.recipes.evidence.run import attention_setting, choose, opened, train
 
 from sparsetrain.cli.entry import run_script
 from sparsetrain.errors import TrainingError
 from sparsetrain.evaluation.report import read_results
 from sparsetrain.evaluation.tasks.key_tokens import KeyTokensResult
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 PERPLEXITY, KEY_TOKENS = "perplexity", "key tokens"
 SINKS = 4
@@ -69,7 +69,7 @@ def methods(recipe: Recipe) -> dict[str, list[str]]:
         **at_one_budget(power, blocks),
         **chosen_keys(keys),
     }
-    settings = {name: ["attention=" + json.dumps(section, separators=(",", ":"))] for name, section in sections.items()}
+    settings = {name: [attention_setting(section)] for name, section in sections.items()}
     settings["sparsek"].append(SCORERS)
     return settings
 
@@ -144,8 +144,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; by default runs/evidence/RECIPE.")] = None,
 ) -> None:
     """Compare methods with one budget of keys by the loss on text against tokens trained on."""
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     chosen = choose(methods(loaded), only)
     out = out or Path("runs/evidence") / file.stem
     out.mkdir(parents=True, exist_ok=True)

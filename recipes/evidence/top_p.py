@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from sparsetrain.recipes.evidence.recycled import BATCH, BEFORE, PERPLEXITY, the_task
-from sparsetrain.recipes.evidence.run import ANSWERS, FOLDER, train
+from sparsetrain.recipes.evidence.run import ANSWERS, opened, train
 from sparsetrain.recipes.evidence.top_p_method import KEYS, TopPConfig, register
 
 from sparsetrain.cli.entry import run_script
 from sparsetrain.evaluation.tasks.perplexity import PerplexityResult, PerplexitySection
 from sparsetrain.evaluation.tasks.recall import RecallSection
-from sparsetrain.recipe import Recipe, load_recipe
+from sparsetrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from sparsetrain.evaluation.decode_answers import Answerer, Measured
@@ -187,8 +187,7 @@ def main(
 ) -> None:
     """Compare what models need to read after training with top-p attention and with full attention."""
     register()
-    file = FOLDER / f"{recipe}.yaml" if (FOLDER / f"{recipe}.yaml").exists() else Path(recipe)
-    loaded = load_recipe(file, settings or []).recipe
+    file, loaded = opened(recipe, settings)
     if loaded.model.path is None:
         raise typer.BadParameter(f"{file} has no model.path; the comparison starts from a model that can do the task")
     measure = answers if isinstance(the_task(loaded), RecallSection) else perplexities
